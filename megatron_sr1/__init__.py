@@ -1,0 +1,1 @@
+"""Megatron-Core trainer for self-rewarding reinforcement learning of vision-language models."""

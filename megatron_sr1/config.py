@@ -1,0 +1,411 @@
+"""The configuration: dataclasses free of torch, resolved by OmegaConf.
+
+A default lives here once; YAML files hold differences; `group.key=value` overrides come last.
+An unknown key or an impossible value is a `ConfigError` that names the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from megatron_sr1.errors import ConfigError
+
+
+@dataclass
+class ModelConfig:
+    """The actor."""
+
+    path: str = MISSING
+    """Hugging Face directory or Megatron checkpoint directory to start from."""
+    dtype: str = "bfloat16"
+    """Parameters and activations: float32 | bfloat16."""
+    spec: str = "local"
+    """Layer kernels: local (torch) | transformer_engine (CUDA only)."""
+    fp8: str | None = None
+    """FP8 format for Transformer Engine: None | hybrid | e4m3."""
+    fp8_recipe: str = "delayed"
+    """FP8 scaling: delayed | tensorwise | blockwise | mxfp8."""
+    recompute: str = "none"
+    """Activation recomputation: none | selective | full."""
+    freeze: list[str] = field(default_factory=list)
+    """Regular expressions over Hugging Face parameter names; each must match something."""
+    logprob_chunk_tokens: int = 1024
+    """Tokens whose logits exist at a time, > 0."""
+
+
+@dataclass
+class ParallelConfig:
+    """How the actor is laid out over ranks; data parallelism is what remains."""
+
+    tensor: int = 1
+    """Tensor-parallel ranks, >= 1."""
+    pipeline: int = 1
+    """Pipeline stages, >= 1."""
+    context: int = 1
+    """Context-parallel ranks, >= 1."""
+    sequence: bool = False
+    """Sequence parallelism inside tensor parallelism."""
+    distributed_optimizer: bool = True
+    """Shard optimizer state over data-parallel ranks."""
+
+
+@dataclass
+class DataConfig:
+    """Shards and how a step is drawn from them."""
+
+    train: str = ""
+    """Folder of webdataset shards to learn from (tools/make_shards.py writes them)."""
+    eval: str = ""
+    """Folder of webdataset shards held out."""
+    eval_limit: int = 0
+    """Use the first so many held-out samples; 0 means all."""
+    prompts_per_step: int = 512
+    """GRPO: prompts rolled out a step; SFT: sequences a step."""
+    shuffle: bool = True
+    """New order each epoch, from the seed."""
+    pack_tokens: int = 8192
+    """Token budget of a micro-batch; a longer sequence gets one of its own."""
+    max_prompt_tokens: int = 4096
+    """Longer prompts (images expanded) are skipped and counted."""
+    max_skipped: int = 100
+    """So many bad or too long samples stop the run."""
+    min_pixels: int = 262144
+    """Smallest image area, pixels."""
+    max_pixels: int = 4194304
+    """Largest image area, pixels."""
+
+
+@dataclass
+class RolloutConfig:
+    """The vLLM engine and sampling."""
+
+    tensor_parallel: int = 1
+    """Ranks an engine replica spans; independent of the actor's layout."""
+    samples_per_prompt: int = 8
+    """Responses a prompt (n)."""
+    temperature: float = 1.0
+    """Pass-1 sampling temperature, > 0."""
+    top_p: float = 1.0
+    """Only 1 is accepted for training rollouts."""
+    top_k: int = 0
+    """Only 0 (off) is accepted for training rollouts."""
+    max_response_tokens: int = 2048
+    """Pass-1 limit."""
+    pass2: str = "fork"
+    """When pass 2 starts: fork (as soon as the description closes) | barrier (after pass 1)."""
+    pass2_temperature: float = 0.0
+    """Pass-2 temperature; 0 is greedy."""
+    max_reading_tokens: int = 1024
+    """Pass-2 limit."""
+    max_model_len: int = 8192
+    """Engine context, tokens."""
+    max_num_seqs: int = 512
+    """Engine slots, for both passes together."""
+    gpu_memory_utilization: float = 0.5
+    """Share of a GPU's memory that the engine may take (CUDA)."""
+    kv_cache_gib: int = 1
+    """Key/value cache on a CPU, GiB."""
+    sleep_level: int = 2
+    """Engine sleep between rollouts (CUDA): 0 stays awake | 1 | 2."""
+    enforce_eager: bool = False
+    """No CUDA graphs."""
+    canary_bound: float = 1e-3
+    """Largest |engine - actor| logprob after a sync, nats; bf16 needs about 0.3. 0 turns it off."""
+
+
+@dataclass
+class RewardConfig:
+    """What pays."""
+
+    recipe: str = "vision_sr1"
+    """vision_sr1 | see_think (same spans, no self-reward) | vision_r1 (think and answer)."""
+    accuracy_weight: float = 0.9
+    """Pays a right pass-1 answer."""
+    format_weight: float = 0.1
+    """Pays the recipe's form."""
+    self_reward_weight: float = 1.0
+    """Pays a right pass-2 answer (vision_sr1)."""
+    pay_leaks: bool = True
+    """False: a description that states the answer as a verdict earns no self-reward."""
+    grader_timeout_seconds: float = 5.0
+    """One grading may take so long."""
+
+
+@dataclass
+class AlgorithmConfig:
+    """GRPO."""
+
+    std_floor: float = 1e-2
+    """Smallest group standard deviation that a reward is divided by."""
+    clip_low: float = 0.2
+    """PPO ratio is clipped below at 1 - clip_low."""
+    clip_high: float = 0.3
+    """PPO ratio is clipped above at 1 + clip_high."""
+    dual_clip: float = 3.0
+    """Bound on ratio for negative advantages, > 1."""
+    kl_coefficient: float = 1e-2
+    """Weight of the k3 KL to the frozen reference; 0 needs no reference model."""
+    prompts_per_update: int = 128
+    """Prompts of an optimizer update; divides data.prompts_per_step."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and the learning-rate schedule."""
+
+    num_steps: int = 100
+    """Steps (rollout batches in GRPO, updates in SFT)."""
+    learning_rate: float = 1e-6
+    """Peak."""
+    min_learning_rate: float = 0.0
+    """At the end of a decay."""
+    schedule: str = "constant"
+    """After warm-up: constant | linear | cosine."""
+    warmup_steps: int = 0
+    """Updates of linear warm-up."""
+    weight_decay: float = 1e-2
+    """Decoupled."""
+    beta1: float = 0.9
+    """Adam."""
+    beta2: float = 0.999
+    """Adam."""
+    epsilon: float = 1e-8
+    """Adam."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm."""
+
+
+@dataclass
+class CheckpointConfig:
+    """Saving and resuming."""
+
+    every_steps: int = 20
+    """Save each so many steps and at the end; 0 saves at the end only."""
+    keep_last: int = 2
+    """Checkpoints to keep; 0 keeps all."""
+    resume: bool = True
+    """Go on from `checkpoints/latest` if there is one."""
+    export_hf: bool = True
+    """Write the Hugging Face model to `hf/` at the end."""
+
+
+@dataclass
+class LoggingConfig:
+    """What a run tells."""
+
+    level: str = "info"
+    """debug | info | warning."""
+    wandb: str = "off"
+    """off | offline | online."""
+    wandb_project: str = "megatron_sr1"
+    """Project in wandb."""
+    rollouts: bool = True
+    """Save rollouts/step_N.jsonl."""
+    progress: bool = True
+    """Progress bar on a terminal."""
+
+
+@dataclass
+class LaunchConfig:
+    """Ranks and deadlines."""
+
+    num_processes: int = 0
+    """Ranks on this machine when the command starts torchrun itself; 0: one a GPU, 1 on a CPU."""
+    device: str = "auto"
+    """auto | cpu | cuda."""
+    threads: int = 0
+    """Threads a rank on a CPU; 0 shares the cores out."""
+    setup_deadline_seconds: float = 1800.0
+    """Loading of model and engine."""
+    phase_deadline_seconds: float = 3600.0
+    """Any other phase."""
+
+
+@dataclass
+class Config:
+    """A run."""
+
+    stage: str = "grpo"
+    """sft | grpo | eval."""
+    output: str = "runs/default"
+    """Run directory."""
+    seed: int = 1
+    """Of everything."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+
+
+CHOICES: dict[str, tuple[str | None, ...]] = {
+    "stage": ("sft", "grpo", "eval"),
+    "model.dtype": ("float32", "bfloat16"),
+    "model.spec": ("local", "transformer_engine"),
+    "model.fp8": (None, "hybrid", "e4m3"),
+    "model.fp8_recipe": ("delayed", "tensorwise", "blockwise", "mxfp8"),
+    "model.recompute": ("none", "selective", "full"),
+    "rollout.pass2": ("fork", "barrier"),
+    "reward.recipe": ("vision_sr1", "see_think", "vision_r1"),
+    "optimizer.schedule": ("constant", "linear", "cosine"),
+    "logging.level": ("debug", "info", "warning"),
+    "logging.wandb": ("off", "offline", "online"),
+    "launch.device": ("auto", "cpu", "cuda"),
+}
+AT_LEAST_ONE = (
+    "parallel.tensor",
+    "parallel.pipeline",
+    "parallel.context",
+    "data.prompts_per_step",
+    "data.pack_tokens",
+    "rollout.tensor_parallel",
+    "rollout.samples_per_prompt",
+    "rollout.max_response_tokens",
+    "rollout.max_reading_tokens",
+    "algorithm.prompts_per_update",
+    "model.logprob_chunk_tokens",
+)
+
+
+def keys() -> list[str]:
+    """All dotted keys that a configuration may set."""
+    found: list[str] = []
+
+    def walk(node: DictConfig, prefix: str) -> None:
+        for key in node:
+            name = f"{prefix}{key}"
+            if not OmegaConf.is_missing(node, key) and isinstance(node[key], DictConfig):
+                walk(node[key], name + ".")
+            else:
+                found.append(name)
+
+    walk(OmegaConf.structured(Config), "")
+    return found
+
+
+def load_config(path: str | Path | None, overrides: list[str] | None = None) -> Config:
+    """Resolve a YAML file and `group.key=value` overrides over the defaults.
+
+    Args:
+        path: YAML file with differences from the defaults; None for none.
+        overrides: dotted assignments, later ones win.
+
+    Returns:
+        the validated configuration.
+
+    Raises:
+        ConfigError: file absent or not a mapping, unknown key, wrong type or impossible value.
+    """
+    config = OmegaConf.structured(Config)
+    layers: list[tuple[str, Any]] = []
+    if path is not None:
+        layers.append((str(path), _read_yaml(Path(path))))
+    for text in overrides or []:
+        if "=" not in text:
+            raise ConfigError(f"override {text!r}: expected group.key=value, as seed=2")
+        layers.append((text, OmegaConf.from_dotlist([text])))
+    for name, layer in layers:
+        try:
+            config = OmegaConf.merge(config, layer)
+        except ConfigKeyError as error:
+            raise ConfigError(f"{name}: {_unknown(error.full_key or str(error.key))}") from None
+        except OmegaConfBaseException as error:
+            reason = str(error).split("\n")[0]
+            raise ConfigError(f"{name}: key {error.full_key!r}: {reason}") from None
+    try:
+        resolved = OmegaConf.to_object(config)
+    except MissingMandatoryValue as error:
+        raise ConfigError(
+            f"{path or 'configuration'}: {error.full_key} is not set; give it in the file or as "
+            f"{error.full_key}=VALUE"
+        ) from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path or 'configuration'}: {str(error).splitlines()[0]}") from None
+    assert isinstance(resolved, Config)
+    validate(resolved)
+    return resolved
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain dictionary of a configuration, for config.json."""
+    plain = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved configuration as JSON."""
+    path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def validate(config: Config) -> None:
+    """Check values that types cannot.
+
+    Raises:
+        ConfigError: naming key, value and what is accepted.
+    """
+    for key, accepted in CHOICES.items():
+        value = _get(config, key)
+        if value not in accepted:
+            shown = " | ".join(str(a) for a in accepted)
+            raise ConfigError(f"{key} is {value!r}; expected {shown}")
+    for key in AT_LEAST_ONE:
+        if _get(config, key) < 1:
+            raise ConfigError(f"{key} is {_get(config, key)}; expected 1 or more")
+    if config.parallel.sequence and config.parallel.tensor == 1:
+        raise ConfigError("parallel.sequence=true needs parallel.tensor of 2 or more")
+    if config.model.fp8 and config.model.spec != "transformer_engine":
+        raise ConfigError("model.fp8 needs model.spec=transformer_engine")
+    if config.stage == "grpo":
+        _validate_grpo(config)
+
+
+def _validate_grpo(config: Config) -> None:
+    if config.rollout.top_p != 1.0 or config.rollout.top_k != 0:
+        raise ConfigError(
+            f"rollout.top_p={config.rollout.top_p}, rollout.top_k={config.rollout.top_k}: training "
+            "rollouts are sampled from the whole distribution; set top_p=1 and top_k=0"
+        )
+    if config.rollout.temperature <= 0:
+        raise ConfigError("rollout.temperature must be above 0 for training rollouts")
+    if config.data.prompts_per_step % config.algorithm.prompts_per_update:
+        raise ConfigError(
+            f"algorithm.prompts_per_update={config.algorithm.prompts_per_update} does not divide "
+            f"data.prompts_per_step={config.data.prompts_per_step}"
+        )
+
+
+def _get(config: Config, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such configuration file")
+    try:
+        read = OmegaConf.load(path)
+    except Exception as error:  # yaml's own errors share no base with OmegaConf's
+        raise ConfigError(f"{path}: not readable as YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(read, DictConfig):
+        raise ConfigError(f"{path}: expected a mapping of groups at the top, got a list or a value")
+    return read
+
+
+def _unknown(key: str) -> str:
+    near = difflib.get_close_matches(key, keys(), n=1, cutoff=0.0)
+    return f"unknown key {key!r}; the nearest is {near[0]!r}"

@@ -1,0 +1,219 @@
+"""Records that travel between stages: frozen, each stage returns a new one.
+
+    shards -> Example -> Prompt -> Rollout -> Reward -> TrainSample -> PackedBatch -> loss
+
+Images never travel between ranks: a sample is named by its index in the dataset, and whoever
+needs its pixels reads them from the shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from PIL import Image
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation; `content` may hold `<image>` marks."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """A sample of a dataset as its shard holds it, without pixels.
+
+    Attributes:
+        index: position in the dataset; names the sample on every rank.
+        key: webdataset key of the sample inside its shard.
+        shard: path of the shard, for messages.
+        messages: the conversation; for reinforcement learning one user turn, for supervised
+            fine-tuning it ends with an assistant turn.
+        answer: gold answer, or None where there is none (supervised fine-tuning).
+        num_images: images stored with the sample; equals the `<image>` marks in `messages`.
+        metadata: further columns (`problem_id`, `data_source`, `digits`, …), JSON values.
+    """
+
+    index: int
+    key: str
+    shard: str
+    messages: tuple[Message, ...]
+    answer: str | None
+    num_images: int
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def question(self) -> str:
+        """Content of the last user turn, `<image>` marks included."""
+        return next(m.content for m in reversed(self.messages) if m.role == "user")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A tokenised prompt in both spellings.
+
+    Attributes:
+        example: where it comes from.
+        token_ids: for the trainer: each image one expanded run of image-pad ids.
+        engine_token_ids: for the engine: each image a single image-pad id.
+        images: decoded RGB images, in order; empty on ranks that do not need pixels.
+        image_grid_thw: per image (t, h, w) in patches.
+    """
+
+    example: Example
+    token_ids: tuple[int, ...]
+    engine_token_ids: tuple[int, ...]
+    images: tuple[Image.Image, ...]
+    image_grid_thw: tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the engine sampled for one request.
+
+    Attributes:
+        token_ids: sampled ids, the end-of-turn id included when it was sampled.
+        logprobs: the engine's logprob of each sampled id under the distribution that it was
+            sampled from (temperature applied), nats; empty if not asked for.
+        text: the ids decoded, special tokens left out.
+        finish_reason: "stop" (end of turn) or "length" (cut by a token limit).
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled response and what was read from its description alone.
+
+    Attributes:
+        index: index of the example.
+        sample: number k of this response among the n of its prompt.
+        prompt_token_ids: expanded ids, as `Prompt.token_ids`.
+        completion: pass 1.
+        description: text inside the description span; None if there is no closed span or the
+            recipe has none.
+        reading: pass 2, from description and question without the image; None if it did not run.
+        weight_version: number of the weight sync that the engine held.
+    """
+
+    index: int
+    sample: int
+    prompt_token_ids: tuple[int, ...]
+    completion: Completion
+    description: str | None
+    reading: Completion | None
+    weight_version: int
+
+
+@dataclass(frozen=True)
+class Reward:
+    """Verdicts on one rollout and their sum.
+
+    Attributes:
+        accuracy: pass-1 answer right, 0 or 1.
+        format: response has the recipe's form, 0 or 1.
+        self_reward: pass-2 answer right, 0 or 1; None where there is no pass 2 by design (a
+            text-only sample, a recipe without it), 0 where the description is missing.
+        leak: the description states the answer as a verdict.
+        total: the recipe's weighted sum.
+        answer: answer read from pass 1, None if there is none.
+        reading_answer: answer read from pass 2, None if there is none.
+    """
+
+    accuracy: float
+    format: float
+    self_reward: float | None
+    leak: bool
+    total: float
+    answer: str | None
+    reading_answer: str | None
+
+
+@dataclass(frozen=True)
+class TrainSample:
+    """One sequence to learn from; arrays are aligned with `token_ids`, entry t is about token t.
+
+    Attributes:
+        index: index of the example, by which its images are read; -1 never has images.
+        num_images: images that belong to it.
+        token_ids: [tokens] int64, prompt and response, images expanded.
+        loss_mask: [tokens] bool, True where the token is a target. Never True at token 0.
+        image_grid_thw: per image (t, h, w) in patches.
+        advantages: [tokens] float32 or None (supervised).
+        old_logprobs: [tokens] float32, the actor's before this batch's updates, or None.
+        engine_logprobs: [tokens] float32, as sampled, or None.
+        reference_logprobs: [tokens] float32, of the frozen reference, or None.
+    """
+
+    index: int
+    num_images: int
+    token_ids: np.ndarray
+    loss_mask: np.ndarray
+    image_grid_thw: tuple[tuple[int, int, int], ...] = ()
+    advantages: np.ndarray | None = None
+    old_logprobs: np.ndarray | None = None
+    engine_logprobs: np.ndarray | None = None
+    reference_logprobs: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class VisionInputs:
+    """Pixels of some images as the vision tower takes them.
+
+    Attributes:
+        pixel_values: [patches, 3 * temporal_patch * patch * patch] float32, normalised.
+        image_grid_thw: [images, 3] int64, (t, h, w) in patches.
+    """
+
+    pixel_values: torch.Tensor
+    image_grid_thw: torch.Tensor
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """A micro-batch: sequences one behind the other in one row of T tokens.
+
+    Everything per token is aligned with the *predicting* position: entry t is about the token
+    that the logits at position t predict, so `labels[t]` is token t + 1 of the same sequence. At
+    the last token of a sequence and in padding `loss_mask` is 0 and `labels` is 0.
+
+    Attributes:
+        sample_ids: the positions of the packed samples in the list that was packed, in order.
+        input_ids: [1, T] int64.
+        labels: [1, T] int64.
+        loss_mask: [1, T] float32, 0 or 1.
+        position_ids: [3, 1, T] int64, mRoPE rows (time, height, width), restarting at each
+            sequence.
+        cu_seqlens: [sequences + 1] int32, borders on the row; padding, if any, is the last
+            sequence.
+        max_seqlen: longest sequence, tokens.
+        vision: images of all sequences, in order; None if there are none.
+        advantages: [1, T] float32 or None.
+        old_logprobs: [1, T] float32 or None.
+        engine_logprobs: [1, T] float32 or None.
+        reference_logprobs: [1, T] float32 or None.
+    """
+
+    sample_ids: tuple[int, ...]
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    loss_mask: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    vision: VisionInputs | None = None
+    advantages: torch.Tensor | None = None
+    old_logprobs: torch.Tensor | None = None
+    engine_logprobs: torch.Tensor | None = None
+    reference_logprobs: torch.Tensor | None = None

