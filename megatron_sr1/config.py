@@ -285,7 +285,7 @@ def keys() -> list[str]:
 
     def walk(node: DictConfig, prefix: str) -> None:
         for key in node:
-            name = f"{prefix}{key}"
+            name = prefix + str(key)
             if not OmegaConf.is_missing(node, key) and isinstance(node[key], DictConfig):
                 walk(node[key], name + ".")
             else:

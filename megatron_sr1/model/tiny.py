@@ -1,0 +1,161 @@
+"""A tiny, complete Qwen2.5-VL directory with random weights: for the demo and for tests.
+
+In: texts to train a byte-pair vocabulary on. Out: a Hugging Face directory with configuration,
+weights, tokenizer, chat template and image processor settings, read by transformers and vLLM
+like a published checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+# No default system turn; the image parts of a turn become one pad each between their marks.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+    "{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+IMAGE_PROCESSOR = {
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "processor_class": "Qwen2_5_VLProcessor",
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "min_pixels": 784,
+    "max_pixels": 200704,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+
+
+def make_tiny_model(
+    directory: str | Path,
+    corpus: Iterable[str],
+    *,
+    vocab_size: int = 384,
+    seed: int = 0,
+    hidden_size: int = 128,
+    num_layers: int = 2,
+    tie_word_embeddings: bool = True,
+) -> None:
+    """Write a tiny Qwen2.5-VL with random float32 weights.
+
+    Args:
+        directory: where to; made if needed.
+        corpus: texts for the byte-pair vocabulary.
+        vocab_size: rows of the embedding; the vocabulary is at most this large.
+        seed: of the weights.
+        hidden_size: of the language model, a multiple of 64; heads have 32 channels.
+        num_layers: of the language model.
+        tie_word_embeddings: whether the output layer is the embedding.
+    """
+    import torch
+
+    from megatron_sr1.runtime.torchvision_mend import mend_torchvision
+
+    mend_torchvision()
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    target = Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    ids = _write_tokenizer(target, corpus, vocab_size)
+    heads = hidden_size // 32
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": vocab_size,
+            "hidden_size": hidden_size,
+            "intermediate_size": 3 * hidden_size,
+            "num_hidden_layers": num_layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads // 2,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [4, 6, 6],
+            },
+            "bos_token_id": ids["<|endoftext|>"],
+            "eos_token_id": ids["<|im_end|>"],
+            "pad_token_id": ids["<|endoftext|>"],
+            "tie_word_embeddings": tie_word_embeddings,
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_heads": 4,
+            "out_hidden_size": hidden_size,
+            "window_size": 112,
+            "fullatt_block_indexes": [1],
+        },
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=tie_word_embeddings,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    model.save_pretrained(target)
+    generation = {"eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]}
+    _write_json(target / "generation_config.json", generation)
+    _write_json(target / "preprocessor_config.json", IMAGE_PROCESSOR)
+
+
+def _write_tokenizer(target: Path, corpus: Iterable[str], vocab_size: int) -> dict[str, int]:
+    """Train and write the tokenizer; returns the ids of its special tokens."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    # One digit a token, with the space before it; a tag with its space can become one token.
+    words = Regex(r" ?\p{N}| ?[^\s\p{N}]+|\s")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(words, behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.save(str(target / "tokenizer.json"))
+    _write_json(
+        target / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|endoftext|>",
+            "additional_special_tokens": list(SPECIAL_TOKENS),
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": 4096,
+        },
+    )
+    (target / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")

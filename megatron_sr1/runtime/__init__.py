@@ -1,0 +1,1 @@
+"""Devices, process groups, seeds and failures: what every room stands on."""

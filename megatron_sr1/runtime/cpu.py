@@ -1,0 +1,136 @@
+"""The one place that teaches Megatron-Core to run without CUDA.
+
+Megatron names `cuda` in three ways, each answered in the narrowest place that works:
+
+- `torch.cuda.*` calls (current device, synchronize, RNG state, streams): `install` answers them
+  for the CPU, once, and only where CUDA is absent.
+- `device="cuda"`, `Tensor.cuda()` and comparisons with `Tensor.type()` strings: `megatron_mode`,
+  a `TorchFunctionMode` entered around Megatron's calls. Torch's factory functions themselves are
+  never replaced: torch's device contexts know them by identity, and a replaced `torch.arange`
+  makes transformers build models from uninitialised memory.
+- RNG states of `megatron.core.tensor_parallel.random`: put on the CPU generator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+_TYPE_NAMES = {
+    "torch.FloatTensor": "torch.cuda.FloatTensor",
+    "torch.HalfTensor": "torch.cuda.HalfTensor",
+    "torch.BFloat16Tensor": "torch.cuda.BFloat16Tensor",
+}
+
+
+class _Stream:
+    """A stream or event of a device that has one queue only: nothing to order."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def _nothing(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+    wait_stream = wait_event = record_event = synchronize = record = wait = _nothing
+
+    def query(self) -> bool:
+        return True
+
+
+@contextlib.contextmanager
+def _stream_context(stream: Any) -> Iterator[None]:
+    yield
+
+
+class _CPUMode(TorchFunctionMode):
+    """Sends what is asked of `cuda` to the CPU, call by call."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            name = func(*args)
+            return _TYPE_NAMES.get(name, name)
+        if func is torch.Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
+            return False
+        if "device" in kwargs and _names_cuda(kwargs["device"]):
+            kwargs = {**kwargs, "device": _CPU}
+        elif func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
+            args = (args[0], _CPU, *args[2:])
+        return func(*args, **kwargs)
+
+
+def _names_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+def megatron_mode() -> AbstractContextManager[Any]:
+    """A context for calls into Megatron; does nothing where CUDA is there."""
+    return contextlib.nullcontext() if torch.cuda.is_available() else _CPUMode()
+
+
+_installed = False
+
+
+def install() -> None:
+    """Answer Megatron's `torch.cuda` calls for the CPU; nothing where CUDA is there.
+
+    Call it before Megatron-Core is used. Calling it again does nothing.
+    """
+    global _installed
+    if _installed or torch.cuda.is_available():
+        return
+    _installed = True
+
+    def get_rng_state(device: Any = None) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(new_state: torch.Tensor, device: Any = None) -> None:
+        torch.set_rng_state(new_state)
+
+    answers: dict[str, Any] = {
+        "current_device": lambda: _CPU,
+        "get_rng_state": get_rng_state,
+        "set_rng_state": set_rng_state,
+        "manual_seed": torch.default_generator.manual_seed,
+        "Stream": _Stream,
+        "Event": type("_Event", (_Stream,), {}),
+        "current_stream": lambda device=None: _Stream(),
+        "default_stream": lambda device=None: _Stream(),
+        "stream": _stream_context,
+        "memory_reserved": lambda device=None: 0,
+        "max_memory_reserved": lambda device=None: 0,
+    }
+    for name in ("synchronize", "empty_cache", "set_device", "reset_peak_memory_stats"):
+        # One function a name: torch's compiler keeps its rules by object identity.
+        answers[name] = lambda *args, **kwargs: None
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, answer)
+    torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign]
+    _install_random()
+
+
+def _install_random() -> None:
+    """Put Megatron's per-region RNG states on the CPU generator."""
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    def get_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> Any:
+        return torch.get_rng_state()
+
+    def set_state(new_state: Any, device: Any = -1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(new_state)
+
+    megatron_random._get_cuda_rng_state = get_state
+    megatron_random._set_cuda_rng_state = set_state

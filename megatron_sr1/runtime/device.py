@@ -1,0 +1,90 @@
+"""One switch between CPU with gloo and CUDA with NCCL, and the start of torch.distributed."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+
+from megatron_sr1.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where this rank computes.
+
+    Attributes:
+        kind: "cpu" or "cuda".
+        index: number of the GPU on this machine; 0 on a CPU.
+    """
+
+    kind: str
+    index: int = 0
+
+    @property
+    def torch(self) -> torch.device:
+        """As torch's device."""
+        return torch.device("cpu") if self.kind == "cpu" else torch.device("cuda", self.index)
+
+    @property
+    def backend(self) -> str:
+        """Backend of torch.distributed."""
+        return "gloo" if self.kind == "cpu" else "nccl"
+
+
+def select_device(kind: str = "auto") -> Device:
+    """Pick the device of this rank (`LOCAL_RANK` chooses the GPU).
+
+    Args:
+        kind: auto | cpu | cuda.
+
+    Raises:
+        ConfigError: cuda was asked for and is not there, or there are fewer GPUs than local ranks.
+    """
+    if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
+        return Device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "launch.device=cuda, but torch sees no GPU; use launch.device=cpu or auto"
+        )
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    if index >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {index} has no GPU: torch sees {torch.cuda.device_count()}; start at most "
+            "one process a GPU (launch.num_processes)"
+        )
+    return Device("cuda", index)
+
+
+def start_distributed(device: Device, timeout_seconds: float = 1800.0) -> None:
+    """Start torch.distributed from the environment; alone, as a world of one on a free port.
+
+    On a GPU a gloo backend stands beside NCCL for objects in host memory.
+    """
+    if torch.distributed.is_initialized():
+        return
+    if device.kind == "cuda":
+        torch.cuda.set_device(device.index)
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.distributed.init_process_group(
+        backend="gloo" if device.kind == "cpu" else "cpu:gloo,cuda:nccl",
+        timeout=timedelta(seconds=timeout_seconds),
+    )
+
+
+def stop_distributed() -> None:
+    """Destroy the process groups, Megatron's included, if there are any."""
+    if not torch.distributed.is_initialized():
+        return
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()

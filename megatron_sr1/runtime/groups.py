@@ -1,0 +1,133 @@
+"""Process groups of the actor's layout: made once, passed on, never None."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_sr1.config import ParallelConfig
+from megatron_sr1.errors import ConfigError
+from megatron_sr1.runtime import cpu
+from megatron_sr1.runtime.device import Device
+
+
+@dataclass(frozen=True)
+class Group:
+    """A process group as this rank sees it.
+
+    Attributes:
+        process_group: torch's group.
+        rank: of this process in the group.
+        size: ranks in the group.
+        ranks: their numbers in the world, in the group's order.
+    """
+
+    process_group: dist.ProcessGroup
+    rank: int
+    size: int
+    ranks: tuple[int, ...]
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup) -> Group:
+        """Wrap torch's group."""
+        return cls(
+            group,
+            dist.get_rank(group),
+            dist.get_world_size(group),
+            tuple(dist.get_process_group_ranks(group)),
+        )
+
+
+@dataclass(frozen=True)
+class Groups:
+    """All groups of a layout.
+
+    Attributes:
+        tensor: ranks that share each layer.
+        pipeline: ranks that hold the stages, in order.
+        context: ranks that share each sequence.
+        data: ranks with the same shard and other samples.
+        data_context: data times context, over which gradients are summed.
+        world: everyone.
+        collection: Megatron's `ProcessGroupCollection` of the same groups.
+        device: where this rank computes.
+    """
+
+    tensor: Group
+    pipeline: Group
+    context: Group
+    data: Group
+    data_context: Group
+    world: Group
+    collection: Any
+    device: Device
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds embedding and vision tower."""
+        return self.pipeline.rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the output layer."""
+        return self.pipeline.rank == self.pipeline.size - 1
+
+
+def make_groups(parallel: ParallelConfig, device: Device) -> Groups:
+    """Make Megatron's groups for a layout; torch.distributed must have started.
+
+    Raises:
+        ConfigError: the layout does not divide the number of ranks.
+    """
+    cpu.install()
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    world_size = dist.get_world_size()
+    model_size = parallel.tensor * parallel.pipeline * parallel.context
+    if world_size % model_size:
+        raise ConfigError(
+            f"parallel.tensor={parallel.tensor} x pipeline={parallel.pipeline} x "
+            f"context={parallel.context} = {model_size} does not divide the {world_size} ranks; "
+            "change the layout or launch.num_processes"
+        )
+    with cpu.megatron_mode():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            context_parallel_size=parallel.context,
+            create_gloo_process_groups=True,
+        )
+        collection = ProcessGroupCollection.use_mpu_process_groups()
+    world = dist.group.WORLD
+    assert world is not None
+    return Groups(
+        tensor=Group.of(parallel_state.get_tensor_model_parallel_group()),
+        pipeline=Group.of(parallel_state.get_pipeline_model_parallel_group()),
+        context=Group.of(parallel_state.get_context_parallel_group()),
+        data=Group.of(parallel_state.get_data_parallel_group()),
+        data_context=Group.of(parallel_state.get_data_parallel_group(with_context_parallel=True)),
+        world=Group.of(world),
+        collection=collection,
+        device=device,
+    )
+
+
+def all_reduce_sum(values: torch.Tensor, group: Group) -> torch.Tensor:
+    """Sum a small tensor over a group; returns a new tensor on its device."""
+    total = values.clone()
+    if group.size > 1:
+        dist.all_reduce(total, group=group.process_group)
+    return total
+
+
+def gather_objects(value: Any, group: Group) -> list[Any]:
+    """Every rank's value, in the group's order. Only for small Python objects of our own."""
+    if group.size == 1:
+        return [value]
+    gathered: list[Any] = [None] * group.size
+    dist.all_gather_object(gathered, value, group=group.process_group)
+    return gathered

@@ -1,0 +1,59 @@
+"""What tests share: a tiny model directory, and a way to run a script on several ranks."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_collection_modifyitems(items):
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs CUDA; torch sees no GPU here"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """Directory of the digits model with random weights."""
+    from megatron_sr1.data.digits import corpus_texts
+    from megatron_sr1.model.tiny import make_tiny_model
+
+    directory = tmp_path_factory.mktemp("tiny_model")
+    make_tiny_model(directory, corpus_texts())
+    return directory
+
+
+@pytest.fixture(scope="session")
+def run_ranks():
+    """Run a script under torchrun; returns its output, fails the test on a non-zero exit."""
+
+    def run(script, num_ranks, *arguments, timeout=240, check=True, env=None):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", str(num_ranks), str(script), *map(str, arguments)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
+        done = subprocess.run(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+            env=environment,
+            cwd=ROOT,
+        )
+        if check and done.returncode:
+            pytest.fail(
+                f"{script} on {num_ranks} ranks left with {done.returncode}:\n{done.stdout}"
+            )
+        return done
+
+    return run
