@@ -1,0 +1,181 @@
+"""A rank that fails takes the others with it: real torchrun, two gloo ranks."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_sr1.runtime.failure import FAILURE_FILE, deadline, guard, read_failure
+
+RANK_PROGRAM = """
+import sys, time
+import torch
+import torch.distributed as dist
+from megatron_sr1.errors import DataError
+from megatron_sr1.runtime.failure import guard
+
+def main(run_dir, what):
+    with guard(run_dir) as watch:
+        dist.init_process_group("gloo")
+        rank = dist.get_rank()
+        dist.all_reduce(torch.ones(1))
+        if rank == 1 and what == "raise":
+            raise RuntimeError("the moon is missing")
+        if rank == 1 and what == "user_error":
+            raise DataError("shard-3.tar: sample 7: no answer")
+        if rank == 1 and what == "kill":
+            import os
+            os.kill(os.getpid(), 9)
+        if what == "both":
+            raise DataError("shard-3.tar: sample 7: no answer")
+        with watch.deadline("all_reduce of rank 0", 2.0 if what == "hang" else 300.0):
+            if rank == 1 and what == "hang":
+                time.sleep(300)
+            if what == "fine":
+                dist.barrier()
+            else:
+                dist.all_reduce(torch.ones(1))
+        dist.destroy_process_group()
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+"""
+
+
+def run_two_ranks(tmp_path: Path, what: str) -> tuple[subprocess.CompletedProcess, float, Path]:
+    program, run_dir = tmp_path / "ranks.py", tmp_path / "run"
+    program.write_text(RANK_PROGRAM)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", str(program), str(run_dir), what]
+    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.getcwd())
+    started = time.monotonic()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90)
+    return done, time.monotonic() - started, run_dir
+
+
+@pytest.fixture(scope="module")
+def fine_seconds(tmp_path_factory) -> float:
+    """How long start and end take when nothing fails, as the machine is shared."""
+    done, seconds, run_dir = run_two_ranks(tmp_path_factory.mktemp("fine"), "fine")
+    assert done.returncode == 0, done.stderr
+    assert not (run_dir / FAILURE_FILE).exists()
+    assert not (run_dir / "stacks").exists(), "empty stack files are left behind"
+    return seconds
+
+
+def test_a_rank_that_raises_ends_the_one_in_a_collective(tmp_path, fine_seconds):
+    done, seconds, run_dir = run_two_ranks(tmp_path, "raise")
+    assert done.returncode != 0
+    assert seconds < 3 * fine_seconds + 10
+    assert "Traceback" in done.stderr
+    assert "megatron-sr1: error: rank 1: RuntimeError: the moon is missing" in done.stderr
+    failure = json.loads((run_dir / FAILURE_FILE).read_text())
+    assert failure["rank"] == 1 and failure["code"] == 1
+    for rank in (0, 1):
+        stacks = (run_dir / "stacks" / f"rank_{rank}.txt").read_text()
+        assert "the moon is missing" in stacks and "most recent call first" in stacks
+    assert "all_reduce" in (run_dir / "stacks" / "rank_0.txt").read_text()
+
+
+def test_a_passed_deadline_ends_all_ranks_and_names_the_phase(tmp_path, fine_seconds):
+    done, seconds, run_dir = run_two_ranks(tmp_path, "hang")
+    assert done.returncode != 0
+    assert seconds < 3 * fine_seconds + 12
+    assert "all_reduce of rank 0 took longer than its deadline of 2 s" in done.stderr
+    for rank in (0, 1):
+        assert (run_dir / "stacks" / f"rank_{rank}.txt").stat().st_size > 0
+
+
+def test_a_users_error_is_one_line_without_traceback(tmp_path):
+    done, _, run_dir = run_two_ranks(tmp_path, "user_error")
+    ours = done.stderr.split("torch/distributed")[0]  # torchrun adds its own traceback at its end
+    assert "megatron-sr1: error: rank 1: shard-3.tar: sample 7: no answer" in ours
+    assert "DataError" not in done.stderr
+    assert json.loads((run_dir / FAILURE_FILE).read_text())["code"] == 2
+    assert "DataError" in (run_dir / "stacks" / "rank_1.txt").read_text()
+
+
+def test_the_same_error_on_all_ranks_is_said_once(tmp_path):
+    done, _, _ = run_two_ranks(tmp_path, "both")
+    assert done.returncode != 0
+    assert done.stderr.count("sample 7: no answer") == 1
+
+
+def test_a_killed_rank_leaves_the_stacks_of_the_other(tmp_path, fine_seconds):
+    done, seconds, run_dir = run_two_ranks(tmp_path, "kill")
+    assert done.returncode != 0
+    assert seconds < 3 * fine_seconds + 10
+    assert "most recent call first" in (run_dir / "stacks" / "rank_0.txt").read_text()
+
+
+def alone(code: str, tmp_path: Path) -> subprocess.CompletedProcess:
+    text = f"import time\nfrom megatron_sr1.runtime.failure import guard, deadline\n{code}"
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    return subprocess.run(
+        [sys.executable, "-c", text, str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_a_deadline_strikes_while_the_interpreter_lock_is_held(tmp_path):
+    # PyDLL calls keep the lock, so that no Python thread runs: only the timer in C can strike.
+    code = f"""
+import ctypes
+from megatron_sr1.runtime import failure
+failure.BACKUP_SECONDS = 0.5
+with guard({str(tmp_path)!r}), deadline("a call in C", 0.5):
+    ctypes.PyDLL(None).sleep(30)
+"""
+    started = time.monotonic()
+    done = alone(code, tmp_path)
+    assert done.returncode != 0 and time.monotonic() - started < 20
+    assert "most recent call first" in (tmp_path / "stacks" / "rank_0.txt").read_text()
+
+
+def test_an_inner_deadline_ends_with_its_block(tmp_path):
+    code = f"""
+with guard({str(tmp_path)!r}):
+    with deadline("outer", 20):
+        with deadline("inner", 0.5):
+            pass
+        time.sleep(1.5)
+"""
+    done = alone(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_cause_is_the_last_line_and_the_status_is_two(tmp_path):
+    code = f"""
+from megatron_sr1.errors import ConfigError
+with guard({str(tmp_path)!r}):
+    raise ConfigError("seed is 'x'; expected a number")
+"""
+    done = alone(code, tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "megatron-sr1: error: rank 0: seed is 'x'; expected a number\n"
+
+
+def test_a_failure_of_an_earlier_launch_is_ignored(tmp_path):
+    old = {"rank": 0, "cause": "old", "code": 1, "time": time.time() - 3600, "restart": "0"}
+    (tmp_path / FAILURE_FILE).write_text(json.dumps(old))
+    assert read_failure(tmp_path, since=time.time() - 7200) is not None
+    done = alone(f"with guard({str(tmp_path)!r}):\n    time.sleep(1)\n", tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_a_guard_a_deadline_is_not_there():
+    with deadline("nothing", 0.001):
+        time.sleep(0.01)
+
+
+def test_leaving_by_system_exit_is_passed_on(tmp_path):
+    with pytest.raises(SystemExit, match="3"), guard(tmp_path, rank=0, world_size=1):
+        raise SystemExit(3)
+    assert not (tmp_path / FAILURE_FILE).exists()
