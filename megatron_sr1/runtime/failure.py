@@ -209,6 +209,10 @@ def guard(
         rank: of this process; from the environment if None.
         world_size: ranks; from the environment if None.
     """
+    outer = _current.get()
+    if outer is not None:  # a guard within a guard: the outer one ends the process
+        yield outer
+        return
     if rank is None:
         rank = int(os.environ.get("RANK", "0"))
     if world_size is None:

@@ -1,0 +1,187 @@
+"""The command line: parses first, imports what a command needs afterwards.
+
+In: `megatron-sr1 COMMAND …`. Out: an exit status: 0 done, 1 failed, 2 something for the user to
+mend, said in one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_sr1.errors import ConfigError, SR1Error
+
+if TYPE_CHECKING:
+    from megatron_sr1.config import Config
+
+RUN_COMMANDS = {
+    "train": "run the stage that the configuration names (sft, grpo or eval)",
+    "sft": "supervised fine-tuning: train with stage=sft",
+    "eval": "evaluation: train with stage=eval",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands."""
+    parser = argparse.ArgumentParser(
+        prog="megatron-sr1",
+        description="Self-rewarding reinforcement learning of vision-language models (Vision-SR1) "
+        "on Megatron-Core, on GPUs or on a CPU.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    demo = commands.add_parser("demo", help="learn to read digits from scratch, on a CPU")
+    demo.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="DIR")
+    demo.add_argument("--seed", type=int, default=1, metavar="N")
+    for name, text in RUN_COMMANDS.items():
+        run = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text}. Alone it starts one rank a GPU (or launch.num_processes); "
+            "under torchrun or srun it joins.",
+        )
+        run.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
+        run.add_argument("overrides", nargs="*", metavar="key=value", help="as seed=2")
+        run.add_argument("--dry-run", action="store_true", help="check and describe, start nothing")
+    report = commands.add_parser("report", help="write a run's HTML report again")
+    report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    commands.add_parser("doctor", help="what is installed, what would run, what to do")
+    return parser
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse; overrides may stand before and behind options."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    unknown = [text for text in rest if text.startswith("-") or not hasattr(arguments, "overrides")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: arguments behind the program's name; the process's if None.
+
+    Returns:
+        exit status.
+    """
+    arguments = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments.command in RUN_COMMANDS:
+            return run_command(arguments)
+        if arguments.command == "demo":
+            return demo_command(arguments.output, arguments.seed)
+        if arguments.command == "report":
+            return report_command(arguments.run_dir)
+        return doctor_command()
+    except SR1Error as error:
+        sys.stdout.flush()
+        print(f"megatron-sr1: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def run_command(arguments: argparse.Namespace) -> int:
+    """`train`, `sft` and `eval`: check, then start the ranks, or be one of them."""
+    from megatron_sr1.config import load_config
+    from megatron_sr1.launch import preflight, torchrun
+
+    overrides = list(arguments.overrides)
+    if arguments.command != "train":
+        overrides.append(f"stage={arguments.command}")
+    config = load_config(arguments.config, overrides)
+    joined = torchrun.joined(os.environ)
+    if joined is not None and not arguments.dry_run:
+        os.environ.update(joined)
+        return rank_main(config)
+    preflight.check_paths(config)
+    if arguments.dry_run:
+        from megatron_sr1.trainer.setup import dry_run
+
+        print(dry_run(config))
+        return 0
+    num_ranks = torchrun.num_processes(config.launch)
+    if num_ranks == 1:
+        os.environ.update(torchrun.rank_environment(config.launch, num_ranks))
+        return rank_main(config)
+    started = time.time()
+    status = torchrun.run(["train", str(arguments.config), *overrides], config.launch, num_ranks)
+    return _with_cause(status, Path(config.output), started) if status else 0
+
+
+def rank_main(config: Config) -> int:
+    """One rank of a run; its failure ends the others."""
+    from megatron_sr1.runtime.failure import guard
+
+    configure_logging(config.logging.level)
+    with guard(config.output):
+        from megatron_sr1.trainer.run import run_stage
+
+        return run_stage(config)
+
+
+def _with_cause(status: int, run_dir: Path, started: float) -> int:
+    """Say again why the ranks ended, below torchrun's own words; the failed rank's status."""
+    from megatron_sr1.runtime.failure import STACKS_FOLDER, read_failure
+
+    failure = read_failure(run_dir, since=started)
+    if failure is None:
+        return status
+    where = "" if failure["code"] == 2 else f" (stacks in {run_dir / STACKS_FOLDER})"
+    print(
+        f"megatron-sr1: error: rank {failure['rank']}: {failure['cause']}{where}", file=sys.stderr
+    )
+    return int(failure["code"])
+
+
+def demo_command(output: Path, seed: int) -> int:
+    """`demo`."""
+    configure_logging("info")
+    from megatron_sr1.trainer.demo import run_demo
+
+    return run_demo(output, seed)
+
+
+def report_command(run_dir: Path) -> int:
+    """`report`: with pictures where the run's shards are still there."""
+    if not run_dir.is_dir():
+        raise ConfigError(f"{run_dir}: no such run folder")
+    from megatron_sr1.observability.report import shards_of, write_report
+
+    shards = shards_of(run_dir)
+    images = None
+    if shards is not None and any(shards.glob("*.tar")):
+        from megatron_sr1.data.shards import ShardReader
+
+        images = ShardReader(shards).images
+    print(write_report(run_dir, images))
+    return 0
+
+
+def doctor_command() -> int:
+    """`doctor`."""
+    from megatron_sr1.doctor import examine
+
+    text, can_train = examine()
+    print(text)
+    return 0 if can_train else 1
+
+
+def configure_logging(level: str) -> None:
+    """Log to stderr; ranks other than 0 say warnings only, with their number."""
+    rank = int(os.environ.get("RANK", "0"))
+    name = "%(asctime)s %(message)s" if rank == 0 else f"%(asctime)s rank {rank}: %(message)s"
+    logging.basicConfig(format=name, datefmt="%H:%M:%S", force=True)
+    chosen = getattr(logging, level.upper()) if rank == 0 else logging.WARNING
+    logging.getLogger("megatron_sr1").setLevel(chosen)

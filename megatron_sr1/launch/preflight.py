@@ -1,0 +1,51 @@
+"""Check the paths of a configuration before any rank starts: one clear line, at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_sr1.config import Config
+from megatron_sr1.errors import CheckpointError, ConfigError, DataError
+
+# A Hugging Face directory, a checkpoint of ours, or a folder of such checkpoints.
+CHECKPOINT_MARKS = ("config.json", "latest", ".metadata", "metadata.json", "common.pt")
+
+
+def check_paths(config: Config) -> None:
+    """Check that model, data and output can be what the stage needs.
+
+    Raises:
+        CheckpointError: model.path is absent or holds no checkpoint.
+        DataError: a shard folder that the stage needs is not named, absent or without shards.
+        ConfigError: output names a file.
+    """
+    _check_model(Path(config.model.path))
+    if config.stage in ("sft", "grpo"):
+        _check_shards("data.train", config.data.train, needed=True)
+    _check_shards("data.eval", config.data.eval, needed=config.stage == "eval")
+    if Path(config.output).exists() and not Path(config.output).is_dir():
+        raise ConfigError(f"output={config.output} is a file; name a folder for the run")
+
+
+def _check_model(path: Path) -> None:
+    if not path.exists():
+        raise CheckpointError(
+            f"model.path={path}: no such folder; give a Hugging Face directory or a checkpoint"
+        )
+    if not path.is_dir() or not any((path / mark).exists() for mark in CHECKPOINT_MARKS):
+        raise CheckpointError(
+            f"model.path={path} is no checkpoint: expected a folder with config.json and "
+            "*.safetensors (Hugging Face), or one that a run or tools/convert_checkpoint.py wrote"
+        )
+
+
+def _check_shards(key: str, folder: str, needed: bool) -> None:
+    advice = "tools/make_shards.py writes shards"
+    if not folder:
+        if needed:
+            raise DataError(f"{key} is not set; name a folder of webdataset shards ({advice})")
+        return
+    if not Path(folder).is_dir():
+        raise DataError(f"{key}={folder}: no such folder ({advice})")
+    if not any(Path(folder).glob("*.tar")):
+        raise DataError(f"{key}={folder} holds no *.tar shard ({advice})")
