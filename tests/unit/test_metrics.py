@@ -1,0 +1,146 @@
+"""metrics.jsonl, the phase timer and the sinks."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from megatron_sr1.config import LoggingConfig
+from megatron_sr1.observability.metrics import MetricsFile, PhaseTimer, memory_metrics, read_lines
+from megatron_sr1.observability.sinks import WANDB_ID_FILE, JsonlSink, LogSink, make_sinks
+
+
+def steps(path: Path, stage: str = "grpo") -> list[int]:
+    return [line["step"] for line in read_lines(path) if line["stage"] == stage]
+
+
+def test_a_line_is_on_disk_as_soon_as_it_is_appended(tmp_path):
+    file = MetricsFile(tmp_path / "run" / "metrics.jsonl")
+    file.append(0, "grpo", {"reward/accuracy": 0.5, "mismatch/kl": float("nan")})
+    assert json.loads(file.path.read_text()) == {
+        "step": 0,
+        "stage": "grpo",
+        "reward/accuracy": 0.5,
+        "mismatch/kl": None,
+    }
+
+
+def test_resuming_drops_later_lines_of_that_stage_only(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path)
+    for step in range(4):
+        file.append(step, "sft", {"actor/loss": 1.0})
+    for step in range(6):
+        file.append(step, "grpo", {"reward/accuracy": 0.1 * step})
+    resumed = MetricsFile(path)
+    resumed.drop_after("grpo", 2)
+    resumed.append(3, "grpo", {"reward/accuracy": 0.9})
+    assert steps(path) == [0, 1, 2, 3] and steps(path, "sft") == [0, 1, 2, 3]
+    assert read_lines(path)[-1]["reward/accuracy"] == 0.9
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"], "a partial file is left"
+
+
+def test_a_line_cut_short_by_a_kill_is_removed(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    MetricsFile(path).append(0, "grpo", {"a": 1.0})
+    with open(path, "a") as file:
+        file.write('{"step": 1, "stage": "grpo", "a":')
+    MetricsFile(path).append(1, "grpo", {"a": 2.0})
+    assert [line["a"] for line in read_lines(path)] == [1.0, 2.0]
+
+
+def test_a_step_is_never_written_twice(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    MetricsFile(path).append(5, "grpo", {})
+    with pytest.raises(ValueError, match="step 5"):
+        MetricsFile(path).append(5, "grpo", {})
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_inner_phases_are_not_counted_twice():
+    clock = Clock()
+    timer = PhaseTimer(clock)
+    clock.now = 1.0
+    with timer.phase("update"):
+        clock.now = 3.0
+        with timer.phase("sync"):
+            clock.now = 7.0
+        clock.now = 8.0
+    with timer.phase("sync"):
+        clock.now = 9.0
+    assert timer.take() == {
+        "time/sync_seconds": 5.0,
+        "time/update_seconds": 3.0,
+        "time/step_seconds": 9.0,
+    }
+    clock.now = 11.0
+    assert timer.take() == {"time/step_seconds": 2.0}
+
+
+def test_moved_time_is_never_more_than_there_was():
+    clock = Clock()
+    timer = PhaseTimer(clock)
+    with timer.phase("pass1"):
+        clock.now = 4.0
+    timer.move("pass1", "pass2", 1.5)
+    timer.move("pass1", "pass2", 100.0)
+    taken = timer.take()
+    assert taken["time/pass1_seconds"] == 0.0 and taken["time/pass2_seconds"] == 4.0
+
+
+def test_memory_peak_is_at_least_what_is_used():
+    ballast = bytearray(64 * 2**20)
+    values = memory_metrics()
+    assert values["memory/host_peak_gib"] >= 0.9 * values["memory/host_gib"] > 0.06
+    assert ballast is not None
+
+
+def test_only_rank_zero_has_sinks(tmp_path):
+    settings = LoggingConfig(progress=False)
+    assert make_sinks(tmp_path, settings, stage="grpo", rank=1, num_steps=3) == []
+    kinds = make_sinks(tmp_path, settings, stage="grpo", rank=0, num_steps=3)
+    assert [type(sink) for sink in kinds] == [JsonlSink, LogSink]
+
+
+def test_sinks_of_a_resumed_run_continue_the_file(tmp_path):
+    settings = LoggingConfig(progress=False)
+    for resumed, first in ((None, 0), (1, 2), (None, 0)):
+        sinks = make_sinks(
+            tmp_path, settings, stage="grpo", rank=0, num_steps=5, resumed_step=resumed
+        )
+        for step in range(first, 5):
+            for sink in sinks:
+                sink.log(step, "grpo", {"reward/total": 1.0})
+        assert steps(tmp_path / "metrics.jsonl") == [0, 1, 2, 3, 4]
+
+
+def test_a_log_line_names_the_step_and_what_matters(caplog):
+    with caplog.at_level(logging.INFO, logger="megatron_sr1"):
+        LogSink(40).log(0, "grpo", {"reward/total": 0.75, "groups/zero": 3.0})
+    assert caplog.messages == ["grpo 1/40: reward 0.75"]
+
+
+@pytest.mark.slow
+def test_wandb_offline_needs_no_account_and_keeps_its_id(tmp_path):
+    pytest.importorskip("wandb")
+    settings = LoggingConfig(wandb="offline", progress=False)
+    ids = []
+    for step in (0, 1):
+        sinks = make_sinks(
+            tmp_path, settings, stage="sft", rank=0, num_steps=2, resumed_step=step - 1
+        )
+        for sink in sinks:
+            sink.log(step, "sft", {"actor/loss": 1.0 / (step + 1)})
+            sink.close()
+        ids.append((tmp_path / WANDB_ID_FILE).read_text().strip())
+    assert ids[0] == ids[1]
+    files = list((tmp_path / "wandb").glob(f"offline-run-*-{ids[0]}/*.wandb"))
+    assert len(files) == 2 and all(file.stat().st_size > 0 for file in files)
