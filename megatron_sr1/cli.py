@@ -146,11 +146,30 @@ def _with_cause(status: int, run_dir: Path, started: float) -> int:
 
 
 def demo_command(output: Path, seed: int) -> int:
-    """`demo`."""
-    configure_logging("info")
-    from megatron_sr1.trainer.demo import run_demo
+    """`demo`: prepare, train on the demo's ranks, compare, report; or be one of its ranks."""
+    from megatron_sr1.config import LaunchConfig
+    from megatron_sr1.launch import torchrun
+    from megatron_sr1.runtime.failure import guard
 
-    return run_demo(output, seed)
+    configure_logging("info")
+    joined = torchrun.joined(os.environ)
+    if joined is not None:
+        os.environ.update(joined)
+        with guard(output):
+            from megatron_sr1.trainer import demo
+
+            demo.train(output, seed)
+            return 0
+    from megatron_sr1.trainer import demo
+
+    demo.prepare(output, seed)
+    started = time.time()
+    own = ["demo", "--output", str(output), "--seed", str(seed)]
+    status = torchrun.run(own, LaunchConfig(threads=1), demo.NUM_RANKS)
+    if status:
+        return _with_cause(status, output, started)
+    demo.finish(output)
+    return report_command(output)
 
 
 def report_command(run_dir: Path) -> int:

@@ -61,7 +61,7 @@ class MetricsFile:
         if step <= self._last.get(stage, -1):
             raise ValueError(
                 f"{self.path}: {stage} step {step} comes after step {self._last[stage]}; call "
-                "drop_after when resuming"
+                "keep_until when resuming"
             )
         line: dict[str, Any] = {"step": step, "stage": stage}
         for name, value in values.items():
@@ -70,8 +70,8 @@ class MetricsFile:
             file.write(json.dumps(line) + "\n")
         self._last[stage] = step
 
-    def drop_after(self, stage: str, step: int) -> None:
-        """Forget the stage's lines with a higher step than `step`, the last that a resume keeps."""
+    def keep_until(self, stage: str, step: int) -> None:
+        """Forget the stage's lines with a higher step than `step`, the last that is kept."""
         self._keep(lambda line: line["stage"] != stage or line["step"] <= step)
 
     def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:

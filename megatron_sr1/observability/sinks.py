@@ -1,6 +1,6 @@
-"""Where a step's numbers go: `metrics.jsonl` always, a progress bar or log lines, wandb if asked.
+"""Where a step's numbers go beside `metrics.jsonl`: a progress bar or log lines, wandb if asked.
 
-In: step, stage and flat metrics. Only rank 0 has sinks; the others get an empty list.
+In: a step and its flat metrics. Only rank 0 makes sinks.
 """
 
 from __future__ import annotations
@@ -10,14 +10,12 @@ import sys
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from megatron_sr1.config import LoggingConfig
+from megatron_sr1.config import Config, to_dict
 from megatron_sr1.errors import ConfigError
-from megatron_sr1.observability.metrics import MetricsFile
 
 log = logging.getLogger(__name__)
-METRICS_FILE = "metrics.jsonl"
 WANDB_ID_FILE = "wandb_id.txt"
 SHOWN = {
     "reward/total": "reward",
@@ -32,66 +30,33 @@ SHOWN = {
 class Sink(Protocol):
     """Takes a step's metrics."""
 
-    def log(self, step: int, stage: str, values: Mapping[str, float]) -> None:
-        """Take the metrics of one finished step."""
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Take the metrics of one finished step, counted from 1."""
 
     def close(self) -> None:
         """The run is over."""
 
 
-def make_sinks(
-    run_dir: Path,
-    settings: LoggingConfig,
-    *,
-    stage: str,
-    rank: int,
-    num_steps: int,
-    resumed_step: int | None = None,
-    config: Mapping[str, Any] | None = None,
-) -> list[Sink]:
-    """The sinks of this rank.
+def make_sinks(config: Config, run_dir: Path, step: int = 0) -> list[Sink]:
+    """What shows a run beside its metrics file; for rank 0 alone.
 
     Args:
+        config: of the run.
         run_dir: run directory.
-        settings: the logging group.
-        stage: sft | grpo | eval.
-        rank: of this process; only 0 gets sinks.
-        num_steps: steps of the whole run, for the progress bar.
-        resumed_step: last step that counts as done; the stage's later lines in metrics.jsonl are
-            dropped. None: the stage starts afresh, all its lines are dropped.
-        config: resolved configuration, for wandb.
+        step: steps done before, when resuming.
 
     Raises:
         ConfigError: wandb was asked for and is not installed or cannot start.
     """
-    if rank != 0:
-        return []
-    file = MetricsFile(run_dir / METRICS_FILE)
-    done = -1 if resumed_step is None else resumed_step
-    file.drop_after(stage, done)
-    sinks: list[Sink] = [JsonlSink(file)]
-    if settings.progress and sys.stderr.isatty():
-        sinks.append(ProgressSink(stage, num_steps, done + 1))
+    num_steps = config.optimizer.num_steps
+    sinks: list[Sink] = []
+    if config.logging.progress and sys.stderr.isatty():
+        sinks.append(ProgressSink(config.stage, num_steps, step))
     else:
-        sinks.append(LogSink(num_steps))
-    if settings.wandb != "off":
-        sinks.append(WandbSink(run_dir, settings, config or {}))
+        sinks.append(LogSink(config.stage, num_steps))
+    if config.logging.wandb != "off":
+        sinks.append(WandbSink(run_dir, config))
     return sinks
-
-
-class JsonlSink:
-    """Writes `metrics.jsonl`."""
-
-    def __init__(self, file: MetricsFile) -> None:
-        """Write to `file`."""
-        self._file = file
-
-    def log(self, step: int, stage: str, values: Mapping[str, float]) -> None:
-        """Append a line."""
-        self._file.append(step, stage, values)
-
-    def close(self) -> None:
-        """Nothing: every line is on disk already."""
 
 
 def shown(values: Mapping[str, float]) -> str:
@@ -102,13 +67,13 @@ def shown(values: Mapping[str, float]) -> str:
 class LogSink:
     """A log line a step."""
 
-    def __init__(self, num_steps: int) -> None:
+    def __init__(self, stage: str, num_steps: int) -> None:
         """`num_steps`: of the run, shown behind the step's number."""
-        self._num_steps = num_steps
+        self._stage, self._num_steps = stage, num_steps
 
-    def log(self, step: int, stage: str, values: Mapping[str, float]) -> None:
+    def log(self, step: int, values: Mapping[str, float]) -> None:
         """Write the line."""
-        log.info("%s %d/%d: %s", stage, step + 1, self._num_steps, shown(values))
+        log.info("%s %d/%d: %s", self._stage, step, self._num_steps, shown(values))
 
     def close(self) -> None:
         """Nothing to close."""
@@ -117,7 +82,7 @@ class LogSink:
 class ProgressSink:
     """A progress bar on the terminal; log lines are written above it."""
 
-    def __init__(self, stage: str, num_steps: int, first_step: int) -> None:
+    def __init__(self, stage: str, num_steps: int, step: int) -> None:
         """Show the bar."""
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -128,13 +93,13 @@ class ProgressSink:
             *(BarColumn(), MofNCompleteColumn(), Remaining(), TextColumn("{task.fields[shown]}")),
             console=Console(stderr=True),
         )
-        self._task = self._bar.add_task(stage, total=num_steps, completed=first_step, shown="")
+        self._task = self._bar.add_task(stage, total=num_steps, completed=step, shown="")
         self._bar.start()
         self._point_logging()
 
-    def log(self, step: int, stage: str, values: Mapping[str, float]) -> None:
+    def log(self, step: int, values: Mapping[str, float]) -> None:
         """Advance."""
-        self._bar.update(self._task, completed=step + 1, shown=shown(values))
+        self._bar.update(self._task, completed=step, shown=shown(values))
 
     def close(self) -> None:
         """Leave the finished bar on the screen."""
@@ -151,8 +116,9 @@ class ProgressSink:
 class WandbSink:
     """Weights & Biases, online or into the run's folder; a resumed run keeps its id."""
 
-    def __init__(self, run_dir: Path, settings: LoggingConfig, config: Mapping[str, Any]) -> None:
+    def __init__(self, run_dir: Path, config: Config) -> None:
         """Start or resume the wandb run."""
+        settings = config.logging
         try:
             import wandb
         except ImportError as error:
@@ -171,7 +137,7 @@ class WandbSink:
                 id=id_file.read_text().strip(),
                 resume="allow",
                 mode="offline" if settings.wandb == "offline" else "online",
-                config=dict(config),
+                config=to_dict(config),
             )
         except wandb.Error as error:
             raise ConfigError(
@@ -179,9 +145,9 @@ class WandbSink:
                 "logging.wandb=offline needs neither network nor account"
             ) from None
 
-    def log(self, step: int, stage: str, values: Mapping[str, float]) -> None:
+    def log(self, step: int, values: Mapping[str, float]) -> None:
         """Log the step's metrics."""
-        self._run.log({**values, "stage": stage}, step=step)
+        self._run.log(dict(values), step=step)
 
     def close(self) -> None:
         """Flush and end the run."""

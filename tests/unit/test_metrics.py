@@ -2,13 +2,14 @@
 
 import json
 import logging
+import sys
 from pathlib import Path
 
 import pytest
 
-from megatron_sr1.config import LoggingConfig
+from megatron_sr1.config import load_config
 from megatron_sr1.observability.metrics import MetricsFile, PhaseTimer, memory_metrics, read_lines
-from megatron_sr1.observability.sinks import WANDB_ID_FILE, JsonlSink, LogSink, make_sinks
+from megatron_sr1.observability.sinks import WANDB_ID_FILE, ProgressSink, make_sinks
 
 
 def steps(path: Path, stage: str = "grpo") -> list[int]:
@@ -34,7 +35,7 @@ def test_resuming_drops_later_lines_of_that_stage_only(tmp_path):
     for step in range(6):
         file.append(step, "grpo", {"reward/accuracy": 0.1 * step})
     resumed = MetricsFile(path)
-    resumed.drop_after("grpo", 2)
+    resumed.keep_until("grpo", 2)
     resumed.append(3, "grpo", {"reward/accuracy": 0.9})
     assert steps(path) == [0, 1, 2, 3] and steps(path, "sft") == [0, 1, 2, 3]
     assert read_lines(path)[-1]["reward/accuracy"] == 0.9
@@ -103,42 +104,36 @@ def test_memory_peak_is_at_least_what_is_used():
     assert ballast is not None
 
 
-def test_only_rank_zero_has_sinks(tmp_path):
-    settings = LoggingConfig(progress=False)
-    assert make_sinks(tmp_path, settings, stage="grpo", rank=1, num_steps=3) == []
-    kinds = make_sinks(tmp_path, settings, stage="grpo", rank=0, num_steps=3)
-    assert [type(sink) for sink in kinds] == [JsonlSink, LogSink]
-
-
-def test_sinks_of_a_resumed_run_continue_the_file(tmp_path):
-    settings = LoggingConfig(progress=False)
-    for resumed, first in ((None, 0), (1, 2), (None, 0)):
-        sinks = make_sinks(
-            tmp_path, settings, stage="grpo", rank=0, num_steps=5, resumed_step=resumed
-        )
-        for step in range(first, 5):
-            for sink in sinks:
-                sink.log(step, "grpo", {"reward/total": 1.0})
-        assert steps(tmp_path / "metrics.jsonl") == [0, 1, 2, 3, 4]
-
-
-def test_a_log_line_names_the_step_and_what_matters(caplog):
+def test_a_log_line_names_the_step_and_what_matters(tmp_path, caplog):
+    config = load_config(None, ["model.path=m", "optimizer.num_steps=40", "logging.progress=false"])
+    (sink,) = make_sinks(config, tmp_path)
     with caplog.at_level(logging.INFO, logger="megatron_sr1"):
-        LogSink(40).log(0, "grpo", {"reward/total": 0.75, "groups/zero": 3.0})
+        sink.log(1, {"reward/total": 0.75, "groups/zero": 3.0})
     assert caplog.messages == ["grpo 1/40: reward 0.75"]
+
+
+def test_a_log_line_shows_above_the_bar_and_the_stream_is_given_back(capsys):
+    stream = logging.StreamHandler(sys.stderr)
+    logging.getLogger().addHandler(stream)
+    try:
+        bar = ProgressSink("grpo", 3, 1)
+        assert stream.stream is sys.stderr
+        bar.log(2, {"reward/total": 0.5})
+        bar.close()
+        assert stream.stream is sys.stderr
+    finally:
+        logging.getLogger().removeHandler(stream)
+    assert "2/3" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_wandb_offline_needs_no_account_and_keeps_its_id(tmp_path):
     pytest.importorskip("wandb")
-    settings = LoggingConfig(wandb="offline", progress=False)
+    settings = ["model.path=m", "logging.wandb=offline", "logging.progress=false"]
     ids = []
-    for step in (0, 1):
-        sinks = make_sinks(
-            tmp_path, settings, stage="sft", rank=0, num_steps=2, resumed_step=step - 1
-        )
-        for sink in sinks:
-            sink.log(step, "sft", {"actor/loss": 1.0 / (step + 1)})
+    for step in (1, 2):
+        for sink in make_sinks(load_config(None, settings), tmp_path, step - 1):
+            sink.log(step, {"actor/loss": 1.0 / step})
             sink.close()
         ids.append((tmp_path / WANDB_ID_FILE).read_text().strip())
     assert ids[0] == ids[1]
