@@ -70,6 +70,8 @@ class DataConfig:
     """GRPO: prompts rolled out a step; SFT: sequences a step."""
     shuffle: bool = True
     """New order each epoch, from the seed."""
+    prompt_style: str = "full"
+    """Instructions: full (published models) | brief (a model that was trained on them)."""
     pack_tokens: int = 8192
     """Token budget of a micro-batch; a longer sequence gets one of its own."""
     max_prompt_tokens: int = 4096
@@ -116,8 +118,9 @@ class RolloutConfig:
     """Engine sleep between rollouts (CUDA): 0 stays awake | 1 | 2."""
     enforce_eager: bool = False
     """No CUDA graphs."""
-    canary_bound: float = 1e-3
-    """Largest |engine - actor| logprob after a sync, nats; bf16 needs about 0.3. 0 turns it off."""
+    mismatch_bound: float = 0.0
+    """Largest |engine - actor| logprob among a step's sampled tokens, nats; beyond it the run
+    stops. 1e-3 suits float32 on a CPU; 0 turns it off."""
 
 
 @dataclass
@@ -257,6 +260,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "model.fp8": (None, "hybrid", "e4m3"),
     "model.fp8_recipe": ("delayed", "tensorwise", "blockwise", "mxfp8"),
     "model.recompute": ("none", "selective", "full"),
+    "data.prompt_style": ("full", "brief"),
     "rollout.pass2": ("fork", "barrier"),
     "reward.recipe": ("vision_sr1", "see_think", "vision_r1"),
     "optimizer.schedule": ("constant", "linear", "cosine"),

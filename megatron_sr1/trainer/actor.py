@@ -1,0 +1,178 @@
+"""The actor: Megatron chunks with data parallelism, optimizer and learning-rate schedule.
+
+In: configuration, groups, a model directory. Out: an `Actor`, which the steps train and whose
+weights are exported. The frozen reference of the KL term is a copy of this rank's shard in host
+memory, exchanged with the live weights for its forward pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_sr1.checkpoint.hf import export_weights, load_hf
+from megatron_sr1.config import Config, ModelConfig, OptimizerConfig
+from megatron_sr1.model.hf_config import HFConfig
+from megatron_sr1.model.qwen25_vl import build_model
+from megatron_sr1.runtime import cpu
+from megatron_sr1.runtime.groups import Groups
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Actor:
+    """What is trained.
+
+    Attributes:
+        chunks: the model, one chunk a virtual stage.
+        wrapped: the same chunks inside Megatron's DistributedDataParallel; equal to `chunks`
+            where nothing is trained.
+        optimizer: Megatron's optimizer, None where nothing is trained.
+        scheduler: learning-rate schedule, None where nothing is trained.
+        hf_config: shape of the model.
+        groups: the layout.
+    """
+
+    chunks: list[Any]
+    wrapped: list[Any]
+    optimizer: Any
+    scheduler: Any
+    hf_config: HFConfig
+    groups: Groups
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Full weights under their published names, one at a time; collective over all ranks."""
+        return export_weights(self.chunks, self.hf_config, self.groups)
+
+    @cached_property
+    def first_device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.chunks[0].parameters()).device
+
+
+class Reference:
+    """Frozen copy of a rank's shard, in host memory."""
+
+    def __init__(self, chunks: list[Any]) -> None:
+        """Copy the chunks' present weights."""
+        self._parameters = [p for chunk in chunks for p in chunk.parameters()]
+        self._frozen = [p.detach().to("cpu", copy=True) for p in self._parameters]
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """While inside, the chunks hold the reference's weights; afterwards their own again."""
+        live = [p.detach().to("cpu", copy=True) for p in self._parameters]
+        try:
+            self._fill(self._frozen)
+            yield
+        finally:
+            self._fill(live)
+
+    @torch.no_grad()
+    def _fill(self, values: list[torch.Tensor]) -> None:
+        for parameter, value in zip(self._parameters, values, strict=True):
+            parameter.copy_(value)
+
+
+def load_chunks(
+    model: ModelConfig, sequence: bool, directory: Path, hf_config: HFConfig, groups: Groups
+) -> list[Any]:
+    """Build the model under the groups' layout and load a Hugging Face directory into it."""
+    with cpu.megatron_mode():
+        chunks = build_model(
+            hf_config,
+            groups,
+            dtype=DTYPES[model.dtype],
+            spec=model.spec,
+            sequence_parallel=sequence,
+            recompute=model.recompute,
+            fp8=model.fp8,
+            fp8_recipe=model.fp8_recipe,
+            logprob_chunk_tokens=model.logprob_chunk_tokens,
+        )
+        load_hf(chunks, directory, hf_config, groups)
+    return chunks
+
+
+def make_actor(
+    config: Config, chunks: list[Any], hf_config: HFConfig, groups: Groups, num_updates: int
+) -> Actor:
+    """Wrap loaded chunks for training.
+
+    Args:
+        config: of the run.
+        chunks: the model with its weights.
+        hf_config: shape of the model.
+        groups: the layout.
+        num_updates: optimizer updates of the whole run, for the schedule; 0 trains nothing.
+    """
+    if num_updates == 0:
+        return Actor(chunks, chunks, None, None, hf_config, groups)
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.optimizer import get_megatron_optimizer
+
+    with cpu.megatron_mode():
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=config.parallel.distributed_optimizer,
+            # A non-finite gradient stops the run before the update: the rank that sees it raises
+            # and the failure watch takes the others along.
+            check_for_nan_in_grad=True,
+        )
+        wrapped = [DistributedDataParallel(c.config, ddp_config, c) for c in chunks]
+        for chunk, outer in zip(chunks, wrapped, strict=True):
+            chunk.config.no_sync_func = outer.no_sync
+            chunk.config.finalize_model_grads_func = finalize_model_grads
+        optimizer = get_megatron_optimizer(_optimizer_config(config), wrapped)
+        scheduler = _scheduler(config.optimizer, optimizer, num_updates)
+    return Actor(chunks, wrapped, optimizer, scheduler, hf_config, groups)
+
+
+def _optimizer_config(config: Config) -> Any:
+    from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+
+    chosen = config.optimizer
+    return MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=chosen.learning_rate,
+        min_lr=chosen.min_learning_rate,
+        weight_decay=chosen.weight_decay,
+        adam_beta1=chosen.beta1,
+        adam_beta2=chosen.beta2,
+        adam_eps=chosen.epsilon,
+        clip_grad=chosen.clip_grad,
+        bf16=config.model.dtype == "bfloat16",
+        params_dtype=DTYPES[config.model.dtype],
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+    )
+
+
+def _scheduler(chosen: OptimizerConfig, optimizer: Any, num_updates: int) -> Any:
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0 if chosen.warmup_steps else chosen.learning_rate,
+        max_lr=chosen.learning_rate,
+        min_lr=min(chosen.min_learning_rate, chosen.learning_rate),
+        lr_warmup_steps=chosen.warmup_steps,
+        lr_decay_steps=max(num_updates, chosen.warmup_steps + 1),
+        lr_decay_style=chosen.schedule,
+        start_wd=chosen.weight_decay,
+        end_wd=chosen.weight_decay,
+        wd_incr_steps=num_updates,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )

@@ -1,0 +1,197 @@
+"""What a stage carries along: configuration, groups, data order, time, sinks, checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_sr1.checkpoint.distributed import latest_step, load_checkpoint, save_checkpoint
+from megatron_sr1.config import Config, save_config
+from megatron_sr1.data.loader import Loader
+from megatron_sr1.data.packing import pack_samples
+from megatron_sr1.data.processor import Processor
+from megatron_sr1.errors import ConfigError, DataError
+from megatron_sr1.observability.metrics import MetricsFile, PhaseTimer, memory_metrics
+from megatron_sr1.observability.sinks import Sink, make_sinks
+from megatron_sr1.records import PackedBatch, TrainSample
+from megatron_sr1.runtime import failure
+from megatron_sr1.runtime.groups import Groups
+from megatron_sr1.trainer.actor import Actor
+from megatron_sr1.trainer.samples import Samples
+
+log = logging.getLogger(__name__)
+
+
+class Context:
+    """State of one stage on one rank.
+
+    Args:
+        config: of the run.
+        groups: the layout.
+        processor: tokenizer and image processor.
+        num_samples: size of the training set; 0 where nothing is trained.
+
+    Attributes:
+        step: steps done.
+    """
+
+    def __init__(
+        self, config: Config, groups: Groups, processor: Processor, num_samples: int
+    ) -> None:
+        """Make the run directory and open the sinks on rank 0."""
+        self.config, self.groups, self.processor = config, groups, processor
+        self.run_dir = Path(config.output)
+        self.step = 0
+        self.timer = PhaseTimer()
+        self.skipped = 0
+        self._started = time.monotonic()
+        self._sinks: list[Sink] = []
+        self._metrics: MetricsFile | None = None
+        if num_samples:
+            data = config.data
+            self.loader = Loader(num_samples, data.prompts_per_step, config.seed, data.shuffle)
+        if self.is_writer:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            save_config(config, self.run_dir / "config.json")
+
+    @property
+    def is_writer(self) -> bool:
+        """True on the one rank that writes the run's files."""
+        return self.groups.world.rank == 0
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the run's checkpoints."""
+        return self.run_dir / "checkpoints"
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a phase, and end the run if it outlasts its deadline."""
+        launch = self.config.launch
+        seconds = (
+            launch.setup_deadline_seconds if name == "setup" else launch.phase_deadline_seconds
+        )
+        with self.timer.phase(name), failure.deadline(name, seconds):
+            yield
+
+    def pack(self, chosen: Sequence[TrainSample], samples: Samples) -> list[PackedBatch]:
+        """Micro-batches of this rank's samples within the token budget."""
+        parallel = self.config.parallel
+        multiple = parallel.tensor if parallel.sequence else 1
+        if self.config.model.fp8:
+            multiple = max(multiple, 16) * parallel.tensor
+        return pack_samples(
+            chosen,
+            self.config.data.pack_tokens,
+            samples.vision if self.groups.is_first_stage else None,
+            image_pad_id=self.processor.image_pad_id,
+            merge_size=self.processor.merge_size,
+            pad_multiple=multiple,
+        )
+
+    def skip(self, error: DataError) -> None:
+        """Name and count a bad sample.
+
+        Raises:
+            DataError: there are too many.
+        """
+        self.skipped += 1
+        log.warning("skipped: %s", error)
+        limit = self.config.data.max_skipped
+        if self.skipped > limit:
+            raise DataError(f"more than {limit} samples skipped (data.max_skipped); last: {error}")
+
+    def sum_over_ranks(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Sums over the world, equal on all ranks; all ranks have the same names."""
+        total = torch.tensor(list(values.values()), dtype=torch.float64)
+        if self.groups.world.size > 1:
+            total = total.to(self.groups.device.torch)
+            dist.all_reduce(total)
+        return dict(zip(values, total.tolist(), strict=True))
+
+    def save_lines(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Write a jsonl file of the run, whole or not at all; on the writer only."""
+        if not self.is_writer:
+            return
+        target = self.run_dir / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(target.name + ".partial")
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, target)
+
+    def start(self, actor: Actor) -> None:
+        """Resume from the latest checkpoint if there is one and it is wanted, then open sinks.
+
+        Raises:
+            ConfigError: the checkpoint was trained from another model.
+        """
+        found = latest_step(self.checkpoints) if self.config.checkpoint.resume else None
+        if found is not None:
+            state = load_checkpoint(
+                self.checkpoints,
+                actor.wrapped,
+                actor.optimizer,
+                actor.scheduler,
+                self.groups,
+            )
+            if state["model_path"] != self.config.model.path:
+                raise ConfigError(
+                    f"{self.checkpoints} was trained from {state['model_path']}, model.path is now "
+                    f"{self.config.model.path}; give the former, or another output"
+                )
+            self.step, self.skipped = state["step"], state["skipped"]
+            self.loader.load_state_dict(state["loader"])
+            log.info("resumed from step %d in %s", self.step, self.checkpoints)
+        if self.is_writer:
+            self._metrics = MetricsFile(self.run_dir / "metrics.jsonl")
+            self._metrics.keep_until(self.config.stage, self.step)
+            self._sinks = make_sinks(self.config, self.run_dir, self.step)
+
+    def finish_step(self, stage: str, values: Mapping[str, float], actor: Actor) -> None:
+        """Count the step, tell the sinks, save a checkpoint where one is due."""
+        self.step += 1
+        every, last = self.config.checkpoint.every_steps, self.config.optimizer.num_steps
+        if self.step == last or (every and self.step % every == 0):
+            with self.phase("save"):
+                self.save(actor)
+        if self._metrics is None:
+            self.timer.take()
+            return
+        told = {**values, "data/skipped": self.skipped, **self.timer.take(), **memory_metrics()}
+        self._metrics.append(self.step, stage, told)
+        for sink in self._sinks:
+            sink.log(self.step, told)
+
+    def save(self, actor: Actor) -> None:
+        """Save everything that a resumed run needs."""
+        state = {
+            "step": self.step,
+            "skipped": self.skipped,
+            "loader": self.loader.state_dict(),
+            "model_path": self.config.model.path,
+        }
+        save_checkpoint(
+            self.checkpoints,
+            self.step,
+            actor.wrapped,
+            actor.optimizer,
+            actor.scheduler,
+            self.groups,
+            state,
+            keep_last=self.config.checkpoint.keep_last,
+        )
+
+    def close(self) -> None:
+        """Close the sinks."""
+        for sink in self._sinks:
+            sink.close()

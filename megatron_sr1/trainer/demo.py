@@ -1,0 +1,177 @@
+"""The demo: a tiny model learns to see digits and to reward its own seeing, on two CPU ranks.
+
+`prepare` makes shards and a model with random weights, `train` runs on each rank: an imperfect
+cold start, then GRPO twice from that one checkpoint with the same budget, without self-reward
+(see_think) and with it (vision_sr1), each judged on the same held-out questions. `finish` writes
+summary.json, from the saved evaluation files, and the report. One engine serves all of it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_sr1.checkpoint.hf import save_hf
+from megatron_sr1.config import Config, load_config
+from megatron_sr1.data.digits import corpus_texts, make_digits
+from megatron_sr1.model.tiny import make_tiny_model
+from megatron_sr1.rollout.engine import Engine
+from megatron_sr1.runtime.device import stop_distributed
+from megatron_sr1.runtime.groups import Groups
+from megatron_sr1.trainer import run, scoring, setup
+from megatron_sr1.trainer.context import Context
+from megatron_sr1.trainer.evaluate import evaluate
+from megatron_sr1.trainer.grpo import sync, train_grpo
+from megatron_sr1.trainer.sft import train_sft
+
+log = logging.getLogger(__name__)
+
+NUM_RANKS = 2
+MODELS = ("cold_start", "see_think", "vision_sr1")
+WAYS = {"sampled": 1.0, "greedy": 0.0}
+COMMON = [
+    "model.dtype=float32",
+    "data.prompt_style=brief",
+    "data.pack_tokens=2048",
+    "data.min_pixels=784",
+    "data.max_pixels=200704",
+    "launch.device=cpu",
+    "launch.num_processes=2",
+    "launch.threads=1",
+    "optimizer.beta2=0.95",
+    "checkpoint.every_steps=0",
+]
+COLD_START = [
+    "stage=sft",
+    "data.prompts_per_step=64",
+    "optimizer.num_steps=420",
+    "optimizer.learning_rate=2e-3",
+    "optimizer.min_learning_rate=2e-4",
+    "optimizer.schedule=linear",
+    "optimizer.warmup_steps=20",
+]
+GRPO = [
+    "stage=grpo",
+    "data.prompts_per_step=32",
+    "rollout.samples_per_prompt=8",
+    "rollout.max_response_tokens=48",
+    "rollout.max_reading_tokens=32",
+    "rollout.max_model_len=256",
+    "rollout.max_num_seqs=256",
+    "rollout.mismatch_bound=1e-3",
+    "algorithm.prompts_per_update=32",
+    "algorithm.kl_coefficient=0",
+    "optimizer.num_steps=40",
+    "optimizer.learning_rate=1.5e-4",
+]
+
+
+def prepare(output: Path, seed: int) -> None:
+    """Write shards of the digits and a model with random weights, once."""
+    if (output / "model" / "config.json").is_file():
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    make_digits(output / "data", seed)
+    make_tiny_model(output / "model", corpus_texts(), seed=seed)
+
+
+def train(output: Path, seed: int) -> None:
+    """All stages of the demo on one rank."""
+    started = time.monotonic()
+    cold = _config(output, seed, "cold_start")
+    device, groups = setup.start_ranks(cold)
+    context, samples, actor, _ = run.start(cold, groups, cold.optimizer.num_steps)
+    train_sft(context, actor, samples)
+    context.close()
+    directory = Path(cold.output) / "hf"
+    save_hf(actor.chunks, actor.hf_config, groups, Path(cold.model.path), directory)
+    grpo = {name: _config(output, seed, name) for name in MODELS[1:]}
+    judge_config = _config(output, seed, "vision_sr1", f"output={output}")
+    with context.phase("setup"):
+        engine = setup.make_engine(judge_config, directory, context.processor, device)
+    judged = Judge(judge_config, groups, context, engine)
+    judged.judge("cold_start")
+    for name, config in grpo.items():
+        _train_grpo(config, groups, engine)
+        judged.judge(name)
+    if groups.world.rank == 0:
+        seconds = {"seconds": time.monotonic() - started}
+        (output / "seconds.json").write_text(json.dumps(seconds) + "\n")
+    stop_distributed()
+
+
+def _train_grpo(config: Config, groups: Groups, engine: Engine) -> None:
+    context, samples, actor, reference = run.start(config, groups, config.optimizer.num_steps)
+    scorer = setup.make_scorer(config)
+    train_grpo(context, actor, engine, samples, scorer, reference)
+    scorer.close()
+    context.close()
+    sync(context, actor, engine, version=context.step)
+    source = Path(config.model.path)
+    save_hf(actor.chunks, actor.hf_config, groups, source, context.run_dir / "hf")
+
+
+class Judge:
+    """Evaluates what the engine holds, always on the same questions with the same seeds."""
+
+    def __init__(self, config: Config, groups: Groups, parent: Context, engine: Engine) -> None:
+        """Open the held-out set."""
+        self._context = Context(config, groups, parent.processor, 0)
+        self._samples = setup.open_samples(config, config.data.eval, parent.processor)
+        self._engine = engine
+
+    def judge(self, name: str) -> None:
+        """Sample and decode greedily, and save `eval/{name}_{way}.jsonl`."""
+        scorer = setup.make_scorer(self._context.config)
+        for way, temperature in WAYS.items():
+            rates = evaluate(
+                self._context,
+                self._engine,
+                self._samples,
+                scorer,
+                f"{name}_{way}",
+                temperature=temperature,
+                indices=range(len(self._samples)),
+            )
+            log.info("%s, %s: %s", name, way, {k: round(v, 3) for k, v in rates.items()})
+        scorer.close()
+
+
+def finish(output: Path) -> dict[str, Any]:
+    """Compute summary.json from the saved files, and write the report.
+
+    Returns:
+        the summary: rates of each model, seconds of the whole, median seconds of a GRPO step.
+    """
+    summary: dict[str, Any] = {
+        name: {way: scoring.rates(_lines(output / f"eval/{name}_{way}.jsonl")) for way in WAYS}
+        for name in MODELS
+    }
+    steps = _lines(output / "vision_sr1" / "metrics.jsonl")
+    summary["seconds"] = json.loads((output / "seconds.json").read_text())["seconds"]
+    summary["median_step_seconds"] = statistics.median(s["time/step_seconds"] for s in steps)
+    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def _config(output: Path, seed: int, name: str, *more: str) -> Config:
+    """Configuration of one of the demo's stages."""
+    cold = name == "cold_start"
+    own = [
+        *(COLD_START if cold else GRPO),
+        f"reward.recipe={'vision_sr1' if cold else name}",
+        f"model.path={output / ('model' if cold else 'cold_start/hf')}",
+        f"data.train={output / 'data' / ('cold_start' if cold else 'train')}",
+        f"data.eval={output / 'data' / 'eval'}",
+        f"output={output / name}",
+        f"seed={seed}",
+    ]
+    return load_config(None, [*COMMON, *own, *more])
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

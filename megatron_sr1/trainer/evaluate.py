@@ -1,0 +1,62 @@
+"""Evaluation on held-out questions: both passes, the four verdicts, the 2 x 2 table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_sr1.rewards.parsing import find_description
+from megatron_sr1.rewards.score import Scorer
+from megatron_sr1.rollout.engine import Engine
+from megatron_sr1.rollout.two_pass import roll_out
+from megatron_sr1.runtime.seeds import request_seed
+from megatron_sr1.trainer import scoring
+from megatron_sr1.trainer.context import Context
+from megatron_sr1.trainer.grpo import pass2_settings
+from megatron_sr1.trainer.samples import Samples
+
+
+def evaluate(
+    context: Context,
+    engine: Engine,
+    samples: Samples,
+    scorer: Scorer,
+    name: str,
+    *,
+    temperature: float,
+    indices: Sequence[int],
+) -> dict[str, float]:
+    """Answer held-out questions with the engine's present weights and save every verdict.
+
+    Args:
+        context: where to and with which groups.
+        engine: holds the weights to judge, awake.
+        samples: the held-out set.
+        scorer: grades; what the recipe pays does not matter here.
+        name: the file is `eval/{name}.jsonl`.
+        temperature: of pass 1; 0 is greedy. Pass 2 is as configured.
+        indices: which samples.
+
+    Returns:
+        accuracy, self_reward, description_exact and shortcut_rate, those that apply, in [0, 1].
+    """
+    config = context.config
+    with_pass2 = config.reward.recipe != "vision_r1"
+    with context.phase("evaluate"):
+        mine = indices[engine.replica :: engine.num_replicas]
+        rollouts, _ = roll_out(
+            engine,
+            [samples.prompt(index) for index in mine],
+            samples_per_prompt=1,
+            temperature=temperature,
+            max_response_tokens=config.rollout.max_response_tokens,
+            pass2=pass2_settings(config) if with_pass2 else None,
+            find_description=find_description,
+            reading_prompt=samples.reading_prompt,
+            # Every model judged meets the same randomness: comparisons are paired.
+            seed_of=lambda index, sample, part: request_seed(0, -1, index, sample, part),
+        )
+        scored = scoring.score(rollouts, samples, scorer)
+        shared = scoring.share(scored, indices, engine.is_speaker, context.groups)
+    lines = [scoring.evaluation_line(s, samples.example(s.rollout.index)) for s in shared]
+    context.save_lines(f"eval/{name}.jsonl", lines)
+    return scoring.rates(lines)

@@ -1,0 +1,281 @@
+"""GRPO with self-reward: roll out, score, learn, sync.
+
+Source: GRPO with a clipped ratio and the k3 penalty as Vision-SR1 uses it (arXiv 2508.19652).
+The objective is a mean over all response tokens of an update. Left out: a critic, an entropy
+bonus, a length penalty.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_sr1.algorithm.advantages import group_advantages
+from megatron_sr1.algorithm.correction import mismatch_sums
+from megatron_sr1.algorithm.losses import policy_loss
+from megatron_sr1.config import AlgorithmConfig, Config
+from megatron_sr1.errors import DataError, EngineError
+from megatron_sr1.records import PackedBatch, TrainSample
+from megatron_sr1.rewards.parsing import find_description
+from megatron_sr1.rewards.score import Scorer
+from megatron_sr1.rollout.engine import Engine
+from megatron_sr1.rollout.two_pass import Pass2, RolloutStats, roll_out
+from megatron_sr1.runtime.seeds import request_seed
+from megatron_sr1.trainer import scoring
+from megatron_sr1.trainer.actor import Actor, Reference
+from megatron_sr1.trainer.context import Context
+from megatron_sr1.trainer.samples import Samples
+from megatron_sr1.trainer.step import TokenLoss, sample_logprobs, update
+
+log = logging.getLogger(__name__)
+
+
+def train_grpo(
+    context: Context,
+    actor: Actor,
+    engine: Engine,
+    samples: Samples,
+    scorer: Scorer,
+    reference: Reference | None,
+) -> None:
+    """Run the GRPO steps that are left, saving and logging as configured.
+
+    Args:
+        context: configuration, groups, run directory, sinks, loader.
+        actor: with its optimizer.
+        engine: holds any weights; it is synced before it samples.
+        samples: the training set.
+        scorer: of the recipe.
+        reference: frozen weights of the KL term; None where its coefficient is 0.
+    """
+    config = context.config
+    while context.step < config.optimizer.num_steps:
+        step = context.step
+        indices = context.loader.next_step()
+        sync(context, actor, engine, version=step)
+        scored, stats = roll_out_step(context, engine, samples, scorer, indices, step)
+        advantages, spread = advantages_of(scored, config)
+        own = own_samples(context, samples, scored, advantages)
+        measured = learn(context, actor, samples, own, reference)
+        values = {**scoring.reward_means(scored), **spread, **stats, **measured}
+        if config.logging.rollouts:
+            lines = [
+                scoring.rollout_line(step, s, samples.example(s.rollout.index), float(a))
+                for s, a in zip(scored, advantages.reshape(-1), strict=True)
+            ]
+            context.save_lines(f"rollouts/step_{step}.jsonl", lines)
+        context.finish_step("grpo", values, actor)
+
+
+def sync(context: Context, actor: Actor, engine: Engine, version: int) -> None:
+    """Wake the engine and stream the actor's weights into it."""
+    with context.phase("sync"):
+        engine.wake()
+        engine.sync(actor.weights(), version)
+
+
+def roll_out_step(
+    context: Context,
+    engine: Engine,
+    samples: Samples,
+    scorer: Scorer,
+    indices: Sequence[int],
+    step: int,
+) -> tuple[list[scoring.Scored], dict[str, float]]:
+    """Sample and score a step's prompts on all replicas.
+
+    Returns:
+        scored rollouts of all replicas in the order of `indices`, equal on every rank, and what
+        the engine counted.
+    """
+    config = context.config
+    with context.phase("prompts"):
+        prompts = []
+        for index in indices[engine.replica :: engine.num_replicas]:
+            try:
+                prompts.append(samples.prompt(index))
+            except DataError as error:
+                context.skip(error)
+    with context.phase("pass1"):
+        rollouts, stats = roll_out(
+            engine,
+            prompts,
+            samples_per_prompt=config.rollout.samples_per_prompt,
+            temperature=config.rollout.temperature,
+            max_response_tokens=config.rollout.max_response_tokens,
+            pass2=pass2_settings(config) if config.reward.recipe == "vision_sr1" else None,
+            find_description=find_description,
+            reading_prompt=samples.reading_prompt,
+            seed_of=lambda index, sample, part: request_seed(
+                config.seed, step, index, sample, part
+            ),
+        )
+        context.timer.move("pass1", "pass2", stats.pass2_only_seconds)
+    engine.sleep()
+    with context.phase("reward"):
+        scored = scoring.score(rollouts, samples, scorer)
+    with context.phase("share"):
+        speaks = engine.is_speaker
+        shared = scoring.share(scored, indices, speaks, context.groups)
+        counted = context.sum_over_ranks(_counts(stats) if speaks else {n: 0.0 for n in _COUNTS})
+    if not shared:
+        raise DataError("no sample of this step could be rolled out; see the warnings above")
+    return shared, counted
+
+
+_COUNTS: dict[str, Callable[[RolloutStats], float]] = {
+    "rollout/response_tokens": lambda s: s.pass1_tokens,
+    "rollout/reading_tokens": lambda s: s.pass2_tokens,
+    "rollout/truncated": lambda s: s.truncated,
+    "rollout/readings": lambda s: s.num_pass2,
+    "rollout/engine_steps": lambda s: s.engine_steps,
+}
+
+
+def _counts(stats: RolloutStats) -> dict[str, float]:
+    return {name: float(count(stats)) for name, count in _COUNTS.items()}
+
+
+def pass2_settings(config: Config) -> Pass2:
+    """Pass 2 as configured."""
+    return Pass2(
+        schedule=config.rollout.pass2,
+        temperature=config.rollout.pass2_temperature,
+        max_tokens=config.rollout.max_reading_tokens,
+    )
+
+
+def advantages_of(
+    scored: Sequence[scoring.Scored], config: Config
+) -> tuple[np.ndarray, dict[str, float]]:
+    """Group-normalised advantages [groups, n] and how the groups spread."""
+    totals = np.array([s.reward.total for s in scored]).reshape(
+        -1, config.rollout.samples_per_prompt
+    )
+    advantages, stats = group_advantages(totals, config.algorithm.std_floor)
+    return advantages, {f"groups/{name}": value for name, value in stats.items()}
+
+
+def own_samples(
+    context: Context,
+    samples: Samples,
+    scored: Sequence[scoring.Scored],
+    advantages: np.ndarray,
+) -> list[list[TrainSample]]:
+    """This data-parallel rank's share of each update of the step.
+
+    A rank that would have none gets one sample without targets, so that all ranks take part.
+    """
+    config, data = context.config, context.groups.data
+    n = config.rollout.samples_per_prompt
+    groups = [scored[i : i + n] for i in range(0, len(scored), n)]
+    per_update = config.algorithm.prompts_per_update
+    updates = []
+    for start in range(0, len(groups), per_update):
+        mine = range(start, min(start + per_update, len(groups)))[data.rank :: data.size]
+        chosen = [
+            samples.train_sample(item.rollout, float(advantages[g, k]))
+            for g in mine
+            for k, item in enumerate(groups[g])
+        ]
+        if not chosen:
+            spare = samples.train_sample(groups[start][0].rollout, 0.0)
+            chosen = [replace(spare, loss_mask=np.zeros_like(spare.loss_mask))]
+        updates.append(chosen)
+    return updates
+
+
+def learn(
+    context: Context,
+    actor: Actor,
+    samples: Samples,
+    updates: list[list[TrainSample]],
+    reference: Reference | None,
+) -> dict[str, float]:
+    """All updates of a step: old and reference logprobs first, as the weights then move.
+
+    With a single update the policy's own logprobs are the old ones, and that pass is left out.
+    """
+    config = context.config
+    temperature = config.rollout.temperature
+    if len(updates) > 1:
+        with context.phase("old_logprobs"):
+            updates = _with_logprobs(context, actor, samples, updates, "old_logprobs")
+    if reference is not None:
+        with context.phase("reference"), reference.in_place():
+            updates = _with_logprobs(context, actor, samples, updates, "reference_logprobs")
+    measured: list[dict[str, float]] = []
+    with context.phase("update"):
+        for chosen in updates:
+            batches = context.pack(chosen, samples)
+            objective = grpo_loss(config.algorithm, config.rollout.mismatch_bound)
+            measured.append(update(actor, batches, objective, temperature))
+    return _named(measured)
+
+
+def _with_logprobs(
+    context: Context,
+    actor: Actor,
+    samples: Samples,
+    updates: list[list[TrainSample]],
+    field: str,
+) -> list[list[TrainSample]]:
+    temperature = context.config.rollout.temperature
+    filled = []
+    for chosen in updates:
+        logprobs = sample_logprobs(actor, chosen, context.pack(chosen, samples), temperature)
+        changes: list[dict[str, Any]] = [{field: row} for row in logprobs]
+        filled.append([replace(s, **c) for s, c in zip(chosen, changes, strict=True)])
+    return filled
+
+
+def grpo_loss(algorithm: AlgorithmConfig, mismatch_bound: float) -> TokenLoss:
+    """The objective of a micro-batch: policy loss plus KL, summed over response tokens."""
+
+    def loss(
+        policy_logprobs: torch.Tensor, batch: PackedBatch
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        old = batch.old_logprobs
+        if old is None:
+            old = policy_logprobs.detach()
+        assert batch.advantages is not None and batch.engine_logprobs is not None
+        loss_sum, reported = policy_loss(
+            policy_logprobs,
+            old,
+            batch.advantages,
+            batch.loss_mask,
+            clip_low=algorithm.clip_low,
+            clip_high=algorithm.clip_high,
+            dual_clip=algorithm.dual_clip,
+            reference_logprobs=batch.reference_logprobs,
+            kl_coefficient=algorithm.kl_coefficient,
+        )
+        gaps = mismatch_sums(batch.engine_logprobs, old, batch.loss_mask)
+        worst = float(gaps["mismatch/abs_max"])
+        if 0 < mismatch_bound < worst:
+            raise EngineError(
+                f"engine and actor disagree by {worst:.2g} nats on a sampled token, at most "
+                f"{mismatch_bound:.2g} (rollout.mismatch_bound): the engine does not hold the "
+                "actor's weights, or their kernels differ more than the bound allows"
+            )
+        return loss_sum, {**reported, **gaps}
+
+    return loss
+
+
+def _named(measured: list[dict[str, float]]) -> dict[str, float]:
+    """Means over the updates of a step (maxima of maxima), under their names in metrics.jsonl."""
+    named: dict[str, float] = {}
+    for name in measured[0]:
+        values = [m[name] for m in measured]
+        group = "" if "/" in name else "optimizer/" if name in _OPTIMIZER else "actor/"
+        named[group + name] = max(values) if name.endswith("_max") else sum(values) / len(values)
+    return named
+
+
+_OPTIMIZER = ("grad_norm", "learning_rate")

@@ -1,0 +1,128 @@
+"""One stage on one rank: put the parts together, train or evaluate, export."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_sr1.checkpoint.hf import save_hf
+from megatron_sr1.config import Config
+from megatron_sr1.model.hf_config import read_hf_config
+from megatron_sr1.runtime.device import Device, stop_distributed
+from megatron_sr1.runtime.groups import Groups
+from megatron_sr1.trainer import setup
+from megatron_sr1.trainer.actor import Actor, Reference, make_actor
+from megatron_sr1.trainer.context import Context
+from megatron_sr1.trainer.evaluate import evaluate
+from megatron_sr1.trainer.grpo import sync, train_grpo
+from megatron_sr1.trainer.samples import Samples
+from megatron_sr1.trainer.sft import train_sft
+
+log = logging.getLogger(__name__)
+
+
+def run_stage(config: Config) -> int:
+    """Run the configured stage on this rank; returns the exit status."""
+    device, groups = setup.start_ranks(config)
+    try:
+        STAGES[config.stage](config, device, groups)
+    finally:
+        stop_distributed()
+    return 0
+
+
+def run_sft(config: Config, device: Device, groups: Groups) -> None:
+    """Supervised fine-tuning of `model.path` on `data.train`."""
+    context, samples, actor, _ = start(config, groups, config.optimizer.num_steps)
+    train_sft(context, actor, samples)
+    finish(context, actor)
+
+
+def run_grpo(config: Config, device: Device, groups: Groups) -> None:
+    """GRPO from `model.path` on `data.train`, and an evaluation at the end if `data.eval` is set.
+
+    The engine starts from `model.path` too and is synced before it samples.
+    """
+    per_step = config.data.prompts_per_step // config.algorithm.prompts_per_update
+    context, samples, actor, reference = start(
+        config, groups, per_step * config.optimizer.num_steps
+    )
+    with context.phase("setup"):
+        directory = setup.hf_directory(config, actor.chunks, actor.hf_config, groups)
+        engine = setup.make_engine(config, directory, context.processor, device)
+        scorer = setup.make_scorer(config)
+    train_grpo(context, actor, engine, samples, scorer, reference)
+    scorer.close()
+    if config.data.eval:
+        sync(context, actor, engine, version=context.step)
+        judge(context, engine)
+    finish(context, actor)
+
+
+def run_eval(config: Config, device: Device, groups: Groups) -> None:
+    """Evaluation of `model.path` on `data.eval`; the engine alone is started where it can be."""
+    context = Context(config, groups, setup.make_processor(config), 0)
+    with context.phase("setup"):
+        directory = setup.hf_directory_alone(config, groups)
+        engine = setup.make_engine(config, directory, context.processor, device)
+    judge(context, engine)
+    context.close()
+
+
+def start(
+    config: Config, groups: Groups, num_updates: int
+) -> tuple[Context, Samples, Actor, Reference | None]:
+    """What both training stages need, resumed if there is something to resume.
+
+    The reference is copied from `model.path` before a checkpoint is loaded over it.
+    """
+    processor = setup.make_processor(config)
+    samples = setup.open_samples(config, config.data.train, processor)
+    context = Context(config, groups, processor, len(samples))
+    with context.phase("setup"):
+        chunks, hf_config = setup.load_model(config, groups)
+        needs_reference = config.stage == "grpo" and config.algorithm.kl_coefficient > 0
+        reference = Reference(chunks) if needs_reference else None
+        actor = make_actor(config, chunks, hf_config, groups, num_updates)
+        context.start(actor)
+    return context, samples, actor, reference
+
+
+def judge(context: Context, engine: object) -> None:
+    """Evaluate sampled and greedy, and write the rates to summary.json."""
+    config = context.config
+    samples = setup.open_samples(config, config.data.eval, context.processor)
+    indices = range(len(samples))[: config.data.eval_limit or None]
+    scorer = setup.make_scorer(config)
+    summary = {}
+    for way, temperature in (("sampled", config.rollout.temperature), ("greedy", 0.0)):
+        summary[way] = evaluate(
+            context, engine, samples, scorer, way, temperature=temperature, indices=indices
+        )
+        log.info("held-out, %s: %s", way, summary[way])
+    scorer.close()
+    if context.is_writer:
+        (context.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def finish(context: Context, actor: Actor) -> None:
+    """Export the Hugging Face model and write the report."""
+    context.close()
+    if context.config.checkpoint.export_hf:
+        with context.phase("export"):
+            source = setup.source_directory(context.config)
+            save_hf(actor.chunks, actor.hf_config, context.groups, source, context.run_dir / "hf")
+    if context.is_writer:
+        from megatron_sr1.observability.report import write_report
+
+        log.info("report: %s", write_report(context.run_dir))
+
+
+STAGES: dict[str, Callable[[Config, Device, Groups], None]] = {
+    "sft": run_sft,
+    "grpo": run_grpo,
+    "eval": run_eval,
+}
+__all__ = ["STAGES", "run_stage", "read_hf_config", "Path"]

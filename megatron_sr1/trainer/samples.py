@@ -1,0 +1,132 @@
+"""A dataset's samples by index, as prompts, training samples and pixels.
+
+Images do not travel between ranks: whoever needs pixels asks here, and they are read from the
+shard. What was read last is kept.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from megatron_sr1.data.processor import Processor
+from megatron_sr1.data.prompts import pass1_messages, pass2_messages
+from megatron_sr1.data.shards import ShardReader
+from megatron_sr1.errors import ConfigError, DataError
+from megatron_sr1.records import Example, Prompt, Rollout, TrainSample, VisionInputs
+
+T = TypeVar("T")
+
+
+class Samples:
+    """Samples of one folder of shards.
+
+    Args:
+        directory: folder of shards.
+        processor: tokenizer and image processor.
+        recipe: reward recipe, which chooses the instruction.
+        style: prompt style.
+        max_prompt_tokens: longer prompts are a `DataError`.
+        keep: so many prompts and pixel tensors are kept.
+
+    Raises:
+        ConfigError: the folder is not there.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        processor: Processor,
+        *,
+        recipe: str,
+        style: str,
+        max_prompt_tokens: int,
+        keep: int = 4096,
+    ) -> None:
+        """Open the shards."""
+        if not directory or not Path(directory).is_dir():
+            raise ConfigError(
+                f"data folder {directory!r} is not there; set data.train or data.eval to a folder "
+                "of shards (tools/make_shards.py writes them)"
+            )
+        self.reader = ShardReader(directory)
+        self.processor = processor
+        self._recipe, self._style, self._limit = recipe, style, max_prompt_tokens
+        self._prompts: OrderedDict[int, Prompt] = OrderedDict()
+        self._pixels: OrderedDict[int, VisionInputs] = OrderedDict()
+        self._keep = keep
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.reader)
+
+    def example(self, index: int) -> Example:
+        """Text of a sample."""
+        return self.reader.example(index)
+
+    def prompt(self, index: int) -> Prompt:
+        """Pass-1 prompt of a sample, with its images."""
+        return self._kept(self._prompts, index, self._read_prompt)
+
+    def vision(self, index: int) -> VisionInputs | None:
+        """Pixels of a sample's images, None if it has none."""
+        if index < 0 or not self.example(index).num_images:
+            return None
+        return self._kept(self._pixels, index, self._read_pixels)
+
+    def reading_prompt(self, prompt: Prompt, description: str) -> tuple[int, ...]:
+        """Token ids of the text-only pass-2 prompt."""
+        messages = pass2_messages(prompt.example.question, description, self._style)
+        return self.processor.encode_text(messages)
+
+    def train_sample(self, rollout: Rollout, advantage: float) -> TrainSample:
+        """A rollout and its advantage as a sequence to learn from."""
+        prompt = self.prompt(rollout.index)
+        num_prompt, num_response = len(prompt.token_ids), len(rollout.completion.token_ids)
+        token_ids = np.array((*prompt.token_ids, *rollout.completion.token_ids), np.int64)
+        in_response = np.arange(num_prompt + num_response) >= num_prompt
+        engine_logprobs = np.zeros(len(token_ids), np.float32)
+        engine_logprobs[num_prompt:] = rollout.completion.logprobs
+        return TrainSample(
+            index=rollout.index,
+            num_images=prompt.example.num_images,
+            token_ids=token_ids,
+            loss_mask=in_response,
+            image_grid_thw=prompt.image_grid_thw,
+            advantages=np.where(in_response, np.float32(advantage), np.float32(0)),
+            engine_logprobs=engine_logprobs,
+        )
+
+    def conversation(self, index: int) -> TrainSample:
+        """A supervised sample: the conversation, with its assistant turns as targets."""
+        example = self.example(index)
+        return self.processor.encode_conversation(example, self.reader.images(index))
+
+    def _read_prompt(self, index: int) -> Prompt:
+        example = self.example(index)
+        messages = pass1_messages(example, self._recipe, self._style)
+        prompt = self.processor.encode_prompt(example, self.reader.images(index), messages)
+        if len(prompt.token_ids) > self._limit:
+            raise DataError(
+                f"{example.shard} sample {example.key}: prompt of {len(prompt.token_ids)} tokens, "
+                f"at most {self._limit}; raise data.max_prompt_tokens or lower data.max_pixels"
+            )
+        return prompt
+
+    def _read_pixels(self, index: int) -> VisionInputs:
+        kept = self._prompts.get(index)
+        images: Sequence[Any] = kept.images if kept else self.reader.images(index)
+        return self.processor.vision(images)
+
+    def _kept(self, store: OrderedDict[int, T], index: int, read: Callable[[int], T]) -> T:
+        if index in store:
+            store.move_to_end(index)
+            return store[index]
+        value = store[index] = read(index)
+        if len(store) > self._keep:
+            store.popitem(last=False)
+        return value

@@ -1,0 +1,93 @@
+"""From a configuration to live parts: device, groups, processor, actor, engine, scorer."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+from megatron_sr1.checkpoint.distributed import resolve_model
+from megatron_sr1.config import Config, LaunchConfig
+from megatron_sr1.data.processor import Processor
+from megatron_sr1.rewards.score import Scorer
+from megatron_sr1.rollout.engine import Engine
+from megatron_sr1.runtime.device import Device, select_device, start_distributed
+from megatron_sr1.runtime.groups import Groups, make_groups
+from megatron_sr1.runtime.seeds import seed_everything
+from megatron_sr1.trainer.samples import Samples
+
+log = logging.getLogger(__name__)
+
+
+def start_ranks(config: Config) -> tuple[Device, Groups]:
+    """Start torch.distributed and make the layout's groups."""
+    device = select_device(config.launch.device)
+    if device.kind == "cpu":
+        torch.set_num_threads(threads_a_rank(config.launch))
+    start_distributed(device, config.launch.phase_deadline_seconds)
+    groups = make_groups(config.parallel, device)
+    seed_everything(config.seed, groups)
+    return device, groups
+
+
+def threads_a_rank(launch: LaunchConfig) -> int:
+    """Threads of each rank on a CPU."""
+    if launch.threads:
+        return launch.threads
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, (os.cpu_count() or 1) // ranks)
+
+
+def make_processor(config: Config, directory: Path) -> Processor:
+    """Tokenizer and image processor of a model directory."""
+    return Processor(directory, config.data.min_pixels, config.data.max_pixels)
+
+
+def open_samples(config: Config, directory: str, processor: Processor) -> Samples:
+    """A folder of shards under this configuration."""
+    return Samples(
+        directory,
+        processor,
+        recipe=config.reward.recipe,
+        style=config.data.prompt_style,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+    )
+
+
+def make_engine(config: Config, directory: Path, processor: Processor, device: Device) -> Engine:
+    """The colocated rollout engine with the weights of a Hugging Face directory."""
+    rollout = config.rollout
+    return Engine(
+        directory,
+        device_kind=device.kind,
+        dtype=config.model.dtype,
+        tensor_parallel=rollout.tensor_parallel,
+        max_model_len=rollout.max_model_len,
+        max_num_seqs=rollout.max_num_seqs,
+        banned_token_ids=processor.vision_token_ids,
+        seed=config.seed,
+        kv_cache_gib=rollout.kv_cache_gib,
+        gpu_memory_utilization=rollout.gpu_memory_utilization,
+        enforce_eager=rollout.enforce_eager,
+        sleep_level=rollout.sleep_level,
+        min_pixels=config.data.min_pixels,
+        max_pixels=config.data.max_pixels,
+    )
+
+
+def make_scorer(config: Config, recipe: str | None = None) -> Scorer:
+    """Grader of a recipe, by default the configured one."""
+    reward = config.reward
+    return Scorer(
+        recipe or reward.recipe,
+        accuracy_weight=reward.accuracy_weight,
+        format_weight=reward.format_weight,
+        self_reward_weight=reward.self_reward_weight,
+        pay_leaks=reward.pay_leaks,
+        grader_timeout_seconds=reward.grader_timeout_seconds,
+    )
+
+
+__all__ = ["resolve_model"]

@@ -1,0 +1,57 @@
+"""Supervised fine-tuning: the cold start before reinforcement learning."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_sr1.algorithm.losses import sft_loss
+from megatron_sr1.data.loader import shard
+from megatron_sr1.errors import DataError
+from megatron_sr1.records import PackedBatch, TrainSample
+from megatron_sr1.trainer.actor import Actor
+from megatron_sr1.trainer.context import Context
+from megatron_sr1.trainer.samples import Samples
+from megatron_sr1.trainer.step import update
+
+
+def train_sft(context: Context, actor: Actor, samples: Samples) -> None:
+    """Run the supervised steps that are left; the loss is a mean over target tokens.
+
+    Args:
+        context: configuration, groups, run directory, sinks, loader.
+        actor: with its optimizer.
+        samples: conversations.
+    """
+    data = context.groups.data
+    while context.step < context.config.optimizer.num_steps:
+        indices = context.loader.next_step()
+        with context.phase("prompts"):
+            chosen = _conversations(context, samples, shard(indices, data.rank, data.size))
+            batches = context.pack(chosen, samples)
+        with context.phase("update"):
+            measured = update(actor, batches, _token_loss, temperature=1.0)
+        values = {
+            "actor/loss": measured["loss"],
+            "actor/num_tokens": measured["num_tokens"],
+            "optimizer/grad_norm": measured["grad_norm"],
+            "optimizer/learning_rate": measured["learning_rate"],
+        }
+        context.finish_step("sft", values, actor)
+
+
+def _token_loss(
+    policy_logprobs: torch.Tensor, batch: PackedBatch
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    return sft_loss(policy_logprobs, batch.loss_mask), {}
+
+
+def _conversations(context: Context, samples: Samples, indices: list[int]) -> list[TrainSample]:
+    chosen = []
+    for index in indices:
+        try:
+            chosen.append(samples.conversation(index))
+        except DataError as error:
+            context.skip(error)
+    if not chosen:
+        raise DataError("no sample of this step could be read; see the warnings above")
+    return chosen

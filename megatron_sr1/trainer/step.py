@@ -1,0 +1,216 @@
+"""One pass of the actor over packed micro-batches: logprobs without gradients, or an update.
+
+The objective of an update is a sum over target tokens divided by their number over all
+micro-batches and data-parallel ranks (Megatron's `calculate_per_token_loss`), so how samples are
+packed and split changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_sr1.errors import SR1Error
+from megatron_sr1.records import PackedBatch, TrainSample
+from megatron_sr1.runtime import cpu
+from megatron_sr1.runtime.groups import Groups
+from megatron_sr1.trainer.actor import Actor
+
+Sums = dict[str, torch.Tensor]
+TokenLoss = Callable[[torch.Tensor, PackedBatch], tuple[torch.Tensor, Sums]]
+"""(policy_logprobs [1, T], batch) -> (loss summed over its target tokens, sums to report).
+
+A name that ends in `_max` is reduced by maximum, any other by sum."""
+
+
+def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
+    """The batch with its tensors on `device`; the same object on a CPU."""
+    if device.type == "cpu":
+        return batch
+    from dataclasses import fields, replace
+
+    from megatron_sr1.records import VisionInputs
+
+    moved: dict[str, Any] = {
+        f.name: getattr(batch, f.name).to(device, non_blocking=True)
+        for f in fields(batch)
+        if isinstance(getattr(batch, f.name), torch.Tensor)
+    }
+    if batch.vision is not None:
+        moved["vision"] = VisionInputs(
+            batch.vision.pixel_values.to(device, non_blocking=True),
+            batch.vision.image_grid_thw,
+        )
+    return replace(batch, **moved)
+
+
+def sample_logprobs(
+    actor: Actor,
+    samples: Sequence[TrainSample],
+    batches: Sequence[PackedBatch],
+    temperature: float,
+) -> list[np.ndarray]:
+    """Logprobs of every sample's tokens under the actor's present weights, without gradients.
+
+    Args:
+        actor: the model; all ranks of a pipeline call this with the same batches.
+        samples: what was packed.
+        batches: `samples`, packed.
+        temperature: logits are divided by it.
+
+    Returns:
+        per sample [tokens] float32, entry t is the logprob of token t, 0 at token 0.
+    """
+    logprobs: list[torch.Tensor] = []
+
+    def collect(output: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
+        logprobs.append(output.detach())
+        return output
+
+    with torch.no_grad():
+        _run(actor.chunks, actor, batches, temperature, lambda batch: collect, forward_only=True)
+    rows = _from_last_stage(logprobs, batches, actor)
+    found: list[np.ndarray] = [np.zeros(0, np.float32)] * len(samples)
+    for batch, row in zip(batches, rows, strict=True):
+        borders = batch.cu_seqlens.tolist()
+        for place, start in zip(batch.sample_ids, borders[:-1], strict=False):
+            num_tokens = len(samples[place].token_ids)
+            own = np.zeros(num_tokens, np.float32)
+            own[1:] = row[start : start + num_tokens - 1]
+            found[place] = own
+    return found
+
+
+def update(
+    actor: Actor, batches: Sequence[PackedBatch], loss: TokenLoss, temperature: float
+) -> dict[str, float]:
+    """One optimizer update over micro-batches.
+
+    Args:
+        actor: the model with its optimizer.
+        batches: this data-parallel rank's micro-batches; ranks may differ in number.
+        loss: summed loss of a micro-batch.
+        temperature: logits are divided by it.
+
+    Returns:
+        `loss`, `grad_norm`, `learning_rate`, `num_tokens` and the reported sums, each divided by
+        the number of target tokens of the whole update (maxima are not), equal on all ranks.
+
+    Raises:
+        SR1Error: the loss is not finite; nothing was updated.
+    """
+    sums: Sums = {}
+
+    def reduce(batch: PackedBatch, output: torch.Tensor) -> tuple[torch.Tensor, Any, Any]:
+        loss_sum, reported = loss(output, batch)
+        num_tokens = batch.loss_mask.sum()
+        values = {"loss": loss_sum.detach(), "num_tokens": num_tokens, **reported}
+        for name, value in values.items():
+            value = value.detach().double()
+            if name in sums:
+                value = (
+                    torch.maximum(sums[name], value)
+                    if name.endswith("_max")
+                    else sums[name] + value
+                )
+            sums[name] = value
+        return loss_sum, num_tokens.int(), {}
+
+    for wrapped in actor.wrapped:
+        wrapped.zero_grad_buffer()
+    actor.optimizer.zero_grad()
+    learning_rate = actor.optimizer.param_groups[0]["lr"]
+    _run(actor.wrapped, actor, batches, temperature, lambda b: partial(reduce, b))
+    totals = reduce_sums(sums, actor.groups)
+    if not np.isfinite(totals["loss"]):
+        raise SR1Error("the loss is not finite; nothing was updated: lower the learning rate")
+    with cpu.megatron_mode():
+        success, grad_norm, _ = actor.optimizer.step()
+    assert success
+    actor.scheduler.step(increment=1)
+    num_tokens = max(totals.pop("num_tokens"), 1.0)
+    means = {n: v if n.endswith("_max") else v / num_tokens for n, v in totals.items()}
+    return {
+        **means,
+        "num_tokens": num_tokens,
+        "grad_norm": float(grad_norm),
+        "learning_rate": float(learning_rate),
+    }
+
+
+def reduce_sums(sums: Sums, groups: Groups) -> dict[str, float]:
+    """Totals over the world of what each pipeline's last stage counted, equal on all ranks."""
+    counted = groups.is_last_stage and groups.tensor.rank == 0
+    names: list[Any] = [sorted(sums)]
+    if groups.pipeline.size > 1:
+        dist.broadcast_object_list(
+            names, src=groups.pipeline.ranks[-1], group=groups.pipeline.process_group
+        )
+    device = groups.device.torch
+    values = torch.zeros(len(names[0]), dtype=torch.float64, device=device)
+    if counted:
+        values = torch.stack([sums[name].to(device) for name in names[0]])
+    largest = values.clone()
+    if groups.world.size > 1:
+        dist.all_reduce(values)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    pairs = zip(names[0], values.tolist(), largest.tolist(), strict=True)
+    return {name: high if name.endswith("_max") else total for name, total, high in pairs}
+
+
+def _run(
+    models: list[Any],
+    actor: Actor,
+    batches: Sequence[PackedBatch],
+    temperature: float,
+    loss_of: Callable[[PackedBatch], Callable[..., Any]],
+    forward_only: bool = False,
+) -> None:
+    """Drive Megatron's schedule over the micro-batches."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    def forward(iterator: Iterator[PackedBatch], model: Any) -> tuple[torch.Tensor, Any]:
+        batch = to_device(next(iterator), actor.first_device)
+        output = model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            cu_seqlens=batch.cu_seqlens,
+            max_seqlen=batch.max_seqlen,
+            vision=batch.vision,
+            labels=batch.labels,
+            temperature=temperature,
+        )
+        return output, loss_of(batch)
+
+    with cpu.megatron_mode():
+        get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=[iter(batches) for _ in models],
+            model=models,
+            num_microbatches=len(batches),
+            seq_length=batches[0].input_ids.shape[1],
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+
+
+def _from_last_stage(
+    logprobs: list[torch.Tensor], batches: Sequence[PackedBatch], actor: Actor
+) -> list[np.ndarray]:
+    """Hand the last stage's rows [T] to all stages."""
+    pipeline = actor.groups.pipeline
+    if pipeline.size > 1:
+        if not actor.groups.is_last_stage:
+            logprobs = [
+                torch.empty(b.input_ids.shape, dtype=torch.float32, device=actor.first_device)
+                for b in batches
+            ]
+        for row in logprobs:
+            dist.broadcast(row, src=pipeline.ranks[-1], group=pipeline.process_group)
+    return [row[0].cpu().numpy() for row in logprobs]

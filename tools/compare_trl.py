@@ -1,0 +1,155 @@
+"""Time a GRPO step here against TRL's on the same model, data and machine.
+
+Both sides sample 256 completions a step (32 prompts x 8) at temperature 1 from the demo's cold
+start and make one update. TRL runs one pass on transformers' generation, with accuracy as its
+reward; here both passes run, with self-reward, update and weight sync. TRL is installed into an
+environment of its own, over the project's packages. Run `make demo` first, or name a model and
+shards of the digits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TRL = "trl==1.16.0"
+
+
+def trl_python() -> str:
+    """Interpreter of an environment with TRL, made on first use."""
+    cache = Path(os.environ.get("MEGATRON_SR1_CACHE") or Path.home() / ".cache" / "megatron_sr1")
+    directory = cache / TRL.replace("==", "-")
+    python = directory / "bin" / "python"
+    if not (directory / "complete").exists():
+        venv.create(directory, with_pip=True, clear=True)
+        site = next((directory / "lib").glob("python*")) / "site-packages"
+        packages = [p for p in sys.path if p.endswith("site-packages")]
+        lines = [f"import site; site.addsitedir({p!r})" for p in packages]
+        (site / "_base.pth").write_text("\n".join(lines) + "\n")
+        subprocess.run([python, "-m", "pip", "install", "--quiet", TRL], check=True)
+        (directory / "complete").touch()
+    return str(python)
+
+
+def run_trl(model: str, data: str, num_steps: int, result: Path) -> None:
+    """TRL's side, in its own environment: seconds of each step to `result`."""
+    import torch
+
+    torch.set_num_threads(2)
+    sys.path.insert(0, str(ROOT))
+    from megatron_sr1.runtime.torchvision_mend import mend_torchvision
+
+    mend_torchvision()
+    from datasets import Dataset
+    from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    from megatron_sr1.data.prompts import pass1_messages
+    from megatron_sr1.data.shards import ShardReader
+
+    reader = ShardReader(data)
+    rows = []
+    for index in range(32 * num_steps):
+        example = reader.example(index)
+        parts = pass1_messages(example, "vision_sr1", "brief")[0]["content"]
+        text = "".join(part["text"] for part in parts if part["type"] == "text")
+        prompt = [{"role": "user", "content": text}]
+        rows.append(
+            {"prompt": prompt, "image": reader.images(index)[0], "gold": str(example.answer)}
+        )
+
+    def accuracy(completions: list, gold: list[str], **_: object) -> list[float]:
+        texts = [completion[0]["content"] for completion in completions]
+        return [float(f"\\boxed{{{g}}}" in t) for t, g in zip(texts, gold, strict=True)]
+
+    seconds: list[float] = []
+
+    class Clock(TrainerCallback):
+        """Seconds of each step."""
+
+        def on_step_begin(self, *_: object, **__: object) -> None:
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *_: object, **__: object) -> None:
+            seconds.append(time.perf_counter() - self.started)
+
+    trainer = GRPOTrainer(
+        model=Qwen2_5_VLForConditionalGeneration.from_pretrained(model, dtype=torch.float32),
+        processing_class=AutoProcessor.from_pretrained(model),
+        reward_funcs=accuracy,
+        train_dataset=Dataset.from_list(rows),
+        callbacks=[Clock()],
+        args=GRPOConfig(
+            output_dir=str(result.parent / "trl"),
+            per_device_train_batch_size=64,
+            gradient_accumulation_steps=4,
+            steps_per_generation=4,
+            num_generations=8,
+            max_completion_length=64,
+            beta=0.01,
+            temperature=1.0,
+            learning_rate=1.5e-4,
+            max_steps=num_steps,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to=[],
+            save_strategy="no",
+        ),
+    )
+    trainer.train()
+    result.write_text(json.dumps(seconds))
+
+
+def run_ours(model: str, data: str, num_steps: int, folder: Path) -> list[float]:
+    """Our side through the command line: seconds of each step."""
+    command = [sys.executable, "-m", "megatron_sr1", "train", "examples/digits_cpu.yaml"]
+    command += [f"model.path={model}", f"data.train={data}", "data.eval=", f"output={folder}"]
+    command += [f"optimizer.num_steps={num_steps}", "rollout.max_response_tokens=64"]
+    command += ["algorithm.kl_coefficient=0.01", "checkpoint.export_hf=false"]
+    subprocess.run(command, check=True, cwd=ROOT)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["time/step_seconds"] for line in lines]
+
+
+def main() -> int:
+    """Run TRL, then ours, and print both medians, the first step left out."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="runs/demo/cold_start/hf", help="Hugging Face directory")
+    parser.add_argument("--data", default="runs/demo/data/train", help="shards of the digits")
+    parser.add_argument("--steps", type=int, default=11)
+    parser.add_argument("--trl-result", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    model, data = str(Path(arguments.model).resolve()), str(Path(arguments.data).resolve())
+    for path in (model, data):
+        if not Path(path).is_dir():
+            raise SystemExit(f"compare_trl: {path} is not there; run `make demo` first")
+    if arguments.trl_result:
+        run_trl(model, data, arguments.steps, arguments.trl_result)
+        return 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        command = [trl_python(), __file__, "--model", model, "--data", data]
+        command += ["--steps", str(arguments.steps), "--trl-result", str(folder / "trl.json")]
+        subprocess.run(command, check=True, cwd=folder)
+        sides = {
+            "trl": json.loads((folder / "trl.json").read_text()),
+            "ours": run_ours(model, data, arguments.steps, folder / "ours"),
+        }
+    medians = {name: statistics.median(seconds[1:]) for name, seconds in sides.items()}
+    ratio = medians["ours"] / medians["trl"]
+    print(json.dumps({"median_step_seconds": medians, "ratio": ratio, "steps": sides}, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
