@@ -1,0 +1,1 @@
+"""Sampling: the colocated vLLM engine, its weight sync, and the two passes of a rollout."""

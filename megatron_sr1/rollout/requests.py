@@ -1,0 +1,54 @@
+"""Records between the engine and whoever rolls out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megatron_sr1.records import Completion
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+@dataclass(frozen=True)
+class Request:
+    """Something to sample.
+
+    Attributes:
+        id: unique among the live requests, the same on all ranks of a replica.
+        token_ids: prompt for the engine: each image a single image-pad id.
+        expanded_token_ids: the same prompt as the trainer has it; the engine must agree.
+        images: RGB images, in order.
+        temperature: 0 is greedy.
+        max_tokens: most tokens to sample, the end of turn included.
+        seed: of this request's draws, in [0, 2**31).
+        with_logprobs: whether the completion brings the engine's logprobs.
+        watched: whether each step tells the tokens so far.
+    """
+
+    id: str
+    token_ids: tuple[int, ...]
+    expanded_token_ids: tuple[int, ...]
+    images: tuple[Image.Image, ...] = ()
+    temperature: float = 1.0
+    max_tokens: int = 16
+    seed: int = 0
+    with_logprobs: bool = True
+    watched: bool = False
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a step brought for one request.
+
+    Attributes:
+        id: of the request.
+        token_ids: everything sampled so far; a view, to be read before the next step.
+        completion: the whole, once it is finished.
+    """
+
+    id: str
+    token_ids: Sequence[int]
+    completion: Completion | None

@@ -1,0 +1,109 @@
+"""Drawing tokens: banned ids are left out of the draw, logprobs stay those of the whole softmax.
+
+In: the engine's logits of one step. Out: one id a sequence and its logprob
+
+    log_softmax(logits / temperature)[id]        (temperature 1 where the draw is greedy)
+
+over the whole vocabulary, so that an actor which knows nothing of bans computes the same number.
+The draw itself is from that softmax restricted to the ids that are not banned: the logprob under
+the restricted distribution would be larger by -log(1 - mass of the banned ids), the same for every
+id of a position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+_GREEDY_BELOW = 1e-5
+
+
+class FullVocabularySampler(torch.nn.Module):
+    """Takes the place of vLLM's sampler in its model runner.
+
+    Left out, as no request asks for them: penalties, stop-word bans, min-p, top-k and top-p, top
+    alternatives and ranks.
+    """
+
+    logprobs_mode = "raw_logprobs"
+
+    def __init__(self, draw: torch.nn.Module, outputs: Any, banned_token_ids: Iterable[int]):
+        """Wrap vLLM's draw.
+
+        Args:
+            draw: vLLM's `TopKTopPSampler`, which knows each request's generator.
+            outputs: vLLM's module of output records.
+            banned_token_ids: ids that are never drawn.
+        """
+        super().__init__()
+        self.topk_topp_sampler = draw
+        self._outputs = outputs
+        self._banned = torch.tensor(sorted(set(banned_token_ids)), dtype=torch.int64)
+
+    def forward(
+        self,
+        logits: torch.Tensor,
+        sampling_metadata: Any,
+        predict_bonus_token: bool = False,
+        logprobs_mode_override: str | None = None,
+    ) -> Any:
+        """Draw one id for each row.
+
+        Args:
+            logits: [sequences, vocabulary]; overwritten.
+            sampling_metadata: vLLM's record of the rows' settings.
+            predict_bonus_token: unused (speculative decoding).
+            logprobs_mode_override: unused.
+
+        Returns:
+            vLLM's `SamplerOutput`.
+        """
+        logits = logits.float()
+        temperature = sampling_metadata.temperature
+        if temperature is not None:
+            greedy = temperature < _GREEDY_BELOW
+            logits.div_(temperature.masked_fill(greedy, 1.0).unsqueeze(1))
+        wanted = sampling_metadata.max_num_logprobs is not None
+        log_total = logits.logsumexp(dim=-1, keepdim=True) if wanted else None
+        if self._banned.numel():
+            self._banned = self._banned.to(logits.device)
+            logits.index_fill_(1, self._banned, float("-inf"))
+        if sampling_metadata.all_greedy:
+            drawn = logits.argmax(dim=-1)
+        else:
+            drawn, _ = self.topk_topp_sampler(logits, sampling_metadata.generators, None, None)
+            drawn = drawn.long().view(-1)
+            if not sampling_metadata.all_random:
+                drawn = torch.where(greedy, logits.argmax(dim=-1), drawn)
+        tensors = None
+        if log_total is not None:
+            logprobs = logits.gather(1, drawn.unsqueeze(1)) - log_total
+            tensors = self._tensors(drawn.unsqueeze(1), logprobs)
+        return self._outputs.SamplerOutput(
+            sampled_token_ids=drawn.int().unsqueeze(1), logprobs_tensors=tensors
+        )
+
+    @staticmethod
+    def compute_logprobs(logits: torch.Tensor) -> torch.Tensor:
+        """Logprobs at prompt positions, float32; vLLM calls it for prompt logprobs."""
+        return logits.log_softmax(dim=-1, dtype=torch.float32)
+
+    def gather_logprobs(
+        self, logprobs: torch.Tensor, num_logprobs: int, token_ids: torch.Tensor
+    ) -> Any:
+        """Pick given tokens' logprobs; vLLM calls it for prompt logprobs.
+
+        Args:
+            logprobs: [tokens, vocabulary] float32, nats.
+            num_logprobs: alternatives beside the token; only 0 is served.
+            token_ids: [tokens] int64.
+        """
+        assert num_logprobs == 0, "alternatives are not served"
+        columns = token_ids.unsqueeze(1)
+        return self._tensors(columns, logprobs.gather(1, columns))
+
+    def _tensors(self, token_ids: torch.Tensor, logprobs: torch.Tensor) -> Any:
+        ranks = torch.zeros(len(token_ids), dtype=torch.int64, device=token_ids.device)
+        return self._outputs.LogprobsTensors(token_ids.int(), logprobs, ranks)
