@@ -137,5 +137,5 @@ def test_wandb_offline_needs_no_account_and_keeps_its_id(tmp_path):
             sink.close()
         ids.append((tmp_path / WANDB_ID_FILE).read_text().strip())
     assert ids[0] == ids[1]
-    files = list((tmp_path / "wandb").glob(f"offline-run-*-{ids[0]}/*.wandb"))
+    files = list((tmp_path / "wandb").glob(f"offline-run-*-{ids[0]}*/*.wandb"))
     assert len(files) == 2 and all(file.stat().st_size > 0 for file in files)

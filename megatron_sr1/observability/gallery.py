@@ -1,0 +1,156 @@
+"""Samples to look at: image, question, and what was described, answered and read back.
+
+In: lines of evaluation or rollout files, a function that gives images. Out: HTML, in which every
+text of a model or a data set is escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from megatron_sr1.errors import SR1Error
+from megatron_sr1.observability.page import text
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+log = logging.getLogger(__name__)
+Line = Mapping[str, Any]
+Images = Callable[[int], "Sequence[Image.Image]"]
+MAX_SIDE_PIXELS = 512
+SMALL_PIXELS = 16384
+"""Images of at most so many pixels are embedded without loss, and enlarged when shown."""
+
+
+def pick_questions(runs: Mapping[str, Sequence[Line]], each: int = 4) -> list[tuple[str, int]]:
+    """Questions that tell the most, by fixed rules: (rule, index).
+
+    The first ones; those where the first run took a shortcut and the last run reads right; those
+    that the last run still answers wrongly.
+
+    Args:
+        runs: name -> evaluation lines on the same questions.
+        each: questions a rule, at most.
+    """
+    rows = {name: {line["index"]: line for line in lines} for name, lines in runs.items()}
+    first, last = next(iter(rows.values())), list(rows.values())[-1]
+    mended = [
+        i for i in last if first.get(i, {}).get("shortcut") == 1 and last[i]["self_reward"] == 1
+    ]
+    wrong = [i for i in last if not last[i]["accuracy"]]
+    rules = {"one of the first": list(last), "mended": mended, "still wrong": wrong}
+    if len(rows) == 1:
+        shortcuts = [i for i in last if last[i]["shortcut"] == 1]
+        rules = {"one of the first": list(last), "shortcut": shortcuts, "wrong": wrong}
+    chosen: dict[int, str] = {}
+    for rule, indices in rules.items():
+        for index in [i for i in indices if i not in chosen][:each]:
+            chosen[index] = rule
+    return [(rule, index) for index, rule in chosen.items()]
+
+
+def question_card(rule: str, runs: Mapping[str, Line], images: Images | None) -> str:
+    """One question with what each run said to it.
+
+    Args:
+        rule: why it is shown.
+        runs: name -> its line about this question.
+        images: gives the question's images; None shows none.
+    """
+    line = next(iter(runs.values()))
+    said = "".join(
+        f'<div class="said"><h3>{escape(name)}</h3>{_answers(one, _evaluation_verdicts(one))}</div>'
+        for name, one in runs.items()
+    )
+    return _card(line, rule, images, f'<div class="grid3">{said}</div>')
+
+
+def rollout_card(lines: Sequence[Line], images: Images | None) -> str:
+    """One prompt of a training step with some of its responses, best and worst first."""
+    ordered = sorted(lines, key=lambda line: -line["advantage"])
+    chosen = [ordered[0], ordered[-1]] if len(ordered) > 1 else ordered
+    said = "".join(
+        f'<div class="said"><h3>sample {line["sample"]}, advantage {line["advantage"]:+.2f}</h3>'
+        f"{_answers(line, _reward_verdicts(line['reward']))}</div>"
+        for line in chosen
+    )
+    rule = f"best and worst of {len(lines)}" if len(lines) > 2 else f"{len(lines)} responses"
+    return _card(lines[0], rule, images, f'<div class="grid2">{said}</div>')
+
+
+def _card(line: Line, rule: str, images: Images | None, said: str) -> str:
+    shown = _pictures(line["index"], images) if images is not None else ""
+    question = text(str(line["question"]).replace("<image>", "").strip())
+    facts = (
+        f"<dl><dt>question</dt><dd>{question}</dd><dt>gold</dt><dd>{text(line['gold'])}</dd></dl>"
+    )
+    note = f'<span class="note">no. {int(line["index"])}, {escape(rule)}</span>'
+    head = f"<header>{shown}<div>{facts}{note}</div></header>"
+    return f'<article class="card sample">{head}{said}</article>'
+
+
+def _answers(line: Line, verdicts: str) -> str:
+    rest = line["response"] or ""
+    if line["description"]:
+        rest = rest.split("</description>", 1)[-1]
+    return (
+        f'<div class="tag">{verdicts}</div><dl>'
+        f"<dt>saw</dt><dd>{text(line['description'], 'no description')}</dd>"
+        f"<dt>answered</dt><dd>{text(rest, 'nothing')}</dd>"
+        f"<dt>read back</dt><dd>{text(line['reading'], 'no second pass')}</dd></dl>"
+    )
+
+
+def _verdict(name: str, value: float | None, good: bool = True) -> str:
+    if value is None:
+        return ""
+    kind = "good" if bool(value) == good else "bad"
+    mark = "✓" if value else "✗"
+    return f'<span class="{kind}">{mark} {name}</span> '
+
+
+def _evaluation_verdicts(line: Line) -> str:
+    return (
+        _verdict("answer", line["accuracy"])
+        + _verdict("read from the description", line["self_reward"])
+        + _verdict("description exact", line["description_exact"])
+    )
+
+
+def _reward_verdicts(reward: Line) -> str:
+    leak = '<span class="bad">states the answer</span> ' if reward["leak"] else ""
+    return (
+        _verdict("answer", reward["accuracy"])
+        + _verdict("read from the description", reward["self_reward"])
+        + _verdict("form", reward["format"])
+        + leak
+        + f'<span class="soft">reward {reward["total"]:.2f}</span>'
+    )
+
+
+def _pictures(index: int, images: Images) -> str:
+    try:
+        found = images(index)
+    except SR1Error as error:
+        log.warning("report: no image of sample %d: %s", index, error)
+        return '<span class="note">image not available</span>'
+    return "".join(f'<img alt="image of the question" src="{_data_url(one)}">' for one in found)
+
+
+def _data_url(image: Image.Image) -> str:
+    small = image.width * image.height <= SMALL_PIXELS
+    if max(image.size) > MAX_SIDE_PIXELS:
+        image = image.copy()
+        image.thumbnail((MAX_SIDE_PIXELS, MAX_SIDE_PIXELS))
+    elif small:
+        factor = max(1, min(256 // image.width, 200 // image.height))
+        image = image.resize((image.width * factor, image.height * factor), resample=0)
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "PNG" if small else "JPEG", quality=80, optimize=True)
+    kind = "png" if small else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,0 +1,161 @@
+"""Parts of the report that are computed from lines of metrics and evaluation files.
+
+In: lines as read. Out: HTML of one table or chart each, "" where the lines hold nothing for it.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megatron_sr1.observability import page
+from megatron_sr1.observability.charts import Bar, Series, bar_chart, line_chart, stacked_chart
+
+Lines = list[dict[str, Any]]
+VERDICTS = {
+    "accuracy": "answer right",
+    "self_reward": "read from description",
+    "description_exact": "description exact",
+    "shortcut": "shortcut",
+}
+CURVES: list[tuple[str, dict[str, str], bool]] = [
+    (
+        "Rewards",
+        {"accuracy": "answer", "self_reward": "self-reward", "format": "form"},
+        True,
+    ),
+    ("Shortcuts and leaks", {"shortcut_rate": "shortcut", "leak_rate": "leak"}, True),
+]
+"""Charts of several metrics below `reward/`: title, name -> legend, whether they are shares."""
+TITLES = {
+    "reward/total": "Reward",
+    "reward/accuracy": "Answer right",
+    "reward/self_reward": "Self-reward",
+    "reward/format": "Form",
+    "reward/shortcut_rate": "Language-shortcut rate",
+    "actor/loss": "Loss",
+    "actor/kl": "KL to the reference",
+    "mismatch/kl": "Engine against trainer, KL",
+    "optimizer/grad_norm": "Gradient norm",
+    "rollout/response_tokens": "Response tokens a step",
+}
+PHASE_COLOURS = {
+    "pass1": 2,
+    "pass2": 1,
+    "reward": 4,
+    "old_logprobs": 7,
+    "reference": 6,
+    "update": 3,
+    "sync": 5,
+}
+"""Phases with a layer of their own, from the bottom up."""
+SHARES = ("reward/accuracy", "reward/self_reward", "reward/format", "reward/shortcut_rate")
+
+
+def rate(lines: Lines, verdict: str) -> float | None:
+    """Share of 1 among the lines that have the verdict; None if none has."""
+    values = [line[verdict] for line in lines if line.get(verdict) is not None]
+    return sum(values) / len(values) if values else None
+
+
+def _bar(lines: Lines, verdict: str) -> Bar | None:
+    share = rate(lines, verdict)
+    if share is None:
+        return None
+    return Bar(share, 1.96 * math.sqrt(share * (1 - share) / len(lines)))
+
+
+def verdict_bars(judged: Mapping[str, Lines]) -> str:
+    """A bar chart of the verdicts' rates; `judged`: name of a model -> evaluation lines."""
+    if not judged:
+        return ""
+    bars = {name: [_bar(lines, v) for v in VERDICTS] for name, lines in judged.items()}
+    return bar_chart("Share of held-out questions, %", list(VERDICTS.values()), bars)
+
+
+def verdict_table(title: str, judged: Mapping[str, Lines]) -> str:
+    """A table of the verdicts' rates; `judged`: name of a model -> evaluation lines."""
+    rows = []
+    for name, lines in judged.items():
+        if lines:
+            rates = [rate(lines, verdict) for verdict in VERDICTS]
+            rows.append([name, *("–" if r is None else f"{r:.1%}" for r in rates)])
+    return page.table([title, *VERDICTS.values()], rows)
+
+
+def cross(title: str, lines: Sequence[Mapping[str, Any]]) -> str:
+    """Pass 1 x pass 2 of the lines that have a second pass."""
+    judged = [line for line in lines if line["self_reward"] is not None]
+    cells = Counter((bool(line["accuracy"]), bool(line["self_reward"])) for line in judged)
+    return page.cross_table(title, cells)
+
+
+def _series(lines: Lines, metric: str, name: str, colour: int) -> Series:
+    return Series(
+        name, [line["step"] for line in lines], [line.get(metric) for line in lines], colour
+    )
+
+
+def overlay(metric: str, runs: Mapping[str, Lines]) -> str:
+    """One metric of several runs in one chart."""
+    series = [_series(lines, metric, name, i + 1) for i, (name, lines) in enumerate(runs.items())]
+    return line_chart(TITLES[metric], series, percent=metric in SHARES)
+
+
+def run_charts(lines: Lines) -> list[str]:
+    """Known charts first, then one for each metric that no chart has shown."""
+    charts, seen = [], {"step", "stage"}
+    for title, metrics, percent in CURVES:
+        named = {f"reward/{name}": shown for name, shown in metrics.items()}
+        series = [_series(lines, m, s, i + 1) for i, (m, s) in enumerate(named.items())]
+        charts.append(line_chart(title, series, percent))
+        seen |= set(named)
+    rest = {name for line in lines for name in line} - seen
+    ordered = [n for n in TITLES if n in rest] + sorted(rest - set(TITLES))
+    for name in ordered:
+        if not name.startswith(("time/", "table/")):
+            charts.append(line_chart(TITLES.get(name, name), [_series(lines, name, name, 2)]))
+    return [chart for chart in charts if chart]
+
+
+def _phases(lines: Lines) -> list[str]:
+    """Phases by their seconds, longest first, the step as a whole left out."""
+    sums: Counter[str] = Counter()
+    for line in lines:
+        for name, value in line.items():
+            if name.startswith("time/") and name != "time/step_seconds" and value:
+                sums[name] += value
+    return [name for name, _ in sums.most_common()]
+
+
+def _phase_name(metric: str) -> str:
+    return metric.removeprefix("time/").removesuffix("_seconds").replace("_", " ")
+
+
+def time_chart(title: str, lines: Lines) -> str:
+    """Seconds a step by phase; phases without a colour of their own are summed as others."""
+    steps, phases = [line["step"] for line in lines], _phases(lines)
+    layers = [
+        _series(lines, f"time/{name}_seconds", name.replace("_", " "), colour)
+        for name, colour in PHASE_COLOURS.items()
+        if f"time/{name}_seconds" in phases
+    ]
+    own = {f"time/{name}_seconds" for name in PHASE_COLOURS}
+    rest = [sum(line.get(name) or 0.0 for name in phases if name not in own) for line in lines]
+    return stacked_chart(title, [*layers, Series("others", steps, rest, 0)])
+
+
+def time_table(runs: Mapping[str, Lines]) -> str:
+    """Median seconds of each phase; `runs`: name of a column -> its lines."""
+    head, rows = ["median seconds"], []
+    names = list(dict.fromkeys(name for lines in runs.values() for name in _phases(lines)))
+    head += [run or "a step" for run in runs]
+    for name in [*names, "time/step_seconds"]:
+        columns = [[line[name] for line in lines if line.get(name)] for lines in runs.values()]
+        cells = [f"{statistics.median(column):.3g}" if column else "–" for column in columns]
+        if any(columns):
+            rows.append([_phase_name(name), *cells])
+    return page.table(head, rows) if names else ""
