@@ -1,0 +1,1 @@
+"""Published weights and checkpoints: names and transforms, reading, streaming, saving, resuming."""

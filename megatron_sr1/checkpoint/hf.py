@@ -1,0 +1,225 @@
+"""Published weights into the model and out of it, one tensor at a time.
+
+In: Megatron chunks under any tensor- and pipeline-parallel layout, and a Hugging Face directory.
+Out: loaded chunks, a stream of whole tensors under their published names (export, weight sync), or
+a directory like the source's, with the chunks' weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_sr1.checkpoint.hf_writer import check_target, write_like
+from megatron_sr1.checkpoint.mapping import (
+    EMBEDDING,
+    HF_EMBEDDING,
+    HF_OUTPUT,
+    OUTPUT,
+    Entry,
+    canonical_parameter,
+    entries,
+    join,
+    publish,
+    slices,
+)
+from megatron_sr1.checkpoint.source import HFSource
+from megatron_sr1.errors import CheckpointError
+from megatron_sr1.model.hf_config import HFConfig
+from megatron_sr1.runtime.groups import Groups, gather_objects
+
+NUM_NAMED = 12  # tensors that an error names
+
+
+def load_hf(
+    chunks: Sequence[Any], directory: str | Path, hf_config: HFConfig, groups: Groups
+) -> None:
+    """Fill the chunks from safetensors; each rank reads its own blocks, one tensor at a time.
+
+    Args:
+        chunks: the model, one chunk a virtual stage.
+        directory: of the weights.
+        hf_config: shape of the model.
+        groups: the layout.
+
+    Raises:
+        CheckpointError: tensors are missing, unexpected or of the wrong shape; all ranks raise.
+    """
+    source = HFSource(directory)
+    check_tensors(source, hf_config)
+    if not source.has_weights:
+        raise CheckpointError(f"{directory}: headers of weight files, but not the weights")
+    rank, size = groups.tensor.rank, groups.tensor.size
+    for entry, parameter in local_parameters(chunks, hf_config):
+        wanted = slices(entry, rank, size, parameter.shape[0])
+        value = join(entry, [source.read(w) for w in wanted], size)
+        _fill(entry, parameter, value)
+
+
+def _with_tied_copy(
+    weights: Iterator[tuple[str, torch.Tensor]], source: HFSource, hf_config: HFConfig
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The stream; after the embedding its copy, where the source keeps a tied output layer."""
+    for name, tensor in weights:
+        yield name, tensor
+        if name == HF_EMBEDDING and hf_config.tie_word_embeddings and HF_OUTPUT in source.tensors:
+            yield HF_OUTPUT, tensor
+
+
+def check_tensors(source: HFSource, hf_config: HFConfig) -> None:
+    """Compare a source's tensors with what the configuration asks for.
+
+    Raises:
+        CheckpointError: naming the tensors that are missing, unexpected or of the wrong shape.
+    """
+    expected = {
+        name: shape
+        for entry in entries(hf_config)
+        for name, shape in zip(entry.hf_names, entry.hf_shapes, strict=True)
+    }
+    found = source.tensors
+    missing = [f"{name} {list(shape)}" for name, shape in expected.items() if name not in found]
+    # Some publishers write a tied output layer all the same.
+    known = {*expected, HF_OUTPUT} if hf_config.tie_word_embeddings else set(expected)
+    unexpected = [f"{t.name} (in {t.file})" for name, t in found.items() if name not in known]
+    wrong = [
+        f"{found[name].name} (in {found[name].file}): {list(found[name].shape)}, expected "
+        f"{list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name].shape != shape
+    ]
+    problems = [
+        f"{len(names)} {what}: {', '.join(names[:NUM_NAMED])}"
+        + (", …" if len(names) > NUM_NAMED else "")
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", wrong))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{source.directory}: the weights are not those that config.json describes; tensors "
+            + "; ".join(problems)
+        )
+
+
+def local_parameters(
+    chunks: Sequence[Any], hf_config: HFConfig
+) -> Iterator[tuple[Entry, torch.nn.Parameter]]:
+    """This rank's parameters, each with its entry, in the chunks' order.
+
+    With tied embeddings a last stage's copy of the embedding comes with the embedding's entry.
+    """
+    table = {entry.name: entry for entry in entries(hf_config)}
+    if hf_config.tie_word_embeddings:
+        table[OUTPUT] = table[EMBEDDING]
+    for chunk in chunks:
+        first_layer = _first_layer(chunk)
+        for name, parameter in chunk.named_parameters():
+            entry = table.get(canonical_parameter(name, first_layer))
+            assert entry is not None, f"no row of the table is about parameter {name}"
+            yield entry, parameter
+
+
+def export_weights(
+    chunks: Sequence[Any], hf_config: HFConfig, groups: Groups
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Whole tensors under their published names, on every rank, in the order of computation.
+
+    Collective: all ranks iterate to the end. A shard goes from its stage to the others, then the
+    tensor-parallel ranks put it together; no more than one parameter is whole at a time. What is
+    yielded may be a view of a live parameter: copy it to keep it over an update.
+
+    Args:
+        chunks: the model, one chunk a virtual stage.
+        hf_config: shape of the model.
+        groups: the layout.
+
+    Yields:
+        (published name, tensor in the model's type on the model's device).
+    """
+    mine: dict[str, torch.Tensor] = {}
+    for entry, parameter in local_parameters(chunks, hf_config):
+        mine.setdefault(entry.name, parameter.detach())
+    # Asked anew at each export: nothing about the stages is remembered from an earlier one.
+    facts = {name: (tuple(shard.shape), shard.dtype) for name, shard in mine.items()}
+    by_stage = gather_objects(facts, groups.pipeline)
+    device = groups.device.torch
+    for entry in entries(hf_config):
+        owner = next((s for s, facts in enumerate(by_stage) if entry.name in facts), None)
+        assert owner is not None, f"no stage holds {entry.name}"
+        shape, dtype = by_stage[owner][entry.name]
+        if owner == groups.pipeline.rank:
+            shard = mine[entry.name].contiguous()
+        else:
+            shard = torch.empty(shape, dtype=dtype, device=device)
+        if groups.pipeline.size > 1:
+            group = groups.pipeline
+            dist.broadcast(shard, src=group.ranks[owner], group=group.process_group)
+        yield from publish(entry, _gather_shards(entry, shard, groups))
+
+
+def _gather_shards(entry: Entry, shard: torch.Tensor, groups: Groups) -> list[torch.Tensor]:
+    if entry.shard_dim is None or groups.tensor.size == 1:
+        return [shard]
+    shards = [torch.empty_like(shard) for _ in range(groups.tensor.size)]
+    dist.all_gather(shards, shard, group=groups.tensor.process_group)
+    return shards
+
+
+def save_hf(
+    chunks: Sequence[Any],
+    hf_config: HFConfig,
+    groups: Groups,
+    source_directory: str | Path,
+    target_directory: str | Path,
+) -> None:
+    """Write a directory like the source's with the chunks' weights; collective over all ranks.
+
+    Names, types, the split into files and the index are the source's; every file beside the
+    weights is copied byte for byte. Rank 0 writes one tensor at a time under a temporary name;
+    afterwards the directory is renamed, and it is there for all ranks.
+
+    Args:
+        chunks: the model, one chunk a virtual stage.
+        hf_config: shape of the model.
+        groups: the layout.
+        source_directory: a Hugging Face directory, or the copy of one in a Megatron checkpoint.
+        target_directory: replaced if it is there and holds a model.
+
+    Raises:
+        CheckpointError: the source is of another shape, or the target is something else.
+    """
+    source, target = HFSource(source_directory), Path(target_directory)
+    check_tensors(source, hf_config)
+    check_target(source, target)
+    weights = export_weights(chunks, hf_config, groups)
+    if groups.world.rank == 0:
+        write_like(source, target, _with_tied_copy(weights, source, hf_config))
+    else:
+        for _ in weights:
+            pass
+    dist.barrier(group=groups.world.process_group)
+
+
+def _first_layer(chunk: Any) -> int:
+    """Number of a chunk's first decoder layer in the whole language model."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    layers = chunk.language_model.decoder.layers
+    return int(layers[0].layer_number) - 1 if len(layers) else 0
+
+
+@torch.no_grad()
+def _fill(entry: Entry, parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
+    if entry.form == "vocabulary" and len(value) < len(parameter):
+        parameter[len(value) :].zero_()
+        parameter[: len(value)].copy_(value)
+        return
+    assert parameter.shape == value.shape, (
+        f"{entry.name}: the model's shard is {list(parameter.shape)}, the file's "
+        f"{list(value.shape)}"
+    )
+    parameter.copy_(value)

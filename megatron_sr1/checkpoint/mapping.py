@@ -1,0 +1,292 @@
+"""One table between Megatron's parameters and the tensors of a published Qwen2.5-VL.
+
+In: a model's configuration. Out: an `Entry` for every parameter: what the publisher calls its
+tensors, their shapes, how a parameter is made of them, and along which dimension it is split over
+tensor-parallel ranks. Loading, export and weight sync use the same entries; the transforms are
+pure and lose nothing.
+
+Splitting over ranks is always done on the published tensors, part by part, and a rank joins its
+own parts: so its q, k and v rows are grouped by key/value head, and its gate rows stand before
+its up rows, as Megatron's layers expect (megatron/core/transformer/attention.py and mlp.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_sr1.errors import ConfigError
+from megatron_sr1.model.hf_config import HFConfig
+
+EMBEDDING = "language_model.embedding.word_embeddings.weight"
+OUTPUT = "language_model.output_layer.weight"
+HF_EMBEDDING = "model.embed_tokens.weight"
+HF_OUTPUT = "lm_head.weight"
+
+COLUMN, ROW, WHOLE = 0, 1, None  # the dimension that is split over tensor-parallel ranks
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter and the published tensors that it is made of.
+
+    Attributes:
+        name: of the parameter, local spelling, layers counted over the whole model from 0.
+        hf_names: of the tensors, in the order in which they are joined.
+        hf_shapes: of the tensors, whole.
+        shard_dim: dimension split over tensor-parallel ranks, None if every rank has it all.
+        form: plain | flat (trailing dimensions flattened) | stacked (one part above the other) |
+            grouped (q, k and v rows, by key/value head) | vocabulary (rows may be padded).
+        num_groups: key/value heads of the whole model, for `grouped`.
+        num_parts: equal parts that each tensor holds, one above the other: 3 for a published
+            tensor of q, k and v together.
+    """
+
+    name: str
+    hf_names: tuple[str, ...]
+    hf_shapes: tuple[tuple[int, ...], ...]
+    shard_dim: int | None
+    form: str = "plain"
+    num_groups: int = 1
+    num_parts: int = 1
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A block of a published tensor: what one rank reads for one part.
+
+    Attributes:
+        hf_name: of the tensor.
+        rows: first and last+1 index along dimension 0; None for all.
+        columns: the same along dimension 1.
+    """
+
+    hf_name: str
+    rows: tuple[int, int] | None = None
+    columns: tuple[int, int] | None = None
+
+
+# Parameter of a layer, published tensors, their shapes by dimension name, split, form.
+_Row = tuple[str, tuple[str, ...], tuple[str, ...], int | None, str]
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_GATED = ("mlp.gate_proj", "mlp.up_proj")
+
+
+def _each(modules: tuple[str, ...], kind: str) -> tuple[str, ...]:
+    return tuple(f"{module}.{kind}" for module in modules)
+
+
+_TEXT_LAYER: tuple[_Row, ...] = (
+    ("input_layernorm.weight", ("input_layernorm.weight",), ("h",), WHOLE, "plain"),
+    ("self_attention.linear_qkv.weight", _each(_QKV, "weight"), ("q h", "k h", "k h"), COLUMN,
+     "grouped"),
+    ("self_attention.linear_qkv.bias", _each(_QKV, "bias"), ("q", "k", "k"), COLUMN, "grouped"),
+    ("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), ("h q",), ROW, "plain"),
+    ("pre_mlp_layernorm.weight", ("post_attention_layernorm.weight",), ("h",), WHOLE, "plain"),
+    ("mlp.linear_fc1.weight", _each(_GATED, "weight"), ("f h", "f h"), COLUMN, "stacked"),
+    ("mlp.linear_fc2.weight", ("mlp.down_proj.weight",), ("h f",), ROW, "plain"),
+)  # fmt: skip
+_VISION_LAYER: tuple[_Row, ...] = (
+    ("input_layernorm.weight", ("norm1.weight",), ("h",), WHOLE, "plain"),
+    ("self_attention.linear_qkv.weight", ("attn.qkv.weight",), ("3h h",), COLUMN, "grouped"),
+    ("self_attention.linear_qkv.bias", ("attn.qkv.bias",), ("3h",), COLUMN, "grouped"),
+    ("self_attention.linear_proj.weight", ("attn.proj.weight",), ("h h",), ROW, "plain"),
+    ("self_attention.linear_proj.bias", ("attn.proj.bias",), ("h",), WHOLE, "plain"),
+    ("pre_mlp_layernorm.weight", ("norm2.weight",), ("h",), WHOLE, "plain"),
+    ("mlp.linear_fc1.weight", _each(_GATED, "weight"), ("f h", "f h"), COLUMN, "stacked"),
+    ("mlp.linear_fc1.bias", _each(_GATED, "bias"), ("f", "f"), COLUMN, "stacked"),
+    ("mlp.linear_fc2.weight", ("mlp.down_proj.weight",), ("h f",), ROW, "plain"),
+    ("mlp.linear_fc2.bias", ("mlp.down_proj.bias",), ("h",), WHOLE, "plain"),
+)
+_MERGER: tuple[_Row, ...] = (
+    ("norm.weight", ("ln_q.weight",), ("h",), WHOLE, "plain"),
+    ("linear_fc1.weight", ("mlp.0.weight",), ("m m",), COLUMN, "plain"),
+    ("linear_fc1.bias", ("mlp.0.bias",), ("m",), COLUMN, "plain"),
+    ("linear_fc2.weight", ("mlp.2.weight",), ("o m",), ROW, "plain"),
+    ("linear_fc2.bias", ("mlp.2.bias",), ("o",), WHOLE, "plain"),
+)
+
+
+def entries(config: HFConfig) -> tuple[Entry, ...]:
+    """Every parameter of a model, in the order of computation.
+
+    With tied embeddings the output layer is no parameter of its own and has no entry.
+    """
+    text, vision = config.text, config.vision
+    text_dims = {
+        "h": text.hidden_size,
+        "q": text.num_attention_heads * text.head_dim,
+        "k": text.num_key_value_heads * text.head_dim,
+        "f": text.intermediate_size,
+    }
+    merged = vision.hidden_size * vision.spatial_merge_size**2
+    vision_dims = {
+        "h": vision.hidden_size,
+        "3h": 3 * vision.hidden_size,
+        "f": vision.intermediate_size,
+        "m": merged,
+        "o": vision.out_hidden_size,
+    }
+    patch = (vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
+    patches = (vision.hidden_size, *patch)
+    vocabulary = (text.vocab_size, text.hidden_size)
+    patch_name = "visual.patch_embed.proj.weight"
+    found = [Entry("vision_model.patch_embed.weight", (patch_name,), (patches,), WHOLE, "flat")]
+    for i in range(vision.depth):
+        names = f"vision_model.decoder.layers.{i}.", f"visual.blocks.{i}."
+        found += [_entry(row, *names, vision_dims, vision.num_heads) for row in _VISION_LAYER]
+    names = "vision_model.merger.", "visual.merger."
+    found += [_entry(row, *names, vision_dims, 1) for row in _MERGER]
+    found.append(Entry(EMBEDDING, (HF_EMBEDDING,), (vocabulary,), COLUMN, "vocabulary"))
+    for i in range(text.num_layers):
+        names = f"language_model.decoder.layers.{i}.", f"model.layers.{i}."
+        groups = text.num_key_value_heads
+        found += [_entry(row, *names, text_dims, groups) for row in _TEXT_LAYER]
+    norm = "language_model.decoder.final_layernorm.weight"
+    found.append(Entry(norm, ("model.norm.weight",), ((text.hidden_size,),), WHOLE))
+    if not config.tie_word_embeddings:
+        found.append(Entry(OUTPUT, (HF_OUTPUT,), (vocabulary,), COLUMN, "vocabulary"))
+    return tuple(found)
+
+
+def _entry(row: _Row, prefix: str, hf_prefix: str, dims: dict[str, int], groups: int) -> Entry:
+    name, hf_names, shapes, shard_dim, form = row
+    grouped = form == "grouped"
+    return Entry(
+        name=prefix + name,
+        hf_names=tuple(hf_prefix + n for n in hf_names),
+        hf_shapes=tuple(tuple(dims[d] for d in shape.split()) for shape in shapes),
+        shard_dim=shard_dim,
+        form=form,
+        num_groups=groups if grouped else 1,
+        num_parts=3 // len(hf_names) if grouped else 1,
+    )
+
+
+def canonical_parameter(name: str, first_layer: int = 0) -> str:
+    """A parameter's name as the entries spell it.
+
+    Args:
+        name: in a chunk; Transformer Engine's fused norms and wrappers' prefixes are understood.
+        first_layer: number of this chunk's first decoder layer of the language model.
+    """
+    while name.startswith("module."):
+        name = name.removeprefix("module.")
+    name = name.replace("self_attention.linear_qkv.layer_norm_", "input_layernorm.")
+    name = name.replace("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")
+    found = re.match(r"language_model\.decoder\.layers\.(\d+)\.", name)
+    if found:
+        number = int(found[1]) + first_layer
+        name = f"language_model.decoder.layers.{number}.{name[found.end() :]}"
+    return name
+
+
+def canonical_hf_name(name: str) -> str:
+    """A tensor's published name; transformers 5 spells it otherwise in memory."""
+    for inner, published in (("model.language_model.", "model."), ("model.visual.", "visual.")):
+        if name.startswith(inner):
+            return published + name.removeprefix(inner)
+    return name
+
+
+def slices(entry: Entry, rank: int, size: int, local_rows: int) -> list[Slice]:
+    """What a tensor-parallel rank reads of the published tensors, in the order of `join`.
+
+    Args:
+        entry: of the parameter.
+        rank: of the tensor-parallel group.
+        size: ranks in it.
+        local_rows: rows of the rank's parameter; they tell how far a vocabulary is padded.
+
+    Raises:
+        ConfigError: the dimension does not divide over the ranks.
+    """
+    found = []
+    for name, shape in zip(entry.hf_names, entry.hf_shapes, strict=True):
+        rows = shape[0] // entry.num_parts
+        for part in range(entry.num_parts):
+            first = part * rows
+            if entry.shard_dim is WHOLE:
+                found.append(Slice(name))
+            elif entry.form == "vocabulary":
+                borders = (min(rank * local_rows, rows), min((rank + 1) * local_rows, rows))
+                found.append(Slice(name, borders))
+            elif entry.shard_dim == ROW:
+                share = _share(entry, shape[1], size)
+                found.append(Slice(name, columns=(rank * share, (rank + 1) * share)))
+            else:
+                share = _share(entry, rows, size)
+                found.append(Slice(name, (first + rank * share, first + (rank + 1) * share)))
+    return found
+
+
+def _share(entry: Entry, length: int, size: int) -> int:
+    units = entry.num_groups if entry.form == "grouped" else length
+    if units % size:
+        what = "key/value heads" if entry.form == "grouped" else "rows or columns"
+        raise ConfigError(
+            f"{entry.name}: {units} {what} do not divide over parallel.tensor={size} ranks; use a "
+            f"divisor of {units}"
+        )
+    return length // size
+
+
+def join(entry: Entry, parts: Sequence[torch.Tensor], size: int = 1) -> torch.Tensor:
+    """A rank's parameter from its parts.
+
+    Args:
+        entry: of the parameter.
+        parts: as `slices` names them.
+        size: tensor-parallel ranks.
+
+    Returns:
+        the parameter, vocabulary rows not padded.
+    """
+    if entry.form == "stacked":
+        return torch.cat(list(parts))
+    if entry.form == "flat":
+        return parts[0].flatten(1)
+    if entry.form == "grouped":
+        groups = entry.num_groups // size
+        return torch.cat([p.unflatten(0, (groups, -1)) for p in parts], dim=1).flatten(0, 1)
+    return parts[0]
+
+
+def split(entry: Entry, parameter: torch.Tensor, size: int = 1) -> list[torch.Tensor]:
+    """The parts of a rank's parameter; undoes `join`."""
+    if entry.form == "stacked":
+        return list(parameter.chunk(len(entry.hf_names)))
+    if entry.form == "flat":
+        return [parameter.unflatten(1, entry.hf_shapes[0][1:])]
+    if entry.form == "grouped":
+        shapes = [s[0] // entry.num_parts for s in entry.hf_shapes for _ in range(entry.num_parts)]
+        by_group = parameter.unflatten(0, (entry.num_groups // size, -1))
+        pieces = by_group.split([rows // entry.num_groups for rows in shapes], dim=1)
+        return [piece.flatten(0, 1) for piece in pieces]
+    return [parameter]
+
+
+def publish(entry: Entry, shards: Sequence[torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+    """The published tensors of a parameter.
+
+    Args:
+        entry: of the parameter.
+        shards: of all tensor-parallel ranks in order, each as `join` makes it; one is enough where
+            every rank has it all. Vocabulary rows may be padded.
+
+    Returns:
+        (published name, whole tensor) in the entry's order.
+    """
+    if entry.shard_dim is WHOLE:
+        parts = split(entry, shards[0])
+    else:
+        by_rank = [split(entry, shard, len(shards)) for shard in shards]
+        parts = [torch.cat(ranks, dim=entry.shard_dim) for ranks in zip(*by_rank, strict=True)]
+    n = entry.num_parts
+    whole = [torch.cat(parts[i : i + n]) if n > 1 else parts[i] for i in range(0, len(parts), n)]
+    if entry.form == "vocabulary":
+        whole = [t[: shape[0]] for t, shape in zip(whole, entry.hf_shapes, strict=True)]
+    return list(zip(entry.hf_names, whole, strict=True))
