@@ -12,19 +12,16 @@ the draw only (sampler.py says how the two relate).
 from __future__ import annotations
 
 import logging
-import os
-import random
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from megatron_sr1.errors import EngineError
 from megatron_sr1.records import Completion
 from megatron_sr1.rollout import weight_sync
+from megatron_sr1.rollout.process import place, set_environment, undisturbed
 from megatron_sr1.rollout.requests import Progress, Request
 from megatron_sr1.rollout.sampler import FullVocabularySampler
 from megatron_sr1.runtime.torchvision_mend import mend_torchvision
@@ -92,7 +89,7 @@ class Engine:
             EngineError: no process group, a layout that does not divide the world, or a vLLM that
                 is built for another device.
         """
-        rank, world = _place(tensor_parallel)
+        rank, world = place(tensor_parallel)
         self.replica, self.num_replicas = rank // tensor_parallel, world // tensor_parallel
         self.is_speaker = rank % tensor_parallel == 0
         self.max_model_len = max_model_len
@@ -116,7 +113,7 @@ class Engine:
         if max_pixels is not None:
             size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
             arguments["mm_processor_kwargs"] = {"size": size}
-        _set_environment(kv_cache_gib)
+        set_environment(kv_cache_gib)
         self._llm = _start(
             device_kind,
             model=str(model_dir),
@@ -303,31 +300,6 @@ class Engine:
         return dict(engine_input)
 
 
-def _place(tensor_parallel: int) -> tuple[int, int]:
-    if not torch.distributed.is_initialized():
-        raise EngineError(
-            "the engine needs torch.distributed: call runtime.device.start_distributed first"
-        )
-    world = torch.distributed.get_world_size()
-    if world % tensor_parallel:
-        raise EngineError(
-            f"rollout.tensor_parallel={tensor_parallel} does not divide the {world} ranks"
-        )
-    return torch.distributed.get_rank(), world
-
-
-def _set_environment(kv_cache_gib: int) -> None:
-    """What vLLM reads from the environment, before it is imported."""
-    os.environ.update(
-        VLLM_ENABLE_V1_MULTIPROCESSING="0",
-        VLLM_USE_V2_MODEL_RUNNER="0",
-        VLLM_CPU_KVCACHE_SPACE=str(kv_cache_gib),
-        VLLM_CPU_OMP_THREADS_BIND="nobind",
-        VLLM_NO_USAGE_STATS="1",
-    )
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-
-
 def _start(device_kind: str, **arguments: Any) -> Any:
     """Import vLLM and start it; leaves the process's random state and threads as they were."""
     mend_torchvision()
@@ -346,7 +318,7 @@ def _start(device_kind: str, **arguments: Any) -> Any:
     vllm.ModelRegistry.register_model(
         "Qwen2_5_VLForConditionalGeneration", Qwen2_5_VLForConditionalGeneration
     )
-    with _undisturbed():
+    with undisturbed():
         return vllm.LLM(
             distributed_executor_backend="external_launcher",
             enable_prefix_caching=True,
@@ -355,24 +327,6 @@ def _start(device_kind: str, **arguments: Any) -> Any:
             weight_transfer_config={"backend": weight_sync.register()},
             **arguments,
         )
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Keep random states, and torch's thread setter, which vLLM replaces on a CPU."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda)
-        torch.set_num_threads = set_num_threads
-        torch.set_num_threads(num_threads)
 
 
 def _replace_sampler(core: Any, banned_token_ids: Iterable[int]) -> None:

@@ -1,0 +1,66 @@
+"""What the engine needs of the process that it shares with the trainer: place, environment, peace.
+
+vLLM reads its environment when it is imported, seeds the process's random generators when it starts
+and takes torch's thread setter away on a CPU; the trainer wants the first done and the others
+undone.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from megatron_sr1.errors import EngineError
+
+
+def place(tensor_parallel: int) -> tuple[int, int]:
+    """Rank and size of the world.
+
+    Raises:
+        EngineError: there is no process group, or replicas do not divide the world.
+    """
+    if not torch.distributed.is_initialized():
+        raise EngineError(
+            "the engine needs torch.distributed: call runtime.device.start_distributed first"
+        )
+    world = torch.distributed.get_world_size()
+    if world % tensor_parallel:
+        raise EngineError(
+            f"rollout.tensor_parallel={tensor_parallel} does not divide the {world} ranks"
+        )
+    return torch.distributed.get_rank(), world
+
+
+def set_environment(kv_cache_gib: int) -> None:
+    """What vLLM reads from the environment, before it is imported."""
+    os.environ.update(
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_USE_V2_MODEL_RUNNER="0",
+        VLLM_CPU_KVCACHE_SPACE=str(kv_cache_gib),
+        VLLM_CPU_OMP_THREADS_BIND="nobind",
+        VLLM_NO_USAGE_STATS="1",
+    )
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Keep random states, and torch's thread setter, which vLLM replaces on a CPU."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda)
+        torch.set_num_threads = set_num_threads
+        torch.set_num_threads(num_threads)
