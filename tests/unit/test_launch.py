@@ -1,0 +1,119 @@
+"""Starting ranks: commands, environments, exit statuses."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from megatron_sr1.config import LaunchConfig
+from megatron_sr1.errors import ConfigError
+from megatron_sr1.launch import torchrun
+
+STEP = {
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_NODELIST": "gpu[003-004]",
+    "SLURM_JOB_ID": "12345",
+    "SLURM_STEP_ID": "0",
+}
+
+
+def test_alone_nothing_is_joined():
+    assert torchrun.joined({}) is None
+
+
+def test_under_torchrun_nothing_is_added():
+    ready = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    assert torchrun.joined(ready | STEP) == {}
+
+
+def test_half_of_torchruns_variables_is_an_error():
+    with pytest.raises(ConfigError, match="WORLD_SIZE is not set"):
+        torchrun.joined({"RANK": "0"})
+
+
+def test_a_step_of_srun_becomes_ranks():
+    found = torchrun.joined(STEP)
+    assert found == {
+        "RANK": "3",
+        "WORLD_SIZE": "4",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "gpu003",
+        "MASTER_PORT": "22345",
+    }
+
+
+def test_all_tasks_of_a_step_find_the_same_address():
+    addresses = set()
+    for task in range(4):
+        found = torchrun.joined(STEP | {"SLURM_PROCID": str(task)})
+        addresses.add((found["MASTER_ADDR"], found["MASTER_PORT"]))
+    assert len(addresses) == 1
+
+
+def test_a_batch_script_is_no_step():
+    batch = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "1"}
+    assert torchrun.joined(batch) is None
+    assert torchrun.joined(STEP | {"SLURM_STEP_NUM_TASKS": "1"}) is None
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("login", "login"),
+        ("gpu1,gpu2", "gpu1"),
+        ("gpu[003-006,009]", "gpu003"),
+        ("gpu[7,9]-ib,login1", "gpu7-ib"),
+        ("a-1,b[2-3]", "a-1"),
+    ],
+)
+def test_the_first_node_of_slurms_list(nodes, first):
+    assert torchrun.first_node(nodes) == first
+
+
+def test_the_command_runs_the_package_on_each_rank():
+    command = torchrun.build_command(["train", "a.yaml", "seed=2"], 4)
+    assert command[:3] == [sys.executable, "-m", "torch.distributed.run"]
+    assert command[command.index("--nproc-per-node") + 1] == "4"
+    assert command[-5:] == ["-m", "megatron_sr1", "train", "a.yaml", "seed=2"]
+
+
+def test_ranks_and_threads_are_shared_out():
+    assert torchrun.num_processes(LaunchConfig(device="cpu")) == 1
+    assert torchrun.num_processes(LaunchConfig(device="cpu", num_processes=3)) == 3
+    cores = len(os.sched_getaffinity(0))
+    shared = torchrun.rank_environment(LaunchConfig(), 2)
+    assert shared == {"OMP_NUM_THREADS": str(max(cores // 2, 1))}
+    assert torchrun.rank_environment(LaunchConfig(threads=5), 2) == {"OMP_NUM_THREADS": "5"}
+
+
+PROGRAM = """
+import sys, time
+sys.argv = ["megatron-sr1"]
+from megatron_sr1.launch import torchrun
+from megatron_sr1.config import LaunchConfig
+torchrun.build_command = lambda arguments, num_ranks: [sys.executable, "-c", {rank!r}]
+sys.exit(torchrun.run(["train"], LaunchConfig(threads=1), 1))
+"""
+
+
+def launcher(rank: str) -> subprocess.Popen:
+    program = PROGRAM.format(rank=textwrap.dedent(rank))
+    return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+
+
+def test_the_exit_status_comes_through():
+    assert launcher("import sys; sys.exit(7)").wait(timeout=30) == 7
+
+
+def test_sigterm_reaches_the_ranks():
+    process = launcher("import time; print('up', flush=True); time.sleep(60)")
+    assert process.stdout.readline() == "up\n"
+    time.sleep(0.2)  # the launcher installs its handler behind the start of the ranks
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 128 + signal.SIGTERM

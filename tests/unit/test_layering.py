@@ -1,0 +1,146 @@
+"""The house's shape: layers, lazy libraries, sizes. Walks the syntax tree, so no import escapes."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "megatron_sr1"
+FILES = sorted(PACKAGE.rglob("*.py"))
+LAYER = {"config": 0, "records": 0, "errors": 0, "runtime": 1, "checkpoint": 3, "rollout": 4}
+LAYER |= dict.fromkeys(("model", "data", "rewards", "algorithm", "observability"), 2)
+LAYER |= dict.fromkeys(("cli", "__main__", "doctor", "launch"), 6) | {"trainer": 5}
+ONLY_LAYER_ZERO = ("launch",)
+LAZY = {
+    "vllm": {"rollout/engine.py", "rollout/weight_sync.py"},
+    "wandb": {"observability/sinks.py"},
+    "transformer_engine": 1,
+    "nemo_run": {"launch/slurm.py"},
+}
+"""Library -> the files that may import it, inside functions; a number allows that many files."""
+MAX_LINES = 500
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[str, ast.stmt]]:
+    """Dotted names of all imports, inside functions too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            # `from megatron_sr1 import data` imports the room data.
+            yield from ((f"{node.module}.{alias.name}", node) for alias in node.names)
+
+
+def problems_of_layers(room: str, source: str) -> list[str]:
+    found = []
+    for name, node in imports(ast.parse(source)):
+        parts = name.split(".")
+        if parts[0] != "megatron_sr1":
+            continue
+        other = parts[1]
+        if other not in LAYER:
+            found.append(f"line {node.lineno}: {other} is no room")
+        elif other != room and LAYER[other] >= LAYER[room] and LAYER[room] not in (0, 5, 6):
+            found.append(f"line {node.lineno}: {room} imports {other}")
+        elif LAYER[other] > LAYER[room]:
+            found.append(f"line {node.lineno}: {room} imports upward from {other}")
+        elif room in ONLY_LAYER_ZERO and other != room and LAYER[other] > 0:
+            found.append(f"line {node.lineno}: {room} imports {other}, which is not layer 0")
+    return found
+
+
+def shown(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
+
+
+@pytest.mark.parametrize("path", FILES, ids=shown)
+def test_imports_point_down_the_layers_only(path):
+    room = room_of(path)
+    if room == "__init__":
+        return
+    assert room in LAYER, f"{room} has no layer: give it one in DESIGN and here"
+    assert problems_of_layers(room, path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("room", "source"),
+    [
+        ("data", "from megatron_sr1.trainer.run import run_stage"),
+        ("data", "def f():\n    import megatron_sr1.rewards.score"),
+        ("model", "from megatron_sr1 import algorithm"),
+        ("runtime", "from megatron_sr1.model import tiny"),
+        ("records", "from megatron_sr1.runtime import seeds"),
+        ("checkpoint", "from megatron_sr1.rollout import engine"),
+        ("launch", "from megatron_sr1.runtime.failure import guard"),
+        ("trainer", "from megatron_sr1 import cli"),
+    ],
+)
+def test_a_wrong_import_is_found(room, source):
+    assert problems_of_layers(room, source) != []
+
+
+@pytest.mark.parametrize(
+    ("room", "source"),
+    [
+        ("trainer", "from megatron_sr1.trainer.step import update"),
+        ("rollout", "from megatron_sr1.model.hf_config import read_hf_config"),
+        ("config", "from megatron_sr1.errors import ConfigError"),
+        ("launch", "from megatron_sr1.config import Config"),
+    ],
+)
+def test_a_right_import_is_not_a_problem(room, source):
+    assert problems_of_layers(room, source) == []
+
+
+def test_heavy_libraries_are_imported_lazily_in_their_files_only():
+    found: dict[str, set[str]] = {library: set() for library in LAZY}
+    for path in FILES:
+        tree = ast.parse(path.read_text())
+        at_top = {id(node) for node in tree.body}
+        for name, node in imports(tree):
+            library = name.split(".")[0]
+            if library in LAZY:
+                found[library].add(shown(path))
+                assert id(node) not in at_top, f"{shown(path)}: {library} at import time"
+    for library, allowed in LAZY.items():
+        if isinstance(allowed, int):
+            assert len(found[library]) <= allowed, f"{library}: {found[library]}"
+        else:
+            assert found[library] <= allowed, f"{library}: {found[library]}"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("__init__.py")), ids=shown)
+def test_init_holds_a_docstring_and_nothing_else(path):
+    body = ast.parse(path.read_text()).body
+    assert len(body) == 1 and isinstance(body[0], ast.Expr), f"{path} holds code"
+
+
+def test_files_stay_short_and_flat():
+    for path in FILES:
+        assert len(path.read_text().splitlines()) < MAX_LINES, path
+        assert len(path.relative_to(PACKAGE).parts) <= 2, f"{path} is too deep"
+        assert path.stem not in ("utils", "misc", "helpers", "common"), path
+
+
+def test_only_the_command_line_prints():
+    for path in FILES:
+        if path.name == "cli.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            called = node.func if isinstance(node, ast.Call) else None
+            is_print = isinstance(called, ast.Name) and called.id == "print"
+            assert not is_print, f"{shown(path)} line {node.lineno} prints"
+
+
+def test_no_except_is_bare():
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ExceptHandler):
+                assert node.type is not None, f"{shown(path)} line {node.lineno}"
