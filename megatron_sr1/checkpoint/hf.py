@@ -27,6 +27,7 @@ from megatron_sr1.checkpoint.mapping import (
     publish,
     slices,
 )
+from megatron_sr1.checkpoint.sharded import unwrap
 from megatron_sr1.checkpoint.source import HFSource
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.model.hf_config import HFConfig
@@ -206,9 +207,7 @@ def save_hf(
 
 def _first_layer(chunk: Any) -> int:
     """Number of a chunk's first decoder layer in the whole language model."""
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
-    layers = chunk.language_model.decoder.layers
+    layers = unwrap(chunk).language_model.decoder.layers
     return int(layers[0].layer_number) - 1 if len(layers) else 0
 
 
