@@ -222,10 +222,11 @@ class Engine:
         assert not self._live, "score between rollouts"
         token_ids = (*prompt_token_ids, *response_token_ids)
         engine_input = self._process("score", token_ids, images)
-        if len(engine_input["prompt_token_ids"]) >= self.max_model_len:
+        length = len(engine_input["prompt_token_ids"])
+        if length >= self.max_model_len:
             raise EngineError(
-                f"prompt and response have {len(engine_input['prompt_token_ids'])} tokens; the "
-                f"engine scores fewer than its length of {self.max_model_len}"
+                f"prompt and response have {length} tokens; the engine scores fewer than its "
+                f"length of {self.max_model_len}"
             )
         # vLLM samples at least one token behind what it scores.
         parameters = SamplingParams(
@@ -293,9 +294,11 @@ class Engine:
         prompt: dict[str, Any] = {"prompt_token_ids": list(token_ids)}
         if images:
             prompt["multi_modal_data"] = {"image": list(images)}
+        from vllm.exceptions import VLLMValidationError
+
         try:
             (engine_input,) = self._core.renderer.render_cmpl([prompt])
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, VLLMValidationError) as error:
             raise EngineError(f"request {name}: the engine cannot take it: {error}") from error
         return dict(engine_input)
 

@@ -1,0 +1,87 @@
+"""On each rank: roll out, sync other weights, roll out again; writes what came out.
+
+Arguments: model directory, output directory, engine tensor parallelism.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_sr1.runtime import cpu
+from megatron_sr1.runtime.device import select_device, start_distributed, stop_distributed
+
+
+def main(model_dir, output, tensor_parallel):
+    cpu.install()
+    start_distributed(select_device("cpu"), timeout_seconds=120)
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "parity"))
+    import rollout_setup as setup
+
+    from megatron_sr1.rollout.engine import Engine
+    from megatron_sr1.rollout.two_pass import Pass2, roll_out
+
+    processor = setup.processor(model_dir)
+    engine = Engine(
+        model_dir,
+        tensor_parallel=tensor_parallel,
+        max_model_len=256,
+        max_num_seqs=64,
+        banned_token_ids=processor.vision_token_ids,
+        min_pixels=setup.MIN_PIXELS,
+        max_pixels=setup.MAX_PIXELS,
+    )
+
+    def roll(prompts):
+        rollouts, _ = roll_out(
+            engine,
+            prompts,
+            samples_per_prompt=4,
+            temperature=1.0,
+            max_response_tokens=20,
+            pass2=Pass2("fork", 1.0, 8),
+            find_description=lambda text: text.split("x")[0] if "x" in text else None,
+            reading_prompt=lambda prompt, description: processor.encode_text(
+                [{"role": "user", "content": [{"type": "text", "text": f"Read {description}"}]}]
+            ),
+            seed_of=lambda index, sample, part: 1000 * index + 10 * sample + part,
+            closing_mark="x",
+        )
+        return [
+            {
+                "index": r.index,
+                "sample": r.sample,
+                "tokens": r.completion.token_ids,
+                "logprobs": r.completion.logprobs,
+                "reading": r.reading.token_ids if r.reading else None,
+                "version": r.weight_version,
+            }
+            for r in rollouts
+        ]
+
+    prompts = [setup.prompt(model_dir, k) for k in range(4)]
+    mine = prompts[engine.replica :: engine.num_replicas]
+    before = roll(mine)
+    generator = torch.Generator().manual_seed(11)
+    state = setup.reference(model_dir).state_dict()
+    changed = (
+        (name, tensor + 0.05 * torch.randn(tensor.shape, generator=generator))
+        for name, tensor in state.items()
+    )
+    engine.sync(changed, version=1)
+    result = {
+        "replica": engine.replica,
+        "num_replicas": engine.num_replicas,
+        "is_speaker": engine.is_speaker,
+        "before": before,
+        "after": roll(mine),
+    }
+    (Path(output) / f"rank{dist.get_rank()}.json").write_text(json.dumps(result))
+    dist.barrier()
+    stop_distributed()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

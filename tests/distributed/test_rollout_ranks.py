@@ -1,0 +1,57 @@
+"""The same rollouts from one engine over two ranks and from two engines of one rank each.
+
+Not covered: more than two ranks, engines over several nodes.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parent / "rollout_ranks.py"
+
+
+@pytest.fixture(scope="module")
+def results(tiny_model, run_ranks, tmp_path_factory):
+    """By tensor parallelism of the engine: what each of two ranks wrote."""
+
+    def run(tensor_parallel):
+        output = tmp_path_factory.mktemp(f"rollout{tensor_parallel}")
+        run_ranks(SCRIPT, 2, tiny_model, output, tensor_parallel)
+        return [json.loads((output / f"rank{k}.json").read_text()) for k in range(2)]
+
+    return {1: run(1), 2: run(2)}
+
+
+def test_ranks_know_their_replica(results):
+    seen = {
+        tp: [(r["replica"], r["num_replicas"], r["is_speaker"]) for r in ranks]
+        for tp, ranks in results.items()
+    }
+    assert seen == {1: [(0, 2, True), (1, 2, True)], 2: [(0, 1, True), (0, 1, False)]}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_ranks_of_a_replica_sample_the_same_tokens(results, when):
+    first, second = (rank[when] for rank in results[2])
+    assert first == second and len(first) == 16
+    assert any(r["reading"] for r in first)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_engine_layout_changes_no_token(results, when):
+    whole = {(r["index"], r["sample"]): r for r in results[2][0][when]}
+    parts = {(r["index"], r["sample"]): r for rank in results[1] for r in rank[when]}
+    assert whole.keys() == parts.keys() and len(whole) == 16
+    for key, rollout in whole.items():
+        other = parts[key]
+        assert (rollout["tokens"], rollout["reading"]) == (other["tokens"], other["reading"])
+        gaps = [abs(a - b) for a, b in zip(rollout["logprobs"], other["logprobs"], strict=True)]
+        assert max(gaps) < 1e-4
+
+
+def test_sync_changes_what_both_layouts_sample(results):
+    for ranks in results.values():
+        for rank in ranks:
+            assert [r["tokens"] for r in rank["before"]] != [r["tokens"] for r in rank["after"]]
+            assert {r["version"] for r in rank["after"]} == {1}

@@ -1,0 +1,88 @@
+"""One engine and one transformers model for all rollout tests of a process: a start takes 20 s."""
+
+import functools
+
+import numpy as np
+import torch
+from PIL import Image
+
+from megatron_sr1.data.processor import Processor
+from megatron_sr1.records import Example, Message
+from megatron_sr1.rollout.engine import Engine
+from megatron_sr1.rollout.requests import Request
+from megatron_sr1.runtime.device import select_device, start_distributed
+
+MIN_PIXELS, MAX_PIXELS = 784, 50176
+SIZES = ((84, 28), (170, 120), (56, 200), (300, 190))
+"""Width and height; the second and fourth are wider than a vision window (112 pixels), the last is
+scaled down."""
+
+
+@functools.cache
+def processor(model_dir):
+    return Processor(model_dir, MIN_PIXELS, MAX_PIXELS)
+
+
+@functools.cache
+def engine(model_dir):
+    """The engine, and whether the process's random state was the same after its start."""
+    start_distributed(select_device("cpu"))
+    before = torch.get_rng_state()
+    started = Engine(
+        model_dir,
+        max_model_len=256,
+        max_num_seqs=128,
+        banned_token_ids=processor(model_dir).vision_token_ids,
+        seed=3,
+        min_pixels=MIN_PIXELS,
+        max_pixels=MAX_PIXELS,
+    )
+    return started, torch.equal(before, torch.get_rng_state())
+
+
+@functools.cache
+def reference(model_dir):
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(model_dir, dtype=torch.float32)
+    return model.eval()
+
+
+def image(number, size):
+    pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def prompt(model_dir, index, num_images=1):
+    """A prompt of the real processor with random images of different sizes."""
+    images = [image(10 * index + k, SIZES[(index + k) % len(SIZES)]) for k in range(num_images)]
+    parts = [{"type": "image"}] * num_images + [{"type": "text", "text": "Which digit is largest?"}]
+    turn = Message("user", "<image>" * num_images + "Which digit is largest?")
+    example = Example(index, f"key{index}", "shard0.tar", (turn,), "7", num_images)
+    messages = [{"role": "user", "content": parts}]
+    return processor(model_dir).encode_prompt(example, images, messages)
+
+
+def request(prompt, name, **settings):
+    return Request(name, prompt.engine_token_ids, prompt.token_ids, prompt.images, **settings)
+
+
+@torch.no_grad()
+def reference_logits(model_dir, prompt, response):
+    """Logits [response, vocabulary] of transformers that predict the response."""
+    ids = torch.tensor([[*prompt.token_ids, *response]])
+    kwargs = {}
+    if prompt.images:
+        vision = processor(model_dir).vision(prompt.images)
+        kwargs = {
+            "pixel_values": vision.pixel_values,
+            "image_grid_thw": vision.image_grid_thw,
+            "mm_token_type_ids": (ids == processor(model_dir).image_pad_id).long(),
+        }
+    logits = reference(model_dir)(input_ids=ids, **kwargs).logits[0]
+    return logits[len(prompt.token_ids) - 1 : -1]
+
+
+def reference_logprobs(model_dir, prompt, response, temperature=1.0):
+    logits = reference_logits(model_dir, prompt, response) / temperature
+    return logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0].tolist()

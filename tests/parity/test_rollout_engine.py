@@ -1,0 +1,179 @@
+"""The engine against transformers: what it samples, what it says of it, what it refuses.
+
+Not covered: bfloat16, sleep levels (they do nothing on a CPU), lengths beyond one block of the
+key/value cache per prompt.
+"""
+
+import weakref
+from dataclasses import replace
+
+import pytest
+import rollout_setup as setup
+import torch
+
+from megatron_sr1.errors import EngineError
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model):
+    return setup.engine(tiny_model)[0]
+
+
+def assert_close(found, expected, bound=1e-5):
+    assert len(found) == len(expected) > 0
+    assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) < bound
+
+
+def test_start_leaves_the_random_state_and_the_thread_setter_alone(tiny_model, engine):
+    assert setup.engine(tiny_model)[1]
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    assert torch.get_num_threads() == before + 1
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("num_images", [0, 1, 3])
+def test_greedy_tokens_and_logprobs_equal_transformers(tiny_model, engine, num_images):
+    prompt = setup.prompt(tiny_model, num_images, num_images)
+    (found,) = engine.generate([setup.request(prompt, "a", temperature=0.0, max_tokens=12)])
+    logits = setup.reference_logits(tiny_model, prompt, found.token_ids)
+    allowed = logits.clone()
+    allowed[:, list(setup.processor(tiny_model).vision_token_ids)] = float("-inf")
+    assert list(found.token_ids) == allowed.argmax(-1).tolist()
+    assert_close(found.logprobs, setup.reference_logprobs(tiny_model, prompt, found.token_ids))
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_sampled_logprobs_are_of_the_whole_softmax_at_the_temperature(
+    tiny_model, engine, temperature
+):
+    prompts = [setup.prompt(tiny_model, k) for k in range(4)]
+    requests = [
+        setup.request(p, str(k), temperature=temperature, max_tokens=10, seed=k)
+        for k, p in enumerate(prompts)
+    ]
+    for prompt, found in zip(prompts, engine.generate(requests), strict=True):
+        expected = setup.reference_logprobs(tiny_model, prompt, found.token_ids, temperature)
+        assert_close(found.logprobs, expected)
+
+
+def test_banned_ids_are_never_drawn(tiny_model, engine):
+    prompt = setup.prompt(tiny_model, 0)
+    requests = [setup.request(prompt, str(k), max_tokens=24, seed=k) for k in range(200)]
+    drawn = {t for c in engine.generate(requests) for t in c.token_ids}
+    assert len(drawn) > 300, "a random model draws nearly everything"
+    assert not drawn & set(setup.processor(tiny_model).vision_token_ids)
+
+
+def test_draws_depend_on_the_seed_and_not_on_the_company(tiny_model, engine):
+    prompts = [setup.prompt(tiny_model, k, num_images=k % 3) for k in range(8)]
+    requests = [setup.request(p, str(k), seed=50 + k) for k, p in enumerate(prompts)]
+    together = engine.generate(requests)
+    backwards = engine.generate(requests[::-1])[::-1]
+    assert [c.token_ids for c in together] == [c.token_ids for c in backwards]
+    assert engine.generate(requests[5:6])[0].token_ids == together[5].token_ids
+    (other,) = engine.generate([replace(requests[5], seed=99)])
+    assert other.token_ids != together[5].token_ids
+
+
+def test_scored_logprobs_equal_the_sampled_ones_and_transformers(tiny_model, engine):
+    prompt = setup.prompt(tiny_model, 1, num_images=2)
+    (sampled,) = engine.generate([setup.request(prompt, "a", max_tokens=9, seed=4)])
+    scored = engine.logprobs(prompt.engine_token_ids, sampled.token_ids, prompt.images)
+    assert_close(scored, sampled.logprobs)
+    assert_close(scored, setup.reference_logprobs(tiny_model, prompt, sampled.token_ids))
+
+
+def test_text_is_decoded_without_special_tokens_and_the_end_of_turn_is_kept(tiny_model, engine):
+    prompt = setup.prompt(tiny_model, 0)
+    (end,) = {setup.processor(tiny_model).tokenizer.eos_token_id}
+    requests = [setup.request(prompt, str(k), max_tokens=64, seed=k) for k in range(120)]
+    completions = engine.generate(requests)
+    stopped = [c for c in completions if c.finish_reason == "stop"]
+    assert stopped and all(c.token_ids[-1] == end for c in stopped)
+    assert all(len(c.token_ids) == len(c.logprobs) for c in completions)
+    assert all("<|im_end|>" not in c.text for c in completions)
+    cut = [c for c in completions if c.finish_reason == "length"]
+    assert cut and all(len(c.token_ids) == 64 for c in cut)
+
+
+def test_engine_refuses_what_it_expands_otherwise_than_the_trainer(tiny_model, engine):
+    prompt = setup.prompt(tiny_model, 0)
+    pad = setup.processor(tiny_model).image_pad_id
+    request = setup.request(prompt, "odd", max_tokens=4)
+    with pytest.raises(EngineError, match="odd.*expands the prompt"):
+        engine.submit([replace(request, expanded_token_ids=(*prompt.token_ids, pad))])
+    with pytest.raises(EngineError, match="odd"):  # runs that are expanded already
+        engine.submit([replace(request, token_ids=prompt.token_ids)])
+    assert engine.num_live == 0
+
+
+def test_engine_refuses_lengths_that_do_not_fit(tiny_model, engine):
+    prompt = setup.prompt(tiny_model, 0)
+    with pytest.raises(EngineError, match="long.*max_model_len"):
+        engine.submit([setup.request(prompt, "long", max_tokens=250)])
+    response = [30] * (256 - len(prompt.token_ids))
+    with pytest.raises(EngineError, match="scores fewer"):
+        engine.logprobs(prompt.engine_token_ids, response, prompt.images)
+    assert len(engine.logprobs(prompt.engine_token_ids, response[1:], prompt.images)) > 200
+    with pytest.raises(EngineError, match="cannot take it"):
+        engine.logprobs(prompt.engine_token_ids, response * 2, prompt.images)
+    assert engine.num_live == 0
+
+
+def test_sleep_and_wake_change_nothing_on_a_cpu(tiny_model, engine):
+    request = setup.request(setup.prompt(tiny_model, 0), "a", seed=1)
+    before = engine.generate([request])
+    engine.sleep()
+    engine.wake()
+    assert engine.generate([request]) == before
+
+
+def perturbed(tiny_model):
+    """Change every tensor of the transformers model; its state afterwards."""
+    model = setup.reference(tiny_model)
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return model.state_dict()
+
+
+def test_synced_weights_serve_the_next_request_with_the_same_images(tiny_model, engine):
+    """The second answer has the images of the first: a cached embedding of theirs would show."""
+    prompt = setup.prompt(tiny_model, 1, num_images=2)
+    greedy = setup.request(prompt, "a", temperature=0.0, max_tokens=12)
+    (before,) = engine.generate([greedy])
+    engine.sync(perturbed(tiny_model).items(), version=5)
+    (after,) = engine.generate([greedy])
+    assert after.token_ids != before.token_ids
+    logits = setup.reference_logits(tiny_model, prompt, after.token_ids)
+    assert list(after.token_ids) == logits.argmax(-1).tolist()
+    expected = setup.reference_logprobs(tiny_model, prompt, after.token_ids)
+    assert_close(after.logprobs, expected, 1e-4)
+    assert engine.weight_version == 5
+
+
+def test_sync_holds_a_layer_of_the_stream_at_a_time(tiny_model, engine):
+    state = setup.reference(tiny_model).state_dict()
+    alive, most = [], 0
+
+    def stream():
+        nonlocal most
+        for name, tensor in state.items():
+            copy = tensor.clone()
+            alive.append(weakref.ref(copy))
+            most = max(most, sum(made() is not None for made in alive))
+            yield name, copy
+            del copy
+
+    engine.sync(stream(), version=6)
+    assert len(alive) > 50 and most <= 7, most  # q, k and v with their biases, and the next one
+
+
+def test_sync_is_refused_between_the_steps_of_a_request(tiny_model, engine):
+    engine.submit([setup.request(setup.prompt(tiny_model, 0), "a", max_tokens=3)])
+    with pytest.raises(EngineError, match="working on 1 request"):
+        engine.sync(iter(()), version=7)
+    while engine.num_live:
+        engine.step()
