@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from megatron_sr1.checkpoint.hf import export_weights, load_hf
-from megatron_sr1.config import Config, ModelConfig, OptimizerConfig
+from megatron_sr1.checkpoint.distributed import ModelSource
+from megatron_sr1.checkpoint.hf import export_weights, save_hf
+from megatron_sr1.config import Config, OptimizerConfig
 from megatron_sr1.model.hf_config import HFConfig
-from megatron_sr1.model.qwen25_vl import build_model
 from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.groups import Groups
 
@@ -32,11 +32,11 @@ class Actor:
 
     Attributes:
         chunks: the model, one chunk a virtual stage.
-        wrapped: the same chunks inside Megatron's DistributedDataParallel; equal to `chunks`
-            where nothing is trained.
-        optimizer: Megatron's optimizer, None where nothing is trained.
-        scheduler: learning-rate schedule, None where nothing is trained.
+        wrapped: the same chunks inside Megatron's DistributedDataParallel.
+        optimizer: Megatron's optimizer.
+        scheduler: learning-rate schedule.
         hf_config: shape of the model.
+        source: the directory that it was loaded from.
         groups: the layout.
     """
 
@@ -45,11 +45,16 @@ class Actor:
     optimizer: Any
     scheduler: Any
     hf_config: HFConfig
+    source: ModelSource
     groups: Groups
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Full weights under their published names, one at a time; collective over all ranks."""
         return export_weights(self.chunks, self.hf_config, self.groups)
+
+    def save_hf(self, directory: Path) -> None:
+        """Write the weights as the source's Hugging Face directory has them; collective."""
+        save_hf(self.chunks, self.hf_config, self.groups, self.source.hf_files, directory)
 
     @cached_property
     def first_device(self) -> torch.device:
@@ -81,28 +86,13 @@ class Reference:
             parameter.copy_(value)
 
 
-def load_chunks(
-    model: ModelConfig, sequence: bool, directory: Path, hf_config: HFConfig, groups: Groups
-) -> list[Any]:
-    """Build the model under the groups' layout and load a Hugging Face directory into it."""
-    with cpu.megatron_mode():
-        chunks = build_model(
-            hf_config,
-            groups,
-            dtype=DTYPES[model.dtype],
-            spec=model.spec,
-            sequence_parallel=sequence,
-            recompute=model.recompute,
-            fp8=model.fp8,
-            fp8_recipe=model.fp8_recipe,
-            logprob_chunk_tokens=model.logprob_chunk_tokens,
-        )
-        load_hf(chunks, directory, hf_config, groups)
-    return chunks
-
-
 def make_actor(
-    config: Config, chunks: list[Any], hf_config: HFConfig, groups: Groups, num_updates: int
+    config: Config,
+    chunks: list[Any],
+    hf_config: HFConfig,
+    source: ModelSource,
+    groups: Groups,
+    num_updates: int,
 ) -> Actor:
     """Wrap loaded chunks for training.
 
@@ -110,11 +100,10 @@ def make_actor(
         config: of the run.
         chunks: the model with its weights.
         hf_config: shape of the model.
+        source: the directory that it was loaded from.
         groups: the layout.
-        num_updates: optimizer updates of the whole run, for the schedule; 0 trains nothing.
+        num_updates: optimizer updates of the whole run, for the schedule.
     """
-    if num_updates == 0:
-        return Actor(chunks, chunks, None, None, hf_config, groups)
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
@@ -136,7 +125,7 @@ def make_actor(
             chunk.config.finalize_model_grads_func = finalize_model_grads
         optimizer = get_megatron_optimizer(_optimizer_config(config), wrapped)
         scheduler = _scheduler(config.optimizer, optimizer, num_updates)
-    return Actor(chunks, wrapped, optimizer, scheduler, hf_config, groups)
+    return Actor(chunks, wrapped, optimizer, scheduler, hf_config, source, groups)
 
 
 def _optimizer_config(config: Config) -> Any:

@@ -189,6 +189,7 @@ class Context:
             self.groups,
             state,
             keep_last=self.config.checkpoint.keep_last,
+            source_directory=actor.source.hf_files,
         )
 
     def close(self) -> None:

@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_sr1.checkpoint.hf import save_hf
 from megatron_sr1.config import Config, load_config
 from megatron_sr1.data.digits import corpus_texts, make_digits
 from megatron_sr1.model.tiny import make_tiny_model
@@ -88,7 +87,7 @@ def train(output: Path, seed: int) -> None:
     train_sft(context, actor, samples)
     context.close()
     directory = Path(cold.output) / "hf"
-    save_hf(actor.chunks, actor.hf_config, groups, Path(cold.model.path), directory)
+    actor.save_hf(directory)
     grpo = {name: _config(output, seed, name) for name in MODELS[1:]}
     judge_config = _config(output, seed, "vision_sr1", f"output={output}")
     with context.phase("setup"):
@@ -111,8 +110,7 @@ def _train_grpo(config: Config, groups: Groups, engine: Engine) -> None:
     scorer.close()
     context.close()
     sync(context, actor, engine, version=context.step)
-    source = Path(config.model.path)
-    save_hf(actor.chunks, actor.hf_config, groups, source, context.run_dir / "hf")
+    actor.save_hf(context.run_dir / "hf")
 
 
 class Judge:

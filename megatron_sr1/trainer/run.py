@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from pathlib import Path
 
-from megatron_sr1.checkpoint.hf import save_hf
 from megatron_sr1.config import Config
-from megatron_sr1.model.hf_config import read_hf_config
+from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.runtime.device import Device, stop_distributed
 from megatron_sr1.runtime.groups import Groups
 from megatron_sr1.trainer import setup
@@ -50,7 +48,7 @@ def run_grpo(config: Config, device: Device, groups: Groups) -> None:
         config, groups, per_step * config.optimizer.num_steps
     )
     with context.phase("setup"):
-        directory = setup.hf_directory(config, actor.chunks, actor.hf_config, groups)
+        directory = setup.engine_directory(config, groups)
         engine = setup.make_engine(config, directory, context.processor, device)
         scorer = setup.make_scorer(config)
     train_grpo(context, actor, engine, samples, scorer, reference)
@@ -62,10 +60,10 @@ def run_grpo(config: Config, device: Device, groups: Groups) -> None:
 
 
 def run_eval(config: Config, device: Device, groups: Groups) -> None:
-    """Evaluation of `model.path` on `data.eval`; the engine alone is started where it can be."""
+    """Evaluation of `model.path` on `data.eval`, by the engine alone."""
     context = Context(config, groups, setup.make_processor(config), 0)
     with context.phase("setup"):
-        directory = setup.hf_directory_alone(config, groups)
+        directory = setup.engine_directory(config, groups)
         engine = setup.make_engine(config, directory, context.processor, device)
     judge(context, engine)
     context.close()
@@ -82,15 +80,15 @@ def start(
     samples = setup.open_samples(config, config.data.train, processor)
     context = Context(config, groups, processor, len(samples))
     with context.phase("setup"):
-        chunks, hf_config = setup.load_model(config, groups)
+        chunks, hf_config, source = setup.load_actor_model(config, groups)
         needs_reference = config.stage == "grpo" and config.algorithm.kl_coefficient > 0
         reference = Reference(chunks) if needs_reference else None
-        actor = make_actor(config, chunks, hf_config, groups, num_updates)
+        actor = make_actor(config, chunks, hf_config, source, groups, num_updates)
         context.start(actor)
     return context, samples, actor, reference
 
 
-def judge(context: Context, engine: object) -> None:
+def judge(context: Context, engine: Engine) -> None:
     """Evaluate sampled and greedy, and write the rates to summary.json."""
     config = context.config
     samples = setup.open_samples(config, config.data.eval, context.processor)
@@ -112,8 +110,7 @@ def finish(context: Context, actor: Actor) -> None:
     context.close()
     if context.config.checkpoint.export_hf:
         with context.phase("export"):
-            source = setup.source_directory(context.config)
-            save_hf(actor.chunks, actor.hf_config, context.groups, source, context.run_dir / "hf")
+            actor.save_hf(context.run_dir / "hf")
     if context.is_writer:
         from megatron_sr1.observability.report import write_report
 
@@ -125,4 +122,3 @@ STAGES: dict[str, Callable[[Config, Device, Groups], None]] = {
     "grpo": run_grpo,
     "eval": run_eval,
 }
-__all__ = ["STAGES", "run_stage", "read_hf_config", "Path"]

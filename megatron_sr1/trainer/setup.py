@@ -5,17 +5,24 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from megatron_sr1.checkpoint.distributed import resolve_model
+from megatron_sr1.checkpoint.distributed import ModelSource, load_model, resolve_model
+from megatron_sr1.checkpoint.hf import save_hf
 from megatron_sr1.config import Config, LaunchConfig
 from megatron_sr1.data.processor import Processor
+from megatron_sr1.model.hf_config import HFConfig, read_hf_config
+from megatron_sr1.model.qwen25_vl import build_model
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rollout.engine import Engine
+from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.device import Device, select_device, start_distributed
 from megatron_sr1.runtime.groups import Groups, make_groups
 from megatron_sr1.runtime.seeds import seed_everything
+from megatron_sr1.trainer.actor import DTYPES
 from megatron_sr1.trainer.samples import Samples
 
 log = logging.getLogger(__name__)
@@ -40,8 +47,50 @@ def threads_a_rank(launch: LaunchConfig) -> int:
     return max(1, (os.cpu_count() or 1) // ranks)
 
 
-def make_processor(config: Config, directory: Path) -> Processor:
-    """Tokenizer and image processor of a model directory."""
+def load_actor_model(config: Config, groups: Groups) -> tuple[list[Any], HFConfig, ModelSource]:
+    """Build the model under the groups' layout and load `model.path` into it.
+
+    Returns:
+        the chunks, the model's shape, and where it came from.
+    """
+    source = resolve_model(config.model.path)
+    hf_config = read_hf_config(source.hf_files)
+    model = config.model
+    with cpu.megatron_mode():
+        chunks = build_model(
+            hf_config,
+            groups,
+            dtype=DTYPES[model.dtype],
+            spec=model.spec,
+            sequence_parallel=config.parallel.sequence,
+            recompute=model.recompute,
+            fp8=model.fp8,
+            fp8_recipe=model.fp8_recipe,
+            logprob_chunk_tokens=model.logprob_chunk_tokens,
+        )
+        load_model(chunks, source, hf_config, groups)
+    return chunks, hf_config, source
+
+
+def engine_directory(config: Config, groups: Groups) -> Path:
+    """A Hugging Face directory with the weights of `model.path`, for the engine to start from.
+
+    A Megatron checkpoint is exported into the run directory once.
+    """
+    source = resolve_model(config.model.path)
+    if source.kind == "huggingface":
+        return source.weights
+    target = Path(config.output) / "engine_start"
+    if not (target / "config.json").is_file():
+        chunks, hf_config, _ = load_actor_model(config, groups)
+        save_hf(chunks, hf_config, groups, source.hf_files, target)
+    dist.barrier(group=groups.world.process_group)
+    return target
+
+
+def make_processor(config: Config) -> Processor:
+    """Tokenizer and image processor of `model.path`."""
+    directory = resolve_model(config.model.path).hf_files
     return Processor(directory, config.data.min_pixels, config.data.max_pixels)
 
 
@@ -88,6 +137,3 @@ def make_scorer(config: Config, recipe: str | None = None) -> Scorer:
         pay_leaks=reward.pay_leaks,
         grader_timeout_seconds=reward.grader_timeout_seconds,
     )
-
-
-__all__ = ["resolve_model"]

@@ -1,0 +1,1 @@
+"""From rewards to gradients: advantages, losses, the gap between engine and actor."""

@@ -1,0 +1,57 @@
+"""Layouts and packings give the same losses, gradients, logprobs and weights as one process.
+
+Not covered here: several virtual stages, context parallelism, bfloat16.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SCRIPT = Path(__file__).parent / "updates.py"
+ONE, SPLIT = "1x1@4096", "1x1@48"
+TWO_RANKS = ["1x1@64", "2x1@64", "2x1s@64", "1x2@64"]
+
+
+@pytest.fixture(scope="module")
+def found(tiny_model, run_ranks, tmp_path_factory):
+    out = tmp_path_factory.mktemp("updates")
+    run_ranks(SCRIPT, 1, tiny_model, out / "one.json", ONE, SPLIT)
+    run_ranks(SCRIPT, 2, tiny_model, out / "two.json", *TWO_RANKS)
+    one, two = (json.loads((out / f"{n}.json").read_text()) for n in ("one", "two"))
+    return {**one, **{f"2 ranks {name}": value for name, value in two.items()}}
+
+
+OTHERS = [SPLIT, *(f"2 ranks {name}" for name in TWO_RANKS)]
+
+
+@pytest.mark.parametrize("layout", OTHERS)
+def test_loss_and_gradients_are_those_of_one_process(found, layout):
+    for one, other in zip(found[ONE]["updates"], found[layout]["updates"], strict=True):
+        assert other.keys() == one.keys()
+        for name in one:
+            assert other[name] == pytest.approx(one[name], rel=2e-5, abs=1e-7), name
+
+
+@pytest.mark.parametrize("layout", OTHERS)
+def test_logprobs_are_those_of_one_process_before_and_after_updates(found, layout):
+    for when, bound in (("before", 1e-5), ("after", 1e-4)):
+        for one, other in zip(found[ONE][when], found[layout][when], strict=True):
+            np.testing.assert_allclose(other, one, atol=bound)
+
+
+@pytest.mark.parametrize("layout", OTHERS)
+def test_updated_weights_are_those_of_one_process(found, layout):
+    one, other = found[ONE]["weights"], found[layout]["weights"]
+    assert list(other) == list(one)
+    for name in one:
+        np.testing.assert_allclose(other[name], one[name], rtol=1e-4, atol=2e-3, err_msg=name)
+
+
+def test_updates_change_the_logprobs_and_the_reference_keeps_the_old_ones(found):
+    for layout, values in found.items():
+        moved = np.concatenate(values["after"]) - np.concatenate(values["before"])
+        assert np.abs(moved).max() > 1e-2, layout
+        assert values["reference_gap"] == 0.0, layout
+        assert values["restored_gap"] == 0.0, layout

@@ -1,0 +1,137 @@
+"""Run two updates from one batch under several layouts and packings; write what came of each.
+
+Usage: updates.py MODEL_DIR OUT.json LAYOUT...; a layout is TPxPP[s][@pack_tokens], s for sequence
+parallel. Data parallelism is what remains of the ranks.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from megatron_sr1.runtime import cpu
+
+cpu.install()
+
+import numpy as np  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from megatron_sr1.config import AlgorithmConfig, load_config  # noqa: E402
+from megatron_sr1.data.packing import pack_samples  # noqa: E402
+from megatron_sr1.data.processor import Processor  # noqa: E402
+from megatron_sr1.records import TrainSample  # noqa: E402
+from megatron_sr1.runtime.device import select_device, start_distributed  # noqa: E402
+from megatron_sr1.runtime.groups import make_groups  # noqa: E402
+from megatron_sr1.trainer.actor import Reference, make_actor  # noqa: E402
+from megatron_sr1.trainer.grpo import grpo_loss  # noqa: E402
+from megatron_sr1.trainer.setup import load_actor_model  # noqa: E402
+from megatron_sr1.trainer.step import sample_logprobs, update  # noqa: E402
+
+
+def make_samples(processor: Processor) -> tuple[list[TrainSample], dict[int, list[Image.Image]]]:
+    """Nine sequences: no image, one, two of unequal sizes; random tokens and numbers."""
+    rng = np.random.default_rng(7)
+    samples, pictures = [], {}
+    for index in range(9):
+        sizes = [(84, 28), (56, 112), (140, 84)][: index % 3]
+        images = [
+            Image.fromarray(rng.integers(0, 255, (h, w, 3), dtype=np.uint8)) for w, h in sizes
+        ]
+        grids = tuple(processor.grid(image) for image in images)
+        tokens = [1]
+        for t, h, w in grids:
+            tokens += [3, *([processor.image_pad_id] * (t * h * w // 4)), 4]
+        num_prompt = len(tokens) + 3
+        tokens += rng.integers(10, 300, size=3 + int(rng.integers(4, 30))).tolist()
+        length = len(tokens)
+        mask = (np.arange(length) >= num_prompt) & (rng.random(length) < 0.8)
+
+        def numbers(scale, length=length):
+            return (scale * rng.standard_normal(length)).astype(np.float32)
+
+        samples.append(
+            TrainSample(
+                index=index,
+                num_images=len(images),
+                token_ids=np.array(tokens),
+                loss_mask=mask,
+                image_grid_thw=grids,
+                advantages=numbers(1.0),
+                old_logprobs=-6 + numbers(0.2),
+                engine_logprobs=-6 + numbers(0.2),
+                reference_logprobs=-6 + numbers(0.2),
+            )
+        )
+        pictures[index] = images
+    return samples, pictures
+
+
+def run_layout(layout: str, model_dir: str, processor: Processor) -> dict:
+    """Loss and gradient norm of two updates, logprobs before and after, exported weights."""
+    tensor, pipeline, sequence, pack_tokens = re.fullmatch(r"(\d)x(\d)(s?)@(\d+)", layout).groups()
+    config = load_config(
+        None,
+        [
+            f"model.path={model_dir}",
+            "model.dtype=float32",
+            f"parallel.tensor={tensor}",
+            f"parallel.pipeline={pipeline}",
+            f"parallel.sequence={bool(sequence)}".lower(),
+            "optimizer.learning_rate=1e-3",
+        ],
+    )
+    groups = make_groups(config.parallel, select_device("cpu"))
+    chunks, hf_config, source = load_actor_model(config, groups)
+    reference = Reference(chunks)
+    actor = make_actor(config, chunks, hf_config, source, groups, num_updates=2)
+    samples, pictures = make_samples(processor)
+    own = samples[groups.data.rank :: groups.data.size]
+    batches = pack_samples(
+        own,
+        int(pack_tokens),
+        lambda index: processor.vision(pictures[index]) if pictures[index] else None,
+        image_pad_id=processor.image_pad_id,
+        merge_size=processor.merge_size,
+        pad_multiple=int(tensor),
+    )
+    before = sample_logprobs(actor, own, batches, 0.7)
+    loss = grpo_loss(AlgorithmConfig(kl_coefficient=0.1), 0.0)
+    updates = [update(actor, batches, loss, 0.7) for _ in range(2)]
+    after = sample_logprobs(actor, own, batches, 0.7)
+    with reference.in_place():
+        again = sample_logprobs(actor, own, batches, 0.7)
+    restored = sample_logprobs(actor, own, batches, 0.7)
+    weights = {name: tensor.clone() for name, tensor in actor.weights()}
+    found = {
+        "updates": updates,
+        "weights": {n: [float(w.double().sum()), float(w.abs().max())] for n, w in weights.items()},
+        "after": _in_order(after, groups),
+        "before": _in_order(before, groups),
+        "reference_gap": max(float(abs(a - b).max()) for a, b in zip(before, again, strict=True)),
+        "restored_gap": max(float(abs(a - b).max()) for a, b in zip(after, restored, strict=True)),
+    }
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    return found
+
+
+def _in_order(rows: list[np.ndarray], groups) -> list[list[float]]:
+    parts = [None] * groups.data.size
+    dist.all_gather_object(parts, [row.tolist() for row in rows], group=groups.data.process_group)
+    return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
+
+
+def main() -> None:
+    model_dir, out, *layouts = sys.argv[1:]
+    start_distributed(select_device("cpu"), 120)
+    processor = Processor(model_dir, 784, 200704)
+    found = {layout: run_layout(layout, model_dir, processor) for layout in layouts}
+    if dist.get_rank() == 0:
+        Path(out).write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
