@@ -1,0 +1,374 @@
+"""Qwen2.5-VL on Megatron-Core: one pipeline stage of it, and how to build one.
+
+In: a packed row of tokens with its positions and borders, and the images in it. Out: hidden states
+for the next stage; on the last stage logprobs of the labels, or logits. Numbers are those of
+transformers' Qwen2_5_VLForConditionalGeneration, sequence by sequence.
+
+The row keeps Megatron's [T, 1, width] layout and each token has its own row of the rotary table, so
+packing is known to the core attention only. Image features take their places in the embedded row
+before it is split for sequence parallelism: so each rank gets the whole gradient of the tower.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
+from megatron.core.tensor_parallel.random import (
+    get_cuda_rng_tracker,
+    model_parallel_cuda_manual_seed,
+)
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_sr1.errors import ConfigError, DataError
+from megatron_sr1.model import specs
+from megatron_sr1.model.attention import pack_row
+from megatron_sr1.model.hf_config import HFConfig
+from megatron_sr1.model.logprobs import full_logits, label_logprobs, vocabulary_rows
+from megatron_sr1.model.rotary import text_angles
+from megatron_sr1.model.vision import VisionModel, vision_transformer_config
+from megatron_sr1.records import VisionInputs
+from megatron_sr1.runtime import cpu
+from megatron_sr1.runtime.groups import Groups
+
+
+class Qwen25VL(MegatronModule):
+    """One stage: the first holds vision tower and embedding, the last the output layer."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        hf_config: HFConfig,
+        groups: Groups,
+        *,
+        kernels: str,
+        logprob_chunk_tokens: int,
+    ) -> None:
+        """Make the stage that belongs to this rank.
+
+        Args:
+            config: of the language model, from `text_transformer_config`.
+            hf_config: shape of the model.
+            groups: the layout.
+            kernels: local | transformer_engine.
+            logprob_chunk_tokens: tokens whose logits exist at a time.
+        """
+        super().__init__(config=config)
+        self.hf_config = hf_config
+        self.groups = groups
+        self.logprob_chunk_tokens = logprob_chunk_tokens
+        self.pre_process = groups.is_first_stage
+        self.post_process = groups.is_last_stage
+        self.share_embeddings_and_output_weights = hf_config.tie_word_embeddings
+        num_layers = get_num_layers_to_build(config, pp_rank=groups.pipeline.rank)
+        self.language_model = GPTModel(
+            config=config,
+            transformer_layer_spec=TransformerBlockSubmodules(
+                layer_specs=[specs.text_layer(kernels)] * num_layers,
+                layer_norm=specs.norm(kernels),
+            ),
+            vocab_size=padded_vocab_size(hf_config.text.vocab_size, groups.tensor.size),
+            max_sequence_length=hf_config.text.max_position_embeddings,
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+            share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
+            # Our own table, one row a token: Megatron's would be cut by context-parallel rank.
+            position_embedding_type="none",
+            # Image features come in between.
+            scatter_embedding_sequence_parallel=False,
+            pg_collection=groups.collection,
+        )
+        self.vision_model = None
+        if self.pre_process:
+            self.vision_model = VisionModel(
+                vision_transformer_config(config, hf_config.vision),
+                hf_config.vision,
+                kernels,
+                groups.collection,
+            )
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Take the hidden states of the stage before, as Megatron's schedules hand them over."""
+        self.language_model.set_input_tensor(input_tensor)
+
+    def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
+        """The tied weight of this stage; Megatron sums its gradients over first and last stage."""
+        return self.language_model.shared_embedding_or_output_weight()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int | None = None,
+        vision: VisionInputs | None = None,
+        labels: torch.Tensor | None = None,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+    ) -> Any:
+        """Run the stage on one packed row.
+
+        Args:
+            input_ids: [1, T] int64; under sequence parallelism T is a multiple of the ranks.
+            position_ids: [3, 1, T] int64, time, height and width, from 0 in each sequence.
+            cu_seqlens: [sequences + 1] int32, borders; the last is T.
+            max_seqlen: longest sequence, tokens; counted if None.
+            vision: the row's images in order, None if there are none.
+            labels: [1, T] int64, the token after each position; None asks for logits.
+            temperature: divides the logits of logprobs, > 0.
+            with_entropy: also return the entropy of each position's distribution.
+
+        Returns:
+            not the last stage: hidden states [T, 1, width], T split under sequence parallelism.
+            last stage with labels: logprobs [1, T] float32, or (logprobs, entropy).
+            last stage without labels: logits [1, T, ids] float32, temperature not applied.
+
+        Raises:
+            DataError: the row and its images do not fit.
+        """
+        text = self.hf_config.text
+        embedded = self._embed(input_ids, vision) if self.pre_process else None
+        hidden = self.language_model.decoder(
+            hidden_states=embedded,
+            attention_mask=None,
+            rotary_pos_emb=text_angles(
+                position_ids, text.head_dim, text.rope_theta, text.mrope_section
+            ),
+            packed_seq_params=pack_row(cu_seqlens, is_causal=True, max_seqlen=max_seqlen),
+        )
+        if not self.post_process:
+            return hidden
+        head = {
+            "group": self.groups.tensor,
+            "vocab_size": text.vocab_size,
+            "sequence_parallel": self.config.sequence_parallel,
+        }
+        weight = self._output_weight()
+        if labels is None:
+            return full_logits(hidden, weight, **head)
+        logprobs, entropy = label_logprobs(
+            hidden,
+            weight,
+            labels,
+            temperature=temperature,
+            chunk_tokens=self.logprob_chunk_tokens,
+            with_entropy=with_entropy,
+            **head,
+        )
+        return (logprobs, entropy) if with_entropy else logprobs
+
+    def _embed(self, input_ids: torch.Tensor, vision: VisionInputs | None) -> torch.Tensor:
+        """Embedded row [T, 1, width] with image features in their places, split if SP."""
+        embedded = self.language_model.embedding(input_ids=input_ids, position_ids=None)
+        places = torch.nonzero(input_ids[0] == self.hf_config.image_token_id)[:, 0]
+        if vision is not None:
+            assert self.vision_model is not None
+            features = self.vision_model(vision)
+            if len(features) != len(places):
+                raise DataError(
+                    f"the row holds {len(places)} image-pad tokens, its images have "
+                    f"{len(features)} features: expand each image to as many pads as it has "
+                    "merged tokens and never sample the pad"
+                )
+            embedded = embedded.index_copy(0, places, features.unsqueeze(1).to(embedded.dtype))
+        elif len(places):
+            raise DataError(f"the row holds {len(places)} image-pad tokens, but no images came")
+        if self.config.sequence_parallel:
+            size = self.groups.tensor.size
+            if len(embedded) % size:
+                raise DataError(
+                    f"a row of {len(embedded)} tokens cannot be split over {size} "
+                    "sequence-parallel ranks; pad rows to a multiple"
+                )
+            group = self.groups.tensor.process_group
+            embedded = scatter_to_sequence_parallel_region(embedded, group=group)
+        if torch.is_grad_enabled() and not embedded.requires_grad:
+            # Recomputation follows the gradient of its input; a frozen embedding gives it none.
+            embedded.requires_grad_(self.config.recompute_granularity == "full")
+        return embedded
+
+    def _output_weight(self) -> torch.Tensor:
+        if self.share_embeddings_and_output_weights:
+            return self.language_model.shared_embedding_or_output_weight()
+        return self.language_model.output_layer.weight
+
+
+def build_model(
+    hf_config: HFConfig,
+    groups: Groups,
+    *,
+    dtype: torch.dtype,
+    spec: str = "local",
+    sequence_parallel: bool = False,
+    recompute: str = "none",
+    fp8: str | None = None,
+    fp8_recipe: str = "delayed",
+    logprob_chunk_tokens: int = 1024,
+) -> list[Qwen25VL]:
+    """Build this rank's share of the model, its weights not yet loaded: they are NaN.
+
+    Args:
+        hf_config: shape of the model.
+        groups: the layout.
+        dtype: of parameters and activations.
+        spec: kernels: local | transformer_engine.
+        sequence_parallel: split rows over the tensor-parallel ranks between layers.
+        recompute: none | selective (the MLPs) | full (each layer).
+        fp8: Transformer Engine's FP8 format, or None.
+        fp8_recipe: its scaling.
+        logprob_chunk_tokens: tokens whose logits exist at a time.
+
+    Returns:
+        a chunk for each virtual stage of this rank; one today.
+
+    Raises:
+        ConfigError: the layout does not divide the model, or the kernels cannot run here.
+    """
+    _check_layout(hf_config, groups, sequence_parallel)
+    if spec == "transformer_engine":
+        specs.require_transformer_engine()
+    config = text_transformer_config(
+        hf_config,
+        groups,
+        dtype=dtype,
+        sequence_parallel=sequence_parallel,
+        recompute=recompute,
+        fp8=fp8,
+        fp8_recipe=fp8_recipe,
+    )
+    with cpu.megatron_mode():
+        if not get_cuda_rng_tracker().is_initialized():
+            model_parallel_cuda_manual_seed(1)
+        chunk = Qwen25VL(
+            config, hf_config, groups, kernels=spec, logprob_chunk_tokens=logprob_chunk_tokens
+        )
+    _mark_unloaded(chunk, hf_config, groups)
+    return [chunk]
+
+
+def text_transformer_config(
+    hf_config: HFConfig,
+    groups: Groups,
+    *,
+    dtype: torch.dtype,
+    sequence_parallel: bool,
+    recompute: str,
+    fp8: str | None,
+    fp8_recipe: str,
+) -> TransformerConfig:
+    """Megatron's configuration of the language model.
+
+    Losses are sums over tokens, divided by the number of tokens of the whole update
+    (`calculate_per_token_loss`).
+
+    Args:
+        hf_config: shape of the model.
+        groups: the layout.
+        dtype: of parameters and activations.
+        sequence_parallel: as `build_model`.
+        recompute: as `build_model`.
+        fp8: as `build_model`.
+        fp8_recipe: as `build_model`.
+    """
+    text, on_cpu = hf_config.text, groups.device.kind == "cpu"
+    extra: dict[str, Any] = {}
+    if recompute == "full":
+        extra = {"recompute_method": "uniform", "recompute_num_layers": 1}
+    if fp8 is not None:
+        extra |= {"fp8": fp8, "fp8_recipe": fp8_recipe}
+    return TransformerConfig(
+        num_layers=text.num_layers,
+        hidden_size=text.hidden_size,
+        ffn_hidden_size=text.intermediate_size,
+        num_attention_heads=text.num_attention_heads,
+        num_query_groups=text.num_key_value_heads,
+        kv_channels=text.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=text.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=True,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        mrope_section=list(text.mrope_section),
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=groups.tensor.size,
+        pipeline_model_parallel_size=groups.pipeline.size,
+        context_parallel_size=groups.context.size,
+        sequence_parallel=sequence_parallel and groups.tensor.size > 1,
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # variable lengths ask for it, experts or none
+        calculate_per_token_loss=True,
+        use_cpu_initialization=on_cpu,
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
+        # The fused forms are compiled, which costs more than it brings on a CPU.
+        bias_activation_fusion=not on_cpu,
+        bias_dropout_fusion=not on_cpu,
+        recompute_granularity=None if recompute == "none" else recompute,
+        recompute_modules=["mlp"],
+        **extra,
+    )
+
+
+def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
+    """Rows of the embedding over all ranks: padded only if the ids do not divide."""
+    return -(-vocab_size // tensor_parallel) * tensor_parallel
+
+
+def _leave(weight: torch.Tensor) -> torch.Tensor:
+    """Weights are loaded; drawing random ones first would take minutes."""
+    return weight
+
+
+@torch.no_grad()
+def _mark_unloaded(chunk: Qwen25VL, hf_config: HFConfig, groups: Groups) -> None:
+    """NaN everywhere, so that a weight that nobody loads is loud; zero in padding rows."""
+    for parameter in chunk.parameters():
+        parameter.fill_(float("nan"))
+    for layer in ("embedding.word_embeddings", "output_layer"):
+        with contextlib.suppress(AttributeError):
+            weight = chunk.language_model.get_submodule(layer).weight
+            if weight is not None:
+                _, num_ids = vocabulary_rows(
+                    hf_config.text.vocab_size, len(weight), groups.tensor.rank
+                )
+                weight[num_ids:].zero_()
+
+
+def _check_layout(hf_config: HFConfig, groups: Groups, sequence_parallel: bool) -> None:
+    text, vision, size = hf_config.text, hf_config.vision, groups.tensor.size
+    parts = {
+        "num_attention_heads": text.num_attention_heads,
+        "num_key_value_heads": text.num_key_value_heads,
+        "intermediate_size": text.intermediate_size,
+        "vision num_heads": vision.num_heads,
+        "vision intermediate_size": vision.intermediate_size,
+    }
+    for name, value in parts.items():
+        if value % size:
+            raise ConfigError(
+                f"{name} is {value}, which parallel.tensor={size} does not divide; use a divisor"
+            )
+    if text.num_layers % groups.pipeline.size:
+        raise ConfigError(
+            f"{text.num_layers} layers do not divide over parallel.pipeline={groups.pipeline.size} "
+            "stages; use a divisor"
+        )
+    if groups.context.size > 1:
+        raise ConfigError("parallel.context above 1 is not supported yet; use 1")
+    if sequence_parallel and size == 1:
+        raise ConfigError("parallel.sequence=true needs parallel.tensor of 2 or more")

@@ -1,0 +1,289 @@
+"""The vision tower on Megatron layers: patches in, one feature per merged token out.
+
+In: flattened patches of any number of images and their grids. Out: features in the order of the
+image-pad tokens. Linears are split over the tensor-parallel ranks; patch embedding and norms are on
+all of them, each with the whole gradient, as every rank sees all patches (the tower never runs
+under sequence parallelism). Source of the computation: transformers,
+models/qwen2_5_vl/modeling_qwen2_5_vl.py.
+
+Patches come in merge order: the patches of one merged token lie together. For windowed attention
+merged tokens are put in order of their windows; images, and frames in them, stay contiguous, so
+the same row serves the blocks that attend over the whole image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import (
+    TransformerBlock,
+    TransformerBlockSubmodules,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_sr1.errors import DataError
+from megatron_sr1.model import specs
+from megatron_sr1.model.attention import PackedRow, pack_row
+from megatron_sr1.model.hf_config import VisionConfig
+from megatron_sr1.model.rotary import vision_angles
+from megatron_sr1.records import VisionInputs
+
+NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """Where one image's merged tokens go for windowed attention; cached by grid.
+
+    Attributes:
+        order: [merged tokens] int64, the token at each place of the window order.
+        window_lengths: patches of each window, in order.
+        frame_lengths: patches of each frame.
+        positions: [patches, 2] int64, row and column of each patch, in window order.
+    """
+
+    order: torch.Tensor
+    window_lengths: tuple[int, ...]
+    frame_lengths: tuple[int, ...]
+    positions: torch.Tensor
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """The same for all images of a micro-batch, one behind the other.
+
+    Attributes:
+        order: [merged tokens] int64.
+        inverse: [merged tokens] int64, undoes `order`.
+        positions: [patches, 2] int64.
+        windows: the row cut into windows.
+        images: the row cut into frames.
+    """
+
+    order: torch.Tensor
+    inverse: torch.Tensor
+    positions: torch.Tensor
+    windows: PackedRow
+    images: PackedRow
+
+
+@lru_cache(maxsize=4096)
+def image_layout(time: int, height: int, width: int, merge: int, window: int) -> ImageLayout:
+    """Layout of one image.
+
+    Args:
+        time: frames.
+        height: patches.
+        width: patches.
+        merge: side of a merged token, patches.
+        window: side of a window, merged tokens.
+
+    Raises:
+        DataError: the grid is not a multiple of the merge size.
+    """
+    if height % merge or width % merge or min(time, height, width) < 1:
+        raise DataError(
+            f"image grid {time} x {height} x {width} patches: height and width must be multiples "
+            f"of {merge}; resize the image with the model's own processor"
+        )
+    rows, columns = height // merge, width // merge
+    frame, row, column = torch.meshgrid(
+        torch.arange(time), torch.arange(rows), torch.arange(columns), indexing="ij"
+    )
+    across, down = -(-columns // window), -(-rows // window)
+    window_ids = ((frame * down + row // window) * across + column // window).flatten()
+    order = torch.argsort(window_ids, stable=True)
+    in_row, in_column = torch.meshgrid(torch.arange(merge), torch.arange(merge), indexing="ij")
+    patch_rows = row.flatten()[order, None] * merge + in_row.flatten()
+    patch_columns = column.flatten()[order, None] * merge + in_column.flatten()
+    return ImageLayout(
+        order=order,
+        window_lengths=tuple((torch.bincount(window_ids) * merge**2).tolist()),
+        frame_lengths=(height * width,) * time,
+        positions=torch.stack([patch_rows.flatten(), patch_columns.flatten()], dim=-1),
+    )
+
+
+def row_layout(
+    grids: tuple[tuple[int, int, int], ...], merge: int, window: int, device: torch.device
+) -> RowLayout:
+    """Layout of some images, one behind the other.
+
+    Args:
+        grids: (time, height, width) of each image, patches; at least one.
+        merge: side of a merged token, patches.
+        window: side of a window, merged tokens.
+        device: of the result.
+    """
+    layouts = [image_layout(*grid, merge, window) for grid in grids]
+    orders, first = [], 0
+    for layout in layouts:
+        orders.append(layout.order + first)
+        first += len(layout.order)
+    order = torch.cat(orders)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(len(order))
+    return RowLayout(
+        order=order.to(device),
+        inverse=inverse.to(device),
+        positions=torch.cat([layout.positions for layout in layouts]).to(device),
+        windows=_pack([n for layout in layouts for n in layout.window_lengths], device),
+        images=_pack([n for layout in layouts for n in layout.frame_lengths], device),
+    )
+
+
+class PatchMerger(MegatronModule):
+    """Norm, then an MLP over the patches of each merged token."""
+
+    def __init__(
+        self, config: TransformerConfig, vision: VisionConfig, kernels: str, collection: Any
+    ) -> None:
+        """Make the merger.
+
+        Args:
+            config: of the tower.
+            vision: shape.
+            kernels: local | transformer_engine.
+            collection: Megatron's process groups.
+        """
+        super().__init__(config=config)
+        self.merged_size = vision.hidden_size * vision.spatial_merge_size**2
+        self.norm = specs.norm(kernels)(config=config, hidden_size=vision.hidden_size, eps=NORM_EPS)
+        column, row = specs.linears(kernels)
+        common = {"config": config, "bias": True, "is_expert": False, "tp_group": collection.tp}
+        self.linear_fc1 = column(
+            self.merged_size,
+            self.merged_size,
+            init_method=config.init_method,
+            gather_output=False,
+            skip_bias_add=False,
+            **common,
+        )
+        self.linear_fc2 = row(
+            self.merged_size,
+            vision.out_hidden_size,
+            init_method=config.output_layer_init_method,
+            input_is_parallel=True,
+            skip_bias_add=False,
+            **common,
+        )
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Merge.
+
+        Args:
+            hidden: [patches, 1, width], patches of a merged token together.
+
+        Returns:
+            [merged tokens, 1, width of the language model].
+        """
+        merged = self.norm(hidden).reshape(-1, 1, self.merged_size)
+        inner, _ = self.linear_fc1(merged)
+        return self.linear_fc2(F.gelu(inner))[0]
+
+
+class VisionModel(MegatronModule):
+    """Patch embedding, blocks, merger."""
+
+    def __init__(
+        self, config: TransformerConfig, vision: VisionConfig, kernels: str, collection: Any
+    ) -> None:
+        """Make the tower.
+
+        Args:
+            config: its layers, from `vision_transformer_config`.
+            vision: shape.
+            kernels: local | transformer_engine.
+            collection: Megatron's process groups.
+        """
+        super().__init__(config=config)
+        self.vision = vision
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        self.patch_embed = torch.nn.Linear(
+            vision.patch_dim,
+            vision.hidden_size,
+            bias=False,
+            dtype=config.params_dtype,
+            device=device,
+        )
+        layer = specs.vision_layer(kernels, vision.full_attention_blocks)
+        self.decoder = TransformerBlock(
+            config=config,
+            spec=TransformerBlockSubmodules(layer_specs=[layer] * vision.depth, layer_norm=None),
+            post_layer_norm=False,
+            pg_collection=collection,
+        )
+        self.merger = PatchMerger(config, vision, kernels, collection)
+
+    def forward(self, inputs: VisionInputs) -> torch.Tensor:
+        """Features of all images.
+
+        Args:
+            inputs: patches and grids.
+
+        Returns:
+            [merged tokens, width of the language model], in the order of the image-pad tokens.
+        """
+        vision, device = self.vision, self.patch_embed.weight.device
+        merge = vision.spatial_merge_size
+        grids = tuple((t, h, w) for t, h, w in inputs.image_grid_thw.tolist())
+        layout = row_layout(grids, merge, vision.window_units, device)
+        if len(layout.positions) != len(inputs.pixel_values):
+            raise DataError(
+                f"image grids {list(grids)} name {len(layout.positions)} patches, pixel_values "
+                f"hold {len(inputs.pixel_values)}"
+            )
+        # Pixels need no gradient: to put them in order is cheaper than to do it with features.
+        patches = inputs.pixel_values.to(device, self.patch_embed.weight.dtype)
+        patches = patches.unflatten(0, (-1, merge**2)).index_select(0, layout.order).flatten(0, 1)
+        hidden = self.patch_embed(patches).unsqueeze(1)
+        if torch.is_grad_enabled() and not hidden.requires_grad:
+            # Recomputation follows the gradient of its input; a frozen embedding gives it none.
+            hidden.requires_grad_(self.config.recompute_granularity == "full")
+        hidden = self.decoder(
+            hidden_states=hidden,
+            attention_mask=None,
+            rotary_pos_emb=vision_angles(layout.positions, vision.head_dim, vision.rope_theta),
+            packed_seq_params=(layout.windows, layout.images),
+        )
+        return self.merger(hidden)[:, 0].index_select(0, layout.inverse)
+
+
+def vision_transformer_config(text: TransformerConfig, vision: VisionConfig) -> TransformerConfig:
+    """Megatron's configuration of the tower's layers.
+
+    Args:
+        text: the language model's, for types, kernels and tensor parallelism. The tower is on the
+            first stage only and sees whole rows: no pipeline, context or sequence parallelism.
+        vision: shape.
+    """
+    return replace(
+        text,
+        num_layers=vision.depth,
+        hidden_size=vision.hidden_size,
+        ffn_hidden_size=vision.intermediate_size,
+        num_attention_heads=vision.num_heads,
+        num_query_groups=vision.num_heads,
+        kv_channels=vision.head_dim,
+        layernorm_epsilon=NORM_EPS,
+        add_bias_linear=True,
+        add_qkv_bias=True,
+        mrope_section=None,
+        pipeline_model_parallel_size=1,
+        virtual_pipeline_model_parallel_size=None,
+        context_parallel_size=1,
+        sequence_parallel=False,
+    )
+
+
+def _pack(lengths: list[int], device: torch.device) -> PackedRow:
+    borders = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    row = pack_row(borders, is_causal=False)
+    if device.type == "cpu":
+        return row
+    return pack_row(borders.to(device), is_causal=False, max_seqlen=row.max_seqlen_q)
