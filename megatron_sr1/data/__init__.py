@@ -1,0 +1,1 @@
+"""Data: shards of samples, their prompts and pixels, and micro-batches packed from them."""

@@ -1,0 +1,200 @@
+"""Samples to micro-batches: sequences one behind the other in one row, nothing between them.
+
+In: `TrainSample`s, aligned with their tokens. Out: `PackedBatch`es, aligned with the *predicting*
+position, with mRoPE positions that restart at each sequence (Qwen2-VL, arXiv 2409.12191, section
+2.1; equal to transformers' `get_rope_index`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from megatron_sr1.errors import DataError
+from megatron_sr1.records import PackedBatch, TrainSample, VisionInputs
+
+PER_TOKEN = ("advantages", "old_logprobs", "engine_logprobs", "reference_logprobs")
+
+
+def pack_samples(
+    samples: Sequence[TrainSample],
+    pack_tokens: int,
+    vision_of: Callable[[int], VisionInputs | None] | None,
+    *,
+    image_pad_id: int,
+    merge_size: int,
+    pad_multiple: int = 1,
+) -> list[PackedBatch]:
+    """Pack samples into rows of at most `pack_tokens` tokens; a longer one gets its own row.
+
+    Args:
+        samples: in any order; the result depends on nothing else.
+        pack_tokens: budget of a row, padding not counted.
+        vision_of: gives the pixels of a sample by its index; None on ranks without the tower,
+            whose batches then have no `vision`.
+        image_pad_id: id of an expanded image's tokens.
+        merge_size: patches a side that become one token.
+        pad_multiple: rows are filled up to a multiple of this by one last sequence.
+
+    Raises:
+        DataError: a sample whose image tokens, grids or pixels do not fit one another.
+    """
+    batches = []
+    for rows in plan(np.array([len(s.token_ids) for s in samples]), pack_tokens):
+        batches.append(
+            _pack(samples, rows, vision_of, image_pad_id, merge_size, max(1, pad_multiple))
+        )
+    return batches
+
+
+def plan(lengths: np.ndarray, pack_tokens: int) -> list[list[int]]:
+    """Which samples share a row: longest first, each into the first row with room.
+
+    Args:
+        lengths: [samples] int, tokens.
+        pack_tokens: budget of a row.
+
+    Returns:
+        rows of sample numbers, ascending within a row; rows by their first sample.
+    """
+    room = np.empty(len(lengths), np.int64)
+    rows: list[list[int]] = []
+    for number in np.argsort(-lengths, kind="stable").tolist():
+        fits = room[: len(rows)] >= lengths[number]
+        row = int(np.argmax(fits)) if fits.any() else len(rows)
+        if row == len(rows):
+            rows.append([])
+            room[row] = pack_tokens
+        rows[row].append(number)
+        room[row] -= lengths[number]
+    return sorted(sorted(row) for row in rows)
+
+
+def mrope_positions(
+    token_ids: np.ndarray,
+    grids: Sequence[tuple[int, int, int]],
+    *,
+    image_pad_id: int,
+    merge_size: int,
+    where: str = "sample",
+) -> np.ndarray:
+    """Positions of one sequence: text counts on, an image spans time, height and width.
+
+    Args:
+        token_ids: [tokens] int64, images expanded.
+        grids: per image (t, h, w) in patches.
+        image_pad_id: id of an image's tokens.
+        merge_size: patches a side that become one token.
+        where: names the sample in errors.
+
+    Returns:
+        [3, tokens] int64: time, height, width.
+
+    Raises:
+        DataError: image tokens that are not the grids' number, or not in one run an image.
+    """
+    pads = np.flatnonzero(token_ids == image_pad_id)
+    sizes = [t * (h // merge_size) * (w // merge_size) for t, h, w in grids]
+    if len(pads) != sum(sizes):
+        raise DataError(
+            f"{where}: {len(pads)} image tokens, its {len(sizes)} images make {sum(sizes)}; the "
+            "policy must not sample vision tokens"
+        )
+    positions = np.empty((3, len(token_ids)), np.int64)
+    done, at, used = 0, 0, 0  # tokens laid out, position of the next, image tokens used
+    for (t, h, w), size in zip(grids, sizes, strict=True):
+        start = int(pads[used])
+        if pads[used + size - 1] != start + size - 1:
+            raise DataError(f"{where}: an image's {size} tokens are not in one run")
+        positions[:, done:start] = np.arange(at, at + start - done)
+        at += start - done
+        cells = np.indices((t, h // merge_size, w // merge_size)).reshape(3, -1)
+        positions[:, start : start + size] = cells + at
+        at += max(h, w) // merge_size
+        done, used = start + size, used + size
+    positions[:, done:] = np.arange(at, at + len(token_ids) - done)
+    return positions
+
+
+def _pack(
+    samples: Sequence[TrainSample],
+    rows: list[int],
+    vision_of: Callable[[int], VisionInputs | None] | None,
+    image_pad_id: int,
+    merge_size: int,
+    pad_multiple: int,
+) -> PackedBatch:
+    chosen = [samples[i] for i in rows]
+    lengths = [len(s.token_ids) for s in chosen]
+    total = sum(lengths)
+    padding = -total % pad_multiple
+    lengths += [padding] if padding else []
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
+    last = np.cumsum([len(s.token_ids) for s in chosen]) - 1
+
+    def row(arrays: list[np.ndarray], dtype: type, shift: bool = True) -> torch.Tensor:
+        """[1, T]: entry t is about token t + 1 of the same sequence, 0 at ends and in padding."""
+        out = np.zeros(total + padding, dtype)
+        joined = np.concatenate(arrays)
+        assert len(joined) == total, (len(joined), total)
+        out[: total - shift] = joined[int(shift) :]
+        if shift:
+            out[last] = 0
+        return torch.from_numpy(out)[None]
+
+    positions = [
+        mrope_positions(
+            s.token_ids,
+            s.image_grid_thw,
+            image_pad_id=image_pad_id,
+            merge_size=merge_size,
+            where=f"sample {s.index}",
+        )
+        for s in chosen
+    ]
+    positions.append(np.broadcast_to(np.arange(padding), (3, padding)))
+    ids = [s.token_ids for s in chosen]
+    per_token = {}
+    for name in PER_TOKEN:
+        values = [getattr(s, name) for s in chosen]
+        given = [v for v in values if v is not None]
+        assert len(given) in (0, len(values)), f"{name}: given for some samples of a row only"
+        per_token[name] = row(given, np.float32) if given else None
+    return PackedBatch(
+        sample_ids=tuple(rows),
+        input_ids=row(ids, np.int64, shift=False),
+        labels=row(ids, np.int64),
+        loss_mask=row([s.loss_mask for s in chosen], np.float32),
+        position_ids=torch.from_numpy(np.concatenate(positions, axis=1))[:, None],
+        cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
+        max_seqlen=max(lengths),
+        vision=_vision(chosen, vision_of) if vision_of else None,
+        **per_token,
+    )
+
+
+def _vision(
+    chosen: list[TrainSample], vision_of: Callable[[int], VisionInputs | None]
+) -> VisionInputs | None:
+    """Pixels of a row's images, each sample's checked against its grids."""
+    found = []
+    for sample in chosen:
+        assert len(sample.image_grid_thw) == sample.num_images, sample.index
+        if not sample.num_images:
+            continue
+        vision = vision_of(sample.index)
+        grids = [] if vision is None else [tuple(g) for g in vision.image_grid_thw.tolist()]
+        if vision is None or grids != list(sample.image_grid_thw):
+            raise DataError(
+                f"sample {sample.index}: its tokens were laid out for image grids "
+                f"{list(sample.image_grid_thw)}, its pixels have {grids}; tokens and pixels must "
+                "come from the same images with the same pixel limits"
+            )
+        found.append(vision)
+    if not found:
+        return None
+    return VisionInputs(
+        torch.cat([v.pixel_values for v in found]), torch.cat([v.image_grid_thw for v in found])
+    )

@@ -1,0 +1,280 @@
+"""Tokens and pixels: chat messages to ids in both spellings, images to what the tower takes.
+
+The chat template is rendered once, by the model's own template, and tokenised once. Text of users
+and models stays text: a question that holds `<|im_end|>` or `<|image_pad|>` is tokenised as those
+characters, and only what the template itself wrote becomes a special token. The image processor is
+the class that vLLM loads for the same directory (transformers' torchvision one), so that trainer
+and engine see the same pixels to the bit.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from megatron_sr1.data.prompts import ChatMessage, chat_messages
+from megatron_sr1.errors import DataError
+from megatron_sr1.records import Example, Prompt, TrainSample, VisionInputs
+from megatron_sr1.runtime.torchvision_mend import mend_torchvision
+
+IMAGE_PAD = "<|image_pad|>"
+VISION_TOKENS = (
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    IMAGE_PAD,
+    "<|video_pad|>",
+)
+Grid = tuple[int, int, int]
+_DEFUSE = "\ue0de"  # private use: put into a special token's name it makes it ordinary text
+
+
+class Processor:
+    """Tokenizer, chat template and image processor of a model directory."""
+
+    def __init__(self, model_dir: str | Path, min_pixels: int, max_pixels: int) -> None:
+        """Read a Hugging Face directory.
+
+        Args:
+            model_dir: with tokenizer, chat template and preprocessor_config.json.
+            min_pixels: smallest image area after resizing, pixels.
+            max_pixels: largest image area after resizing, pixels.
+
+        Raises:
+            DataError: no chat template, or no image token in the vocabulary.
+        """
+        mend_torchvision()
+        from transformers import AutoTokenizer, Qwen2VLImageProcessor
+
+        self.model_dir = Path(model_dir)
+        self.tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        self.image_processor = Qwen2VLImageProcessor.from_pretrained(
+            model_dir, min_pixels=min_pixels, max_pixels=max_pixels
+        )
+        self.min_pixels, self.max_pixels = min_pixels, max_pixels
+        self.merge_size = int(self.image_processor.merge_size)
+        self.patch_size = int(self.image_processor.patch_size)
+        self._template = _chat_template(self.model_dir, self.tokenizer)
+        added = self.tokenizer.added_tokens_decoder
+        special = {token.content: int(i) for i, token in added.items() if token.special}
+        if IMAGE_PAD not in special:
+            raise DataError(
+                f"{model_dir}: the tokenizer has no special token {IMAGE_PAD}; expected the "
+                "directory of a Qwen2.5-VL model"
+            )
+        names = "|".join(re.escape(s) for s in sorted(special, key=len, reverse=True))
+        self._special, self._special_pattern = special, re.compile(f"({names})")
+        self.image_pad_id = special[IMAGE_PAD]
+        self.vision_token_ids = tuple(special[t] for t in VISION_TOKENS if t in special)
+        self.end_token_ids = _end_token_ids(self.model_dir, self.tokenizer)
+
+    def encode_prompt(
+        self,
+        example: Example,
+        images: Sequence[Image.Image],
+        messages: Sequence[ChatMessage],
+        max_tokens: int | None = None,
+    ) -> Prompt:
+        """Tokenise a prompt in both spellings.
+
+        Args:
+            example: where it comes from.
+            images: its decoded RGB images, in order.
+            messages: chat messages with one image part an image.
+            max_tokens: longest allowed prompt, images expanded; None for any.
+
+        Raises:
+            DataError: image parts and images differ in number, or the prompt is too long.
+        """
+        where = f"{example.shard} sample {example.key}"
+        collapsed = self._encode(self._render(messages, generate=True))
+        grids = tuple(self.grid(image, where) for image in images)
+        expanded = self.expand(collapsed, grids, where)
+        if max_tokens is not None and len(expanded) > max_tokens:
+            raise DataError(f"{where}: prompt of {len(expanded)} tokens, limit {max_tokens}")
+        return Prompt(example, expanded, collapsed, tuple(images), grids)
+
+    def encode_text(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
+        """Tokenise a prompt without images, as the second pass has it.
+
+        Raises:
+            DataError: the messages have image parts.
+        """
+        return self.expand(self._encode(self._render(messages, generate=True)), (), "text prompt")
+
+    def encode_conversation(
+        self, example: Example, images: Sequence[Image.Image], max_tokens: int | None = None
+    ) -> TrainSample:
+        """Tokenise a conversation to imitate; targets are its assistant turns with their ends.
+
+        Each assistant turn is tokenised behind its prompt as the engine would sample it.
+
+        Args:
+            example: its messages hold assistant turns.
+            images: its decoded RGB images, in order.
+            max_tokens: longest allowed sequence, images expanded; None for any.
+
+        Raises:
+            DataError: no assistant turn, a template that rewrites earlier turns, or too long.
+        """
+        where = f"{example.shard} sample {example.key}"
+        ids: list[int] = []
+        targets: list[bool] = []
+        for text, learnt in self._turns(chat_messages(example.messages), where):
+            part = self._encode(text)
+            upto = 0
+            if learnt:  # up to the template's last end of turn; what follows it is not sampled
+                ends = [i for i, token in enumerate(part) if token in self.end_token_ids]
+                upto = ends[-1] + 1 if ends else len(part)
+            ids += part
+            targets += [True] * upto + [False] * (len(part) - upto)
+        grids = tuple(self.grid(image, where) for image in images)
+        counts = self._expansion(ids, grids, where)
+        token_ids = np.repeat(np.asarray(ids, np.int64), counts)
+        if max_tokens is not None and len(token_ids) > max_tokens:
+            raise DataError(f"{where}: {len(token_ids)} tokens, limit {max_tokens}")
+        mask = np.repeat(np.asarray(targets, bool), counts)
+        return TrainSample(example.index, len(images), token_ids, mask, grids)
+
+    def expand(
+        self, collapsed: Sequence[int], grids: Sequence[Grid], where: str
+    ) -> tuple[int, ...]:
+        """Ids with one pad an image to ids with one pad a merged patch.
+
+        Raises:
+            DataError: another number of pads than grids.
+        """
+        counts = self._expansion(collapsed, grids, where)
+        return tuple(np.repeat(np.asarray(collapsed, np.int64), counts).tolist())
+
+    def grid(self, image: Image.Image, where: str = "image") -> Grid:
+        """(t, h, w) in patches of an image after resizing, without processing its pixels."""
+        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+        factor = self.patch_size * self.merge_size
+        try:
+            height, width = smart_resize(
+                image.height, image.width, factor, self.min_pixels, self.max_pixels
+            )
+        except ValueError as error:
+            raise DataError(f"{where}: {image.width} x {image.height} pixels: {error}") from None
+        return 1, height // self.patch_size, width // self.patch_size
+
+    def vision(self, images: Sequence[Image.Image]) -> VisionInputs:
+        """Pixels of images as the vision tower takes them, in order.
+
+        Args:
+            images: RGB, one or more; those of many samples at once are cheaper than one by one.
+        """
+        out = self.image_processor(list(images), return_tensors="pt")
+        return VisionInputs(out["pixel_values"], out["image_grid_thw"])
+
+    def vision_many(
+        self, image_lists: Sequence[Sequence[Image.Image]]
+    ) -> list[VisionInputs | None]:
+        """`vision` of many samples in one call; None for samples without images."""
+        flat = [image for images in image_lists for image in images]
+        if not flat:
+            return [None] * len(image_lists)
+        joined = self.vision(flat)
+        grids = joined.image_grid_thw.split([len(images) for images in image_lists])
+        pixels = joined.pixel_values.split([int(g.prod(-1).sum()) for g in grids])
+        return [
+            VisionInputs(p.clone(), g) if len(g) else None
+            for p, g in zip(pixels, grids, strict=True)
+        ]
+
+    def _turns(self, messages: list[ChatMessage], where: str) -> list[tuple[str, bool]]:
+        """The rendered conversation cut before and after each assistant turn's own text."""
+        pieces: list[tuple[str, bool]] = []
+        done = ""
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = self._render(messages[:number], generate=True)
+            whole = self._render(messages[: number + 1], generate=False)
+            if not prompt.startswith(done) or not whole.startswith(prompt):
+                raise DataError(
+                    f"{where}: the chat template renders earlier turns differently later on; split "
+                    "the conversation into samples with one assistant turn each"
+                )
+            pieces += [(prompt[len(done) :], False), (whole[len(prompt) :], True)]
+            done = whole
+        if not pieces:
+            raise DataError(f"{where}: no assistant turn; supervised samples need one to imitate")
+        return pieces
+
+    def _render(self, messages: Sequence[ChatMessage], generate: bool) -> str:
+        """The template's text, with special tokens inside the messages' own text defused."""
+        return self.tokenizer.apply_chat_template(
+            [self._defused(m) for m in messages],
+            chat_template=self._template,
+            tokenize=False,
+            add_generation_prompt=generate,
+        )
+
+    def _defused(self, message: ChatMessage) -> ChatMessage:
+        parts = [
+            {"type": "text", "text": self._defuse(p["text"])} if p["type"] == "text" else p
+            for p in message["content"]
+        ]
+        if all(p["type"] == "text" for p in parts):  # templates that know strings only
+            return {"role": message["role"], "content": "".join(p["text"] for p in parts)}
+        return {"role": message["role"], "content": parts}
+
+    def _defuse(self, text: str) -> str:
+        text = text.replace(_DEFUSE, "")
+        return self._special_pattern.sub(lambda m: m[0][0] + _DEFUSE + m[0][1:], text)
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        """Ids of a rendered text: special tokens where the template wrote them, else plain text."""
+        pieces = self._special_pattern.split(text)
+        plain = [p.replace(_DEFUSE, "") for p in pieces[::2]]
+        encoded = self.tokenizer(plain, add_special_tokens=False, split_special_tokens=True)
+        ids: list[int] = []
+        for number, part in enumerate(encoded["input_ids"]):
+            ids += part
+            if 2 * number + 1 < len(pieces):
+                ids.append(self._special[pieces[2 * number + 1]])
+        return tuple(ids)
+
+    def _expansion(self, collapsed: Sequence[int], grids: Sequence[Grid], where: str) -> np.ndarray:
+        """How often each id is repeated, [tokens] int64."""
+        pads = np.flatnonzero(np.asarray(collapsed) == self.image_pad_id)
+        if len(pads) != len(grids):
+            raise DataError(
+                f"{where}: {len(pads)} image places in the prompt, {len(grids)} images; the chat "
+                "template must write one image-pad token an image part"
+            )
+        counts = np.ones(len(collapsed), np.int64)
+        counts[pads] = [t * h * w // self.merge_size**2 for t, h, w in grids]
+        return counts
+
+
+def _chat_template(directory: Path, tokenizer: Any) -> str:
+    """The template of the directory: the processor's own file first, as it knows images."""
+    path = directory / "chat_template.json"
+    if path.is_file():
+        return str(json.loads(path.read_text())["chat_template"])
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"{directory}: no chat template (chat_template.jinja, chat_template.json or in "
+            "tokenizer_config.json); take the directory of an instruction-tuned model"
+        )
+    return tokenizer.get_chat_template()
+
+
+def _end_token_ids(directory: Path, tokenizer: Any) -> tuple[int, ...]:
+    """Ids that end a turn: the tokenizer's, then those of generation_config.json."""
+    ids = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    path = directory / "generation_config.json"
+    if path.is_file():
+        more = json.loads(path.read_text()).get("eos_token_id") or []
+        ids += [int(i) for i in (more if isinstance(more, list) else [more])]
+    return tuple(dict.fromkeys(ids))

@@ -1,0 +1,135 @@
+"""What the policy is told: instructions by recipe, and the text-only second pass.
+
+In: an `Example`, or a question and a description. Out: chat messages as transformers' chat
+templates take them, each content a list of `{"type": "image"}` and `{"type": "text"}` parts.
+Source of the form (three spans, a self-contained description, a reader without the image):
+arXiv 2508.19652, section 3. The words are this project's own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megatron_sr1.data.examples import IMAGE_MARK
+from megatron_sr1.errors import ConfigError, DataError
+from megatron_sr1.records import Example, Message
+
+ChatMessage = dict[str, Any]
+"""{"role": str, "content": [{"type": "text", "text": str} | {"type": "image"}, …]}"""
+
+_DESCRIBE = (
+    "Work in three parts and write nothing outside them. First, between <description> and "
+    "</description>, put down everything in the image that bears on the question: objects, "
+    "text, numbers, positions and relations, so complete that somebody who never sees the image "
+    "could settle the question from your words; do not solve it there. Next, between <think> and "
+    "</think>, reason step by step. Last, give the final answer alone in \\boxed{}."
+)
+_THINK = (
+    "First reason step by step between <think> and </think>. Then give the final answer alone in "
+    "\\boxed{}, and nothing after it."
+)
+_READ = (
+    "The image is not available to you. What it shows is told in the description above; rely on "
+    "it alone. "
+)
+PASS1_INSTRUCTIONS: Mapping[str, Mapping[str, str]] = {
+    "full": {"vision_sr1": _DESCRIBE, "see_think": _DESCRIBE, "vision_r1": _THINK},
+    "brief": {
+        "vision_sr1": "Describe, think, answer.",
+        "see_think": "Describe, think, answer.",
+        "vision_r1": "Think, answer.",
+    },
+}
+"""By style and recipe: `full` for published models, `brief` for a model trained on it."""
+PASS2_TEMPLATES: Mapping[str, tuple[str, str, str]] = {
+    "full": (
+        "Description of an image:\n",
+        "\n\nQuestion about the image:\n",
+        f"\n\n{_READ}{_THINK}",
+    ),
+    "brief": ("Read: ", "\n", "\nThink, answer."),
+}
+"""By style: what stands before the description, between it and the question, and after."""
+
+
+def pass1_messages(example: Example, recipe: str, style: str = "full") -> list[ChatMessage]:
+    """Chat messages of the first pass: the question with its images, then the instruction.
+
+    Args:
+        example: its turns up to and including the last user turn are used.
+        recipe: `reward.recipe`: vision_sr1 | see_think | vision_r1.
+        style: full | brief.
+
+    Returns:
+        chat messages with as many image parts as the example has images.
+
+    Raises:
+        ConfigError: unknown recipe or style.
+        DataError: image marks behind the last user turn.
+    """
+    instruction = _choice(_choice(PASS1_INSTRUCTIONS, style, "style"), recipe, "recipe")
+    gap = "\n" if style == "brief" else "\n\n"
+    last = max(i for i, m in enumerate(example.messages) if m.role == "user")
+    turns = list(example.messages[: last + 1])
+    turns[last] = Message("user", f"{turns[last].content.rstrip()}{gap}{instruction}")
+    messages = chat_messages(turns)
+    found = sum(part["type"] == "image" for m in messages for part in m["content"])
+    if found != example.num_images:
+        raise DataError(
+            f"{example.shard} sample {example.key}: {found} {IMAGE_MARK} marks up to the last user "
+            f"turn, {example.num_images} images; images of later turns cannot be asked about"
+        )
+    return messages
+
+
+def pass2_messages(question: str, description: str, style: str = "full") -> list[ChatMessage]:
+    """Chat messages of the second pass: description, then question, text only.
+
+    Args:
+        question: as asked in pass 1, options included; its image marks are taken out.
+        description: the text inside the description span.
+        style: full | brief.
+
+    Returns:
+        one user turn with one text part; an `<image>` inside the description stays text.
+    """
+    before, between, after = _choice(PASS2_TEMPLATES, style, "style")
+    text = f"{before}{description.strip()}{between}{strip_image_marks(question)}{after}"
+    return [{"role": "user", "content": [{"type": "text", "text": text}]}]
+
+
+def chat_messages(turns: Sequence[Message]) -> list[ChatMessage]:
+    """Turns with `<image>` marks as chat messages with image parts."""
+    return [{"role": turn.role, "content": _parts(turn.content)} for turn in turns]
+
+
+def strip_image_marks(question: str) -> str:
+    """A question without its image marks and without the blank space that they leave."""
+    mark = rf"(?:{re.escape(IMAGE_MARK)}[ \t]*)+"
+    without = re.sub(rf"(?m)^[ \t]*{mark}\n?", "", question)
+    return re.sub(rf"[ \t]*{mark}", " ", without).strip()
+
+
+def flat_text(message: ChatMessage) -> str:
+    """A chat message's content as one text with `<image>` marks, the inverse of `chat_messages`."""
+    return "".join(
+        IMAGE_MARK if part["type"] == "image" else part["text"] for part in message["content"]
+    )
+
+
+def _parts(content: str) -> list[dict[str, str]]:
+    parts: list[dict[str, str]] = []
+    for number, text in enumerate(content.split(IMAGE_MARK)):
+        if number:
+            parts.append({"type": "image"})
+        if text:
+            parts.append({"type": "text", "text": text})
+    return parts
+
+
+def _choice(table: Mapping[str, Any], name: str, what: str) -> Any:
+    if name not in table:
+        raise ConfigError(f"prompt {what} is {name!r}; expected {' | '.join(table)}")
+    return table[name]

@@ -1,0 +1,314 @@
+"""Webdataset shards: tar files of samples, read as a stream or one sample by its number.
+
+A folder holds `shard-000000.tar`, … with members `KEY.json`, `KEY.0.png`, `KEY.1.jpeg`, …;
+`dataset.json` with the counts; and beside each tar its index, the place of every member, by which
+a sample is one seek and one read. Any webdataset reader can stream the same files. An index that
+is missing or older than its tar is made again. Members are never unpacked to files.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import tarfile
+import threading
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from megatron_sr1.data.examples import (
+    Record,
+    decode_image,
+    example_from_stored,
+    image_format,
+    stored,
+)
+from megatron_sr1.errors import DataError
+from megatron_sr1.records import Example
+
+logger = logging.getLogger(__name__)
+DATASET_FILE = "dataset.json"
+MAX_OPEN_SHARDS = 256
+IMAGE_EXTENSIONS = frozenset("bmp gif jpeg jpg mpo png ppm tif tiff webp".split())
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a sample lies in its tar: (offset, size) in bytes of the JSON and of each image."""
+
+    key: str
+    text: tuple[int, int]
+    images: tuple[tuple[int, int], ...]
+
+
+def write_shards(
+    samples: Iterable[Record], directory: str | Path, *, samples_per_shard: int = 1000
+) -> int:
+    """Write samples as numbered shards with their indices and `dataset.json`.
+
+    Args:
+        samples: in the order that they are to be numbered.
+        directory: made if needed; must hold no shards yet.
+        samples_per_shard: samples of one tar.
+
+    Returns:
+        number of samples written.
+
+    Raises:
+        DataError: the directory already holds shards, or there are no samples.
+    """
+    target = Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    if _tars(target) or (target / DATASET_FILE).exists():
+        raise DataError(f"{target}: already holds shards; choose another folder or remove them")
+    iterator, counts = iter(enumerate(samples)), []
+    _write_json(target / DATASET_FILE, {"format": 1, "complete": False})  # until the last shard
+    while (first := next(iterator, None)) is not None:
+        path = target / f"shard-{len(counts):06d}.tar"
+        part = path.with_suffix(".tar.part")
+        with tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar:
+            _add(tar, *first)
+            count = 1
+            while count < samples_per_shard and (entry := next(iterator, None)) is not None:
+                _add(tar, *entry)
+                count += 1
+        os.replace(part, path)
+        counts.append({"file": path.name, "samples": count})
+        _write_index(path, _scan(path))
+    if not counts:
+        (target / DATASET_FILE).unlink()
+        raise DataError(f"{target}: no samples to write")
+    total = sum(count["samples"] for count in counts)
+    _write_json(
+        target / DATASET_FILE,
+        {"format": 1, "complete": True, "num_samples": total, "shards": counts},
+    )
+    return total
+
+
+class ShardReader:
+    """The samples of a folder of shards, by number. Safe to share over threads and forks."""
+
+    def __init__(self, directory: str | Path) -> None:
+        """Open a folder of shards.
+
+        Args:
+            directory: as `write_shards` or another webdataset writer left it.
+
+        Raises:
+            DataError: no shards there, or `dataset.json` does not fit them.
+        """
+        self.directory = Path(directory)
+        tars = _tars(self.directory)
+        if not tars:
+            raise DataError(
+                f"{self.directory}: no .tar shards there; make them with tools/make_shards.py"
+            )
+        self._places: dict[Path, list[Place]] = {}
+        self._files: dict[Path, int] = {}
+        self._lock = threading.Lock()
+        counts = _counts(self.directory, tars)
+        self._tars = tars
+        self._ends: list[int] = []
+        for number, tar in enumerate(tars):
+            size = counts[number] if counts else len(self._index(tar))
+            self._ends.append(size + (self._ends[-1] if self._ends else 0))
+
+    def __len__(self) -> int:
+        """Samples in all shards."""
+        return self._ends[-1]
+
+    def example(self, index: int) -> Example:
+        """The sample of that number, without pixels.
+
+        Raises:
+            IndexError: no such number.
+            DataError: the stored sample cannot be read; names shard and sample.
+        """
+        tar, place = self._locate(index)
+        text = self._read(tar, place, place.text)
+        try:
+            value = json.loads(text)
+        except ValueError as error:
+            raise DataError(f"{tar} sample {place.key}: not JSON: {error}") from None
+        example = example_from_stored(value, index=index, key=place.key, shard=str(tar))
+        if example.num_images != len(place.images):
+            raise DataError(
+                f"{tar} sample {place.key}: its JSON names {example.num_images} images, the shard "
+                f"holds {len(place.images)}"
+            )
+        return example
+
+    def images(self, index: int) -> list[Image.Image]:
+        """The decoded RGB images of a sample, in order.
+
+        Raises:
+            IndexError: no such number.
+            DataError: an image does not decode; names shard, sample and image.
+        """
+        tar, place = self._locate(index)
+        return [
+            decode_image(data, f"{tar} sample {place.key}, image {number}")
+            for number, data in enumerate(self.image_files(index))
+        ]
+
+    def image_files(self, index: int) -> list[bytes]:
+        """The image files of a sample as they were stored."""
+        tar, place = self._locate(index)
+        return [self._read(tar, place, span) for span in place.images]
+
+    def _locate(self, index: int) -> tuple[Path, Place]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.directory}: sample {index} of {len(self)}")
+        number = bisect_right(self._ends, index)
+        start = self._ends[number - 1] if number else 0
+        places = self._index(self._tars[number])
+        if len(places) != self._ends[number] - start:
+            raise DataError(
+                f"{self._tars[number]}: {len(places)} samples, {DATASET_FILE} says "
+                f"{self._ends[number] - start}; the shard is not the one that was written"
+            )
+        return self._tars[number], places[index - start]
+
+    def _index(self, tar: Path) -> list[Place]:
+        if tar not in self._places:
+            self._places[tar] = _read_index(tar)
+        return self._places[tar]
+
+    def _read(self, tar: Path, place: Place, span: tuple[int, int]) -> bytes:
+        offset, size = span
+        try:
+            with self._lock:
+                file = self._files.get(tar)
+                if file is None:
+                    if len(self._files) >= MAX_OPEN_SHARDS:
+                        return _read_once(tar, offset, size)
+                    file = self._files[tar] = os.open(tar, os.O_RDONLY)
+            data = os.pread(file, size, offset)  # no shared position: threads and forks may read
+        except OSError as error:
+            raise DataError(f"{tar} sample {place.key}: {error.strerror}") from None
+        if len(data) != size:
+            raise DataError(
+                f"{tar} sample {place.key}: {len(data)} of {size} bytes; the shard is truncated"
+            )
+        return data
+
+    def close(self) -> None:
+        """Close the shards; reading again opens them again."""
+        with self._lock:
+            for file in self._files.values():
+                os.close(file)
+            self._files.clear()
+
+
+def index_path(tar: Path) -> Path:
+    """The index file beside a shard."""
+    return tar.with_suffix(".index.json")
+
+
+def _read_once(tar: Path, offset: int, size: int) -> bytes:
+    with open(tar, "rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def _tars(directory: Path) -> list[Path]:
+    return sorted(directory.glob("*.tar"))
+
+
+def _counts(directory: Path, tars: list[Path]) -> list[int] | None:
+    """Samples of each shard by `dataset.json`; None if there is no such file."""
+    path = directory / DATASET_FILE
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_text())
+        if value.get("complete") is False:
+            raise DataError(f"{directory}: writing these shards was cut short; make them again")
+        counts = {str(s["file"]): int(s["samples"]) for s in value["shards"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: not readable: {error}; remove it to count again") from None
+    if set(counts) != {t.name for t in tars}:
+        odd = sorted(set(counts) ^ {t.name for t in tars})
+        raise DataError(f"{path}: shards listed and shards there differ: {', '.join(odd[:5])}")
+    return [counts[t.name] for t in tars]
+
+
+def _add(tar: tarfile.TarFile, number: int, record: Record) -> None:
+    key = f"{number:09d}"
+    text = json.dumps(stored(record), ensure_ascii=False).encode()
+    files = [(f"{key}.json", text)]
+    for position, data in enumerate(record.images):
+        kind = image_format(data, f"sample {key}, image {position}")
+        files.append((f"{key}.{position}.{kind}", data))
+    for name, data in files:
+        member = tarfile.TarInfo(name)
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))
+
+
+def _members(tar: Path) -> Iterator[tuple[str, str, tuple[int, int]]]:
+    """(key, extension, place) of each regular member."""
+    try:
+        with tarfile.open(tar, "r:") as file:
+            for member in file:
+                if member.isfile():
+                    folder, _, name = member.name.rpartition("/")
+                    key, _, extension = name.partition(".")
+                    key = f"{folder}/{key}" if folder else key
+                    yield key, extension.lower(), (member.offset_data, member.size)
+    except (tarfile.TarError, OSError) as error:
+        raise DataError(f"{tar}: not a readable tar: {error}") from None
+
+
+def _scan(tar: Path) -> list[Place]:
+    """Read a shard's headers for the places of its samples."""
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    for key, extension, span in _members(tar):
+        samples.setdefault(key, {})[extension] = span
+    places = []
+    for key, members in samples.items():
+        if "json" not in members:
+            raise DataError(f"{tar} sample {key}: no {key}.json; it holds {sorted(members)}")
+        images = sorted(
+            (e for e in members if e.split(".")[-1] in IMAGE_EXTENSIONS),
+            key=lambda e: (int(e.split(".")[0]) if e.split(".")[0].isdigit() else 0, e),
+        )
+        places.append(Place(key, members["json"], tuple(members[e] for e in images)))
+    return places
+
+
+def _read_index(tar: Path) -> list[Place]:
+    """A shard's index; made again where it is missing, older than the tar, or of another size."""
+    path = index_path(tar)
+    try:
+        if path.stat().st_mtime_ns >= tar.stat().st_mtime_ns:
+            value = json.loads(path.read_text())
+            if value["tar_bytes"] == tar.stat().st_size:
+                return [Place(k, tuple(t), tuple(map(tuple, i))) for k, t, i in value["samples"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.debug("%s: index not usable: %s", path, error)
+    places = _scan(tar)
+    try:
+        _write_index(tar, places)
+    except OSError as error:
+        logger.warning("%s: cannot be written (%s); the index is kept in memory", path, error)
+    return places
+
+
+def _write_index(tar: Path, places: list[Place]) -> None:
+    rows = [(p.key, p.text, p.images) for p in places]
+    _write_json(index_path(tar), {"tar_bytes": tar.stat().st_size, "samples": rows})
+
+
+def _write_json(path: Path, value: Any) -> None:
+    """Write in one step, so that another process never sees half a file."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(json.dumps(value) + "\n")
+    os.replace(part, path)
