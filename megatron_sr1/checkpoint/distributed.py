@@ -157,13 +157,13 @@ def save_checkpoint(
     if is_writer:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        if source_directory is not None:
-            HFSource(source_directory).copy_without_weights(partial / HF_FILES)
     dist.barrier(group=groups.world.process_group)
     save_tensors(partial, chunks, optimizer)
     torch.save(rng_state(), partial / f"rng_{groups.world.rank}.pt")
     dist.barrier(group=groups.world.process_group)
     if is_writer:
+        if source_directory is not None:
+            HFSource(source_directory).copy_without_weights(partial / HF_FILES)
         record = {
             "format": FORMAT,
             "step": step,

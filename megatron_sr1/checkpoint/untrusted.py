@@ -17,6 +17,7 @@ import torch
 from megatron_sr1.errors import CheckpointError
 
 _RECORDS = "torch.distributed.checkpoint.metadata"
+_PLANNER = "torch.distributed.checkpoint.planner"
 ALLOWED = {
     (_RECORDS, "Metadata"),
     (_RECORDS, "ChunkStorageMetadata"),
@@ -25,6 +26,10 @@ ALLOWED = {
     (_RECORDS, "MetadataIndex"),
     (_RECORDS, "StorageMeta"),
     (_RECORDS, "_MEM_FORMAT_ENCODING"),
+    (_PLANNER, "SavePlan"),
+    (_PLANNER, "TensorWriteData"),
+    (_PLANNER, "WriteItem"),
+    (_PLANNER, "WriteItemType"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
@@ -42,8 +47,18 @@ class _Reader(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def check_folder(folder: Path) -> None:
+def stored_dtype(folder: Path) -> torch.dtype:
+    """Type of the model's tensors in a checkpoint; float32 holds a mixture without loss."""
+    tensors = check_folder(folder).state_dict_metadata.items()
+    types = {t.properties.dtype for name, t in tensors if not name.startswith("optimizer.")}
+    return types.pop() if len(types) == 1 else torch.float32
+
+
+def check_folder(folder: Path) -> Any:
     """Refuse a distributed checkpoint that would run code when it is read.
+
+    Returns:
+        torch's `Metadata` of the checkpoint.
 
     Raises:
         CheckpointError: naming the file and what it asks for.
@@ -68,3 +83,4 @@ def check_folder(folder: Path) -> None:
     except (pickle.UnpicklingError, EOFError, OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{common} is refused or damaged: {reason}") from None
+    return metadata

@@ -1,0 +1,199 @@
+"""Per-token logprobs of given responses under a backend: shows where two backends disagree.
+
+Input, a JSON object a line: {"prompt": [token ids, each image one expanded run of image-pad ids],
+"response": [token ids], "images": ["path", ...]}. Output: the same lines with "logprobs": [...],
+one a response token, in nats at temperature 1. The tool starts its own ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the input, checked.
+
+    Attributes:
+        where: file and line, for messages.
+        content: the object as it came.
+        prompt: token ids, images expanded.
+        response: token ids.
+        images: files of the prompt's images, in order.
+    """
+
+    where: str
+    content: dict[str, Any]
+    prompt: tuple[int, ...]
+    response: tuple[int, ...]
+    images: tuple[Path, ...] = field(default=())
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="score_logprobs.py", description=__doc__)
+    add = parser.add_argument
+    add("--model", type=Path, required=True, help="Hugging Face or Megatron checkpoint directory")
+    add("--input", type=Path, required=True, help="jsonl file")
+    add("--output", type=Path, required=True, help="jsonl file to write")
+    add("--backend", choices=("megatron", "vllm", "transformers"), required=True)
+    add("--tensor-parallel", type=int, default=1, metavar="N", help="default: 1")
+    add("--pipeline-parallel", type=int, default=1, metavar="N", help="megatron only; default: 1")
+    add("--context-parallel", type=int, default=1, metavar="N", help="megatron only; default: 1")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    add("--spec", choices=("local", "transformer_engine"), default="local", help="default: local")
+    add("--pack-tokens", type=int, default=8192, help="megatron: tokens a row; default: 8192")
+    add("--min-pixels", type=int, help="smallest image area; default: as the model says")
+    add("--max-pixels", type=int, help="largest image area; default: as the model says")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Score, or start the ranks that do; returns the exit status."""
+    arguments = parse(argv)
+    from megatron_sr1.errors import SR1Error
+
+    try:
+        num_ranks = check(arguments)
+        lines = read_lines(arguments.input)
+        if "RANK" in os.environ or num_ranks == 1:
+            return score(arguments, lines)
+        return start_ranks(sys.argv[1:] if argv is None else argv, num_ranks)
+    except SR1Error as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Refuse what a backend cannot do; returns the number of ranks.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    from megatron_sr1.errors import ConfigError
+
+    sizes = {
+        "--tensor-parallel": arguments.tensor_parallel,
+        "--pipeline-parallel": arguments.pipeline_parallel,
+        "--context-parallel": arguments.context_parallel,
+    }
+    possible = {"megatron": set(sizes), "vllm": {"--tensor-parallel"}, "transformers": set()}
+    num_ranks = 1
+    for option, size in sizes.items():
+        if size < 1:
+            raise ConfigError(f"{option} {size}: expected 1 or more")
+        if size > 1 and option not in possible[arguments.backend]:
+            raise ConfigError(f"{option} {size}: the {arguments.backend} backend has one such rank")
+        num_ranks *= size
+    if arguments.context_parallel > 1:
+        raise ConfigError(
+            f"--context-parallel {arguments.context_parallel}: not yet; use tensor or pipeline "
+            "parallelism"
+        )
+    return num_ranks
+
+
+def read_lines(path: Path) -> list[Line]:
+    """Read and check the input.
+
+    Raises:
+        DataError: naming file and line.
+    """
+    from megatron_sr1.errors import DataError
+
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; expected one JSON object a line")
+    lines = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        where = f"{path} line {number}"
+        if not text.strip():
+            continue
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}: not JSON: {error}") from None
+        if not isinstance(content, dict):
+            raise DataError(f"{where}: expected an object with prompt and response")
+        for key in ("prompt", "response"):
+            ids = content.get(key)
+            if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
+                raise DataError(f"{where}: {key} must be a list of token ids")
+        if not content["prompt"]:
+            raise DataError(f"{where}: prompt is empty; the first token has no logprob")
+        names = content.get("images") or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise DataError(f"{where}: images must be a list of paths")
+        images = tuple(find_image(name, path.parent, where) for name in names)
+        lines.append(
+            Line(where, content, tuple(content["prompt"]), tuple(content["response"]), images)
+        )
+    return lines
+
+
+def find_image(name: str, folder: Path, where: str) -> Path:
+    """An image's file, as named or beside the input.
+
+    Raises:
+        DataError: it is not there.
+    """
+    from megatron_sr1.errors import DataError
+
+    for path in (Path(name), folder / name):
+        if path.is_file():
+            return path
+    raise DataError(f"{where}: image {name} is not there, nor is {folder / name}")
+
+
+def start_ranks(argv: list[str], num_ranks: int) -> int:
+    """Run this file under torchrun; returns its exit status."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(num_ranks), str(Path(__file__).resolve()), *argv]
+    threads = max((os.cpu_count() or 1) // num_ranks, 1)
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    return subprocess.run(command, env=environment, check=False).returncode
+
+
+def score(arguments: argparse.Namespace, lines: list[Line]) -> int:
+    """Score all lines on this rank; the first rank writes the output."""
+    from scoring_backends import BACKENDS
+
+    from megatron_sr1.checkpoint.distributed import resolve_model
+    from megatron_sr1.runtime.device import select_device, start_distributed, stop_distributed
+
+    source = resolve_model(arguments.model)
+    device = select_device(arguments.device)
+    start_distributed(device)
+    try:
+        found = BACKENDS[arguments.backend](arguments, source, device, lines)
+    finally:
+        stop_distributed()
+    if os.environ.get("RANK", "0") == "0":
+        write_lines(arguments.output, lines, found)
+        print(f"{len(lines)} lines scored with {arguments.backend}: {arguments.output}")
+    return 0
+
+
+def write_lines(path: Path, lines: list[Line], found: list[list[float]]) -> None:
+    """Write the output, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8"
+    ) as file:
+        for line, logprobs in zip(lines, found, strict=True):
+            assert len(logprobs) == len(line.response), line.where
+            file.write(json.dumps({**line.content, "logprobs": logprobs}) + "\n")
+    os.replace(file.name, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

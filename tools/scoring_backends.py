@@ -1,0 +1,219 @@
+"""The three backends of score_logprobs.py: each scores all lines on the ranks that it needs.
+
+In: the tool's options and its lines. Out: for each line the logprobs of its response, nats, on the
+first rank at least.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_sr1.checkpoint.distributed import ModelSource, load_model
+from megatron_sr1.checkpoint.hf import save_hf
+from megatron_sr1.checkpoint.untrusted import stored_dtype
+from megatron_sr1.config import ParallelConfig
+from megatron_sr1.data.examples import decode_image
+from megatron_sr1.data.packing import pack_samples
+from megatron_sr1.data.processor import Processor
+from megatron_sr1.errors import DataError
+from megatron_sr1.model.hf_config import read_hf_config
+from megatron_sr1.model.qwen25_vl import build_model
+from megatron_sr1.records import TrainSample
+from megatron_sr1.runtime import cpu
+from megatron_sr1.runtime.device import Device
+from megatron_sr1.runtime.groups import Groups, make_groups
+
+Lines = Sequence[Any]
+Scores = list[list[float]]
+
+
+def megatron(
+    arguments: argparse.Namespace, source: ModelSource, device: Device, lines: Lines
+) -> Scores:
+    """Score with the Megatron model under the layout asked for."""
+    from megatron_sr1.trainer.actor import Actor
+    from megatron_sr1.trainer.step import sample_logprobs
+
+    layout = ParallelConfig(
+        tensor=arguments.tensor_parallel,
+        pipeline=arguments.pipeline_parallel,
+        context=arguments.context_parallel,
+    )
+    groups = make_groups(layout, device)
+    dtype = getattr(torch, arguments.dtype)
+    chunks, hf_config = loaded(source, groups, dtype, arguments.spec)
+    processor = make_processor(arguments, source)
+    images = [open_images(line) for line in lines]
+    samples = [
+        train_sample(number, line, pictures, processor)
+        for number, (line, pictures) in enumerate(zip(lines, images, strict=True))
+    ]
+    batches = pack_samples(
+        samples,
+        arguments.pack_tokens,
+        (lambda n: processor.vision(images[n])) if groups.is_first_stage else None,
+        image_pad_id=processor.image_pad_id,
+        merge_size=processor.merge_size,
+    )
+    actor = Actor(chunks, chunks, None, None, hf_config, source, groups)
+    found = sample_logprobs(actor, samples, batches, 1.0) if batches else []
+    return [row[len(line.prompt) :].tolist() for row, line in zip(found, lines, strict=True)]
+
+
+@torch.no_grad()
+def transformers(
+    arguments: argparse.Namespace, source: ModelSource, device: Device, lines: Lines
+) -> Scores:
+    """Score with transformers' own model, one line at a time."""
+    from megatron_sr1.runtime.torchvision_mend import mend_torchvision
+
+    mend_torchvision()
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    processor = make_processor(arguments, source)
+    with huggingface_directory(source, device) as directory:
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            directory, dtype=getattr(torch, arguments.dtype)
+        )
+    model = model.to(device.torch).eval()
+    found = []
+    for line in lines:
+        ids = torch.tensor([[*line.prompt, *line.response]], device=device.torch)
+        inputs: dict[str, Any] = {}
+        images = open_images(line)
+        if images:
+            vision = processor.vision(images)
+            inputs = {
+                "pixel_values": vision.pixel_values.to(device.torch),
+                "image_grid_thw": vision.image_grid_thw.to(device.torch),
+                "mm_token_type_ids": (ids == processor.image_pad_id).int(),
+            }
+        logits = model(input_ids=ids, use_cache=False, **inputs).logits[0, len(line.prompt) - 1 :]
+        logprobs = logits[:-1].float().log_softmax(-1)
+        targets = ids[0, len(line.prompt) :, None]
+        found.append(logprobs.gather(1, targets)[:, 0].tolist())
+    return found
+
+
+def vllm(
+    arguments: argparse.Namespace, source: ModelSource, device: Device, lines: Lines
+) -> Scores:
+    """Score with the rollout engine, by prefill."""
+    from megatron_sr1.rollout.engine import Engine
+
+    processor = make_processor(arguments, source)
+    longest = max((len(line.prompt) + len(line.response) for line in lines), default=0)
+    with huggingface_directory(source, device) as directory:
+        engine = Engine(
+            directory,
+            device_kind=device.kind,
+            dtype=arguments.dtype,
+            tensor_parallel=arguments.tensor_parallel,
+            max_model_len=longest + 16,
+            max_num_seqs=4,
+            min_pixels=processor.min_pixels,
+            max_pixels=processor.max_pixels,
+        )
+    found = []
+    for line in lines:
+        images = open_images(line)
+        train_sample(0, line, images, processor)  # the same checks as the other backends
+        prompt = collapse(line.prompt, processor.image_pad_id)
+        found.append(engine.logprobs(prompt, line.response, images) if line.response else [])
+    return found
+
+
+def loaded(
+    source: ModelSource, groups: Groups, dtype: torch.dtype, spec: str = "local"
+) -> tuple[list[Any], Any]:
+    """A model with the source's weights, and its configuration."""
+    hf_config = read_hf_config(source.hf_files)
+    with cpu.megatron_mode():
+        chunks = build_model(hf_config, groups, dtype=dtype, spec=spec)
+        load_model(chunks, source, hf_config, groups)
+    return chunks, hf_config
+
+
+@contextlib.contextmanager
+def huggingface_directory(source: ModelSource, device: Device) -> Iterator[Path]:
+    """A Hugging Face directory of the model: its own, or an export that lives while in use."""
+    if source.kind == "huggingface":
+        yield source.weights
+        return
+    groups = make_groups(ParallelConfig(), device)
+    names = [tempfile.mkdtemp(prefix="score_logprobs_") if groups.world.rank == 0 else None]
+    dist.broadcast_object_list(names)
+    folder = Path(str(names[0]))
+    try:
+        chunks, hf_config = loaded(source, groups, stored_dtype(source.weights))
+        save_hf(chunks, hf_config, groups, source.hf_files, folder / "hf")
+        del chunks
+        yield folder / "hf"
+        dist.barrier()
+    finally:
+        if groups.world.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def make_processor(arguments: argparse.Namespace, source: ModelSource) -> Processor:
+    """Tokenizer and image processor, with the model's own pixel limits unless told otherwise."""
+    path = source.hf_files / "preprocessor_config.json"
+    own = json.loads(path.read_text()) if path.is_file() else {}
+    size = own.get("size") or {}
+    least = arguments.min_pixels or own.get("min_pixels") or size.get("shortest_edge") or 3136
+    most = arguments.max_pixels or own.get("max_pixels") or size.get("longest_edge") or 12845056
+    return Processor(source.hf_files, least, most)
+
+
+def train_sample(
+    number: int, line: Any, images: Sequence[Any], processor: Processor
+) -> TrainSample:
+    """A line as a sequence; its image-pad runs must be those of its images.
+
+    Raises:
+        DataError: naming the line.
+    """
+    grids = tuple(processor.grid(image, line.where) for image in images)
+    collapsed = collapse(line.prompt, processor.image_pad_id)
+    expanded = processor.expand(collapsed, grids, line.where)
+    if expanded != line.prompt:
+        raise DataError(
+            f"{line.where}: the images make a prompt of {len(expanded)} tokens, it has "
+            f"{len(line.prompt)}; expand each image to its own number of image-pad ids "
+            f"({processor.image_pad_id}), under the same --min-pixels and --max-pixels"
+        )
+    token_ids = np.array((*line.prompt, *line.response), np.int64)
+    mask = np.arange(len(token_ids)) >= len(line.prompt)
+    return TrainSample(number, len(images), token_ids, mask, grids)
+
+
+def collapse(token_ids: Sequence[int], image_pad_id: int) -> tuple[int, ...]:
+    """The prompt with one image-pad id an image."""
+    found: list[int] = []
+    for token, run in itertools.groupby(token_ids):
+        found += [token] if token == image_pad_id else list(run)
+    return tuple(found)
+
+
+def open_images(line: Any) -> list[Any]:
+    """The images of a line, decoded under the limits that hold for all data."""
+    return [decode_image(path.read_bytes(), f"{line.where}: {path}") for path in line.images]
+
+
+BACKENDS: dict[str, Callable[..., Scores]] = {
+    "megatron": megatron,
+    "transformers": transformers,
+    "vllm": vllm,
+}
