@@ -188,7 +188,8 @@ def _cold_start(
 
 
 def _format(rng: np.random.Generator) -> str:
-    return str(rng.choice(list(COLD_START_SHARES), p=list(COLD_START_SHARES.values())))
+    shares = np.cumsum(list(COLD_START_SHARES.values()))
+    return list(COLD_START_SHARES)[int(np.searchsorted(shares, rng.random() * shares[-1]))]
 
 
 def _conversation(

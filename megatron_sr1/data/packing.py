@@ -136,7 +136,7 @@ def _pack(
 
     def row(arrays: list[np.ndarray], dtype: type, shift: bool = True) -> torch.Tensor:
         """[1, T]: entry t is about token t + 1 of the same sequence, 0 at ends and in padding."""
-        out = np.zeros(total + padding, dtype)
+        out: np.ndarray = np.zeros(total + padding, dtype)
         joined = np.concatenate(arrays)
         assert len(joined) == total, (len(joined), total)
         out[: total - shift] = joined[int(shift) :]

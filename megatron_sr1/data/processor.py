@@ -1,16 +1,12 @@
 """Tokens and pixels: chat messages to ids in both spellings, images to what the tower takes.
 
-The chat template is rendered once, by the model's own template, and tokenised once. Text of users
-and models stays text: a question that holds `<|im_end|>` or `<|image_pad|>` is tokenised as those
-characters, and only what the template itself wrote becomes a special token. The image processor is
-the class that vLLM loads for the same directory (transformers' torchvision one), so that trainer
-and engine see the same pixels to the bit.
+Ids come from chat.py. The image processor is the class that vLLM loads for the same directory
+(transformers' torchvision one), so that trainer and engine see the same pixels to the bit.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from megatron_sr1.data.chat import ChatTemplate
 from megatron_sr1.data.prompts import ChatMessage, chat_messages
 from megatron_sr1.errors import DataError
 from megatron_sr1.records import Example, Prompt, TrainSample, VisionInputs
@@ -32,7 +29,6 @@ VISION_TOKENS = (
     "<|video_pad|>",
 )
 Grid = tuple[int, int, int]
-_DEFUSE = "\ue0de"  # private use: put into a special token's name it makes it ordinary text
 
 
 class Processor:
@@ -60,16 +56,13 @@ class Processor:
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
         self.merge_size = int(self.image_processor.merge_size)
         self.patch_size = int(self.image_processor.patch_size)
-        self._template = _chat_template(self.model_dir, self.tokenizer)
-        added = self.tokenizer.added_tokens_decoder
-        special = {token.content: int(i) for i, token in added.items() if token.special}
+        self._chat = ChatTemplate(self.model_dir, self.tokenizer)
+        special = self._chat.special
         if IMAGE_PAD not in special:
             raise DataError(
                 f"{model_dir}: the tokenizer has no special token {IMAGE_PAD}; expected the "
                 "directory of a Qwen2.5-VL model"
             )
-        names = "|".join(re.escape(s) for s in sorted(special, key=len, reverse=True))
-        self._special, self._special_pattern = special, re.compile(f"({names})")
         self.image_pad_id = special[IMAGE_PAD]
         self.vision_token_ids = tuple(special[t] for t in VISION_TOKENS if t in special)
         self.end_token_ids = _end_token_ids(self.model_dir, self.tokenizer)
@@ -93,7 +86,7 @@ class Processor:
             DataError: image parts and images differ in number, or the prompt is too long.
         """
         where = f"{example.shard} sample {example.key}"
-        collapsed = self._encode(self._render(messages, generate=True))
+        collapsed = self._chat.prompt_ids(messages)
         grids = tuple(self.grid(image, where) for image in images)
         expanded = self.expand(collapsed, grids, where)
         if max_tokens is not None and len(expanded) > max_tokens:
@@ -106,7 +99,7 @@ class Processor:
         Raises:
             DataError: the messages have image parts.
         """
-        return self.expand(self._encode(self._render(messages, generate=True)), (), "text prompt")
+        return self.expand(self._chat.prompt_ids(messages), (), "text prompt")
 
     def encode_conversation(
         self, example: Example, images: Sequence[Image.Image], max_tokens: int | None = None
@@ -126,8 +119,7 @@ class Processor:
         where = f"{example.shard} sample {example.key}"
         ids: list[int] = []
         targets: list[bool] = []
-        for text, learnt in self._turns(chat_messages(example.messages), where):
-            part = self._encode(text)
+        for part, learnt in self._chat.turn_ids(chat_messages(example.messages), where):
             upto = 0
             if learnt:  # up to the template's last end of turn; what follows it is not sampled
                 ends = [i for i, token in enumerate(part) if token in self.end_token_ids]
@@ -190,60 +182,6 @@ class Processor:
             for p, g in zip(pixels, grids, strict=True)
         ]
 
-    def _turns(self, messages: list[ChatMessage], where: str) -> list[tuple[str, bool]]:
-        """The rendered conversation cut before and after each assistant turn's own text."""
-        pieces: list[tuple[str, bool]] = []
-        done = ""
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            prompt = self._render(messages[:number], generate=True)
-            whole = self._render(messages[: number + 1], generate=False)
-            if not prompt.startswith(done) or not whole.startswith(prompt):
-                raise DataError(
-                    f"{where}: the chat template renders earlier turns differently later on; split "
-                    "the conversation into samples with one assistant turn each"
-                )
-            pieces += [(prompt[len(done) :], False), (whole[len(prompt) :], True)]
-            done = whole
-        if not pieces:
-            raise DataError(f"{where}: no assistant turn; supervised samples need one to imitate")
-        return pieces
-
-    def _render(self, messages: Sequence[ChatMessage], generate: bool) -> str:
-        """The template's text, with special tokens inside the messages' own text defused."""
-        return self.tokenizer.apply_chat_template(
-            [self._defused(m) for m in messages],
-            chat_template=self._template,
-            tokenize=False,
-            add_generation_prompt=generate,
-        )
-
-    def _defused(self, message: ChatMessage) -> ChatMessage:
-        parts = [
-            {"type": "text", "text": self._defuse(p["text"])} if p["type"] == "text" else p
-            for p in message["content"]
-        ]
-        if all(p["type"] == "text" for p in parts):  # templates that know strings only
-            return {"role": message["role"], "content": "".join(p["text"] for p in parts)}
-        return {"role": message["role"], "content": parts}
-
-    def _defuse(self, text: str) -> str:
-        text = text.replace(_DEFUSE, "")
-        return self._special_pattern.sub(lambda m: m[0][0] + _DEFUSE + m[0][1:], text)
-
-    def _encode(self, text: str) -> tuple[int, ...]:
-        """Ids of a rendered text: special tokens where the template wrote them, else plain text."""
-        pieces = self._special_pattern.split(text)
-        plain = [p.replace(_DEFUSE, "") for p in pieces[::2]]
-        encoded = self.tokenizer(plain, add_special_tokens=False, split_special_tokens=True)
-        ids: list[int] = []
-        for number, part in enumerate(encoded["input_ids"]):
-            ids += part
-            if 2 * number + 1 < len(pieces):
-                ids.append(self._special[pieces[2 * number + 1]])
-        return tuple(ids)
-
     def _expansion(self, collapsed: Sequence[int], grids: Sequence[Grid], where: str) -> np.ndarray:
         """How often each id is repeated, [tokens] int64."""
         pads = np.flatnonzero(np.asarray(collapsed) == self.image_pad_id)
@@ -255,19 +193,6 @@ class Processor:
         counts = np.ones(len(collapsed), np.int64)
         counts[pads] = [t * h * w // self.merge_size**2 for t, h, w in grids]
         return counts
-
-
-def _chat_template(directory: Path, tokenizer: Any) -> str:
-    """The template of the directory: the processor's own file first, as it knows images."""
-    path = directory / "chat_template.json"
-    if path.is_file():
-        return str(json.loads(path.read_text())["chat_template"])
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"{directory}: no chat template (chat_template.jinja, chat_template.json or in "
-            "tokenizer_config.json); take the directory of an instruction-tuned model"
-        )
-    return tokenizer.get_chat_template()
 
 
 def _end_token_ids(directory: Path, tokenizer: Any) -> tuple[int, ...]:

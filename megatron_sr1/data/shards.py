@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import os
 import tarfile
 import threading
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +22,16 @@ from PIL import Image
 
 from megatron_sr1.data.examples import (
     Record,
-    decode_image,
     example_from_stored,
-    image_format,
     stored,
 )
+from megatron_sr1.data.images import decode_image, image_format
+from megatron_sr1.data.shard_index import Place, read_index, write_index, write_json
 from megatron_sr1.errors import DataError
 from megatron_sr1.records import Example
 
-logger = logging.getLogger(__name__)
 DATASET_FILE = "dataset.json"
 MAX_OPEN_SHARDS = 256
-IMAGE_EXTENSIONS = frozenset("bmp gif jpeg jpg mpo png ppm tif tiff webp".split())
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a sample lies in its tar: (offset, size) in bytes of the JSON and of each image."""
-
-    key: str
-    text: tuple[int, int]
-    images: tuple[tuple[int, int], ...]
 
 
 def write_shards(
@@ -67,25 +54,24 @@ def write_shards(
     target.mkdir(parents=True, exist_ok=True)
     if _tars(target) or (target / DATASET_FILE).exists():
         raise DataError(f"{target}: already holds shards; choose another folder or remove them")
-    iterator, counts = iter(enumerate(samples)), []
-    _write_json(target / DATASET_FILE, {"format": 1, "complete": False})  # until the last shard
+    iterator = iter(enumerate(samples))
+    counts: list[dict[str, Any]] = []
+    write_json(target / DATASET_FILE, {"format": 1, "complete": False})  # until the last shard
     while (first := next(iterator, None)) is not None:
         path = target / f"shard-{len(counts):06d}.tar"
         part = path.with_suffix(".tar.part")
         with tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar:
-            _add(tar, *first)
-            count = 1
-            while count < samples_per_shard and (entry := next(iterator, None)) is not None:
-                _add(tar, *entry)
-                count += 1
+            places = [_add(tar, *first)]
+            while len(places) < samples_per_shard and (entry := next(iterator, None)) is not None:
+                places.append(_add(tar, *entry))
         os.replace(part, path)
-        counts.append({"file": path.name, "samples": count})
-        _write_index(path, _scan(path))
+        counts.append({"file": path.name, "samples": len(places)})
+        write_index(path, places)
     if not counts:
         (target / DATASET_FILE).unlink()
         raise DataError(f"{target}: no samples to write")
     total = sum(count["samples"] for count in counts)
-    _write_json(
+    write_json(
         target / DATASET_FILE,
         {"format": 1, "complete": True, "num_samples": total, "shards": counts},
     )
@@ -178,7 +164,7 @@ class ShardReader:
 
     def _index(self, tar: Path) -> list[Place]:
         if tar not in self._places:
-            self._places[tar] = _read_index(tar)
+            self._places[tar] = read_index(tar)
         return self._places[tar]
 
     def _read(self, tar: Path, place: Place, span: tuple[int, int]) -> bytes:
@@ -205,11 +191,6 @@ class ShardReader:
             for file in self._files.values():
                 os.close(file)
             self._files.clear()
-
-
-def index_path(tar: Path) -> Path:
-    """The index file beside a shard."""
-    return tar.with_suffix(".index.json")
 
 
 def _read_once(tar: Path, offset: int, size: int) -> bytes:
@@ -240,75 +221,18 @@ def _counts(directory: Path, tars: list[Path]) -> list[int] | None:
     return [counts[t.name] for t in tars]
 
 
-def _add(tar: tarfile.TarFile, number: int, record: Record) -> None:
+def _add(tar: tarfile.TarFile, number: int, record: Record) -> Place:
+    """Append a sample to a shard; returns where it went."""
     key = f"{number:09d}"
     text = json.dumps(stored(record), ensure_ascii=False).encode()
     files = [(f"{key}.json", text)]
     for position, data in enumerate(record.images):
         kind = image_format(data, f"sample {key}, image {position}")
         files.append((f"{key}.{position}.{kind}", data))
+    spans = []
     for name, data in files:
         member = tarfile.TarInfo(name)
         member.size = len(data)
+        spans.append((tar.offset + tarfile.BLOCKSIZE, len(data)))  # short names: a one-block header
         tar.addfile(member, io.BytesIO(data))
-
-
-def _members(tar: Path) -> Iterator[tuple[str, str, tuple[int, int]]]:
-    """(key, extension, place) of each regular member."""
-    try:
-        with tarfile.open(tar, "r:") as file:
-            for member in file:
-                if member.isfile():
-                    folder, _, name = member.name.rpartition("/")
-                    key, _, extension = name.partition(".")
-                    key = f"{folder}/{key}" if folder else key
-                    yield key, extension.lower(), (member.offset_data, member.size)
-    except (tarfile.TarError, OSError) as error:
-        raise DataError(f"{tar}: not a readable tar: {error}") from None
-
-
-def _scan(tar: Path) -> list[Place]:
-    """Read a shard's headers for the places of its samples."""
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
-    for key, extension, span in _members(tar):
-        samples.setdefault(key, {})[extension] = span
-    places = []
-    for key, members in samples.items():
-        if "json" not in members:
-            raise DataError(f"{tar} sample {key}: no {key}.json; it holds {sorted(members)}")
-        images = sorted(
-            (e for e in members if e.split(".")[-1] in IMAGE_EXTENSIONS),
-            key=lambda e: (int(e.split(".")[0]) if e.split(".")[0].isdigit() else 0, e),
-        )
-        places.append(Place(key, members["json"], tuple(members[e] for e in images)))
-    return places
-
-
-def _read_index(tar: Path) -> list[Place]:
-    """A shard's index; made again where it is missing, older than the tar, or of another size."""
-    path = index_path(tar)
-    try:
-        if path.stat().st_mtime_ns >= tar.stat().st_mtime_ns:
-            value = json.loads(path.read_text())
-            if value["tar_bytes"] == tar.stat().st_size:
-                return [Place(k, tuple(t), tuple(map(tuple, i))) for k, t, i in value["samples"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.debug("%s: index not usable: %s", path, error)
-    places = _scan(tar)
-    try:
-        _write_index(tar, places)
-    except OSError as error:
-        logger.warning("%s: cannot be written (%s); the index is kept in memory", path, error)
-    return places
-
-
-def _write_index(tar: Path, places: list[Place]) -> None:
-    rows = [(p.key, p.text, p.images) for p in places]
-    _write_json(index_path(tar), {"tar_bytes": tar.stat().st_size, "samples": rows})
-
-
-def _write_json(path: Path, value: Any) -> None:
-    """Write in one step, so that another process never sees half a file."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(value) + "\n")
-    os.replace(part, path)
+    return Place(key, spans[0], tuple(spans[1:]))
