@@ -94,6 +94,19 @@ def _unfinished(model: torch.nn.Module) -> set[str]:
     return names
 
 
+def _repack_output_layer(model: torch.nn.Module) -> None:
+    """Pack an output layer's weight again after it came.
+
+    One that is tied to the embedding gets no tensor of its own, so the reload does not process it;
+    but on a CPU it computes with a packed copy, made when it was first loaded.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for layer in model.modules():
+        if isinstance(layer, ParallelLMHead):
+            layer.quant_method.process_weights_after_loading(layer)
+
+
 @functools.cache
 def _transfer_class() -> type:
     from vllm.distributed.weight_transfer.base import (
@@ -137,6 +150,7 @@ def _transfer_class() -> type:
 
         def finish_weight_update(self) -> None:
             reload.finalize_layerwise_reload(self.model, self.model_config)
+            _repack_output_layer(self.model)
 
         def shutdown(self) -> None:
             pass
