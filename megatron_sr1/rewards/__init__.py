@@ -1,0 +1,1 @@
+"""What a response earns: parsing, grading, form, leaks, and their sum by recipe."""
