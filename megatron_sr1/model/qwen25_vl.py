@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.enums import ModelType
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
 from megatron.core.tensor_parallel.random import (
@@ -63,6 +64,7 @@ class Qwen25VL(MegatronModule):
             logprob_chunk_tokens: tokens whose logits exist at a time.
         """
         super().__init__(config=config)
+        self.model_type = ModelType.encoder_or_decoder  # Megatron's schedules ask for it
         self.hf_config = hf_config
         self.groups = groups
         self.logprob_chunk_tokens = logprob_chunk_tokens
@@ -222,7 +224,7 @@ def build_model(
         dtype: of parameters and activations.
         spec: kernels: local | transformer_engine.
         sequence_parallel: split rows over the tensor-parallel ranks between layers.
-        recompute: none | selective (the MLPs) | full (each layer).
+        recompute: none | selective (the language model's MLPs, the tower's blocks) | full (all layers).
         fp8: Transformer Engine's FP8 format, or None.
         fp8_recipe: its scaling.
         logprob_chunk_tokens: tokens whose logits exist at a time.

@@ -261,9 +261,17 @@ def vision_transformer_config(text: TransformerConfig, vision: VisionConfig) -> 
         text: the language model's, for types, kernels and tensor parallelism. The tower is on the
             first stage only and sees whole rows: no pipeline, context or sequence parallelism.
         vision: shape.
+
+    Where the language model recomputes its MLPs, the tower recomputes whole blocks: Megatron's
+    recomputation of an MLP hands the MLP's bias out as a result and never ends its backward pass.
     """
+    recompute: dict[str, Any] = {}
+    if text.recompute_granularity is not None:
+        recompute = {"recompute_granularity": "full", "recompute_method": "uniform"}
+        recompute["recompute_num_layers"] = 1
     return replace(
         text,
+        **recompute,
         num_layers=vision.depth,
         hidden_size=vision.hidden_size,
         ffn_hidden_size=vision.intermediate_size,
