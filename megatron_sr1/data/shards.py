@@ -41,7 +41,7 @@ def write_shards(
 
     Args:
         samples: in the order that they are to be numbered.
-        directory: made if needed; must hold no shards yet.
+        directory: made if needed; must hold no shards, other than of a writing cut short.
         samples_per_shard: samples of one tar.
 
     Returns:
@@ -53,7 +53,10 @@ def write_shards(
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     if _tars(target) or (target / DATASET_FILE).exists():
-        raise DataError(f"{target}: already holds shards; choose another folder or remove them")
+        if not _cut_short(target):
+            raise DataError(f"{target}: already holds shards; choose another folder or remove them")
+        for leftover in [*target.glob("shard-*.tar*"), *target.glob("shard-*.index.json")]:
+            leftover.unlink()
     iterator = iter(enumerate(samples))
     counts: list[dict[str, Any]] = []
     write_json(target / DATASET_FILE, {"format": 1, "complete": False})  # until the last shard
@@ -203,17 +206,26 @@ def _tars(directory: Path) -> list[Path]:
     return sorted(directory.glob("*.tar"))
 
 
+def _cut_short(directory: Path) -> bool:
+    """Whether the shards there are what an interrupted `write_shards` left."""
+    try:
+        value = json.loads((directory / DATASET_FILE).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(value, dict) and value.get("complete") is False
+
+
 def _counts(directory: Path, tars: list[Path]) -> list[int] | None:
     """Samples of each shard by `dataset.json`; None if there is no such file."""
     path = directory / DATASET_FILE
     if not path.is_file():
         return None
     try:
-        value = json.loads(path.read_text())
-        if value.get("complete") is False:
+        if _cut_short(directory):
             raise DataError(f"{directory}: writing these shards was cut short; make them again")
+        value = json.loads(path.read_text())
         counts = {str(s["file"]): int(s["samples"]) for s in value["shards"]}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not readable: {error}; remove it to count again") from None
     if set(counts) != {t.name for t in tars}:
         odd = sorted(set(counts) ^ {t.name for t in tars})

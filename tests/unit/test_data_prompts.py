@@ -1,0 +1,83 @@
+"""Prompts: images where the marks were, the second pass without them."""
+
+import pytest
+
+from megatron_sr1.data.prompts import (
+    PASS1_INSTRUCTIONS,
+    chat_messages,
+    flat_text,
+    pass1_messages,
+    pass2_messages,
+    strip_image_marks,
+)
+from megatron_sr1.errors import ConfigError, DataError
+from megatron_sr1.records import Example, Message
+
+
+def example(*turns, num_images=1):
+    return Example(0, "k", "s.tar", tuple(Message(*t) for t in turns), "1", num_images)
+
+
+@pytest.mark.parametrize("style", ["full", "brief"])
+@pytest.mark.parametrize("recipe", ["vision_sr1", "see_think", "vision_r1"])
+def test_images_stand_where_their_marks_stood(style, recipe):
+    asked = example(("system", "s"), ("user", "Is <image> like <image>?"), num_images=2)
+    system, user = pass1_messages(asked, recipe, style)
+    assert system == {"role": "system", "content": [{"type": "text", "text": "s"}]}
+    kinds = [part["type"] for part in user["content"]]
+    assert kinds == ["text", "image", "text", "image", "text"]
+    assert flat_text(user).startswith("Is <image> like <image>?\n")
+    assert flat_text(user).endswith(PASS1_INSTRUCTIONS[style][recipe])
+
+
+def test_only_the_recipes_with_a_description_ask_for_one():
+    for style, word in (("full", "<description>"), ("brief", "Describe")):
+        asked = {r: word in PASS1_INSTRUCTIONS[style][r] for r in PASS1_INSTRUCTIONS[style]}
+        assert asked == {"vision_sr1": True, "see_think": True, "vision_r1": False}
+    for instruction in PASS1_INSTRUCTIONS["full"].values():
+        assert "<think>" in instruction and "\\boxed{}" in instruction
+
+
+def test_an_answer_after_the_question_is_not_shown():
+    asked = example(("user", "<image>q"), ("assistant", "secret"))
+    assert "secret" not in str(pass1_messages(asked, "vision_sr1"))
+    late = example(("user", "q"), ("assistant", "see <image>"))
+    with pytest.raises(DataError, match="s.tar sample k: 0 <image> marks"):
+        pass1_messages(late, "vision_sr1")
+
+
+@pytest.mark.parametrize("style", ["full", "brief"])
+def test_the_second_pass_is_text_only_description_before_question_options_kept(style):
+    (message,) = pass2_messages("<image>\nWhich?\nA. cat\nB. dog", " a cat <image> ", style)
+    (part,) = message["content"]
+    assert part["type"] == "text"
+    text = part["text"]
+    assert text.index("a cat <image>") < text.index("Which?\nA. cat\nB. dog")
+    assert text.count("<image>") == 1  # the description's own words, which stay text
+    assert "answer" in text.split("B. dog")[1]
+
+
+@pytest.mark.parametrize(
+    ("question", "wanted"),
+    [
+        ("<image>What?", "What?"),
+        ("<image>\n<image>\nWhat?\n    code", "What?\n    code"),
+        ("Is <image> like <image> ?", "Is like ?"),
+        ("What is it? <image>", "What is it?"),
+        ("No picture\n\n\nhere", "No picture\n\n\nhere"),
+    ],
+)
+def test_stripping_marks_leaves_the_rest_as_it_was(question, wanted):
+    assert strip_image_marks(question) == wanted
+
+
+def test_flat_text_is_the_inverse_of_chat_messages():
+    for content in ("<image><image>a<image>", "plain", "<image>"):
+        assert flat_text(chat_messages([Message("user", content)])[0]) == content
+
+
+def test_unknown_recipe_and_style_name_the_known_ones():
+    with pytest.raises(ConfigError, match="recipe is 'sr1'; expected vision_sr1"):
+        pass1_messages(example(("user", "<image>")), "sr1")
+    with pytest.raises(ConfigError, match="style is 'short'; expected full | brief"):
+        pass2_messages("q", "d", "short")
