@@ -32,7 +32,7 @@ import psutil
 from megatron_sr1.errors import SR1Error
 
 POLL_SECONDS = 0.25
-LINGER_SECONDS = 3.0
+LINGER_SECONDS = 5.0
 BACKUP_SECONDS = 10.0
 FAILURE_FILE = "failure.json"
 STACKS_FOLDER = "stacks"
@@ -143,26 +143,40 @@ class FailureWatch:
                 too if this rank is the first to fail and `code` is not 2 (a user's error).
         """
         self._ending.acquire()  # the first of main thread and watcher; the other waits for the end
-        for stream in (sys.stdout, sys.stderr):
-            if threading.current_thread() is threading.main_thread():
-                stream.flush()
-        first = self._peer_failure() or self._record(cause, code)
+        try:
+            self._tell(cause, code, trace)
+            self._linger()
+        finally:  # also when the disk is full
+            os._exit(code)
+
+    def _tell(self, cause: str, code: int, trace: str) -> None:
+        if threading.current_thread() is threading.main_thread():
+            sys.stdout.flush()
+            sys.stderr.flush()
+        first = self._record(cause, code)
         why = f"rank {first['rank']}: {first['cause']}"
-        self._dump(cause if first["rank"] == self.rank else f"stopped by {why}", trace)
         if first["rank"] == self.rank:
             shown = f"{trace if code != 2 else ''}megatron-sr1: error: {why}"
             os.write(2, (shown + "\n").encode())
         elif first["cause"] != cause or first["code"] != 2:
             os.write(2, f"megatron-sr1: rank {self.rank} stops, because of {why}\n".encode())
-        self._linger()
-        os._exit(code)
+        self._dump(cause if first["rank"] == self.rank else f"stopped by {why}", trace)
 
     def _record(self, cause: str, code: int) -> dict:
+        """Write the failure file unless a rank of this launch has; returns the one that stands."""
         failure = {"rank": self.rank, "cause": cause, "code": code, "time": time.time()}
         failure["restart"] = self._restart
-        partial = self.run_dir / f".{FAILURE_FILE}.{self.rank}"
-        partial.write_text(json.dumps(failure) + "\n")
-        os.replace(partial, self.run_dir / FAILURE_FILE)
+        target, text = self.run_dir / FAILURE_FILE, json.dumps(failure) + "\n"
+        try:
+            with open(target, "x") as file:  # of several ranks at once, one succeeds
+                file.write(text)
+        except FileExistsError:
+            standing = self._peer_failure()
+            if standing is not None:
+                return standing
+            target.write_text(text)  # over an earlier launch's
+        except OSError as error:
+            log.error("%s could not be written: %s", target, error)
         return failure
 
     def _dump(self, headline: str, trace: str) -> None:
@@ -193,6 +207,8 @@ class FailureWatch:
             path.unlink()
         with suppress(OSError):  # other ranks' files are in it, or another rank was quicker
             path.parent.rmdir()
+        if self.rank == 0 and self._peer_failure() is None:
+            (self.run_dir / FAILURE_FILE).unlink(missing_ok=True)  # an earlier launch's
 
 
 @contextmanager
