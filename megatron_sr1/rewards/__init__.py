@@ -1,1 +1,1 @@
-"""What a response earns: parsing, grading, form, leaks, and their sum by recipe."""
+"""Verdicts on a response: spans, form, answer, leak, and their weighted sum."""

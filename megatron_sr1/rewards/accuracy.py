@@ -1,113 +1,167 @@
-r"""Whether an answer is right: exact text, option letters, numbers, then math-verify.
+r"""Whether a boxed answer is the gold one.
 
-In: the boxed answer, the gold answer, the question with its options. Out: a verdict. Most answers
-are settled by comparing normalised text or exact numbers; only what holds mathematics goes to
-math-verify, in a worker that can be killed. Pure words are never read as products of symbols, so
-"AB" is not "BA".
+In: a response, a gold answer, the question (for its options). Out: a verdict. In this order, the
+first rule that applies decides: equal text, option labels, yes and no, quantities with units,
+and last algebra, in another process. Text without mathematics never meets algebra: "AB" is not
+"BA", "CO2" is not "C2O" and "on" is not "no", which as symbolic products they would be.
 """
 
 from __future__ import annotations
 
 import re
-from decimal import Decimal, InvalidOperation
+from collections.abc import Callable, Mapping
 
-from megatron_sr1.rewards.worker import MathWorker
+from megatron_sr1.errors import GradingError
+from megatron_sr1.rewards.answers import clean, quantity, same_quantity, text_key
+from megatron_sr1.rewards.options import label_list, named_label, question_options
+from megatron_sr1.rewards.parsing import find_answer
 
-_LETTER_FORM = re.compile(
-    r"(?:the\s+)?(?:(?:final|correct|right|best)\s+)?(?:answer|option|choice)?\s*(?:is|:)?\s*"
-    r"(?:(?:option|choice)\s+)?"
-    r"[(\[]?(?P<letter>[A-Ja-j])(?P<mark>[)\].:])?(?P<rest>\s.*|)",
-    re.DOTALL,
-)
-_OPTION = re.compile(
-    r"(?:^|\n|\s|,|;)\(?(?P<letter>[A-J])[).:]\s*(?P<text>.*?)(?=(?:\s|,|;)+\(?[A-J][).:]\s|\n|$)"
-)
-_WRAPPER = re.compile(r"\\(?:text|mathrm|textbf|mathbf|boxed|textit)\s*\{([^{}]*)\}")
-_WORDS = re.compile(r"[^\W\d_]+(?:[\s\-'][^\W\d_]+)*")
+Compare = Callable[[str, str], bool]
+"""Gold, answer -> equal as mathematics; `MathWorker.equal` with the sample's name bound."""
 
-
-def normalise(text: str) -> str:
-    r"""Text without what carries no meaning: case, dollar signs, \text{}, a full stop, spaces."""
-    text = _WRAPPER.sub(r"\1", text.strip())
-    text = text.replace("\\$", "").replace("$", "").replace("\\%", "%").replace("\\ ", " ")
-    text = text.replace("\\!", "").replace("\\,", "").replace("−", "-")
-    text = re.sub(r"\s+", " ", text).strip().strip("\"'`*").strip()
-    if text.endswith(".") and not text.endswith(".."):
-        text = text[:-1].rstrip()
-    return text.casefold()
+MAX_MATH_CHARACTERS = 300
+"""A longer answer is prose or runaway text, not the gold one, unless it is equal as text."""
+_COMMAND = re.compile(r"\\[A-Za-z]+")
+_FUNCTION = re.compile(r"\b(?:sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi|arcsin|arccos|arctan)\b")
+_NAMED = re.compile(r"[A-Za-z∠△\\][\w\s∠△\\{}']{0,30}?\s*=\s*([^=]+)")
+_FLAT_PREFIX = re.compile(r"(yes|no|true|false)\s*[,.;:]\s+(.+)", re.DOTALL)
 
 
-def option_letter(text: str) -> str | None:
-    """The option that an answer names, as "B" of "(B) cat", "B.", "the answer is B"; else None.
-
-    A lower-case letter counts only alone or in brackets, as "a cat" is not option A.
-    """
-    match = _LETTER_FORM.fullmatch(text.strip().strip("$*").strip())
-    if match is None:
-        return None
-    letter, mark, rest = match["letter"], match["mark"], match["rest"].strip()
-    named = text.strip()[: match.start("letter")].strip("([ \t$*") != ""
-    if rest and not mark and not (named and letter.isupper() and rest in {".", ")"}):
-        return None
-    if letter.islower() and (rest or named):
-        return None
-    return letter.upper()
-
-
-def options(question: str) -> dict[str, str]:
-    """Options of a question by letter, their texts normalised; at least A and B, or none."""
-    found = {m["letter"]: normalise(m["text"]) for m in _OPTION.finditer(question)}
-    return found if {"A", "B"} <= found.keys() else {}
-
-
-def number(text: str) -> Decimal | None:
-    """Exact value of a plain number ("1,234.50", "-3", "+2."), None for anything else."""
-    plain = text.strip()
-    if re.fullmatch(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d*)?", plain):
-        plain = plain.replace(",", "")
-    if not re.fullmatch(r"[-+]?(?:\d+\.?\d*|\.\d+)", plain):
-        return None
-    try:
-        return Decimal(plain)
-    except InvalidOperation:
-        return None
-
-
-def is_right(answer: str | None, gold: str, question: str, worker: MathWorker, name: str) -> bool:
-    """Whether an answer is right.
+def is_right(response_text: str, gold: str, question: str, compare: Compare) -> bool:
+    """Whether a response's last boxed answer is the gold one; without a box it is wrong.
 
     Args:
-        answer: content of the box; None if there was none, which is never right.
-        gold: the right answer.
-        question: as asked; options are looked up in it.
-        worker: for mathematics.
-        name: of the sample, for errors.
+        response_text: whole response.
+        gold: as the dataset has it; may itself be boxed.
+        question: as asked, with its options.
+        compare: settles what only algebra can.
 
     Raises:
-        GradingError: math-verify broke or ran out of time.
+        GradingError: there is no gold answer, or `compare` failed.
     """
-    if answer is None or not answer.strip():
-        return False
-    ours, wanted = normalise(answer), normalise(gold)
-    if ours == wanted:
+    answer = find_answer(response_text)
+    return answer is not None and same_answer(answer, gold, question, compare)
+
+
+def same_answer(answer: str, gold: str, question: str, compare: Compare) -> bool:
+    """Whether an answer, out of its box, is the gold one.
+
+    Args:
+        answer: text in the box.
+        gold: as the dataset has it; may itself be boxed.
+        question: as asked, with its options.
+        compare: settles what only algebra can.
+    """
+    wanted, given = clean(find_answer(gold) or gold), clean(answer)
+    if not wanted:
+        raise GradingError(f"the gold answer is {gold!r}; expected some text to compare with")
+    if text_key(wanted) == text_key(given):
         return True
-    listed = options(question)
-    gold_letter = option_letter(gold)
-    if gold_letter and (listed or gold.strip().strip("().$") == gold_letter):
-        return _is_option(answer, ours, gold_letter, listed)
-    if wanted in listed.values():
-        letter = option_letter(answer)
-        return letter is not None and listed.get(letter) == wanted
-    values = number(ours), number(wanted)
-    if None not in values:
-        return values[0] == values[1]
-    if _WORDS.fullmatch(wanted) or _WORDS.fullmatch(ours):
+    options = question_options(question)
+    by_label = _labels_agree(wanted, given, options, compare)
+    if by_label is not None:
+        return by_label
+    return _same_value(wanted, given, compare)
+
+
+def is_label(cleaned_gold: str, options: Mapping[str, str]) -> bool:
+    """Whether a gold answer is an option label, with or without the option's text."""
+    named = named_label(cleaned_gold)
+    if named is None:
         return False
-    return worker.equal(gold, answer, name)
+    label, text = named
+    if options:
+        return label in options and (not text or text_key(clean(options[label])) == text_key(text))
+    return cleaned_gold.strip("()[].:") == label  # a lower-case letter alone is a variable
 
 
-def _is_option(answer: str, ours: str, gold_letter: str, listed: dict[str, str]) -> bool:
-    letter = option_letter(answer)
-    if letter is not None:
-        return letter == gold_letter
-    return gold_letter in listed and ours == listed[gold_letter]
+def gold_label(cleaned_gold: str, options: Mapping[str, str]) -> str | None:
+    """The label of the gold option, whether gold is the label or the option's text."""
+    if is_label(cleaned_gold, options):
+        named = named_label(cleaned_gold)
+        assert named is not None
+        return named[0]
+    same = [
+        label
+        for label, text in options.items()
+        if _same_value(cleaned_gold, clean(text), lambda gold, answer: gold == answer)
+    ]
+    return same[0] if len(same) == 1 else None
+
+
+def _labels_agree(
+    wanted: str, given: str, options: Mapping[str, str], compare: Compare
+) -> bool | None:
+    """Verdict by option labels; None where labels have no say."""
+    several = label_list(wanted, options)
+    if several is not None:
+        named_several = label_list(given, options)
+        if named_several is None:
+            return None
+        # Run together, without a list in sight, the order is part of the name: AB is not BA.
+        run_together = wanted.isalpha() and given.isalpha()
+        return not run_together and sorted(several) == sorted(named_several)
+    label, named = gold_label(wanted, options), named_label(given)
+    if label is None:
+        # Gold is no option that we know of; "(B) cat" still says "cat".
+        return _same_value(wanted, clean(named[1]), compare) or None if named else None
+    if named is None or (options and named[0] not in options):
+        text = clean(options.get(label, ""))
+        return bool(text) and _same_value(text, given, compare)
+    if named[0] != label:
+        return False
+    said = text_key(clean(named[1]))
+    others = {text_key(clean(text)) for other, text in options.items() if other != label}
+    return not said or said == text_key(clean(options.get(label, ""))) or said not in others
+
+
+def _same_value(wanted: str, given: str, compare: Compare) -> bool:
+    """Equal as text, as yes or no, as quantities, or as mathematics."""
+    gold_key, key = text_key(wanted), text_key(given)
+    if gold_key == key:
+        return True
+    if gold_key in ("yes", "no", "true", "false"):
+        flat = _FLAT_PREFIX.fullmatch(given.casefold())
+        opposite = {"yes": "no", "no": "yes", "true": "false", "false": "true"}[gold_key]
+        return flat is not None and flat[1] == gold_key and opposite not in flat[2].split()
+    wanted, given = _without_name(wanted, given)
+    gold_quantity, given_quantity = quantity(gold_key_of(wanted)), quantity(gold_key_of(given))
+    if gold_quantity and given_quantity:
+        return same_quantity(gold_quantity, given_quantity)
+    if text_key(wanted) == text_key(given):
+        return True
+    return is_mathematics(wanted) and is_mathematics(given) and compare(wanted, given)
+
+
+def gold_key_of(cleaned: str) -> str:
+    """A number word as digits; anything else as it is."""
+    key = text_key(cleaned)
+    return key if key.isdigit() else cleaned
+
+
+def _without_name(wanted: str, given: str) -> tuple[str, str]:
+    """`AB = 5` is 5 where the other side gives no name."""
+    if ("=" in wanted) == ("=" in given):
+        return wanted, given
+    named = [_NAMED.fullmatch(side) for side in (wanted, given)]
+    sides = zip(named, (wanted, given), strict=True)
+    wanted, given = (found[1].strip() if found else side for found, side in sides)
+    return wanted, given
+
+
+def is_mathematics(cleaned: str) -> bool:
+    """Whether algebra may be asked about a text: digits or operators, and no prose or names.
+
+    Args:
+        cleaned: what `answers.clean` returned.
+    """
+    if len(cleaned) > MAX_MATH_CHARACTERS or ":" in cleaned:
+        return False
+    bare = _FUNCTION.sub(" ", _COMMAND.sub(" ", cleaned))
+    if re.search(r"[A-Za-z]\d", bare):  # CO2, H2O, x1: names
+        return False
+    if re.search(r"(?<![^\s,;])[A-Za-z]{2,}(?![^\s,;])", bare):  # a word by itself: prose
+        return False
+    return bool(re.search(r"[0-9=<>^_+*/|]|\\[A-Za-z]", cleaned)) or bool(
+        re.fullmatch(r"[a-z]|.*[(\[{].*", bare)
+    )

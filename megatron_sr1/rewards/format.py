@@ -1,47 +1,45 @@
-"""Whether a whole response has its recipe's form: each part once, in order, and nothing else."""
+r"""Whether a response has its recipe's form: all blocks, in order, each once, and nothing else.
+
+Source: the format reward of Vision-SR1 (arXiv 2508.19652, section 3.2). Blank space between the
+blocks does not matter; an empty block, a mark too many or a word outside the blocks does.
+"""
 
 from __future__ import annotations
 
-import re
+from megatron_sr1.errors import ConfigError
+from megatron_sr1.rewards.parsing import DESCRIPTION, THINK, find_boxed, find_span
 
-from megatron_sr1.rewards.parsing import BOX, last_boxed
-
-_DESCRIPTION = r"\s*<description>(?P<description>.*?)</description>"
-_THINK = r"\s*<think>(?P<think>.*?)</think>\s*(?P<rest>.*?)\s*"
-_FORMS = {
-    "vision_sr1": re.compile(_DESCRIPTION + _THINK, re.DOTALL),
-    "see_think": re.compile(_DESCRIPTION + _THINK, re.DOTALL),
-    "vision_r1": re.compile(_THINK, re.DOTALL),
-    "reader": re.compile(_THINK, re.DOTALL),
+BLOCKS = {
+    "vision_sr1": (DESCRIPTION, THINK),
+    "see_think": (DESCRIPTION, THINK),
+    "vision_r1": (THINK,),
 }
-_TAGS = ("<description>", "</description>", "<think>", "</think>")
+"""Recipe -> the marked blocks that stand before the boxed answer."""
 
 
 def has_form(text: str, recipe: str) -> bool:
-    r"""Whether the response is its recipe's parts, each once and not empty, then one box alone.
+    """Whether the whole response is the recipe's blocks and a boxed answer.
 
     Args:
-        text: whole response.
-        recipe: vision_sr1 | see_think | vision_r1, or `reader` for a second pass.
+        text: response.
+        recipe: `reward.recipe`.
+
+    Raises:
+        ConfigError: unknown recipe.
     """
-    match = _FORMS[recipe].fullmatch(text)
-    if match is None or text.count(BOX) != 1:
+    if recipe not in BLOCKS:
+        raise ConfigError(f"reward.recipe is {recipe!r}; expected {' | '.join(BLOCKS)}")
+    for mark in (*DESCRIPTION, *THINK):
+        expected = sum(mark in block for block in BLOCKS[recipe])
+        if text.count(mark) != expected:
+            return False
+    rest = text
+    for block in BLOCKS[recipe]:
+        span = find_span(rest, block)
+        if span is None or rest[: span.start].strip() or not span.content.strip():
+            return False
+        rest = rest[span.end :]
+    boxed = find_boxed(rest)
+    if boxed is None or not boxed.content.strip():
         return False
-    if any(text.count(tag) > 1 for tag in _TAGS):
-        return False
-    parts = match.groupdict()
-    rest = parts.pop("rest")
-    if not all(part.strip() for part in parts.values()):
-        return False
-    answer = last_boxed(rest)
-    return bool(answer) and rest.startswith(BOX) and rest.endswith("}") and _closes_last(rest)
-
-
-def _closes_last(rest: str) -> bool:
-    """Whether the box that opens the text ends with its last character."""
-    depth = 0
-    for place, character in enumerate(rest):
-        depth += (character == "{") - (character == "}")
-        if character == "}" and depth == 0:
-            return place == len(rest) - 1
-    return False
+    return not rest[: boxed.start].strip() and not rest[boxed.end :].strip()

@@ -1,58 +1,103 @@
-"""Whether a description states the answer as a verdict instead of describing.
+r"""Whether a description states the answer as a verdict, instead of what the image shows.
 
-A description must hold what the image shows, and the answer may be among it: a digit that is in
-the picture is no leak. A leak is a *verdict*: a box, "the answer is 7", "option B is correct",
-"3 + 4 = 7" where the sum was asked for. Counted always; unpaid where the configuration says so.
+In: a description, the gold answer, the question. Out: a flag. A description has to hold the value
+that is asked for whenever the image does (a digit, a colour, a label); that is no leak. A leak
+is a boxed answer, a description that is the answer and nothing else, or a sentence that gives it
+as the conclusion: "the answer is 7", "option B is correct", "…, so 7.", "3 + 4 = 7".
 """
 
 from __future__ import annotations
 
 import re
 
-from megatron_sr1.rewards.accuracy import normalise, option_letter
-from megatron_sr1.rewards.parsing import BOX
+from megatron_sr1.rewards.accuracy import gold_label
+from megatron_sr1.rewards.answers import clean
+from megatron_sr1.rewards.options import question_options
+from megatron_sr1.rewards.parsing import find_answer
 
-_VALUE = r"[\"'*$(\s]*(?P<value>[^\s.,;:!?\"'*$)]+(?:[.,/]\d+)*)"
-_VERDICTS = tuple(
-    re.compile(pattern + _VALUE, re.IGNORECASE)
-    for pattern in (
-        r"\b(?:final|correct|right)?\s*answer\s*(?:is|was|would be|should be|must be|:|=)",
-        r"\b(?:final|correct|right)\s+(?:option|choice|result|solution)\s*(?:is|:|=)",
-        r"\b(?:therefore|thus|hence|consequently|so)\b,?\s*"
-        r"(?:it is|it's|we get|we have|the \w+ is)",
-        r"\b(?:result|solution|conclusion)\s*(?:is|:|=)",
-        r"\d\s*(?:[-+*/×÷]\s*\d+(?:\.\d+)?\s*)+=",
-    )
+_VERDICT = (
+    r"(?:answer|solution|result|conclusion)(?: to (?:the|this) (?:question|problem))?"
+    r"(?: is| are| =| equals| would be| must be| should be| will be|:)(?: therefore| thus)?:?"
 )
-_LETTER = re.compile(
-    r"\b(?:option|choice|answer)\s*\(?(?P<value>[A-Z])\)?\s*(?:is|would be)\s*(?:the\s+)?"
-    r"(?:correct|right|true|best)|"
-    r"\(?\b(?P<other>[A-Z])\b\)?\s+is\s+(?:the\s+)?(?:correct|right)\b"
-)
+_CHOICE = r"(?:correct|right|best)(?: (?:option|choice|answer|label|letter))?(?: is| would be|:)"
+_FILLER = r"(?: (?:exactly|clearly|simply|equal to|that of|option|choice|the number|the|an?))*"
+_HENCE = r"(?:so|therefore|thus|hence|consequently|accordingly|in conclusion|overall)"
+_SENTENCE = re.compile(r"(?<=[.;!?\n])\s+|\n+")
+_OPERATION = r"\d\s*(?:\+|-|\*|/|x|\\times|\\cdot|times|plus|minus)\s*[\d(]"
 
 
 def states_answer(description: str, gold: str, question: str) -> bool:
-    """Whether a description gives the gold answer away as a verdict.
+    """Whether a description gives the answer away as a verdict.
+
+    Not covered: a verdict in words of its own ("everything adds up to 7").
 
     Args:
-        description: text inside the span.
-        gold: the right answer.
-        question: as asked, options included.
+        description: text inside the description span.
+        gold: as the dataset has it.
+        question: as asked, with its options.
     """
-    if BOX in description:
+    if re.search(r"\\boxed\b", description):
         return True
-    wanted = {normalise(gold)}
-    letter = option_letter(gold)
-    if letter:
-        wanted.add(letter.lower())
-    found = [m["value"] for pattern in _VERDICTS for m in pattern.finditer(description)]
-    if letter:
-        found += [m["value"] or m["other"] for m in _LETTER.finditer(description)]
-    if any(normalise(value) in wanted for value in found):
+    options = question_options(question)
+    wanted = clean(find_answer(gold) or gold)
+    label = gold_label(wanted, options)
+    values = [wanted]
+    if label is not None:
+        values.append(clean(options.get(label, "")))
+        if _label_is_verdict(description, label):
+            return True
+        values = [v for v in values if v.strip("()[].: ").upper() != label]
+    return any(_value_is_verdict(description, value) for value in values if value)
+
+
+def _value_is_verdict(description: str, value: str) -> bool:
+    text = clean(description).casefold()
+    said = rf"(?<![\w.-]){_spelt(value)}(?![\w]|\.\d|,\d|\s*[-+*/=]\s*\d)"
+    if re.fullmatch(rf"(?:(?:it|this|that)(?: is|'s) )?{said}\W*", text):
         return True
-    # An answer of several words: look for it whole behind a verdict.
-    text = normalise(gold)
-    if " " not in text:
-        return False
-    told = normalise(description)
-    return bool(re.search(rf"\banswer\s*(?:is|:|=)\s*[\"'*(]*{re.escape(text)}\b", told))
+    if re.search(rf"\b(?:{_VERDICT}|{_CHOICE}){_FILLER} [\"'(]?{said}", text):
+        return True
+    sentences = _sentences(text)
+    last = sentences[-1] if sentences else ""
+    unit = r"(?: [a-z]+| ?[°%])?"
+    concluded = rf"{_HENCE}\b,?(?: [^.;]*)? {said}{unit}\W*"
+    if any(re.fullmatch(concluded, sentence) for sentence in sentences):
+        return True
+    if re.search(rf"(?:^|[,:] |\band ){concluded}$", last):
+        return True
+    return bool(
+        re.search(rf"{_OPERATION}.*(?:=|\bis|\bequals|\bmakes)\s*{said}{unit}[^\w\"']*$", last)
+    )
+
+
+def _label_is_verdict(description: str, label: str) -> bool:
+    text = clean(description)
+    named = rf"[(\[]?{label}[)\]]?(?![\w'])"
+    option = rf"(?:option|choice|answer)\s+{named}"
+    ignore = re.IGNORECASE
+    if re.fullmatch(rf"(?i:(?:the )?(?:(?:option|choice|answer)(?: is)?:? )?){named}\W*", text):
+        return True
+    if re.search(rf"(?i:\b(?:{_VERDICT}|{_CHOICE}){_FILLER}) {named}(?!\s+[a-z]+s?\b)", text):
+        return True
+    if re.search(rf"(?i:{_VERDICT}|{_CHOICE}) {named}\s*(?:$|[.,;:)])", text):
+        return True
+    right = r"(?: is| seems| must be)?(?: the)? (?:correct|right|true|best|matching)\b"
+    if re.search(rf"(?i:\b(?:option|choice|answer))\s+{named}(?i:{right})", text):
+        return True
+    if re.search(
+        rf"(?i:\b(?:choose|select|pick|mark)) (?i:(?:option|choice|answer) )?{named}", text
+    ):
+        return True
+    if re.search(rf"(?:^|\.\s+|,\s+)(?i:{_HENCE})\b,?(?: [^.;]*)? {named}\W*$", text):
+        return True
+    last = _sentences(description.strip())[-1:] or [""]
+    return bool(re.fullmatch(rf"\W*(?:{option}|{named})\W*", last[0], ignore)) and label in last[0]
+
+
+def _sentences(text: str) -> list[str]:
+    return [part.strip() for part in _SENTENCE.split(text) if part.strip()]
+
+
+def _spelt(value: str) -> str:
+    """A pattern for a value, blank space in it free."""
+    return r"\s+".join(re.escape(word) for word in value.casefold().split())

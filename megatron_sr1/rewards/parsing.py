@@ -1,54 +1,87 @@
-r"""Where the parts of a response are: description, thought, and the boxed answer.
+r"""Spans of a response: description, thought, boxed answer.
 
-In: text of the model, never trusted. Out: strings or None. The form is that of Vision-SR1 (arXiv
-2508.19652): `<description> … </description> <think> … </think> \boxed{…}`.
+In: text as sampled, whole or still growing. Out: the text inside a span, or None. The form is
+that of Vision-SR1 (arXiv 2508.19652, section 3):
+`<description> … </description> <think> … </think> \boxed{…}`.
 """
 
 from __future__ import annotations
 
-OPEN, CLOSE = "<description>", "</description>"
-BOX = "\\boxed{"
+import re
+from dataclasses import dataclass
+
+DESCRIPTION = ("<description>", "</description>")
+THINK = ("<think>", "</think>")
+_BOXED = re.compile(r"\\boxed\s*\{")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Content of a span and the text around it, as offsets: `start` and `end` hold the marks."""
+
+    content: str
+    start: int
+    end: int
 
 
 def find_description(text: str) -> str | None:
-    """The text inside the description span, once it has closed.
+    """The description, once it has closed.
 
-    It is cheap and monotone: on a growing text the first result that is not None stays.
+    It depends on the text up to the first closing mark alone: for a growing text it turns from
+    None to a description at most once, and then never changes. So pass 2 may start at once.
 
     Args:
-        text: a response, or its beginning.
+        text: response, whole or so far.
 
     Returns:
-        the description without blank ends; None if there is no closed span, it is empty, another
-        part comes before or inside it, or spans are nested.
+        the text between the marks, stripped; None where they are missing, unclosed, empty, hold
+        another mark, or come behind a thought or a boxed answer.
     """
-    end = text.find(CLOSE)
-    start = text.find(OPEN)
-    if start < 0 or end < start:
+    span = find_span(text, DESCRIPTION)
+    if span is None:
         return None
-    before, inside = text[:start], text[start + len(OPEN) : end]
-    if before.strip() or OPEN in inside or "<think>" in inside:
+    before, inside = text[: span.start], span.content
+    if any(mark in before or mark in inside for mark in (*DESCRIPTION, *THINK)):
+        return None
+    if _BOXED.search(before):
         return None
     return inside.strip() or None
 
 
-def last_boxed(text: str) -> str | None:
-    r"""Content of the last `\boxed{…}`, braces inside balanced.
+def find_span(text: str, marks: tuple[str, str]) -> Span | None:
+    """The span from the first opening mark to the first closing mark behind it.
 
-    Returns:
-        the content without blank ends; None if there is no box or the last one is not closed. An
-        empty box gives "".
+    Args:
+        text: any.
+        marks: opening and closing mark.
     """
-    start = text.rfind(BOX)
-    if start < 0:
+    opening, closing = marks
+    start = text.find(opening)
+    inside = start + len(opening)
+    end = -1 if start < 0 else text.find(closing, inside)
+    return None if end < 0 else Span(text[inside:end], start, end + len(closing))
+
+
+def find_boxed(text: str) -> Span | None:
+    r"""The last `\boxed{…}`, braces balanced; None if the last one is not closed.
+
+    Args:
+        text: any.
+    """
+    starts = list(_BOXED.finditer(text))
+    if not starts:
         return None
+    last = starts[-1]
     depth = 1
-    begin = start + len(BOX)
-    for place in range(begin, len(text)):
-        if text[place] == "{" and text[place - 1] != "\\":
-            depth += 1
-        elif text[place] == "}" and text[place - 1] != "\\":
-            depth -= 1
-            if depth == 0:
-                return text[begin:place].strip()
+    for brace in _BRACE.finditer(text, last.end()):
+        depth += {"{": 1, "}": -1}.get(brace.group(), 0)  # an escaped brace is text
+        if depth == 0:
+            return Span(text[last.end() : brace.start()], last.start(), brace.end())
     return None
+
+
+def find_answer(text: str) -> str | None:
+    """The content of the last boxed answer, stripped; None if there is none or it is empty."""
+    span = find_boxed(text)
+    return None if span is None else span.content.strip() or None

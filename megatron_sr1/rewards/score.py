@@ -1,51 +1,61 @@
-"""The rewards of a rollout, summed as its recipe says.
+"""The rewards of one rollout and their sum.
 
-`0.9 x accuracy + 0.1 x format + 1.0 x self-reward` in Vision-SR1 (arXiv 2508.19652, v1); see_think
-and vision_r1 pay the first two. Where there is no pass 2 by design the self-reward is absent; where
-the description is missing it is 0.
+In: a response, its gold answer, its description, what was read from that. Out: a `Reward`.
+Source: Vision-SR1 (arXiv 2508.19652 v1, section 3.2): accuracy, format and self-reward, weighted
+and added. Unlike its code, a response without a description has no second pass and no
+self-reward, a description that states the answer is flagged, and a grader that breaks raises.
 """
 
 from __future__ import annotations
 
+from functools import partial
+from types import TracebackType
+
+from megatron_sr1.errors import ConfigError, GradingError
 from megatron_sr1.records import Reward
 from megatron_sr1.rewards.accuracy import is_right
-from megatron_sr1.rewards.format import has_form
+from megatron_sr1.rewards.format import BLOCKS, has_form
 from megatron_sr1.rewards.leakage import states_answer
-from megatron_sr1.rewards.parsing import last_boxed
+from megatron_sr1.rewards.parsing import find_answer
 from megatron_sr1.rewards.worker import MathWorker
 
 
 class Scorer:
-    """Scores rollouts under one recipe.
-
-    Args:
-        recipe: vision_sr1 | see_think | vision_r1.
-        accuracy_weight: pays a right answer.
-        format_weight: pays the form.
-        self_reward_weight: pays a right pass-2 answer, in vision_sr1.
-        pay_leaks: False: a description that states the answer earns no self-reward.
-        grader_timeout_seconds: one comparison may take so long.
-    """
+    """Judges rollouts of one recipe; use it in a `with`, or close it."""
 
     def __init__(
         self,
         recipe: str,
         *,
-        accuracy_weight: float,
-        format_weight: float,
-        self_reward_weight: float,
-        pay_leaks: bool,
-        grader_timeout_seconds: float,
+        accuracy_weight: float = 0.9,
+        format_weight: float = 0.1,
+        self_reward_weight: float = 1.0,
+        pay_leaks: bool = True,
+        grader_timeout_seconds: float = 5.0,
     ) -> None:
-        """Start nothing yet; the grading process comes with the first mathematical answer."""
+        """Take the weights; the grading process starts when algebra is first needed.
+
+        Args:
+            recipe: vision_sr1 | see_think | vision_r1.
+            accuracy_weight: pays a right answer.
+            format_weight: pays the recipe's form.
+            self_reward_weight: pays a right reading, in recipe vision_sr1 only.
+            pay_leaks: False takes the self-reward from descriptions that state the answer.
+            grader_timeout_seconds: one comparison may take so long.
+
+        Raises:
+            ConfigError: unknown recipe.
+        """
+        if recipe not in BLOCKS:
+            raise ConfigError(f"reward.recipe is {recipe!r}; expected {' | '.join(BLOCKS)}")
         self._recipe = recipe
-        self._weights = (accuracy_weight, format_weight, self_reward_weight)
+        self._accuracy_weight, self._format_weight = accuracy_weight, format_weight
+        self._self_reward_weight = self_reward_weight if recipe == "vision_sr1" else 0.0
         self._pay_leaks = pay_leaks
         self._worker = MathWorker(grader_timeout_seconds)
 
     def score(
         self,
-        *,
         sample_name: str,
         response_text: str,
         gold: str,
@@ -56,35 +66,60 @@ class Scorer:
     ) -> Reward:
         """Judge one rollout.
 
+        total = accuracy_weight x accuracy + format_weight x format
+                + self_reward_weight x self_reward (vision_sr1 with images; 0 if an unpaid leak)
+
         Args:
-            sample_name: for errors.
-            response_text: pass 1, whole.
-            gold: the right answer.
-            question: as asked.
-            description: what pass 2 was given; None if there is none.
-            reading_text: pass 2, whole; None if it did not run.
-            has_image: text-only samples have no self-reward.
+            sample_name: for messages.
+            response_text: pass 1.
+            gold: gold answer.
+            question: as asked, with its options.
+            description: of the response, None if it has none.
+            reading_text: pass 2, None if it did not run.
+            has_image: whether the sample has images; without, there is nothing to describe.
 
         Raises:
-            GradingError: the grader broke or ran out of time; nothing is scored then.
+            GradingError: no gold answer, or the grader broke or ran out of time.
         """
-        answer = last_boxed(response_text)
-        accuracy = float(is_right(answer, gold, question, self._worker, sample_name))
-        form = float(has_form(response_text, self._recipe))
-        reading_answer = None if reading_text is None else last_boxed(reading_text)
-        self_reward: float | None = None
-        if has_image and reading_text is not None:
-            right = is_right(reading_answer, gold, question, self._worker, sample_name)
-            self_reward = float(right)
-        elif has_image and description is None and self._recipe != "vision_r1":
-            self_reward = 0.0
-        leak = description is not None and states_answer(description, gold, question)
-        for_accuracy, for_form, for_self_reward = self._weights
-        total = for_accuracy * accuracy + for_form * form
-        if self._recipe == "vision_sr1" and self_reward and (self._pay_leaks or not leak):
-            total += for_self_reward * self_reward
-        return Reward(accuracy, form, self_reward, leak, total, answer, reading_answer)
+        compare = partial(self._worker.equal, sample_name=sample_name)
+        try:
+            accuracy = is_right(response_text, gold, question, compare)
+            self_reward: float | None = None
+            if has_image and description is None and self._recipe == "vision_sr1":
+                self_reward, reading_text = 0.0, None
+            elif has_image and description is not None and reading_text is not None:
+                self_reward = float(is_right(reading_text, gold, question, compare))
+            leak = description is not None and states_answer(description, gold, question)
+        except GradingError as error:
+            named = str(error).startswith(sample_name)
+            raise GradingError(str(error) if named else f"{sample_name}: {error}") from None
+        form = has_form(response_text, self._recipe)
+        paid = 0.0 if leak and not self._pay_leaks else self_reward or 0.0
+        return Reward(
+            accuracy=float(accuracy),
+            format=float(form),
+            self_reward=self_reward,
+            leak=leak,
+            total=self._accuracy_weight * accuracy
+            + self._format_weight * form
+            + self._self_reward_weight * paid,
+            answer=find_answer(response_text),
+            reading_answer=None if reading_text is None else find_answer(reading_text),
+        )
 
     def close(self) -> None:
-        """End the grading process."""
+        """End the grading process; a later score starts a new one."""
         self._worker.close()
+
+    def __enter__(self) -> Scorer:
+        """Itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close."""
+        self.close()

@@ -1,8 +1,9 @@
-"""math-verify in a process of its own, which can be killed.
+"""The grader's other half: a process that can be killed, started when first needed.
 
-The process is started when first needed, as a fresh interpreter (a rank has threads and cannot
-fork), talks in lines of JSON over pipes, and ends with its parent. One that takes too long or dies
-is killed and replaced; the caller gets a `GradingError`, never a verdict.
+In: two mathematical answers. Out: whether they are equal. math-verify can hang or take all
+memory on sampled text; so it works in a process of its own (mathematics.py), which is killed at
+the time limit and started anew. It ends by itself when this process does: at the end of its
+standard input, or by its own timer when it is in the middle of something.
 """
 
 from __future__ import annotations
@@ -12,113 +13,129 @@ import os
 import select
 import subprocess
 import sys
-import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from megatron_sr1.errors import GradingError
 
-START_SECONDS = 60.0
+START_SECONDS = 180.0
+"""Importing the algebra may take so long (seconds on an idle machine)."""
+CACHE_ENTRIES = 100_000
 
 
 class MathWorker:
-    """Compares mathematical answers.
+    """Compares mathematical answers in a process of its own."""
 
-    Args:
-        timeout_seconds: one comparison may take so long.
-    """
+    def __init__(self, timeout_seconds: float, command: tuple[str, ...] | None = None) -> None:
+        """Remember the limits; nothing starts yet.
 
-    def __init__(self, timeout_seconds: float) -> None:
-        """Start nothing yet."""
+        Args:
+            timeout_seconds: one comparison may take so long, > 0.
+            command: the process to start instead of mathematics.py, for tests.
+        """
+        assert timeout_seconds > 0, timeout_seconds
         self._timeout_seconds = timeout_seconds
+        self._command = command or (sys.executable, "-m", "megatron_sr1.rewards.mathematics")
         self._process: subprocess.Popen[bytes] | None = None
+        self._known: dict[tuple[str, str], bool] = {}
 
-    def equal(self, gold: str, answer: str, name: str) -> bool:
-        """Whether math-verify takes two answers for the same.
+    @property
+    def pid(self) -> int | None:
+        """Of the process, None while there is none."""
+        return None if self._process is None else self._process.pid
+
+    def equal(self, gold: str, answer: str, sample_name: str) -> bool:
+        """Whether an answer equals the gold one as mathematics; remembered.
+
+        Args:
+            gold: without math delimiters.
+            answer: the same.
+            sample_name: for the message.
 
         Raises:
-            GradingError: it broke or ran out of time; names the sample.
+            GradingError: the comparison broke or ran out of time; the process is new afterwards.
         """
-        if self._process is None:
+        known = self._known.get((gold, answer))
+        if known is not None:
+            return known
+        asked = {"gold": gold, "answer": answer, "seconds": self._timeout_seconds}
+        what = f"{sample_name}: comparing answer {answer!r} with gold {gold!r}"
+        try:
             self._start()
-        reply = self._ask({"gold": gold, "answer": answer}, self._timeout_seconds)
-        if reply is None:
+            reply = self._ask(asked)
+        except TimeoutError:
             self.close()
             raise GradingError(
-                f"{name}: grading {answer[:80]!r} against {gold[:80]!r} took longer than "
-                f"{self._timeout_seconds:g} s or the grader died; raise "
-                "reward.grader_timeout_seconds or mend the gold answer"
-            )
-        if "error" in reply:
-            raise GradingError(f"{name}: grading {answer[:80]!r} broke: {reply['error']}")
-        return bool(reply["equal"])
+                f"{what} took more than {self._timeout_seconds:g} s; raise "
+                "reward.grader_timeout_seconds or look at the sample"
+            ) from None
+        except (OSError, ValueError) as error:
+            code = self._end()
+            raise GradingError(f"{what}: the grader ended (exit status {code}): {error}") from None
+        if "equal" not in reply:
+            raise GradingError(f"{what}: the grader broke: {reply.get('error', reply)}")
+        if len(self._known) >= CACHE_ENTRIES:
+            self._known.clear()
+        return self._known.setdefault((gold, answer), bool(reply["equal"]))
 
     def close(self) -> None:
-        """Kill the process, if there is one."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            for pipe in (self._process.stdin, self._process.stdout):
-                if pipe is not None:
-                    pipe.close()
-            self._process = None
+        """End the process, whatever it is doing."""
+        self._end()
 
     def _start(self) -> None:
+        if self._process is not None:
+            return
+        root = str(Path(__file__).resolve().parents[2])
+        paths = [root, os.environ.get("PYTHONPATH", "")]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_sr1.rewards.worker"],
+            self._command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env=environment,
+            bufsize=0,
         )
-        if self._ask(None, START_SECONDS) is None:
-            self.close()
-            raise GradingError("the grading process did not start; is math-verify installed?")
-
-    def _ask(self, request: dict[str, str] | None, seconds: float) -> dict[str, Any] | None:
-        """Send a request (None: only wait) and read the reply; None if none came in time."""
-        assert self._process is not None and self._process.stdin and self._process.stdout
         try:
-            if request is not None:
-                self._process.stdin.write(json.dumps(request).encode() + b"\n")
-                self._process.stdin.flush()
-        except BrokenPipeError:
+            ready = self._read(START_SECONDS)
+        except TimeoutError:
+            raise OSError(f"it did not start within {START_SECONDS:g} s") from None
+        if "ready" not in ready:
+            raise OSError(f"it started with {ready}")
+
+    def _ask(self, asked: dict[str, Any]) -> dict[str, Any]:
+        assert self._process is not None and self._process.stdin is not None
+        self._process.stdin.write(json.dumps(asked).encode() + b"\n")
+        return self._read(self._timeout_seconds)
+
+    def _read(self, seconds: float) -> dict[str, Any]:
+        """The next line of the process, within so many seconds."""
+        assert self._process is not None and self._process.stdout is not None
+        pipe, line, ends = self._process.stdout.fileno(), b"", time.monotonic() + seconds
+        poll = select.poll()
+        poll.register(pipe, select.POLLIN)
+        while not line.endswith(b"\n"):
+            left = ends - time.monotonic()
+            if left <= 0 or not poll.poll(1000 * left):
+                raise TimeoutError
+            part = os.read(pipe, 65536)
+            if not part:
+                raise OSError("its output ended; see standard error above")
+            line += part
+        reply = json.loads(line)
+        assert isinstance(reply, dict)
+        return reply
+
+    def _end(self) -> int | None:
+        process, self._process = self._process, None
+        if process is None:
             return None
-        ready, _, _ = select.select([self._process.stdout], [], [], seconds)
-        line = self._process.stdout.readline() if ready else b""
-        return json.loads(line) if line else None
-
-
-def _serve() -> None:
-    """Answer requests until the parent is gone."""
-    from math_verify import parse, verify
-
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(0)
-
-    threading.Thread(target=watch, daemon=True).start()
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints must not look like a reply
-
-    def say(reply: dict[str, Any]) -> None:
-        replies.write(json.dumps(reply) + "\n")
-        replies.flush()
-
-    say({"ready": True})
-    for line in sys.stdin:
-        request = json.loads(line)
+        time_to_leave = 0.2 if process.poll() is None else 0.0
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                pipe.close()
         try:
-            gold, answer = (
-                parse(f"\\boxed{{{request[side]}}}", parsing_timeout=None)
-                for side in ("gold", "answer")
-            )
-            say({"equal": verify(gold, answer, timeout_seconds=None)})
-        except Exception as error:  # whatever math-verify or sympy raise is told, not scored
-            say({"error": f"{type(error).__name__}: {error}"})
-
-
-if __name__ == "__main__":
-    _serve()
+            return process.wait(time_to_leave)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return process.wait()

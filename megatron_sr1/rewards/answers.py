@@ -1,0 +1,205 @@
+r"""Normal forms of short answers: text, numbers, quantities. No library, microseconds each.
+
+In: an answer or a gold answer as written, LaTeX or plain. Out: a key under which equal texts are
+equal, an exact number, or a number with its unit. What is decided here never needs algebra.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from dataclasses import dataclass
+from fractions import Fraction
+
+MAX_NUMBER_CHARACTERS = 60
+_SYMBOLS = str.maketrans(
+    {"−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi "}
+    | {"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∞": r"\infty ", "’": "'", "‘": "'"}
+    | {"“": '"', "”": '"', "º": "°"}
+    | {sup: f"^{digit}" for digit, sup in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
+    | {"½": " 1/2", "⅓": " 1/3", "⅔": " 2/3", "¼": " 1/4", "¾": " 3/4"}
+)
+_REWRITES = tuple(
+    (re.compile(pattern), new)
+    for pattern, new in (
+        (r"√\s*(\d+|[A-Za-z])", r"\\sqrt{\1}"),
+        (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+        (r"\\[$]|(?<!\\)[$]|\\[()\[\]]", ""),  # dollar signs and math delimiters
+        (r"\\(?:left|right|displaystyle|textstyle)(?![A-Za-z])", ""),
+        (r"\\[,;:!]|\\ |~|\\q?quad(?![A-Za-z])", " "),
+        (r"\\[dtc]frac", r"\\frac"),
+        (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])", "°"),
+        (r"\\%", "%"),
+        (r"\*\*|__|`", ""),
+    )
+)
+_TEXT_COMMAND = re.compile(
+    r"\\(?:text(?:bf|it|rm|sf|tt)?|math(?:rm|bf|it|sf)|mbox|operatorname)\s*\{([^{}]*)\}"
+)
+_NUMBER_WORDS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+    "fifteen sixteen seventeen eighteen nineteen twenty"
+).split()
+_WORD_VALUE = {word: str(value) for value, word in enumerate(_NUMBER_WORDS)}
+
+
+def clean(text: str) -> str:
+    """An answer without its dress: delimiters, text commands, emphasis, quotes, end punctuation."""
+    text = unicodedata.normalize("NFKC", text.translate(_SYMBOLS))
+    for pattern, new in _REWRITES:
+        text = pattern.sub(new, text)
+    for _ in range(3):  # text commands inside each other
+        text = _TEXT_COMMAND.sub(r" \1 ", text)
+    text = " ".join(text.split())
+    before = None
+    while text != before:
+        before = text
+        text = text.strip(" \"'")
+        text = re.sub(r"[.,;:]+$|(?<=[A-Za-z])[!?]+$", "", text)
+        inside = re.fullmatch(r"\{([^{}]*)\}", text)
+        text = inside.group(1) if inside else text
+    return text
+
+
+def text_key(cleaned: str) -> str:
+    """Texts that differ in case, articles, hyphens or blank space only share a key.
+
+    Args:
+        cleaned: what `clean` returned.
+    """
+    key = re.sub(r"(?<=[a-z])-(?=[a-z])", " ", cleaned.casefold())
+    key = re.sub(r"^(?:an?|the) (?=\w)", "", key)
+    key = re.sub(r"\s*([^\w\s])\s*", r"\1", key)
+    return _WORD_VALUE.get(key, key)
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """An exact number with its unit.
+
+    Attributes:
+        value: exact.
+        unit: canonical; "" where there is none.
+        is_decimal: written with a decimal point.
+        is_ratio: written as a fraction.
+    """
+
+    value: Fraction
+    unit: str
+    is_decimal: bool
+    is_ratio: bool
+
+
+_DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
+_DECIMAL = rf"(?:{_DIGITS}(?:\.\d*)?|\.\d+)"
+_NUMBER = re.compile(
+    rf"""(?P<sign>[-+]?)\s*(?:
+        (?P<whole>\d+)?\s*\\frac\s*\{{?\s*(?P<top>\d+)\s*\}}?\s*\{{\s*(?P<below>\d+)\s*\}}
+        |\\frac\s*(?P<top1>\d)\s*(?P<below1>\d)(?!\d)
+        |(?:(?P<whole2>\d+)\s+)?(?P<top2>\d+)\s*/\s*(?P<below2>\d+)(?![\d.])
+        |(?P<plain>{_DECIMAL})
+         (?:(?:\s*(?:\\times|\\cdot|\*|x)\s*10\s*\^\s*\{{?|[eE])(?P<power>[-+]?\d{{1,3}})\}}?)?
+    )""",
+    re.VERBOSE,
+)
+_SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "dozen": 12}
+_UNIT_TABLE = """
+° degree degrees deg | °c celsius | °f fahrenheit | % percent pct | $ dollar dollars usd | € euro
+euros | £ pound-sterling | ¥ yen | cm centimeter centimeters centimetre centimetres | mm millimeter
+millimeters millimetre millimetres | m meter meters metre metres | km kilometer kilometers
+kilometre kilometres | in inch inches | ft foot feet | mi mile miles | yd yard yards | kg kilogram
+kilograms | g gram grams | mg milligram milligrams | lb lbs pound pounds | oz ounce ounces | s sec
+secs second seconds | ms millisecond milliseconds | min mins minute minutes | h hr hrs hour hours |
+l liter liters litre litres | ml milliliter milliliters | m/s | km/h kph | mph | n newton newtons |
+j joule joules | kj | w watt watts | kw | v volt volts | hz hertz | khz | mhz | pa | kpa | mol |
+rad radian radians | cm^2 | m^2 | mm^2 | km^2 | in^2 | ft^2 | cm^3 | m^3 | mm^3 | in^3 | ft^3 |
+m/s^2 | n/m | g/cm^3 | kg/m^3
+"""
+_UNITS = {n: names[0] for row in _UNIT_TABLE.split("|") for names in [row.split()] for n in names}
+_NOT_UNITS = frozenset(
+    "or and not minus plus times over squared cubed to half less more than about out of sin cos "
+    "tan log sqrt trillion".split()
+)
+
+
+def quantity(cleaned: str) -> Quantity | None:
+    """A number, alone or with a unit or a counted noun; None for anything else.
+
+    Args:
+        cleaned: what `clean` returned.
+    """
+    currency = re.match(r"(-?)\s*([€£¥])\s*(.*)$", cleaned)
+    if currency:
+        cleaned = f"{currency[1]}{currency[3]} {currency[2]}"
+    found = _NUMBER.match(cleaned)
+    if found is None or found.end() > MAX_NUMBER_CHARACTERS:
+        return None
+    value = _value(found)
+    rest, unit = cleaned[found.end() :], ""
+    if value is None:
+        return None
+    if rest.strip():
+        scale = re.match(r"\s+([a-z]+)\b", rest, re.IGNORECASE)
+        if scale and scale[1].casefold() in _SCALES:
+            value, rest = value * _SCALES[scale[1].casefold()], rest[scale.end() :]
+    if rest.strip():
+        parsed = _unit(rest)
+        if parsed is None:
+            return None
+        unit = parsed
+    plain = found["plain"]
+    return Quantity(value, unit, plain is not None and "." in plain, plain is None)
+
+
+def same_quantity(one: Quantity, other: Quantity) -> bool:
+    """Equal numbers whose units agree or are left out on one side; 50 % is 50 and 0.5."""
+    if one.unit and other.unit:
+        return one.unit == other.unit and _same_value(one, other)
+    if _same_value(one, other):
+        return True
+    if "%" not in (one.unit, other.unit):
+        return False
+    percent, plain = (one, other) if one.unit == "%" else (other, one)
+    return percent.value / 100 == plain.value
+
+
+def _same_value(one: Quantity, other: Quantity) -> bool:
+    if one.value == other.value:
+        return True
+    # 0.333333 is 1/3; two decimals, or two fractions, are compared exactly.
+    if not (one.is_decimal and other.is_ratio or one.is_ratio and other.is_decimal):
+        return False
+    return abs(one.value - other.value) <= Fraction(2, 10**6) * abs(one.value)
+
+
+def _value(found: re.Match[str]) -> Fraction | None:
+    top = found["top"] or found["top1"] or found["top2"]
+    if top is not None:
+        below = int(found["below"] or found["below1"] or found["below2"])
+        if below == 0:
+            return None
+        value = int(found["whole"] or found["whole2"] or 0) + Fraction(int(top), below)
+    else:
+        value = Fraction(found["plain"].replace(",", "").rstrip("."))
+        value *= Fraction(10) ** int(found["power"] or 0)
+    return -value if found["sign"] == "-" else value
+
+
+def _unit(rest: str) -> str | None:
+    """Canonical unit behind a number, or None if that is no unit."""
+    glued = not rest[0].isspace()
+    name = " ".join(rest.casefold().split())
+    name = re.sub(r"^(?:square|sq\.?) (.+)$", r"\1^2", re.sub(r"^cubic (.+)$", r"\1^3", name))
+    name = re.sub(r"\^\s*\{?(\d)\}?", r"^\1", re.sub(r"\s*/\s*", "/", name))
+    base, power, exponent = name.partition("^")
+    name = _UNITS.get(base, base) + power + exponent
+    if name in _UNITS:
+        # 5m may be five times m: a letter by itself is a unit only behind a space.
+        is_letter = len(name) == 1 and name.isalpha()
+        return None if glued and is_letter and len(rest) == 1 else _UNITS[name]
+    words = name.split()
+    if glued or len(words) > 3 or not all(re.fullmatch(r"[a-z]{3,}", w) for w in words):
+        return None
+    if any(word in _NOT_UNITS for word in words):
+        return None
+    return " ".join(word.removesuffix("s") for word in words)
