@@ -1,0 +1,145 @@
+"""The digits: held-out ones are never learnt from, noise sits in descriptions only."""
+
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from megatron_sr1.data.digits import (
+    DESCRIPTION_NOISE,
+    KINDS,
+    QUESTIONS,
+    _draw_images,
+    answer_from_digits,
+    corpus_texts,
+    described_digits,
+    make_digits,
+    response,
+)
+from megatron_sr1.data.shards import ShardReader
+
+SIZES = {"num_train": 200, "num_eval": 60, "num_cold_start": 900}
+
+
+@pytest.fixture(scope="module")
+def readers(tmp_path_factory):
+    folders = make_digits(tmp_path_factory.mktemp("digits"), 5, **SIZES)
+    return {name: ShardReader(folder) for name, folder in folders.items()}
+
+
+def examples(reader):
+    return [reader.example(i) for i in range(len(reader))]
+
+
+def tiles(image):
+    pixels = np.asarray(image)[:, :, 0]
+    return [pixels[:, 28 * i : 28 * i + 28].tobytes() for i in range(3)]
+
+
+def test_answers_by_hand():
+    answers = [answer_from_digits(kind, (3, 7, 1)) for kind in KINDS]
+    assert dict(zip(KINDS, answers, strict=True)) == {
+        "sum": "11",
+        "largest": "7",
+        "smallest": "1",
+        "leftmost": "3",
+        "rightmost": "1",
+    }
+
+
+def test_described_digits_need_exactly_three():
+    assert described_digits(" 3 7 1 ") == (3, 7, 1)
+    assert described_digits("a 3, then 71") == (3, 7, 1)
+    assert described_digits("3 7") is None and described_digits("3 7 1 1") is None
+    assert described_digits("three") is None
+
+
+def test_held_out_digits_are_never_learnt_from(readers):
+    learnt, held_out = ({d.tobytes() for tens in s for d in tens} for s in _draw_images())
+    assert sum(map(len, _draw_images()[0])) == 1437 and sum(map(len, _draw_images()[1])) == 360
+    assert not learnt & held_out
+    for name, allowed in (("train", learnt), ("cold_start", learnt), ("eval", held_out)):
+        reader = readers[name]
+        seen = {t for i in range(len(reader)) for image in reader.images(i) for t in tiles(image)}
+        assert seen and seen <= allowed
+
+
+def test_images_show_the_digits_of_the_metadata(readers):
+    of_value = [{d.tobytes() for d in tens} for tens in _draw_images()[0]]
+    reader = readers["train"]
+    for example in examples(reader):
+        (image,) = reader.images(example.index)
+        assert image.size == (84, 28) and image.mode == "RGB"
+        for tile, digit in zip(tiles(image), example.metadata["digits"], strict=True):
+            assert tile in of_value[digit]
+
+
+def test_questions_have_right_answers_and_every_kind(readers):
+    for name in ("train", "eval"):
+        for example in examples(readers[name]):
+            meta = example.metadata
+            assert example.question == "<image>" + QUESTIONS[meta["kind"]]
+            assert example.answer == answer_from_digits(meta["kind"], meta["digits"])
+        kinds = Counter(e.metadata["kind"] for e in examples(readers[name]))
+        assert set(kinds) == set(KINDS)
+
+
+def test_held_out_questions_do_not_depend_on_the_seed_or_their_number(readers, tmp_path):
+    sizes = {"num_train": 20, "num_eval": 30, "num_cold_start": 20}
+    other = {n: ShardReader(f) for n, f in make_digits(tmp_path, 6, **sizes).items()}
+    for i in range(30):
+        assert other["eval"].example(i).metadata == readers["eval"].example(i).metadata
+        assert other["eval"].image_files(i) == readers["eval"].image_files(i)
+    trains = [[r["train"].image_files(i) for i in range(20)] for r in (readers, other)]
+    assert trains[0] != trains[1]
+
+
+def test_the_same_seed_makes_the_same_shards(readers, tmp_path):
+    again = make_digits(tmp_path, 5, **SIZES)
+    for name, folder in again.items():
+        (one,), (other,) = folder.glob("*.tar"), readers[name].directory.glob("*.tar")
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_only_descriptions_are_wrong_and_by_the_stated_share(readers):
+    wrong, total = 0, 0
+    for example in examples(readers["cold_start"]):
+        meta, text = example.metadata, example.messages[-1].content
+        described = re.search(r"<description> (.*) </description>", text)
+        right = answer_from_digits(meta["kind"], meta["digits"])
+        assert text.endswith(f"= {right} </think> \\boxed{{{right}}}")
+        thought = re.search(r"<think> (.*) =", text).group(1)
+        assert list(described_digits(thought)) == meta["digits"]
+        assert (described is not None) == (meta["format"] == "vision_sr1")
+        if described:
+            told = described_digits(described.group(1))
+            wrong += sum(a != b for a, b in zip(told, meta["digits"], strict=True))
+            total += 3
+    assert abs(wrong / total - DESCRIPTION_NOISE) < 4 * (0.28 * 0.72 / total) ** 0.5
+
+
+def test_the_reader_reads_right_descriptions_without_an_image(readers):
+    found = [e for e in examples(readers["cold_start"]) if e.metadata["format"] == "reader"]
+    assert 0.15 < len(found) / SIZES["num_cold_start"] < 0.35
+    for example in found:
+        assert example.num_images == 0 and "<image>" not in example.question
+        told = example.question.split("\n")[0]
+        assert list(described_digits(told)) == example.metadata["digits"]
+
+
+def test_responses_are_short_in_tokens(tiny_model):
+    from megatron_sr1.data.processor import Processor
+
+    tokenizer = Processor(tiny_model, 784, 200704).tokenizer
+    for kind in KINDS:
+        first = tokenizer(response(kind, (9, 9, 1), (9, 9, 1)))["input_ids"]
+        second = tokenizer(response(kind, (9, 9, 1)))["input_ids"]
+        assert len(first) + 1 <= 20 and len(second) + 1 <= 15, (kind, len(first), len(second))
+
+
+def test_the_corpus_holds_prompts_and_responses_but_no_image_mark():
+    texts = list(corpus_texts(num_texts=50))
+    assert len(texts) == 100 and not any("<image>" in t for t in texts)
+    assert any(t.startswith("<description>") for t in texts)
+    assert texts == list(corpus_texts(num_texts=50))

@@ -1,0 +1,127 @@
+"""Packing by hand-computed rows: borders, shift, padding, budget.
+
+Positions are compared with transformers in tests/parity/test_data_positions.py.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_sr1.data.packing import mrope_positions, pack_samples, plan
+from megatron_sr1.errors import DataError
+from megatron_sr1.records import TrainSample, VisionInputs
+
+PAD = 9
+
+
+def sample(index, ids, mask, grids=(), **extra):
+    extra = {k: np.asarray(v, np.float32) for k, v in extra.items()}
+    ids, mask = np.asarray(ids, np.int64), np.asarray(mask, bool)
+    return TrainSample(index, len(grids), ids, mask, tuple(grids), **extra)
+
+
+def pack(samples, pack_tokens=100, vision_of=None, **options):
+    return pack_samples(samples, pack_tokens, vision_of, image_pad_id=PAD, merge_size=2, **options)
+
+
+def pixels(index, grids):
+    count = sum(t * h * w for t, h, w in grids)
+    return VisionInputs(torch.full((count, 3), float(index)), torch.tensor(grids))
+
+
+def test_entries_are_about_the_token_that_the_position_predicts():
+    one = sample(0, [1, 2, 3], [0, 0, 1], advantages=[0, 0, 5.0], old_logprobs=[0, 0, -1.5])
+    two = sample(
+        1, [4, 5, 6, 7], [0, 1, 1, 0], advantages=[0, 6, 7, 0], old_logprobs=[0, -2, -3, 0]
+    )
+    (batch,) = pack([one, two], pad_multiple=4)
+    assert batch.sample_ids == (0, 1)
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 0]]
+    assert batch.labels.tolist() == [[2, 3, 0, 5, 6, 7, 0, 0]]
+    assert batch.loss_mask.tolist() == [[0, 1, 0, 1, 1, 0, 0, 0]]
+    assert batch.advantages.tolist() == [[0, 5, 0, 6, 7, 0, 0, 0]]
+    assert batch.old_logprobs.tolist() == [[0, -1.5, 0, -2, -3, 0, 0, 0]]
+    assert batch.engine_logprobs is None and batch.reference_logprobs is None
+    assert batch.cu_seqlens.tolist() == [0, 3, 7, 8] and batch.max_seqlen == 4
+    assert batch.position_ids.tolist() == [[[0, 1, 2, 0, 1, 2, 3, 0]]] * 3
+    assert batch.cu_seqlens.dtype == torch.int32 and batch.loss_mask.dtype == torch.float32
+    assert batch.input_ids.dtype == batch.labels.dtype == batch.position_ids.dtype == torch.int64
+
+
+def test_packing_never_crosses_sample_boundaries():
+    rng = np.random.default_rng(0)
+    samples = []
+    for index in range(40):
+        length = int(rng.integers(2, 30))
+        mask = rng.random(length) < 0.5
+        mask[0] = False
+        samples.append(sample(index, rng.integers(10, 99, length), mask, advantages=mask * 1.0))
+    batches = pack(samples, 64, pad_multiple=8)
+    assert sorted(i for b in batches for i in b.sample_ids) == list(range(40))
+    for batch in batches:
+        for number, start, end in zip(
+            batch.sample_ids, batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=False
+        ):
+            ids = torch.from_numpy(samples[number].token_ids)
+            assert torch.equal(batch.input_ids[0, start:end], ids)
+            assert torch.equal(batch.labels[0, start : end - 1], ids[1:])
+            mask = torch.from_numpy(samples[number].loss_mask).float()
+            assert torch.equal(batch.loss_mask[0, start : end - 1], mask[1:])
+            assert batch.labels[0, end - 1] == 0 and batch.loss_mask[0, end - 1] == 0
+        assert torch.equal(batch.advantages, batch.loss_mask)
+        assert batch.input_ids.shape[1] % 8 == 0
+
+
+def test_rows_keep_to_the_budget_and_a_longer_sample_gets_its_own():
+    lengths = np.array([5, 30, 7, 3, 12, 9, 1])
+    rows = plan(lengths, 16)
+    assert rows == plan(lengths, 16) and sorted(sum(rows, [])) == list(range(7))
+    assert [1] in rows
+    assert all(lengths[row].sum() <= 16 for row in rows if row != [1])
+    assert len(rows) == 4  # 37 other tokens need three rows of 16 at least
+
+
+def test_an_image_spans_height_and_width_and_text_goes_on_behind_its_longer_side():
+    ids = [1, PAD, PAD, PAD, PAD, PAD, PAD, 2, 3]  # a 4 x 6 grid merges to 2 x 3
+    got = mrope_positions(np.array(ids), [(1, 4, 6)], image_pad_id=PAD, merge_size=2)
+    assert got.tolist() == [
+        [0, 1, 1, 1, 1, 1, 1, 4, 5],
+        [0, 1, 1, 1, 2, 2, 2, 4, 5],
+        [0, 1, 2, 3, 1, 2, 3, 4, 5],
+    ]
+
+
+def test_images_follow_the_samples_of_their_row():
+    grids = {0: [(1, 2, 2), (1, 2, 4)], 2: [(1, 4, 2)]}
+    samples = [
+        sample(0, [1, PAD, 2, PAD, PAD], [0] * 5, grids[0]),
+        sample(-1, [1, 2], [0, 1]),
+        sample(2, [PAD, PAD, 1], [0] * 3, grids[2]),
+    ]
+    (batch,) = pack(samples, vision_of=lambda i: pixels(i, grids[i]))
+    assert batch.vision.image_grid_thw.tolist() == [[1, 2, 2], [1, 2, 4], [1, 4, 2]]
+    assert batch.vision.pixel_values[:, 0].tolist() == [0.0] * 12 + [2.0] * 8
+    assert pack(samples[1:2], vision_of=lambda i: None)[0].vision is None
+    assert pack(samples, vision_of=None)[0].vision is None
+
+
+def test_tokens_grids_and_pixels_that_disagree_are_refused():
+    grids = [(1, 2, 4)]
+    good = sample(7, [1, PAD, PAD], [0] * 3, grids)
+    with pytest.raises(DataError, match="sample 7: 3 image tokens, its 1 images make 2"):
+        pack([sample(7, [1, PAD, PAD, PAD], [0] * 4, grids)])
+    with pytest.raises(DataError, match="sample 7: an image's 2 tokens are not in one run"):
+        pack([sample(7, [PAD, 1, PAD], [0] * 3, grids)])
+    with pytest.raises(DataError, match=r"sample 7: .* its pixels have \[\(1, 4, 2\)\]"):
+        pack([good], vision_of=lambda i: pixels(i, [(1, 4, 2)]))
+    with pytest.raises(DataError, match=r"sample 7: .* its pixels have \[\]"):
+        pack([good], vision_of=lambda i: None)
+
+
+def test_per_token_values_of_some_samples_only_are_refused():
+    with pytest.raises(AssertionError, match="old_logprobs"):
+        pack([sample(0, [1, 2], [0, 1]), sample(1, [1, 2], [0, 1], old_logprobs=[0, -1])])
+
+
+def test_nothing_packs_to_nothing():
+    assert pack([]) == []
