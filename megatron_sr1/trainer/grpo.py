@@ -115,7 +115,7 @@ def roll_out_step(
                 config.seed, step, index, sample, part
             ),
         )
-        context.timer.move("pass1", "pass2", stats.pass2_only_seconds)
+    context.timer.move("pass1", "pass2", stats.pass2_only_seconds)
     engine.sleep()
     with context.phase("reward"):
         scored = scoring.score(rollouts, samples, scorer)
