@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -105,12 +106,12 @@ def run_command(arguments: argparse.Namespace) -> int:
     if joined is not None and not arguments.dry_run:
         os.environ.update(joined)
         return rank_main(config)
-    preflight.check_paths(config)
     if arguments.dry_run:
-        from megatron_sr1.trainer.setup import dry_run
+        from megatron_sr1.trainer.plan import dry_run
 
         print(dry_run(config))
         return 0
+    preflight.check_paths(config)
     num_ranks = torchrun.num_processes(config.launch)
     if num_ranks == 1:
         os.environ.update(torchrun.rank_environment(config.launch, num_ranks))
@@ -204,3 +205,6 @@ def configure_logging(level: str) -> None:
     logging.basicConfig(format=name, datefmt="%H:%M:%S", force=True)
     chosen = getattr(logging, level.upper()) if rank == 0 else logging.WARNING
     logging.getLogger("megatron_sr1").setLevel(chosen)
+    # Of the libraries below us; nothing that a user of this program could act on.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)

@@ -156,7 +156,8 @@ def _write_tokenizer(target: Path, corpus: Iterable[str], vocab_size: int) -> di
         },
     )
     (target / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    return {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+    # The trainer numbers them first.
+    return {token: number for number, token in enumerate(SPECIAL_TOKENS)}
 
 
 def _write_json(path: Path, value: object) -> None:

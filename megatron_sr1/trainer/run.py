@@ -93,7 +93,9 @@ def judge(context: Context, engine: Engine) -> None:
     config = context.config
     samples = setup.open_samples(config, config.data.eval, context.processor)
     indices = range(len(samples))[: config.data.eval_limit or None]
-    scorer = setup.make_scorer(config)
+    # see_think's descriptions are read too, so that its table can be compared.
+    has_description = config.reward.recipe != "vision_r1"
+    scorer = setup.make_scorer(config, "vision_sr1" if has_description else None)
     summary = {}
     for way, temperature in (("sampled", config.rollout.temperature), ("greedy", 0.0)):
         summary[way] = evaluate(
