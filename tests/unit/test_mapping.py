@@ -25,6 +25,7 @@ from megatron_sr1.checkpoint.mapping import (
 from megatron_sr1.checkpoint.source import HFSource
 from megatron_sr1.errors import CheckpointError, ConfigError
 from megatron_sr1.model.hf_config import read_hf_config
+from tests.checkpoint_files import files_of, write_two_files
 
 
 def cut(tensor, wanted):
@@ -149,33 +150,6 @@ def test_names_in_memory_are_recognised():
     assert canonical_hf_name("model.visual.patch_embed.proj.weight").startswith("visual.patch")
     assert canonical_hf_name("model.layers.0.x") == "model.layers.0.x"
     assert canonical_hf_name("lm_head.weight") == "lm_head.weight"
-
-
-def write_two_files(tiny_model, target, in_memory=False, dtype=torch.bfloat16):
-    """The tiny model in two bfloat16 files with an index, as large models are published."""
-    shutil.copytree(tiny_model, target, ignore=shutil.ignore_patterns("*.safetensors"))
-    tensors = load_file(tiny_model / "model.safetensors")
-    rename = {}
-    for name in tensors:
-        inner = name.replace("model.", "model.language_model.", 1)
-        inner = "model." + name if name.startswith("visual.") else inner
-        rename[name] = inner if in_memory else name
-    names = sorted(tensors)
-    weight_map = {}
-    for number, chosen in enumerate((names[::2], names[1::2]), 1):
-        file = f"model-{number:05}-of-00002.safetensors"
-        part = {rename[n]: tensors[n].to(dtype) for n in chosen}
-        save_file(part, target / file, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(part, file))
-    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
-    (target / "model.safetensors.index.json").write_text(json.dumps(index))
-    return target
-
-
-def files_of(directory):
-    return {
-        str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()
-    }
 
 
 def stream(source):

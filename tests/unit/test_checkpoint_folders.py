@@ -1,0 +1,146 @@
+"""Which folders are models and checkpoints, which are refused, and what is left of old ones."""
+
+import io
+import json
+import pickle
+
+import pytest
+import torch
+
+from megatron_sr1.checkpoint.distributed import _remove_old, latest_step, resolve_model
+from megatron_sr1.checkpoint.untrusted import check_folder
+from megatron_sr1.errors import CheckpointError
+
+
+def make_step(folder, step, model=True):
+    target = folder / f"step_{step}"
+    (target / "hf_files").mkdir(parents=True)
+    (target / "state.json").write_text("{}")
+    (target / ".metadata").write_bytes(b"")
+    if model:
+        (target / "hf_files" / "config.json").write_text("{}")
+    return target
+
+
+def test_latest_names_the_step_to_resume_from(tmp_path):
+    assert latest_step(tmp_path) is None
+    for step in (5, 10):
+        make_step(tmp_path, step)
+    (tmp_path / "latest").write_text("step_5\n")
+    assert latest_step(tmp_path) == 5
+
+
+def test_remains_of_a_save_that_was_killed_are_no_checkpoint(tmp_path):
+    make_step(tmp_path, 5)
+    make_step(tmp_path, 9).rename(tmp_path / ".step_9.partial")
+    (tmp_path / "step_7").mkdir()
+    assert latest_step(tmp_path) == 5
+    _remove_old(tmp_path, 5, 0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_5", "step_7"]
+
+
+def test_a_latest_that_leads_nowhere_is_an_error_that_names_the_complete_ones(tmp_path):
+    make_step(tmp_path, 5)
+    (tmp_path / "latest").write_text("step_6\n")
+    with pytest.raises(CheckpointError, match=r"names 'step_6'.*\(step_5\)"):
+        latest_step(tmp_path)
+
+
+def test_the_last_checkpoints_are_kept_and_later_ones_left_alone(tmp_path):
+    for step in (2, 4, 10, 20):
+        make_step(tmp_path, step)
+    _remove_old(tmp_path, 10, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_10", "step_20", "step_4"]
+    _remove_old(tmp_path, 20, 0)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_both_kinds_of_model_directories_are_told_apart(tiny_model, tmp_path):
+    assert resolve_model(tiny_model).kind == "huggingface"
+    make_step(tmp_path, 3)
+    for given in (tmp_path, tmp_path / "step_3"):
+        found = resolve_model(given)
+        assert (found.kind, found.weights) == ("megatron", tmp_path / "step_3")
+        assert found.hf_files == tmp_path / "step_3" / "hf_files"
+
+
+def test_a_folder_of_neither_kind_is_told_what_was_looked_for(tmp_path):
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(CheckpointError, match=r"config.json.*latest.*found notes.txt"):
+        resolve_model(tmp_path)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        resolve_model(tmp_path / "absent")
+
+
+def test_a_checkpoint_without_a_configuration_is_no_model(tmp_path):
+    make_step(tmp_path, 3, model=False)
+    with pytest.raises(CheckpointError, match="without hf_files/config.json"):
+        resolve_model(tmp_path)
+
+
+class Attack:
+    """Unpickled by a plain reader, it would write a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_metadata_that_would_run_code_is_refused_without_running_it(tmp_path):
+    mark = tmp_path / "owned"
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Attack(mark)))
+    with pytest.raises(CheckpointError, match=r"\.metadata is refused: it names io.open"):
+        check_folder(tmp_path)
+    assert not mark.exists()
+    pickle.loads((tmp_path / ".metadata").read_bytes())
+    assert mark.exists(), "the attack itself does not work"
+
+
+def metadata(**changes):
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+
+    info = _StorageInfo(changes.pop("path", "__0_0.distcp"), 0, 8)
+    return Metadata(state_dict_metadata={}, storage_data={MetadataIndex("a"): info}, **changes)
+
+
+def test_common_state_that_would_run_code_is_refused_without_running_it(tmp_path):
+    mark = tmp_path / "owned"
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata()))
+    torch.save({"a": Attack(mark)}, tmp_path / "common.pt")
+    with pytest.raises(CheckpointError, match=r"common.pt is refused or damaged"):
+        check_folder(tmp_path)
+    assert not mark.exists()
+    torch.save({"a": 1}, tmp_path / "common.pt")
+    check_folder(tmp_path)
+
+
+def test_metadata_may_not_point_outside_its_folder_nor_to_pickled_objects(tmp_path):
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata(path="../other/__0_0.distcp")))
+    with pytest.raises(CheckpointError, match="outside its folder"):
+        check_folder(tmp_path)
+    held = io.BytesIO()
+    pickle.dump(metadata(planner_data=BytesStorageMetadata()), held)
+    (tmp_path / ".metadata").write_bytes(held.getvalue())
+    with pytest.raises(CheckpointError, match="BytesStorageMetadata"):
+        check_folder(tmp_path)
+
+
+def test_a_cut_off_metadata_is_an_error_of_ours(tmp_path):
+    whole = pickle.dumps(metadata())
+    (tmp_path / ".metadata").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match="damaged"):
+        check_folder(tmp_path)
+
+
+def test_state_of_another_format_is_refused(tmp_path):
+    from megatron_sr1.checkpoint.distributed import _read_state
+
+    step = make_step(tmp_path, 1)
+    (step / "state.json").write_text(json.dumps({"format": 99}))
+    with pytest.raises(CheckpointError, match="expected format 1"):
+        _read_state(step)
