@@ -166,9 +166,11 @@ def _randomise(model):
 def _sample(model, config, num_images, rng):
     vision = config.vision_config
     merge = vision.spatial_merge_size
-    text = lambda: torch.randint(
-        0, config.text_config.vocab_size - NUM_SPECIAL, (rng.randint(2, 9),)
-    )  # noqa: E731, E501
+
+    def text():
+        highest = config.text_config.vocab_size - NUM_SPECIAL
+        return torch.randint(0, highest, (rng.randint(2, 9),))
+
     ids, grids = [text()], []
     for _ in range(num_images):
         height, width = merge * rng.randint(1, 6), merge * rng.randint(1, 6)

@@ -224,7 +224,7 @@ def build_model(
         dtype: of parameters and activations.
         spec: kernels: local | transformer_engine.
         sequence_parallel: split rows over the tensor-parallel ranks between layers.
-        recompute: none | selective (the language model's MLPs, the tower's blocks) | full (all layers).
+        recompute: none | selective (MLPs of the language model, blocks of the tower) | full.
         fp8: Transformer Engine's FP8 format, or None.
         fp8_recipe: its scaling.
         logprob_chunk_tokens: tokens whose logits exist at a time.

@@ -1,0 +1,137 @@
+"""One start of ranks, many models and layouts: logits, loss and gradients under each.
+
+Run by test_model_layouts.py as `model_layouts.py CASES LAYOUT…`; a layout is written tensor,
+pipeline,sequence. What one process computes comes from the same ranks: under tensor 1, pipeline 1
+each holds the whole model. Prints a line a failure and a count; exits non-zero on any failure.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_sr1.checkpoint.hf import load_hf
+from megatron_sr1.config import ParallelConfig
+from megatron_sr1.model.hf_config import read_hf_config
+from megatron_sr1.model.qwen25_vl import build_model
+from megatron_sr1.runtime import cpu
+from megatron_sr1.runtime.device import select_device, start_distributed, stop_distributed
+from megatron_sr1.runtime.groups import make_groups
+from tests.model_cases import make_row, published_gradients, worst_relative_gap
+
+TOLERANCE = 1e-5
+TEMPERATURE = 0.8
+
+
+def run_schedule(chunk, rows, labels, forward_only):
+    """Each row's output on the last stage; gradients of the mean logprob over all targets."""
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    model, outputs = chunk, []
+    if not forward_only:
+        model = DistributedDataParallel(chunk.config, DistributedDataParallelConfig(), chunk)
+        chunk.config.finalize_model_grads_func = finalize_model_grads
+        chunk.config.no_sync_func = model.no_sync
+        model.zero_grad_buffer()
+
+    def forward(iterator, stage):
+        row = next(iterator)
+        wanted = {"labels": row.labels, "with_entropy": True} if labels else {}
+        output = stage(**row.inputs, temperature=TEMPERATURE, **wanted)
+
+        def loss(output, non_loss_data=False):
+            if forward_only:
+                outputs.append(output)
+                return output
+            logprobs, entropy = output
+            total = ((logprobs + 0.3 * entropy) * row.loss_mask).sum()
+            outputs.append(total.detach())
+            return total, row.loss_mask.sum().int(), {}
+
+        return output, loss
+
+    get_forward_backward_func()(
+        forward_step_func=forward,
+        data_iterator=iter(rows),
+        model=[model],
+        num_microbatches=len(rows),
+        seq_length=rows[0].input_ids.shape[1],
+        micro_batch_size=1,
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+    )
+    return outputs
+
+
+def measure(directory, groups, sequence, pad_multiple):
+    """Logits, losses (None off the last stage) and published gradients of a model."""
+    hf_config = read_hf_config(directory)
+    chunks = build_model(
+        hf_config, groups, dtype=torch.float32, sequence_parallel=sequence, logprob_chunk_tokens=9
+    )
+    load_hf(chunks, directory, hf_config, groups)
+    rows = [make_row(s, pad_multiple) for s in samples_of(directory)]
+    with cpu.megatron_mode():
+        with torch.no_grad():
+            logits = run_schedule(chunks[0], rows, labels=False, forward_only=True)
+        losses = run_schedule(chunks[0], rows, labels=True, forward_only=False)
+    gradients = published_gradients(chunks, hf_config, groups)
+    if not groups.is_last_stage:
+        return None, None, gradients
+    return [x[0] for x in logits], torch.stack(losses), gradients
+
+
+def samples_of(directory):
+    return torch.load(directory / "samples.pt", weights_only=False)
+
+
+def compare(found, expected, directory):
+    """What was compared and its gap."""
+    logits, losses, gradients = found
+    _, expected_losses, expected_gradients = expected
+    gap, name = worst_relative_gap(gradients, expected_gradients)
+    gaps = {f"gradient of {name}": gap}
+    if logits is not None:
+        gaps["loss"] = float(((losses - expected_losses) / expected_losses).abs().max())
+        for i, (row, samples) in enumerate(zip(logits, samples_of(directory), strict=True)):
+            wanted = torch.cat([s.logits for s in samples])
+            gaps[f"logits of row {i}"] = float((row[: len(wanted)] - wanted).abs().max())
+    return gaps
+
+
+def main():
+    from megatron.core import parallel_state
+
+    cases = sorted(Path(sys.argv[1]).iterdir())
+    layouts = [tuple(map(int, a.split(","))) for a in sys.argv[2:]]
+    device = select_device("cpu")
+    start_distributed(device)
+    pad = max(tensor for tensor, _, _ in layouts)
+    alone = make_groups(ParallelConfig(), device)
+    expected = {case: measure(case, alone, False, pad) for case in cases}
+    num_problems, num_checked = 0, 0
+    for tensor, pipeline, sequence in layouts:
+        parallel_state.destroy_model_parallel()
+        groups = make_groups(ParallelConfig(tensor=tensor, pipeline=pipeline), device)
+        for case in cases:
+            gaps = compare(measure(case, groups, bool(sequence), pad), expected[case], case)
+            num_checked += 1
+            for what, gap in gaps.items():
+                if not gap < TOLERANCE:
+                    num_problems += 1
+                    layout = f"tensor {tensor}, pipeline {pipeline}, sequence {sequence}"
+                    print(f"GAP {case.name} {layout}: {what} {gap:.2e}", flush=True)
+    print(f"CHECKED {num_checked} layouts of models", flush=True)
+    dist.barrier()
+    stop_distributed()
+    sys.exit(bool(num_problems))
+
+
+if __name__ == "__main__":
+    main()
