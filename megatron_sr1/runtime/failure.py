@@ -144,23 +144,26 @@ class FailureWatch:
         """
         self._ending.acquire()  # the first of main thread and watcher; the other waits for the end
         try:
-            self._tell(cause, code, trace)
+            with suppress(OSError):  # the disk may be full, and stderr a pipe that nobody reads
+                self._tell(cause, code, trace)
             self._linger()
-        finally:  # also when the disk is full
+        finally:
             os._exit(code)
 
     def _tell(self, cause: str, code: int, trace: str) -> None:
+        first = self._record(cause, code)
+        why = f"rank {first['rank']}: {first['cause']}"
+        self._dump(cause if first["rank"] == self.rank else f"stopped by {why}", trace)
+        if first["rank"] == self.rank:
+            text = f"{trace if code != 2 else ''}megatron-sr1: error: {why}"
+        elif first["cause"] == cause and first["code"] == 2:
+            return  # all ranks met the same user's error: one has said it
+        else:
+            text = f"megatron-sr1: rank {self.rank} stops, because of {why}"
         if threading.current_thread() is threading.main_thread():
             sys.stdout.flush()
             sys.stderr.flush()
-        first = self._record(cause, code)
-        why = f"rank {first['rank']}: {first['cause']}"
-        if first["rank"] == self.rank:
-            shown = f"{trace if code != 2 else ''}megatron-sr1: error: {why}"
-            os.write(2, (shown + "\n").encode())
-        elif first["cause"] != cause or first["code"] != 2:
-            os.write(2, f"megatron-sr1: rank {self.rank} stops, because of {why}\n".encode())
-        self._dump(cause if first["rank"] == self.rank else f"stopped by {why}", trace)
+        os.write(2, (text + "\n").encode())
 
     def _record(self, cause: str, code: int) -> dict:
         """Write the failure file unless a rank of this launch has; returns the one that stands."""

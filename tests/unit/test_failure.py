@@ -136,7 +136,7 @@ def alone(code: str, tmp_path: Path) -> subprocess.CompletedProcess:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=150,
     )
 
 
@@ -147,12 +147,26 @@ import ctypes
 from megatron_sr1.runtime import failure
 failure.BACKUP_SECONDS = 0.5
 with guard({str(tmp_path)!r}), deadline("a call in C", 0.5):
-    ctypes.PyDLL(None).sleep(30)
+    ctypes.PyDLL(None).sleep(300)
 """
     started = time.monotonic()
     done = alone(code, tmp_path)
-    assert done.returncode != 0 and time.monotonic() - started < 20
+    assert done.returncode != 0 and time.monotonic() - started < AT_ONCE_SECONDS
     assert "most recent call first" in (tmp_path / "stacks" / "rank_0.txt").read_text()
+
+
+def test_a_rank_whose_stderr_is_gone_ends_all_the_same(tmp_path):
+    code = "import sys, time\nfrom megatron_sr1.runtime.failure import guard, deadline\n"
+    code += "with guard(sys.argv[1]), deadline('sleep', 0.5):\n    time.sleep(300)\n"
+    reader, writer = os.pipe()
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stderr=writer)
+    os.close(writer)
+    os.close(reader)
+    try:
+        assert process.wait(timeout=AT_ONCE_SECONDS) == 1
+    finally:
+        process.kill()
+    assert "deadline of 0.5 s" in (tmp_path / "stacks" / "rank_0.txt").read_text()
 
 
 def test_an_inner_deadline_ends_with_its_block(tmp_path):
