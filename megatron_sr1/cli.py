@@ -205,6 +205,9 @@ def configure_logging(level: str) -> None:
     logging.basicConfig(format=name, datefmt="%H:%M:%S", force=True)
     chosen = getattr(logging, level.upper()) if rank == 0 else logging.WARNING
     logging.getLogger("megatron_sr1").setLevel(chosen)
+    if level != "debug":  # said by libraries at every step; `doctor` tells what is not installed
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
+        warnings.filterwarnings("ignore", message=r".*(Apex|Transformer Engine).* not installed")
     # Of the libraries below us; nothing that a user of this program could act on.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)

@@ -128,11 +128,10 @@ class PhaseTimer:
 
 def memory_metrics() -> dict[str, float]:
     """Memory of this process in GiB: host now and at its peak; the GPU's peak since last asked."""
-    # ru_maxrss counts KiB on Linux.
-    values = {
-        "memory/host_gib": psutil.Process().memory_info().rss / GIB,
-        "memory/host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB,
-    }
+    # ru_maxrss counts KiB on Linux, and lags behind a little.
+    now = psutil.Process().memory_info().rss / GIB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+    values = {"memory/host_gib": now, "memory/host_peak_gib": max(now, peak)}
     import torch
 
     if torch.cuda.is_available():

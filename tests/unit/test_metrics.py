@@ -100,7 +100,7 @@ def test_moved_time_is_never_more_than_there_was():
 def test_memory_peak_is_at_least_what_is_used():
     ballast = bytearray(64 * 2**20)
     values = memory_metrics()
-    assert values["memory/host_peak_gib"] >= 0.9 * values["memory/host_gib"] > 0.06
+    assert values["memory/host_peak_gib"] >= values["memory/host_gib"] > 0.06
     assert ballast is not None
 
 
