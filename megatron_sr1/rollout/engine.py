@@ -11,7 +11,9 @@ the draw only (sampler.py says how the two relate).
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,6 +128,9 @@ class Engine:
         )
         self._core = self._llm.llm_engine
         self._tokenizer = self._llm.get_tokenizer()
+        # vLLM's clean-up of a collected engine destroys torch's process group, the trainer's too.
+        self._core.engine_core._finalizer.detach()
+        weakref.finalize(self, _shut_down, self._core.engine_core.engine_core)
         _replace_sampler(self._core, banned_token_ids)
         weight_sync.connect(self._llm)
         self._live: set[str] = set()
@@ -364,3 +369,11 @@ def _compare(request: Request, engine_token_ids: Sequence[int]) -> None:
         f"the trainer to {len(request.expanded_token_ids)}, or to others; pixel limits and image "
         "processor of engine and trainer must be the same (data.min_pixels, data.max_pixels)"
     )
+
+
+def _shut_down(core: Any) -> None:
+    """Free an engine that is no longer used: its memory and workers, not the process group."""
+    core.structured_output_manager.clear_backend()
+    core.model_executor.shutdown()
+    core.scheduler.shutdown()
+    gc.unfreeze()

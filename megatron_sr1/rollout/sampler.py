@@ -73,8 +73,7 @@ class FullVocabularySampler(torch.nn.Module):
         if sampling_metadata.all_greedy:
             drawn = logits.argmax(dim=-1)
         else:
-            drawn, _ = self.topk_topp_sampler(logits, sampling_metadata.generators, None, None)
-            drawn = drawn.long().view(-1)
+            drawn = self._draw(logits, sampling_metadata.generators)
             if not sampling_metadata.all_random:
                 drawn = torch.where(greedy, logits.argmax(dim=-1), drawn)
         tensors = None
@@ -84,6 +83,13 @@ class FullVocabularySampler(torch.nn.Module):
         return self._outputs.SamplerOutput(
             sampled_token_ids=drawn.int().unsqueeze(1), logprobs_tensors=tensors
         )
+
+    def _draw(self, logits: torch.Tensor, generators: dict[int, torch.Generator]) -> torch.Tensor:
+        """Draw by each row's generator; the trainer's random state on the CPU stays as it is."""
+        state = torch.get_rng_state()
+        drawn, _ = self.topk_topp_sampler(logits, generators, None, None)
+        torch.set_rng_state(state)
+        return drawn.long().view(-1)
 
     @staticmethod
     def compute_logprobs(logits: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""On each rank: roll out, sync other weights, roll out again; writes what came out.
+"""On each rank: roll out, sync, roll out again, sync half a model; writes what came out.
 
 Arguments: model directory, output directory, engine tensor parallelism.
 """
@@ -12,6 +12,17 @@ import torch.distributed as dist
 
 from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.device import select_device, start_distributed, stop_distributed
+
+
+def refusal(call):
+    """Message of the error that a call ends with."""
+    from megatron_sr1.errors import EngineError
+
+    try:
+        call()
+    except EngineError as error:
+        return str(error)
+    return "accepted"
 
 
 def main(model_dir, output, tensor_parallel):
@@ -78,6 +89,9 @@ def main(model_dir, output, tensor_parallel):
         "before": before,
         "after": roll(mine),
     }
+    state = {name: tensor for name, tensor in state.items() if "gate_proj" not in name}
+    result["refused"] = [refusal(lambda: engine.sync(state.items(), version=2))]
+    result["refused"].append(refusal(lambda: roll(mine)))
     (Path(output) / f"rank{dist.get_rank()}.json").write_text(json.dumps(result))
     dist.barrier()
     stop_distributed()

@@ -4,6 +4,7 @@ Not covered: bfloat16, sleep levels (they do nothing on a CPU), lengths beyond o
 key/value cache per prompt.
 """
 
+import gc
 import weakref
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ import rollout_setup as setup
 import torch
 
 from megatron_sr1.errors import EngineError
+from megatron_sr1.rollout.engine import Engine
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +32,12 @@ def test_start_leaves_the_random_state_and_the_thread_setter_alone(tiny_model, e
     torch.set_num_threads(before + 1)
     assert torch.get_num_threads() == before + 1
     torch.set_num_threads(before)
+
+
+def test_sampling_leaves_the_random_state_alone(tiny_model, engine):
+    before = torch.get_rng_state()
+    engine.generate([setup.request(setup.prompt(tiny_model, 0), "a", seed=1)])
+    assert torch.equal(before, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("num_images", [0, 1, 3])
@@ -130,13 +138,15 @@ def test_sleep_and_wake_change_nothing_on_a_cpu(tiny_model, engine):
 
 
 def perturbed(tiny_model):
-    """Change every tensor of the transformers model; its state afterwards."""
+    """Change every tensor of the transformers model; its state afterwards, as the actor exports it:
+    an output layer that is tied to the embedding has no tensor of its own."""
     model = setup.reference(tiny_model)
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return model.state_dict()
+    assert model.config.tie_word_embeddings
+    return {n: tensor for n, tensor in model.state_dict().items() if n != "lm_head.weight"}
 
 
 def test_synced_weights_serve_the_next_request_with_the_same_images(tiny_model, engine):
@@ -169,6 +179,17 @@ def test_sync_holds_a_layer_of_the_stream_at_a_time(tiny_model, engine):
 
     engine.sync(stream(), version=6)
     assert len(alive) > 50 and most <= 7, most  # q, k and v with their biases, and the next one
+
+
+def test_a_collected_engine_leaves_the_others_and_the_process_group_alone(tiny_model, engine):
+    request = setup.request(setup.prompt(tiny_model, 0), "a", seed=1)
+    (before,) = engine.generate([request])
+    second = Engine(tiny_model, max_model_len=256, max_num_seqs=8)
+    second.generate([replace(request, images=(), token_ids=(30,), expanded_token_ids=(30,))])
+    del second
+    gc.collect()
+    assert torch.distributed.is_initialized()
+    assert engine.generate([request])[0].token_ids == before.token_ids
 
 
 def test_sync_is_refused_between_the_steps_of_a_request(tiny_model, engine):
