@@ -12,9 +12,9 @@ import re
 from collections.abc import Callable, Mapping
 
 from megatron_sr1.errors import GradingError
-from megatron_sr1.rewards.answers import clean, quantity, same_quantity, text_key
+from megatron_sr1.rewards.answers import clean, quantity, same_quantity, split_unit, text_key
 from megatron_sr1.rewards.options import label_list, named_label, question_options
-from megatron_sr1.rewards.parsing import find_answer
+from megatron_sr1.rewards.parsing import find_answer, find_boxed
 
 Compare = Callable[[str, str], bool]
 """Gold, answer -> equal as mathematics; `MathWorker.equal` with the sample's name bound."""
@@ -52,7 +52,7 @@ def same_answer(answer: str, gold: str, question: str, compare: Compare) -> bool
         question: as asked, with its options.
         compare: settles what only algebra can.
     """
-    wanted, given = clean(find_answer(gold) or gold), clean(answer)
+    wanted, given = clean(bare_gold(gold)), clean(answer)
     if not wanted:
         raise GradingError(f"the gold answer is {gold!r}; expected some text to compare with")
     if text_key(wanted) == text_key(given):
@@ -62,6 +62,12 @@ def same_answer(answer: str, gold: str, question: str, compare: Compare) -> bool
     if by_label is not None:
         return by_label
     return _same_value(wanted, given, compare)
+
+
+def bare_gold(gold: str) -> str:
+    """A gold answer out of its box, if it has one."""
+    boxed = find_boxed(gold)
+    return gold if boxed is None else boxed.content
 
 
 def is_label(cleaned_gold: str, options: Mapping[str, str]) -> bool:
@@ -130,6 +136,9 @@ def _same_value(wanted: str, given: str, compare: Compare) -> bool:
         return same_quantity(gold_quantity, given_quantity)
     if text_key(wanted) == text_key(given):
         return True
+    (wanted, gold_unit), (given, unit) = split_unit(wanted), split_unit(given)
+    if gold_unit and unit and gold_unit != unit:
+        return False
     return is_mathematics(wanted) and is_mathematics(given) and compare(wanted, given)
 
 
@@ -158,10 +167,11 @@ def is_mathematics(cleaned: str) -> bool:
     if len(cleaned) > MAX_MATH_CHARACTERS or ":" in cleaned:
         return False
     bare = _FUNCTION.sub(" ", _COMMAND.sub(" ", cleaned))
-    if re.search(r"[A-Za-z]\d", bare):  # CO2, H2O, x1: names
+    if re.search(r"[A-Za-z]\d|\d\s+\d", bare):  # CO2, H2O, x1: names; 7 8: two numbers
         return False
     if re.search(r"(?<![^\s,;])[A-Za-z]{2,}(?![^\s,;])", bare):  # a word by itself: prose
         return False
-    return bool(re.search(r"[0-9=<>^_+*/|]|\\[A-Za-z]", cleaned)) or bool(
-        re.fullmatch(r"[a-z]|.*[(\[{].*", bare)
-    )
+    runs = re.findall(r"[A-Za-z]{3,}", bare)  # glued to something; a product is abc or xyz
+    if any(not re.fullmatch(r"[abcxyz]{3}", run) for run in runs):
+        return False
+    return bool(re.search(r"[0-9=<>^_+*/|]|\\[A-Za-z]", cleaned))

@@ -51,11 +51,10 @@ def clean(text: str) -> str:
     for _ in range(3):  # text commands inside each other
         text = _TEXT_COMMAND.sub(r" \1 ", text)
     text = " ".join(text.split())
-    before = None
-    while text != before:
-        before = text
-        text = text.strip(" \"'")
-        text = re.sub(r"[.,;:]+$|(?<=[A-Za-z])[!?]+$", "", text)
+    for _ in range(3):  # dress over dress: quotes in braces before a full stop
+        text = text.strip(" \"'").rstrip(" .,;:\"'")
+        if re.search(r"[A-Za-z][!?]+$", text[-9:]):  # behind a digit it is a factorial
+            text = text.rstrip("!?")
         inside = re.fullmatch(r"\{([^{}]*)\}", text)
         text = inside.group(1) if inside else text
     return text
@@ -163,6 +162,17 @@ def same_quantity(one: Quantity, other: Quantity) -> bool:
     return percent.value / 100 == plain.value
 
 
+def split_unit(cleaned: str) -> tuple[str, str]:
+    r"""A formula and the unit behind it, as `2\sqrt{3} cm`; the unit is "" where there is none.
+
+    Args:
+        cleaned: what `clean` returned.
+    """
+    found = re.fullmatch(r"(.+?)(\s+[A-Za-z][\w/^ {}]*|\s*[°%])", cleaned)
+    unit = _unit(found[2]) if found else None
+    return (cleaned, "") if found is None or unit is None else (found[1], unit)
+
+
 def _same_value(one: Quantity, other: Quantity) -> bool:
     if one.value == other.value:
         return True
@@ -190,7 +200,7 @@ def _unit(rest: str) -> str | None:
     glued = not rest[0].isspace()
     name = " ".join(rest.casefold().split())
     name = re.sub(r"^(?:square|sq\.?) (.+)$", r"\1^2", re.sub(r"^cubic (.+)$", r"\1^3", name))
-    name = re.sub(r"\^\s*\{?(\d)\}?", r"^\1", re.sub(r"\s*/\s*", "/", name))
+    name = re.sub(r"\s*\^\s*\{?(\d)\}?", r"^\1", re.sub(r"\s*/\s*", "/", name))
     base, power, exponent = name.partition("^")
     name = _UNITS.get(base, base) + power + exponent
     if name in _UNITS:

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import re
 
-from megatron_sr1.rewards.accuracy import gold_label
+from megatron_sr1.rewards.accuracy import bare_gold, gold_label
 from megatron_sr1.rewards.answers import clean
 from megatron_sr1.rewards.options import question_options
-from megatron_sr1.rewards.parsing import find_answer
 
+MAX_SENTENCE_CHARACTERS = 300
 _VERDICT = (
     r"(?:answer|solution|result|conclusion)(?: to (?:the|this) (?:question|problem))?"
     r"(?: is| are| =| equals| would be| must be| should be| will be|:)(?: therefore| thus)?:?"
@@ -39,7 +39,7 @@ def states_answer(description: str, gold: str, question: str) -> bool:
     if re.search(r"\\boxed\b", description):
         return True
     options = question_options(question)
-    wanted = clean(find_answer(gold) or gold)
+    wanted = clean(bare_gold(gold))
     label = gold_label(wanted, options)
     values = [wanted]
     if label is not None:
@@ -65,9 +65,9 @@ def _value_is_verdict(description: str, value: str) -> bool:
         return True
     if re.search(rf"(?:^|[,:] |\band ){concluded}$", last):
         return True
-    return bool(
-        re.search(rf"{_OPERATION}.*(?:=|\bis|\bequals|\bmakes)\s*{said}{unit}[^\w\"']*$", last)
-    )
+    makes = rf"(?:=|\bis|\bequals|\bmakes)\s*{said}{unit}[^\w\"']*$"
+    result = re.search(makes, last)
+    return result is not None and bool(re.search(_OPERATION, last[: result.start()]))
 
 
 def _label_is_verdict(description: str, label: str) -> bool:
@@ -95,7 +95,9 @@ def _label_is_verdict(description: str, label: str) -> bool:
 
 
 def _sentences(text: str) -> list[str]:
-    return [part.strip() for part in _SENTENCE.split(text) if part.strip()]
+    """Ends of the sentences: a verdict is short, and no pattern runs over a long text twice."""
+    parts = (part.strip() for part in _SENTENCE.split(text))
+    return [part[-MAX_SENTENCE_CHARACTERS:] for part in parts if part]
 
 
 def _spelt(value: str) -> str:

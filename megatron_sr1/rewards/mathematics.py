@@ -25,12 +25,17 @@ _WARM_UP = (("5", "6"), (r"\sqrt{8}", r"2\sqrt{2}"), ("x>5", "x<5"), ("(1,2)", r
 
 def parse(text: str) -> list[Any]:
     """Expressions that the LaTeX grammar reads in a text; none if it reads none."""
+    from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig
     from math_verify import parse as parse_latex
 
+    # Units stay: answers.py has taken off what is one, and 5m is not 5.
+    as_written = NormalizationConfig(
+        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none"
+    )
     return parse_latex(
         f"${text}$",
-        extraction_config=[LatexExtractionConfig()],
+        extraction_config=[LatexExtractionConfig(normalization_config=as_written)],
         fallback_mode="no_fallback",
         parsing_timeout=None,
         raise_on_error=True,
