@@ -15,7 +15,8 @@ def group_advantages(totals: np.ndarray, std_floor: float) -> tuple[np.ndarray, 
     """Normalise rewards within each group: (reward - mean) / max(std, floor).
 
     The floor keeps rewards that differ by rounding or by a sliver of format reward from becoming
-    huge advantages. The deviation is the unbiased one (n - 1), as upstream's.
+    huge advantages; it stands in for upstream's + 1e-6. The deviation is the unbiased one (n - 1),
+    as upstream's (torch.std).
 
     Args:
         totals: [groups, n] float, rewards.

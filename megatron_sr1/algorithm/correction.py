@@ -7,6 +7,8 @@ gap, and how many tokens are far apart.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from megatron_sr1.algorithm.losses import k3_divergence
@@ -37,3 +39,28 @@ def mismatch_sums(
         "mismatch/far_share": (gap.abs() > FAR_NATS).sum(),
         "mismatch/abs_max": gap.abs().max() if gap.numel() else gap.new_zeros(()),
     }
+
+
+def truncated_importance_weights(
+    engine_logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    loss_mask: torch.Tensor,
+    cap: float,
+) -> torch.Tensor:
+    """Weights that make tokens sampled by the engine count as sampled by the actor.
+
+    min(pi_old / pi_engine, cap): truncated importance sampling (Ionides, JCGS 2008). The policy
+    loss is homogeneous in the advantage, so multiply the advantages by them.
+
+    Args:
+        engine_logprobs: [1, T] float32 nats, as sampled.
+        old_logprobs: [1, T] float32 nats, of the actor before this batch's updates.
+        loss_mask: [1, T] float32, 1 at target tokens.
+        cap: largest weight, >= 1.
+
+    Returns:
+        [1, T] float32, without gradients; 1 outside the targets.
+    """
+    assert cap >= 1, cap
+    gap = torch.where(loss_mask.bool(), old_logprobs - engine_logprobs, 0.0).detach()
+    return gap.clamp(max=math.log(cap)).exp()

@@ -71,7 +71,8 @@ def policy_loss(
 def k3_divergence(policy_logprobs: torch.Tensor, reference_logprobs: torch.Tensor) -> torch.Tensor:
     """Low-variance estimate of KL(policy || reference) from the policy's own samples, per token.
 
-    With d = reference - policy it is exp(d) - d - 1: never negative, 0 where they agree; cut at 10.
+    With d = reference - policy it is exp(d) - d - 1: never negative, 0 where they agree. As
+    upstream, d is cut at 20 on both sides and the result at 10; beyond a cut there is no gradient.
 
     Args:
         policy_logprobs: any shape, float32 nats.

@@ -1,0 +1,59 @@
+"""Advantages, by hand."""
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_sr1.algorithm.advantages import group_advantages
+
+
+def test_advantages_are_centred_and_divided_by_the_unbiased_deviation():
+    # mean 1, squares (1, 1, 0, 0), deviation sqrt(2 / 3)
+    advantages, stats = group_advantages(np.array([[0.0, 2.0, 1.0, 1.0]]), 1e-2)
+    assert advantages.dtype == np.float32
+    expected = np.array([[-1.0, 1.0, 0.0, 0.0]]) / np.sqrt(2 / 3)
+    np.testing.assert_allclose(advantages, expected, rtol=1e-6)
+    assert stats["std"] == pytest.approx(np.sqrt(2 / 3))
+    assert (stats["no_spread"], stats["floored"]) == (0.0, 0.0)
+
+
+def test_each_group_is_normalised_on_its_own():
+    totals = np.array([[0.0, 1.0], [100.0, 300.0]])
+    advantages, _ = group_advantages(totals, 1e-2)
+    row = np.array([-1.0, 1.0]) / np.sqrt(2)
+    np.testing.assert_allclose(advantages, [row, row], rtol=1e-6)
+
+
+def test_the_deviation_is_that_of_torch():
+    totals = np.random.default_rng(0).random((5, 8))
+    rewards = torch.tensor(totals)
+    upstream = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
+    np.testing.assert_allclose(group_advantages(totals, 1e-2)[0], upstream, rtol=1e-4)
+
+
+def test_a_group_without_spread_teaches_nothing_and_is_counted():
+    totals = np.array([[1.1, 1.1, 1.1], [0.0, 1.0, 2.0]])
+    advantages, stats = group_advantages(totals, 1e-2)
+    np.testing.assert_array_equal(advantages[0], 0.0)
+    assert stats["no_spread"] == 0.5
+
+
+def test_sums_that_differ_by_rounding_have_no_spread():
+    rounded = 0.9 + 0.1 + 1.0, 1.0 + 0.9 + 0.1, 2.0 + 2**-50
+    advantages, stats = group_advantages(np.array([rounded]), 1e-2)
+    np.testing.assert_array_equal(advantages, 0.0)
+    assert stats["no_spread"] == 1.0
+
+
+def test_the_floor_bounds_what_a_sliver_of_reward_can_do():
+    # Deviation 0.0005 without a floor gives 7/sqrt(8) and more; upstream saw 7428.
+    totals = np.array([[1.0] * 7 + [1.001]])
+    advantages, stats = group_advantages(totals, 1e-2)
+    np.testing.assert_allclose(advantages[0, 7], 0.001 * 7 / 8 / 1e-2, rtol=1e-4)
+    assert stats["floored"] == 1.0
+
+
+def test_a_group_of_one_has_no_advantage():
+    advantages, stats = group_advantages(np.array([[1.0]]), 1e-2)
+    assert advantages.tolist() == [[0.0]]
+    assert stats["no_spread"] == 1.0
