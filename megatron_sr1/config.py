@@ -319,7 +319,11 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
     for text in overrides or []:
         if "=" not in text:
             raise ConfigError(f"override {text!r}: expected group.key=value, as seed=2")
-        layers.append((text, OmegaConf.from_dotlist([text])))
+        layer = OmegaConf.from_dotlist([text])
+        key, _, value = text.partition("=")
+        if not value:  # "data.eval=" empties a text; OmegaConf alone would read a null
+            OmegaConf.update(layer, key, "")
+        layers.append((text, layer))
     for name, layer in layers:
         try:
             config = OmegaConf.merge(config, layer)

@@ -66,6 +66,8 @@ GRPO = [
     "algorithm.kl_coefficient=0",
     "optimizer.num_steps=40",
     "optimizer.learning_rate=1.5e-4",
+    "optimizer.min_learning_rate=1.5e-5",
+    "optimizer.schedule=linear",
 ]
 
 

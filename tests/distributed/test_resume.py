@@ -1,0 +1,98 @@
+"""A run that is killed and started again goes on with the numbers of one that never stopped.
+
+Not covered here: kills at other moments than after a checkpoint, and another layout on resuming.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_sr1.data.digits import make_digits
+
+ROOT = Path(__file__).resolve().parents[2]
+DIGITS = ROOT / "examples" / "digits_cpu.yaml"
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("digits")
+    return make_digits(folder, 1, num_train=40, num_eval=16, num_cold_start=48)
+
+
+def command(output, model, shards, *more):
+    return [
+        *(sys.executable, "-m", "megatron_sr1", "train", str(DIGITS)),
+        f"output={output}",
+        f"model.path={model}",
+        f"data.train={shards['train']}",
+        "data.eval=",
+        "optimizer.num_steps=4",
+        "checkpoint.every_steps=2",
+        "checkpoint.export_hf=false",
+        *more,
+    ]
+
+
+def run_to_the_end(argv):
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def run_and_kill_at(argv, output, step):
+    """Start a run, and kill all of it as soon as `latest` names the step."""
+    run = subprocess.Popen(
+        argv, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    latest, until = Path(output) / "checkpoints" / "latest", time.monotonic() + 300
+    try:
+        while not (latest.exists() and latest.read_text().strip() == f"step_{step}"):
+            assert run.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < until, "no checkpoint came"
+            time.sleep(0.02)
+    finally:
+        os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+
+
+def numbers(output):
+    """Lines of metrics.jsonl without times and memory."""
+    lines = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in line.items() if not k.startswith(("time/", "memory/"))} for line in lines
+    ]
+
+
+def check_resumed(tmp_path, model, shards, *more):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run_to_the_end(command(whole, model, shards, *more))
+    argv = command(stopped, model, shards, *more)
+    run_and_kill_at(argv, stopped, 2)
+    again = run_to_the_end(argv)
+    assert "resumed from step" in again.stderr
+    expected = numbers(whole)
+    assert [line["step"] for line in expected] == [1, 2, 3, 4]
+    assert numbers(stopped) == expected
+    return whole, stopped
+
+
+def test_supervised_run_goes_on_as_if_never_killed(tmp_path, tiny_model, shards):
+    cold_start = {"train": shards["cold_start"]}
+    more = ("stage=sft", "launch.num_processes=1", "data.prompts_per_step=20")
+    check_resumed(tmp_path, tiny_model, cold_start, *more)
+
+
+@pytest.mark.slow
+def test_grpo_goes_on_with_the_same_rollouts_and_numbers(tmp_path, tiny_model, shards):
+    small = ("data.prompts_per_step=8", "algorithm.prompts_per_update=4")
+    more = (*small, "algorithm.kl_coefficient=0.01", "checkpoint.keep_last=0")
+    whole, stopped = check_resumed(tmp_path, tiny_model, shards, *more)
+    for step in range(4):
+        name = f"rollouts/step_{step}.jsonl"
+        assert (stopped / name).read_text() == (whole / name).read_text()
