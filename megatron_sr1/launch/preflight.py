@@ -7,9 +7,6 @@ from pathlib import Path
 from megatron_sr1.config import Config
 from megatron_sr1.errors import CheckpointError, ConfigError, DataError
 
-# A Hugging Face directory, a checkpoint of ours, or a folder of such checkpoints.
-CHECKPOINT_MARKS = ("config.json", "latest", ".metadata", "metadata.json", "common.pt")
-
 
 def check_paths(config: Config) -> None:
     """Check that model, data and output can be what the stage needs.
@@ -32,7 +29,9 @@ def _check_model(path: Path) -> None:
         raise CheckpointError(
             f"model.path={path}: no such folder; give a Hugging Face directory or a checkpoint"
         )
-    if not path.is_dir() or not any((path / mark).exists() for mark in CHECKPOINT_MARKS):
+    is_published = (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+    is_ours = (path / "latest").exists() or (path / ".metadata").exists()
+    if not is_published and not is_ours and not any(path.glob("step_*")):
         raise CheckpointError(
             f"model.path={path} is no checkpoint: expected a folder with config.json and "
             "*.safetensors (Hugging Face), or one that a run or tools/convert_checkpoint.py wrote"

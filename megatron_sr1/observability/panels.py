@@ -38,7 +38,7 @@ TITLES = {
     "reward/shortcut_rate": "Language-shortcut rate",
     "actor/loss": "Loss",
     "actor/kl": "KL to the reference",
-    "mismatch/kl": "Engine against trainer, KL",
+    "mismatch/abs_max": "Engine against trainer, largest gap, nats",
     "optimizer/grad_norm": "Gradient norm",
     "rollout/response_tokens": "Response tokens a step",
 }

@@ -151,6 +151,7 @@ class FailureWatch:
             os._exit(code)
 
     def _tell(self, cause: str, code: int, trace: str) -> None:
+        cause = " ".join(cause.split())  # one line
         first = self._record(cause, code)
         why = f"rank {first['rank']}: {first['cause']}"
         self._dump(cause if first["rank"] == self.rank else f"stopped by {why}", trace)

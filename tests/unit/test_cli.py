@@ -18,6 +18,7 @@ def checkpoint(tmp_path) -> Path:
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").touch()
     return folder
 
 
@@ -106,6 +107,12 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path, shards, capsys):
     assert f"model.path={empty} is no checkpoint" in line
 
 
+def test_a_model_folder_without_weights_is_refused(tmp_path, checkpoint, shards, capsys):
+    (checkpoint / "model.safetensors").unlink()
+    config = write_config(tmp_path, checkpoint, shards)
+    assert "is no checkpoint" in fails_with_one_line(capsys, "train", config)
+
+
 def test_a_missing_model_is_named(tmp_path, shards, capsys):
     config = write_config(tmp_path, "nowhere", shards)
     assert "model.path=nowhere: no such folder" in fails_with_one_line(capsys, "train", config)
@@ -155,6 +162,7 @@ def test_report_writes_the_page_and_says_where(tmp_path, capsys):
     assert (tmp_path / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_a_rank_error_is_told_again_below_torchruns_words(tmp_path, checkpoint, shards):
     # Both ranks start, read the model folder, and find that its config.json says nothing.
     config = write_config(tmp_path, checkpoint, shards)

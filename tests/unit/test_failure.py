@@ -185,7 +185,7 @@ def test_the_cause_is_the_last_line_and_the_status_is_two(tmp_path):
     code = f"""
 from megatron_sr1.errors import ConfigError
 with guard({str(tmp_path)!r}):
-    raise ConfigError("seed is 'x'; expected a number")
+    raise ConfigError("seed is 'x';\\n  expected a number")
 """
     done = alone(code, tmp_path)
     assert done.returncode == 2
