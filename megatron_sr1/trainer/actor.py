@@ -8,7 +8,8 @@ memory, exchanged with the live weights for its forward pass.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +18,10 @@ from typing import Any
 import torch
 
 from megatron_sr1.checkpoint.distributed import ModelSource
-from megatron_sr1.checkpoint.hf import export_weights, save_hf
+from megatron_sr1.checkpoint.hf import export_weights, local_parameters, save_hf
+from megatron_sr1.checkpoint.mapping import entries
 from megatron_sr1.config import Config, OptimizerConfig
+from megatron_sr1.errors import ConfigError
 from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.groups import Groups
@@ -86,6 +89,37 @@ class Reference:
             parameter.copy_(value)
 
 
+def freeze(chunks: list[Any], hf_config: HFConfig, patterns: Sequence[str]) -> None:
+    """Take parameters out of training: no gradient, no optimizer state.
+
+    Args:
+        chunks: the model.
+        hf_config: shape of the model.
+        patterns: regular expressions, searched for in published names (`^visual[.]`).
+
+    Raises:
+        ConfigError: a pattern that matches nothing, or only a part of a fused parameter.
+    """
+    frozen = set()
+    for pattern in patterns:
+        matched = False
+        for entry in entries(hf_config):
+            hits = [bool(re.search(pattern, name)) for name in entry.hf_names]
+            if any(hits) and not all(hits):
+                raise ConfigError(
+                    f"model.freeze: {pattern!r} matches some of {', '.join(entry.hf_names)}, which "
+                    "are one parameter here; match all of them or none"
+                )
+            if all(hits):
+                matched = True
+                frozen.add(entry.name)
+        if not matched:
+            some = ", ".join(entry.hf_names[0] for entry in entries(hf_config)[:3])
+            raise ConfigError(f"model.freeze: {pattern!r} matches no parameter, as {some}, …")
+    for entry, parameter in local_parameters(chunks, hf_config):
+        parameter.requires_grad_(entry.name not in frozen)
+
+
 def make_actor(
     config: Config,
     chunks: list[Any],
@@ -111,6 +145,7 @@ def make_actor(
     )
     from megatron.core.optimizer import get_megatron_optimizer
 
+    freeze(chunks, hf_config, config.model.freeze)
     with cpu.megatron_mode():
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,

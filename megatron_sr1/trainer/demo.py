@@ -18,6 +18,7 @@ from typing import Any
 from megatron_sr1.config import Config, load_config
 from megatron_sr1.data.digits import corpus_texts, make_digits
 from megatron_sr1.model.tiny import make_tiny_model
+from megatron_sr1.observability.metrics import read_lines
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.runtime.device import stop_distributed
 from megatron_sr1.runtime.groups import Groups
@@ -148,10 +149,10 @@ def finish(output: Path) -> dict[str, Any]:
         the summary: rates of each model, seconds of the whole, median seconds of a GRPO step.
     """
     summary: dict[str, Any] = {
-        name: {way: scoring.rates(_lines(output / f"eval/{name}_{way}.jsonl")) for way in WAYS}
+        name: {way: scoring.rates(read_lines(output / f"eval/{name}_{way}.jsonl")) for way in WAYS}
         for name in MODELS
     }
-    steps = _lines(output / "vision_sr1" / "metrics.jsonl")
+    steps = read_lines(output / "vision_sr1" / "metrics.jsonl")
     summary["seconds"] = json.loads((output / "seconds.json").read_text())["seconds"]
     summary["median_step_seconds"] = statistics.median(s["time/step_seconds"] for s in steps)
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -171,7 +172,3 @@ def _config(output: Path, seed: int, name: str, *more: str) -> Config:
         f"seed={seed}",
     ]
     return load_config(None, [*COMMON, *own, *more])
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -35,7 +35,7 @@ def run_sft(config: Config, device: Device, groups: Groups) -> None:
     """Supervised fine-tuning of `model.path` on `data.train`."""
     context, samples, actor, _ = start(config, groups, config.optimizer.num_steps)
     train_sft(context, actor, samples)
-    finish(context, actor)
+    finish(context, actor, samples)
 
 
 def run_grpo(config: Config, device: Device, groups: Groups) -> None:
@@ -56,7 +56,7 @@ def run_grpo(config: Config, device: Device, groups: Groups) -> None:
     if config.data.eval:
         sync(context, actor, engine, version=context.step)
         judge(context, engine)
-    finish(context, actor)
+    finish(context, actor, samples)
 
 
 def run_eval(config: Config, device: Device, groups: Groups) -> None:
@@ -107,8 +107,8 @@ def judge(context: Context, engine: Engine) -> None:
         (context.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 
-def finish(context: Context, actor: Actor) -> None:
-    """Export the Hugging Face model and write the report."""
+def finish(context: Context, actor: Actor, samples: Samples) -> None:
+    """Export the Hugging Face model and write the report, with pictures of the training set."""
     context.close()
     if context.config.checkpoint.export_hf:
         with context.phase("export"):
@@ -116,7 +116,7 @@ def finish(context: Context, actor: Actor) -> None:
     if context.is_writer:
         from megatron_sr1.observability.report import write_report
 
-        log.info("report: %s", write_report(context.run_dir))
+        log.info("report: %s", write_report(context.run_dir, samples.reader.images))
 
 
 STAGES: dict[str, Callable[[Config, Device, Groups], None]] = {

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sr1.observability.metrics import read_lines
+
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ("cold_start", "see_think", "vision_sr1")
 
@@ -25,10 +27,6 @@ def demo(tmp_path_factory):
 @pytest.fixture(scope="module")
 def summary(demo):
     return json.loads((demo / "summary.json").read_text())
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.mark.slow
@@ -51,7 +49,7 @@ def test_summary_is_computed_from_saved_verdicts_on_the_same_held_out_questions(
     asked = None
     for name in MODELS:
         for way in ("sampled", "greedy"):
-            saved = lines(demo / "eval" / f"{name}_{way}.jsonl")
+            saved = read_lines(demo / "eval" / f"{name}_{way}.jsonl")
             questions = [(line["index"], line["question"], line["gold"]) for line in saved]
             assert len(questions) >= 2000
             assert asked in (None, questions)
@@ -64,11 +62,11 @@ def test_summary_is_computed_from_saved_verdicts_on_the_same_held_out_questions(
 
 @pytest.mark.slow
 def test_both_recipes_had_the_same_budget_and_left_what_a_run_leaves(demo):
-    steps = {name: lines(demo / name / "metrics.jsonl") for name in MODELS[1:]}
+    steps = {name: read_lines(demo / name / "metrics.jsonl") for name in MODELS[1:]}
     assert len(steps["see_think"]) == len(steps["vision_sr1"]) > 10
     for name in MODELS[1:]:
         assert [line["step"] for line in steps[name]] == list(range(1, len(steps[name]) + 1))
-        rolled = lines(demo / name / "rollouts" / "step_0.jsonl")
+        rolled = read_lines(demo / name / "rollouts" / "step_0.jsonl")
         assert len(rolled) == 256
         assert (demo / name / "hf" / "config.json").is_file()
     assert (demo / "report.html").stat().st_size > 10_000

@@ -1,7 +1,7 @@
 """Run two updates from one batch under several layouts and packings; write what came of each.
 
-Usage: updates.py MODEL_DIR OUT.json LAYOUT...; a layout is TPxPP[s][@pack_tokens], s for sequence
-parallel. Data parallelism is what remains of the ranks.
+Usage: updates.py MODEL_DIR OUT.json LAYOUT...; a layout is TPxPP[s]@pack_tokens[f], s for sequence
+parallel, f for a frozen vision tower. Data parallelism is what remains of the ranks.
 """
 
 import json
@@ -68,8 +68,12 @@ def make_samples(processor: Processor) -> tuple[list[TrainSample], dict[int, lis
 
 
 def run_layout(layout: str, model_dir: str, processor: Processor) -> dict:
-    """Loss and gradient norm of two updates, logprobs before and after, exported weights."""
-    tensor, pipeline, sequence, pack_tokens = re.fullmatch(r"(\d)x(\d)(s?)@(\d+)", layout).groups()
+    """What one layout gives, with the vision tower frozen where it ends in f.
+
+    Loss and gradient norm of two updates, logprobs before and after, exported weights."""
+    matched = re.fullmatch(r"(\d)x(\d)(s?)@(\d+)f?", layout)
+    assert matched is not None, layout
+    tensor, pipeline, sequence, pack_tokens = matched.groups()
     config = load_config(
         None,
         [
@@ -84,6 +88,7 @@ def run_layout(layout: str, model_dir: str, processor: Processor) -> dict:
     groups = make_groups(config.parallel, select_device("cpu"))
     chunks, hf_config, source = load_actor_model(config, groups)
     reference = Reference(chunks)
+    config.model.freeze = ["^visual[.]"] if layout.endswith("f") else []
     actor = make_actor(config, chunks, hf_config, source, groups, num_updates=2)
     samples, pictures = make_samples(processor)
     own = samples[groups.data.rank :: groups.data.size]
