@@ -13,7 +13,6 @@ CORE = [
     "math-verify[antlr4_13_2]>=0.8",
     "pillow>=11",
     "pyarrow>=18",
-    "plotly>=6",
     "psutil>=6",
     "numpy>=2",
 ]
@@ -40,7 +39,7 @@ setup(
         ],
         # nemo-run's pins clash with vLLM's: an environment of its own.
         "slurm": ["nemo-run==0.11.1"],
-        "dev": ["pytest>=9", "ruff>=0.14", "mypy>=1.18", "dashscope>=1.20", "types-PyYAML"],
+        "dev": ["pytest>=9", "ruff>=0.14", "mypy>=1.18"],
     },
     entry_points={"console_scripts": ["megatron-sr1 = megatron_sr1.cli:main"]},
     license="Apache-2.0",
