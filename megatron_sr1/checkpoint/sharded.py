@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sr1.checkpoint import torch_adam
-from megatron_sr1.checkpoint.untrusted import check_folder
+from megatron_sr1.checkpoint.untrusted import COMMON_OBJECT, check_folder
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.runtime import cpu
 
@@ -55,9 +55,12 @@ def load_tensors(folder: Path, chunks: Sequence[Any], optimizer: Any) -> None:
     """
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException
+    from megatron.core.dist_checkpointing.strategies import common
     from torch.distributed.checkpoint.api import CheckpointException
 
-    check_folder(folder)
+    kept = check_folder(folder).state_dict_metadata
+    if COMMON_OBJECT in kept and hasattr(common, "TorchCommonLoadStrategy"):
+        raise CheckpointError(f"{folder}: written by a newer Megatron-Core; install that one")
     with cpu.megatron_mode(), torch_adam.loading(optimizer):
         state = _sharded_state(chunks, optimizer, is_loading=True)
         try:

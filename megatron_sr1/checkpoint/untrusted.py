@@ -1,13 +1,13 @@
 """A checkpoint's files are looked at before anything in them is unpickled.
 
-Torch's distributed checkpoint format pickles its `.metadata`, and Megatron's beside it a
-`common.pt`. In: a checkpoint folder. Out: nothing, or an error if the pickles name anything but
-the plain records that belong there. Objects pickled inside the data files are refused as well: a
-checkpoint of ours has tensors only.
+Torch's distributed checkpoint format pickles its `.metadata`, and Megatron beside it the values
+that are no tensors. In: a checkpoint folder. Out: its metadata, or an error if the pickles name
+anything but the plain records that belong there.
 """
 
 from __future__ import annotations
 
+import io
 import pickle
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ _RECORDS = "torch.distributed.checkpoint.metadata"
 _PLANNER = "torch.distributed.checkpoint.planner"
 ALLOWED = {
     (_RECORDS, "Metadata"),
+    (_RECORDS, "BytesStorageMetadata"),
     (_RECORDS, "ChunkStorageMetadata"),
     (_RECORDS, "TensorStorageMetadata"),
     (_RECORDS, "TensorProperties"),
@@ -35,6 +36,9 @@ ALLOWED = {
     ("torch.serialization", "_get_layout"),
     ("collections", "OrderedDict"),
 }
+# Newer releases of Megatron-Core keep the values of common.pt in this object instead.
+COMMON_OBJECT = "common_state/shard_0_1"
+_DAMAGE = (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, IndexError)
 
 
 class _Reader(pickle.Unpickler):
@@ -67,20 +71,39 @@ def check_folder(folder: Path) -> Any:
     try:
         with path.open("rb") as file:
             metadata = _Reader(file).load()
-        # A path that leaves the folder would be read from somewhere else.
-        for info in metadata.storage_data.values():
-            if Path(info.relative_path).name != info.relative_path:
-                raise CheckpointError(f"it points to {info.relative_path!r}, outside its folder")
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; the checkpoint is not complete") from None
+        kinds = metadata.state_dict_metadata
+        for index, info in metadata.storage_data.items():
+            _check_place(info)
+            # Tensors are read with weights_only=True by torch itself, other objects are not.
+            if type(kinds.get(index.fqn)).__name__ != "TensorStorageMetadata":
+                if index.fqn != COMMON_OBJECT:
+                    raise CheckpointError(f"it holds {index.fqn}, an object and not a tensor")
+                with (folder / info.relative_path).open("rb") as file:
+                    file.seek(info.offset)
+                    _check_pickle(f"{path}: {COMMON_OBJECT}", io.BytesIO(file.read(info.length)))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{error.filename}: no such file; the checkpoint is cut") from None
     except CheckpointError as error:
         raise CheckpointError(f"{path} is refused: {error}") from None
-    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError) as error:
+    except _DAMAGE as error:
         raise CheckpointError(f"{path}: damaged: {error}") from None
-    common = folder / "common.pt"
-    try:
-        torch.load(common, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{common} is refused or damaged: {reason}") from None
+    if COMMON_OBJECT not in kinds:
+        _check_pickle(str(folder / "common.pt"), folder / "common.pt")
     return metadata
+
+
+def _check_place(info: Any) -> None:
+    """A path that leaves the folder would be read from elsewhere, a filter would change bytes."""
+    if Path(info.relative_path).name != info.relative_path:
+        raise CheckpointError(f"it points to {info.relative_path!r}, outside its folder")
+    if getattr(info, "transform_descriptors", None):
+        raise CheckpointError(f"it filters {info.relative_path} with {info.transform_descriptors}")
+
+
+def _check_pickle(name: str, file: Path | io.BytesIO) -> None:
+    """Load something as plain values, or refuse it."""
+    try:
+        torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{name} is refused or damaged: {reason}") from None

@@ -98,12 +98,18 @@ def test_metadata_that_would_run_code_is_refused_without_running_it(tmp_path):
     assert mark.exists(), "the attack itself does not work"
 
 
-def metadata(**changes):
+def metadata(path="__0_0.distcp", name=None, offset=0, length=8):
+    from torch.distributed.checkpoint import metadata as records
     from torch.distributed.checkpoint.filesystem import _StorageInfo
-    from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
-    info = _StorageInfo(changes.pop("path", "__0_0.distcp"), 0, 8)
-    return Metadata(state_dict_metadata={}, storage_data={MetadataIndex("a"): info}, **changes)
+    tensor = records.TensorStorageMetadata(
+        records.TensorProperties(torch.float32), torch.Size([2]), []
+    )
+    info = _StorageInfo(path, offset, length)
+    return records.Metadata(
+        state_dict_metadata={} if name else {"a": tensor},
+        storage_data={records.MetadataIndex(name or "a"): info},
+    )
 
 
 def test_common_state_that_would_run_code_is_refused_without_running_it(tmp_path):
@@ -117,17 +123,37 @@ def test_common_state_that_would_run_code_is_refused_without_running_it(tmp_path
     check_folder(tmp_path)
 
 
-def test_metadata_may_not_point_outside_its_folder_nor_to_pickled_objects(tmp_path):
-    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
-
+def test_metadata_may_not_point_outside_its_folder(tmp_path):
     (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata(path="../other/__0_0.distcp")))
     with pytest.raises(CheckpointError, match="outside its folder"):
         check_folder(tmp_path)
-    held = io.BytesIO()
-    pickle.dump(metadata(planner_data=BytesStorageMetadata()), held)
-    (tmp_path / ".metadata").write_bytes(held.getvalue())
-    with pytest.raises(CheckpointError, match="BytesStorageMetadata"):
+
+
+@pytest.mark.parametrize("name", ["common_state/shard_0_1", "rng/shard_0_1"])
+def test_objects_among_the_tensors_are_refused_without_running_them(tmp_path, name):
+    """Megatron-Core 0.19 keeps one there, which may hold plain values; any other is not ours."""
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+    mark = tmp_path / "owned"
+
+    def write(value):
+        held = io.BytesIO()
+        torch.save([value], held)
+        (tmp_path / "__0_0.distcp").write_bytes(b"12345678" + held.getvalue())
+        there = metadata(name=name, offset=8, length=len(held.getvalue()))
+        there.state_dict_metadata[name] = BytesStorageMetadata()
+        (tmp_path / ".metadata").write_bytes(pickle.dumps(there))
+
+    write(Attack(mark))
+    with pytest.raises(CheckpointError, match=name):
         check_folder(tmp_path)
+    assert not mark.exists()
+    write({"step": 3})
+    if name.startswith("common"):
+        check_folder(tmp_path)
+    else:
+        with pytest.raises(CheckpointError, match="an object and not a tensor"):
+            check_folder(tmp_path)
 
 
 def test_a_cut_off_metadata_is_an_error_of_ours(tmp_path):
