@@ -15,7 +15,6 @@ import contextlib
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
@@ -30,13 +29,19 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_sr1.errors import ConfigError, DataError
+from megatron_sr1.errors import DataError
 from megatron_sr1.model import specs
 from megatron_sr1.model.attention import pack_row
 from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.model.logprobs import full_logits, label_logprobs, vocabulary_rows
 from megatron_sr1.model.rotary import text_angles
-from megatron_sr1.model.vision import VisionModel, vision_transformer_config
+from megatron_sr1.model.transformer_config import (
+    check_layout,
+    padded_vocab_size,
+    text_transformer_config,
+    vision_transformer_config,
+)
+from megatron_sr1.model.vision import VisionModel
 from megatron_sr1.records import VisionInputs
 from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.groups import Groups
@@ -235,7 +240,7 @@ def build_model(
     Raises:
         ConfigError: the layout does not divide the model, or the kernels cannot run here.
     """
-    _check_layout(hf_config, groups, sequence_parallel)
+    check_layout(hf_config, groups, sequence_parallel)
     if spec == "transformer_engine":
         specs.require_transformer_engine()
     config = text_transformer_config(
@@ -257,85 +262,6 @@ def build_model(
     return [chunk]
 
 
-def text_transformer_config(
-    hf_config: HFConfig,
-    groups: Groups,
-    *,
-    dtype: torch.dtype,
-    sequence_parallel: bool,
-    recompute: str,
-    fp8: str | None,
-    fp8_recipe: str,
-) -> TransformerConfig:
-    """Megatron's configuration of the language model.
-
-    Losses are sums over tokens, divided by the number of tokens of the whole update
-    (`calculate_per_token_loss`).
-
-    Args:
-        hf_config: shape of the model.
-        groups: the layout.
-        dtype: of parameters and activations.
-        sequence_parallel: as `build_model`.
-        recompute: as `build_model`.
-        fp8: as `build_model`.
-        fp8_recipe: as `build_model`.
-    """
-    text, on_cpu = hf_config.text, groups.device.kind == "cpu"
-    extra: dict[str, Any] = {}
-    if recompute == "full":
-        extra = {"recompute_method": "uniform", "recompute_num_layers": 1}
-    if fp8 is not None:
-        extra |= {"fp8": fp8, "fp8_recipe": fp8_recipe}
-    return TransformerConfig(
-        num_layers=text.num_layers,
-        hidden_size=text.hidden_size,
-        ffn_hidden_size=text.intermediate_size,
-        num_attention_heads=text.num_attention_heads,
-        num_query_groups=text.num_key_value_heads,
-        kv_channels=text.head_dim,
-        normalization="RMSNorm",
-        layernorm_epsilon=text.rms_norm_eps,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        add_qkv_bias=True,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        mrope_section=list(text.mrope_section),
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        tensor_model_parallel_size=groups.tensor.size,
-        pipeline_model_parallel_size=groups.pipeline.size,
-        context_parallel_size=groups.context.size,
-        sequence_parallel=sequence_parallel and groups.tensor.size > 1,
-        variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # variable lengths ask for it, experts or none
-        calculate_per_token_loss=True,
-        use_cpu_initialization=on_cpu,
-        init_method=_leave,
-        output_layer_init_method=_leave,
-        embedding_init_method=_leave,
-        # The fused forms are compiled, which costs more than it brings on a CPU.
-        bias_activation_fusion=not on_cpu,
-        bias_dropout_fusion=not on_cpu,
-        recompute_granularity=None if recompute == "none" else recompute,
-        recompute_modules=["mlp"],
-        **extra,
-    )
-
-
-def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
-    """Rows of the embedding over all ranks: padded only if the ids do not divide."""
-    return -(-vocab_size // tensor_parallel) * tensor_parallel
-
-
-def _leave(weight: torch.Tensor) -> torch.Tensor:
-    """Weights are loaded; drawing random ones first would take minutes."""
-    return weight
-
-
 @torch.no_grad()
 def _mark_unloaded(chunk: Qwen25VL, hf_config: HFConfig, groups: Groups) -> None:
     """NaN everywhere, so that a weight that nobody loads is loud; zero in padding rows."""
@@ -349,28 +275,3 @@ def _mark_unloaded(chunk: Qwen25VL, hf_config: HFConfig, groups: Groups) -> None
                     hf_config.text.vocab_size, len(weight), groups.tensor.rank
                 )
                 weight[num_ids:].zero_()
-
-
-def _check_layout(hf_config: HFConfig, groups: Groups, sequence_parallel: bool) -> None:
-    text, vision, size = hf_config.text, hf_config.vision, groups.tensor.size
-    parts = {
-        "num_attention_heads": text.num_attention_heads,
-        "num_key_value_heads": text.num_key_value_heads,
-        "intermediate_size": text.intermediate_size,
-        "vision num_heads": vision.num_heads,
-        "vision intermediate_size": vision.intermediate_size,
-    }
-    for name, value in parts.items():
-        if value % size:
-            raise ConfigError(
-                f"{name} is {value}, which parallel.tensor={size} does not divide; use a divisor"
-            )
-    if text.num_layers % groups.pipeline.size:
-        raise ConfigError(
-            f"{text.num_layers} layers do not divide over parallel.pipeline={groups.pipeline.size} "
-            "stages; use a divisor"
-        )
-    if groups.context.size > 1:
-        raise ConfigError("parallel.context above 1 is not supported yet; use 1")
-    if sequence_parallel and size == 1:
-        raise ConfigError("parallel.sequence=true needs parallel.tensor of 2 or more")

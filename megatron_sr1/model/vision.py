@@ -13,7 +13,7 @@ the same row serves the blocks that attend over the whole image.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -31,9 +31,8 @@ from megatron_sr1.model import specs
 from megatron_sr1.model.attention import PackedRow, pack_row
 from megatron_sr1.model.hf_config import VisionConfig
 from megatron_sr1.model.rotary import vision_angles
+from megatron_sr1.model.transformer_config import VISION_NORM_EPS
 from megatron_sr1.records import VisionInputs
-
-NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,9 @@ class PatchMerger(MegatronModule):
         """
         super().__init__(config=config)
         self.merged_size = vision.hidden_size * vision.spatial_merge_size**2
-        self.norm = specs.norm(kernels)(config=config, hidden_size=vision.hidden_size, eps=NORM_EPS)
+        self.norm = specs.norm(kernels)(
+            config=config, hidden_size=vision.hidden_size, eps=VISION_NORM_EPS
+        )
         column, row = specs.linears(kernels)
         common = {"config": config, "bias": True, "is_expert": False, "tp_group": collection.tp}
         self.linear_fc1 = column(
@@ -196,7 +197,7 @@ class VisionModel(MegatronModule):
         """Make the tower.
 
         Args:
-            config: its layers, from `vision_transformer_config`.
+            config: its layers, from transformer_config.py.
             vision: shape.
             kernels: local | transformer_engine.
             collection: Megatron's process groups.
@@ -252,41 +253,6 @@ class VisionModel(MegatronModule):
             packed_seq_params=(layout.windows, layout.images),
         )
         return self.merger(hidden)[:, 0].index_select(0, layout.inverse)
-
-
-def vision_transformer_config(text: TransformerConfig, vision: VisionConfig) -> TransformerConfig:
-    """Megatron's configuration of the tower's layers.
-
-    Args:
-        text: the language model's, for types, kernels and tensor parallelism. The tower is on the
-            first stage only and sees whole rows: no pipeline, context or sequence parallelism.
-        vision: shape.
-
-    Where the language model recomputes its MLPs, the tower recomputes whole blocks: Megatron's
-    recomputation of an MLP hands the MLP's bias out as a result and never ends its backward pass.
-    """
-    recompute: dict[str, Any] = {}
-    if text.recompute_granularity is not None:
-        recompute = {"recompute_granularity": "full", "recompute_method": "uniform"}
-        recompute["recompute_num_layers"] = 1
-    return replace(
-        text,
-        **recompute,
-        num_layers=vision.depth,
-        hidden_size=vision.hidden_size,
-        ffn_hidden_size=vision.intermediate_size,
-        num_attention_heads=vision.num_heads,
-        num_query_groups=vision.num_heads,
-        kv_channels=vision.head_dim,
-        layernorm_epsilon=NORM_EPS,
-        add_bias_linear=True,
-        add_qkv_bias=True,
-        mrope_section=None,
-        pipeline_model_parallel_size=1,
-        virtual_pipeline_model_parallel_size=None,
-        context_parallel_size=1,
-        sequence_parallel=False,
-    )
 
 
 def _pack(lengths: list[int], device: torch.device) -> PackedRow:

@@ -116,6 +116,22 @@ def test_recomputation_leaves_gradients_as_they_are(recompute, frozen, tmp_path,
     assert gap < 1e-6, name
 
 
+def test_bfloat16_stays_near_float32_and_has_gradients_everywhere(tmp_path, groups):
+    _, rows = write_case(tmp_path, 16)
+    row, found = make_row(rows[0]), []
+    for dtype in (torch.float32, torch.bfloat16):
+        hf_config = read_hf_config(tmp_path)
+        chunks = build_model(hf_config, groups, dtype=dtype)
+        load_hf(chunks, tmp_path, hf_config, groups)
+        with cpu.megatron_mode():
+            found.append(chunks[0](**row.inputs, labels=row.labels))
+            (found[-1] * row.loss_mask).sum().backward()
+    assert found[1].dtype == torch.float32
+    assert (found[0] - found[1]).abs().max() < 0.3
+    assert all(p.dtype == p.grad.dtype == torch.bfloat16 for p in chunks[0].parameters())
+    assert all(p.grad.abs().max() > 0 for p in chunks[0].parameters())
+
+
 def test_a_weight_that_was_not_loaded_makes_the_numbers_nan(tmp_path, groups):
     _, rows = write_case(tmp_path, 1)
     model = build(tmp_path, groups)

@@ -1,0 +1,168 @@
+"""Megatron's configurations of the language model's and the tower's layers, from shape and layout.
+
+Losses are sums over tokens, divided by the number of tokens of the whole update
+(`calculate_per_token_loss`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_sr1.errors import ConfigError
+from megatron_sr1.model.hf_config import HFConfig, VisionConfig
+from megatron_sr1.runtime.groups import Groups
+
+VISION_NORM_EPS = 1e-6
+
+
+def text_transformer_config(
+    hf_config: HFConfig,
+    groups: Groups,
+    *,
+    dtype: torch.dtype,
+    sequence_parallel: bool,
+    recompute: str,
+    fp8: str | None,
+    fp8_recipe: str,
+) -> TransformerConfig:
+    """Megatron's configuration of the language model.
+
+    Args:
+        hf_config: shape of the model.
+        groups: the layout.
+        dtype: of parameters and activations.
+        sequence_parallel: as `build_model`.
+        recompute: as `build_model`.
+        fp8: as `build_model`.
+        fp8_recipe: as `build_model`.
+    """
+    text, on_cpu = hf_config.text, groups.device.kind == "cpu"
+    extra: dict[str, Any] = {}
+    if recompute == "full":
+        extra = {"recompute_method": "uniform", "recompute_num_layers": 1}
+    if fp8 is not None:
+        extra |= {"fp8": fp8, "fp8_recipe": fp8_recipe}
+    return TransformerConfig(
+        num_layers=text.num_layers,
+        hidden_size=text.hidden_size,
+        ffn_hidden_size=text.intermediate_size,
+        num_attention_heads=text.num_attention_heads,
+        num_query_groups=text.num_key_value_heads,
+        kv_channels=text.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=text.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=True,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        mrope_section=list(text.mrope_section),
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=groups.tensor.size,
+        pipeline_model_parallel_size=groups.pipeline.size,
+        context_parallel_size=groups.context.size,
+        sequence_parallel=sequence_parallel and groups.tensor.size > 1,
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # variable lengths ask for it, experts or none
+        calculate_per_token_loss=True,
+        use_cpu_initialization=on_cpu,
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
+        # The fused forms are compiled, which costs more than it brings on a CPU.
+        bias_activation_fusion=not on_cpu,
+        bias_dropout_fusion=not on_cpu,
+        recompute_granularity=None if recompute == "none" else recompute,
+        recompute_modules=["mlp"],
+        **extra,
+    )
+
+
+def vision_transformer_config(text: TransformerConfig, vision: VisionConfig) -> TransformerConfig:
+    """Megatron's configuration of the tower's layers.
+
+    Args:
+        text: the language model's, for types, kernels and tensor parallelism. The tower is on the
+            first stage only and sees whole rows: no pipeline, context or sequence parallelism.
+            Its rows have any length, so no FP8 either.
+        vision: shape.
+
+    Where the language model recomputes its MLPs, the tower recomputes whole blocks: Megatron's
+    recomputation of an MLP hands the MLP's bias out as a result and never ends its backward pass.
+    """
+    recompute: dict[str, Any] = {}
+    if text.recompute_granularity is not None:
+        recompute = {"recompute_granularity": "full", "recompute_method": "uniform"}
+        recompute["recompute_num_layers"] = 1
+    return replace(
+        text,
+        **recompute,
+        num_layers=vision.depth,
+        hidden_size=vision.hidden_size,
+        ffn_hidden_size=vision.intermediate_size,
+        num_attention_heads=vision.num_heads,
+        num_query_groups=vision.num_heads,
+        kv_channels=vision.head_dim,
+        layernorm_epsilon=VISION_NORM_EPS,
+        add_bias_linear=True,
+        add_qkv_bias=True,
+        mrope_section=None,
+        pipeline_model_parallel_size=1,
+        virtual_pipeline_model_parallel_size=None,
+        context_parallel_size=1,
+        sequence_parallel=False,
+        fp8=None,
+    )
+
+
+def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
+    """Rows of the embedding over all ranks: padded only if the ids do not divide."""
+    return -(-vocab_size // tensor_parallel) * tensor_parallel
+
+
+def check_layout(hf_config: HFConfig, groups: Groups, sequence_parallel: bool) -> None:
+    """Refuse a layout that does not divide the model.
+
+    Args:
+        hf_config: shape of the model.
+        groups: the layout.
+        sequence_parallel: whether rows are split too.
+
+    Raises:
+        ConfigError: naming what does not divide.
+    """
+    text, vision, size = hf_config.text, hf_config.vision, groups.tensor.size
+    parts = {
+        "num_attention_heads": text.num_attention_heads,
+        "num_key_value_heads": text.num_key_value_heads,
+        "intermediate_size": text.intermediate_size,
+        "vision num_heads": vision.num_heads,
+        "vision intermediate_size": vision.intermediate_size,
+    }
+    for name, value in parts.items():
+        if value % size:
+            raise ConfigError(
+                f"{name} is {value}, which parallel.tensor={size} does not divide; use a divisor"
+            )
+    if text.num_layers % groups.pipeline.size:
+        raise ConfigError(
+            f"{text.num_layers} layers do not divide over parallel.pipeline={groups.pipeline.size} "
+            "stages; use a divisor"
+        )
+    if groups.context.size > 1:
+        raise ConfigError("parallel.context above 1 is not supported yet; use 1")
+    if sequence_parallel and size == 1:
+        raise ConfigError("parallel.sequence=true needs parallel.tensor of 2 or more")
+
+
+def _leave(weight: torch.Tensor) -> torch.Tensor:
+    """Weights are loaded; drawing random ones first would take minutes."""
+    return weight
