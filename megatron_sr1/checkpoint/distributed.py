@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +25,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_sr1.checkpoint.folders import (
+    LATEST,
+    STATE,
+    latest_step,
+    remove_old,
+    step_names,
+    steps,
+    write_text,
+)
 from megatron_sr1.checkpoint.hf import load_hf
 from megatron_sr1.checkpoint.hf_writer import replace_directory
 from megatron_sr1.checkpoint.rng import restore_rng, rng_state
@@ -38,7 +45,7 @@ from megatron_sr1.runtime.groups import Groups
 
 log = logging.getLogger(__name__)
 
-LATEST, STATE, HF_FILES = "latest", "state.json", "hf_files"
+HF_FILES = "hf_files"
 FORMAT = 1
 
 
@@ -104,25 +111,6 @@ def load_model(
         load_tensors(source.weights, chunks, None)
 
 
-def latest_step(directory: str | Path) -> int | None:
-    """Step to resume from: what `latest` names, or else the newest complete folder; None if none.
-
-    Raises:
-        CheckpointError: `latest` names a folder that is not there.
-    """
-    folder = Path(directory)
-    if (folder / LATEST).is_file():
-        name = (folder / LATEST).read_text().strip()
-        found = re.fullmatch(r"step_(\d+)", name)
-        if not found or not (folder / name / STATE).is_file():
-            raise CheckpointError(
-                f"{folder / LATEST} names {name!r}, which is not there or not complete; write the "
-                f"name of a complete folder into it ({_names(_steps(folder)) or 'there is none'})"
-            )
-        return int(found[1])
-    return max(_steps(folder), default=None)
-
-
 def save_checkpoint(
     directory: str | Path,
     step: int,
@@ -171,10 +159,10 @@ def save_checkpoint(
             "scheduler": None if scheduler is None else scheduler.state_dict(),
             "state": dict(state),
         }
-        _write_text(partial / STATE, json.dumps(record, indent=2) + "\n")
+        write_text(partial / STATE, json.dumps(record, indent=2) + "\n")
         replace_directory(partial, target)
-        _write_text(folder / LATEST, target.name + "\n")
-        _remove_old(folder, step, keep_last)
+        write_text(folder / LATEST, target.name + "\n")
+        remove_old(folder, step, keep_last)
     dist.barrier(group=groups.world.process_group)
     return target
 
@@ -220,16 +208,6 @@ def load_checkpoint(
     return dict(record["state"])
 
 
-def _steps(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints in a folder, ascending."""
-    found = [re.fullmatch(r"step_(\d+)", p.parent.name) for p in folder.glob(f"step_*/{STATE}")]
-    return sorted(int(match[1]) for match in found if match)
-
-
-def _names(steps: Sequence[int]) -> str:
-    return ", ".join(f"step_{step}" for step in steps)
-
-
 def _layout(groups: Groups) -> dict[str, int]:
     return {
         "tensor": groups.tensor.size,
@@ -244,29 +222,10 @@ def _read_state(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text())
     except FileNotFoundError:
-        there = _names(_steps(folder.parent)) or "nothing"
+        there = step_names(steps(folder.parent)) or "nothing"
         raise CheckpointError(f"{path}: no such file; complete here: {there}") from None
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{path}: not JSON: {error}") from None
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise CheckpointError(f"{path}: expected format {FORMAT} of a checkpoint's state")
     return record
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Replace a file at once, with its contents on the disk."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def _remove_old(folder: Path, step: int, keep_last: int) -> None:
-    """Remove complete checkpoints before the last `keep_last` up to a step, and broken remains."""
-    for partial in folder.glob(".step_*"):
-        shutil.rmtree(partial, ignore_errors=True)
-    if keep_last > 0:
-        for old in [s for s in _steps(folder) if s <= step][:-keep_last]:
-            shutil.rmtree(folder / f"step_{old}")

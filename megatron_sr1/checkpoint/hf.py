@@ -23,12 +23,10 @@ from megatron_sr1.checkpoint.mapping import (
     Entry,
     canonical_parameter,
     entries,
-    join,
-    publish,
-    slices,
 )
 from megatron_sr1.checkpoint.sharded import unwrap
 from megatron_sr1.checkpoint.source import HFSource
+from megatron_sr1.checkpoint.transforms import join, publish, slices
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.runtime.groups import Groups, gather_objects

@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from megatron_sr1.checkpoint.mapping import Slice, canonical_hf_name
+from megatron_sr1.checkpoint.mapping import canonical_hf_name
+from megatron_sr1.checkpoint.transforms import Slice
 from megatron_sr1.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
