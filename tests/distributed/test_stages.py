@@ -1,0 +1,86 @@
+"""GRPO and evaluation through the command line, on two ranks with the real engine, few samples.
+
+Not covered: that anything is learnt (the demo's slow test does that).
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_sr1.data.digits import make_digits
+from megatron_sr1.observability.metrics import read_lines
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def train(*arguments):
+    command = [sys.executable, "-m", "megatron_sr1", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model, tmp_path_factory):
+    """Two GRPO steps of two updates each, with a reference model, from random weights."""
+    folder = tmp_path_factory.mktemp("stages")
+    shards = make_digits(folder, 1, num_train=24, num_eval=12, num_cold_start=1)
+    train(
+        *("train", ROOT / "examples" / "digits_cpu.yaml", f"model.path={tiny_model}"),
+        *(f"data.train={shards['train']}", f"data.eval={shards['eval']}"),
+        *(f"output={folder / 'run'}", "optimizer.num_steps=2", "data.prompts_per_step=6"),
+        *("algorithm.prompts_per_update=3", "algorithm.kl_coefficient=0.01"),
+        *("rollout.samples_per_prompt=4", "rollout.temperature=0.9", "logging.wandb=offline"),
+    )
+    return folder / "run"
+
+
+def test_metrics_tell_every_step_and_engine_and_actor_agree(run):
+    lines = read_lines(run / "metrics.jsonl")
+    assert [(line["stage"], line["step"]) for line in lines] == [("grpo", 1), ("grpo", 2)]
+    for line in lines:
+        assert 0 < line["mismatch/abs_max"] < 1e-3
+        assert line["optimizer/grad_norm"] >= 0 and "actor/reference_kl" in line
+        assert line["time/pass1_seconds"] > 0 and line["time/sync_seconds"] > 0
+        for name in ("accuracy", "format", "self_reward", "total"):
+            assert f"reward/{name}" in line
+
+
+def test_every_rollout_is_saved_with_its_group_and_weight_version(run):
+    seen = []
+    for step in (0, 1):
+        lines = read_lines(run / f"rollouts/step_{step}.jsonl")
+        assert len(lines) == 6 * 4 and {line["weight_version"] for line in lines} == {step}
+        assert [line["sample"] for line in lines] == [0, 1, 2, 3] * 6
+        seen += [line["index"] for line in lines[::4]]
+        for start in range(0, len(lines), 4):
+            group = lines[start : start + 4]
+            assert len({line["index"] for line in group}) == 1
+            assert sum(line["advantage"] for line in group) == pytest.approx(0, abs=1e-4)
+    assert len(set(seen)) == 12
+
+
+def test_run_leaves_checkpoint_export_evaluation_report_and_wandb_files(run):
+    assert (run / "checkpoints" / "latest").read_text().strip() == "step_2"
+    assert (run / "hf" / "model.safetensors").is_file()
+    assert "<svg" in (run / "report.html").read_text()
+    assert list((run / "wandb").glob("offline-run-*"))
+    summary = json.loads((run / "summary.json").read_text())
+    for way in ("sampled", "greedy"):
+        lines = read_lines(run / "eval" / f"{way}.jsonl")
+        assert [line["index"] for line in lines] == list(range(12))
+        assert summary[way]["accuracy"] == sum(line["accuracy"] for line in lines) / 12
+
+
+def test_evaluation_of_the_checkpoint_gives_what_the_run_gave(run):
+    again = run.parent / "again"
+    config = json.loads((run / "config.json").read_text())
+    train(
+        *("eval", ROOT / "examples" / "digits_cpu.yaml", f"model.path={run / 'checkpoints'}"),
+        *(f"data.eval={config['data']['eval']}", f"output={again}", "rollout.temperature=0.9"),
+    )
+    for way in ("sampled", "greedy"):
+        assert read_lines(again / f"eval/{way}.jsonl") == read_lines(run / f"eval/{way}.jsonl")
