@@ -52,7 +52,7 @@ def states_answer(description: str, gold: str, question: str) -> bool:
 
 def _value_is_verdict(description: str, value: str) -> bool:
     text = clean(description).casefold()
-    said = rf"(?<![\w.-]){_spelt(value)}(?![\w]|\.\d|,\d|\s*[-+*/=]\s*\d)"
+    said = rf"{_spelt(value)}(?![\w]|\.\d|,\d|\s*[-+*/=]\s*\d)"
     if re.fullmatch(rf"(?:(?:it|this|that)(?: is|'s) )?{said}\W*", text):
         return True
     if re.search(rf"\b(?:{_VERDICT}|{_CHOICE}){_FILLER} [\"'(]?{said}", text):

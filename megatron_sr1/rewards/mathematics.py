@@ -20,6 +20,8 @@ from typing import Any
 MEMORY_BYTES = 4 << 30
 """Address space that this process may take; beyond it a comparison fails instead of the machine."""
 LARGEST_EXPONENT = 1000
+LARGEST_SYMBOLIC_EXPONENT = 100
+"""(x + 1)^500 takes the algebra seconds to multiply out."""
 _WARM_UP = (("5", "6"), (r"\sqrt{8}", r"2\sqrt{2}"), ("x>5", "x<5"), ("(1,2)", r"\{1,2\}"))
 
 
@@ -75,16 +77,17 @@ def _is_undone(expression: Any) -> bool:
     for part in preorder_traversal(expression):
         if isinstance(part, Sum | Integral | Limit | Product | Derivative):
             return True
-        size = None
+        size, largest = None, LARGEST_EXPONENT
         if isinstance(part, Pow):
-            size = part.args[1]
+            base, size = part.args
+            largest = LARGEST_SYMBOLIC_EXPONENT if base.free_symbols else LARGEST_EXPONENT
         elif isinstance(part, factorial):
             size = part.args[0]
         if size is None or size.free_symbols:
             continue
         if size.has(Pow, factorial) and not _is_root(size):
             return True
-        if size.is_number and size.is_Rational and abs(size) > LARGEST_EXPONENT:
+        if size.is_number and size.is_Rational and abs(size) > largest:
             return True
     return False
 
