@@ -79,7 +79,7 @@ def k3_divergence(policy_logprobs: torch.Tensor, reference_logprobs: torch.Tenso
         reference_logprobs: the same shape.
     """
     gap = (reference_logprobs - policy_logprobs).clamp(-RATIO_LOG_BOUND, RATIO_LOG_BOUND)
-    return (gap.exp() - gap - 1).clamp(max=10.0)
+    return (torch.expm1(gap) - gap).clamp(max=10.0)
 
 
 def sft_loss(policy_logprobs: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
