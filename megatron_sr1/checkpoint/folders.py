@@ -24,9 +24,10 @@ def latest_step(directory: str | Path) -> int | None:
         name = (folder / LATEST).read_text().strip()
         found = re.fullmatch(r"step_(\d+)", name)
         if not found or not (folder / name / STATE).is_file():
+            there = step_names(steps(folder)) or "there is none"
             raise CheckpointError(
                 f"{folder / LATEST} names {name!r}, which is not there or not complete; write the "
-                f"name of a complete folder into it ({step_names(steps(folder)) or 'there is none'})"
+                f"name of a complete folder into it ({there})"
             )
         return int(found[1])
     return max(steps(folder), default=None)
