@@ -65,10 +65,10 @@ def train_grpo(
         values = {**scoring.reward_means(scored), **spread, **stats, **measured}
         if config.logging.rollouts:
             lines = [
-                scoring.rollout_line(step, s, samples.example(s.rollout.index), float(a))
+                scoring.rollout_line(step + 1, s, samples.example(s.rollout.index), float(a))
                 for s, a in zip(scored, advantages.reshape(-1), strict=True)
             ]
-            context.save_lines(f"rollouts/step_{step}.jsonl", lines)
+            context.save_lines(f"rollouts/step_{step + 1}.jsonl", lines)
         context.finish_step("grpo", values, actor)
 
 

@@ -66,7 +66,7 @@ def test_both_recipes_had_the_same_budget_and_left_what_a_run_leaves(demo):
     assert len(steps["see_think"]) == len(steps["vision_sr1"]) > 10
     for name in MODELS[1:]:
         assert [line["step"] for line in steps[name]] == list(range(1, len(steps[name]) + 1))
-        rolled = read_lines(demo / name / "rollouts" / "step_0.jsonl")
+        rolled = read_lines(demo / name / "rollouts" / "step_1.jsonl")
         assert len(rolled) == 256
         assert (demo / name / "hf" / "config.json").is_file()
     assert (demo / "report.html").stat().st_size > 10_000

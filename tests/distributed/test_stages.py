@@ -51,9 +51,9 @@ def test_metrics_tell_every_step_and_engine_and_actor_agree(run):
 
 def test_every_rollout_is_saved_with_its_group_and_weight_version(run):
     seen = []
-    for step in (0, 1):
+    for step in (1, 2):
         lines = read_lines(run / f"rollouts/step_{step}.jsonl")
-        assert len(lines) == 6 * 4 and {line["weight_version"] for line in lines} == {step}
+        assert len(lines) == 6 * 4 and {line["weight_version"] for line in lines} == {step - 1}
         assert [line["sample"] for line in lines] == [0, 1, 2, 3] * 6
         seen += [line["index"] for line in lines[::4]]
         for start in range(0, len(lines), 4):

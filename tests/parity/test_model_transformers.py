@@ -102,15 +102,15 @@ def test_a_row_of_padding_and_samples_equals_the_samples_alone(tmp_path, groups)
 @pytest.mark.parametrize("frozen", ["", "embed"])
 def test_recomputation_leaves_gradients_as_they_are(recompute, frozen, tmp_path, groups):
     _, rows = write_case(tmp_path, 4)
-    row = make_row(rows[0])
     gradients = []
     for mode in ("none", recompute):
         model = build(tmp_path, groups, recompute=mode)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not (frozen and frozen in name))
         with cpu.megatron_mode():
-            logprobs = model(**row.inputs, labels=row.labels)
-            (logprobs * row.loss_mask).sum().backward()
+            for row in (make_row(rows[0]), make_row(rows[1])):  # images, then text alone
+                logprobs = model(**row.inputs, labels=row.labels)
+                (logprobs * row.loss_mask).sum().backward()
         gradients.append(published_gradients([model], model.hf_config, groups))
     gap, name = worst_relative_gap(*gradients)
     assert gap < 1e-6, name
