@@ -74,8 +74,8 @@ class DataConfig:
     """Instructions: full (published models) | brief (a model that was trained on them)."""
     pack_tokens: int = 8192
     """Token budget of a micro-batch; a longer sequence gets one of its own."""
-    max_prompt_tokens: int = 4096
-    """Longer prompts (images expanded) are skipped and counted."""
+    max_prompt_tokens: int = 6000
+    """Longer prompts and conversations (images expanded) are skipped and counted."""
     max_skipped: int = 100
     """So many bad or too long samples stop the run."""
     min_pixels: int = 262144
@@ -282,6 +282,13 @@ AT_LEAST_ONE = (
     "model.logprob_chunk_tokens",
 )
 
+ABOVE_ZERO = (
+    "rollout.temperature",
+    "algorithm.std_floor",
+    "reward.grader_timeout_seconds",
+    "optimizer.learning_rate",
+)
+
 
 def keys() -> list[str]:
     """All dotted keys that a configuration may set."""
@@ -376,19 +383,30 @@ def validate(config: Config) -> None:
         raise ConfigError("parallel.sequence=true needs parallel.tensor of 2 or more")
     if config.model.fp8 and config.model.spec != "transformer_engine":
         raise ConfigError("model.fp8 needs model.spec=transformer_engine")
-    if config.stage == "grpo":
-        _validate_grpo(config)
+    for key in ABOVE_ZERO:
+        if _get(config, key) <= 0:
+            raise ConfigError(f"{key} is {_get(config, key)}; expected more than 0")
+    if config.stage != "sft":
+        _validate_rollout(config)
 
 
-def _validate_grpo(config: Config) -> None:
+def _validate_rollout(config: Config) -> None:
     if config.rollout.top_p != 1.0 or config.rollout.top_k != 0:
         raise ConfigError(
             f"rollout.top_p={config.rollout.top_p}, rollout.top_k={config.rollout.top_k}: training "
             "rollouts are sampled from the whole distribution; set top_p=1 and top_k=0"
         )
-    if config.rollout.temperature <= 0:
-        raise ConfigError("rollout.temperature must be above 0 for training rollouts")
-    if config.data.prompts_per_step % config.algorithm.prompts_per_update:
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    if longest > config.rollout.max_model_len:
+        raise ConfigError(
+            f"data.max_prompt_tokens={config.data.max_prompt_tokens} + rollout.max_response_tokens="
+            f"{config.rollout.max_response_tokens} is more than rollout.max_model_len="
+            f"{config.rollout.max_model_len}; raise the last or lower one of the others"
+        )
+    if (
+        config.stage == "grpo"
+        and config.data.prompts_per_step % config.algorithm.prompts_per_update
+    ):
         raise ConfigError(
             f"algorithm.prompts_per_update={config.algorithm.prompts_per_update} does not divide "
             f"data.prompts_per_step={config.data.prompts_per_step}"

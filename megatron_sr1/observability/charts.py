@@ -46,12 +46,17 @@ class Bar:
     error: float = 0.0
 
 
+FLAT = 1e-10
+"""Values that differ by no more are drawn as equal."""
+
+
 class _Frame:
     """Axes: data coordinates to pixels, ticks, grid lines."""
 
     def __init__(self, xs: tuple[float, float], ys: tuple[float, float]) -> None:
         self.x0, self.x1 = xs if xs[0] < xs[1] else (xs[0] - 0.5, xs[0] + 0.5)
-        ticks = _ticks(*(ys if ys[0] < ys[1] else (ys[0] - 0.5, ys[0] + 0.5)))
+        # A spread of mere rounding is drawn as a flat line.
+        ticks = _ticks(*(ys if ys[1] - ys[0] > FLAT else (ys[0] - 0.5, ys[0] + 0.5)))
         self.y_ticks, self.y0, self.y1 = ticks, ticks[0], ticks[-1]
 
     def x(self, value: float) -> float:

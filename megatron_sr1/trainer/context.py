@@ -47,21 +47,19 @@ class Context:
     def __init__(
         self, config: Config, groups: Groups, processor: Processor, num_samples: int
     ) -> None:
-        """Make the run directory and open the sinks on rank 0."""
+        """Touch no file yet: `start` or `open` does."""
         self.config, self.groups, self.processor = config, groups, processor
         self.run_dir = Path(config.output)
         self.step = 0
         self.timer = PhaseTimer()
         self.skipped = 0
+        self._newly_skipped = 0
         self._started = time.monotonic()
         self._sinks: list[Sink] = []
         self._metrics: MetricsFile | None = None
         if num_samples:
             data = config.data
             self.loader = Loader(num_samples, data.prompts_per_step, config.seed, data.shuffle)
-        if self.is_writer:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            save_config(config, self.run_dir / "config.json")
 
     @property
     def is_writer(self) -> bool:
@@ -99,16 +97,28 @@ class Context:
         )
 
     def skip(self, error: DataError) -> None:
-        """Name and count a bad sample.
+        """Name and count a bad sample; whether there are too many is judged with the step."""
+        self._newly_skipped += 1
+        log.warning("skipped: %s", error)
+
+    def count_skipped(self, speaks: bool) -> None:
+        """Add up the samples skipped since the last call; collective over all ranks.
+
+        Args:
+            speaks: True on one of the ranks that read the same samples.
 
         Raises:
-            DataError: there are too many.
+            DataError: there are too many; all ranks raise.
         """
-        self.skipped += 1
-        log.warning("skipped: %s", error)
+        newly = {"skipped": float(self._newly_skipped if speaks else 0)}
+        self.skipped += round(self.sum_over_ranks(newly)["skipped"])
+        self._newly_skipped = 0
         limit = self.config.data.max_skipped
         if self.skipped > limit:
-            raise DataError(f"more than {limit} samples skipped (data.max_skipped); last: {error}")
+            raise DataError(
+                f"{self.skipped} samples skipped, at most {limit} (data.max_skipped); the warnings "
+                "above name them"
+            )
 
     def sum_over_ranks(self, values: Mapping[str, float]) -> dict[str, float]:
         """Sums over the world, equal on all ranks; all ranks have the same names."""
@@ -133,7 +143,7 @@ class Context:
         """Resume from the latest checkpoint if there is one and it is wanted, then open sinks.
 
         Raises:
-            ConfigError: the checkpoint was trained from another model.
+            ConfigError: the checkpoint is of another stage, or was trained from another model.
         """
         found = latest_step(self.checkpoints) if self.config.checkpoint.resume else None
         if found is not None:
@@ -144,33 +154,45 @@ class Context:
                 actor.scheduler,
                 self.groups,
             )
-            if state["model_path"] != self.config.model.path:
-                raise ConfigError(
-                    f"{self.checkpoints} was trained from {state['model_path']}, model.path is now "
-                    f"{self.config.model.path}; give the former, or another output"
-                )
+            now = {"stage": self.config.stage, "model.path": self.config.model.path}
+            for key, value in now.items():
+                if state[key] != value:
+                    raise ConfigError(
+                        f"{self.checkpoints} has {key}={state[key]}, now it is {value}; give the "
+                        "former, or another output"
+                    )
             self.step, self.skipped = state["step"], state["skipped"]
             self.loader.load_state_dict(state["loader"])
             log.info("resumed from step %d in %s", self.step, self.checkpoints)
+        self.open()
         if self.is_writer:
             self._metrics = MetricsFile(self.run_dir / "metrics.jsonl")
             self._metrics.keep_until(self.config.stage, self.step)
             self._sinks = make_sinks(self.config, self.run_dir, self.step)
 
+    def open(self) -> None:
+        """Make the run directory and write the resolved configuration; on the writer only."""
+        if self.is_writer:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            save_config(self.config, self.run_dir / "config.json")
+
     def finish_step(self, stage: str, values: Mapping[str, float], actor: Actor) -> None:
-        """Count the step, tell the sinks, save a checkpoint where one is due."""
+        """Count the step, tell the sinks, save a checkpoint where one is due.
+
+        The line comes first: a kill between the two loses a line that is written again, never one
+        that is not. So the time of a save stands in the next step's line.
+        """
         self.step += 1
+        times = self.timer.take()
+        if self._metrics is not None:
+            told = {**values, "data/skipped": self.skipped, **times, **memory_metrics()}
+            self._metrics.append(self.step, stage, told)
+            for sink in self._sinks:
+                sink.log(self.step, told)
         every, last = self.config.checkpoint.every_steps, self.config.optimizer.num_steps
         if self.step == last or (every and self.step % every == 0):
             with self.phase("save"):
                 self.save(actor)
-        if self._metrics is None:
-            self.timer.take()
-            return
-        told = {**values, "data/skipped": self.skipped, **self.timer.take(), **memory_metrics()}
-        self._metrics.append(self.step, stage, told)
-        for sink in self._sinks:
-            sink.log(self.step, told)
 
     def save(self, actor: Actor) -> None:
         """Save everything that a resumed run needs."""
@@ -178,7 +200,8 @@ class Context:
             "step": self.step,
             "skipped": self.skipped,
             "loader": self.loader.state_dict(),
-            "model_path": self.config.model.path,
+            "stage": self.config.stage,
+            "model.path": self.config.model.path,
         }
         save_checkpoint(
             self.checkpoints,

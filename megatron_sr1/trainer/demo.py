@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import statistics
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 from megatron_sr1.config import Config, load_config
 from megatron_sr1.data.digits import corpus_texts, make_digits
+from megatron_sr1.errors import ConfigError
 from megatron_sr1.model.tiny import make_tiny_model
 from megatron_sr1.observability.metrics import read_lines
 from megatron_sr1.rollout.engine import Engine
@@ -36,6 +38,7 @@ WAYS = {"sampled": 1.0, "greedy": 0.0}
 COMMON = [
     "model.dtype=float32",
     "data.prompt_style=brief",
+    "data.max_prompt_tokens=128",
     "data.pack_tokens=2048",
     "data.min_pixels=784",
     "data.max_pixels=200704",
@@ -74,11 +77,16 @@ GRPO = [
 
 def prepare(output: Path, seed: int) -> None:
     """Write shards of the digits and a model with random weights, once."""
-    if (output / "model" / "config.json").is_file():
+    made = output / "seed.json"
+    if made.is_file():
+        if json.loads(made.read_text()) != seed:
+            raise ConfigError(f"{output} is a demo of another seed; give another --output")
         return
-    output.mkdir(parents=True, exist_ok=True)
+    for part in ("data", "model"):  # what a stopped start left
+        shutil.rmtree(output / part, ignore_errors=True)
     make_digits(output / "data", seed)
     make_tiny_model(output / "model", corpus_texts(), seed=seed)
+    made.write_text(f"{seed}\n")
 
 
 def train(output: Path, seed: int) -> None:
@@ -101,8 +109,9 @@ def train(output: Path, seed: int) -> None:
         _train_grpo(config, groups, engine)
         judged.judge(name)
     if groups.world.rank == 0:
-        seconds = {"seconds": time.monotonic() - started}
-        (output / "seconds.json").write_text(json.dumps(seconds) + "\n")
+        # A demo that was stopped took as long as all its starts; one that is done stays as it is.
+        with open(output / "seconds.jsonl", "a") as file:
+            file.write(json.dumps({"seconds": time.monotonic() - started}) + "\n")
     stop_distributed()
 
 
@@ -122,6 +131,7 @@ class Judge:
     def __init__(self, config: Config, groups: Groups, parent: Context, engine: Engine) -> None:
         """Open the held-out set."""
         self._context = Context(config, groups, parent.processor, 0)
+        self._context.open()
         self._samples = setup.open_samples(config, config.data.eval, parent.processor)
         self._engine = engine
 
@@ -153,7 +163,7 @@ def finish(output: Path) -> dict[str, Any]:
         for name in MODELS
     }
     steps = read_lines(output / "vision_sr1" / "metrics.jsonl")
-    summary["seconds"] = json.loads((output / "seconds.json").read_text())["seconds"]
+    summary["seconds"] = read_lines(output / "seconds.jsonl")[0]["seconds"]
     summary["median_step_seconds"] = statistics.median(s["time/step_seconds"] for s in steps)
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary

@@ -11,7 +11,7 @@ from megatron_sr1.rollout.two_pass import roll_out
 from megatron_sr1.runtime.seeds import request_seed
 from megatron_sr1.trainer import scoring
 from megatron_sr1.trainer.context import Context
-from megatron_sr1.trainer.grpo import pass2_settings
+from megatron_sr1.trainer.grpo import pass2_settings, read_prompts
 from megatron_sr1.trainer.samples import Samples
 
 
@@ -42,10 +42,9 @@ def evaluate(
     config = context.config
     with_pass2 = config.reward.recipe != "vision_r1"
     with context.phase("evaluate"):
-        mine = indices[engine.replica :: engine.num_replicas]
         rollouts, _ = roll_out(
             engine,
-            [samples.prompt(index) for index in mine],
+            read_prompts(context, engine, samples, indices),
             samples_per_prompt=1,
             temperature=temperature,
             max_response_tokens=config.rollout.max_response_tokens,

@@ -20,7 +20,7 @@ from megatron_sr1.algorithm.correction import mismatch_sums
 from megatron_sr1.algorithm.losses import policy_loss
 from megatron_sr1.config import AlgorithmConfig, Config
 from megatron_sr1.errors import DataError, EngineError
-from megatron_sr1.records import PackedBatch, TrainSample
+from megatron_sr1.records import PackedBatch, Prompt, TrainSample
 from megatron_sr1.rewards.parsing import find_description
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rollout.engine import Engine
@@ -69,6 +69,7 @@ def train_grpo(
                 for s, a in zip(scored, advantages.reshape(-1), strict=True)
             ]
             context.save_lines(f"rollouts/step_{step + 1}.jsonl", lines)
+        samples.forget()
         context.finish_step("grpo", values, actor)
 
 
@@ -95,12 +96,7 @@ def roll_out_step(
     """
     config = context.config
     with context.phase("prompts"):
-        prompts = []
-        for index in indices[engine.replica :: engine.num_replicas]:
-            try:
-                prompts.append(samples.prompt(index))
-            except DataError as error:
-                context.skip(error)
+        prompts = read_prompts(context, engine, samples, indices)
     with context.phase("pass1"):
         rollouts, stats = roll_out(
             engine,
@@ -126,6 +122,23 @@ def roll_out_step(
     if not shared:
         raise DataError("no sample of this step could be rolled out; see the warnings above")
     return shared, counted
+
+
+def read_prompts(
+    context: Context, engine: Engine, samples: Samples, indices: Sequence[int]
+) -> list[Prompt]:
+    """This replica's share of the prompts; those that cannot be used are skipped and counted."""
+    prompts = []
+    for index in indices[engine.replica :: engine.num_replicas]:
+        try:
+            example = samples.example(index)
+            if example.answer is None:
+                raise DataError(f"{example.shard} sample {example.key} has no answer to judge by")
+            prompts.append(samples.prompt(index))
+        except DataError as error:
+            context.skip(error)
+    context.count_skipped(engine.is_speaker)
+    return prompts
 
 
 _COUNTS: dict[str, Callable[[RolloutStats], float]] = {

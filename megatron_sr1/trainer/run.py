@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 from megatron_sr1.config import Config
+from megatron_sr1.errors import ConfigError
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.runtime.device import Device, stop_distributed
 from megatron_sr1.runtime.groups import Groups
@@ -24,10 +26,10 @@ log = logging.getLogger(__name__)
 def run_stage(config: Config) -> int:
     """Run the configured stage on this rank; returns the exit status."""
     device, groups = setup.start_ranks(config)
-    try:
-        STAGES[config.stage](config, device, groups)
-    finally:
-        stop_distributed()
+    STAGES[config.stage](config, device, groups)
+    # Not after a failure: leaving the groups would show the others a broken connection before they
+    # can read what went wrong.
+    stop_distributed()
     return 0
 
 
@@ -35,7 +37,8 @@ def run_sft(config: Config, device: Device, groups: Groups) -> None:
     """Supervised fine-tuning of `model.path` on `data.train`."""
     context, samples, actor, _ = start(config, groups, config.optimizer.num_steps)
     train_sft(context, actor, samples)
-    finish(context, actor, samples)
+    export(context, actor)
+    finish(context, samples)
 
 
 def run_grpo(config: Config, device: Device, groups: Groups) -> None:
@@ -53,15 +56,22 @@ def run_grpo(config: Config, device: Device, groups: Groups) -> None:
         scorer = setup.make_scorer(config)
     train_grpo(context, actor, engine, samples, scorer, reference)
     scorer.close()
+    export(context, actor)
     if config.data.eval:
         sync(context, actor, engine, version=context.step)
         judge(context, engine)
-    finish(context, actor, samples)
+    finish(context, samples)
 
 
 def run_eval(config: Config, device: Device, groups: Groups) -> None:
     """Evaluation of `model.path` on `data.eval`, by the engine alone."""
+    if (Path(config.output) / "checkpoints").exists():
+        raise ConfigError(
+            f"{config.output} holds a training run, whose files an evaluation would replace; give "
+            "another output"
+        )
     context = Context(config, groups, setup.make_processor(config), 0)
+    context.open()
     with context.phase("setup"):
         directory = setup.engine_directory(config, groups)
         engine = setup.make_engine(config, directory, context.processor, device)
@@ -78,6 +88,11 @@ def start(
     """
     processor = setup.make_processor(config)
     samples = setup.open_samples(config, config.data.train, processor)
+    if config.stage == "grpo" and config.data.prompts_per_step > len(samples):
+        raise ConfigError(
+            f"data.prompts_per_step={config.data.prompts_per_step}, but {config.data.train} has "
+            f"{len(samples)} samples; a step must not hold a prompt twice"
+        )
     context = Context(config, groups, processor, len(samples))
     with context.phase("setup"):
         chunks, hf_config, source = setup.load_actor_model(config, groups)
@@ -107,12 +122,16 @@ def judge(context: Context, engine: Engine) -> None:
         (context.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 
-def finish(context: Context, actor: Actor, samples: Samples) -> None:
-    """Export the Hugging Face model and write the report, with pictures of the training set."""
-    context.close()
+def export(context: Context, actor: Actor) -> None:
+    """Write the Hugging Face model, if it is wanted."""
     if context.config.checkpoint.export_hf:
         with context.phase("export"):
             actor.save_hf(context.run_dir / "hf")
+
+
+def finish(context: Context, samples: Samples) -> None:
+    """Write the report, with pictures of the training set."""
+    context.close()
     if context.is_writer:
         from megatron_sr1.observability.report import write_report
 

@@ -1,15 +1,14 @@
 """A dataset's samples by index, as prompts, training samples and pixels.
 
 Images do not travel between ranks: whoever needs pixels asks here, and they are read from the
-shard. What was read last is kept.
+shard. What was read is kept until `forget`.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -18,8 +17,6 @@ from megatron_sr1.data.prompts import pass1_messages, pass2_messages
 from megatron_sr1.data.shards import ShardReader
 from megatron_sr1.errors import ConfigError, DataError
 from megatron_sr1.records import Example, Prompt, Rollout, TrainSample, VisionInputs
-
-T = TypeVar("T")
 
 
 class Samples:
@@ -30,8 +27,7 @@ class Samples:
         processor: tokenizer and image processor.
         recipe: reward recipe, which chooses the instruction.
         style: prompt style.
-        max_prompt_tokens: longer prompts are a `DataError`.
-        keep: so many prompts and pixel tensors are kept.
+        max_prompt_tokens: longer prompts and conversations are a `DataError`.
 
     Raises:
         ConfigError: the folder is not there.
@@ -45,7 +41,6 @@ class Samples:
         recipe: str,
         style: str,
         max_prompt_tokens: int,
-        keep: int = 4096,
     ) -> None:
         """Open the shards."""
         if not directory or not Path(directory).is_dir():
@@ -56,9 +51,8 @@ class Samples:
         self.reader = ShardReader(directory)
         self.processor = processor
         self._recipe, self._style, self._limit = recipe, style, max_prompt_tokens
-        self._prompts: OrderedDict[int, Prompt] = OrderedDict()
-        self._pixels: OrderedDict[int, VisionInputs] = OrderedDict()
-        self._keep = keep
+        self._prompts: dict[int, Prompt] = {}
+        self._pixels: dict[int, VisionInputs] = {}
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -70,13 +64,17 @@ class Samples:
 
     def prompt(self, index: int) -> Prompt:
         """Pass-1 prompt of a sample, with its images."""
-        return self._kept(self._prompts, index, self._read_prompt)
+        if index not in self._prompts:
+            self._prompts[index] = self._read_prompt(index)
+        return self._prompts[index]
 
     def vision(self, index: int) -> VisionInputs | None:
         """Pixels of a sample's images, None if it has none."""
         if index < 0 or not self.example(index).num_images:
             return None
-        return self._kept(self._pixels, index, self._read_pixels)
+        if index not in self._pixels:
+            self._pixels[index] = self._read_pixels(index)
+        return self._pixels[index]
 
     def reading_prompt(self, prompt: Prompt, description: str) -> tuple[int, ...]:
         """Token ids of the text-only pass-2 prompt."""
@@ -104,7 +102,13 @@ class Samples:
     def conversation(self, index: int) -> TrainSample:
         """A supervised sample: the conversation, with its assistant turns as targets."""
         example = self.example(index)
-        return self.processor.encode_conversation(example, self.reader.images(index))
+        images = self.reader.images(index)
+        return self.processor.encode_conversation(example, images, self._limit)
+
+    def forget(self) -> None:
+        """Let go of prompts and pixels: after a step they are not asked for again for long."""
+        self._prompts.clear()
+        self._pixels.clear()
 
     def _read_prompt(self, index: int) -> Prompt:
         example = self.example(index)
@@ -121,12 +125,3 @@ class Samples:
         kept = self._prompts.get(index)
         images: Sequence[Any] = kept.images if kept else self.reader.images(index)
         return self.processor.vision(images)
-
-    def _kept(self, store: OrderedDict[int, T], index: int, read: Callable[[int], T]) -> T:
-        if index in store:
-            store.move_to_end(index)
-            return store[index]
-        value = store[index] = read(index)
-        if len(store) > self._keep:
-            store.popitem(last=False)
-        return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from pathlib import Path
@@ -75,12 +76,13 @@ def load_actor_model(config: Config, groups: Groups) -> tuple[list[Any], HFConfi
 def engine_directory(config: Config, groups: Groups) -> Path:
     """A Hugging Face directory with the weights of `model.path`, for the engine to start from.
 
-    A Megatron checkpoint is exported into the run directory once.
+    A Megatron checkpoint is exported into the run directory, once a checkpoint.
     """
     source = resolve_model(config.model.path)
     if source.kind == "huggingface":
         return source.weights
-    target = Path(config.output) / "engine_start"
+    name = hashlib.blake2b(str(source.weights.resolve()).encode(), digest_size=6).hexdigest()
+    target = Path(config.output) / "engine_start" / name
     if not (target / "config.json").is_file():
         chunks, hf_config, _ = load_actor_model(config, groups)
         save_hf(chunks, hf_config, groups, source.hf_files, target)

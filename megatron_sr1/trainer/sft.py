@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import replace
+
+import numpy as np
 import torch
 
 from megatron_sr1.algorithm.losses import sft_loss
@@ -22,11 +26,10 @@ def train_sft(context: Context, actor: Actor, samples: Samples) -> None:
         actor: with its optimizer.
         samples: conversations.
     """
-    data = context.groups.data
     while context.step < context.config.optimizer.num_steps:
         indices = context.loader.next_step()
         with context.phase("prompts"):
-            chosen = _conversations(context, samples, shard(indices, data.rank, data.size))
+            chosen = _conversations(context, samples, indices)
             batches = context.pack(chosen, samples)
         with context.phase("update"):
             measured = update(actor, batches, _token_loss, temperature=1.0)
@@ -36,6 +39,7 @@ def train_sft(context: Context, actor: Actor, samples: Samples) -> None:
             "optimizer/grad_norm": measured["grad_norm"],
             "optimizer/learning_rate": measured["learning_rate"],
         }
+        samples.forget()
         context.finish_step("sft", values, actor)
 
 
@@ -46,12 +50,22 @@ def _token_loss(
 
 
 def _conversations(context: Context, samples: Samples, indices: list[int]) -> list[TrainSample]:
+    """This rank's share of a step; one without targets where it would have none."""
+    groups = context.groups
     chosen = []
-    for index in indices:
+    for index in shard(indices, groups.data.rank, groups.data.size):
         try:
             chosen.append(samples.conversation(index))
         except DataError as error:
             context.skip(error)
-    if not chosen:
-        raise DataError("no sample of this step could be read; see the warnings above")
-    return chosen
+    context.count_skipped(groups.tensor.rank == 0 and groups.pipeline.rank == 0)
+    return chosen or [_spare(samples, indices)]
+
+
+def _spare(samples: Samples, indices: list[int]) -> TrainSample:
+    """A sample of the step that can be read, without targets: a rank takes part with it."""
+    for index in indices:
+        with contextlib.suppress(DataError):
+            sample = samples.conversation(index)
+            return replace(sample, loss_mask=np.zeros_like(sample.loss_mask))
+    raise DataError("no sample of this step could be read; see the warnings above")

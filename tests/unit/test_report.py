@@ -191,6 +191,11 @@ def test_a_curve_is_drawn_where_its_values_are():
     assert (x1, y1) == ((x0 + x2) / 2, (y0 + y2) / 2)
 
 
+def test_values_that_differ_by_rounding_alone_are_drawn_as_a_flat_line():
+    chart = line_chart("t", [Series("s", [1, 2, 3], [1e-13, 3e-13, 2e-13], 1)])
+    assert "<svg" in chart and "nan" not in chart
+
+
 def test_absent_values_leave_no_point():
     svg = line_chart("c", [Series("a", [1, 2, 3], [0.1, None, 0.3], 1)])
     assert svg.count("<circle") == 2

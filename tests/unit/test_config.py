@@ -1,0 +1,67 @@
+"""A configuration is refused with one clear sentence, or it is what the file and overrides say."""
+
+import pytest
+
+from megatron_sr1.config import keys, load_config, to_dict
+from megatron_sr1.errors import ConfigError
+
+REFUSED = {
+    "rewrd.recipe=x": "nearest is 'reward.recipe'",
+    "model.pth=x": "nearest is 'model.path'",
+    "seed=two": "Integer",
+    "stage=rl": "sft | grpo | eval",
+    "parallel.tensor=0": "1 or more",
+    "parallel.sequence=true": "parallel.tensor",
+    "rollout.top_p=0.9": "top_p=1",
+    "rollout.temperature=0": "more than 0",
+    "algorithm.std_floor=0": "more than 0",
+    "algorithm.prompts_per_update=100": "does not divide",
+    "data.max_prompt_tokens=8000": "rollout.max_model_len",
+    "model.fp8=hybrid": "transformer_engine",
+    "seed": "group.key=value",
+}
+
+
+@pytest.mark.parametrize("override", REFUSED)
+def test_impossible_values_are_refused_with_what_is_expected(override):
+    with pytest.raises(ConfigError) as error:
+        load_config(None, ["model.path=x", override])
+    assert REFUSED[override] in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_evaluation_refuses_what_its_engine_would_not_heed():
+    with pytest.raises(ConfigError, match="top_k=0"):
+        load_config(None, ["model.path=x", "stage=eval", "rollout.top_k=5"])
+
+
+def test_the_file_wins_over_defaults_and_overrides_over_the_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("seed: 5\nmodel:\n  path: x\ndata:\n  eval: held_out\n  train: shards\n")
+    config = load_config(path, ["seed=6", "data.eval="])
+    assert (config.seed, config.data.train, config.data.eval) == (6, "shards", "")
+    assert config.optimizer.beta1 == 0.9
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("- 1\n", "mapping"), ("a: [", "YAML"), (None, "no such")]
+)
+def test_a_file_that_is_no_configuration_is_named(tmp_path, text, said):
+    path = tmp_path / "run.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=said) as error:
+        load_config(path)
+    assert str(path) in str(error.value)
+
+
+def test_what_must_be_set_is_asked_for():
+    with pytest.raises(ConfigError, match="model.path is not set"):
+        load_config(None)
+
+
+def test_every_key_is_saved_with_the_run():
+    saved = to_dict(load_config(None, ["model.path=x"]))
+    for key in keys():
+        value = saved
+        for part in key.split("."):
+            value = value[part]
