@@ -23,7 +23,7 @@ import torch
 from megatron_sr1.errors import EngineError
 from megatron_sr1.records import Completion
 from megatron_sr1.rollout import weight_sync
-from megatron_sr1.rollout.process import place, set_environment, undisturbed
+from megatron_sr1.rollout.process import launcher_variables, place, set_environment, undisturbed
 from megatron_sr1.rollout.requests import Progress, Request
 from megatron_sr1.rollout.sampler import FullVocabularySampler
 from megatron_sr1.runtime.torchvision_mend import mend_torchvision
@@ -326,7 +326,7 @@ def _start(device_kind: str, **arguments: Any) -> Any:
     vllm.ModelRegistry.register_model(
         "Qwen2_5_VLForConditionalGeneration", Qwen2_5_VLForConditionalGeneration
     )
-    with undisturbed():
+    with undisturbed(), launcher_variables():
         return vllm.LLM(
             distributed_executor_backend="external_launcher",
             enable_prefix_caching=True,

@@ -49,6 +49,23 @@ def set_environment(kv_cache_gib: int) -> None:
 
 
 @contextmanager
+def launcher_variables() -> Iterator[None]:
+    """A launcher's variables while the engine starts, where no launcher has set them.
+
+    vLLM asks the environment for the rank although the process group stands already.
+    """
+    variables = {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    variables["RANK"] = str(torch.distributed.get_rank())
+    added = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
+
+
+@contextmanager
 def undisturbed() -> Iterator[None]:
     """Keep random states, and torch's thread setter, which vLLM replaces on a CPU."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()

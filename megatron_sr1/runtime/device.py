@@ -6,6 +6,7 @@ import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 
@@ -68,15 +69,17 @@ def start_distributed(device: Device, timeout_seconds: float = 1800.0) -> None:
         return
     if device.kind == "cuda":
         torch.cuda.set_device(device.index)
+    alone: dict[str, Any] = {}
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        # Not through the environment, where a later child process would take itself for a rank.
+        alone = {"init_method": f"tcp://127.0.0.1:{port}", "rank": 0, "world_size": 1}
     torch.distributed.init_process_group(
         backend="gloo" if device.kind == "cpu" else "cpu:gloo,cuda:nccl",
         timeout=timedelta(seconds=timeout_seconds),
+        **alone,
     )
 
 
