@@ -143,9 +143,15 @@ class Context:
         """Resume from the latest checkpoint if there is one and it is wanted, then open sinks.
 
         Raises:
-            ConfigError: the checkpoint is of another stage, or was trained from another model.
+            ConfigError: the checkpoint is of another stage, was trained from another model, or is
+                not to be resumed from.
         """
-        found = latest_step(self.checkpoints) if self.config.checkpoint.resume else None
+        found = latest_step(self.checkpoints)
+        if found is not None and not self.config.checkpoint.resume:
+            raise ConfigError(
+                f"{self.checkpoints} holds a run up to step {found}, and checkpoint.resume=false "
+                "would write over it; give another output"
+            )
         if found is not None:
             state = load_checkpoint(
                 self.checkpoints,
