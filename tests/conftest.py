@@ -33,6 +33,22 @@ def tiny_model(tmp_path_factory):
     return directory
 
 
+@pytest.fixture(scope="module")
+def groups():
+    """Groups of a world of one, in this process."""
+    from megatron.core import parallel_state
+
+    from megatron_sr1.config import ParallelConfig
+    from megatron_sr1.runtime.device import select_device, start_distributed
+    from megatron_sr1.runtime.groups import make_groups
+
+    device = select_device("cpu")
+    start_distributed(device)
+    parallel_state.destroy_model_parallel()
+    yield make_groups(ParallelConfig(), device)
+    parallel_state.destroy_model_parallel()
+
+
 @pytest.fixture(scope="session")
 def run_ranks():
     """Run a script under torchrun; returns its output, fails the test on a non-zero exit."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megatron_sr1.config import ParallelConfig
@@ -114,14 +113,6 @@ def make_groups(parallel: ParallelConfig, device: Device) -> Groups:
         collection=collection,
         device=device,
     )
-
-
-def all_reduce_sum(values: torch.Tensor, group: Group) -> torch.Tensor:
-    """Sum a small tensor over a group; returns a new tensor on its device."""
-    total = values.clone()
-    if group.size > 1:
-        dist.all_reduce(total, group=group.process_group)
-    return total
 
 
 def gather_objects(value: Any, group: Group) -> list[Any]:

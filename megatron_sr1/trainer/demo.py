@@ -109,7 +109,8 @@ def train(output: Path, seed: int) -> None:
         _train_grpo(config, groups, engine)
         judged.judge(name)
     if groups.world.rank == 0:
-        # A demo that was stopped took as long as all its starts; one that is done stays as it is.
+        # One line a start that came to the end; `finish` takes the first, which did the training
+        # unless an earlier start was stopped on the way.
         with open(output / "seconds.jsonl", "a") as file:
             file.write(json.dumps({"seconds": time.monotonic() - started}) + "\n")
     stop_distributed()

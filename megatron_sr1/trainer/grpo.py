@@ -7,7 +7,6 @@ bonus, a length penalty.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -31,8 +30,6 @@ from megatron_sr1.trainer.actor import Actor, Reference
 from megatron_sr1.trainer.context import Context
 from megatron_sr1.trainer.samples import Samples
 from megatron_sr1.trainer.step import TokenLoss, sample_logprobs, update
-
-log = logging.getLogger(__name__)
 
 
 def train_grpo(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,6 @@ from megatron_sr1.runtime.groups import Groups, make_groups
 from megatron_sr1.runtime.seeds import seed_everything
 from megatron_sr1.trainer.actor import DTYPES
 from megatron_sr1.trainer.samples import Samples
-
-log = logging.getLogger(__name__)
 
 
 def start_ranks(config: Config) -> tuple[Device, Groups]:

@@ -8,28 +8,14 @@ import torch
 
 from megatron_sr1.checkpoint.hf import load_hf
 from megatron_sr1.checkpoint.mapping import canonical_hf_name
-from megatron_sr1.config import ParallelConfig
 from megatron_sr1.errors import DataError
 from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.model.qwen25_vl import build_model
 from megatron_sr1.runtime import cpu
-from megatron_sr1.runtime.device import select_device, start_distributed
-from megatron_sr1.runtime.groups import make_groups
 from tests.model_cases import make_row, published_gradients, worst_relative_gap, write_case
 
 TOLERANCE = 1e-5
 NUM_CASES = 20
-
-
-@pytest.fixture(scope="module")
-def groups():
-    from megatron.core import parallel_state
-
-    device = select_device("cpu")
-    start_distributed(device)
-    parallel_state.destroy_model_parallel()
-    yield make_groups(ParallelConfig(), device)
-    parallel_state.destroy_model_parallel()
 
 
 def build(directory, groups, **options):

@@ -5,26 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_sr1.config import ParallelConfig
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.model.qwen25_vl import build_model
 from megatron_sr1.model.transformer_config import check_layout, padded_vocab_size
-from megatron_sr1.runtime.device import select_device, start_distributed
-from megatron_sr1.runtime.groups import make_groups
 from tests.unit.test_model_hf_config import FLAT, parse_hf_config
 
 HF_CONFIG = parse_hf_config(FLAT)
-
-
-@pytest.fixture(scope="module")
-def groups():
-    from megatron.core import parallel_state
-
-    device = select_device("cpu")
-    start_distributed(device)
-    parallel_state.destroy_model_parallel()
-    yield make_groups(ParallelConfig(), device)
-    parallel_state.destroy_model_parallel()
 
 
 @pytest.mark.parametrize(
