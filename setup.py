@@ -15,6 +15,7 @@ CORE = [
     "pyarrow>=18",
     "psutil>=6",
     "numpy>=2",
+    "torch-optimi>=0.3.3",
 ]
 
 setup(
@@ -39,7 +40,7 @@ setup(
         ],
         # nemo-run's pins clash with vLLM's: an environment of its own.
         "slurm": ["nemo-run==0.11.1"],
-        "dev": ["pytest>=9", "ruff>=0.14", "mypy>=1.18"],
+        "dev": ["pytest>=9", "hypothesis>=6.150", "ruff>=0.14", "mypy>=1.18"],
     },
     entry_points={"console_scripts": ["megatron-sr1 = megatron_sr1.cli:main"]},
     license="Apache-2.0",

@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_command(arguments: argparse.Namespace) -> int:
     """`train`, `sft` and `eval`: check, then start the ranks, or be one of them."""
-    from megatron_sr1.config import load_config
+    from megatron_sr1.config_file import load_config
     from megatron_sr1.launch import preflight, torchrun
 
     overrides = list(arguments.overrides)

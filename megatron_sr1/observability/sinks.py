@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-from megatron_sr1.config import Config, to_dict
+from megatron_sr1.config import Config
+from megatron_sr1.config_file import to_dict
 from megatron_sr1.errors import ConfigError
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_sr1.checkpoint.distributed import latest_step, load_checkpoint, save_checkpoint
-from megatron_sr1.config import Config, save_config
+from megatron_sr1.config import Config
+from megatron_sr1.config_file import save_config
 from megatron_sr1.data.loader import Loader
 from megatron_sr1.data.packing import pack_samples
 from megatron_sr1.data.processor import Processor

@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_sr1.config import Config, load_config
+from megatron_sr1.config import Config
+from megatron_sr1.config_file import load_config
 from megatron_sr1.data.digits import corpus_texts, make_digits
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.model.tiny import make_tiny_model

@@ -29,7 +29,7 @@ from megatron_sr1.checkpoint.distributed import (  # noqa: E402
     save_checkpoint,
 )
 from megatron_sr1.checkpoint.hf import save_hf  # noqa: E402
-from megatron_sr1.config import load_config  # noqa: E402
+from megatron_sr1.config_file import load_config  # noqa: E402
 from megatron_sr1.data.packing import pack_samples  # noqa: E402
 from megatron_sr1.data.processor import Processor  # noqa: E402
 from megatron_sr1.model.hf_config import read_hf_config  # noqa: E402

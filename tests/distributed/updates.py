@@ -17,7 +17,8 @@ import numpy as np  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from megatron_sr1.config import AlgorithmConfig, load_config  # noqa: E402
+from megatron_sr1.config import AlgorithmConfig  # noqa: E402
+from megatron_sr1.config_file import load_config  # noqa: E402
 from megatron_sr1.data.packing import pack_samples  # noqa: E402
 from megatron_sr1.data.processor import Processor  # noqa: E402
 from megatron_sr1.records import TrainSample  # noqa: E402

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sr1.config import Config, load_config
+from megatron_sr1.config import Config
+from megatron_sr1.config_file import load_config
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sr1.config import load_config
+from megatron_sr1.config_file import load_config
 from megatron_sr1.observability.metrics import MetricsFile, PhaseTimer, memory_metrics, read_lines
 from megatron_sr1.observability.sinks import WANDB_ID_FILE, ProgressSink, make_sinks
 
