@@ -110,13 +110,13 @@ class HFSource:
             return file.get_tensor(stored.name)
 
     def other_files(self) -> list[Path]:
-        """Files beside the weights, relative to the directory; hidden ones are left out."""
+        """Files beside the weights, relative to the directory; not those of hidden folders."""
         found = []
         for folder, subfolders, names in os.walk(self.directory):
             subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
             for name in sorted(names):
-                hidden = name.startswith(".") or name.endswith(HEADER_SUFFIX)
-                if not hidden and not name.endswith(WEIGHT_SUFFIXES):
+                ours = name.endswith(HEADER_SUFFIX)
+                if not ours and not name.endswith(WEIGHT_SUFFIXES):
                     found.append((Path(folder) / name).relative_to(self.directory))
         return found
 

@@ -155,6 +155,8 @@ def test_a_directory_is_written_like_its_source_byte_for_byte(tiny_model, tmp_pa
     directory = write_two_files(tiny_model, tmp_path / "source", in_memory)
     (directory / "notes").mkdir()
     (directory / "notes" / "readme.md").write_text("hello")
+    (directory / ".gitattributes").write_text("*.safetensors filter=lfs\r\n")
+    (directory / "merges.txt").write_bytes(bytes(range(256)))
     source = HFSource(directory)
     check_tensors(source, read_hf_config(directory))
     write_like(source, tmp_path / "copy", stream(source))

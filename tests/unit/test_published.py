@@ -1,0 +1,65 @@
+"""The published 3B, 7B, 32B and 72B, by their configurations in tests/published.
+
+Shapes alone: no weights are made. A wrong number in a file would show in the count of parameters,
+which is what the publisher states for each model.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_sr1.checkpoint.mapping import canonical_hf_name, entries
+from megatron_sr1.model.hf_config import parse_hf_config
+from megatron_sr1.runtime.torchvision_mend import mend_torchvision
+
+FOLDER = Path(__file__).resolve().parents[1] / "published"
+NUM_PARAMETERS = {
+    "3b": 3_754_622_976,
+    "7b": 8_292_166_656,
+    "32b": 33_452_718_336,
+    "72b": 73_410_777_344,
+}
+
+
+def raw_config(size):
+    return json.loads((FOLDER / f"qwen25vl_{size}.json").read_text())
+
+
+@pytest.mark.parametrize("size", NUM_PARAMETERS)
+def test_the_mapping_has_every_published_parameter(size):
+    shapes = [s for entry in entries(parse_hf_config(raw_config(size))) for s in entry.hf_shapes]
+    assert sum(math.prod(shape) for shape in shapes) == NUM_PARAMETERS[size]
+
+
+@pytest.mark.parametrize("size", NUM_PARAMETERS)
+def test_flat_files_and_what_transformers_makes_of_them_say_the_same(size):
+    from transformers import Qwen2_5_VLConfig
+
+    raw = raw_config(size)
+    assert "text_config" not in raw
+    nested = json.loads(Qwen2_5_VLConfig(**raw).to_json_string(use_diff=False))
+    assert "text_config" in nested and "rope_scaling" not in nested
+    flat, again = parse_hf_config(raw), parse_hf_config(nested)
+    assert flat.text == again.text and flat.vision == again.vision
+    assert flat.tie_word_embeddings == again.tie_word_embeddings == (size == "3b")
+    assert flat.image_token_id == again.image_token_id == 151655
+
+
+@pytest.mark.parametrize("size", NUM_PARAMETERS)
+def test_the_mapping_names_what_transformers_holds(size):
+    mend_torchvision()
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    raw = raw_config(size)
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**raw))
+    held = {canonical_hf_name(name): tuple(t.shape) for name, t in model.named_parameters()}
+    mapped = {
+        name: shape
+        for entry in entries(parse_hf_config(raw))
+        for name, shape in zip(entry.hf_names, entry.hf_shapes, strict=True)
+    }
+    assert mapped == held
