@@ -2,16 +2,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_OUTPUT ?= runs/demo
+CORE_LATEST ?= 0.19.2
 # More threads than cores slow small tensors down; torchrun ranks set their own.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help env demo lint test test-slow clean
+.PHONY: help env demo lint test test-slow test-core-latest clean
 
 help:
 	@echo "make env        the environment: .venv over a cache keyed by the requirements"
 	@echo "make demo       digits from scratch on a CPU, with a report in $(DEMO_OUTPUT)"
 	@echo "make test       ruff, mypy and the tests that are not slow"
 	@echo "make test-slow  the slow tests, the demo's claims among them"
+	@echo "make test-core-latest  parity and distributed tests on megatron-core $(CORE_LATEST)"
 	@echo "make clean      removes caches of tools; runs/ and .venv stay"
 
 env: $(BIN)/megatron-sr1
@@ -32,6 +34,10 @@ test: lint
 
 test-slow: env
 	$(BIN)/python -m pytest -m slow
+
+test-core-latest: env
+	PYTHONPATH=$$($(PYTHON) tools/make_env.py --core $(CORE_LATEST)) \
+		$(BIN)/python -m pytest tests/parity tests/distributed
 
 clean:
 	rm -rf .mypy_cache .ruff_cache .pytest_cache

@@ -12,6 +12,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+def pytest_report_header():
+    import megatron.core
+
+    return f"megatron-core {megatron.core.__version__} in {Path(*megatron.core.__path__).parent}"
+
+
 def pytest_collection_modifyitems(items):
     import torch
 
@@ -56,7 +62,9 @@ def run_ranks():
     def run(script, num_ranks, *arguments, timeout=240, check=True, env=None):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", str(num_ranks), str(script), *map(str, arguments)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+        environment |= env or {}
         done = subprocess.run(
             command,
             stdout=subprocess.PIPE,

@@ -65,6 +65,20 @@ def install(target: Path) -> None:
     run("--no-deps", TORCHVISION)
 
 
+def lay_core(cache: Path, version: str) -> Path:
+    """A folder with another megatron-core, to be put on PYTHONPATH before the environment's.
+
+    Releases after 0.16 ask for Python 3.12, but their wheels for 3.11 run.
+    """
+    folder = cache / f"core-{version}"
+    if not (folder / "complete").exists():
+        what = ["--no-deps", "--ignore-requires-python", f"megatron-core=={version}"]
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, "--upgrade", "--target", str(folder), *what], check=True)
+        (folder / "complete").touch()
+    return folder
+
+
 def link(base: Path) -> None:
     """Lay `.venv` over the cached environment `base` and put the commands into its bin."""
     here = ROOT / ".venv"
@@ -84,7 +98,10 @@ def link(base: Path) -> None:
 
 
 def main() -> int:
-    """Make the environment if its key is not in the cache yet, then link it."""
+    """Make the environment if its key is not in the cache yet, then link it.
+
+    With `--core VERSION`: make a folder with that megatron-core instead, and print its path.
+    """
     if sys.version_info < (3, 11):  # noqa: UP036  it runs under whatever python3 is there
         version = sys.version.split()[0]
         raise SystemExit(f"make_env: Python 3.11 or newer is needed, this is {version}")
@@ -95,6 +112,9 @@ def main() -> int:
     cache = Path(os.environ.get("MEGATRON_SR1_CACHE") or default)
     base = cache / f"env-{key}"
     cache.mkdir(parents=True, exist_ok=True)
+    if sys.argv[1:2] == ["--core"] and len(sys.argv) == 3:
+        print(lay_core(cache, sys.argv[2]))
+        return 0
     with open(cache / f"env-{key}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (base / "complete").exists():
