@@ -53,9 +53,9 @@ class _Reader(pickle.Unpickler):
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """Type of the model's tensors in a checkpoint; float32 holds a mixture without loss."""
-    kinds = check_folder(folder).state_dict_metadata
-    weights = [name for name in kinds if name != COMMON_OBJECT and not name.startswith("optimizer.")]
-    types = {kinds[name].properties.dtype for name in weights}
+    kinds = dict(check_folder(folder).state_dict_metadata)
+    kinds.pop(COMMON_OBJECT, None)
+    types = {t.properties.dtype for name, t in kinds.items() if not name.startswith("optimizer.")}
     return types.pop() if len(types) == 1 else torch.float32
 
 
