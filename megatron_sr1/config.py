@@ -131,6 +131,8 @@ class RewardConfig:
     """False: a description that states the answer as a verdict earns no self-reward."""
     grader_timeout_seconds: float = 5.0
     """One grading may take so long."""
+    max_ungraded: int = 20
+    """So many prompts whose answers took the grader too long or too much memory stop the run."""
 
 
 @dataclass

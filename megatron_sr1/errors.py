@@ -26,4 +26,8 @@ class EngineError(SR1Error):
 
 
 class GradingError(SR1Error):
-    """A grader broke or ran out of time; it names the sample and never scores 0."""
+    """A grader broke; it names the sample and never scores 0."""
+
+
+class GradingLimit(GradingError):
+    """A comparison ran out of its time or memory; the sample stays ungraded."""

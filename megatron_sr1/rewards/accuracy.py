@@ -21,6 +21,8 @@ Compare = Callable[[str, str], bool]
 
 MAX_MATH_CHARACTERS = 300
 """A longer answer is prose or runaway text, not the gold one, unless it is equal as text."""
+MAX_NESTING = 20
+"""Brackets and braces inside each other; deeper text costs the grammar seconds and says nothing."""
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _FUNCTION = re.compile(r"\b(?:sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi|arcsin|arccos|arctan)\b")
 _NAMED = re.compile(r"[A-Za-z∠△\\][\w\s∠△\\{}']{0,30}?\s*=\s*([^=]+)")
@@ -164,7 +166,7 @@ def is_mathematics(cleaned: str) -> bool:
     Args:
         cleaned: what `answers.clean` returned.
     """
-    if len(cleaned) > MAX_MATH_CHARACTERS or ":" in cleaned:
+    if len(cleaned) > MAX_MATH_CHARACTERS or ":" in cleaned or _nesting(cleaned) > MAX_NESTING:
         return False
     bare = _FUNCTION.sub(" ", _COMMAND.sub(" ", cleaned))
     if re.search(r"[A-Za-z]\d|\d\s+\d", bare):  # CO2, H2O, x1: names; 7 8: two numbers
@@ -175,3 +177,11 @@ def is_mathematics(cleaned: str) -> bool:
     if any(not re.fullmatch(r"[abcxyz]{3}", run) for run in runs):
         return False
     return bool(re.search(r"[0-9=<>^_+*/|]|\\[A-Za-z]", cleaned))
+
+
+def _nesting(text: str) -> int:
+    deepest = depth = 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        deepest = max(deepest, depth)
+    return deepest

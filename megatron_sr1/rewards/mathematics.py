@@ -1,10 +1,11 @@
 """The process that compares two mathematical answers: `python -m megatron_sr1.rewards.mathematics`.
 
 In: a line of JSON a question, `{"gold", "answer", "seconds"}`. Out: a line of JSON each,
-`{"equal": bool}` or `{"error": str}`; first of all `{"ready": true}`. math-verify does the work,
-with its LaTeX grammar alone: its grammar of plain expressions goes through sympy's `parse_expr`,
-which evaluates text as Python. Both of its own time limits (signals) are off: worker.py kills
-this process from outside, and a kernel timer ends it where nobody is left to do so.
+`{"equal": bool}`, `{"limit": str}` where memory or depth ran out, or `{"error": str}`; first of
+all `{"ready": true}`. math-verify does the work, with its LaTeX grammar alone: its grammar of
+plain expressions goes through sympy's `parse_expr`, which evaluates text as Python. Both of its
+own time limits (signals) are off: worker.py kills this process from outside, and a kernel timer
+ends it where nobody is left to do so.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import signal
 import sys
 from typing import Any
 
-MEMORY_BYTES = 4 << 30
-"""Address space that this process may take; beyond it a comparison fails instead of the machine."""
+MAX_ADDRESS_BYTES = 4 << 30
+"""For a single request that process.py, which watches the memory in use, could not see coming."""
 LARGEST_EXPONENT = 1000
 LARGEST_SYMBOLIC_EXPONENT = 100
 """(x + 1)^500 takes the algebra seconds to multiply out."""
@@ -105,6 +106,8 @@ def serve(replies: Any) -> None:
         signal.setitimer(signal.ITIMER_REAL, 2 * asked["seconds"] + 1)
         try:
             reply: dict[str, Any] = {"equal": equal(asked["gold"], asked["answer"])}
+        except (MemoryError, RecursionError) as error:
+            reply = {"limit": type(error).__name__}
         except Exception as error:
             reply = {"error": f"{type(error).__name__}: {error}"}
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -116,7 +119,7 @@ def main() -> None:
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print must not look like a reply
     logging.disable(logging.CRITICAL)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_ADDRESS_BYTES, MAX_ADDRESS_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for gold, answer in _WARM_UP:
         equal(gold, answer)

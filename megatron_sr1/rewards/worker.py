@@ -1,31 +1,30 @@
-"""The grader's other half: a process that can be killed, started when first needed.
+"""The grader's other half: processes that can be killed, started when first needed.
 
 In: two mathematical answers. Out: whether they are equal. math-verify can hang or take all
 memory on sampled text; so it works in a process of its own (mathematics.py), which is killed at
-the time limit and started anew. It ends by itself when this process does: at the end of its
-standard input, or by its own timer when it is in the middle of something.
+the time limit. A second process, loaded already, takes its place, and the next one loads while
+that one works: the other comparisons lose the time limit once and nothing else.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import select
-import subprocess
+import signal
 import sys
-import time
-from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
-from megatron_sr1.errors import GradingError
+from megatron_sr1.errors import GradingError, GradingLimit
+from megatron_sr1.rewards.process import MEMORY_BYTES, GraderProcess
 
 START_SECONDS = 180.0
-"""Importing the algebra may take so long (seconds on an idle machine)."""
+"""Importing the algebra may take so long (a second on an idle machine)."""
+LEAVE_SECONDS = 0.2
+"""A process that is not busy has so long to end by itself."""
 CACHE_ENTRIES = 100_000
+MAX_SHOWN_CHARACTERS = 200
 
 
 class MathWorker:
-    """Compares mathematical answers in a process of its own."""
+    """Compares mathematical answers in a process of its own, with a spare one."""
 
     def __init__(self, timeout_seconds: float, command: tuple[str, ...] | None = None) -> None:
         """Remember the limits; nothing starts yet.
@@ -37,16 +36,17 @@ class MathWorker:
         assert timeout_seconds > 0, timeout_seconds
         self._timeout_seconds = timeout_seconds
         self._command = command or (sys.executable, "-m", "megatron_sr1.rewards.mathematics")
-        self._process: subprocess.Popen[bytes] | None = None
-        self._known: dict[tuple[str, str], bool] = {}
+        self._process: GraderProcess | None = None
+        self._spare: GraderProcess | None = None
+        self._known: dict[tuple[str, str], bool | str] = {}
 
     @property
     def pid(self) -> int | None:
-        """Of the process, None while there is none."""
+        """Of the process that is asked, None while there is none."""
         return None if self._process is None else self._process.pid
 
     def equal(self, gold: str, answer: str, sample_name: str) -> bool:
-        """Whether an answer equals the gold one as mathematics; remembered.
+        """Whether an answer equals the gold one as mathematics; remembered, limits too.
 
         Args:
             gold: without math delimiters.
@@ -54,88 +54,73 @@ class MathWorker:
             sample_name: for the message.
 
         Raises:
-            GradingError: the comparison broke or ran out of time; the process is new afterwards.
+            GradingLimit: the comparison ran out of time or memory.
+            GradingError: the grader broke or ended. After either the process is a new one.
         """
-        known = self._known.get((gold, answer))
-        if known is not None:
-            return known
-        asked = {"gold": gold, "answer": answer, "seconds": self._timeout_seconds}
-        what = f"{sample_name}: comparing answer {answer!r} with gold {gold!r}"
-        try:
-            self._start()
-            reply = self._ask(asked)
-        except TimeoutError:
-            self.close()
-            raise GradingError(
-                f"{what} took more than {self._timeout_seconds:g} s; raise "
-                "reward.grader_timeout_seconds or look at the sample"
-            ) from None
-        except (OSError, ValueError) as error:
-            code = self._end()
-            raise GradingError(f"{what}: the grader ended (exit status {code}): {error}") from None
-        if "equal" not in reply:
-            raise GradingError(f"{what}: the grader broke: {reply.get('error', reply)}")
-        if len(self._known) >= CACHE_ENTRIES:
-            self._known.clear()
-        return self._known.setdefault((gold, answer), bool(reply["equal"]))
+        pair = (gold, answer)
+        what = f"{sample_name}: comparing answer {_shown(answer)} with gold {_shown(gold)}"
+        known = self._known.get(pair)
+        if known is None:
+            known = self._compare(gold, answer, what)
+            if len(self._known) >= CACHE_ENTRIES:
+                self._known.clear()
+            self._known[pair] = known
+        if isinstance(known, str):
+            raise GradingLimit(f"{what} {known}")
+        return known
 
     def close(self) -> None:
-        """End the process, whatever it is doing."""
-        self._end()
+        """End both processes, whatever they are doing."""
+        self._drop(LEAVE_SECONDS)
+        if self._spare is not None:
+            self._spare.end()
+            self._spare = None
 
-    def _start(self) -> None:
-        if self._process is not None:
-            return
-        root = str(Path(__file__).resolve().parents[2])
-        paths = [root, os.environ.get("PYTHONPATH", "")]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}
-        self._process = subprocess.Popen(
-            self._command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            bufsize=0,
-        )
+    def _compare(self, gold: str, answer: str, what: str) -> bool | str:
+        """A verdict, or which limit was met."""
+        asked = {"gold": gold, "answer": answer, "seconds": self._timeout_seconds}
+        timed_out = f"took more than {self._timeout_seconds:g} s (reward.grader_timeout_seconds)"
         try:
-            ready = self._read(START_SECONDS)
+            reply = self._running().ask(asked, self._timeout_seconds)
         except TimeoutError:
-            raise OSError(f"it did not start within {START_SECONDS:g} s") from None
-        if "ready" not in ready:
-            raise OSError(f"it started with {ready}")
+            self._drop()
+            return timed_out
+        except MemoryError:
+            self._drop()
+            return f"took more than {MEMORY_BYTES >> 20} MiB"
+        except (OSError, ValueError) as error:
+            code = self._drop(LEAVE_SECONDS)
+            # Its own timer, where this process was stopped for longer than the limit.
+            if code == -signal.SIGALRM:
+                return timed_out
+            _broke(f"{what}: the grader ended (exit status {code}): {error}")
+        if "limit" in reply:
+            self._drop()
+            return f"ended with {reply['limit']}"
+        if "equal" not in reply:
+            _broke(f"{what}: the grader broke: {reply.get('error', reply)}")
+        return bool(reply["equal"])
 
-    def _ask(self, asked: dict[str, Any]) -> dict[str, Any]:
-        assert self._process is not None and self._process.stdin is not None
-        self._process.stdin.write(json.dumps(asked).encode() + b"\n")
-        return self._read(self._timeout_seconds)
+    def _running(self) -> GraderProcess:
+        """The process to ask, loaded; another one loads beside it."""
+        if self._process is None:
+            self._process = self._spare or GraderProcess(self._command)
+            self._spare = None
+            self._process.wait_ready(START_SECONDS)
+        if self._spare is None:
+            self._spare = GraderProcess(self._command)
+        return self._process
 
-    def _read(self, seconds: float) -> dict[str, Any]:
-        """The next line of the process, within so many seconds."""
-        assert self._process is not None and self._process.stdout is not None
-        pipe, line, ends = self._process.stdout.fileno(), b"", time.monotonic() + seconds
-        poll = select.poll()
-        poll.register(pipe, select.POLLIN)
-        while not line.endswith(b"\n"):
-            left = ends - time.monotonic()
-            if left <= 0 or not poll.poll(1000 * left):
-                raise TimeoutError
-            part = os.read(pipe, 65536)
-            if not part:
-                raise OSError("its output ended; see standard error above")
-            line += part
-        reply = json.loads(line)
-        assert isinstance(reply, dict)
-        return reply
-
-    def _end(self) -> int | None:
+    def _drop(self, seconds: float = 0.0) -> int | None:
+        """End the process that was asked; returns its exit status."""
         process, self._process = self._process, None
-        if process is None:
-            return None
-        time_to_leave = 0.2 if process.poll() is None else 0.0
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                pipe.close()
-        try:
-            return process.wait(time_to_leave)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            return process.wait()
+        return None if process is None else process.end(seconds)
+
+
+def _broke(message: str) -> NoReturn:
+    raise GradingError(message) from None
+
+
+def _shown(text: str) -> str:
+    cut = text if len(text) <= MAX_SHOWN_CHARACTERS else text[:MAX_SHOWN_CHARACTERS] + "…"
+    return repr(cut)

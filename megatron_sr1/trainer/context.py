@@ -20,7 +20,7 @@ from megatron_sr1.config_file import save_config
 from megatron_sr1.data.loader import Loader
 from megatron_sr1.data.packing import pack_samples
 from megatron_sr1.data.processor import Processor
-from megatron_sr1.errors import ConfigError, DataError
+from megatron_sr1.errors import ConfigError, DataError, GradingError
 from megatron_sr1.observability.metrics import MetricsFile, PhaseTimer, memory_metrics
 from megatron_sr1.observability.sinks import Sink, make_sinks
 from megatron_sr1.records import PackedBatch, TrainSample
@@ -54,6 +54,7 @@ class Context:
         self.step = 0
         self.timer = PhaseTimer()
         self.skipped = 0
+        self.ungraded = 0
         self._newly_skipped = 0
         self._started = time.monotonic()
         self._sinks: list[Sink] = []
@@ -121,6 +122,23 @@ class Context:
                 "above name them"
             )
 
+    def count_ungraded(self, newly: int) -> None:
+        """Add up prompts that the grader left out.
+
+        Args:
+            newly: of this step, over all replicas; equal on all ranks.
+
+        Raises:
+            GradingError: there are too many; all ranks raise.
+        """
+        self.ungraded += newly
+        limit = self.config.reward.max_ungraded
+        if self.ungraded > limit:
+            raise GradingError(
+                f"{self.ungraded} prompts ungraded, at most {limit} (reward.max_ungraded); the "
+                "warnings above name them"
+            )
+
     def sum_over_ranks(self, values: Mapping[str, float]) -> dict[str, float]:
         """Sums over the world, equal on all ranks; all ranks have the same names."""
         total = torch.tensor(list(values.values()), dtype=torch.float64)
@@ -169,6 +187,7 @@ class Context:
                         "former, or another output"
                     )
             self.step, self.skipped = state["step"], state["skipped"]
+            self.ungraded = state.get("ungraded", 0)
             self.loader.load_state_dict(state["loader"])
             log.info("resumed from step %d in %s", self.step, self.checkpoints)
         self.open()
@@ -206,6 +225,7 @@ class Context:
         state = {
             "step": self.step,
             "skipped": self.skipped,
+            "ungraded": self.ungraded,
             "loader": self.loader.state_dict(),
             "stage": self.config.stage,
             "model.path": self.config.model.path,

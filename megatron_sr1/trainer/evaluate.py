@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_sr1.errors import GradingError
 from megatron_sr1.rewards.parsing import find_description
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rollout.engine import Engine
@@ -37,7 +38,8 @@ def evaluate(
         indices: which samples.
 
     Returns:
-        accuracy, self_reward, description_exact and shortcut_rate, those that apply, in [0, 1].
+        accuracy, self_reward, description_exact and shortcut_rate, those that apply, in [0, 1],
+        over the questions that could be graded; `ungraded` counts the others.
     """
     config = context.config
     with_pass2 = config.reward.recipe != "vision_r1"
@@ -54,8 +56,11 @@ def evaluate(
             # Every model judged meets the same randomness: comparisons are paired.
             seed_of=lambda index, sample, part: request_seed(0, -1, index, sample, part),
         )
-        scored = scoring.score(rollouts, samples, scorer)
-        shared = scoring.share(scored, indices, engine.is_speaker, context.groups)
-    lines = [scoring.evaluation_line(s, samples.example(s.rollout.index)) for s in shared]
+        speaks = engine.is_speaker
+        graded = scoring.score(rollouts if speaks else (), samples, scorer)
+        graded = scoring.share(graded, indices, speaks, context.groups)
+    if graded.ungraded and not graded.scored:
+        raise GradingError("no question could be graded; see the warnings above")
+    lines = [scoring.evaluation_line(s, samples.example(s.rollout.index)) for s in graded.scored]
     context.save_lines(f"eval/{name}.jsonl", lines)
-    return scoring.rates(lines)
+    return {**scoring.rates(lines), "ungraded": len(graded.ungraded)}

@@ -60,6 +60,7 @@ def train_grpo(
         own = own_samples(context, samples, scored, advantages)
         measured = learn(context, actor, samples, own, reference)
         values = {**scoring.reward_means(scored), **spread, **stats, **measured}
+        values["reward/ungraded"] = float(context.ungraded)
         if config.logging.rollouts:
             lines = [
                 scoring.rollout_line(step + 1, s, samples.example(s.rollout.index), float(a))
@@ -111,14 +112,16 @@ def roll_out_step(
     context.timer.move("pass1", "pass2", stats.pass2_only_seconds)
     engine.sleep()
     with context.phase("reward"):
-        scored = scoring.score(rollouts, samples, scorer)
-    with context.phase("share"):
+        # The ranks of a replica hold the same rollouts: one of them grades.
         speaks = engine.is_speaker
-        shared = scoring.share(scored, indices, speaks, context.groups)
+        graded = scoring.score(rollouts if speaks else (), samples, scorer)
+    with context.phase("share"):
+        graded = scoring.share(graded, indices, speaks, context.groups)
+        context.count_ungraded(len(graded.ungraded))
         counted = context.sum_over_ranks(_counts(stats) if speaks else {n: 0.0 for n in _COUNTS})
-    if not shared:
-        raise DataError("no sample of this step could be rolled out; see the warnings above")
-    return shared, counted
+    if not graded.scored:
+        raise DataError("no prompt of this step could be used; see the warnings above")
+    return list(graded.scored), counted
 
 
 def read_prompts(

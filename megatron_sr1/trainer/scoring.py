@@ -1,20 +1,25 @@
 """Where rollouts meet rewards, for training and evaluation alike.
 
 In: rollouts of this engine replica. Out: scored rollouts of all replicas on every rank, the lines
-that are saved, and the rates of pass 1 x pass 2 (METHOD: language-shortcut rate).
+that are saved, and the rates of pass 1 x pass 2 (METHOD: language-shortcut rate). A prompt with a
+rollout that the grader has no time or memory for is left out whole.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_sr1.data.digits import described_digits
+from megatron_sr1.errors import GradingLimit
 from megatron_sr1.records import Example, Reward, Rollout
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.runtime.groups import Groups, gather_objects
 from megatron_sr1.trainer.samples import Samples
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -25,39 +30,69 @@ class Scored:
     reward: Reward
 
 
-def score(rollouts: Iterable[Rollout], samples: Samples, scorer: Scorer) -> list[Scored]:
-    """Score rollouts against their samples' gold answers."""
-    scored = []
-    for rollout in rollouts:
-        example = samples.example(rollout.index)
-        reward = scorer.score(
-            sample_name=f"{example.shard} sample {example.key}",
-            response_text=rollout.completion.text,
-            gold=example.answer or "",
-            question=example.question,
-            description=rollout.description,
-            reading_text=rollout.reading.text if rollout.reading else None,
-            has_image=example.num_images > 0,
-        )
-        scored.append(Scored(rollout, reward))
-    return scored
+@dataclass(frozen=True)
+class Graded:
+    """What the grader made of some rollouts.
+
+    Attributes:
+        scored: rollouts with their verdicts; of each prompt all or none.
+        ungraded: indices of the prompts left out, as one of their rollouts met a limit.
+    """
+
+    scored: tuple[Scored, ...] = ()
+    ungraded: frozenset[int] = frozenset()
 
 
-def share(
-    scored: Sequence[Scored], order: Sequence[int], speaks: bool, groups: Groups
-) -> list[Scored]:
-    """Give all replicas' scored rollouts to every rank.
+def score(rollouts: Iterable[Rollout], samples: Samples, scorer: Scorer) -> Graded:
+    """Score rollouts against their samples' gold answers.
 
     Args:
-        scored: of this replica.
+        rollouts: all or none of a prompt.
+        samples: where their gold answers are.
+        scorer: of the recipe.
+
+    Raises:
+        GradingError: the grader broke. A rollout that only met its limits is named in a warning.
+    """
+    scored: list[Scored] = []
+    ungraded: set[int] = set()
+    for rollout in rollouts:
+        if rollout.index in ungraded:
+            continue
+        example = samples.example(rollout.index)
+        try:
+            reward = scorer.score(
+                sample_name=f"{example.shard} sample {example.key} rollout {rollout.sample}",
+                response_text=rollout.completion.text,
+                gold=example.answer or "",
+                question=example.question,
+                description=rollout.description,
+                reading_text=rollout.reading.text if rollout.reading else None,
+                has_image=example.num_images > 0,
+            )
+        except GradingLimit as error:
+            log.warning("left out with its group: %s", error)
+            ungraded.add(rollout.index)
+        else:
+            scored.append(Scored(rollout, reward))
+    whole = tuple(s for s in scored if s.rollout.index not in ungraded)
+    return Graded(whole, frozenset(ungraded))
+
+
+def share(graded: Graded, order: Sequence[int], speaks: bool, groups: Groups) -> Graded:
+    """Give what all replicas graded to every rank; collective over all ranks.
+
+    Args:
+        graded: of this replica.
         order: indices of the step's examples; the result follows it, samples ascending.
         speaks: True on one rank of each replica.
         groups: the layout.
     """
     place = {index: number for number, index in enumerate(order)}
-    parts = gather_objects(list(scored) if speaks else [], groups.world)
-    everyone = [item for part in parts for item in part]
-    return sorted(everyone, key=lambda s: (place[s.rollout.index], s.rollout.sample))
+    parts = gather_objects(graded if speaks else Graded(), groups.world)
+    everyone = [item for part in parts for item in part.scored]
+    everyone.sort(key=lambda s: (place[s.rollout.index], s.rollout.sample))
+    return Graded(tuple(everyone), frozenset[int]().union(*(part.ungraded for part in parts)))
 
 
 def rollout_line(step: int, scored: Scored, example: Example, advantage: float) -> dict[str, Any]:
