@@ -134,16 +134,15 @@ def rank_main(config: Config) -> int:
 
 def _with_cause(status: int, run_dir: Path, started: float) -> int:
     """Say again why the ranks ended, below torchrun's own words; the failed rank's status."""
-    from megatron_sr1.runtime.failure import STACKS_FOLDER, read_failure
+    from megatron_sr1.runtime.failure_files import last_words, read_failure
 
     failure = read_failure(run_dir, since=started)
     if failure is None:
-        return status
-    where = "" if failure["code"] == 2 else f" (stacks in {run_dir / STACKS_FOLDER})"
-    print(
-        f"megatron-sr1: error: rank {failure['rank']}: {failure['cause']}{where}", file=sys.stderr
-    )
-    return int(failure["code"])
+        lines = [f"megatron-sr1: error: the ranks ended with status {status}; see above"]
+    else:
+        lines, status = last_words(run_dir, failure, started), int(failure["code"])
+    print(*lines, sep="\n", file=sys.stderr)
+    return status
 
 
 def demo_command(output: Path, seed: int) -> int:

@@ -2,9 +2,10 @@
 
 `guard` wraps a rank's main. What goes wrong in it is written to `RUN/failure.json` (who and why)
 and each rank's stacks to `RUN/stacks/rank_N.txt`; a watcher thread on every rank looks for that
-file and for passed deadlines, and ends the process with `os._exit`, which works while the main
-thread sits in a collective. Ranks wait for each other's dumps, at most `LINGER_SECONDS`, as a
-launcher kills the rest once the first is gone.
+file, for passed deadlines, for SIGTERM, for a next rank that was killed, and for the end of the
+process that started it. It ends the process with `os._exit`, which works while the main thread
+sits in a collective. Ranks wait for each other's dumps, at most `LINGER_SECONDS`, as a launcher
+kills the rest once the first is gone.
 
 Two nets below the watcher need no Python: faulthandler's own timer, should the interpreter lock
 be held past a deadline, and its handlers for SIGTERM and crashes, which dump before the end.
@@ -13,8 +14,6 @@ be held past a deadline, and its handlers for SIGTERM and crashes, which dump be
 from __future__ import annotations
 
 import faulthandler
-import json
-import logging
 import os
 import signal
 import sys
@@ -25,44 +24,27 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from pathlib import Path
-from typing import NoReturn
-
-import psutil
+from typing import Any, NamedTuple, NoReturn
 
 from megatron_sr1.errors import SR1Error
+from megatron_sr1.runtime.failure_files import STACKS_FOLDER, Launch, main_thread_frame, place
+from megatron_sr1.runtime.presence import Presence
 
 POLL_SECONDS = 0.25
+MOMENT_SECONDS = 1.0
 LINGER_SECONDS = 5.0
 BACKUP_SECONDS = 10.0
-FAILURE_FILE = "failure.json"
-STACKS_FOLDER = "stacks"
+GONE = "its process is gone (killed from outside, or out of memory)"
 
-log = logging.getLogger(__name__)
 _current: ContextVar[FailureWatch | None] = ContextVar("failure_watch", default=None)
 
 
-def launch_start() -> float:
-    """Unix time before which no rank of this launch ran: the start of the process that forked us.
+class Culprit(NamedTuple):
+    """A rank's failure because of which others end."""
 
-    Under torchrun and srun that is the node's agent. A failure file older than it is an earlier
-    launch's.
-    """
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    return psutil.Process(os.getpid() if alone else os.getppid()).create_time()
-
-
-def read_failure(run_dir: Path, since: float) -> dict | None:
-    """The failure that a rank recorded after `since` (unix seconds), or None.
-
-    Returns:
-        `{"rank", "cause", "code", "time", "restart"}`.
-    """
-    try:
-        failure = json.loads((run_dir / FAILURE_FILE).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
-    # The clock behind a process's start is coarse and machines differ a little.
-    return failure if failure["time"] >= since - 1.0 else None
+    rank: int
+    cause: str
+    code: int
 
 
 class FailureWatch:
@@ -72,24 +54,55 @@ class FailureWatch:
         run_dir: run directory, seen by all ranks.
         rank: of this process in the world.
         world_size: ranks in the world.
+
+    Attributes:
+        phase: innermost block under `deadline`, "" outside; after an exception, where it came up.
     """
 
     def __init__(self, run_dir: Path, rank: int, world_size: int) -> None:
-        """Open the stack file and start the watcher thread."""
+        """Open the stack file and start the watcher thread.
+
+        Raises:
+            ConfigError: another process is this rank of the same run directory.
+        """
         self.run_dir, self.rank, self.world_size = run_dir, rank, world_size
-        self._since = launch_start()
-        self._restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._launch, self._parent = Launch(run_dir), os.getppid()
+        self._presence = Presence(run_dir / STACKS_FOLDER, rank, world_size)
+        self._stacks = self._presence.file
         self._deadlines: list[tuple[float, str, float]] = []
+        self.phase = ""
         self._lock = threading.Lock()
         self._ending = threading.Lock()
         self._stop = threading.Event()
-        folder = run_dir / STACKS_FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
-        self._stacks = open(folder / f"rank_{rank}.txt", "w")  # noqa: SIM115
         faulthandler.enable(self._stacks)
-        faulthandler.register(signal.SIGTERM, self._stacks, all_threads=True, chain=True)
+        self._listen()
         self._thread = threading.Thread(target=self._watch, name="failure-watch", daemon=True)
         self._thread.start()
+
+    def _listen(self) -> None:
+        """Have SIGTERM dump the stacks at once and come out of a pipe, which the watcher reads.
+
+        A Python handler alone would wait for the main thread to come back from C.
+        """
+        self._pipe, write_end = os.pipe()
+        for end in (self._pipe, write_end):
+            os.set_blocking(end, False)
+        before = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+        handler = signal.signal(signal.SIGTERM, lambda number, frame: None)
+        self._before: tuple[Any, int] | None = (handler, before)
+        faulthandler.register(signal.SIGTERM, self._stacks, all_threads=True, chain=True)
+        os.register_at_fork(after_in_child=self._unlisten)
+
+    def _unlisten(self) -> None:
+        """Undo `_listen`; in a forked child too, which is no rank and may be told to end."""
+        if self._before is None:
+            return
+        faulthandler.unregister(signal.SIGTERM)
+        handler, self._before = self._before, None
+        write_end = signal.set_wakeup_fd(handler[1])
+        signal.signal(signal.SIGTERM, handler[0])
+        for end in (self._pipe, write_end):
+            os.close(end)
 
     @contextmanager
     def deadline(self, phase: str, seconds: float) -> Iterator[None]:
@@ -99,8 +112,10 @@ class FailureWatch:
             phase: what is being done, for the message.
             seconds: limit; 0 or less means none.
         """
+        outer, self.phase = self.phase, phase  # stays where it is if the block raises
         if seconds <= 0:
             yield
+            self.phase = outer
             return
         entry = (time.monotonic() + seconds, phase, seconds)
         with self._lock:
@@ -108,6 +123,7 @@ class FailureWatch:
             self._arm_backup()
         try:
             yield
+            self.phase = outer
         finally:
             with self._lock:
                 self._deadlines.remove(entry)
@@ -121,19 +137,42 @@ class FailureWatch:
 
     def _watch(self) -> None:
         while not self._stop.wait(POLL_SECONDS):
+            culprit = self.culprit()
+            if culprit is not None:
+                self.fail(culprit.cause, code=1, culprit=culprit)
+            if self._terminated():
+                culprit = self.culprit(MOMENT_SECONDS)  # a launcher stops the rest after a death
+                code = 128 + signal.SIGTERM
+                self.fail("stopped from outside by SIGTERM", code, culprit=culprit)
+            if self.world_size > 1 and os.getppid() != self._parent:
+                self.fail("the process that started this rank is gone", code=1)
             with self._lock:
                 first = min(self._deadlines, default=None)
             if first is not None and time.monotonic() > first[0]:
                 self.fail(f"{first[1]} took longer than its deadline of {first[2]:g} s", code=1)
-            peer = self._peer_failure()
-            if peer is not None:
-                self.fail(peer["cause"], code=1)
 
-    def _peer_failure(self) -> dict | None:
-        failure = read_failure(self.run_dir, self._since)
-        return failure if failure and failure["restart"] == self._restart else None
+    def culprit(self, patience_seconds: float = 0.0) -> Culprit | None:
+        """Another rank's failure that came before ours; waits so long for one to show."""
+        until = time.monotonic() + patience_seconds
+        while self.world_size > 1:
+            failure, gone = self._launch.failure(), self._presence.gone()
+            if failure is not None:
+                return Culprit(failure["rank"], failure["cause"], failure["code"])
+            if gone is not None:
+                return Culprit(gone, GONE, 1)
+            if time.monotonic() >= until:
+                break
+            time.sleep(0.05)
+        return None
 
-    def fail(self, cause: str, code: int, trace: str = "") -> NoReturn:
+    def _terminated(self) -> bool:
+        with suppress(BlockingIOError):
+            return signal.SIGTERM in os.read(self._pipe, 4096)
+        return False
+
+    def fail(
+        self, cause: str, code: int, trace: str = "", culprit: Culprit | None = None
+    ) -> NoReturn:
         """Record the failure unless one is recorded, dump stacks, say why, end the process.
 
         Args:
@@ -141,47 +180,35 @@ class FailureWatch:
             code: exit status.
             trace: formatted traceback, "" for none. It goes into the stack file, and to stderr
                 too if this rank is the first to fail and `code` is not 2 (a user's error).
+            culprit: the rank because of which we end; None if it is this one.
         """
         self._ending.acquire()  # the first of main thread and watcher; the other waits for the end
         try:
+            cause = " ".join(cause.split())  # one line
             with suppress(OSError):  # the disk may be full, and stderr a pipe that nobody reads
-                self._tell(cause, code, trace)
-            self._linger()
+                self._tell(cause, code, trace, culprit or Culprit(self.rank, cause, code))
+            self._linger(culprit)
         finally:
             os._exit(code)
 
-    def _tell(self, cause: str, code: int, trace: str) -> None:
-        cause = " ".join(cause.split())  # one line
-        first = self._record(cause, code)
-        why = f"rank {first['rank']}: {first['cause']}"
-        self._dump(cause if first["rank"] == self.rank else f"stopped by {why}", trace)
-        if first["rank"] == self.rank:
+    def _tell(self, cause: str, code: int, trace: str, culprit: Culprit) -> None:
+        first = self._launch.record(culprit.rank, culprit.cause, culprit.code)
+        why, is_ours = f"rank {first['rank']}: {first['cause']}", first["rank"] == self.rank
+        in_main = threading.current_thread() is threading.main_thread()
+        where = self.phase or "no phase"
+        if not in_main:
+            where += f", {place(main_thread_frame())}"
+        self._dump(f"{cause if is_ours else f'stopped by {why}'}\nwas in {where}", trace)
+        if is_ours:
             text = f"{trace if code != 2 else ''}megatron-sr1: error: {why}"
         elif first["cause"] == cause and first["code"] == 2:
             return  # all ranks met the same user's error: one has said it
         else:
-            text = f"megatron-sr1: rank {self.rank} stops, because of {why}"
-        if threading.current_thread() is threading.main_thread():
+            text = f"megatron-sr1: rank {self.rank} stops in {where}, because of {why}"
+        if in_main:
             sys.stdout.flush()
             sys.stderr.flush()
         os.write(2, (text + "\n").encode())
-
-    def _record(self, cause: str, code: int) -> dict:
-        """Write the failure file unless a rank of this launch has; returns the one that stands."""
-        failure = {"rank": self.rank, "cause": cause, "code": code, "time": time.time()}
-        failure["restart"] = self._restart
-        target, text = self.run_dir / FAILURE_FILE, json.dumps(failure) + "\n"
-        try:
-            with open(target, "x") as file:  # of several ranks at once, one succeeds
-                file.write(text)
-        except FileExistsError:
-            standing = self._peer_failure()
-            if standing is not None:
-                return standing
-            target.write_text(text)  # over an earlier launch's
-        except OSError as error:
-            log.error("%s could not be written: %s", target, error)
-        return failure
 
     def _dump(self, headline: str, trace: str) -> None:
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -189,30 +216,27 @@ class FailureWatch:
         self._stacks.flush()
         faulthandler.dump_traceback(self._stacks, all_threads=True)
 
-    def _linger(self) -> None:
+    def _linger(self, culprit: Culprit | None) -> None:
         until = time.monotonic() + LINGER_SECONDS
         folder = self.run_dir / STACKS_FOLDER
-        waiting = {folder / f"rank_{rank}.txt" for rank in range(self.world_size)}
+        dead = culprit.rank if culprit is not None and culprit.cause == GONE else None
+        others = (rank for rank in range(self.world_size) if rank != dead)
+        waiting = {folder / f"rank_{rank}.txt" for rank in others}
         while waiting and time.monotonic() < until:
             waiting = {path for path in waiting if not (path.exists() and path.stat().st_size)}
             time.sleep(0.05)
 
     def close(self) -> None:
-        """Stop watching after a good end; an empty stack file is removed."""
+        """Stop watching after a good end; the stack file is removed."""
         self._stop.set()
         if threading.current_thread() is not self._thread:
             self._thread.join()
         faulthandler.cancel_dump_traceback_later()
-        faulthandler.unregister(signal.SIGTERM)
+        self._unlisten()
         faulthandler.disable()
-        self._stacks.close()
-        path = Path(self._stacks.name)
-        if path.exists() and path.stat().st_size == 0:
-            path.unlink()
-        with suppress(OSError):  # other ranks' files are in it, or another rank was quicker
-            path.parent.rmdir()
-        if self.rank == 0 and self._peer_failure() is None:
-            (self.run_dir / FAILURE_FILE).unlink(missing_ok=True)  # an earlier launch's
+        self._presence.leave()
+        if self.rank == 0:
+            self._launch.forget()
 
 
 @contextmanager
@@ -228,6 +252,9 @@ def guard(
         run_dir: run directory, made if absent.
         rank: of this process; from the environment if None.
         world_size: ranks; from the environment if None.
+
+    Raises:
+        ConfigError: another process is this rank of the same run directory.
     """
     outer = _current.get()
     if outer is not None:  # a guard within a guard: the outer one ends the process
@@ -242,9 +269,13 @@ def guard(
     try:
         yield watch
     except SR1Error as error:
-        watch.fail(str(error), code=2, trace=traceback.format_exc())
+        # Another rank's end may be behind any exception here, as by a broken connection.
+        culprit = watch.culprit(MOMENT_SECONDS)
+        watch.fail(str(error), 2, traceback.format_exc(), culprit)
     except Exception as error:
-        watch.fail(f"{type(error).__name__}: {error}", code=1, trace=traceback.format_exc())
+        cause = f"{type(error).__name__}: {error}" + (f" (in {watch.phase})" if watch.phase else "")
+        culprit = watch.culprit(MOMENT_SECONDS)
+        watch.fail(cause, 1, traceback.format_exc(), culprit)
     finally:
         _current.reset(token)
         watch.close()
