@@ -189,6 +189,8 @@ class CheckpointConfig:
     """Checkpoints to keep; 0 keeps all."""
     resume: bool = True
     """Go on from `checkpoints/latest` if there is one."""
+    verify: bool = True
+    """Compare the checksums of a Megatron checkpoint before it is read; False: the sizes only."""
     export_hf: bool = True
     """Write the Hugging Face model to `hf/` at the end."""
 

@@ -49,6 +49,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "source", type=Path, help="folder of checkpoints (its latest is taken) or a step_N folder"
     )
     to_hf.add_argument("target", type=Path, help="new Hugging Face directory")
+    to_hf.add_argument(
+        "--no-verify",
+        dest="verify",
+        action="store_false",
+        help="compare only the sizes of the checkpoint's files, not their checksums",
+    )
     return parser.parse_args(argv)
 
 
@@ -64,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.way == "hf-to-megatron":
             hf_to_megatron(arguments.source, arguments.target, arguments.dtype)
         else:
-            megatron_to_hf(arguments.source, arguments.target)
+            megatron_to_hf(arguments.source, arguments.target, arguments.verify)
     except SR1Error as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -80,8 +86,9 @@ def hf_to_megatron(source: Path, target: Path, dtype: str) -> None:
     """
     import torch
 
-    from megatron_sr1.checkpoint.distributed import resolve_model, save_checkpoint
+    from megatron_sr1.checkpoint.distributed import save_checkpoint
     from megatron_sr1.checkpoint.hf import load_hf
+    from megatron_sr1.checkpoint.model_source import resolve_model
     from megatron_sr1.errors import CheckpointError
     from megatron_sr1.model.hf_config import read_hf_config
 
@@ -98,14 +105,16 @@ def hf_to_megatron(source: Path, target: Path, dtype: str) -> None:
     save_checkpoint(target, 0, chunks, None, None, groups, state, source_directory=source)
 
 
-def megatron_to_hf(source: Path, target: Path) -> None:
+def megatron_to_hf(source: Path, target: Path, verify: bool = True) -> None:
     """Read a Megatron checkpoint and write safetensors like those that it came from.
+
+    `verify` compares the digests of its files first, and not only their sizes.
 
     Raises:
         CheckpointError: the source is no such checkpoint, or the target is something else.
     """
-    from megatron_sr1.checkpoint.distributed import load_model, resolve_model
     from megatron_sr1.checkpoint.hf import save_hf
+    from megatron_sr1.checkpoint.model_source import load_model, resolve_model
     from megatron_sr1.checkpoint.untrusted import stored_dtype
     from megatron_sr1.errors import CheckpointError
     from megatron_sr1.model.hf_config import read_hf_config
@@ -117,7 +126,7 @@ def megatron_to_hf(source: Path, target: Path) -> None:
     config = read_hf_config(found.hf_files)
     chunks, groups = build(config, stored_dtype(found.weights))
     tell("reading", found.weights)
-    load_model(chunks, found, config, groups)
+    load_model(chunks, found, config, groups, verify)
     tell("writing", target)
     save_hf(chunks, config, groups, found.hf_files, target)
 

@@ -7,108 +7,46 @@ In: model, optimizer, schedule and a JSON state. Out: `DIR/step_N/` with
     state.json                       step, layout, schedule, and what the caller keeps
     hf_files/                        configuration, tokenizer and weight headers of the published
                                      model, so that the folder is a model by itself
+    manifest.json                    size and digest of all these files
 
 and `DIR/latest`, a text file that names the folder to resume from. A folder gets its name when all
-ranks have written; `latest` is replaced after that, and older folders go last.
+of it is on the disk; `latest` is replaced after that, and older folders go last. On loading, the
+files are compared with the manifest first.
 """
 
 from __future__ import annotations
 
-import json
+import io
 import logging
+import pickle
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from megatron_sr1.checkpoint.files import sync_directory, write_text
 from megatron_sr1.checkpoint.folders import (
     LATEST,
     STATE,
     latest_step,
     remove_old,
-    step_names,
-    steps,
-    write_text,
+    remove_remains,
 )
-from megatron_sr1.checkpoint.hf import load_hf
 from megatron_sr1.checkpoint.hf_writer import replace_directory
+from megatron_sr1.checkpoint.manifest import write_manifest
+from megatron_sr1.checkpoint.model_source import HF_FILES
 from megatron_sr1.checkpoint.rng import restore_rng, rng_state
 from megatron_sr1.checkpoint.sharded import load_tensors, save_tensors
-from megatron_sr1.checkpoint.source import INDEX, SINGLE, HFSource
+from megatron_sr1.checkpoint.source import HFSource
+from megatron_sr1.checkpoint.state import layout_of, read_state, write_state
+from megatron_sr1.checkpoint.together import on_writer, reason, together
+from megatron_sr1.checkpoint.verify import verify_folder
 from megatron_sr1.errors import CheckpointError
-from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.runtime.groups import Groups
 
 log = logging.getLogger(__name__)
-
-HF_FILES = "hf_files"
-FORMAT = 1
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """Where a model's weights and the files beside them are.
-
-    Attributes:
-        kind: huggingface | megatron.
-        weights: folder of the weights.
-        hf_files: Hugging Face directory with configuration and tokenizer; with weights only where
-            `kind` is huggingface.
-    """
-
-    kind: str
-    weights: Path
-    hf_files: Path
-
-
-def resolve_model(directory: str | Path) -> ModelSource:
-    """Tell what kind of model directory this is.
-
-    Args:
-        directory: a Hugging Face directory, a folder of checkpoints with `latest` in it, or one
-            `step_N` folder of those.
-
-    Raises:
-        CheckpointError: it is none of these.
-    """
-    path = Path(directory)
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such folder; give a Hugging Face or a checkpoint folder")
-    has_weights = (path / INDEX).is_file() or (path / SINGLE).is_file()
-    if (path / "config.json").is_file() and has_weights:
-        return ModelSource("huggingface", path, path)
-    step = latest_step(path)
-    folder = path if step is None else path / f"step_{step}"
-    if (folder / ".metadata").is_file():
-        if not (folder / HF_FILES / "config.json").is_file():
-            raise CheckpointError(
-                f"{folder}: a checkpoint without {HF_FILES}/config.json, so its model's shape is "
-                "not known; it can resume its run, but not be a model"
-            )
-        return ModelSource("megatron", folder, folder / HF_FILES)
-    raise CheckpointError(
-        f"{path} is no model: looked for config.json with {INDEX} or {SINGLE} (Hugging Face), and "
-        f"for {LATEST}, step_N folders or .metadata (Megatron); found "
-        f"{', '.join(sorted(p.name for p in path.iterdir())[:12]) or 'nothing'}"
-    )
-
-
-def load_model(
-    chunks: Sequence[Any], source: ModelSource, hf_config: HFConfig, groups: Groups
-) -> None:
-    """Fill the chunks from a model directory of either kind; collective over all ranks.
-
-    Raises:
-        CheckpointError: the weights are not those of the model.
-    """
-    if source.kind == "huggingface":
-        load_hf(chunks, source.weights, hf_config, groups)
-    else:
-        load_tensors(source.weights, chunks, None)
 
 
 def save_checkpoint(
@@ -138,33 +76,60 @@ def save_checkpoint(
 
     Returns:
         the checkpoint's folder.
+
+    Raises:
+        CheckpointError: the disk is full, a file cannot be written, or a process that wrote ended;
+            what was saved before is untouched.
     """
     folder = Path(directory)
     target, partial = folder / f"step_{step}", folder / f".step_{step}.partial"
     is_writer = groups.world.rank == 0
-    if is_writer:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier(group=groups.world.process_group)
-    save_tensors(partial, chunks, optimizer)
-    torch.save(rng_state(), partial / f"rng_{groups.world.rank}.pt")
-    dist.barrier(group=groups.world.process_group)
-    if is_writer:
-        if source_directory is not None:
-            HFSource(source_directory).copy_without_weights(partial / HF_FILES)
-        record = {
-            "format": FORMAT,
-            "step": step,
-            "layout": _layout(groups),
-            "scheduler": None if scheduler is None else scheduler.state_dict(),
-            "state": dict(state),
-        }
-        write_text(partial / STATE, json.dumps(record, indent=2) + "\n")
-        replace_directory(partial, target)
-        write_text(folder / LATEST, target.name + "\n")
-        remove_old(folder, step, keep_last)
-    dist.barrier(group=groups.world.process_group)
+    try:
+        on_writer(groups, lambda: _make_partial(target, partial))
+        save_tensors(partial, chunks, optimizer, groups)
+        together(groups, lambda: _save_rng(partial / f"rng_{groups.world.rank}.pt"))
+
+        def describe() -> None:
+            if source_directory is not None:
+                HFSource(source_directory).copy_without_weights(partial / HF_FILES)
+            write_state(partial, step, groups, scheduler, state)
+
+        on_writer(groups, describe)
+        write_manifest(partial, groups)
+        on_writer(groups, lambda: _publish(partial, target, keep_last))
+    except CheckpointError as error:
+        if is_writer:  # its room is needed, if only to say what happened
+            shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"{target} was not saved: {error}; make room or mend the cause, then start the same "
+            "command again: it goes on from the checkpoint before"
+        ) from error
     return target
+
+
+def _make_partial(target: Path, partial: Path) -> None:
+    """An empty folder to save into, and none of an earlier attempt."""
+    if target.exists() and latest_step(target.parent) == int(target.name.removeprefix("step_")):
+        # For a moment there would be no checkpoint at all.
+        raise CheckpointError(f"{target.name} is there already, and {LATEST} names it")
+    remove_remains(target.parent)
+    partial.mkdir(parents=True)
+
+
+def _save_rng(path: Path) -> None:
+    held = io.BytesIO()
+    torch.save(rng_state(), held)
+    path.write_bytes(held.getvalue())  # torch's own writer does not say that a disk is full
+
+
+def _publish(partial: Path, target: Path, keep_last: int) -> None:
+    """Give a finished checkpoint its name, then point to it, then remove what is too old."""
+    for folder in sorted(p for p in partial.rglob("*") if p.is_dir()):
+        sync_directory(folder)
+    replace_directory(partial, target)
+    sync_directory(target.parent)
+    write_text(target.parent / LATEST, target.name + "\n")
+    remove_old(target.parent, int(target.name.removeprefix("step_")), keep_last)
 
 
 def load_checkpoint(
@@ -174,6 +139,7 @@ def load_checkpoint(
     scheduler: Any,
     groups: Groups,
     step: int | None = None,
+    verify: bool = True,
 ) -> dict[str, Any]:
     """Continue from a checkpoint, under the same layout or another; collective over all ranks.
 
@@ -184,48 +150,42 @@ def load_checkpoint(
         scheduler: its learning-rate schedule as it was made, or None.
         groups: the layout.
         step: which checkpoint; None takes the latest.
+        verify: compare the files' digests, not only their sizes.
 
     Returns:
         the JSON state that was saved. Generators are restored only under the layout that they
         were saved under; under another they stay as they were seeded.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or it is of another model.
+        CheckpointError: there is none, it is damaged, or it is of another model. Of damaged files
+            it names the first few, and the complete checkpoints beside.
     """
     step = latest_step(directory) if step is None else step
     if step is None:
         raise CheckpointError(f"{directory}: no checkpoint; looked for {LATEST} and step_N folders")
     folder = Path(directory) / f"step_{step}"
-    record = _read_state(folder)
+    record = read_state(folder)
+    if record["step"] != step:
+        raise CheckpointError(f"{folder / STATE}: it is the state of step_{record['step']}")
+    verify_folder(folder, groups, verify, record["format"])
     load_tensors(folder, chunks, optimizer)
     if scheduler is not None and record["scheduler"] is not None:
-        scheduler.load_state_dict(record["scheduler"])
-    if record["layout"] == _layout(groups):
-        path = folder / f"rng_{groups.world.rank}.pt"
-        restore_rng(torch.load(path, map_location="cpu", weights_only=True))
+        try:
+            scheduler.load_state_dict(record["scheduler"])
+        except (KeyError, TypeError, ValueError, AssertionError) as error:
+            raise CheckpointError(f"{folder / STATE}: no schedule: {reason(error)}") from None
+    if record["layout"] == layout_of(groups):
+        _load_rng(folder / f"rng_{groups.world.rank}.pt")
     else:
         log.info("%s: saved under %s, resumed under another layout", folder, record["layout"])
     return dict(record["state"])
 
 
-def _layout(groups: Groups) -> dict[str, int]:
-    return {
-        "tensor": groups.tensor.size,
-        "pipeline": groups.pipeline.size,
-        "context": groups.context.size,
-        "data": groups.data.size,
-    }
-
-
-def _read_state(folder: Path) -> dict[str, Any]:
-    path = folder / STATE
+def _load_rng(path: Path) -> None:
     try:
-        record = json.loads(path.read_text())
-    except FileNotFoundError:
-        there = step_names(steps(folder.parent)) or "nothing"
-        raise CheckpointError(f"{path}: no such file; complete here: {there}") from None
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from None
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: expected format {FORMAT} of a checkpoint's state")
-    return record
+        restore_rng(torch.load(path, map_location="cpu", weights_only=True))
+    except (
+        *(OSError, EOFError, RuntimeError, pickle.UnpicklingError),
+        *(KeyError, TypeError, ValueError, AttributeError, OverflowError),
+    ) as error:
+        raise CheckpointError(f"{path} is refused or damaged: {reason(error)}") from None

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_sr1.checkpoint.manifest import is_whole
 from megatron_sr1.errors import CheckpointError
 
 LATEST, STATE = "latest", "state.json"
+MAX_NAME_BYTES = 100
 
 
 def latest_step(directory: str | Path) -> int | None:
@@ -21,22 +22,30 @@ def latest_step(directory: str | Path) -> int | None:
     """
     folder = Path(directory)
     if (folder / LATEST).is_file():
-        name = (folder / LATEST).read_text().strip()
-        found = re.fullmatch(r"step_(\d+)", name)
+        with (folder / LATEST).open("rb") as file:
+            name = file.read(MAX_NAME_BYTES).decode(errors="replace").strip()
+        found = re.fullmatch(r"step_(0|[1-9][0-9]*)", name)
         if not found or not (folder / name / STATE).is_file():
-            there = step_names(steps(folder)) or "there is none"
+            there = step_names(whole_steps(folder)) or "there is none"
             raise CheckpointError(
                 f"{folder / LATEST} names {name!r}, which is not there or not complete; write the "
                 f"name of a complete folder into it ({there})"
             )
         return int(found[1])
-    return max(steps(folder), default=None)
+    # Of damaged ones only, the newest: loading it says what is wrong with it.
+    return max(whole_steps(folder) or steps(folder), default=None)
 
 
 def steps(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints in a folder, ascending."""
-    found = [re.fullmatch(r"step_(\d+)", p.parent.name) for p in folder.glob(f"step_*/{STATE}")]
+    """Steps of the checkpoints in a folder, ascending, damaged ones too."""
+    names = (p.parent.name for p in folder.glob(f"step_*/{STATE}"))
+    found = [re.fullmatch(r"step_(0|[1-9][0-9]*)", name) for name in names]
     return sorted(int(match[1]) for match in found if match)
+
+
+def whole_steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints whose files are all there with their sizes, ascending."""
+    return [step for step in steps(folder) if is_whole(folder / f"step_{step}")]
 
 
 def step_names(steps: Sequence[int]) -> str:
@@ -44,22 +53,31 @@ def step_names(steps: Sequence[int]) -> str:
     return ", ".join(f"step_{step}" for step in steps)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file at once, with its contents on the disk."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+def other_steps(folder: Path) -> str:
+    """What to do about a damaged `step_N` folder, naming the complete ones beside it."""
+    others = [s for s in whole_steps(folder.parent) if f"step_{s}" != folder.name]
+    if not others:
+        return "no other complete checkpoint is beside it: fetch its files again, or start anew"
+    return (
+        f"fetch its files again, or write the name of another into {folder.parent / LATEST} to go "
+        f"on from there; complete by their sizes: {step_names(others)}"
+    )
+
+
+def remove_remains(folder: Path) -> None:
+    """Remove what saves and removals that were cut short have left."""
+    for partial in folder.glob(".step_*"):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def remove_old(folder: Path, step: int, keep_last: int) -> None:
-    """Remove complete checkpoints before the last `keep_last` up to a step, and broken remains."""
-    for partial in folder.glob(".step_*"):
-        shutil.rmtree(partial, ignore_errors=True)
-    if keep_last > 0:
-        for old in [s for s in steps(folder) if s <= step][:-keep_last]:
-            # Out of sight first: a removal that is cut short must not look like a checkpoint.
-            gone = (folder / f"step_{old}").rename(folder / f".step_{old}.old")
-            shutil.rmtree(gone, ignore_errors=True)
+    """Remove checkpoints up to a step but the last `keep_last` complete ones, and remains."""
+    remove_remains(folder)
+    present = [s for s in steps(folder) if s <= step]
+    kept = [s for s in present if is_whole(folder / f"step_{s}")][-keep_last:]
+    if keep_last > 0 and kept:
+        for old in present:
+            if old not in kept:
+                # Out of sight first: a removal that is cut short must not look like a checkpoint.
+                gone = (folder / f"step_{old}").rename(folder / f".step_{old}.old")
+                shutil.rmtree(gone, ignore_errors=True)

@@ -12,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sr1.checkpoint import torch_adam
+from megatron_sr1.checkpoint.space import check_room, needed_bytes, room_text
+from megatron_sr1.checkpoint.together import agree, on_writer, reason, together
 from megatron_sr1.checkpoint.untrusted import COMMON_OBJECT, check_folder
+from megatron_sr1.checkpoint.writers import watched_writers
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.runtime import cpu
+from megatron_sr1.runtime.groups import Groups, gather_objects
 
 METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -26,20 +30,36 @@ METADATA = {
 EXTRA = "_extra_state"
 
 
-def save_tensors(folder: Path, chunks: Sequence[Any], optimizer: Any) -> None:
+def save_tensors(folder: Path, chunks: Sequence[Any], optimizer: Any, groups: Groups) -> None:
     """Write model and optimizer into an empty folder; collective over all ranks.
 
     Args:
         folder: there already, seen by all ranks.
         chunks: the model, wrapped for training or not.
         optimizer: Megatron's optimizer, or None.
+        groups: the layout.
+
+    Raises:
+        CheckpointError: the disk is full or a writing process ended. On all ranks, unless it is in
+            files that rank 0 writes within Megatron: then on rank 0, whose end ends the others.
     """
     from megatron.core import dist_checkpointing
+    from torch.distributed.checkpoint.api import CheckpointException
 
     with cpu.megatron_mode():
         torch_adam.ensure_state(optimizer)
         state = _sharded_state(chunks, optimizer, is_loading=False)
-        dist_checkpointing.save(state, str(folder))
+        needed = sum(together(groups, lambda: needed_bytes(state)))
+        on_writer(groups, lambda: check_room(folder, needed))
+        try:
+            with watched_writers():
+                dist_checkpointing.save(state, str(folder))
+        except CheckpointException as error:  # torch raises it on all ranks, the cause on one
+            cause = f"{reason(error)} ({room_text(folder, needed)})" if error.failures else None
+            agree(gather_objects(cause, groups.world))
+            raise
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(f"{reason(error)} ({room_text(folder, needed)})") from error
 
 
 def load_tensors(folder: Path, chunks: Sequence[Any], optimizer: Any) -> None:
@@ -67,7 +87,7 @@ def load_tensors(folder: Path, chunks: Sequence[Any], optimizer: Any) -> None:
             loaded = dist_checkpointing.load(state, str(folder))
         except (CheckpointingException, CheckpointException, RuntimeError, KeyError) as error:
             raise CheckpointError(
-                f"{folder}: {_reason(error)}; expected a checkpoint of the model at hand"
+                f"{folder}: {reason(error)}; expected a checkpoint of the model at hand"
             ) from error
         for number, chunk in enumerate(chunks):
             part = loaded[_key(number, len(chunks))]
@@ -102,11 +122,3 @@ def _sharded_state(chunks: Sequence[Any], optimizer: Any, *, is_loading: bool) -
 def _key(number: int, num_chunks: int) -> str:
     """Megatron's name of a chunk in a state dict."""
     return "model" if num_chunks == 1 else f"model{number}"
-
-
-def _reason(error: BaseException) -> str:
-    """First line of an error, of the first rank's where torch collected them."""
-    failures = getattr(error, "failures", None)
-    if failures:
-        error = next(iter(failures.values()))[0]
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_sr1.checkpoint.distributed import latest_step, load_checkpoint, save_checkpoint
+from megatron_sr1.checkpoint.distributed import load_checkpoint, save_checkpoint
+from megatron_sr1.checkpoint.folders import latest_step
+from megatron_sr1.checkpoint.model_source import fingerprint
 from megatron_sr1.config import Config
 from megatron_sr1.config_file import save_config
 from megatron_sr1.data.loader import Loader
@@ -30,6 +32,7 @@ from megatron_sr1.trainer.actor import Actor
 from megatron_sr1.trainer.samples import Samples
 
 log = logging.getLogger(__name__)
+FINGERPRINT = "fingerprint of model.path's weights"
 
 
 class Context:
@@ -59,6 +62,7 @@ class Context:
         self._started = time.monotonic()
         self._sinks: list[Sink] = []
         self._metrics: MetricsFile | None = None
+        self._origin: dict[str, str] = {}
         if num_samples:
             data = config.data
             self.loader = Loader(num_samples, data.prompts_per_step, config.seed, data.shuffle)
@@ -164,7 +168,13 @@ class Context:
         Raises:
             ConfigError: the checkpoint is of another stage, was trained from another model, or is
                 not to be resumed from.
+            CheckpointError: it is damaged.
         """
+        self._origin = {
+            "stage": self.config.stage,
+            "model.path": self.config.model.path,
+            FINGERPRINT: fingerprint(actor.source),
+        }
         found = latest_step(self.checkpoints)
         if found is not None and not self.config.checkpoint.resume:
             raise ConfigError(
@@ -178,14 +188,9 @@ class Context:
                 actor.optimizer,
                 actor.scheduler,
                 self.groups,
+                verify=self.config.checkpoint.verify,
             )
-            now = {"stage": self.config.stage, "model.path": self.config.model.path}
-            for key, value in now.items():
-                if state[key] != value:
-                    raise ConfigError(
-                        f"{self.checkpoints} has {key}={state[key]}, now it is {value}; give the "
-                        "former, or another output"
-                    )
+            self._check_origin(state)
             self.step, self.skipped = state["step"], state["skipped"]
             self.ungraded = state.get("ungraded", 0)
             self.loader.load_state_dict(state["loader"])
@@ -195,6 +200,17 @@ class Context:
             self._metrics = MetricsFile(self.run_dir / "metrics.jsonl")
             self._metrics.keep_until(self.config.stage, self.step)
             self._sinks = make_sinks(self.config, self.run_dir, self.step)
+
+    def _check_origin(self, state: Mapping[str, Any]) -> None:
+        """Refuse the state of another stage or model; the KL reference is read from model.path."""
+        for key, value in self._origin.items():
+            if key not in state and key == FINGERPRINT:
+                log.warning("%s: saved without the %s; taken as the same", self.checkpoints, key)
+            elif state.get(key) != value:
+                raise ConfigError(
+                    f"{self.checkpoints} has {key}={state.get(key)}, now it is {value}; give the "
+                    "former, or another output"
+                )
 
     def open(self) -> None:
         """Make the run directory and write the resolved configuration; on the writer only."""
@@ -227,8 +243,7 @@ class Context:
             "skipped": self.skipped,
             "ungraded": self.ungraded,
             "loader": self.loader.state_dict(),
-            "stage": self.config.stage,
-            "model.path": self.config.model.path,
+            **self._origin,
         }
         save_checkpoint(
             self.checkpoints,

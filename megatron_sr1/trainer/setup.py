@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_sr1.checkpoint.distributed import ModelSource, load_model, resolve_model
 from megatron_sr1.checkpoint.hf import save_hf
+from megatron_sr1.checkpoint.model_source import ModelSource, load_model, resolve_model
 from megatron_sr1.config import Config, LaunchConfig
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.model.hf_config import HFConfig, read_hf_config
@@ -66,7 +66,7 @@ def load_actor_model(config: Config, groups: Groups) -> tuple[list[Any], HFConfi
             fp8_recipe=model.fp8_recipe,
             logprob_chunk_tokens=model.logprob_chunk_tokens,
         )
-        load_model(chunks, source, hf_config, groups)
+        load_model(chunks, source, hf_config, groups, config.checkpoint.verify)
     return chunks, hf_config, source
 
 

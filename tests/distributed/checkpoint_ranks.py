@@ -24,11 +24,10 @@ from PIL import Image  # noqa: E402
 
 from megatron_sr1.checkpoint.distributed import (  # noqa: E402
     load_checkpoint,
-    load_model,
-    resolve_model,
     save_checkpoint,
 )
 from megatron_sr1.checkpoint.hf import save_hf  # noqa: E402
+from megatron_sr1.checkpoint.model_source import load_model, resolve_model  # noqa: E402
 from megatron_sr1.config_file import load_config  # noqa: E402
 from megatron_sr1.data.packing import pack_samples  # noqa: E402
 from megatron_sr1.data.processor import Processor  # noqa: E402

@@ -7,8 +7,9 @@ import pickle
 import pytest
 import torch
 
-from megatron_sr1.checkpoint.distributed import latest_step, resolve_model
-from megatron_sr1.checkpoint.folders import remove_old
+from megatron_sr1.checkpoint.folders import latest_step, remove_old
+from megatron_sr1.checkpoint.model_source import resolve_model
+from megatron_sr1.checkpoint.state import read_state
 from megatron_sr1.checkpoint.untrusted import check_folder
 from megatron_sr1.errors import CheckpointError
 
@@ -165,9 +166,7 @@ def test_a_cut_off_metadata_is_an_error_of_ours(tmp_path):
 
 
 def test_state_of_another_format_is_refused(tmp_path):
-    from megatron_sr1.checkpoint.distributed import _read_state
-
     step = make_step(tmp_path, 1)
     (step / "state.json").write_text(json.dumps({"format": 99}))
-    with pytest.raises(CheckpointError, match="expected format 1"):
-        _read_state(step)
+    with pytest.raises(CheckpointError, match="format 99 came, expected 1 to 2"):
+        read_state(step)
