@@ -6,6 +6,7 @@ that makes this process a rank.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import signal
@@ -18,6 +19,7 @@ from megatron_sr1.config import LaunchConfig
 from megatron_sr1.errors import ConfigError
 
 PORT_FIRST, PORT_SPAN = 20000, 10000
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def joined(environment: Mapping[str, str]) -> dict[str, str] | None:
@@ -95,7 +97,7 @@ def build_command(arguments: Sequence[str], num_ranks: int) -> list[str]:
 
 
 def run(arguments: Sequence[str], launch: LaunchConfig, num_ranks: int) -> int:
-    """Run the ranks in the foreground; SIGTERM and Ctrl-C reach them.
+    """Run the ranks in the foreground; SIGTERM and Ctrl-C reach them, and they end when we do.
 
     Args:
         arguments: of `megatron-sr1`, the subcommand first.
@@ -106,7 +108,13 @@ def run(arguments: Sequence[str], launch: LaunchConfig, num_ranks: int) -> int:
         torchrun's exit status; 128 + the signal if a signal ended it.
     """
     environment = dict(os.environ, **rank_environment(launch, num_ranks))
-    ranks = subprocess.Popen(build_command(arguments, num_ranks), env=environment)
+    libc = ctypes.CDLL(None)
+
+    def end_with_us() -> None:  # a launcher that is killed must not leave a run behind
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    command = build_command(arguments, num_ranks)
+    ranks = subprocess.Popen(command, env=environment, preexec_fn=end_with_us)
 
     def forward(number: int, frame: FrameType | None) -> None:
         ranks.send_signal(number)

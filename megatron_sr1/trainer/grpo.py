@@ -110,7 +110,8 @@ def roll_out_step(
             ),
         )
     context.timer.move("pass1", "pass2", stats.pass2_only_seconds)
-    engine.sleep()
+    with context.phase("sleep"):
+        engine.sleep()
     with context.phase("reward"):
         # The ranks of a replica hold the same rollouts: one of them grades.
         speaks = engine.is_speaker

@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_sr1.config import Config
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.rollout.engine import Engine
+from megatron_sr1.runtime import failure
 from megatron_sr1.runtime.device import Device, stop_distributed
 from megatron_sr1.runtime.groups import Groups
 from megatron_sr1.trainer import setup
@@ -25,7 +26,8 @@ log = logging.getLogger(__name__)
 
 def run_stage(config: Config) -> int:
     """Run the configured stage on this rank; returns the exit status."""
-    device, groups = setup.start_ranks(config)
+    with failure.deadline("start", config.launch.setup_deadline_seconds):
+        device, groups = setup.start_ranks(config)
     STAGES[config.stage](config, device, groups)
     # Not after a failure: leaving the groups would show the others a broken connection before they
     # can read what went wrong.
@@ -135,7 +137,8 @@ def finish(context: Context, samples: Samples) -> None:
     if context.is_writer:
         from megatron_sr1.observability.report import write_report
 
-        log.info("report: %s", write_report(context.run_dir, samples.reader.images))
+        with context.phase("report"):
+            log.info("report: %s", write_report(context.run_dir, samples.reader.images))
 
 
 STAGES: dict[str, Callable[[Config, Device, Groups], None]] = {
