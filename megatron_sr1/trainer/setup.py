@@ -31,10 +31,19 @@ def start_ranks(config: Config) -> tuple[Device, Groups]:
     device = select_device(config.launch.device)
     if device.kind == "cpu":
         torch.set_num_threads(threads_a_rank(config.launch))
-    start_distributed(device, config.launch.phase_deadline_seconds)
+    start_distributed(device, collective_timeout_seconds(config.launch))
     groups = make_groups(config.parallel, device)
     seed_everything(config.seed, groups)
     return device, groups
+
+
+def collective_timeout_seconds(launch: LaunchConfig) -> float:
+    """Time limit of a collective: above every deadline, so that the watch ends a hang and names it.
+
+    Without deadlines a month.
+    """
+    longest = max(launch.setup_deadline_seconds, launch.phase_deadline_seconds)
+    return longest + 60.0 if longest > 0 else 30 * 86400.0
 
 
 def threads_a_rank(launch: LaunchConfig) -> int:
