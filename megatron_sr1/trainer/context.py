@@ -229,8 +229,9 @@ class Context:
         if self._metrics is not None:
             told = {**values, "data/skipped": self.skipped, **times, **memory_metrics()}
             self._metrics.append(self.step, stage, told)
-            for sink in self._sinks:
-                sink.log(self.step, told)
+            with failure.deadline("log", self.config.launch.phase_deadline_seconds):
+                for sink in self._sinks:
+                    sink.log(self.step, told)
         every, last = self.config.checkpoint.every_steps, self.config.optimizer.num_steps
         if self.step == last or (every and self.step % every == 0):
             with self.phase("save"):
