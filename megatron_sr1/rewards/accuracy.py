@@ -13,7 +13,13 @@ from collections.abc import Callable, Mapping
 
 from megatron_sr1.errors import GradingError
 from megatron_sr1.rewards.answers import clean, quantity, same_quantity, split_unit, text_key
-from megatron_sr1.rewards.options import label_list, named_label, question_options
+from megatron_sr1.rewards.options import (
+    label_list,
+    label_then_text,
+    named_label,
+    names_another,
+    question_options,
+)
 from megatron_sr1.rewards.parsing import find_answer, find_boxed
 
 Compare = Callable[[str, str], bool]
@@ -21,11 +27,16 @@ Compare = Callable[[str, str], bool]
 
 MAX_MATH_CHARACTERS = 300
 """A longer answer is prose or runaway text, not the gold one, unless it is equal as text."""
+MAX_ANSWER_CHARACTERS = 2000
+"""An answer that is so much longer than the gold one is not read at all."""
 MAX_NESTING = 20
 """Brackets and braces inside each other; deeper text costs the grammar seconds and says nothing."""
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _FUNCTION = re.compile(r"\b(?:sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi|arcsin|arccos|arctan)\b")
 _NAMED = re.compile(r"[A-Za-z∠△\\][\w\s∠△\\{}']{0,30}?\s*=\s*([^=]+)")
+_LEAD = re.compile(r"(?:the )?(?:final |correct )?answer(?: is|:)\s+(?=\S)", re.IGNORECASE)
+_DATE = re.compile(r"\d{1,4}([-/])\d{1,2}\1\d{1,4}")
+_RANGE = re.compile(r"\d+-\d+")
 _FLAT_PREFIX = re.compile(r"(yes|no|true|false)\s*[,.;:]\s+(.+)", re.DOTALL)
 
 
@@ -54,7 +65,9 @@ def same_answer(answer: str, gold: str, question: str, compare: Compare) -> bool
         question: as asked, with its options.
         compare: settles what only algebra can.
     """
-    wanted, given = clean(bare_gold(gold)), clean(answer)
+    wanted = clean(bare_gold(gold))
+    is_runaway = len(answer) > MAX_ANSWER_CHARACTERS + 2 * len(gold)
+    given = "" if is_runaway else _LEAD.sub("", clean(answer), count=1)
     if not wanted:
         raise GradingError(f"the gold answer is {gold!r}; expected some text to compare with")
     if text_key(wanted) == text_key(given):
@@ -113,14 +126,21 @@ def _labels_agree(
     if label is None:
         # Gold is no option that we know of; "(B) cat" still says "cat".
         return _same_value(wanted, clean(named[1]), compare) or None if named else None
+    named = named or label_then_text(given, options)
     if named is None or (options and named[0] not in options):
-        text = clean(options.get(label, ""))
-        return bool(text) and _same_value(text, given, compare)
-    if named[0] != label:
-        return False
-    said = text_key(clean(named[1]))
-    others = {text_key(clean(text)) for other, text in options.items() if other != label}
-    return not said or said == text_key(clean(options.get(label, ""))) or said not in others
+        return _is_text_of(label, given, options, compare)
+    return named[0] == label and not names_another(clean(named[1]), label, options)
+
+
+def _is_text_of(label: str, given: str, options: Mapping[str, str], compare: Compare) -> bool:
+    """Whether an answer says an option's text, and that of no other: 5 is neither 5 cm nor 5 m."""
+    text = clean(options.get(label, ""))
+    if not text or text_key(text) == text_key(given):
+        return bool(text)
+    others = (clean(other) for name, other in options.items() if name != label)
+    return _same_value(text, given, compare) and not any(
+        _same_value(other, given, lambda gold, answer: gold == answer) for other in others
+    )
 
 
 def _same_value(wanted: str, given: str, compare: Compare) -> bool:
@@ -132,6 +152,8 @@ def _same_value(wanted: str, given: str, compare: Compare) -> bool:
         flat = _FLAT_PREFIX.fullmatch(given.casefold())
         opposite = {"yes": "no", "no": "yes", "true": "false", "false": "true"}[gold_key]
         return flat is not None and flat[1] == gold_key and opposite not in flat[2].split()
+    if _RANGE.fullmatch(wanted) or _DATE.fullmatch(wanted) or _DATE.fullmatch(given):
+        return False  # no differences and quotients
     wanted, given = _without_name(wanted, given)
     gold_quantity, given_quantity = quantity(gold_key_of(wanted)), quantity(gold_key_of(given))
     if gold_quantity and given_quantity:

@@ -15,7 +15,7 @@ MAX_NUMBER_CHARACTERS = 60
 _SYMBOLS = str.maketrans(
     {"−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi "}
     | {"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∞": r"\infty ", "’": "'", "‘": "'"}
-    | {"“": '"', "”": '"', "º": "°"}
+    | {"“": '"', "”": '"', "º": "°", "。": ".", "∅": r"\emptyset "}
     | {sup: f"^{digit}" for digit, sup in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
     | {"½": " 1/2", "⅓": " 1/3", "⅔": " 2/3", "¼": " 1/4", "¾": " 3/4"}
 )
@@ -26,7 +26,9 @@ _REWRITES = tuple(
         (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"\\[$]|(?<!\\)[$]|\\[()\[\]]", ""),  # dollar signs and math delimiters
         (r"\\(?:left|right|displaystyle|textstyle)(?![A-Za-z])", ""),
+        (r"(?<=\d)(?:\\,|\{,\})(?=\d{3}(?!\d))", ","),  # thousands
         (r"\\[,;:!]|\\ |~|\\q?quad(?![A-Za-z])", " "),
+        (r"\\varnothing(?![A-Za-z])|\\\{\s*\\\}", r"\\emptyset"),
         (r"\\[dtc]frac", r"\\frac"),
         (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])", "°"),
         (r"\\%", "%"),
@@ -40,12 +42,32 @@ _NUMBER_WORDS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
     "fifteen sixteen seventeen eighteen nineteen twenty"
 ).split()
-_WORD_VALUE = {word: str(value) for value, word in enumerate(_NUMBER_WORDS)}
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_WORD_VALUE = {word: str(value) for value, word in enumerate(_NUMBER_WORDS)} | {
+    f"{ten} {_NUMBER_WORDS[one]}" if one else ten: str(10 * (place + 2) + one)
+    for place, ten in enumerate(_TENS)
+    for one in range(10)
+}
+_MONTH = r"((?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*)"
+_KEY_REWRITES = tuple(
+    (re.compile(pattern), new)
+    for pattern, new in (
+        (r"(?<=[a-z])-(?=[a-z])", " "),
+        (r"^(?:an?|the) (?=\w)", ""),
+        (r"\b([ap])\.\s?m\b\.?", r"\1m"),
+        (r"^0(?=\d:\d\d)", ""),
+        (rf"^(\d{{1,2}})(?:st|nd|rd|th)? {_MONTH},? (\d{{4}})$", r"\2 \1 \3"),
+        (rf"^{_MONTH} (\d{{1,2}})(?:st|nd|rd|th)?, ?(\d{{4}})$", r"\1 \2 \3"),
+        (r"\s*([^\w\s])\s*", r"\1"),
+    )
+)
 
 
 def clean(text: str) -> str:
     """An answer without its dress: delimiters, text commands, emphasis, quotes, end punctuation."""
     text = unicodedata.normalize("NFKC", text.translate(_SYMBOLS))
+    if not text.isascii():  # marks that show nothing: zero width, direction of writing
+        text = "".join(c for c in text if unicodedata.category(c) != "Cf")
     for pattern, new in _REWRITES:
         text = pattern.sub(new, text)
     for _ in range(3):  # text commands inside each other
@@ -61,14 +83,14 @@ def clean(text: str) -> str:
 
 
 def text_key(cleaned: str) -> str:
-    """Texts that differ in case, articles, hyphens or blank space only share a key.
+    """Texts that differ in case, articles, hyphens, blank space or a date's order share a key.
 
     Args:
         cleaned: what `clean` returned.
     """
-    key = re.sub(r"(?<=[a-z])-(?=[a-z])", " ", cleaned.casefold())
-    key = re.sub(r"^(?:an?|the) (?=\w)", "", key)
-    key = re.sub(r"\s*([^\w\s])\s*", r"\1", key)
+    key = cleaned.casefold()
+    for pattern, new in _KEY_REWRITES:
+        key = pattern.sub(new, key)
     return _WORD_VALUE.get(key, key)
 
 

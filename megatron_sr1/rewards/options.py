@@ -9,11 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from megatron_sr1.rewards.answers import clean, text_key
+
 _MARKS = (
     re.compile(r"(?<![A-Za-z0-9\\])[(\[]([A-Za-z])[)\]]\s*[:.]?"),
     re.compile(r"(?m)(?:^[ \t*]*|(?<=[\s,;:]))([A-Z])\s?[.):](?![A-Za-z]\.)"),
+    re.compile(r"(?m)^[ \t*]*([A-Z])[ \t]+[-–][ \t]+"),
 )
-"""(A) and [A]; A. and A) and A: at the start of a line or behind a space."""
+"""(A) and [A]; A. and A) and A: at the start of a line or behind a space; A - in a line."""
 _LABEL_ALONE = re.compile(
     r"(?:(?:the )?(?:correct )?(?:option|choice|answer)(?: is)?:? )?[(\[]?([A-Za-z])[)\]]?[.:]?",
     re.IGNORECASE,
@@ -22,6 +25,10 @@ _LABEL_AND_TEXT = (
     re.compile(r"(?:(?:option|choice) )?[(\[]([A-Za-z])[)\]]\s*[:.\-]?\s*(\S.*)", re.I | re.S),
     re.compile(r"(?:(?:option|choice) )?([A-Za-z])(?:[.):]\s*| - )(?<!\.)(\S.*)", re.I | re.S),
     re.compile(r"(?:(?:option|choice) )?([A-Za-z])\.\s+(\S.*)", re.I | re.S),
+)
+_LABEL_THEN_TEXT = re.compile(r"([A-Za-z])(?:,\s*|\s+)(\S.*)", re.DOTALL)
+_OTHER_LABEL = re.compile(
+    r"(?<![\w\\])(?:[(\[]([A-Za-z])[)\]]|([A-Z])[.):](?!\w)|(?:or|and) ([A-Z])(?!\w))|^([A-Z])$"
 )
 _LIST_GAP = re.compile(r"\s*(?:,|;|/|&|\band\b)\s*", re.IGNORECASE)
 
@@ -71,6 +78,42 @@ def named_label(cleaned: str) -> tuple[str, str] | None:
         if found:
             return found[1].upper(), found[2].strip()
     return None
+
+
+def label_then_text(cleaned: str, options: Mapping[str, str]) -> tuple[str, str] | None:
+    """`B cat` and `B, cat` name B where cat is the text of option B, and nothing otherwise.
+
+    Args:
+        cleaned: what `answers.clean` returned.
+        options: of the question.
+    """
+    found = _LABEL_THEN_TEXT.fullmatch(cleaned)
+    if found is None:
+        return None
+    label, text = found[1].upper(), found[2]
+    return (label, text) if text_key(clean(options.get(label, ""))) == text_key(text) else None
+
+
+def names_another(said: str, label: str, options: Mapping[str, str]) -> bool:
+    """Whether the text behind a label names another option, by label or by text.
+
+    Args:
+        said: behind the label, cleaned.
+        label: that was named.
+        options: of the question; may be empty.
+    """
+    key, own = text_key(said), text_key(clean(options.get(label, "")))
+    if not key or key == own:
+        return False
+    for found in _OTHER_LABEL.finditer(said):
+        letter = next(group for group in found.groups() if group).upper()
+        if letter != label and (not options or letter in options):
+            return True
+    others = {text_key(clean(text)) for other, text in options.items() if other != label}
+    return any(
+        other and other not in own and re.search(rf"(?<!\w){re.escape(other)}(?!\w)", key)
+        for other in others
+    )
 
 
 def label_list(cleaned: str, options: Mapping[str, str]) -> list[str] | None:

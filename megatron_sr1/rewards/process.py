@@ -36,6 +36,7 @@ class GraderProcess:
             env=environment,
             bufsize=0,
         )
+        self._line = b""
 
     @property
     def pid(self) -> int:
@@ -49,14 +50,23 @@ class GraderProcess:
             OSError: it ended, took too long, or said something else.
         """
         try:
-            ready = self._read(seconds)
+            ready = self.reply(seconds)
         except TimeoutError:
             raise OSError(f"it did not start within {seconds:g} s") from None
         if "ready" not in ready:
             raise OSError(f"it started with {ready}")
 
-    def ask(self, asked: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """Its reply to a question.
+    def ask(self, asked: dict[str, Any]) -> None:
+        """Send a question; `reply` has the answer.
+
+        Raises:
+            OSError: it ended.
+        """
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(asked).encode() + b"\n")
+
+    def reply(self, seconds: float) -> dict[str, Any]:
+        """The next line of the process; may be asked for again after a TimeoutError.
 
         Raises:
             TimeoutError: none came within so many seconds.
@@ -64,9 +74,26 @@ class GraderProcess:
             OSError: it ended.
             ValueError: the reply is no JSON.
         """
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(asked).encode() + b"\n")
-        return self._read(seconds)
+        assert self._process.stdout is not None
+        pipe, ends = self._process.stdout.fileno(), time.monotonic() + seconds
+        poll = select.poll()
+        poll.register(pipe, select.POLLIN)
+        while not self._line.endswith(b"\n"):
+            left = ends - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            if not poll.poll(1000 * min(left, WATCH_SECONDS)):
+                if self._resident_bytes() > MEMORY_BYTES:
+                    raise MemoryError
+                continue
+            part = os.read(pipe, 65536)
+            if not part:
+                raise OSError("its output ended; see standard error above")
+            self._line += part
+        line, self._line = self._line, b""
+        reply = json.loads(line)
+        assert isinstance(reply, dict)
+        return reply
 
     def end(self, seconds: float = 0.0) -> int:
         """Let it leave within so many seconds, then kill it; returns its exit status."""
@@ -86,25 +113,3 @@ class GraderProcess:
         except OSError:
             return 0
         return int(pages) * os.sysconf("SC_PAGE_SIZE")
-
-    def _read(self, seconds: float) -> dict[str, Any]:
-        """The next line of the process, within so many seconds."""
-        assert self._process.stdout is not None
-        pipe, line, ends = self._process.stdout.fileno(), b"", time.monotonic() + seconds
-        poll = select.poll()
-        poll.register(pipe, select.POLLIN)
-        while not line.endswith(b"\n"):
-            left = ends - time.monotonic()
-            if left <= 0:
-                raise TimeoutError
-            if not poll.poll(1000 * min(left, WATCH_SECONDS)):
-                if self._resident_bytes() > MEMORY_BYTES:
-                    raise MemoryError
-                continue
-            part = os.read(pipe, 65536)
-            if not part:
-                raise OSError("its output ended; see standard error above")
-            line += part
-        reply = json.loads(line)
-        assert isinstance(reply, dict)
-        return reply

@@ -79,7 +79,8 @@ class Scorer:
             has_image: whether the sample has images; without, there is nothing to describe.
 
         Raises:
-            GradingError: no gold answer, or the grader broke or ran out of time.
+            GradingLimit: a comparison ran out of time or memory.
+            GradingError: no gold answer, or the grader broke.
         """
         compare = partial(self._worker.equal, sample_name=sample_name)
         try:
@@ -92,7 +93,7 @@ class Scorer:
             leak = description is not None and states_answer(description, gold, question)
         except GradingError as error:
             named = str(error).startswith(sample_name)
-            raise GradingError(str(error) if named else f"{sample_name}: {error}") from None
+            raise type(error)(str(error) if named else f"{sample_name}: {error}") from None
         form = has_form(response_text, self._recipe)
         paid = 0.0 if leak and not self._pay_leaks else self_reward or 0.0
         return Reward(

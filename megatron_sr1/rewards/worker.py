@@ -2,21 +2,23 @@
 
 In: two mathematical answers. Out: whether they are equal. math-verify can hang or take all
 memory on sampled text; so it works in a process of its own (mathematics.py), which is killed at
-the time limit. A second process, loaded already, takes its place, and the next one loads while
-that one works: the other comparisons lose the time limit once and nothing else.
+the time limit. While one that is slow is waited for, a second process loads, and takes its place
+if need be: the other comparisons lose the time limit once and nothing else.
 """
 
 from __future__ import annotations
 
 import signal
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megatron_sr1.errors import GradingError, GradingLimit
 from megatron_sr1.rewards.process import MEMORY_BYTES, GraderProcess
 
 START_SECONDS = 180.0
 """Importing the algebra may take so long (a second on an idle machine)."""
+SLOW_SECONDS = 0.3
+"""A comparison that takes so long may never end: the spare process starts."""
 LEAVE_SECONDS = 0.2
 """A process that is not busy has so long to end by itself."""
 CACHE_ENTRIES = 100_000
@@ -24,7 +26,7 @@ MAX_SHOWN_CHARACTERS = 200
 
 
 class MathWorker:
-    """Compares mathematical answers in a process of its own, with a spare one."""
+    """Compares mathematical answers in a process of its own, and has a spare for a slow one."""
 
     def __init__(self, timeout_seconds: float, command: tuple[str, ...] | None = None) -> None:
         """Remember the limits; nothing starts yet.
@@ -81,7 +83,7 @@ class MathWorker:
         asked = {"gold": gold, "answer": answer, "seconds": self._timeout_seconds}
         timed_out = f"took more than {self._timeout_seconds:g} s (reward.grader_timeout_seconds)"
         try:
-            reply = self._running().ask(asked, self._timeout_seconds)
+            reply = self._ask(asked)
         except TimeoutError:
             self._drop()
             return timed_out
@@ -101,15 +103,18 @@ class MathWorker:
             _broke(f"{what}: the grader broke: {reply.get('error', reply)}")
         return bool(reply["equal"])
 
-    def _running(self) -> GraderProcess:
-        """The process to ask, loaded; another one loads beside it."""
+    def _ask(self, asked: dict[str, Any]) -> dict[str, Any]:
         if self._process is None:
             self._process = self._spare or GraderProcess(self._command)
             self._spare = None
             self._process.wait_ready(START_SECONDS)
-        if self._spare is None:
-            self._spare = GraderProcess(self._command)
-        return self._process
+        self._process.ask(asked)
+        patience = min(SLOW_SECONDS, self._timeout_seconds)
+        try:
+            return self._process.reply(patience)
+        except TimeoutError:
+            self._spare = self._spare or GraderProcess(self._command)
+            return self._process.reply(self._timeout_seconds - patience)
 
     def _drop(self, seconds: float = 0.0) -> int | None:
         """End the process that was asked; returns its exit status."""

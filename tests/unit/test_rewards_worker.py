@@ -1,0 +1,197 @@
+"""The grading processes: limits, failures, the spare one, and what a time-out costs the others."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from megatron_sr1.errors import GradingError, GradingLimit
+from megatron_sr1.rewards import process
+from megatron_sr1.rewards.worker import MathWorker
+from tools.grading_rate import SLOW, measure
+
+
+@pytest.fixture(scope="module")
+def worker():
+    worker = MathWorker(60.0)
+    yield worker
+    worker.close()
+
+
+HANG = "import sys; print('{\"ready\": true}', flush=True); sys.stdin.readline(); "
+
+
+def started_with(script: str, seconds: float = 1.0) -> MathWorker:
+    return MathWorker(seconds, (sys.executable, "-c", script))
+
+
+def test_a_grader_that_hangs_is_killed_named_and_replaced():
+    worker = started_with(HANG + "import time; time.sleep(600)")
+    for answer in ("2", "3"):
+        with pytest.raises(GradingLimit, match=r"shard 3 sample 7: .*'1'.*more than 1 s"):
+            worker.equal("1", answer, "shard 3 sample 7")
+        assert worker.pid is None
+    worker.close()
+
+
+def test_a_limit_is_remembered_and_costs_its_time_once():
+    worker = started_with(HANG + "import time; time.sleep(600)")
+    for name in ("sample 7", "sample 8"):
+        started = time.monotonic()
+        with pytest.raises(GradingLimit, match=name):
+            worker.equal("1", "2", name)
+    assert time.monotonic() - started < 0.5
+    worker.close()
+
+
+def test_real_slow_algebra_is_a_limit_and_the_spare_takes_over():
+    limited, started = MathWorker(5.0), time.monotonic()
+    assert limited.equal("x+1", "1+x", "s")
+    first, start_seconds = limited.pid, time.monotonic() - started
+    with pytest.raises(GradingLimit, match="sample 9: .*more than 5 s"):
+        limited.equal(*SLOW, "sample 9")
+    spare = limited._spare.pid
+    started = time.monotonic()
+    assert limited.equal("x+2", "2+x", "s")
+    # It loaded meanwhile.
+    assert time.monotonic() - started < start_seconds / 2
+    assert limited.pid == spare != first
+    limited.close()
+
+
+def test_a_slow_answer_in_time_leaves_the_process_and_keeps_the_spare():
+    reply = "import time; time.sleep(1); print('{\"equal\": true}', flush=True); "
+    slow = started_with(HANG + 2 * (reply + "sys.stdin.readline(); "), 30.0)
+    assert slow.equal("1", "2", "s")
+    first, spare = slow.pid, slow._spare.pid
+    assert slow.equal("1", "3", "s")
+    assert (slow.pid, slow._spare.pid) == (first, spare)
+    slow.close()
+
+
+def test_a_stopped_grader_is_a_limit():
+    stopped = MathWorker(1.0)
+    assert stopped.equal("x+1", "1+x", "s")
+    os.kill(stopped.pid, signal.SIGSTOP)
+    with pytest.raises(GradingLimit, match="sample 5: .*more than 1 s"):
+        stopped.equal("x+2", "2+x", "sample 5")
+    assert stopped.equal("x+2", "3+x", "s") is False
+    stopped.close()
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("held = []\nwhile True: held.append(b'x' * 10**7)", "more than 200 MiB"),
+        ('print(\'{"limit": "MemoryError"}\', flush=True)', "ended with MemoryError"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGALRM)", "more than 30 s"),
+    ],
+)
+def test_memory_and_the_graders_own_timer_are_limits(script, message, monkeypatch):
+    monkeypatch.setattr(process, "MEMORY_BYTES", 200 << 20)
+    monkeypatch.setattr("megatron_sr1.rewards.worker.MEMORY_BYTES", 200 << 20)
+    worker = started_with(HANG.rstrip("; ") + "\n" + script, 30.0)
+    with pytest.raises(GradingLimit, match=f"sample 7: .*{message}"):
+        worker.equal("1", "2", "sample 7")
+    worker.close()
+
+
+@pytest.mark.parametrize("kind", ["MemoryError", "RecursionError"])
+def test_a_limit_that_the_algebra_meets_inside_is_told_as_one(kind):
+    script = (
+        "import sys\nfrom megatron_sr1.rewards import mathematics\n"
+        f"def equal(gold, answer):\n    raise {kind}\n"
+        "mathematics.equal = equal\nmathematics.serve(sys.stdout)\n"
+    )
+    asked = b'{"gold": "1", "answer": "2", "seconds": 60}\n'
+    ran = subprocess.run([sys.executable, "-c", script], input=asked, capture_output=True)
+    assert ran.stdout.decode() == f'{{"limit": "{kind}"}}\n'
+
+
+def test_one_time_out_costs_the_other_gradings_nothing():
+    clean, slow = measure(1000, 0, 5.0), measure(1000, 1, 5.0)
+    assert (clean.num_limits, slow.num_limits) == (0, 1)
+    assert slow.num_right == clean.num_right > 400
+    # No other answer waited for a process to load, which takes as long here and now.
+    assert slow.longest_seconds < 0.8 * slow.start_seconds
+    # The rate itself is measured by tools/grading_rate.py: here other programs share the cores.
+    assert slow.seconds - 5.0 < 4 * clean.seconds + slow.start_seconds
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        (HANG + "sys.exit(3)", r"exit status 3"),
+        (HANG + "import os, signal; os.kill(os.getpid(), signal.SIGKILL)", r"exit status -9"),
+        (HANG + 'print(\'{"error": "TypeError: x"}\', flush=True)', r"broke: TypeError: x"),
+        (HANG + "print('nonsense', flush=True)", r"grader ended"),
+        ("raise SystemExit(4)", r"exit status 4"),
+        ("print('{\"error\": 1}', flush=True)", r"started with"),
+    ],
+)
+def test_a_grader_that_breaks_raises_and_names_the_sample(script, message):
+    with pytest.raises(GradingError, match=rf"(?s)sample 7: .*{message}"):
+        started_with(script, 30.0).equal("1", "2", "sample 7")
+
+
+def test_a_real_grader_killed_in_between_is_replaced(worker):
+    assert worker.equal(r"\sqrt{18}", r"3\sqrt{2}", "s")
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(GradingError, match="sample 8"):
+        worker.equal(r"\sqrt{50}", r"5\sqrt{2}", "sample 8")
+    assert worker.equal(r"\sqrt{50}", r"5\sqrt{2}", "sample 8")
+
+
+PARENT = """
+import os, sys, threading
+from megatron_sr1.rewards.worker import MathWorker
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+worker = MathWorker(60.0)
+assert worker.equal("x+1", "1+x", "s")
+print(worker.pid, flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_the_grader_dies_with_its_parent_also_one_with_threads():
+    ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
+    ran = subprocess.run(
+        [sys.executable, "-c", PARENT], env=os.environ | ranks, capture_output=True, timeout=300
+    )
+    assert ran.returncode == -signal.SIGKILL, ran.stderr.decode()
+    pid = int(ran.stdout)
+    for _ in range(300):
+        try:
+            os.kill(pid, 0)
+            with open(f"/proc/{pid}/stat") as file:
+                if file.read().split()[2] == "Z":
+                    return
+        except (ProcessLookupError, FileNotFoundError):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"process {pid} outlived its parent by 30 s")
+
+
+def test_the_kernel_timer_ends_a_busy_grader_that_nobody_waits_for():
+    script = (
+        "import sys\nfrom megatron_sr1.rewards import mathematics\n"
+        "def busy(gold, answer):\n    while True: pass\n"
+        "mathematics.equal = busy\nmathematics.serve(sys.stdout)\n"
+    )
+    asked = b'{"gold": "1", "answer": "2", "seconds": 0.1}\n'
+    ran = subprocess.run([sys.executable, "-c", script], input=asked, timeout=60)
+    assert ran.returncode == -signal.SIGALRM
+
+
+def test_answers_are_remembered_but_failures_are_not():
+    worker = started_with(HANG + "print('{\"equal\": true}', flush=True)", 30.0)
+    assert worker.equal("1", "2", "s")
+    os.kill(worker.pid, signal.SIGKILL)
+    assert worker.equal("1", "2", "s")
+    with pytest.raises(GradingError) as caught:
+        worker.equal("1", "3", "s")
+    assert not isinstance(caught.value, GradingLimit)
+    worker.close()
