@@ -2,7 +2,8 @@
 
 `shard-000000.index.json` beside `shard-000000.tar` holds the tar's size and, for each sample, its
 key and the offset and size of its JSON and of its images. It is as good as the tar's headers,
-which it is read from when it is missing, older than the tar or about a tar of another size.
+which it is read from when it is missing, older than the tar, about a tar of another size, or says
+what cannot be.
 """
 
 from __future__ import annotations
@@ -10,16 +11,21 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tarfile
-from collections.abc import Iterator
+import re
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_sr1.data.guards import parse_json, read_file, shown
+from megatron_sr1.data.tar_headers import BLOCK, members, parse_header, sample_key
 from megatron_sr1.errors import DataError
 
 logger = logging.getLogger(__name__)
 IMAGE_EXTENSIONS = frozenset("bmp gif jpeg jpg mpo png ppm tif tiff webp".split())
+MAX_INDEX_BYTES = 2**30
+_NAME_BYTES = 90
+"""Longer names, and those not of ASCII, may stand cut short in the header before the data."""
 
 
 @dataclass(frozen=True)
@@ -36,50 +42,39 @@ def index_path(tar: Path) -> Path:
     return tar.with_suffix(".index.json")
 
 
-def _members(tar: Path) -> Iterator[tuple[str, str, tuple[int, int]]]:
-    """(key, extension, place) of each regular member."""
-    try:
-        with tarfile.open(tar, "r:") as file:
-            for member in file:
-                if member.isfile():
-                    folder, _, name = member.name.rpartition("/")
-                    key, _, extension = name.partition(".")
-                    key = f"{folder}/{key}" if folder else key
-                    yield key, extension.lower(), (member.offset_data, member.size)
-    except (tarfile.TarError, OSError) as error:
-        raise DataError(f"{tar}: not a readable tar: {error}") from None
-
-
 def scan(tar: Path) -> list[Place]:
-    """Read a shard's headers for the places of its samples.
+    """Read a shard's headers for the places of its samples, by where each begins.
 
     Raises:
-        DataError: not a tar, or a sample without its JSON.
+        DataError: not a tar, or members that make no samples; names shard and member.
     """
     samples: dict[str, dict[str, tuple[int, int]]] = {}
-    for key, extension, span in _members(tar):
-        samples.setdefault(key, {})[extension] = span
+    for member in members(tar):
+        key, extension = sample_key(member.name)
+        if not member.name.isprintable() or key.startswith("/") or ".." in key.split("/"):
+            raise DataError(
+                f"{tar}: member {shown(member.name)}: expected a printable relative name"
+            )
+        found = samples.setdefault(key, {})
+        if extension in found:
+            raise DataError(f"{tar} sample {key}: {key}.{extension} is there twice")
+        found[extension] = (member.offset, member.size)
     places = []
-    for key, members in samples.items():
-        if "json" not in members:
-            raise DataError(f"{tar} sample {key}: no {key}.json; it holds {sorted(members)}")
-        images = sorted(
-            (e for e in members if e.split(".")[-1] in IMAGE_EXTENSIONS),
-            key=lambda e: (int(e.split(".")[0]) if e.split(".")[0].isdigit() else 0, e),
-        )
-        places.append(Place(key, members["json"], tuple(members[e] for e in images)))
-    return places
+    for key, found in samples.items():
+        if "json" not in found:
+            raise DataError(f"{tar} sample {key}: no {key}.json; it holds {shown(sorted(found))}")
+        images = sorted(filter(_is_image, found), key=_image_order)
+        places.append(Place(key, found["json"], tuple(found[e] for e in images)))
+    return sorted(places, key=_begin)
 
 
 def read_index(tar: Path) -> list[Place]:
-    """A shard's index; made again where it is missing, older than the tar, or of another size."""
+    """A shard's index; made again where it does not fit the tar."""
     path = index_path(tar)
     try:
         if path.stat().st_mtime_ns >= tar.stat().st_mtime_ns:
-            value = json.loads(path.read_text())
-            if value["tar_bytes"] == tar.stat().st_size:
-                return [Place(k, tuple(t), tuple(map(tuple, i))) for k, t, i in value["samples"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            return _usable(parse_json(read_file(path, MAX_INDEX_BYTES, "index"), "index"), tar)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, DataError) as error:
         logger.debug("%s: index not usable: %s", path, error)
     places = scan(tar)
     try:
@@ -89,10 +84,73 @@ def read_index(tar: Path) -> list[Place]:
     return places
 
 
+def check_header(block: bytes, place: Place, span: tuple[int, int], where: str) -> str:
+    """Check the header before a span against the index; returns the member's extension.
+
+    Raises:
+        DataError: the index points to something else.
+    """
+    header = parse_header(block, where)
+    key, extension = sample_key(header.name)
+    exact = len(header.name) < _NAME_BYTES and place.key.isascii()
+    is_text = span == place.text
+    fits = key == place.key and (extension == "json" if is_text else _is_image(extension))
+    if header.size != span[1] or (exact and not fits):
+        raise DataError(
+            f"{where}: its place holds {shown(header.name)} of {header.size} bytes; remove "
+            f"{index_path(Path('SHARD.tar')).name} files to have them made again"
+        )
+    return extension
+
+
+def _usable(value: Any, tar: Path) -> list[Place]:
+    """The places of an index that fits its tar; ValueError and the like where it does not."""
+    rows, size = value["samples"], tar.stat().st_size
+    if value["tar_bytes"] != size or value["crc32"] != _checksum(rows):
+        raise ValueError("another tar, or damaged")
+    places = [Place(k, _span(t), tuple(map(_span, i))) for k, t, i in rows]
+    spans = sorted(span for p in places for span in (p.text, *p.images))
+    ends = [0, *(offset + length for offset, length in spans)]
+    inside = all(offset - BLOCK >= end for (offset, _), end in zip(spans, ends, strict=False))
+    if not inside or ends[-1] > size:
+        raise ValueError("places outside the tar, or one over another")
+    keys = [place.key for place in places]
+    if len(set(keys)) != len(keys) or places != sorted(places, key=_begin):
+        raise ValueError("a key twice, or out of order")
+    return places
+
+
+def _span(value: Any) -> tuple[int, int]:
+    offset, size = value
+    if type(offset) is not int or type(size) is not int or size < 0 or offset % BLOCK:
+        raise ValueError(f"{value} is no place")
+    return offset, size
+
+
+def _begin(place: Place) -> int:
+    return min(place.text, *place.images)[0] if place.images else place.text[0]
+
+
+def _is_image(extension: str) -> bool:
+    return extension.split(".")[-1] in IMAGE_EXTENSIONS
+
+
+def _image_order(extension: str) -> tuple[int, str]:
+    number = extension.split(".")[0]
+    return (int(number) if re.fullmatch("[0-9]{1,9}", number) else 0), extension
+
+
+def _checksum(rows: Any) -> int:
+    return zlib.crc32(json.dumps(rows).encode())
+
+
 def write_index(tar: Path, places: list[Place]) -> None:
     """Write a shard's index beside it."""
     rows = [(p.key, p.text, p.images) for p in places]
-    write_json(index_path(tar), {"tar_bytes": tar.stat().st_size, "samples": rows})
+    write_json(
+        index_path(tar),
+        {"tar_bytes": tar.stat().st_size, "crc32": _checksum(rows), "samples": rows},
+    )
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -25,8 +25,22 @@ from megatron_sr1.data.examples import (
     example_from_stored,
     stored,
 )
+from megatron_sr1.data.guards import (
+    MAX_IMAGE_BYTES,
+    MAX_JSON_BYTES,
+    parse_json,
+    read_file,
+    shown,
+)
 from megatron_sr1.data.images import decode_image, image_format
-from megatron_sr1.data.shard_index import Place, read_index, write_index, write_json
+from megatron_sr1.data.shard_index import (
+    Place,
+    check_header,
+    read_index,
+    write_index,
+    write_json,
+)
+from megatron_sr1.data.tar_headers import BLOCK
 from megatron_sr1.errors import DataError
 from megatron_sr1.records import Example
 
@@ -121,11 +135,7 @@ class ShardReader:
             DataError: the stored sample cannot be read; names shard and sample.
         """
         tar, place = self._locate(index)
-        text = self._read(tar, place, place.text)
-        try:
-            value = json.loads(text)
-        except ValueError as error:
-            raise DataError(f"{tar} sample {place.key}: not JSON: {error}") from None
+        value = parse_json(self._read(tar, place, place.text), f"{tar} sample {place.key}")
         example = example_from_stored(value, index=index, key=place.key, shard=str(tar))
         if example.num_images != len(place.images):
             raise DataError(
@@ -171,22 +181,28 @@ class ShardReader:
         return self._places[tar]
 
     def _read(self, tar: Path, place: Place, span: tuple[int, int]) -> bytes:
+        """The bytes of a member, its header checked: an index that lies must not be believed."""
         offset, size = span
+        where = f"{tar} sample {place.key}"
+        limit = MAX_JSON_BYTES if span == place.text else MAX_IMAGE_BYTES
+        if size > limit:
+            raise DataError(f"{where}: a member of {size} bytes, at most {limit}")
+        begin, length = offset - BLOCK, size + BLOCK
         try:
             with self._lock:
                 file = self._files.get(tar)
-                if file is None:
-                    if len(self._files) >= MAX_OPEN_SHARDS:
-                        return _read_once(tar, offset, size)
+                if file is None and len(self._files) < MAX_OPEN_SHARDS:
                     file = self._files[tar] = os.open(tar, os.O_RDONLY)
-            data = os.pread(file, size, offset)  # no shared position: threads and forks may read
+            # No shared position: threads and forks may read.
+            data = _read_once(tar, begin, length) if file is None else os.pread(file, length, begin)
         except OSError as error:
-            raise DataError(f"{tar} sample {place.key}: {error.strerror}") from None
-        if len(data) != size:
+            raise DataError(f"{where}: {error.strerror}") from None
+        if len(data) != length:
             raise DataError(
-                f"{tar} sample {place.key}: {len(data)} of {size} bytes; the shard is truncated"
+                f"{where}: {max(0, len(data) - BLOCK)} of {size} bytes; the shard is truncated"
             )
-        return data
+        check_header(data[:BLOCK], place, span, where)
+        return data[BLOCK:]
 
     def close(self) -> None:
         """Close the shards; reading again opens them again."""
@@ -203,14 +219,23 @@ def _read_once(tar: Path, offset: int, size: int) -> bytes:
 
 
 def _tars(directory: Path) -> list[Path]:
-    return sorted(directory.glob("*.tar"))
+    found = sorted(directory.glob("*.tar"))
+    for path in found:
+        if not path.is_file():
+            raise DataError(f"{path}: not a regular file; expected shards")
+    return found
+
+
+def _dataset(directory: Path) -> Any:
+    path = directory / DATASET_FILE
+    return parse_json(read_file(path, MAX_JSON_BYTES, str(directory)), str(path))
 
 
 def _cut_short(directory: Path) -> bool:
     """Whether the shards there are what an interrupted `write_shards` left."""
     try:
-        value = json.loads((directory / DATASET_FILE).read_text())
-    except (OSError, ValueError):
+        value = _dataset(directory)
+    except DataError:
         return False
     return isinstance(value, dict) and value.get("complete") is False
 
@@ -220,16 +245,24 @@ def _counts(directory: Path, tars: list[Path]) -> list[int] | None:
     path = directory / DATASET_FILE
     if not path.is_file():
         return None
+    value = _dataset(directory)
+    if _cut_short(directory):
+        raise DataError(f"{directory}: writing these shards was cut short; make them again")
     try:
-        if _cut_short(directory):
-            raise DataError(f"{directory}: writing these shards was cut short; make them again")
-        value = json.loads(path.read_text())
-        counts = {str(s["file"]): int(s["samples"]) for s in value["shards"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not readable: {error}; remove it to count again") from None
+        counts = {str(s["file"]): s["samples"] for s in value["shards"]}
+    except (LookupError, TypeError) as error:
+        reason = shown(f"{type(error).__name__}: {error}")
+        raise DataError(f"{path}: not readable: {reason}; remove it to count again") from None
     if set(counts) != {t.name for t in tars}:
         odd = sorted(set(counts) ^ {t.name for t in tars})
-        raise DataError(f"{path}: shards listed and shards there differ: {', '.join(odd[:5])}")
+        raise DataError(f"{path}: shards listed and shards there differ: {shown(odd)}")
+    for tar in tars:  # a sample is a header and a block of JSON, at least
+        count, most = counts[tar.name], tar.stat().st_size // (2 * BLOCK)
+        if type(count) is not int or not 0 <= count <= most:
+            raise DataError(
+                f"{path}: {shown(count)} samples in {tar.name}, which holds {most} at most; "
+                "remove it to count again"
+            )
     return [counts[t.name] for t in tars]
 
 

@@ -147,7 +147,7 @@ def test_a_stored_record_comes_back_as_an_example():
     example = example_from_stored(stored(record), index=5, key="k", shard="s.tar")
     assert (example.index, example.key, example.shard, example.answer) == (5, "k", "s.tar", "a")
     assert (example.num_images, example.metadata, example.question) == (1, {"n": [1]}, "<image>q")
-    for bad in ({}, {"messages": [{}], "num_images": 0}, [], {"messages": 3, "num_images": 1}):
+    for bad in ({}, {"messages": [], "num_images": "0"}, [], {"messages": 3, "num_images": 1}):
         with pytest.raises(DataError, match="s.tar sample k: not a stored sample"):
             example_from_stored(bad, index=0, key="k", shard="s.tar")
 

@@ -1,0 +1,135 @@
+"""What comes from outside is read here: files, JSON and text, each within limits.
+
+In: a path, bytes or a value that somebody else wrote. Out: bytes, plain values and text, or a
+`DataError` of one line. Nothing here waits (on a pipe), runs, or reads without an end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from megatron_sr1.errors import DataError
+
+MAX_JSON_BYTES = 16 * 2**20
+"""Of one sample: a line of jsonl, a member of a shard."""
+MAX_TEXT_CHARACTERS = 2**20
+"""Of all turns of a sample together: four times what a context of 100,000 tokens holds."""
+MAX_IMAGE_BYTES = 256 * 2**20
+"""Of one image file."""
+MAX_IMAGES = 1024
+"""Of one sample."""
+
+
+def read_file(path: Path, max_bytes: int, where: str) -> bytes:
+    """Read a regular file; a pipe, a device or a folder is refused without waiting for it.
+
+    Args:
+        path: of the file; a link is followed.
+        max_bytes: larger files are refused before they are read.
+        where: names the sample or the file in errors.
+
+    Raises:
+        DataError: not there, not a regular file, or too large.
+    """
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:  # ValueError: a NUL or half a character in the name
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise DataError(f"{where}: {printable(str(path))}: {reason}") from None
+    with open(file, "rb") as opened:
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError(f"{where}: {printable(str(path))}: not a regular file")
+        if status.st_size > max_bytes:
+            raise DataError(
+                f"{where}: {printable(str(path))}: {status.st_size} bytes, at most {max_bytes}"
+            )
+        return opened.read(max_bytes)
+
+
+def inside(folder: Path, name: str | Path, where: str) -> Path:
+    """The path of a file that a sample names, which must lie in `folder`, links followed.
+
+    Raises:
+        DataError: it is a URL, leads out of the folder, or cannot be a path.
+    """
+    if "://" in str(name) or str(name).startswith(("file:", "data:", "~")):
+        raise DataError(f"{where}: {shown(str(name))} is a URL; expected a path in {folder}")
+    try:
+        found = (folder / name).resolve()
+        if found.is_relative_to(folder.resolve()):
+            return folder / name
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise DataError(f"{where}: {shown(str(name))} is no path: {error}") from None
+    raise DataError(f"{where}: {shown(str(name))} leads out of {folder}")
+
+
+def parse_json(data: bytes, where: str) -> Any:
+    """Parse JSON in UTF-8, a byte order mark allowed, every key once an object.
+
+    Raises:
+        DataError: anything else, or nested too deeply.
+    """
+    try:
+        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from None
+    except RecursionError:
+        raise DataError(f"{where}: not JSON that can be read: nested too deeply") from None
+    except ValueError as error:
+        raise DataError(f"{where}: not JSON: {printable(str(error))[:200]}") from None
+
+
+def check_text(text: str, where: str) -> str:
+    """A text that can be written as UTF-8 and tokenised.
+
+    Raises:
+        DataError: half of a surrogate pair in it, or too long.
+    """
+    if len(text) > MAX_TEXT_CHARACTERS:
+        raise DataError(f"{where}: {len(text)} characters, at most {MAX_TEXT_CHARACTERS}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: character {error.start} is half of a surrogate pair; expected text"
+        ) from None
+    return text
+
+
+def is_json(value: Any) -> bool:
+    """Whether a value can be written as JSON in UTF-8, infinities and NaN left out."""
+    try:
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
+def shown(value: Any, limit: int = 80) -> str:
+    """A value for an error message: one line, no longer than `limit`."""
+    if isinstance(value, str | bytes):
+        text = repr(value[:limit])
+    elif isinstance(value, list | tuple):
+        text = repr(list(value[:5]))[:limit]
+    else:
+        text = type(value).__name__ if isinstance(value, dict) else repr(value)[:limit]
+    return printable(text)
+
+
+def printable(text: str) -> str:
+    """A text with what moves the cursor or breaks the line escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in value if keys.count(key) > 1)
+        raise ValueError(f"key {twice[:40]!r} twice in one object")
+    return value
