@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 
 GIB = 2**30
+METRICS_FILE = "metrics.jsonl"
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -48,7 +49,7 @@ class MetricsFile:
         self._keep(lambda line: True)
 
     def append(self, step: int, stage: str, values: Mapping[str, float]) -> None:
-        """Write one line and flush it.
+        """Write one line and bring it to the disk.
 
         Args:
             step: higher than the stage's last.
@@ -68,6 +69,8 @@ class MetricsFile:
             line[name] = float(value) if math.isfinite(value) else None
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # as a checkpoint is that comes after it
         self._last[stage] = step
 
     def keep_until(self, stage: str, step: int) -> None:

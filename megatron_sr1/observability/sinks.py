@@ -9,12 +9,15 @@ import logging
 import sys
 import uuid
 from collections.abc import Mapping
+from math import nan
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from megatron_sr1.config import Config
 from megatron_sr1.config_file import to_dict
 from megatron_sr1.errors import ConfigError
+from megatron_sr1.observability.metrics import METRICS_FILE, read_lines
+from megatron_sr1.observability.wandb_files import last_step
 
 log = logging.getLogger(__name__)
 WANDB_ID_FILE = "wandb_id.txt"
@@ -44,7 +47,7 @@ def make_sinks(config: Config, run_dir: Path, step: int = 0) -> list[Sink]:
     Args:
         config: of the run.
         run_dir: run directory.
-        step: steps done before, when resuming.
+        step: steps done before, when resuming; `metrics.jsonl` holds them already.
 
     Raises:
         ConfigError: wandb was asked for and is not installed or cannot start.
@@ -56,7 +59,7 @@ def make_sinks(config: Config, run_dir: Path, step: int = 0) -> list[Sink]:
     else:
         sinks.append(LogSink(config.stage, num_steps))
     if config.logging.wandb != "off":
-        sinks.append(WandbSink(run_dir, config))
+        sinks.append(WandbSink(run_dir, config, step))
     return sinks
 
 
@@ -115,10 +118,15 @@ class ProgressSink:
 
 
 class WandbSink:
-    """Weights & Biases, online or into the run's folder; a resumed run keeps its id."""
+    """Weights & Biases, online or into the run's folder; a resumed run keeps its id.
 
-    def __init__(self, run_dir: Path, config: Config) -> None:
-        """Start or resume the wandb run."""
+    Of a step that was logged before a kill nothing is logged again, and of one that wandb had not
+    written yet the line of `metrics.jsonl` is: wandb sees every step once. A step that it has stays
+    as it is, also where a resumed run was given other settings.
+    """
+
+    def __init__(self, run_dir: Path, config: Config, step: int = 0) -> None:
+        """Start or resume the wandb run; `step`: steps done before, when resuming."""
         settings = config.logging
         try:
             import wandb
@@ -128,16 +136,18 @@ class WandbSink:
                 "pip install wandb, or set logging.wandb=off"
             ) from None
         id_file = run_dir / WANDB_ID_FILE
-        if not id_file.exists():
+        if not id_file.exists() or not id_file.read_text().strip():
             id_file.write_text(uuid.uuid4().hex[:12] + "\n")
+        run_id, is_offline = id_file.read_text().strip(), settings.wandb == "offline"
+        self._last = last_step(run_dir, run_id, _history_step) if is_offline else 0
         try:
             self._run = wandb.init(
                 project=settings.wandb_project,
                 dir=str(run_dir),
                 name=run_dir.name,
-                id=id_file.read_text().strip(),
+                id=run_id,
                 resume="allow",
-                mode="offline" if settings.wandb == "offline" else "online",
+                mode="offline" if is_offline else "online",
                 config=to_dict(config),
             )
         except wandb.Error as error:
@@ -145,11 +155,33 @@ class WandbSink:
                 f"logging.wandb={settings.wandb}: wandb did not start ({error}); "
                 "logging.wandb=offline needs neither network nor account"
             ) from None
+        if not is_offline:  # the server knows the next step
+            self._last = self._run.starting_step - 1
+        for line in read_lines(run_dir / METRICS_FILE):
+            if line["stage"] == config.stage and line["step"] <= step:
+                values = {k: v for k, v in line.items() if k not in ("step", "stage")}
+                self.log(line["step"], {k: nan if v is None else v for k, v in values.items()})
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Log the step's metrics."""
-        self._run.log(dict(values), step=step)
+        """Log the step's metrics, unless wandb has them."""
+        if step > self._last:
+            # Otherwise wandb waits for the next step before it takes this one.
+            self._run.log(dict(values), step=step, commit=True)
+            self._last = step
 
     def close(self) -> None:
         """Flush and end the run."""
         self._run.finish()
+
+
+def _history_step(record: bytes) -> int | None:
+    """Step of a record of wandb's, if it holds a step's metrics."""
+    from google.protobuf.message import DecodeError
+    from wandb.proto import wandb_internal_pb2
+
+    messages: Any = wandb_internal_pb2
+    try:
+        message = messages.Record.FromString(record)
+    except DecodeError:  # what a loss of power left
+        return None
+    return message.history.step.num if message.WhichOneof("record_type") == "history" else None

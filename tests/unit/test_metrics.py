@@ -9,7 +9,7 @@ import pytest
 
 from megatron_sr1.config_file import load_config
 from megatron_sr1.observability.metrics import MetricsFile, PhaseTimer, memory_metrics, read_lines
-from megatron_sr1.observability.sinks import WANDB_ID_FILE, ProgressSink, make_sinks
+from megatron_sr1.observability.sinks import ProgressSink, make_sinks
 
 
 def steps(path: Path, stage: str = "grpo") -> list[int]:
@@ -124,18 +124,3 @@ def test_a_log_line_shows_above_the_bar_and_the_stream_is_given_back(capsys):
     finally:
         logging.getLogger().removeHandler(stream)
     assert "2/3" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_wandb_offline_needs_no_account_and_keeps_its_id(tmp_path):
-    pytest.importorskip("wandb")
-    settings = ["model.path=m", "logging.wandb=offline", "logging.progress=false"]
-    ids = []
-    for step in (1, 2):
-        for sink in make_sinks(load_config(None, settings), tmp_path, step - 1):
-            sink.log(step, {"actor/loss": 1.0 / step})
-            sink.close()
-        ids.append((tmp_path / WANDB_ID_FILE).read_text().strip())
-    assert ids[0] == ids[1]
-    files = list((tmp_path / "wandb").glob(f"offline-run-*-{ids[0]}*/*.wandb"))
-    assert len(files) == 2 and all(file.stat().st_size > 0 for file in files)
