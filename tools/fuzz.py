@@ -1,0 +1,130 @@
+"""Fuzz what reads foreign bytes: parsing, packing, shards, examples, images.
+
+    python tools/fuzz.py --minutes 60 --seed 1 --findings runs/fuzz
+
+Each target of tests/hostile/targets.py gets random inputs in turn, by hypothesis, which shrinks
+what fails. A finding is written to a file in the folder, and the target goes on with another
+seed. Counts come at the end; the exit status is 1 if there are findings. A case that does not
+come back within its time is a finding, and ends the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import itertools
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import seed as with_seed
+from hypothesis.errors import HypothesisException
+
+from tests.hostile.targets import TARGETS
+
+ROUND_CASES = 200
+HANGS_SECONDS = 120
+
+
+class Findings:
+    """Failures, each kind once, as files in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """Make the folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.kinds = folder, set[str]()
+
+    def add(self, target: str, seed: int, case: Any, error: BaseException) -> bool:
+        """Store a failing case; False if one like it is known."""
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if "hypothesis" not in f[0]]
+        last = frames[-1]
+        kind = f"{target}: {type(error).__name__} in {last.name} line {last.lineno}"
+        if kind in self.kinds:
+            return False
+        self.kinds.add(kind)
+        shown = "".join(traceback.format_exception(error))
+        path = self.folder / f"{target}-{len(self.kinds):03d}.txt"
+        path.write_text(f"{kind}\nseed {seed}\ncase {case!r}\n\n{shown}", errors="backslashreplace")
+        print(f"finding: {kind}; see {path}", flush=True)
+        return True
+
+
+def fuzz_round(target: str, seed: int, findings: Findings, cases: int) -> int:
+    """Run one target on fresh cases; returns how many ran, those of shrinking included."""
+    strategy, check = TARGETS[target]
+    count, last = 0, None
+
+    @with_seed(seed)
+    @settings(
+        max_examples=cases,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        phases=(Phase.generate, Phase.shrink),
+        report_multiple_bugs=False,
+    )
+    @given(strategy)
+    def run(case: Any) -> None:
+        nonlocal count, last
+        count, last = count + 1, case
+        faulthandler.dump_traceback_later(HANGS_SECONDS, exit=True)
+        check(case)
+
+    try:
+        run()
+    except HypothesisException:
+        raise
+    except Exception as error:  # whatever a target lets out is a finding
+        findings.add(target, seed, last, error)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    return count
+
+
+def fuzz(
+    targets: list[str], seconds: float, seed: int, findings: Findings, say: Callable[[str], None]
+) -> dict[str, int]:
+    """Rounds of all targets until the time is up; returns the cases run by target."""
+    counts = dict.fromkeys(targets, 0)
+    started = told = time.monotonic()
+    for number in itertools.count():
+        for target in targets:
+            if time.monotonic() - started >= seconds:
+                return counts
+            counts[target] += fuzz_round(target, seed * 1_000_000 + number, findings, ROUND_CASES)
+        if time.monotonic() - told > 60:
+            told = time.monotonic()
+            shown = ", ".join(f"{t} {c}" for t, c in counts.items())
+            say(f"{(told - started) / 60:.0f} min: {shown}; {len(findings.kinds)} findings")
+    raise AssertionError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the tool; returns its exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--findings", type=Path, default=Path("runs/fuzz"), metavar="DIR")
+    parser.add_argument("--targets", nargs="*", choices=list(TARGETS), default=list(TARGETS))
+    options = parser.parse_args(arguments)
+    findings = Findings(options.findings)
+    started = time.monotonic()
+    seconds = options.minutes * 60
+    counts = fuzz(
+        options.targets, seconds, options.seed, findings, lambda text: print(text, flush=True)
+    )
+    for target, count in counts.items():
+        print(f"{target}: {count} executions")
+    minutes = (time.monotonic() - started) / 60
+    print(f"{len(findings.kinds)} findings in {minutes:.1f} min, seed {options.seed}")
+    return 1 if findings.kinds else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
