@@ -94,6 +94,17 @@ def text_key(cleaned: str) -> str:
     return _WORD_VALUE.get(key, key)
 
 
+def number_spellings(cleaned: str) -> list[str]:
+    """A text, and the other spelling of a small whole number: fourteen for 14, 14 for fourteen.
+
+    Args:
+        cleaned: what `clean` returned.
+    """
+    key = text_key(cleaned)
+    words = [word for word, digits in _WORD_VALUE.items() if digits == key]
+    return [cleaned, *({key, *words} - {cleaned} if words else ())]
+
+
 @dataclass(frozen=True)
 class Quantity:
     """An exact number with its unit.

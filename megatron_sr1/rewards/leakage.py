@@ -3,33 +3,36 @@ r"""Whether a description states the answer as a verdict, instead of what the im
 In: a description, the gold answer, the question. Out: a flag. A description has to hold the value
 that is asked for whenever the image does (a digit, a colour, a label); that is no leak. A leak
 is a boxed answer, a description that is the answer and nothing else, or a sentence that gives it
-as the conclusion: "the answer is 7", "option B is correct", "…, so 7.", "3 + 4 = 7".
+as the conclusion: "the answer is 7", "option B is correct", "…, so 7.", "3 + 4 = 7". What passes
+for such a sentence stands in leak_phrases.py.
 """
 
 from __future__ import annotations
 
 import re
 
+from megatron_sr1.rewards import leak_phrases as say
 from megatron_sr1.rewards.accuracy import bare_gold, gold_label
-from megatron_sr1.rewards.answers import clean
+from megatron_sr1.rewards.answers import clean, number_spellings
 from megatron_sr1.rewards.options import question_options
 
 MAX_SENTENCE_CHARACTERS = 300
-_VERDICT = (
-    r"(?:answer|solution|result|conclusion)(?: to (?:the|this) (?:question|problem))?"
-    r"(?: is| are| =| equals| would be| must be| should be| will be|:)(?: therefore| thus)?:?"
-)
-_CHOICE = r"(?:correct|right|best)(?: (?:option|choice|answer|label|letter))?(?: is| would be|:)"
-_FILLER = r"(?: (?:exactly|clearly|simply|equal to|that of|option|choice|the number|the|an?))*"
-_HENCE = r"(?:so|therefore|thus|hence|consequently|accordingly|in conclusion|overall)"
 _SENTENCE = re.compile(r"(?<=[.;!?\n])\s+|\n+")
-_OPERATION = r"\d\s*(?:\+|-|\*|/|x|\\times|\\cdot|times|plus|minus)\s*[\d(]"
+_WORD = re.compile(r"\w+")
+_LOOK_ALIKES = str.maketrans(
+    "\u0430\u0435\u043e\u0440\u0441\u0443\u0445\u0456\u0455\u03bf\u03b1\u0410\u0412\u0415\u041a"
+    "\u041c\u041d\u041e\u0420\u0421\u0422\u0425\u0391\u0392\u0395\u0397\u0399\u039a\u039c\u039d"
+    "\u039f\u03a1\u03a4\u03a7",
+    "aeopcyxisoaABEKMHOPCTXABEHIKMNOPTX",
+)
+"""Cyrillic and Greek letters that look Latin; read so inside words with Latin letters."""
 
 
 def states_answer(description: str, gold: str, question: str) -> bool:
     """Whether a description gives the answer away as a verdict.
 
-    Not covered: a verdict in words of its own ("everything adds up to 7").
+    Not covered: a verdict in words of its own ("one gets 7"), by what it is not, or in another
+    spelling (XIV, 28/2). docs/rewards.md has the measured recall.
 
     Args:
         description: text inside the description span.
@@ -42,56 +45,89 @@ def states_answer(description: str, gold: str, question: str) -> bool:
     wanted = clean(bare_gold(gold))
     label = gold_label(wanted, options)
     values = [wanted]
+    text = _plain(description)
     if label is not None:
         values.append(clean(options.get(label, "")))
-        if _label_is_verdict(description, label):
+        if _label_is_verdict(text, label):
             return True
         values = [v for v in values if v.strip("()[].: ").upper() != label]
-    return any(_value_is_verdict(description, value) for value in values if value)
+    return any(_value_is_verdict(text.casefold(), value) for value in values if value)
 
 
-def _value_is_verdict(description: str, value: str) -> bool:
-    text = clean(description).casefold()
-    said = rf"{_spelt(value)}(?![\w]|\.\d|,\d|\s*[-+*/=]\s*\d)"
+def _plain(description: str) -> str:
+    """Cleaned line by line, look-alikes as the letters that they pass for."""
+    lines = (clean(line) for line in description.splitlines())
+    text = "\n".join(line for line in lines if line)
+    if text.isascii():
+        return text
+    return _WORD.sub(lambda word: _as_latin(word[0]), text)
+
+
+def _as_latin(word: str) -> str:
+    is_mixed = not word.isascii() and any("A" <= c <= "z" for c in word)
+    return word.translate(_LOOK_ALIKES) if is_mixed else word
+
+
+def _value_is_verdict(text: str, value: str) -> bool:
+    """Whether a value is given as the answer in a cleaned, case-folded text."""
+    spellings = "|".join(map(_spelt, number_spellings(value)))
+    ends = r"(?!\.\d|,\d|\s*[-+*/=]\s*\d)"
+    said = rf"(?:{spellings})(?![a-z0-9_]){ends}"
+    apart = r"\s?".join(value) if value.isdigit() else said
     if re.fullmatch(rf"(?:(?:it|this|that)(?: is|'s) )?{said}\W*", text):
         return True
-    if re.search(rf"\b(?:{_VERDICT}|{_CHOICE}){_FILLER} [\"'(]?{said}", text):
+    if re.search(rf"{say.ANSWER}{say.FILLER}\s*[\"'(]?(?:{said}|{apart}(?!\s?\w){ends})", text):
         return True
+    unit = r"(?: [a-z]+| ?[°%])?"
+    stop = r"\s*(?:[.,;:!?)\n]|$|because\b|since\b)"
+    if any(re.search(p.format(said=said) + unit + stop, text) for p in say.VALUE_BEFORE_STOP):
+        return True
+    if any(re.search(p.format(said=said), text) for p in say.VALUE):
+        return True
+    if value.casefold() in ("yes", "no") and re.match(rf"{said}\s*[,.!;]", text):
+        return True
+    return _is_concluded(text, said, unit)
+
+
+def _is_concluded(text: str, said: str, unit: str) -> bool:
+    """Whether a sentence concludes with a value, or the last one computes it."""
     sentences = _sentences(text)
     last = sentences[-1] if sentences else ""
-    unit = r"(?: [a-z]+| ?[°%])?"
-    concluded = rf"{_HENCE}\b,?(?: [^.;]*)? {said}{unit}\W*"
+    concluded = rf"{say.HENCE},?(?: [^.;]*)? {said}{unit}\W*"
     if any(re.fullmatch(concluded, sentence) for sentence in sentences):
         return True
     if re.search(rf"(?:^|[,:] |\band ){concluded}$", last):
         return True
-    makes = rf"(?:=|\bis|\bequals|\bmakes)\s*{said}{unit}[^\w\"']*$"
-    result = re.search(makes, last)
-    return result is not None and bool(re.search(_OPERATION, last[: result.start()]))
+    if re.search(rf"(?:{say.LAST_WORD})\s*{said}{unit}\W*$", last):
+        return True
+    end = rf"\s*{said}{unit}[^\w\"']*$"
+    result = re.search(rf"(?:=|\bis|\bequals|\bmakes){end}", last)
+    if result is not None and re.search(say.OPERATION, last[: result.start()]):
+        return True
+    summed = re.search(rf"\b(?:{say.SUMMING}){end}", last)
+    return summed is not None and len(re.findall(r"\d+", text)) > 2
 
 
-def _label_is_verdict(description: str, label: str) -> bool:
-    text = clean(description)
-    named = rf"[(\[]?{label}[)\]]?(?![\w'])"
+def _label_is_verdict(text: str, label: str) -> bool:
+    """Whether an option label is given as the answer in a cleaned text."""
+    named = rf"[(\[]?{label}[)\]]?(?![A-Za-z0-9_'])"
     option = rf"(?:option|choice|answer)\s+{named}"
-    ignore = re.IGNORECASE
     if re.fullmatch(rf"(?i:(?:the )?(?:(?:option|choice|answer)(?: is)?:? )?){named}\W*", text):
         return True
-    if re.search(rf"(?i:\b(?:{_VERDICT}|{_CHOICE}){_FILLER}) {named}(?!\s+[a-z]+s?\b)", text):
+    if re.search(rf"(?i:{say.ANSWER}{say.FILLER})\s*{named}(?!\s+[a-z]+s?\b)", text):
         return True
-    if re.search(rf"(?i:{_VERDICT}|{_CHOICE}) {named}\s*(?:$|[.,;:)])", text):
+    if re.search(rf"(?i:{say.ANSWER})\s*{named}\s*(?:$|[.,;:)])", text):
         return True
-    right = r"(?: is| seems| must be)?(?: the)? (?:correct|right|true|best|matching)\b"
-    if re.search(rf"(?i:\b(?:option|choice|answer))\s+{named}(?i:{right})", text):
+    if any(re.search(pattern.format(named=named), text) for pattern in say.LABEL):
         return True
-    if re.search(
-        rf"(?i:\b(?:choose|select|pick|mark)) (?i:(?:option|choice|answer) )?{named}", text
-    ):
+    place = say.PLACES[ord(label) - ord("A")] if ord(label) - ord("A") < len(say.PLACES) else "-"
+    if re.search(say.PLACE.format(place=place), text, re.IGNORECASE):
         return True
-    if re.search(rf"(?:^|\.\s+|,\s+)(?i:{_HENCE})\b,?(?: [^.;]*)? {named}\W*$", text):
+    if re.search(rf"(?:^|\.\s+|,\s+)(?i:{say.HENCE}),?(?: [^.;]*)? {named}\W*$", text):
         return True
-    last = _sentences(description.strip())[-1:] or [""]
-    return bool(re.fullmatch(rf"\W*(?:{option}|{named})\W*", last[0], ignore)) and label in last[0]
+    last = _sentences(text)[-1:] or [""]
+    alone = re.fullmatch(rf"\W*(?:{option}|{named})\W*", last[0], re.IGNORECASE)
+    return bool(alone) and label in last[0]
 
 
 def _sentences(text: str) -> list[str]:

@@ -6,16 +6,44 @@ import pytest
 
 from megatron_sr1.rewards.leakage import states_answer
 from tests.leak_cases import CASES
+from tests.leak_cases_harder import HARDER, KNOWN, UNSEEN
+
+NEW = HARDER + UNSEEN
 
 
-def test_the_table_holds_60_distinct_cases_of_both_kinds():
+def ids(cases):
+    return [f"{number}-{case[-1]}" for number, case in enumerate(cases)]
+
+
+def test_the_tables_hold_60_distinct_cases_and_more_of_both_kinds():
     assert len({case[:3] for case in CASES}) == len(CASES) >= 60
     assert min(sum(c[3] for c in CASES), sum(not c[3] for c in CASES)) >= 20
+    every = CASES + NEW
+    assert len({case[:3] for case in every}) == len(every) and len(NEW) >= 80
 
 
-@pytest.mark.parametrize(("description", "gold", "question", "verdict", "reason"), CASES)
+@pytest.mark.parametrize(
+    ("description", "gold", "question", "verdict", "reason"), CASES + NEW, ids=ids(CASES + NEW)
+)
 def test_verdict(description, gold, question, verdict, reason):
-    assert states_answer(description, gold, question) is verdict, reason
+    is_known = (description, gold, question, verdict, reason) in NEW and reason in KNOWN
+    assert states_answer(description, gold, question) is (verdict is not is_known), reason
+
+
+@pytest.mark.parametrize(
+    ("cases", "precision", "recall"),
+    [
+        (CASES, (42, 42), (42, 42)),
+        (HARDER, (34, 35), (34, 38)),
+        (UNSEEN, (13, 13), (13, 18)),
+    ],
+    ids=["easy", "harder", "unseen"],
+)
+def test_precision_and_recall_are_those_of_the_documentation(cases, precision, recall):
+    flagged = [case for case in cases if states_answer(*case[:3])]
+    found = sum(case[3] for case in flagged)
+    assert (found, len(flagged)) == precision
+    assert (found, sum(case[3] for case in cases)) == recall
 
 
 def test_a_digits_description_is_never_a_leak():
@@ -31,7 +59,8 @@ def test_a_digits_description_is_never_a_leak():
 @pytest.mark.parametrize(
     "text",
     ["so " * 3000, ", so 1" * 3000, "1+" * 5000, "the answer is " * 1000, "(" * 9000, " \n" * 9000]
-    + ["therefore. " * 3000, "so option " * 2000, "= 1 " * 3000],
+    + ["therefore. " * 3000, "so option " * 2000, "= 1 " * 3000]
+    + ["答案" * 5000, "correct " * 5000, "\u0430a" * 9000, "x" * 100_000, "answer" + " " * 30_000],
 )
 def test_runaway_descriptions_take_no_time(text):
     started = time.process_time()
