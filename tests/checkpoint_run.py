@@ -1,0 +1,37 @@
+"""A small model that tests save and resume, in this process."""
+
+import torch
+
+from megatron_sr1.checkpoint.model_source import load_model, resolve_model
+from megatron_sr1.config_file import load_config
+from megatron_sr1.model.hf_config import read_hf_config
+from megatron_sr1.model.qwen25_vl import build_model
+from megatron_sr1.runtime import cpu
+from megatron_sr1.trainer.actor import make_actor
+
+
+def make_run(directory, groups):
+    """An actor with its optimizer, from a model directory."""
+    config = load_config(None, [f"model.path={directory}", "model.dtype=float32"])
+    source = resolve_model(directory)
+    hf_config = read_hf_config(source.hf_files)
+    with cpu.megatron_mode():
+        chunks = build_model(hf_config, groups, dtype=torch.float32)
+        load_model(chunks, source, hf_config, groups)
+    return make_actor(config, chunks, hf_config, source, groups, num_updates=10)
+
+
+@torch.no_grad()
+def fill(actor, value):
+    """Give all weights one value, master weights included."""
+    for chunk in actor.chunks:
+        for parameter in chunk.parameters():
+            parameter.fill_(value)
+    actor.optimizer.reload_model_params()
+
+
+def held(actor):
+    """The one value of all weights."""
+    values = {float(p.detach().unique()) for chunk in actor.chunks for p in chunk.parameters()}
+    assert len(values) == 1, values
+    return values.pop()
