@@ -100,9 +100,11 @@ def main(arguments: list[str] | None = None) -> int:
             files, options.image_folder, skipped, options.limit, sys.stderr.isatty()
         )
         written = write_shards(found, options.target, samples_per_shard=options.samples_per_shard)
-    except SR1Error as error:
+    except (SR1Error, OSError) as error:  # OSError: a target that cannot be written, a full disk
         print(f"make_shards: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     print(f"{options.target}: {written} samples, {skipped.count} skipped")
     return 0
 

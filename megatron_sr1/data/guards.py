@@ -40,7 +40,7 @@ def read_file(path: Path, max_bytes: int, where: str) -> bytes:
     except (OSError, ValueError) as error:  # ValueError: a NUL or half a character in the name
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise DataError(f"{where}: {printable(str(path))}: {reason}") from None
-    with open(file, "rb") as opened:
+    try:
         status = os.fstat(file)
         if not stat.S_ISREG(status.st_mode):
             raise DataError(f"{where}: {printable(str(path))}: not a regular file")
@@ -48,7 +48,12 @@ def read_file(path: Path, max_bytes: int, where: str) -> bytes:
             raise DataError(
                 f"{where}: {printable(str(path))}: {status.st_size} bytes, at most {max_bytes}"
             )
-        return opened.read(max_bytes)
+        with open(file, "rb", closefd=False) as opened:
+            return opened.read(max_bytes)
+    except OSError as error:
+        raise DataError(f"{where}: {printable(str(path))}: {error.strerror}") from None
+    finally:
+        os.close(file)
 
 
 def inside(folder: Path, name: str | Path, where: str) -> Path:

@@ -7,16 +7,18 @@ of the stream can count it and go on.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from megatron_sr1.data.examples import Record, record_from_row
+from megatron_sr1.data.guards import MAX_JSON_BYTES, parse_json, printable, read_file, shown
 from megatron_sr1.errors import DataError
 
 METADATA_FILE = "metadata.jsonl"
 SUFFIXES = (".parquet", ".jsonl", ".json")
+MAX_SOURCE_BYTES = 4 * 2**30
+"""Of a json file, which is read as a whole; jsonl and parquet are streamed."""
 _PARQUET_ROWS = 64
 Row = tuple[str, "dict[str, Any] | DataError"]
 
@@ -36,9 +38,12 @@ def source_files(source: Path) -> list[Path]:
         found = sorted(p for p in source.iterdir() if p.suffix in SUFFIXES)
         if len({p.suffix for p in found}) != 1:
             raise DataError(
-                f"{source}: holds {[p.name for p in found[:5]]}; expected {METADATA_FILE} beside "
-                f"images, or files of one kind out of {', '.join(SUFFIXES)}"
+                f"{source}: holds {shown([p.name for p in found])}; expected {METADATA_FILE} "
+                f"beside images, or files of one kind out of {', '.join(SUFFIXES)}"
             )
+        odd = [p.name for p in found if not p.is_file()]
+        if odd:
+            raise DataError(f"{source}: {shown(odd)} is no regular file; move it elsewhere")
         return found
     if not source.is_file():
         raise DataError(f"{source}: no such file or folder")
@@ -77,16 +82,19 @@ def records(
             try:
                 folder = image_folder or path.parent
                 if path.name == METADATA_FILE:
-                    row = _with_image(row, folder, where)
+                    row = _with_image(row, where)
                 yield where, record_from_row(row, folder=folder, where=where)
             except DataError as error:
                 yield where, error
 
 
 def _rows(path: Path) -> Iterator[Row]:
-    if path.suffix == ".parquet":
-        return _parquet_rows(path)
-    return _jsonl_rows(path) if path.suffix == ".jsonl" else _json_rows(path)
+    read = {".parquet": _parquet_rows, ".jsonl": _jsonl_rows, ".json": _json_rows}[path.suffix]
+    number = -1
+    for number, row in enumerate(read(path)):  # noqa: B007
+        yield row
+    if number < 0:
+        yield path.name, DataError(f"{path.name}: no samples in it")
 
 
 def _parquet(path: Path) -> Any:
@@ -95,31 +103,58 @@ def _parquet(path: Path) -> Any:
 
     try:
         return pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not readable as parquet: {error}") from None
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{path}: not readable as parquet: {printable(str(error))[:200]}") from None
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
     number = 0
-    for batch in _parquet(path).iter_batches(batch_size=_PARQUET_ROWS):
-        for row in batch.to_pylist():
-            yield f"{path.name} row {number}", row
+    batches = _parquet(path).iter_batches(batch_size=_PARQUET_ROWS)
+    while True:
+        try:
+            batch = next(batches, None)
+        except Exception as error:  # pyarrow's own, and those of codecs below it
+            reason = printable(str(error))[:200]
+            raise DataError(f"{path}: row {number} or one behind it is damaged: {reason}") from None
+        if batch is None:
+            return
+        for place in range(batch.num_rows):
+            yield _parquet_row(batch, place, f"{path.name} row {number}")
             number += 1
+
+
+def _parquet_row(batch: Any, place: int, where: str) -> Row:
+    try:
+        return where, batch.slice(place, 1).to_pylist()[0]
+    except Exception as error:  # text that is not UTF-8, dates out of range, extension types
+        reason = printable(str(error))[:200]
+        return where, DataError(f"{where}: not readable: {reason}")
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
     with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                where = f"{path.name} line {number}"
+        number = 0
+        while line := file.readline(MAX_JSON_BYTES + 1):
+            number += 1
+            where = f"{path.name} line {number}"
+            if len(line) > MAX_JSON_BYTES:
+                length = len(line) + (0 if line.endswith(b"\n") else _skip_line(file))
+                yield where, DataError(f"{where}: {length} bytes, at most {MAX_JSON_BYTES}")
+            elif line.strip():
                 yield where, _object(line, where)
 
 
+def _skip_line(file: BinaryIO) -> int:
+    length = 0
+    while piece := file.readline(MAX_JSON_BYTES):
+        length += len(piece)
+        if piece.endswith(b"\n"):
+            break
+    return length
+
+
 def _json_rows(path: Path) -> Iterator[Row]:
-    try:
-        values = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON: {error}") from None
+    values = parse_json(read_file(path, MAX_SOURCE_BYTES, "source"), str(path))
     if not isinstance(values, list):
         raise DataError(f"{path}: a {type(values).__name__}; expected a list of samples")
     for number, value in enumerate(values):
@@ -130,19 +165,19 @@ def _json_rows(path: Path) -> Iterator[Row]:
 
 def _object(line: bytes, where: str) -> dict[str, Any] | DataError:
     try:
-        value = json.loads(line)
-    except ValueError as error:
-        return DataError(f"{where}: not JSON: {error}")
+        value = parse_json(line, where)
+    except DataError as error:
+        return error
     return value if isinstance(value, dict) else DataError(f"{where}: expected an object")
 
 
-def _with_image(row: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
-    """A row of metadata.jsonl with its `file_name` (or `file_names`) as images inside `folder`."""
+def _with_image(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """A row of metadata.jsonl with its `file_name` (or `file_names`) as images."""
     names = row.pop("file_names", None) or row.pop("file_name", None)
     if names is None:
         return row
-    names = names if isinstance(names, list) else [names]
-    for name in names:
-        if not (folder / str(name)).resolve().is_relative_to(folder.resolve()):
-            raise DataError(f"{where}: file_name {name!r} leads out of {folder}")
+    if not isinstance(names, str) and not (
+        isinstance(names, list) and all(isinstance(name, str) for name in names)
+    ):
+        raise DataError(f"{where}: file_name is {shown(names)}; expected a name or a list of names")
     return {**row, "images": names}

@@ -60,7 +60,9 @@ def members(tar: Path) -> Iterator[Member]:
         DataError: not a tar, cut short, damaged, or with members that hold no sample.
     """
     try:
-        with open(os.open(tar, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        if not tar.is_file():  # a pipe would be waited for
+            raise DataError(f"{tar}: not a regular file; expected a tar")
+        with open(tar, "rb") as file:
             yield from _walk(file, tar)
     except OSError as error:
         raise DataError(f"{tar}: not a readable tar: {error.strerror}") from None
