@@ -4,21 +4,39 @@ What the template wrote (`<|im_start|>`, one `<|image_pad|>` an image) becomes s
 same characters inside a question, a description or an answer are tokenised as characters. So a
 data set cannot end a turn or claim an image that it does not have. Text without such names gets
 the same ids as from transformers' `apply_chat_template`.
+
+A template is a program that came with the model: it runs in transformers' sandbox only, which
+knows no attributes of Python's objects, and within a time limit, which the sandbox has not.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import re
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+from megatron_sr1.data.guards import (
+    MAX_JSON_BYTES,
+    MAX_TEXT_CHARACTERS,
+    parse_json,
+    printable,
+    read_file,
+)
 from megatron_sr1.data.prompts import ChatMessage
 from megatron_sr1.errors import DataError
 
 _DEFUSE = "\ue0de"
 """Private use: put into a special token's name, it makes it ordinary text until tokenising."""
+
+
+TEMPLATE_SECONDS = 10.0
+"""Of one rendering; a template takes milliseconds."""
+MAX_RENDERED_CHARACTERS = 4 * MAX_TEXT_CHARACTERS
 
 
 class ChatTemplate:
@@ -32,14 +50,16 @@ class ChatTemplate:
             tokenizer: a fast tokenizer of transformers.
 
         Raises:
-            DataError: no template there.
+            DataError: no template there, or one that does not render a question.
         """
         self._tokenizer = tokenizer
+        self._directory = directory
         self._template = _read_template(directory, tokenizer)
         added = tokenizer.added_tokens_decoder
         self.special = {token.content: int(i) for i, token in added.items() if token.special}
         names = sorted(self.special, key=len, reverse=True)
         self._pattern = re.compile(f"({'|'.join(map(re.escape, names))})")
+        self._render([{"role": "user", "content": [{"type": "text", "text": "?"}]}], generate=True)
 
     def prompt_ids(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
         """Ids up to where the assistant begins, each image one pad."""
@@ -84,12 +104,23 @@ class ChatTemplate:
 
     def _render(self, messages: Sequence[ChatMessage], generate: bool) -> str:
         """The template's text, with special tokens inside the messages' own text defused."""
-        return self._tokenizer.apply_chat_template(
-            [self._defused(m) for m in messages],
-            chat_template=self._template,
-            tokenize=False,
-            add_generation_prompt=generate,
-        )
+        try:
+            with _time_limit(TEMPLATE_SECONDS):
+                text = self._tokenizer.apply_chat_template(
+                    [self._defused(m) for m in messages],
+                    chat_template=self._template,
+                    tokenize=False,
+                    add_generation_prompt=generate,
+                )
+        except Exception as error:  # a template may fail in any way, the sandbox's no among them
+            reason = printable(f"{type(error).__name__}: {error}")[:200]
+            raise DataError(f"{self._directory}: the chat template fails: {reason}") from None
+        if len(text) > MAX_RENDERED_CHARACTERS:
+            raise DataError(
+                f"{self._directory}: the chat template writes {len(text)} characters, at most "
+                f"{MAX_RENDERED_CHARACTERS}"
+            )
+        return text
 
     def _defused(self, message: ChatMessage) -> ChatMessage:
         parts = [
@@ -117,13 +148,38 @@ class ChatTemplate:
         return tuple(ids)
 
 
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """TimeoutError after so long; in other threads than the main one there is no limit."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"not done after {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def _read_template(directory: Path, tokenizer: Any) -> str:
     path = directory / "chat_template.json"
     if path.is_file():
-        return str(json.loads(path.read_text())["chat_template"])
+        value = parse_json(read_file(path, MAX_JSON_BYTES, str(directory)), str(path))
+        if not isinstance(value, dict) or not isinstance(value.get("chat_template"), str):
+            raise DataError(f"{path}: expected an object with the text chat_template")
+        return value["chat_template"]
     if not tokenizer.chat_template:
         raise DataError(
             f"{directory}: no chat template (chat_template.jinja, chat_template.json or in "
             "tokenizer_config.json); take the directory of an instruction-tuned model"
         )
-    return tokenizer.get_chat_template()
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError as error:
+        raise DataError(f"{directory}: {printable(str(error))[:200]}") from None

@@ -69,7 +69,8 @@ def inside(folder: Path, name: str | Path, where: str) -> Path:
         if found.is_relative_to(folder.resolve()):
             return folder / name
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links in a circle
-        raise DataError(f"{where}: {shown(str(name))} is no path: {error}") from None
+        reason = printable(str(error), 200)
+        raise DataError(f"{where}: {shown(str(name))} is no path: {reason}") from None
     raise DataError(f"{where}: {shown(str(name))} leads out of {folder}")
 
 
@@ -126,8 +127,10 @@ def shown(value: Any, limit: int = 80) -> str:
     return printable(text)
 
 
-def printable(text: str) -> str:
-    """A text with what moves the cursor or breaks the line escaped."""
+def printable(text: str, limit: int = 400) -> str:
+    """A text with what moves the cursor or breaks the line escaped, its middle left out if long."""
+    if len(text) > limit:
+        text = f"{text[: limit // 2]}…{text[-limit // 2 :]}"
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 

@@ -6,7 +6,6 @@ Ids come from chat.py. The image processor is the class that vLLM loads for the 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,13 @@ import numpy as np
 from PIL import Image
 
 from megatron_sr1.data.chat import ChatTemplate
+from megatron_sr1.data.guards import (
+    MAX_JSON_BYTES,
+    parse_json,
+    printable,
+    read_file,
+    shown,
+)
 from megatron_sr1.data.prompts import ChatMessage, chat_messages
 from megatron_sr1.errors import DataError
 from megatron_sr1.records import Example, Prompt, TrainSample, VisionInputs
@@ -43,19 +49,14 @@ class Processor:
             max_pixels: largest image area after resizing, pixels.
 
         Raises:
-            DataError: no chat template, or no image token in the vocabulary.
+            DataError: files that cannot be read or want to run code of the directory's own, no
+                chat template, or no image token in the vocabulary.
         """
-        mend_torchvision()
-        from transformers import AutoTokenizer, Qwen2VLImageProcessor
-
         self.model_dir = Path(model_dir)
-        self.tokenizer = AutoTokenizer.from_pretrained(model_dir)
-        self.image_processor = Qwen2VLImageProcessor.from_pretrained(
-            model_dir, min_pixels=min_pixels, max_pixels=max_pixels
-        )
+        self.tokenizer, self.image_processor = _load(self.model_dir, min_pixels, max_pixels)
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
-        self.merge_size = int(self.image_processor.merge_size)
-        self.patch_size = int(self.image_processor.patch_size)
+        self.merge_size = _size(self.image_processor, "merge_size", self.model_dir)
+        self.patch_size = _size(self.image_processor, "patch_size", self.model_dir)
         self._chat = ChatTemplate(self.model_dir, self.tokenizer)
         special = self._chat.special
         if IMAGE_PAD not in special:
@@ -195,11 +196,42 @@ class Processor:
         return counts
 
 
+def _load(directory: Path, min_pixels: int, max_pixels: int) -> tuple[Any, Any]:
+    """Tokenizer and image processor; Python files in the directory are never imported."""
+    mend_torchvision()
+    from transformers import AutoTokenizer, Qwen2VLImageProcessor
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        return tokenizer, Qwen2VLImageProcessor.from_pretrained(
+            directory, min_pixels=min_pixels, max_pixels=max_pixels
+        )
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        reason = printable(" ".join(str(error).split()))[:300]
+        raise DataError(
+            f"{directory}: tokenizer or image processor cannot be read ({reason}); expected the "
+            "directory of a Qwen2.5-VL model"
+        ) from None
+
+
+def _size(image_processor: Any, name: str, directory: Path) -> int:
+    value = getattr(image_processor, name)
+    if type(value) is not int or not 1 <= value <= 256:
+        raise DataError(
+            f"{directory}/preprocessor_config.json: {name} is {shown(value)}; expected 1 to 256"
+        )
+    return value
+
+
 def _end_token_ids(directory: Path, tokenizer: Any) -> tuple[int, ...]:
     """Ids that end a turn: the tokenizer's, then those of generation_config.json."""
     ids = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     path = directory / "generation_config.json"
     if path.is_file():
-        more = json.loads(path.read_text()).get("eos_token_id") or []
-        ids += [int(i) for i in (more if isinstance(more, list) else [more])]
+        value = parse_json(read_file(path, MAX_JSON_BYTES, str(directory)), str(path))
+        more = value.get("eos_token_id") if isinstance(value, dict) else None
+        more = more if isinstance(more, list) else [more]
+        if any(i is not None and type(i) is not int for i in more):
+            raise DataError(f"{path}: eos_token_id is {shown(more)}; expected token ids")
+        ids += [i for i in more if i is not None]
     return tuple(dict.fromkeys(ids))
