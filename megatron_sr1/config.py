@@ -177,6 +177,14 @@ class OptimizerConfig:
     """Adam."""
     clip_grad: float = 1.0
     """Largest global gradient norm."""
+    state: str = "float32"
+    """Master weights and moments, shared out over data-parallel ranks (docs/memory.md):
+    float32 (12 bytes a parameter) | bfloat16 (6: two moments and the weights' rounding error)."""
+    gradients: str = "float32"
+    """Sums of gradients, whole on every data-parallel rank: float32 (4 bytes a parameter) |
+    bfloat16 (2; each micro-batch adds a rounding error of 2^-9)."""
+    offload: bool = False
+    """Keep the state in host memory; an update brings it to the device tensor by tensor."""
 
 
 @dataclass

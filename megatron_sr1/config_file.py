@@ -1,13 +1,17 @@
 """Reading the configuration: YAML files and overrides over the defaults, by OmegaConf.
 
 YAML files hold differences; `group.key=value` overrides come last. An unknown key or an impossible
-value is a `ConfigError` that names the nearest valid one.
+value is a `ConfigError` that names the nearest valid one. Tags that would make objects are refused
+by the parser, and of OmegaConf's interpolations only `${oc.env:NAME}` is read.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+import math
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,8 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "rollout.pass2": ("fork", "barrier"),
     "reward.recipe": ("vision_sr1", "see_think", "vision_r1"),
     "optimizer.schedule": ("constant", "linear", "cosine"),
+    "optimizer.state": ("float32", "bfloat16"),
+    "optimizer.gradients": ("float32", "bfloat16"),
     "logging.level": ("debug", "info", "warning"),
     "logging.wandb": ("off", "offline", "online"),
     "launch.device": ("auto", "cpu", "cuda"),
@@ -46,12 +52,20 @@ AT_LEAST_ONE = (
     "model.logprob_chunk_tokens",
 )
 
+LARGEST_BETA2 = 0.995
+"""Of a second moment in bfloat16: with 8 bits, v * beta2 rounds back to v beyond 1 - 2^-8."""
+
 ABOVE_ZERO = (
     "rollout.temperature",
     "algorithm.std_floor",
     "reward.grader_timeout_seconds",
     "optimizer.learning_rate",
 )
+
+
+MAX_YAML_BYTES = 2**18
+LARGEST_INTEGER = 2**63 - 1
+_ENVIRONMENT = re.compile(r"\$\{oc\.env:[A-Za-z_][A-Za-z0-9_]*(,[^${}]*)?\}")
 
 
 def keys() -> list[str]:
@@ -88,21 +102,16 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
     if path is not None:
         layers.append((str(path), _read_yaml(Path(path))))
     for text in overrides or []:
-        if "=" not in text:
-            raise ConfigError(f"override {text!r}: expected group.key=value, as seed=2")
-        layer = OmegaConf.from_dotlist([text])
-        key, _, value = text.partition("=")
-        if not value:  # "data.eval=" empties a text; OmegaConf alone would read a null
-            OmegaConf.update(layer, key, "")
-        layers.append((text, layer))
+        layers.append((ascii(text)[1:-1][:200], _read_override(text)))
     for name, layer in layers:
+        _check_interpolations(layer, name)
         try:
             config = OmegaConf.merge(config, layer)
         except ConfigKeyError as error:
             raise ConfigError(f"{name}: {_unknown(error.full_key or str(error.key))}") from None
         except OmegaConfBaseException as error:
-            reason = str(error).split("\n")[0]
-            raise ConfigError(f"{name}: key {error.full_key!r}: {reason}") from None
+            where = "" if error.full_key is None else f"key {error.full_key!r}: "
+            raise ConfigError(f"{name}: {where}{_reason(error)}") from None
     try:
         resolved = OmegaConf.to_object(config)
     except MissingMandatoryValue as error:
@@ -111,7 +120,7 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
             f"{error.full_key}=VALUE"
         ) from None
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path or 'configuration'}: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{path or 'configuration'}: {_reason(error)}") from None
     assert isinstance(resolved, Config)
     validate(resolved)
     return resolved
@@ -140,6 +149,7 @@ def validate(config: Config) -> None:
         if value not in accepted:
             shown = " | ".join(str(a) for a in accepted)
             raise ConfigError(f"{key} is {value!r}; expected {shown}")
+    _validate_numbers(config)
     for key in AT_LEAST_ONE:
         if _get(config, key) < 1:
             raise ConfigError(f"{key} is {_get(config, key)}; expected 1 or more")
@@ -150,8 +160,47 @@ def validate(config: Config) -> None:
     for key in ABOVE_ZERO:
         if _get(config, key) <= 0:
             raise ConfigError(f"{key} is {_get(config, key)}; expected more than 0")
+    _validate_memory(config)
     if config.stage != "sft":
         _validate_rollout(config)
+
+
+def _validate_memory(config: Config) -> None:
+    """Settings of the optimizer that need others."""
+    optimizer = config.optimizer
+    for name in ("state", "gradients"):
+        if getattr(optimizer, name) == "bfloat16" and config.model.dtype != "bfloat16":
+            raise ConfigError(
+                f"optimizer.{name}=bfloat16 is for weights in bfloat16, model.dtype is "
+                f"{config.model.dtype}; set model.dtype=bfloat16 or optimizer.{name}=float32"
+            )
+    if (optimizer.state == "bfloat16" or optimizer.offload) and (
+        not config.parallel.distributed_optimizer
+    ):
+        raise ConfigError(
+            f"optimizer.state={optimizer.state}, optimizer.offload={optimizer.offload}: only the "
+            "distributed optimizer holds its state so; set parallel.distributed_optimizer=true"
+        )
+    if optimizer.state == "bfloat16" and optimizer.beta2 > LARGEST_BETA2:
+        raise ConfigError(
+            f"optimizer.beta2={optimizer.beta2} with optimizer.state=bfloat16: a second moment in "
+            f"bfloat16 cannot shrink by less than 2^-8 of itself; set {LARGEST_BETA2} or less"
+        )
+
+
+def _validate_numbers(config: Config) -> None:
+    """No field takes a count below zero, nor a number that is none."""
+    for key in keys():
+        value = _get(config, key)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{key} is {value}; expected a finite number")
+        if type(value) is int and not 0 <= value <= LARGEST_INTEGER:
+            raise ConfigError(f"{key} is {value}; expected 0 to {LARGEST_INTEGER}")
+    if config.data.min_pixels > config.data.max_pixels:
+        raise ConfigError(
+            f"data.min_pixels={config.data.min_pixels} is more than data.max_pixels="
+            f"{config.data.max_pixels}"
+        )
 
 
 def _validate_rollout(config: Config) -> None:
@@ -187,13 +236,58 @@ def _get(config: Config, key: str) -> Any:
 def _read_yaml(path: Path) -> DictConfig:
     if not path.is_file():
         raise ConfigError(f"{path}: no such configuration file")
+    if path.stat().st_size > MAX_YAML_BYTES:
+        raise ConfigError(f"{path}: {path.stat().st_size} bytes, at most {MAX_YAML_BYTES}")
     try:
         read = OmegaConf.load(path)
     except Exception as error:  # yaml's own errors share no base with OmegaConf's
-        raise ConfigError(f"{path}: not readable as YAML: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{path}: not readable as YAML: {_reason(error)}") from None
     if not isinstance(read, DictConfig):
         raise ConfigError(f"{path}: expected a mapping of groups at the top, got a list or a value")
     return read
+
+
+def _read_override(text: str) -> DictConfig:
+    key, mark, value = text.partition("=")
+    if not mark:
+        raise ConfigError(f"override {text!r}: expected group.key=value, as seed=2")
+    try:
+        layer = OmegaConf.from_dotlist([text])
+        if not value:  # "data.eval=" empties a text; OmegaConf alone would read a null
+            OmegaConf.update(layer, key, "")
+    except Exception as error:  # of yaml, of OmegaConf, of the encoding
+        raise ConfigError(f"override {text[:200]!a}: {_reason(error)}") from None
+    return layer
+
+
+def _check_interpolations(layer: DictConfig, name: str) -> None:
+    """Values from the environment are read; other keys' would multiply without a bound."""
+
+    def texts(value: Any) -> Iterator[str]:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                yield from (str(key), *texts(inner))
+        elif isinstance(value, list):
+            for inner in value:
+                yield from texts(inner)
+        else:
+            yield str(value)
+
+    for text in texts(OmegaConf.to_container(layer)):
+        if "${" in _ENVIRONMENT.sub("", text):
+            raise ConfigError(
+                f"{name}: {text[:80]!a}: of interpolations only ${{oc.env:NAME}} and "
+                "${oc.env:NAME,default} are read; write the value"
+            )
+
+
+def _reason(error: Exception) -> str:
+    """An error in one line; of yaml's, what is wrong and where."""
+    problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+    if problem and mark is not None:
+        return f"{' '.join(str(problem).split())}, line {mark.line + 1}"[:300]
+    lines = str(error).splitlines() or [type(error).__name__]
+    return ascii(lines[0])[1:-1][:300] if not lines[0].isprintable() else lines[0][:300]
 
 
 def _unknown(key: str) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sr1.checkpoint import torch_adam
+from megatron_sr1.checkpoint.optimizer_state import check_kind, named_by_kind
 from megatron_sr1.checkpoint.space import check_room, needed_bytes, room_text
 from megatron_sr1.checkpoint.together import agree, on_writer, reason, together
 from megatron_sr1.checkpoint.untrusted import COMMON_OBJECT, check_folder
@@ -81,6 +82,7 @@ def load_tensors(folder: Path, chunks: Sequence[Any], optimizer: Any) -> None:
     kept = check_folder(folder).state_dict_metadata
     if COMMON_OBJECT in kept and hasattr(common, "TorchCommonLoadStrategy"):
         raise CheckpointError(f"{folder}: written by a newer Megatron-Core; install that one")
+    check_kind(folder, kept, optimizer)
     with cpu.megatron_mode(), torch_adam.loading(optimizer):
         state = _sharded_state(chunks, optimizer, is_loading=True)
         try:
@@ -113,9 +115,10 @@ def _sharded_state(chunks: Sequence[Any], optimizer: Any, *, is_loading: bool) -
         kept = {key: value for key, value in sharded.items() if not key.endswith(EXTRA)}
         state[_key(number, len(chunks))] = kept
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(
+        described = optimizer.sharded_state_dict(
             dict(state), is_loading=is_loading, metadata=dict(METADATA)
         )
+        state["optimizer"] = named_by_kind(optimizer, described)
     return state
 
 

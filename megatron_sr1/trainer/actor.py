@@ -20,13 +20,12 @@ import torch
 from megatron_sr1.checkpoint.hf import export_weights, local_parameters, save_hf
 from megatron_sr1.checkpoint.mapping import entries
 from megatron_sr1.checkpoint.model_source import ModelSource
-from megatron_sr1.config import Config, OptimizerConfig
+from megatron_sr1.config import Config
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.groups import Groups
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from megatron_sr1.trainer.optimizer import make_optimizer, make_scheduler
 
 
 @dataclass(frozen=True)
@@ -143,12 +142,11 @@ def make_actor(
         DistributedDataParallelConfig,
         finalize_model_grads,
     )
-    from megatron.core.optimizer import get_megatron_optimizer
 
     freeze(chunks, hf_config, config.model.freeze)
     with cpu.megatron_mode():
         ddp_config = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
+            grad_reduce_in_fp32=config.optimizer.gradients == "float32",
             use_distributed_optimizer=config.parallel.distributed_optimizer,
             # A non-finite gradient stops the run before the update: the rank that sees it raises
             # and the failure watch takes the others along.
@@ -158,45 +156,6 @@ def make_actor(
         for chunk, outer in zip(chunks, wrapped, strict=True):
             chunk.config.no_sync_func = outer.no_sync
             chunk.config.finalize_model_grads_func = finalize_model_grads
-        optimizer = get_megatron_optimizer(_optimizer_config(config), wrapped)
-        scheduler = _scheduler(config.optimizer, optimizer, num_updates)
+        optimizer = make_optimizer(config, wrapped)
+        scheduler = make_scheduler(config.optimizer, optimizer, num_updates)
     return Actor(chunks, wrapped, optimizer, scheduler, hf_config, source, groups)
-
-
-def _optimizer_config(config: Config) -> Any:
-    from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-
-    chosen = config.optimizer
-    return MegatronOptimizerConfig(
-        optimizer="adam",
-        lr=chosen.learning_rate,
-        min_lr=chosen.min_learning_rate,
-        weight_decay=chosen.weight_decay,
-        adam_beta1=chosen.beta1,
-        adam_beta2=chosen.beta2,
-        adam_eps=chosen.epsilon,
-        clip_grad=chosen.clip_grad,
-        bf16=config.model.dtype == "bfloat16",
-        params_dtype=DTYPES[config.model.dtype],
-        use_distributed_optimizer=config.parallel.distributed_optimizer,
-    )
-
-
-def _scheduler(chosen: OptimizerConfig, optimizer: Any, num_updates: int) -> Any:
-    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0 if chosen.warmup_steps else chosen.learning_rate,
-        max_lr=chosen.learning_rate,
-        min_lr=min(chosen.min_learning_rate, chosen.learning_rate),
-        lr_warmup_steps=chosen.warmup_steps,
-        lr_decay_steps=max(num_updates, chosen.warmup_steps + 1),
-        lr_decay_style=chosen.schedule,
-        start_wd=chosen.weight_decay,
-        end_wd=chosen.weight_decay,
-        wd_incr_steps=num_updates,
-        wd_incr_style="constant",
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,
-    )

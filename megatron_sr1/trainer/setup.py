@@ -22,7 +22,7 @@ from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.device import Device, select_device, start_distributed
 from megatron_sr1.runtime.groups import Groups, make_groups
 from megatron_sr1.runtime.seeds import seed_everything
-from megatron_sr1.trainer.actor import DTYPES
+from megatron_sr1.trainer.optimizer import DTYPES
 from megatron_sr1.trainer.samples import Samples
 
 
