@@ -32,6 +32,8 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "rollout.pass2": ("fork", "barrier"),
     "reward.recipe": ("vision_sr1", "see_think", "vision_r1"),
     "optimizer.schedule": ("constant", "linear", "cosine"),
+    "optimizer.state": ("float32", "bfloat16"),
+    "optimizer.gradients": ("float32", "bfloat16"),
     "logging.level": ("debug", "info", "warning"),
     "logging.wandb": ("off", "offline", "online"),
     "launch.device": ("auto", "cpu", "cuda"),
@@ -49,6 +51,9 @@ AT_LEAST_ONE = (
     "algorithm.prompts_per_update",
     "model.logprob_chunk_tokens",
 )
+
+LARGEST_BETA2 = 0.995
+"""Of a second moment in bfloat16: with 8 bits, v * beta2 rounds back to v beyond 1 - 2^-8."""
 
 ABOVE_ZERO = (
     "rollout.temperature",
@@ -155,8 +160,32 @@ def validate(config: Config) -> None:
     for key in ABOVE_ZERO:
         if _get(config, key) <= 0:
             raise ConfigError(f"{key} is {_get(config, key)}; expected more than 0")
+    _validate_memory(config)
     if config.stage != "sft":
         _validate_rollout(config)
+
+
+def _validate_memory(config: Config) -> None:
+    """Settings of the optimizer that need others."""
+    optimizer = config.optimizer
+    for name in ("state", "gradients"):
+        if getattr(optimizer, name) == "bfloat16" and config.model.dtype != "bfloat16":
+            raise ConfigError(
+                f"optimizer.{name}=bfloat16 is for weights in bfloat16, model.dtype is "
+                f"{config.model.dtype}; set model.dtype=bfloat16 or optimizer.{name}=float32"
+            )
+    if (optimizer.state == "bfloat16" or optimizer.offload) and (
+        not config.parallel.distributed_optimizer
+    ):
+        raise ConfigError(
+            f"optimizer.state={optimizer.state}, optimizer.offload={optimizer.offload}: only the "
+            "distributed optimizer holds its state so; set parallel.distributed_optimizer=true"
+        )
+    if optimizer.state == "bfloat16" and optimizer.beta2 > LARGEST_BETA2:
+        raise ConfigError(
+            f"optimizer.beta2={optimizer.beta2} with optimizer.state=bfloat16: a second moment in "
+            f"bfloat16 cannot shrink by less than 2^-8 of itself; set {LARGEST_BETA2} or less"
+        )
 
 
 def _validate_numbers(config: Config) -> None:
