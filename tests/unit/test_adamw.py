@@ -4,6 +4,9 @@ Not covered here: shards, clipping and checkpoints (tests/distributed/test_low_m
 kernel that runs on a GPU (tests/gpu/test_low_memory_gpu.py).
 """
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -146,3 +149,35 @@ def test_settings_that_do_not_go_together_are_refused(overrides, named):
         load_config(None, ["model.path=x", *overrides])
     assert named in str(caught.value)
     load_config(None, ["model.path=x", LOW, "optimizer.offload=true", "optimizer.beta2=0.99"])
+
+
+ROOT = Path(__file__).resolve().parents[2]
+PARAMETERS = {"3B": 3_754_622_976, "7B": 8_292_166_656}
+
+
+def test_documented_table_is_what_the_formula_gives():
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in (ROOT / "docs" / "memory.md").read_text().splitlines()
+        if line.startswith("| `state=") or line.startswith("| optimizer settings")
+    ]
+    columns = [re.match(r"(\dB), (\d)", title).groups() for title in rows[0][1:]]
+    assert len(rows) == 6 and len(columns) == 6
+    for name, *cells in rows[1:]:
+        gradients = 2 if "gradients=bfloat16" in name else 4
+        state = 6 if "state=bfloat16" in name else 12
+        for (model, ranks), cell in zip(columns, cells, strict=True):
+            whole, shared = PARAMETERS[model] / 1e9, state / int(ranks)
+            if "offload" in name:
+                expected = f"{whole * (2 + gradients):.1f} + {whole * shared:.1f}"
+            else:
+                expected = f"{whole * (2 + gradients + shared):.1f}"
+            assert cell == expected, (name, model, ranks)
+
+
+def test_documented_command_is_a_valid_configuration():
+    text = (ROOT / "docs" / "memory.md").read_text()
+    command = text.split("```bash")[1].split("```")[0].replace("\\\n", " ").split()
+    config = load_config(ROOT / command[2], command[3:])
+    optimizer = config.optimizer
+    assert (optimizer.state, optimizer.gradients, optimizer.beta2) == ("bfloat16", "bfloat16", 0.99)
