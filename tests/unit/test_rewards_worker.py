@@ -112,13 +112,13 @@ def test_a_limit_that_the_algebra_meets_inside_is_told_as_one(kind):
 
 
 def test_one_time_out_costs_the_other_gradings_nothing():
-    clean, slow = measure(1000, 0, 5.0), measure(1000, 1, 5.0)
+    clean, slow = measure(1000, 1, 5.0)
     assert (clean.num_limits, slow.num_limits) == (0, 1)
     assert slow.num_right == clean.num_right > 400
     # No other answer waited for a process to load, which takes as long here and now.
     assert slow.longest_seconds < 0.8 * slow.start_seconds
-    # The rate itself is measured by tools/grading_rate.py: here other programs share the cores.
-    assert slow.seconds - 5.0 < 4 * clean.seconds + slow.start_seconds
+    # tools/grading_rate.py measures it closer, over ten times as many.
+    assert slow.seconds < 1.25 * clean.seconds + 0.2
 
 
 @pytest.mark.parametrize(
