@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from megatron_sr1.errors import SR1Error
 from megatron_sr1.runtime.failure_files import STACKS_FOLDER, Launch, main_thread_frame, place
+from megatron_sr1.runtime.orphans import end_children
 from megatron_sr1.runtime.presence import Presence
 
 POLL_SECONDS = 0.25
@@ -188,6 +189,7 @@ class FailureWatch:
             with suppress(OSError):  # the disk may be full, and stderr a pipe that nobody reads
                 self._tell(cause, code, trace, culprit or Culprit(self.rank, cause, code))
             self._linger(culprit)
+            end_children()
         finally:
             os._exit(code)
 

@@ -1,0 +1,38 @@
+"""Processes that a rank started end with it, whatever ends it."""
+
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+PROGRAM = """
+import signal, sys, time
+import psutil
+from megatron_sr1.runtime import cpu, orphans
+from megatron_sr1.runtime.failure import guard
+
+if __name__ == "__main__":
+    cpu.install()
+    orphans.install()
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    filesystem_async._get_write_results_queue().put("a result")
+    with guard(sys.argv[1]):
+        print(*(child.pid for child in psutil.Process().children()), flush=True)
+        time.sleep(300)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_megatrons_result_manager_ends_with_its_rank(tmp_path, number):
+    program = tmp_path / "rank.py"
+    program.write_text(PROGRAM)
+    command = [sys.executable, str(program), str(tmp_path / "run")]
+    rank = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    children = [psutil.Process(int(pid)) for pid in rank.stdout.readline().split()]
+    assert any("spawn_main" in " ".join(child.cmdline()) for child in children)
+    rank.send_signal(number)
+    rank.wait(timeout=60)
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive
