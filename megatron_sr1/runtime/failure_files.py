@@ -40,7 +40,7 @@ def read_failure(run_dir: Path, since: float) -> dict | None:
     """The failure that a rank recorded after `since` (unix seconds), or None.
 
     Returns:
-        `{"rank", "cause", "code", "time", "restart"}`; `rank` is the one that failed, which is not
+        `{"rank", "cause", "code", "time", "launch"}`; `rank` is the one that failed, which is not
         the one that wrote it where that was killed.
     """
     try:
@@ -59,19 +59,23 @@ class Launch:
     """
 
     def __init__(self, run_dir: Path) -> None:
-        """Remember when this launch began and which restart of torchrun's it is."""
+        """Remember what tells this launch from others.
+
+        Time alone does not: a command that is started again at once begins within the second.
+        """
         self._run_dir, self._since = run_dir, launch_start()
-        self._restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        names = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
+        self._name = " ".join(os.environ.get(name, "") for name in names)
 
     def failure(self) -> dict | None:
         """What a rank of this launch recorded, or None."""
         failure = read_failure(self._run_dir, self._since)
-        return failure if failure and failure["restart"] == self._restart else None
+        return failure if failure and failure.get("launch") == self._name else None
 
     def record(self, rank: int, cause: str, code: int) -> dict:
         """Write a failure unless a rank of this launch has; returns the one that stands."""
         failure = {"rank": rank, "cause": cause, "code": code, "time": time.time()}
-        failure["restart"] = self._restart
+        failure["launch"] = self._name
         target, text = self._run_dir / FAILURE_FILE, json.dumps(failure) + "\n"
         try:
             with open(target, "x") as file:  # of several ranks at once, one succeeds

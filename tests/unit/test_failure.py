@@ -201,12 +201,26 @@ with guard({str(tmp_path)!r}):
 
 
 def test_a_failure_of_an_earlier_launch_is_ignored_and_then_removed(tmp_path):
-    old = {"rank": 0, "cause": "old", "code": 1, "time": time.time() - 3600, "restart": "0"}
+    old = {"rank": 0, "cause": "old", "code": 1, "time": time.time() - 3600, "launch": ""}
     (tmp_path / FAILURE_FILE).write_text(json.dumps(old))
     assert read_failure(tmp_path, since=time.time() - 7200) is not None
     done = alone(f"with guard({str(tmp_path)!r}):\n    time.sleep(1)\n", tmp_path)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / FAILURE_FILE).exists(), "a good end leaves an old failure standing"
+
+
+def test_a_failure_of_a_launch_a_moment_ago_is_ignored(tmp_path):
+    code = f"""
+import json
+old = {{"rank": 1, "cause": "old", "code": 1, "time": time.time(), "launch": "another"}}
+with open({str(tmp_path / FAILURE_FILE)!r}, "w") as file:
+    json.dump(old, file)
+with guard({str(tmp_path)!r}, 0, 2):
+    time.sleep(1)
+"""
+    done = alone(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / FAILURE_FILE).exists()
 
 
 def test_without_a_guard_a_deadline_is_not_there():
