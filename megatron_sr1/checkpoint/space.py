@@ -17,6 +17,7 @@ from megatron_sr1.errors import CheckpointError
 # Of each stored tensor's own header, and of the files that hold none.
 TENSOR_OVERHEAD_BYTES = 1600
 OTHER_BYTES = 2**20
+PROBE_BYTES = 2**20
 
 
 def needed_bytes(state: Mapping[str, Any]) -> int:
@@ -50,6 +51,21 @@ def check_room(folder: Path, needed: int) -> None:
     free = free_bytes(folder)
     if free < needed + OTHER_BYTES:
         raise CheckpointError(f"No space left on device for {room_text(folder, needed)}")
+
+
+def why_not_written(folder: Path) -> str:
+    """What the disk says when asked for a little more; "" if it gives it.
+
+    Torch's writer in C++ says that a write failed, but not why.
+    """
+    probe = folder / ".probe"
+    try:
+        probe.write_bytes(bytes(PROBE_BYTES))
+    except OSError as error:
+        return f"{error.strerror}: "
+    finally:
+        probe.unlink(missing_ok=True)
+    return ""
 
 
 def room_text(folder: Path, needed: int) -> str:

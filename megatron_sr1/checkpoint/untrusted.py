@@ -38,7 +38,11 @@ ALLOWED = {
 }
 # Newer releases of Megatron-Core keep the values of common.pt in this object instead.
 COMMON_OBJECT = "common_state/shard_0_1"
-_DAMAGE = (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, IndexError)
+_DAMAGE = (
+    *(pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, IndexError),
+    # A changed byte may ask for any length, any key, any depth and any module.
+    *(MemoryError, OverflowError, KeyError, RecursionError, ImportError, AssertionError),
+)
 
 
 class _Reader(pickle.Unpickler):
@@ -105,6 +109,6 @@ def _check_pickle(name: str, file: Path | io.BytesIO) -> None:
     """Load something as plain values, or refuse it."""
     try:
         torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError) as error:
+    except (*_DAMAGE, OSError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{name} is refused or damaged: {reason}") from None

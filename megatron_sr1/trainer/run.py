@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_sr1.checkpoint.rng import kept_rng
 from megatron_sr1.config import Config
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.rollout.engine import Engine
@@ -54,7 +55,8 @@ def run_grpo(config: Config, device: Device, groups: Groups) -> None:
     )
     with context.phase("setup"):
         directory = setup.engine_directory(config, groups)
-        engine = setup.make_engine(config, directory, context.processor, device)
+        with kept_rng():  # vLLM seeds them; a resumed run goes on with the checkpoint's
+            engine = setup.make_engine(config, directory, context.processor, device)
         scorer = setup.make_scorer(config)
     train_grpo(context, actor, engine, samples, scorer, reference)
     scorer.close()

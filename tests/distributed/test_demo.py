@@ -4,24 +4,12 @@ Not covered: other seeds than 1.
 """
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from megatron_sr1.observability.metrics import read_lines
 
-ROOT = Path(__file__).resolve().parents[2]
 MODELS = ("cold_start", "see_think", "vision_sr1")
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    output = tmp_path_factory.mktemp("demo")
-    command = [sys.executable, "-m", "megatron_sr1", "demo", "--output", str(output)]
-    subprocess.run(command, check=True, cwd=ROOT, timeout=1500)
-    return output
 
 
 @pytest.fixture(scope="module")

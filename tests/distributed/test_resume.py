@@ -69,6 +69,12 @@ def numbers(output):
     ]
 
 
+def generators(output):
+    """States of all ranks' generators in the last checkpoint."""
+    step = Path(output) / "checkpoints" / "step_4"
+    return [file.read_bytes() for file in sorted(step.glob("rng_*.pt"))]
+
+
 def check_resumed(tmp_path, model, shards, *more):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     run_to_the_end(command(whole, model, shards, *more))
@@ -79,6 +85,7 @@ def check_resumed(tmp_path, model, shards, *more):
     expected = numbers(whole)
     assert [line["step"] for line in expected] == [1, 2, 3, 4]
     assert numbers(stopped) == expected
+    assert generators(stopped) == generators(whole) != []
     return whole, stopped
 
 

@@ -12,12 +12,11 @@ import pytest
 import torch
 
 from megatron_sr1.checkpoint import files
-from megatron_sr1.checkpoint.distributed import load_checkpoint, save_checkpoint
 from megatron_sr1.checkpoint.folders import latest_step
 from megatron_sr1.checkpoint.manifest import read_manifest
 from megatron_sr1.checkpoint.model_source import fingerprint, load_model, resolve_model
 from megatron_sr1.errors import CheckpointError
-from tests.checkpoint_run import fill, held, make_run
+from tests.checkpoint_run import fill, held, load, make_run, save
 
 
 @pytest.fixture(scope="module")
@@ -39,16 +38,6 @@ def saved(actor, groups, tiny_model, tmp_path_factory):
 def copy(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "checkpoints")
     return tmp_path / "checkpoints"
-
-
-def save(actor, groups, folder, step, source=None, keep_last=0):
-    parts = (actor.wrapped, actor.optimizer, actor.scheduler, groups, {"n": step})
-    return save_checkpoint(folder, step, *parts, keep_last=keep_last, source_directory=source)
-
-
-def load(actor, groups, folder, **more):
-    parts = (actor.wrapped, actor.optimizer, actor.scheduler, groups)
-    return load_checkpoint(folder, *parts, **more)
 
 
 def tensor_file(folder, step=4):
@@ -212,3 +201,19 @@ def test_a_save_never_replaces_what_latest_names(actor, groups, copy):
     torch.manual_seed(1)
     load(actor, groups, copy)
     assert held(actor) == 5
+
+
+def test_generators_stand_where_they_stood_after_others_seeded_them(actor, groups):
+    import random
+
+    import numpy as np
+
+    from megatron_sr1.checkpoint.rng import kept_rng, rng_state
+
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    before = str(rng_state())
+    with kept_rng():
+        random.seed(2), np.random.seed(2), torch.manual_seed(2)
+        assert str(rng_state()) != before
+    assert str(rng_state()) == before
+    assert torch.rand(1) == torch.rand(1, generator=torch.Generator().manual_seed(1))
