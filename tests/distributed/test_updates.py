@@ -13,14 +13,18 @@ from safetensors import safe_open
 SCRIPT = Path(__file__).parent / "updates.py"
 ONE, SPLIT = "1x1@4096", "1x1@48"
 FROZEN, FROZEN_STAGES = "1x1@4096f", "1x2@64f"
+OBJECTIVES = ["sequence_mean", "dr_grpo", "gspo", "gspo_corrected", "token_corrected"]
+OF_ONE = [f"1x1@4096:{name}" for name in OBJECTIVES]
+# Data parallel, five samples against four and in several rows a rank; and two stages.
+OF_TWO = [f"1x1@64:{name}" for name in OBJECTIVES] + ["1x2@64:gspo_corrected"]
 TWO_RANKS = ["1x1@64", "2x1@64", "2x1s@64", "1x2@64"]
 
 
 @pytest.fixture(scope="module")
 def found(tiny_model, run_ranks, tmp_path_factory):
     out = tmp_path_factory.mktemp("updates")
-    run_ranks(SCRIPT, 1, tiny_model, out / "one.json", ONE, SPLIT, FROZEN)
-    run_ranks(SCRIPT, 2, tiny_model, out / "two.json", *TWO_RANKS, FROZEN_STAGES)
+    run_ranks(SCRIPT, 1, tiny_model, out / "one.json", ONE, SPLIT, FROZEN, *OF_ONE)
+    run_ranks(SCRIPT, 2, tiny_model, out / "two.json", *TWO_RANKS, FROZEN_STAGES, *OF_TWO)
     one, two = (json.loads((out / f"{n}.json").read_text()) for n in ("one", "two"))
     one["initial"] = {"weights": initial_weights(tiny_model)}
     return {**one, **{f"2 ranks {name}": value for name, value in two.items()}}
@@ -41,6 +45,29 @@ def test_loss_and_gradients_are_those_of_one_process(found, layout):
         assert other.keys() == one.keys()
         for name in one:
             assert other[name] == pytest.approx(one[name], rel=2e-5, abs=2e-6), name
+
+
+@pytest.mark.parametrize("layout", OF_TWO)
+def test_each_objective_is_that_of_one_process(found, layout):
+    name = layout.partition(":")[2]
+    one, two = found[f"1x1@4096:{name}"], found[f"2 ranks {layout}"]
+    for alone, together in zip(one["updates"], two["updates"], strict=True):
+        assert together.keys() == alone.keys()
+        for key in alone:
+            assert together[key] == pytest.approx(alone[key], rel=2e-5, abs=2e-6), key
+    for key, value in one["weights"].items():
+        np.testing.assert_allclose(two["weights"][key], value, rtol=1e-4, atol=2e-3, err_msg=key)
+
+
+def test_objectives_differ_and_their_parts_are_at_work(found):
+    first = {name: found[f"1x1@4096:{name}"]["updates"][0] for name in OBJECTIVES}
+    first["token_mean"] = found[ONE]["updates"][0]
+    norms = [values["grad_norm"] for values in first.values()]
+    assert len({round(norm, 4) for norm in norms}) == len(norms)
+    for name in ("gspo_corrected", "token_corrected"):
+        assert 0 < first[name]["mismatch/num_masked_sequences"] < 9
+        assert 0 < first[name]["importance/weight"] != 1
+    assert 0 < first["gspo"]["clipped_share"] < 1
 
 
 @pytest.mark.parametrize("layout", OTHERS)

@@ -1,7 +1,8 @@
 """Run two updates from one batch under several layouts and packings; write what came of each.
 
-Usage: updates.py MODEL_DIR OUT.json LAYOUT...; a layout is TPxPP[s]@pack_tokens[f], s for sequence
-parallel, f for a frozen vision tower. Data parallelism is what remains of the ranks.
+Usage: updates.py MODEL_DIR OUT.json LAYOUT...; a layout is TPxPP[s]@pack_tokens[f][:objective], s
+for sequence parallel, f for a frozen vision tower, the objective a key of OBJECTIVES. Data
+parallelism is what remains of the ranks.
 """
 
 import json
@@ -25,9 +26,20 @@ from megatron_sr1.records import TrainSample  # noqa: E402
 from megatron_sr1.runtime.device import select_device, start_distributed  # noqa: E402
 from megatron_sr1.runtime.groups import make_groups  # noqa: E402
 from megatron_sr1.trainer.actor import Reference, make_actor  # noqa: E402
-from megatron_sr1.trainer.grpo import grpo_loss  # noqa: E402
+from megatron_sr1.trainer.objective import grpo_loss  # noqa: E402
 from megatron_sr1.trainer.setup import load_actor_model  # noqa: E402
 from megatron_sr1.trainer.step import sample_logprobs, update  # noqa: E402
+
+WIDE = {"gspo_clip_low": 0.02, "gspo_clip_high": 0.03}
+OBJECTIVES = {
+    "token_mean": {},
+    "sequence_mean": {"loss": "sequence_mean"},
+    "dr_grpo": {"loss": "dr_grpo"},
+    "gspo": {"loss": "gspo", **WIDE},
+    "gspo_corrected": {"loss": "gspo", **WIDE, "importance_sampling": "sequence"}
+    | {"mask_beyond_nats": 0.03},
+    "token_corrected": {"importance_sampling": "token", "mask_beyond_nats": 0.03},
+}
 
 
 def make_samples(processor: Processor) -> tuple[list[TrainSample], dict[int, list[Image.Image]]]:
@@ -69,12 +81,12 @@ def make_samples(processor: Processor) -> tuple[list[TrainSample], dict[int, lis
 
 
 def run_layout(layout: str, model_dir: str, processor: Processor) -> dict:
-    """What one layout gives, with the vision tower frozen where it ends in f.
+    """What one layout gives, with the vision tower frozen where it says f.
 
     Loss and gradient norm of two updates, logprobs before and after, exported weights."""
-    matched = re.fullmatch(r"(\d)x(\d)(s?)@(\d+)f?", layout)
+    matched = re.fullmatch(r"(\d)x(\d)(s?)@(\d+)(f?)(?::(\w+))?", layout)
     assert matched is not None, layout
-    tensor, pipeline, sequence, pack_tokens = matched.groups()
+    tensor, pipeline, sequence, pack_tokens, frozen, objective = matched.groups()
     config = load_config(
         None,
         [
@@ -89,7 +101,7 @@ def run_layout(layout: str, model_dir: str, processor: Processor) -> dict:
     groups = make_groups(config.parallel, select_device("cpu"))
     chunks, hf_config, source = load_actor_model(config, groups)
     reference = Reference(chunks)
-    config.model.freeze = ["^visual[.]"] if layout.endswith("f") else []
+    config.model.freeze = ["^visual[.]"] if frozen else []
     actor = make_actor(config, chunks, hf_config, source, groups, num_updates=2)
     samples, pictures = make_samples(processor)
     own = samples[groups.data.rank :: groups.data.size]
@@ -102,7 +114,8 @@ def run_layout(layout: str, model_dir: str, processor: Processor) -> dict:
         pad_multiple=int(tensor),
     )
     before = sample_logprobs(actor, own, batches, 0.7)
-    loss = grpo_loss(AlgorithmConfig(kl_coefficient=0.1), 0.0)
+    algorithm = AlgorithmConfig(kl_coefficient=0.1, **OBJECTIVES[objective or "token_mean"])
+    loss = grpo_loss(algorithm, 0.0, 64)
     updates = [update(actor, batches, loss, 0.7) for _ in range(2)]
     after = sample_logprobs(actor, own, batches, 0.7)
     with reference.in_place():
