@@ -14,6 +14,8 @@ import pytest
 from megatron_sr1.data.digits import make_digits
 from tests.distributed.test_resume import ROOT, command, numbers
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parent / "checkpoint_faults.py"
 
 

@@ -23,6 +23,8 @@ from megatron_sr1.data.digits import make_digits
 from megatron_sr1.observability.metrics import read_lines
 from megatron_sr1.runtime.failure import LINGER_SECONDS
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).parent / "faults.py"
 DEADLINE_SECONDS, SAVE_SECONDS = 6.0, 25.0

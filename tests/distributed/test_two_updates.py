@@ -10,6 +10,8 @@ import pytest
 
 from megatron_sr1.data.digits import make_digits
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parent / "two_updates.py"
 LOW, HIGH = "1e-7", "3e-3"
 
