@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import pickletools
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,18 @@ class _Reader(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+def _unpickle(data: bytes) -> Any:
+    """Read a pickle of records, after a look at its operations.
+
+    Unpickling, here and by torch afterwards, makes room for any length and any number that a few
+    bytes ask for. genops refuses lengths beyond the data, this a number beyond them.
+    """
+    for operation, argument, _ in pickletools.genops(data):
+        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and (argument or 0) > len(data):
+            raise CheckpointError(f"it numbers an object {argument}, but has {len(data)} bytes")
+    return _Reader(io.BytesIO(data)).load()
+
+
 def stored_dtype(folder: Path) -> torch.dtype:
     """Type of the model's tensors in a checkpoint; float32 holds a mixture without loss."""
     kinds = dict(check_folder(folder).state_dict_metadata)
@@ -74,8 +87,7 @@ def check_folder(folder: Path) -> Any:
     """
     path = folder / ".metadata"
     try:
-        with path.open("rb") as file:
-            metadata = _Reader(file).load()
+        metadata = _unpickle(path.read_bytes())
         kinds = metadata.state_dict_metadata
         for index, info in metadata.storage_data.items():
             _check_place(info)

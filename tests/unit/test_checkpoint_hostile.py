@@ -9,8 +9,10 @@ import json
 import os
 import pickle
 import random
+import resource
 import shutil
 
+import psutil
 import pytest
 import torch
 
@@ -172,7 +174,36 @@ def test_a_state_with_other_contents_is_refused(actor, groups, copy, key, value)
         load(actor, groups, copy)
 
 
-def test_metadata_with_any_byte_changed_is_read_or_refused_in_our_words(saved, tmp_path):
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"Nr\xff\xff\xff\x7f.", "it numbers an object 2147483647"),
+        (b"Np2147483647\n.", "it numbers an object 2147483647"),
+        (b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b".", "damaged"),
+        (b"\x80\x04\x8e" + (2**40).to_bytes(8, "little") + b".", "damaged"),
+        (b"\x80\x04\x95" + (2**40).to_bytes(8, "little") + b".", "damaged"),
+    ],
+    ids=["number", "number in text", "bytearray", "bytes", "frame"],
+)
+def test_metadata_of_a_few_bytes_cannot_ask_for_all_memory(tmp_path, little_memory, data, message):
+    (tmp_path / ".metadata").write_bytes(data)
+    with pytest.raises(CheckpointError, match=message):
+        check_folder(tmp_path)
+
+
+@pytest.fixture
+def little_memory():
+    """A reader that takes too much fails here instead of ending the machine's other work."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    now = psutil.Process().memory_info().vms
+    resource.setrlimit(resource.RLIMIT_AS, (now + 2**31, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def test_metadata_with_any_byte_changed_is_read_or_refused_in_our_words(
+    saved, tmp_path, little_memory
+):
     """No error but ours leaves the reader, whatever is in the file."""
     rng, whole = random.Random(5), (saved / "step_2" / ".metadata").read_bytes()
     shutil.copy(saved / "step_2" / "common.pt", tmp_path)
