@@ -43,7 +43,7 @@ def found(run_ranks, tmp_path_factory):
     out = tmp_path_factory.mktemp("planned")
     for name, changes in MODELS.items():
         write_config(out / "models" / name, **changes)
-    run_ranks(SCRIPT, 4, out / "models", out / "found.json", *CASES)
+    run_ranks(SCRIPT, 4, out / "models", out / "found.json", *CASES, timeout=600)
     ranks = json.loads((out / "found.json").read_text())
     return {line["case"]: [rank[i] for rank in ranks] for i, line in enumerate(ranks[0])}
 
@@ -57,10 +57,10 @@ def test_planned_bytes_are_what_megatron_allocates(found, case):
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if ",1," in c])
-def test_activations_of_a_rank_are_planned_within_15_percent(found, case):
+def test_activations_of_a_rank_are_planned_within_8_percent(found, case):
     """Text and image in one row, under tensor and sequence parallelism and a frozen tower."""
     for rank in found[case]:
-        assert rank["planned_activations"] == pytest.approx(rank["held_activations"], rel=0.15)
+        assert rank["planned_activations"] == pytest.approx(rank["held_activations"], rel=0.08)
 
 
 def test_ranks_of_one_layout_may_hold_different_state(found):
