@@ -53,15 +53,16 @@ class Layout:
         """Whether gradients cross the network: neighbours are tensor, then context, then data."""
         return self.tensor * self.context * self.data > GPUS_PER_NODE
 
-    def overrides(self) -> list[str]:
+    def overrides(self, with_engine: bool) -> list[str]:
         """As configuration keys, `group.key=value`."""
+        engine = [f"rollout.tensor_parallel={self.engine}"] if with_engine else []
         return [
             f"parallel.tensor={self.tensor}",
             f"parallel.pipeline={self.pipeline}",
             f"parallel.context={self.context}",
             f"parallel.sequence={str(self.sequence).lower()}",
             f"model.recompute={self.recompute}",
-            f"rollout.tensor_parallel={self.engine}",
+            *engine,
         ]
 
     def __str__(self) -> str:

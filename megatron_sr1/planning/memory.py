@@ -15,11 +15,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from megatron_sr1.checkpoint.mapping import EMBEDDING, OUTPUT, Entry, entries
 from megatron_sr1.config import Config
-from megatron_sr1.model.hf_config import HFConfig
+from megatron_sr1.model.hf_config import HFConfig, TextConfig, VisionConfig
 from megatron_sr1.planning.layout import Layout
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
@@ -62,7 +63,7 @@ class StaticMemory:
 
 def stage_parameters(
     hf_config: HFConfig, layout: Layout, stage: int, freeze: Sequence[str] = ()
-) -> list[Parameter]:
+) -> tuple[Parameter, ...]:
     """Parameters of a rank of a stage, in the model's order.
 
     Args:
@@ -71,11 +72,24 @@ def stage_parameters(
         stage: from 0.
         freeze: patterns of `model.freeze`.
     """
-    last = layout.pipeline - 1
-    per_stage = hf_config.text.num_layers // layout.pipeline
-    is_split_tie = hf_config.tie_word_embeddings and layout.pipeline > 1
+    cut = layout.tensor, layout.pipeline, stage
+    return _cut(hf_config.text, hf_config.vision, hf_config.tie_word_embeddings, *cut,
+                tuple(freeze))  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def _cut(
+    text: TextConfig,
+    vision: VisionConfig,
+    is_tied: bool,
+    tensor: int,
+    pipeline: int,
+    stage: int,
+    freeze: tuple[str, ...],
+) -> tuple[Parameter, ...]:
+    per_stage, last = text.num_layers // pipeline, pipeline - 1
     found = []
-    for entry in entries(hf_config):
+    for entry in _entries(text, vision, is_tied):
         layer = _LAYER.match(entry.name)
         if layer:
             is_here = int(layer[1]) // per_stage == stage
@@ -83,15 +97,18 @@ def stage_parameters(
             is_here = stage == 0
         else:
             is_here = stage == (0 if entry.name.startswith("vision_model.") else last)
-        numel = _own_numel(entry, layout.tensor)
-        made = Parameter(entry.name, numel, not _is_frozen(entry, freeze))
-        if entry.name == EMBEDDING and is_split_tie:
-            tied = Parameter(OUTPUT, made.numel, made.is_trained, is_shared=True)
-            found += [tied] if stage == last else []
-            made = Parameter(made.name, made.numel, made.is_trained, is_shared=True)
+        made = Parameter(entry.name, _own_numel(entry, tensor), not _is_frozen(entry, freeze))
+        if entry.name == EMBEDDING and is_tied and pipeline > 1:
+            made = replace(made, is_shared=True)
+            found += [replace(made, name=OUTPUT)] if stage == last else []
         if is_here:
             found.append(made)
-    return sorted(found, key=_model_order)
+    return tuple(sorted(found, key=_model_order))
+
+
+@lru_cache(maxsize=8)
+def _entries(text: TextConfig, vision: VisionConfig, is_tied: bool) -> tuple[Entry, ...]:
+    return entries(HFConfig(text, vision, -1, -1, -1, -1, is_tied, {}))
 
 
 def static_memory(
@@ -130,13 +147,15 @@ def state_bytes(config: Config) -> int:
 
 def is_tower_frozen(hf_config: HFConfig, freeze: Sequence[str]) -> bool:
     """Whether nothing of the tower learns, so that its activations go at once."""
-    tower = [e for e in entries(hf_config) if e.name.startswith("vision_model.")]
+    model = _entries(hf_config.text, hf_config.vision, hf_config.tie_word_embeddings)
+    tower = [e for e in model if e.name.startswith("vision_model.")]
     return all(_is_frozen(entry, freeze) for entry in tower)
 
 
 def num_parameters(hf_config: HFConfig) -> int:
     """Of the whole model, as published."""
-    return sum(math.prod(shape) for entry in entries(hf_config) for shape in entry.hf_shapes)
+    model = _entries(hf_config.text, hf_config.vision, hf_config.tie_word_embeddings)
+    return sum(math.prod(shape) for entry in model for shape in entry.hf_shapes)
 
 
 def _is_frozen(entry: Entry, freeze: Sequence[str]) -> bool:
