@@ -98,14 +98,15 @@ def recomputed_bytes(hf_config: HFConfig, layout: Layout, kernels: Kernels) -> f
 def logits_bytes(hf_config: HFConfig, layout: Layout, kernels: Kernels, chunk_tokens: int) -> float:
     """Of chunks of logits and the output layer's gradient, at their worst moment.
 
-    model/logprobs.py, backward: logits in the activations' type and in float32, those of the chunk
-    before still there; the weight's gradient is summed in float32 and at the end handed on in the
-    weight's type.
+    model/logprobs.py, backward: logits in the activations' type and in float32; the weight's
+    gradient is summed in float32, and a chunk's part of it comes in the weight's type and is made
+    float32 to be added.
     """
     e, width = kernels.dtype_bytes, hf_config.text.hidden_size
     rows = -(-hf_config.text.vocab_size // layout.tensor)
-    both = 4 + (e if e < 4 else 0)
-    return rows * max(2 * chunk_tokens * both + 4 * width, (chunk_tokens + width) * both)
+    other_type = e if e < 4 else 0
+    sums = 4 + (other_type + 4 if other_type else 0)
+    return rows * (chunk_tokens * (4 + other_type) + width * sums)
 
 
 def _norm(width: int, kernels: Kernels) -> float:
