@@ -58,7 +58,7 @@ def _conversations(context: Context, samples: Samples, indices: list[int]) -> li
             chosen.append(samples.conversation(index))
         except DataError as error:
             context.skip(error)
-    context.count_skipped(groups.tensor.rank == 0 and groups.pipeline.rank == 0)
+    context.count_skipped(groups.speaks_for_samples)
     return chosen or [_spare(samples, indices)]
 
 

@@ -2,7 +2,8 @@
 
 The objective of an update is a sum over target tokens divided by their number over all
 micro-batches and data-parallel ranks (Megatron's `calculate_per_token_loss`), so how samples are
-packed and split changes nothing.
+packed and split changes nothing. Context-parallel ranks have the same whole rows and the same loss;
+one of them counts it, and each goes back from it to its own tokens.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def sample_logprobs(
     """Logprobs of every sample's tokens under the actor's present weights, without gradients.
 
     Args:
-        actor: the model; all ranks of a pipeline call this with the same batches.
+        actor: the model; all ranks of a replica call this with the same batches.
         samples: what was packed.
         batches: `samples`, packed.
         temperature: logits are divided by it.
@@ -119,7 +120,8 @@ def update(
                     else sums[name] + value
                 )
             sums[name] = value
-        return loss_sum, num_tokens.int(), {}
+        counted = num_tokens if actor.groups.counts_tokens else torch.zeros_like(num_tokens)
+        return loss_sum, counted.int(), {}
 
     for wrapped in actor.wrapped:
         wrapped.zero_grad_buffer()
@@ -145,7 +147,7 @@ def update(
 
 def reduce_sums(sums: Sums, groups: Groups) -> dict[str, float]:
     """Totals over the world of what each pipeline's last stage counted, equal on all ranks."""
-    counted = groups.is_last_stage and groups.tensor.rank == 0
+    counted = groups.is_last_stage and groups.tensor.rank == 0 and groups.counts_tokens
     names: list[Any] = [sorted(sums)]
     if groups.pipeline.size > 1:
         dist.broadcast_object_list(
