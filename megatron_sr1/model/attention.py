@@ -148,6 +148,9 @@ def pack_row(
         qkv_format="sbhd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
+        # Transformer Engine's context parallelism cuts at these; they are the same borders.
+        cu_seqlens_q_padded=None if places is None else cu_seqlens,
+        cu_seqlens_kv_padded=None if places is None else cu_seqlens,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         plan=plan_attention(segments, is_causal=is_causal, places=places, device=device),
