@@ -42,6 +42,8 @@ class ParallelConfig:
     """Pipeline stages, >= 1."""
     context: int = 1
     """Context-parallel ranks, >= 1."""
+    split_images: bool = True
+    """Context-parallel ranks share out a row's images; false: each of them encodes all."""
     sequence: bool = False
     """Sequence parallelism inside tensor parallelism."""
     distributed_optimizer: bool = True

@@ -35,6 +35,7 @@ from megatron_sr1.errors import DataError
 from megatron_sr1.model import specs
 from megatron_sr1.model.attention import pack_row
 from megatron_sr1.model.hf_config import HFConfig
+from megatron_sr1.model.image_shares import encode_by_turns
 from megatron_sr1.model.logprobs import full_logits, label_logprobs, vocabulary_rows
 from megatron_sr1.model.rotary import text_angles
 from megatron_sr1.model.row_split import RowSplit, split_row
@@ -60,6 +61,7 @@ class Qwen25VL(MegatronModule):
         groups: Groups,
         *,
         kernels: str,
+        split_images: bool,
         logprob_chunk_tokens: int,
     ) -> None:
         """Make the stage that belongs to this rank.
@@ -69,12 +71,14 @@ class Qwen25VL(MegatronModule):
             hf_config: shape of the model.
             groups: the layout.
             kernels: local | transformer_engine.
+            split_images: as `build_model`.
             logprob_chunk_tokens: tokens whose logits exist at a time.
         """
         super().__init__(config=config)
         self.model_type = ModelType.encoder_or_decoder  # Megatron's schedules ask for it
         self.hf_config = hf_config
         self.groups = groups
+        self.split_images = split_images and groups.context.size > 1
         self.logprob_chunk_tokens = logprob_chunk_tokens
         self.pre_process = groups.is_first_stage
         self.post_process = groups.is_last_stage
@@ -195,8 +199,7 @@ class Qwen25VL(MegatronModule):
         is_image = input_ids[0] == self.hf_config.image_token_id
         num_pads = int(is_image.sum())
         if vision is not None:
-            assert self.vision_model is not None
-            features = self.vision_model(vision)
+            features = self._encode(vision)
             if len(features) != num_pads:
                 raise DataError(
                     f"the row holds {num_pads} image-pad tokens, its images have "
@@ -223,6 +226,13 @@ class Qwen25VL(MegatronModule):
             embedded.requires_grad_(self.config.recompute_granularity == "full")
         return embedded
 
+    def _encode(self, vision: VisionInputs) -> torch.Tensor:
+        """Features [merged tokens, width] of all images."""
+        assert self.vision_model is not None
+        if not self.split_images:
+            return self.vision_model(vision)
+        return encode_by_turns(self.vision_model, vision, self.groups.context)
+
     def _output_weight(self) -> torch.Tensor:
         if self.share_embeddings_and_output_weights:
             return self.language_model.shared_embedding_or_output_weight()
@@ -236,6 +246,7 @@ def build_model(
     dtype: torch.dtype,
     spec: str = "local",
     sequence_parallel: bool = False,
+    split_images: bool = True,
     recompute: str = "none",
     fp8: str | None = None,
     fp8_recipe: str = "delayed",
@@ -249,6 +260,7 @@ def build_model(
         dtype: of parameters and activations.
         spec: kernels: local | transformer_engine.
         sequence_parallel: split rows over the tensor-parallel ranks between layers.
+        split_images: share a row's images out over the context-parallel ranks.
         recompute: none | selective (MLPs of the language model, blocks of the tower) | full.
         fp8: Transformer Engine's FP8 format, or None.
         fp8_recipe: its scaling.
@@ -276,7 +288,12 @@ def build_model(
         if not get_cuda_rng_tracker().is_initialized():
             model_parallel_cuda_manual_seed(1)
         chunk = Qwen25VL(
-            config, hf_config, groups, kernels=spec, logprob_chunk_tokens=logprob_chunk_tokens
+            config,
+            hf_config,
+            groups,
+            kernels=spec,
+            split_images=split_images,
+            logprob_chunk_tokens=logprob_chunk_tokens,
         )
     _mark_unloaded(chunk, hf_config, groups)
     return [chunk]

@@ -1,9 +1,9 @@
 """One start of ranks, many models and layouts: logits, loss and gradients under each.
 
 Run by test_model_layouts.py as `model_layouts.py CASES LAYOUT…`; a layout is written tensor,
-pipeline,context,sequence. What one process computes comes from the same ranks: under tensor 1,
-pipeline 1, context 1 each holds the whole model. Prints a line a failure and a count; exits
-non-zero on any failure.
+pipeline,context,letters: s sequence parallel, w whole rows of images on each context-parallel rank.
+What one process computes comes from the same ranks: under tensor 1, pipeline 1, context 1 each
+holds the whole model. Prints a line a failure and a count; exits non-zero on any failure.
 """
 
 import sys
@@ -72,24 +72,44 @@ def run_schedule(chunk, rows, groups, labels, forward_only):
     return outputs
 
 
-def measure(directory, groups, sequence):
+def measure(directory, groups, letters=""):
     """Logits, losses (None off the last stage) and published gradients of a model."""
     hf_config = read_hf_config(directory)
     chunks = build_model(
-        hf_config, groups, dtype=torch.float32, sequence_parallel=sequence, logprob_chunk_tokens=9
+        hf_config,
+        groups,
+        dtype=torch.float32,
+        sequence_parallel="s" in letters,
+        split_images="w" not in letters,
+        logprob_chunk_tokens=9,
     )
     load_hf(chunks, directory, hf_config, groups)
     multiple = sequence_multiple(groups.context.size)
     pad = max(2, groups.tensor.size) * multiple
     rows = [make_row(s, pad, multiple) for s in samples_of(directory)]
+    encoded = torch.zeros([])
+
+    def count(tower, arguments):
+        encoded.add_(len(arguments[0].pixel_values))
+
+    if chunks[0].vision_model is not None:
+        chunks[0].vision_model.register_forward_pre_hook(count)
     with cpu.megatron_mode():
         with torch.no_grad():
             logits = run_schedule(chunks[0], rows, groups, labels=False, forward_only=True)
         losses = run_schedule(chunks[0], rows, groups, labels=True, forward_only=False)
     gradients = published_gradients(chunks, hf_config, groups)
+    check_encoded(encoded, rows, groups, times=groups.context.size if "w" in letters else 1)
     if not groups.is_last_stage:
         return None, None, gradients
     return [by_sample(x[0], r) for x, r in zip(logits, rows, strict=True)], losses, gradients
+
+
+def check_encoded(encoded, rows, groups, times):
+    """In two passes each patch was encoded so many times on all context-parallel ranks together."""
+    dist.all_reduce(encoded, group=groups.context.process_group)
+    patches = sum(len(row.vision.pixel_values) for row in rows if row.vision is not None)
+    assert encoded == (2 * times * patches if groups.is_first_stage else 0), (encoded, patches)
 
 
 def by_sample(logits, row):
@@ -122,23 +142,24 @@ def main():
     from megatron.core import parallel_state
 
     cases = sorted(Path(sys.argv[1]).iterdir())
-    layouts = [tuple(map(int, a.split(","))) for a in sys.argv[2:]]
+    layouts = [argument.split(",") for argument in sys.argv[2:]]
     device = select_device("cpu")
     start_distributed(device)
     alone = make_groups(ParallelConfig(), device)
-    expected = {case: measure(case, alone, False) for case in cases}
+    expected = {case: measure(case, alone) for case in cases}
     num_problems, num_checked = 0, 0
-    for tensor, pipeline, context, sequence in layouts:
+    for *sizes, letters in layouts:
+        tensor, pipeline, context = map(int, sizes)
         parallel_state.destroy_model_parallel()
         layout = ParallelConfig(tensor=tensor, pipeline=pipeline, context=context)
         groups = make_groups(layout, device)
         for case in cases:
-            gaps = compare(measure(case, groups, bool(sequence)), expected[case], case)
+            gaps = compare(measure(case, groups, letters), expected[case], case)
             num_checked += 1
             for what, gap in gaps.items():
                 if not gap < TOLERANCE:
                     num_problems += 1
-                    shape = f"{tensor} x {pipeline} x {context}, sequence {sequence}"
+                    shape = f"{tensor} x {pipeline} x {context} {letters}"
                     print(f"GAP {case.name} {shape}: {what} {gap:.2e}", flush=True)
     print(f"CHECKED {num_checked} layouts of models", flush=True)
     dist.barrier()

@@ -148,9 +148,9 @@ def check_hard_cases(batches: list[PackedBatch], context: Group, image_pad_id: i
         is_image = batch.input_ids == image_pad_id
         runs = (is_image[:, 1:] & ~is_image[:, :-1]).cumsum(1)  # numbers the images
         held = [set(part.take(F.pad(runs, (1, 0)) * is_image, 1)[0].tolist()) for part in parts]
-        shared |= bool(set.intersection(*held) - {0})
+        shared |= bool((held[0] & held[1]) - {0})
     assert lonely, "no rank without a target"
-    assert shared, "no image with tokens on all ranks"
+    assert shared, "no image with tokens on two ranks"
 
 
 def _in_order(rows: list[np.ndarray], groups) -> list[list[float]]:
