@@ -45,8 +45,8 @@ def train_sft(context: Context, actor: Actor, samples: Samples) -> None:
 
 def _token_loss(
     policy_logprobs: torch.Tensor, batch: PackedBatch
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    return sft_loss(policy_logprobs, batch.loss_mask), {}
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    return sft_loss(policy_logprobs, batch.loss_mask), batch.loss_mask.sum(), {}
 
 
 def _conversations(context: Context, samples: Samples, indices: list[int]) -> list[TrainSample]:

@@ -109,7 +109,7 @@ def make_samples(processor):
 
 
 def nll(logprobs, batch):
-    return -(logprobs * batch.loss_mask).sum(), {}
+    return -(logprobs * batch.loss_mask).sum(), batch.loss_mask.sum(), {}
 
 
 class Run:

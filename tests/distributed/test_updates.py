@@ -13,6 +13,11 @@ from safetensors import safe_open
 SCRIPT = Path(__file__).parent / "updates.py"
 ONE, SPLIT = "1x1x1@4096", "1x1x1@48"
 FROZEN, FROZEN_OTHERS = "1x1x1@4096f", ["1x2x1@64f", "1x1x2@64f"]
+OBJECTIVES = ["sequence_mean", "dr_grpo", "gspo", "gspo_corrected", "token_corrected"]
+OF_ONE = [f"{ONE}:{name}" for name in OBJECTIVES]
+# Data parallel, six samples against five in several rows a rank; context parallel; two stages.
+OF_TWO = [f"1x1x{context}@64:{name}" for context in (1, 2) for name in OBJECTIVES]
+OF_TWO += ["1x2x1@64:gspo_corrected"]
 TWO_RANKS = ["1x1x1@64", "2x1x1@64", "2x1x1s@64", "1x2x1@64", "1x1x2@64", "1x1x2@4096"]
 FOUR_RANKS = ["2x1x2@64", "2x1x2s@64", "1x2x2@64", "1x1x2@64", "1x1x4@64"]
 
@@ -20,8 +25,8 @@ FOUR_RANKS = ["2x1x2@64", "2x1x2s@64", "1x2x2@64", "1x1x2@64", "1x1x4@64"]
 @pytest.fixture(scope="module")
 def found(tiny_model, run_ranks, tmp_path_factory):
     out = tmp_path_factory.mktemp("updates")
-    run_ranks(SCRIPT, 1, tiny_model, out / "one.json", ONE, SPLIT, FROZEN)
-    run_ranks(SCRIPT, 2, tiny_model, out / "two.json", *TWO_RANKS, *FROZEN_OTHERS)
+    run_ranks(SCRIPT, 1, tiny_model, out / "one.json", ONE, SPLIT, FROZEN, *OF_ONE)
+    run_ranks(SCRIPT, 2, tiny_model, out / "two.json", *TWO_RANKS, *FROZEN_OTHERS, *OF_TWO)
     one, two = (json.loads((out / f"{n}.json").read_text()) for n in ("one", "two"))
     one["initial"] = {"weights": initial_weights(tiny_model)}
     return {**one, **{f"2 ranks {name}": value for name, value in two.items()}}
@@ -58,6 +63,24 @@ def check_weights(found, expected):
 @pytest.mark.parametrize("layout", OTHERS)
 def test_loss_and_gradients_are_those_of_one_process(found, layout):
     check_numbers(found[layout], found[ONE])
+
+
+@pytest.mark.parametrize("layout", OF_TWO)
+def test_each_objective_is_that_of_one_process(found, layout):
+    one, two = found[f"{ONE}:{layout.partition(':')[2]}"], found[f"2 ranks {layout}"]
+    check_numbers(two, one)
+    check_weights(two, one)
+
+
+def test_objectives_differ_and_their_parts_are_at_work(found):
+    first = {name: found[f"{ONE}:{name}"]["updates"][0] for name in OBJECTIVES}
+    first["token_mean"] = found[ONE]["updates"][0]
+    norms = [values["grad_norm"] for values in first.values()]
+    assert len({round(norm, 4) for norm in norms}) == len(norms)
+    for name in ("gspo_corrected", "token_corrected"):
+        assert 0 < first[name]["mismatch/num_masked_sequences"] < 11
+        assert 0 < first[name]["importance/weight"] != 1
+    assert 0 < first["gspo"]["clipped_share"] < 1
 
 
 @pytest.mark.parametrize("layout", OTHERS)

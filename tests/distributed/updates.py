@@ -1,7 +1,8 @@
 """Run two updates from one batch under several layouts and packings; write what came of each.
 
-Usage: updates.py MODEL_DIR OUT.json LAYOUT...; a layout is TPxPPxCP[s]@pack_tokens[f], s for
-sequence parallel, f for a frozen vision tower. Data parallelism is what remains of the ranks.
+Usage: updates.py MODEL_DIR OUT.json LAYOUT...; a layout is TPxPPxCP[s]@pack_tokens[f][:objective],
+s for sequence parallel, f for a frozen vision tower, the objective a key of OBJECTIVES. Data
+parallelism is what remains of the ranks.
 """
 
 import json
@@ -28,19 +29,30 @@ from megatron_sr1.records import PackedBatch, TrainSample  # noqa: E402
 from megatron_sr1.runtime.device import select_device, start_distributed  # noqa: E402
 from megatron_sr1.runtime.groups import Group, make_groups  # noqa: E402
 from megatron_sr1.trainer.actor import Reference, make_actor  # noqa: E402
-from megatron_sr1.trainer.grpo import grpo_loss  # noqa: E402
+from megatron_sr1.trainer.objective import grpo_loss  # noqa: E402
 from megatron_sr1.trainer.setup import load_actor_model  # noqa: E402
 from megatron_sr1.trainer.step import sample_logprobs, update  # noqa: E402
 
+WIDE = {"gspo_clip_low": 0.02, "gspo_clip_high": 0.03}
+OBJECTIVES = {
+    "token_mean": {},
+    "sequence_mean": {"loss": "sequence_mean"},
+    "dr_grpo": {"loss": "dr_grpo"},
+    "gspo": {"loss": "gspo", **WIDE},
+    "gspo_corrected": {"loss": "gspo", **WIDE, "importance_sampling": "sequence"}
+    | {"mask_beyond_nats": 0.03},
+    "token_corrected": {"importance_sampling": "token", "mask_beyond_nats": 0.03},
+}
+
 
 def make_samples(processor: Processor) -> tuple[list[TrainSample], dict[int, list[Image.Image]]]:
-    """Ten sequences: no image, one, two of unequal sizes; random tokens and numbers.
+    """Eleven sequences: no image, one, two of unequal sizes; random tokens and numbers.
 
-    The last is long, is text alone, and learns its last two tokens only.
+    The tenth is long, is text alone, and learns its last two tokens only.
     """
     rng = np.random.default_rng(7)
     samples, pictures = [], {}
-    for index in range(10):
+    for index in range(11):
         sizes = [(84, 28), (56, 112), (140, 84)][: index % 3]
         images = [
             Image.fromarray(rng.integers(0, 255, (h, w, 3), dtype=np.uint8)) for w, h in sizes
@@ -50,7 +62,7 @@ def make_samples(processor: Processor) -> tuple[list[TrainSample], dict[int, lis
         for t, h, w in grids:
             tokens += [3, *([processor.image_pad_id] * (t * h * w // 4)), 4]
         num_prompt = len(tokens) + 3
-        num_text = 3 + int(rng.integers(4, 30)) if index < 9 else 64
+        num_text = 3 + int(rng.integers(4, 30)) if index != 9 else 64
         tokens += rng.integers(10, 300, size=num_text).tolist()
         length = len(tokens)
         mask = (np.arange(length) >= num_prompt) & (rng.random(length) < 0.8)
@@ -78,12 +90,12 @@ def make_samples(processor: Processor) -> tuple[list[TrainSample], dict[int, lis
 
 
 def run_layout(layout: str, model_dir: str, processor: Processor) -> dict:
-    """What one layout gives, with the vision tower frozen where it ends in f.
+    """What one layout gives, with the vision tower frozen where it says f.
 
     Loss and gradient norm of two updates, logprobs before and after, exported weights."""
-    matched = re.fullmatch(r"(\d)x(\d)x(\d)(s?)@(\d+)f?", layout)
+    matched = re.fullmatch(r"(\d)x(\d)x(\d)(s?)@(\d+)(f?)(?::(\w+))?", layout)
     assert matched is not None, layout
-    tensor, pipeline, context, sequence, pack_tokens = matched.groups()
+    tensor, pipeline, context, sequence, pack_tokens, frozen, objective = matched.groups()
     config = load_config(
         None,
         [
@@ -99,7 +111,7 @@ def run_layout(layout: str, model_dir: str, processor: Processor) -> dict:
     groups = make_groups(config.parallel, select_device("cpu"))
     chunks, hf_config, source = load_actor_model(config, groups)
     reference = Reference(chunks)
-    config.model.freeze = ["^visual[.]"] if layout.endswith("f") else []
+    config.model.freeze = ["^visual[.]"] if frozen else []
     actor = make_actor(config, chunks, hf_config, source, groups, num_updates=2)
     samples, pictures = make_samples(processor)
     own = samples[groups.data.rank :: groups.data.size]
@@ -116,7 +128,8 @@ def run_layout(layout: str, model_dir: str, processor: Processor) -> dict:
     if groups.data.size == 1 and int(context) > 1 and len(batches) > 1:
         check_hard_cases(batches, groups.context, processor.image_pad_id)
     before = sample_logprobs(actor, own, batches, 0.7)
-    loss = grpo_loss(AlgorithmConfig(kl_coefficient=0.1), 0.0)
+    algorithm = AlgorithmConfig(kl_coefficient=0.1, **OBJECTIVES[objective or "token_mean"])
+    loss = grpo_loss(algorithm, 0.0, 64)
     updates = [update(actor, batches, loss, 0.7) for _ in range(2)]
     after = sample_logprobs(actor, own, batches, 0.7)
     with reference.in_place():
