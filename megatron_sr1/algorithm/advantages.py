@@ -2,7 +2,7 @@
 
 In: rewards [groups, n], NaN where a reward is absent. Out: advantages of the same shape. Sources:
 GRPO (DeepSeekMath, arXiv 2402.03300, section 4.1.2), with a floor under the deviation; Dr. GRPO
-(arXiv 2503.20783, section 3.2), which does not divide; RLOO (arXiv 2402.14740, section 3.2), whose
+(arXiv 2503.20783, section 3.2), which does not divide; RLOO (arXiv 2402.14740), whose
 baseline is the mean of the others; components normalised apart and then added (GDPO, arXiv
 2601.05242, without its last normalisation over the batch).
 """

@@ -111,6 +111,11 @@ def test_gspo_has_its_own_narrow_clips():
     assert got == pytest.approx(-2 * 1.0004 + math.exp(-0.0002), rel=1e-6)
     assert grads == pytest.approx([0, 0] + [math.exp(-0.0002) / 3] * 3, rel=1e-5)
 
+    # s_B = exp(-0.0005) is below 1 - 3e-4.
+    got, _, grads, _ = run([1, 1, math.exp(-0.0015), 1, 1], ADVANTAGES, loss="gspo")
+    assert got == pytest.approx(-2 + 0.9997, rel=1e-6)
+    assert grads == pytest.approx([-1, -1, 0, 0, 0])
+
 
 def test_gspo_gives_each_token_its_own_advantage_where_credit_goes_by_span():
     # s_A = 1.2 with advantages 2 and -1, s_B = 1 with 1, 0, -2.
