@@ -180,6 +180,10 @@ class AlgorithmConfig:
     all."""
     prompts_per_update: int = 128
     """Prompts of an optimizer update; divides data.prompts_per_step."""
+    filter_groups: bool = False
+    """Replace prompts whose responses teach nothing (no spread of rewards) by further prompts."""
+    max_refills: int = 3
+    """filter_groups: rollout rounds of a step behind the first, at most, >= 1."""
 
 
 @dataclass

@@ -54,6 +54,7 @@ AT_LEAST_ONE = (
     "rollout.max_reading_tokens",
     "algorithm.prompts_per_update",
     "algorithm.importance_cap",
+    "algorithm.max_refills",
     "model.logprob_chunk_tokens",
 )
 

@@ -8,7 +8,8 @@ weighted losses are (trainer/step.py); each sequence lies whole in one row. With
     token_mean     sum_i sum_t l_it / sum_i |y_i|      DAPO, arXiv 2503.14476, equation 8
     sequence_mean  1/N sum_i 1/|y_i| sum_t l_it        GRPO, arXiv 2402.03300, equation 3
     dr_grpo        1/N sum_i 1/L sum_t l_it            Dr. GRPO, arXiv 2503.20783, section 3.2
-    gspo           as sequence_mean, with a ratio per sequence: arXiv 2507.18071, equations 13, 14
+    gspo           as sequence_mean, with a ratio per sequence: GSPO, arXiv 2507.18071, equation 5,
+                   in the form with advantages per token (GSPO-token)
 """
 
 from __future__ import annotations

@@ -34,6 +34,12 @@ class Credit:
     description_advantages: np.ndarray
     by_span: bool = False
 
+    @property
+    def teaching(self) -> list[int]:
+        """Groups with an advantage other than 0: those whose rewards have spread."""
+        some = (self.advantages != 0) | (self.description_advantages != 0)
+        return np.flatnonzero(some.any(axis=1)).tolist()
+
     def of(self, group: int, sample: int) -> tuple[float, float | None]:
         """A rollout's advantage, and its description's if credit goes by span."""
         advantage = float(self.advantages[group, sample])

@@ -51,18 +51,13 @@ def train_grpo(
     config = context.config
     while context.step < config.optimizer.num_steps:
         step = context.step
-        indices = context.loader.next_step()
         sync(context, actor, engine, version=step)
-        scored, stats = roll_out_step(context, engine, samples, scorer, indices, step)
-        given, spread = credit(
-            [s.reward for s in scored],
-            config.rollout.samples_per_prompt,
-            config.algorithm,
-            config.reward.pay_leaks,
-        )
-        own = own_samples(context, samples, scored, given)
+        scored, stats = roll_out_step(context, engine, samples, scorer, step)
+        given, spread = credit_of(scored, config)
+        chosen, filtered = chosen_groups(given, config)
+        own = own_samples(context, samples, scored, given, chosen)
         measured = learn(context, actor, samples, own, reference)
-        values = {**scoring.reward_means(scored), **spread, **stats, **measured}
+        values = {**scoring.reward_means(scored), **spread, **filtered, **stats, **measured}
         values["reward/ungraded"] = float(context.ungraded)
         if config.logging.rollouts:
             lines = rollout_lines(step + 1, samples, scored, given)
@@ -79,6 +74,72 @@ def sync(context: Context, actor: Actor, engine: Engine, version: int) -> None:
 
 
 def roll_out_step(
+    context: Context, engine: Engine, samples: Samples, scorer: Scorer, step: int
+) -> tuple[list[scoring.Scored], dict[str, float]]:
+    """Sample and score a step's prompts, with `filter_groups` until enough of them teach.
+
+    Source of the filter: DAPO's dynamic sampling (arXiv 2503.14476, section 3.2). A refill draws
+    as many further prompts as are missing. Every prompt drawn is consumed, kept or not, and the
+    loader's cursor is saved with the step; so a resumed run draws the same.
+
+    Returns:
+        scored rollouts of all rounds and replicas in the order drawn, equal on every rank, and
+        what the engine counted.
+
+    Raises:
+        DataError: no prompt could be used.
+    """
+    config, wanted = context.config, context.loader.per_step
+    drawn = context.loader.next_step()
+    scored, counted = roll_out_prompts(context, engine, samples, scorer, drawn, step)
+    refills = 0
+    while config.algorithm.filter_groups and refills < config.algorithm.max_refills:
+        missing = wanted - len(credit_of(scored, config)[0].teaching)
+        further = context.loader.more(missing, drawn)
+        if not further:
+            break
+        refills += 1
+        drawn = drawn + further
+        found, more = roll_out_prompts(context, engine, samples, scorer, further, step)
+        scored += found
+        counted = {name: value + more[name] for name, value in counted.items()}
+    with context.phase("sleep"):
+        engine.sleep()
+    if not scored:
+        raise DataError("no prompt of this step could be used; see the warnings above")
+    if config.algorithm.filter_groups:
+        counted["filter/refills"] = float(refills)
+        counted["filter/drawn_prompts"] = float(len(drawn))
+    return scored, counted
+
+
+def credit_of(scored: Sequence[scoring.Scored], config: Config) -> tuple[Credit, dict[str, float]]:
+    """Advantages of rollouts as configured, and how their groups spread."""
+    return credit(
+        [s.reward for s in scored],
+        config.rollout.samples_per_prompt,
+        config.algorithm,
+        config.reward.pay_leaks,
+    )
+
+
+def chosen_groups(given: Credit, config: Config) -> tuple[list[int], dict[str, float]]:
+    """The groups to learn from, and how many were dropped.
+
+    Without the filter these are all. With it, those that teach; if none does, the first of them,
+    as many as a step has: then the KL term alone moves the actor, as it would without the filter.
+    """
+    everyone = list(range(len(given.advantages)))
+    if not config.algorithm.filter_groups:
+        return everyone, {}
+    teaching = given.teaching
+    return teaching or everyone[: config.data.prompts_per_step], {
+        "filter/dropped_groups": float(len(everyone) - len(teaching)),
+        "filter/kept_groups": float(len(teaching)),
+    }
+
+
+def roll_out_prompts(
     context: Context,
     engine: Engine,
     samples: Samples,
@@ -86,11 +147,11 @@ def roll_out_step(
     indices: Sequence[int],
     step: int,
 ) -> tuple[list[scoring.Scored], dict[str, float]]:
-    """Sample and score a step's prompts on all replicas.
+    """Sample and score prompts on all replicas.
 
     Returns:
-        scored rollouts of all replicas in the order of `indices`, equal on every rank, and what
-        the engine counted.
+        scored rollouts of all replicas in the order of `indices`, equal on every rank, none if no
+        prompt could be used, and what the engine counted.
     """
     config = context.config
     with context.phase("prompts"):
@@ -110,8 +171,6 @@ def roll_out_step(
             ),
         )
     context.timer.move("pass1", "pass2", stats.pass2_only_seconds)
-    with context.phase("sleep"):
-        engine.sleep()
     with context.phase("reward"):
         # The ranks of a replica hold the same rollouts: one of them grades.
         speaks = engine.is_speaker
@@ -120,8 +179,6 @@ def roll_out_step(
         graded = scoring.share(graded, indices, speaks, context.groups)
         context.count_ungraded(len(graded.ungraded))
         counted = context.sum_over_ranks(_counts(stats) if speaks else {n: 0.0 for n in _COUNTS})
-    if not graded.scored:
-        raise DataError("no prompt of this step could be used; see the warnings above")
     return list(graded.scored), counted
 
 
@@ -182,8 +239,9 @@ def own_samples(
     samples: Samples,
     scored: Sequence[scoring.Scored],
     given: Credit,
+    chosen: Sequence[int],
 ) -> list[list[TrainSample]]:
-    """This data-parallel rank's share of each update of the step.
+    """This data-parallel rank's share of each update of the step, made of the chosen groups.
 
     A rank that would have none gets one sample without targets, so that all ranks take part.
     """
@@ -192,17 +250,17 @@ def own_samples(
     groups = [scored[i : i + n] for i in range(0, len(scored), n)]
     per_update = config.algorithm.prompts_per_update
     updates = []
-    for start in range(0, len(groups), per_update):
-        mine = range(start, min(start + per_update, len(groups)))[data.rank :: data.size]
-        chosen = [
+    for start in range(0, len(chosen), per_update):
+        mine = chosen[start : start + per_update][data.rank :: data.size]
+        own = [
             samples.train_sample(item.rollout, *given.of(g, k))
             for g in mine
             for k, item in enumerate(groups[g])
         ]
-        if not chosen:
-            spare = samples.train_sample(groups[start][0].rollout, 0.0)
-            chosen = [replace(spare, loss_mask=np.zeros_like(spare.loss_mask))]
-        updates.append(chosen)
+        if not own:
+            spare = samples.train_sample(groups[chosen[start]][0].rollout, 0.0)
+            own = [replace(spare, loss_mask=np.zeros_like(spare.loss_mask))]
+        updates.append(own)
     return updates
 
 

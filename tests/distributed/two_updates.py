@@ -75,7 +75,7 @@ def step(config, groups):
         return measured[-1]
 
     grpo.update = update
-    own = grpo.own_samples(context, samples, *invented(samples))
+    own = grpo.own_samples(context, samples, *invented(samples), range(NUM_PROMPTS))
     grpo.learn(context, actor, samples, own, None)
     grpo.update = real
     context.close()

@@ -21,6 +21,7 @@ REFUSED = {
     "algorithm.loss=mean": "token_mean | sequence_mean | dr_grpo | gspo",
     "algorithm.importance_sampling=on": "off | token | sequence",
     "algorithm.importance_cap=0.5": "1 or more",
+    "algorithm.max_refills=0": "1 or more",
     "algorithm.visual_weight=0": "more than 0",
     "algorithm.mask_beyond_nats=-1": "0 or more",
     "data.max_prompt_tokens=8000": "rollout.max_model_len",

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from megatron_sr1.config import AlgorithmConfig
+from megatron_sr1.config import AlgorithmConfig, Config
 from megatron_sr1.records import Reward
 from megatron_sr1.trainer.credit import Credit, credit, description_tokens, visual_reward
+from megatron_sr1.trainer.grpo import chosen_groups
 
 # (accuracy, format, self-reward) of one prompt's four samples: the answer is right in the first
 # two, the description leads to it in the first and the third.
@@ -79,6 +80,34 @@ def test_text_only_prompts_change_nothing_for_those_with_images():
     # 1.1 against three of 0.1: 0.75 / sqrt((0.5625 + 3 x 0.0625) / 3) = 1.5
     assert got.advantages[1] == pytest.approx([1.5, -0.5, -0.5, -0.5], rel=1e-5)
     assert stats["groups/visual_std"] == alone_stats["groups/visual_std"]
+
+
+def test_groups_teach_where_some_advantage_is_not_zero():
+    flat, spread, visual_only = [(1, 1, 1)] * 4, VERDICTS, [(1, 1, s) for s in (1, 0, 1, 0)]
+    both = rewards(flat + spread + visual_only)
+    # Answers right, descriptions half: the sum and the visual reward have spread.
+    for kind in ("scalar", "component", "span"):
+        assert credit(both, 4, AlgorithmConfig(credit=kind), True)[0].teaching == [1, 2]
+    # Accuracy, format and self-reward that add up to the same: flat as a sum, not apart.
+    traded = [Reward(1, 0, 0, False, 1.0, None, None), Reward(0, 0, 1, False, 1.0, None, None)]
+    assert credit(traded, 2, AlgorithmConfig(), True)[0].teaching == []
+    assert credit(traded, 2, AlgorithmConfig(credit="span"), True)[0].teaching == [0]
+    # Weighted alike, one component's gain is the other's loss.
+    assert credit(traded, 2, AlgorithmConfig(credit="component"), True)[0].teaching == []
+
+
+def test_the_filter_keeps_what_teaches_and_all_where_nothing_does():
+    mixed, _ = credit(rewards([(1, 1, 1)] * 4 + VERDICTS), 4, AlgorithmConfig(), True)
+    flat, _ = credit(rewards([(1, 1, 1)] * 8), 4, AlgorithmConfig(), True)
+    config = Config()
+    assert chosen_groups(mixed, config) == ([0, 1], {})
+    config.algorithm.filter_groups = True
+    counted = {"filter/dropped_groups": 1.0, "filter/kept_groups": 1.0}
+    assert chosen_groups(mixed, config) == ([1], counted)
+    counted = {"filter/dropped_groups": 2.0, "filter/kept_groups": 0.0}
+    assert chosen_groups(flat, config) == ([0, 1], counted)
+    config.data.prompts_per_step = 1  # the second was a refill
+    assert chosen_groups(flat, config) == ([0], counted)
 
 
 def test_an_unpaid_leak_has_no_self_reward():
