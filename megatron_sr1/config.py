@@ -42,6 +42,8 @@ class ParallelConfig:
     """Pipeline stages, >= 1."""
     context: int = 1
     """Context-parallel ranks, >= 1."""
+    split_images: bool = True
+    """Context-parallel ranks share out a row's images; false: each of them encodes all."""
     sequence: bool = False
     """Sequence parallelism inside tensor parallelism."""
     distributed_optimizer: bool = True
@@ -137,20 +139,51 @@ class RewardConfig:
 
 @dataclass
 class AlgorithmConfig:
-    """GRPO."""
+    """The policy-gradient objective; docs/algorithms.md says what makes which published one."""
 
+    advantage: str = "grpo"
+    """Within a group: grpo (centred, divided by the deviation) | dr_grpo (centred) | rloo (less the
+    mean of the others)."""
+    credit: str = "scalar"
+    """Of the rewards: scalar (their sum) | component (answer and visual reward normalised apart,
+    then added) | span (visual advantage on the description's tokens, the answer's on the rest)."""
+    answer_weight: float = 0.5
+    """credit=component: of the answer's advantage, > 0."""
+    visual_weight: float = 0.5
+    """credit=component: of the visual advantage, > 0."""
+    format_share: float = 0.1
+    """credit=component and span: what format adds to accuracy and to self-reward, each worth 1."""
     std_floor: float = 1e-2
-    """Smallest group standard deviation that a reward is divided by."""
+    """Smallest group standard deviation that a reward is divided by (advantage=grpo)."""
+    loss: str = "token_mean"
+    """Mean over an update: token_mean (its tokens) | sequence_mean (tokens, then sequences) |
+    dr_grpo (sequences of a constant length, rollout.max_response_tokens) | gspo (sequence_mean
+    with a ratio per sequence)."""
     clip_low: float = 0.2
     """PPO ratio is clipped below at 1 - clip_low."""
     clip_high: float = 0.3
     """PPO ratio is clipped above at 1 + clip_high."""
+    gspo_clip_low: float = 3e-4
+    """loss=gspo: the sequence's ratio, a mean a token, is clipped below at 1 - gspo_clip_low."""
+    gspo_clip_high: float = 4e-4
+    """loss=gspo: and above at 1 + gspo_clip_high."""
     dual_clip: float = 3.0
     """Bound on ratio for negative advantages, > 1."""
     kl_coefficient: float = 1e-2
     """Weight of the k3 KL to the frozen reference; 0 needs no reference model."""
+    importance_sampling: str = "off"
+    """Weights actor / engine on the advantages: off | token | sequence."""
+    importance_cap: float = 2.0
+    """Largest importance weight, >= 1."""
+    mask_beyond_nats: float = 0.0
+    """Sequences whose mean gap actor - engine, nats a token, is larger teach nothing; 0 keeps
+    all."""
     prompts_per_update: int = 128
     """Prompts of an optimizer update; divides data.prompts_per_step."""
+    filter_groups: bool = False
+    """Replace prompts whose responses teach nothing (no spread of rewards) by further prompts."""
+    max_refills: int = 3
+    """filter_groups: rollout rounds of a step behind the first, at most, >= 1."""
 
 
 @dataclass

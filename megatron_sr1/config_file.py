@@ -32,6 +32,10 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "data.prompt_style": ("full", "brief"),
     "rollout.pass2": ("fork", "barrier"),
     "reward.recipe": ("vision_sr1", "see_think", "vision_r1"),
+    "algorithm.advantage": ("grpo", "dr_grpo", "rloo"),
+    "algorithm.credit": ("scalar", "component", "span"),
+    "algorithm.loss": ("token_mean", "sequence_mean", "dr_grpo", "gspo"),
+    "algorithm.importance_sampling": ("off", "token", "sequence"),
     "optimizer.schedule": ("constant", "linear", "cosine"),
     "optimizer.state": ("float32", "bfloat16"),
     "optimizer.gradients": ("float32", "bfloat16"),
@@ -50,6 +54,8 @@ AT_LEAST_ONE = (
     "rollout.max_response_tokens",
     "rollout.max_reading_tokens",
     "algorithm.prompts_per_update",
+    "algorithm.importance_cap",
+    "algorithm.max_refills",
     "model.logprob_chunk_tokens",
 )
 
@@ -59,8 +65,16 @@ LARGEST_BETA2 = 0.995
 ABOVE_ZERO = (
     "rollout.temperature",
     "algorithm.std_floor",
+    "algorithm.answer_weight",
+    "algorithm.visual_weight",
     "reward.grader_timeout_seconds",
     "optimizer.learning_rate",
+)
+NOT_NEGATIVE = (
+    "algorithm.format_share",
+    "algorithm.mask_beyond_nats",
+    "algorithm.gspo_clip_low",
+    "algorithm.gspo_clip_high",
 )
 
 
@@ -164,6 +178,9 @@ def validate(config: Config) -> None:
     for key in ABOVE_ZERO:
         if _get(config, key) <= 0:
             raise ConfigError(f"{key} is {_get(config, key)}; expected more than 0")
+    for key in NOT_NEGATIVE:
+        if _get(config, key) < 0:
+            raise ConfigError(f"{key} is {_get(config, key)}; expected 0 or more")
     _validate_memory(config)
     if config.stage != "sft":
         _validate_rollout(config)
@@ -220,10 +237,18 @@ def _validate_rollout(config: Config) -> None:
             f"{config.rollout.max_response_tokens} is more than rollout.max_model_len="
             f"{config.rollout.max_model_len}; raise the last or lower one of the others"
         )
-    if (
-        config.stage == "grpo"
-        and config.data.prompts_per_step % config.algorithm.prompts_per_update
-    ):
+    if config.stage == "grpo":
+        _validate_algorithm(config)
+
+
+def _validate_algorithm(config: Config) -> None:
+    credit, recipe = config.algorithm.credit, config.reward.recipe
+    if credit != "scalar" and recipe != "vision_sr1":
+        raise ConfigError(
+            f"algorithm.credit={credit} shares out the self-reward, and reward.recipe={recipe} has "
+            "none; use credit=scalar or recipe=vision_sr1"
+        )
+    if config.data.prompts_per_step % config.algorithm.prompts_per_update:
         raise ConfigError(
             f"algorithm.prompts_per_update={config.algorithm.prompts_per_update} does not divide "
             f"data.prompts_per_step={config.data.prompts_per_step}"

@@ -186,7 +186,8 @@ class PackedBatch:
 
     Everything per token is aligned with the *predicting* position: entry t is about the token
     that the logits at position t predict, so `labels[t]` is token t + 1 of the same sequence. At
-    the last token of a sequence and in padding `loss_mask` is 0 and `labels` is 0.
+    the last token of a sequence and in padding `loss_mask` is 0 and `labels` is 0. Padding stands
+    at the end of a sequence, where the layout asks for it, and behind the last one.
 
     Attributes:
         sample_ids: the positions of the packed samples in the list that was packed, in order.
@@ -194,9 +195,9 @@ class PackedBatch:
         labels: [1, T] int64.
         loss_mask: [1, T] float32, 0 or 1.
         position_ids: [3, 1, T] int64, mRoPE rows (time, height, width), restarting at each
-            sequence.
-        cu_seqlens: [sequences + 1] int32, borders on the row; padding, if any, is the last
-            sequence.
+            sequence; 0 in padding.
+        cu_seqlens: [sequences + 1] int32, borders on the row, a sequence's padding included;
+            padding behind the last one is a sequence too.
         max_seqlen: longest sequence, tokens.
         vision: images of all sequences, in order; None if there are none.
         advantages: [1, T] float32 or None.

@@ -57,6 +57,7 @@ class Processor:
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
         self.merge_size = _size(self.image_processor, "merge_size", self.model_dir)
         self.patch_size = _size(self.image_processor, "patch_size", self.model_dir)
+        self._pieces: dict[int, str] = {}
         self._chat = ChatTemplate(self.model_dir, self.tokenizer)
         special = self._chat.special
         if IMAGE_PAD not in special:
@@ -145,6 +146,12 @@ class Processor:
         """
         counts = self._expansion(collapsed, grids, where)
         return tuple(np.repeat(np.asarray(collapsed, np.int64), counts).tolist())
+
+    def pieces(self, token_ids: Sequence[int]) -> list[str]:
+        """Text of each id by itself, special tokens empty; a part of a character is one mark."""
+        for token in set(token_ids) - self._pieces.keys():
+            self._pieces[token] = str(self.tokenizer.decode([token], skip_special_tokens=True))
+        return [self._pieces[token] for token in token_ids]
 
     def grid(self, image: Image.Image, where: str = "image") -> Grid:
         """(t, h, w) in patches of an image after resizing, without processing its pixels."""

@@ -23,6 +23,7 @@ from megatron_sr1.data.loader import Loader
 from megatron_sr1.data.packing import pack_samples
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.errors import ConfigError, DataError, GradingError
+from megatron_sr1.model.row_split import sequence_multiple
 from megatron_sr1.observability.metrics import MetricsFile, PhaseTimer, memory_metrics
 from megatron_sr1.observability.sinks import Sink, make_sinks
 from megatron_sr1.records import PackedBatch, TrainSample
@@ -90,16 +91,18 @@ class Context:
     def pack(self, chosen: Sequence[TrainSample], samples: Samples) -> list[PackedBatch]:
         """Micro-batches of this rank's samples within the token budget."""
         parallel = self.config.parallel
-        multiple = parallel.tensor if parallel.sequence else 1
+        share_multiple = parallel.tensor if parallel.sequence else 1
         if self.config.model.fp8:
-            multiple = max(multiple, 16) * parallel.tensor
+            share_multiple = max(share_multiple, 16) * parallel.tensor
+        multiple = sequence_multiple(parallel.context)
         return pack_samples(
             chosen,
             self.config.data.pack_tokens,
             samples.vision if self.groups.is_first_stage else None,
             image_pad_id=self.processor.image_pad_id,
             merge_size=self.processor.merge_size,
-            pad_multiple=multiple,
+            sequence_multiple=multiple,
+            pad_multiple=multiple * share_multiple,
         )
 
     def skip(self, error: DataError) -> None:

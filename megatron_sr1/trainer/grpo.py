@@ -1,8 +1,8 @@
 """GRPO with self-reward: roll out, score, learn, sync.
 
 Source: GRPO with a clipped ratio and the k3 penalty as Vision-SR1 uses it (arXiv 2508.19652).
-The objective is a mean over all response tokens of an update. Left out: a critic, an entropy
-bonus, a length penalty.
+The objective (trainer/objective.py) is a mean over an update, by default over all its response
+tokens. Left out: a critic, an entropy bonus, a length penalty.
 """
 
 from __future__ import annotations
@@ -12,14 +12,10 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 
-from megatron_sr1.algorithm.advantages import group_advantages
-from megatron_sr1.algorithm.correction import mismatch_sums
-from megatron_sr1.algorithm.losses import policy_loss
-from megatron_sr1.config import AlgorithmConfig, Config
-from megatron_sr1.errors import DataError, EngineError
-from megatron_sr1.records import PackedBatch, Prompt, TrainSample
+from megatron_sr1.config import Config
+from megatron_sr1.errors import DataError
+from megatron_sr1.records import Prompt, TrainSample
 from megatron_sr1.rewards.parsing import find_description
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rollout.engine import Engine
@@ -28,8 +24,10 @@ from megatron_sr1.runtime.seeds import request_seed
 from megatron_sr1.trainer import scoring
 from megatron_sr1.trainer.actor import Actor, Reference
 from megatron_sr1.trainer.context import Context
+from megatron_sr1.trainer.credit import Credit, credit
+from megatron_sr1.trainer.objective import grpo_loss
 from megatron_sr1.trainer.samples import Samples
-from megatron_sr1.trainer.step import TokenLoss, sample_logprobs, update
+from megatron_sr1.trainer.step import sample_logprobs, update
 
 
 def train_grpo(
@@ -53,19 +51,16 @@ def train_grpo(
     config = context.config
     while context.step < config.optimizer.num_steps:
         step = context.step
-        indices = context.loader.next_step()
         sync(context, actor, engine, version=step)
-        scored, stats = roll_out_step(context, engine, samples, scorer, indices, step)
-        advantages, spread = advantages_of(scored, config)
-        own = own_samples(context, samples, scored, advantages)
+        scored, stats = roll_out_step(context, engine, samples, scorer, step)
+        given, spread = credit_of(scored, config)
+        chosen, filtered = chosen_groups(given, config)
+        own = own_samples(context, samples, scored, given, chosen)
         measured = learn(context, actor, samples, own, reference)
-        values = {**scoring.reward_means(scored), **spread, **stats, **measured}
+        values = {**scoring.reward_means(scored), **spread, **filtered, **stats, **measured}
         values["reward/ungraded"] = float(context.ungraded)
         if config.logging.rollouts:
-            lines = [
-                scoring.rollout_line(step + 1, s, samples.example(s.rollout.index), float(a))
-                for s, a in zip(scored, advantages.reshape(-1), strict=True)
-            ]
+            lines = rollout_lines(step + 1, samples, scored, given)
             context.save_lines(f"rollouts/step_{step + 1}.jsonl", lines)
         samples.forget()
         context.finish_step("grpo", values, actor)
@@ -79,6 +74,72 @@ def sync(context: Context, actor: Actor, engine: Engine, version: int) -> None:
 
 
 def roll_out_step(
+    context: Context, engine: Engine, samples: Samples, scorer: Scorer, step: int
+) -> tuple[list[scoring.Scored], dict[str, float]]:
+    """Sample and score a step's prompts, with `filter_groups` until enough of them teach.
+
+    Source of the filter: DAPO's dynamic sampling (arXiv 2503.14476, section 3.2). A refill draws
+    as many further prompts as are missing. Every prompt drawn is consumed, kept or not, and the
+    loader's cursor is saved with the step; so a resumed run draws the same.
+
+    Returns:
+        scored rollouts of all rounds and replicas in the order drawn, equal on every rank, and
+        what the engine counted.
+
+    Raises:
+        DataError: no prompt could be used.
+    """
+    config, wanted = context.config, context.loader.per_step
+    drawn = context.loader.next_step()
+    scored, counted = roll_out_prompts(context, engine, samples, scorer, drawn, step)
+    refills = 0
+    while config.algorithm.filter_groups and refills < config.algorithm.max_refills:
+        missing = wanted - len(credit_of(scored, config)[0].teaching)
+        further = context.loader.more(missing, drawn)
+        if not further:
+            break
+        refills += 1
+        drawn = drawn + further
+        found, more = roll_out_prompts(context, engine, samples, scorer, further, step)
+        scored += found
+        counted = {name: value + more[name] for name, value in counted.items()}
+    with context.phase("sleep"):
+        engine.sleep()
+    if not scored:
+        raise DataError("no prompt of this step could be used; see the warnings above")
+    if config.algorithm.filter_groups:
+        counted["filter/refills"] = float(refills)
+        counted["filter/drawn_prompts"] = float(len(drawn))
+    return scored, counted
+
+
+def credit_of(scored: Sequence[scoring.Scored], config: Config) -> tuple[Credit, dict[str, float]]:
+    """Advantages of rollouts as configured, and how their groups spread."""
+    return credit(
+        [s.reward for s in scored],
+        config.rollout.samples_per_prompt,
+        config.algorithm,
+        config.reward.pay_leaks,
+    )
+
+
+def chosen_groups(given: Credit, config: Config) -> tuple[list[int], dict[str, float]]:
+    """The groups to learn from, and how many were dropped.
+
+    Without the filter these are all. With it, those that teach; if none does, the first of them,
+    as many as a step has: then the KL term alone moves the actor, as it would without the filter.
+    """
+    everyone = list(range(len(given.advantages)))
+    if not config.algorithm.filter_groups:
+        return everyone, {}
+    teaching = given.teaching
+    return teaching or everyone[: config.data.prompts_per_step], {
+        "filter/dropped_groups": float(len(everyone) - len(teaching)),
+        "filter/kept_groups": float(len(teaching)),
+    }
+
+
+def roll_out_prompts(
     context: Context,
     engine: Engine,
     samples: Samples,
@@ -86,11 +147,11 @@ def roll_out_step(
     indices: Sequence[int],
     step: int,
 ) -> tuple[list[scoring.Scored], dict[str, float]]:
-    """Sample and score a step's prompts on all replicas.
+    """Sample and score prompts on all replicas.
 
     Returns:
-        scored rollouts of all replicas in the order of `indices`, equal on every rank, and what
-        the engine counted.
+        scored rollouts of all replicas in the order of `indices`, equal on every rank, none if no
+        prompt could be used, and what the engine counted.
     """
     config = context.config
     with context.phase("prompts"):
@@ -110,8 +171,6 @@ def roll_out_step(
             ),
         )
     context.timer.move("pass1", "pass2", stats.pass2_only_seconds)
-    with context.phase("sleep"):
-        engine.sleep()
     with context.phase("reward"):
         # The ranks of a replica hold the same rollouts: one of them grades.
         speaks = engine.is_speaker
@@ -120,8 +179,6 @@ def roll_out_step(
         graded = scoring.share(graded, indices, speaks, context.groups)
         context.count_ungraded(len(graded.ungraded))
         counted = context.sum_over_ranks(_counts(stats) if speaks else {n: 0.0 for n in _COUNTS})
-    if not graded.scored:
-        raise DataError("no prompt of this step could be used; see the warnings above")
     return list(graded.scored), counted
 
 
@@ -164,24 +221,27 @@ def pass2_settings(config: Config) -> Pass2:
     )
 
 
-def advantages_of(
-    scored: Sequence[scoring.Scored], config: Config
-) -> tuple[np.ndarray, dict[str, float]]:
-    """Group-normalised advantages [groups, n] and how the groups spread."""
-    totals = np.array([s.reward.total for s in scored]).reshape(
-        -1, config.rollout.samples_per_prompt
-    )
-    advantages, stats = group_advantages(totals, config.algorithm.std_floor)
-    return advantages, {f"groups/{name}": value for name, value in stats.items()}
+def rollout_lines(
+    step: int, samples: Samples, scored: Sequence[scoring.Scored], given: Credit
+) -> list[dict[str, Any]]:
+    """Lines of rollouts/step_N.jsonl; with credit by span each names both its advantages."""
+    lines = []
+    for number, item in enumerate(scored):
+        advantage, description = given.of(*divmod(number, given.advantages.shape[1]))
+        example = samples.example(item.rollout.index)
+        line = scoring.rollout_line(step, item, example, advantage)
+        lines.append(line if description is None else line | {"description_advantage": description})
+    return lines
 
 
 def own_samples(
     context: Context,
     samples: Samples,
     scored: Sequence[scoring.Scored],
-    advantages: np.ndarray,
+    given: Credit,
+    chosen: Sequence[int],
 ) -> list[list[TrainSample]]:
-    """This data-parallel rank's share of each update of the step.
+    """This data-parallel rank's share of each update of the step, made of the chosen groups.
 
     A rank that would have none gets one sample without targets, so that all ranks take part.
     """
@@ -190,17 +250,17 @@ def own_samples(
     groups = [scored[i : i + n] for i in range(0, len(scored), n)]
     per_update = config.algorithm.prompts_per_update
     updates = []
-    for start in range(0, len(groups), per_update):
-        mine = range(start, min(start + per_update, len(groups)))[data.rank :: data.size]
-        chosen = [
-            samples.train_sample(item.rollout, float(advantages[g, k]))
+    for start in range(0, len(chosen), per_update):
+        mine = chosen[start : start + per_update][data.rank :: data.size]
+        own = [
+            samples.train_sample(item.rollout, *given.of(g, k))
             for g in mine
             for k, item in enumerate(groups[g])
         ]
-        if not chosen:
-            spare = samples.train_sample(groups[start][0].rollout, 0.0)
-            chosen = [replace(spare, loss_mask=np.zeros_like(spare.loss_mask))]
-        updates.append(chosen)
+        if not own:
+            spare = samples.train_sample(groups[chosen[start]][0].rollout, 0.0)
+            own = [replace(spare, loss_mask=np.zeros_like(spare.loss_mask))]
+        updates.append(own)
     return updates
 
 
@@ -227,7 +287,9 @@ def learn(
     with context.phase("update"):
         for chosen in updates:
             batches = context.pack(chosen, samples)
-            objective = grpo_loss(config.algorithm, config.rollout.mismatch_bound)
+            objective = grpo_loss(
+                config.algorithm, config.rollout.mismatch_bound, config.rollout.max_response_tokens
+            )
             measured.append(update(actor, batches, objective, temperature))
     return _named(measured)
 
@@ -246,40 +308,6 @@ def _with_logprobs(
         changes: list[dict[str, Any]] = [{field: row} for row in logprobs]
         filled.append([replace(s, **c) for s, c in zip(chosen, changes, strict=True)])
     return filled
-
-
-def grpo_loss(algorithm: AlgorithmConfig, mismatch_bound: float) -> TokenLoss:
-    """The objective of a micro-batch: policy loss plus KL, summed over response tokens."""
-
-    def loss(
-        policy_logprobs: torch.Tensor, batch: PackedBatch
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        old = batch.old_logprobs
-        if old is None:
-            old = policy_logprobs.detach()
-        assert batch.advantages is not None and batch.engine_logprobs is not None
-        loss_sum, reported = policy_loss(
-            policy_logprobs,
-            old,
-            batch.advantages,
-            batch.loss_mask,
-            clip_low=algorithm.clip_low,
-            clip_high=algorithm.clip_high,
-            dual_clip=algorithm.dual_clip,
-            reference_logprobs=batch.reference_logprobs,
-            kl_coefficient=algorithm.kl_coefficient,
-        )
-        gaps = mismatch_sums(batch.engine_logprobs, old, batch.loss_mask)
-        worst = float(gaps["mismatch/abs_max"])
-        if 0 < mismatch_bound < worst:
-            raise EngineError(
-                f"engine and actor disagree by {worst:.2g} nats on a sampled token, at most "
-                f"{mismatch_bound:.2g} (rollout.mismatch_bound): the engine does not hold the "
-                "actor's weights, or their kernels differ more than the bound allows"
-            )
-        return loss_sum, {**reported, **gaps}
-
-    return loss
 
 
 def _named(measured: list[dict[str, float]]) -> dict[str, float]:

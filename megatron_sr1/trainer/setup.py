@@ -71,6 +71,7 @@ def load_actor_model(config: Config, groups: Groups) -> tuple[list[Any], HFConfi
             dtype=DTYPES[model.dtype],
             spec=model.spec,
             sequence_parallel=config.parallel.sequence,
+            split_images=config.parallel.split_images,
             recompute=model.recompute,
             fp8=model.fp8,
             fp8_recipe=model.fp8_recipe,

@@ -16,6 +16,14 @@ REFUSED = {
     "rollout.temperature=0": "more than 0",
     "algorithm.std_floor=0": "more than 0",
     "algorithm.prompts_per_update=100": "does not divide",
+    "algorithm.advantage=gae": "grpo | dr_grpo | rloo",
+    "algorithm.credit=token": "scalar | component | span",
+    "algorithm.loss=mean": "token_mean | sequence_mean | dr_grpo | gspo",
+    "algorithm.importance_sampling=on": "off | token | sequence",
+    "algorithm.importance_cap=0.5": "1 or more",
+    "algorithm.max_refills=0": "1 or more",
+    "algorithm.visual_weight=0": "more than 0",
+    "algorithm.mask_beyond_nats=-1": "0 or more",
     "data.max_prompt_tokens=8000": "rollout.max_model_len",
     "model.fp8=hybrid": "transformer_engine",
     "seed": "group.key=value",
@@ -27,6 +35,15 @@ def test_impossible_values_are_refused_with_what_is_expected(override):
     with pytest.raises(ConfigError) as error:
         load_config(None, ["model.path=x", override])
     assert REFUSED[override] in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("recipe", ["see_think", "vision_r1"])
+def test_credit_for_a_self_reward_needs_one(recipe):
+    for credit in ("component", "span"):
+        chosen = [f"algorithm.credit={credit}", f"reward.recipe={recipe}"]
+        with pytest.raises(ConfigError, match="recipe=vision_sr1"):
+            load_config(None, ["model.path=x", *chosen])
+        load_config(None, ["model.path=x", *chosen, "stage=eval"])
 
 
 def test_an_evaluation_refuses_what_its_engine_would_not_heed():
