@@ -28,7 +28,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_arguments(parser, str(CONFIG))
     parser.set_defaults(gpus_per_node=8, time="1-00:00:00")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     try:
         from megatron_sr1.launch.slurm import submit
 

@@ -33,7 +33,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_arguments(parser, str(CONFIG))
     parser.set_defaults(tasks_per_node=2, time="01:00:00")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     try:
         from megatron_sr1.launch.slurm import submit
 

@@ -31,6 +31,8 @@ class Cluster:
     """0 for a run on CPUs."""
     tasks_per_node: int = 0
     """Ranks on a node; 0: one a GPU."""
+    cpus_per_task: int = 0
+    """Cores of a rank; 0: Slurm's default, which may be one."""
     time: str = "04:00:00"
     """Limit of a job, as sbatch takes it."""
     launcher: str = "srun"
@@ -108,6 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser, config: str) -> None:
     add("--nodes", type=int, default=1, metavar="N")
     add("--gpus-per-node", type=int, default=0, metavar="N", help="0 on CPUs (%(default)s)")
     add("--tasks-per-node", type=int, default=0, metavar="N", help="0: one a GPU (%(default)s)")
+    add("--cpus-per-task", type=int, default=0, metavar="N", help="cores of a rank")
     add("--time", default="04:00:00", metavar="LIMIT", help="of each job (%(default)s)")
     add("--launcher", default="srun", choices=("srun", "torchrun"), help="what starts the ranks")
     add("--container", default="", metavar="IMAGE", help="image for pyxis: a file or a reference")
@@ -139,6 +142,7 @@ def cluster_of(arguments: argparse.Namespace) -> Cluster:
         nodes=arguments.nodes,
         gpus_per_node=arguments.gpus_per_node,
         tasks_per_node=arguments.tasks_per_node,
+        cpus_per_task=arguments.cpus_per_task,
         time=arguments.time,
         launcher=arguments.launcher,
         container=arguments.container,

@@ -132,10 +132,6 @@ def build_executor(cluster: Cluster, package: Path, config: Config) -> Any:
     extra: dict[str, Any] = {name: value or True for name, value in cluster.sbatch.items()}
     # Else what follows a failed job stays in the queue for ever.
     extra.setdefault("kill_on_invalid_dep", "yes")
-    if cluster.container:
-        folder = [f"--container-workdir={cluster.workdir}"] if cluster.workdir else []
-    else:
-        folder = [f"--chdir={cluster.workdir}"]  # behind nemo-run's own, which it overrules
     return run.SlurmExecutor(
         account=cluster.account or None,
         partition=cluster.partition or None,
@@ -145,11 +141,12 @@ def build_executor(cluster: Cluster, package: Path, config: Config) -> Any:
         # All GPUs are seen by all tasks of a node; the rank's number picks its own.
         gpus_per_node=cluster.gpus_per_node or None,
         ntasks_per_node=cluster.ranks_per_node if by_srun else 1,
+        cpus_per_task=_cores(cluster) or None,
         container_image=cluster.container or None,
         container_mounts=list(cluster.mounts),
         env_vars={name: shlex.quote(value) for name, value in environment.items()},
         additional_parameters=extra,
-        srun_args=folder,
+        srun_args=_srun_options(cluster),
         setup_lines=RENDEZVOUS,
         packager=run.PatternPackager(
             include_pattern=str(package / "*"), relative_path=str(package)
@@ -158,6 +155,21 @@ def build_executor(cluster: Cluster, package: Path, config: Config) -> Any:
         retries=cluster.retries,
         poll_estimated_start_time=False,
     )
+
+
+def _cores(cluster: Cluster) -> int:
+    """Cores of a task of srun: a rank, or all ranks of a node; 0: not said."""
+    return cluster.cpus_per_task * (1 if cluster.launcher == "srun" else cluster.ranks_per_node)
+
+
+def _srun_options(cluster: Cluster) -> list[str]:
+    """Options behind nemo-run's own, which they overrule."""
+    options = [] if cluster.container else [f"--chdir={cluster.workdir}"]
+    if cluster.container and cluster.workdir:
+        options.append(f"--container-workdir={cluster.workdir}")
+    if cluster.cpus_per_task:
+        options.append(f"--cpus-per-task={_cores(cluster)}")  # newer Slurms do not hand sbatch's on
+    return options
 
 
 def _command(run: Any, cluster: Cluster, task: Task) -> Any:

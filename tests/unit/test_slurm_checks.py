@@ -145,7 +145,7 @@ def test_a_tunnel_is_a_user_a_host_and_perhaps_a_port():
 def parsed(*argv):
     parser = argparse.ArgumentParser()
     add_arguments(parser, "run.yaml")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def test_stages_become_tasks_that_follow_one_another():
@@ -180,6 +180,21 @@ def test_several_stages_need_a_folder_and_a_tunnel_needs_a_checkout():
 
 def test_jobs_are_not_started_again_unless_asked():
     assert cluster_of(parsed()).retries == 0
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_overrides_stand_before_and_behind_flags(script):
+    done = subprocess.run(
+        [sys.executable, script, "seed=2", "--tunnel", "me@login", "seed=3"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 2
+    assert (
+        done.stderr
+        == f"{script.stem}: error: --tunnel needs --workdir, the checkout on the cluster\n"
+    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
