@@ -23,7 +23,7 @@ $(BIN)/megatron-sr1: setup.py tools/make_env.py
 	$(PYTHON) tools/make_env.py
 
 launch-env:
-	$(PYTHON) tools/make_env.py --launcher
+	$(PYTHON) tools/make_launch_env.py
 
 demo: env
 	$(BIN)/megatron-sr1 demo --output $(DEMO_OUTPUT)

@@ -1,7 +1,5 @@
 """Make the CPU environment: `.venv` in the checkout over a cache keyed by the requirements.
 
-With `--launcher`: `.venv-launch` instead, with nemo-run alone, whose pins clash with vLLM's.
-
 The packages live in a cache outside the checkout (`$MEGATRON_SR1_CACHE`, by default
 `~/.cache/megatron_sr1`), in a folder named by a hash of the requirements and the Python version.
 `.venv` is a thin environment over it, which also sees the checkout itself, so that several
@@ -81,37 +79,14 @@ def lay_core(cache: Path, version: str) -> Path:
     return folder
 
 
-def lay_over(base: Path, here: Path) -> None:
-    """Make `here` a thin environment over `base` that sees the checkout too."""
+def link(base: Path) -> None:
+    """Lay `.venv` over the cached environment `base` and put the commands into its bin."""
+    here = ROOT / ".venv"
     venv.create(here, with_pip=False, clear=True, symlinks=True)
     site = next((here / "lib").glob("python*")) / "site-packages"
     packages = next((base / "lib").glob("python*")) / "site-packages"
     # Lines of a .pth that start with "import" run: addsitedir also heeds the .pth files below it.
     (site / "_base.pth").write_text(f"{ROOT}\nimport site; site.addsitedir({str(packages)!r})\n")
-
-
-def make_launcher(cache: Path) -> None:
-    """Make `.venv-launch`: what `slurm` of setup.py asks for, and nothing of the training stack."""
-    wanted = [*requirements("slurm"), sys.version]
-    base = cache / f"launch-{hashlib.sha256(chr(10).join(wanted).encode()).hexdigest()[:16]}"
-    with open(f"{base}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (base / "complete").exists():
-            print(f"make_env: making {base} (a minute or two, once)", flush=True)
-            venv.create(base, with_pip=True, clear=True)
-            pip = [str(base / "bin" / "python"), "-m", "pip", "install", "--quiet"]
-            subprocess.run([*pip, "--disable-pip-version-check", *wanted[:-1]], check=True)
-            (base / "complete").touch()
-    here = ROOT / ".venv-launch"
-    lay_over(base, here)
-    (here / "bin" / "nemo").symlink_to(base / "bin" / "nemo")
-    print(f"make_env: .venv-launch is ready, over {base}")
-
-
-def link(base: Path) -> None:
-    """Lay `.venv` over the cached environment `base` and put the commands into its bin."""
-    here = ROOT / ".venv"
-    lay_over(base, here)
     command = here / "bin" / "megatron-sr1"
     command.write_text(
         f"#!{here}/bin/python\nimport sys\nfrom megatron_sr1.cli import main\n\n"
@@ -126,7 +101,6 @@ def main() -> int:
     """Make the environment if its key is not in the cache yet, then link it.
 
     With `--core VERSION`: make a folder with that megatron-core instead, and print its path.
-    With `--launcher`: make the environment that sends jobs to Slurm instead.
     """
     if sys.version_info < (3, 11):  # noqa: UP036  it runs under whatever python3 is there
         version = sys.version.split()[0]
@@ -141,9 +115,6 @@ def main() -> int:
     cache.mkdir(parents=True, exist_ok=True)
     if sys.argv[1:2] == ["--core"] and len(sys.argv) == 3:
         print(lay_core(cache, sys.argv[2]))
-        return 0
-    if sys.argv[1:] == ["--launcher"]:
-        make_launcher(cache)
         return 0
     with open(cache / f"env-{key}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
