@@ -20,7 +20,7 @@ ClusterName=here
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge/socket
+AuthInfo=socket={folder}/munge/socket,cred_expire=10
 CredType=cred/munge
 SlurmUser=root
 SlurmdUser=root
@@ -113,9 +113,14 @@ class SlurmHere:
 
     def wait(self, number: str, seconds: float) -> dict[str, str]:
         """The job after its end, however it ended."""
+        return self.wait_until(number, seconds, lambda job: job["JobState"] in ENDED)
+
+    def wait_until(self, number: str, seconds: float, holds) -> dict[str, str]:
+        """The job once `holds(job)`, which must be before its end or with it."""
         until = time.monotonic() + seconds
-        while (job := self.job(number))["JobState"] not in ENDED:
-            assert time.monotonic() < until, f"job {number} is {job['JobState']}"
+        while not holds(job := self.job(number)):
+            state = job["JobState"]
+            assert state not in ENDED and time.monotonic() < until, f"job {number} is {state}"
             time.sleep(0.5)
         return job
 

@@ -35,6 +35,9 @@ class Cluster:
     """Cores of a rank; 0: Slurm's default, which may be one."""
     time: str = "04:00:00"
     """Limit of a job, as sbatch takes it."""
+    warning_seconds: int = 300
+    """So long before the limit (Slurm may be a minute early) the run finishes its step, saves, and
+    is queued again."""
     launcher: str = "srun"
     """What starts the ranks: srun (a task a rank) | torchrun (a task a node)."""
     container: str = ""
@@ -56,9 +59,6 @@ class Cluster:
     """user@host[:port] of a login node; "": this is one."""
     identity: str = ""
     """File of the private key for the tunnel."""
-    retries: int = 0
-    """How often nemo-run's script requeues a job that left with any status but 0, whatever the
-    cause: a wrong configuration would run again and again, hence 0."""
 
     @property
     def ranks_per_node(self) -> int:
@@ -112,6 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser, config: str) -> None:
     add("--tasks-per-node", type=int, default=0, metavar="N", help="0: one a GPU (%(default)s)")
     add("--cpus-per-task", type=int, default=0, metavar="N", help="cores of a rank")
     add("--time", default="04:00:00", metavar="LIMIT", help="of each job (%(default)s)")
+    add("--warning", type=int, default=300, metavar="S", help="seconds before it (%(default)s)")
     add("--launcher", default="srun", choices=("srun", "torchrun"), help="what starts the ranks")
     add("--container", default="", metavar="IMAGE", help="image for pyxis: a file or a reference")
     add("--mount", action="append", default=[], metavar="HOST:CONTAINER")
@@ -144,6 +145,7 @@ def cluster_of(arguments: argparse.Namespace) -> Cluster:
         tasks_per_node=arguments.tasks_per_node,
         cpus_per_task=arguments.cpus_per_task,
         time=arguments.time,
+        warning_seconds=arguments.warning,
         launcher=arguments.launcher,
         container=arguments.container,
         mounts=tuple(arguments.mount),

@@ -24,12 +24,22 @@ from megatron_sr1.launch.cluster import Cluster, Task
 from megatron_sr1.launch.slurm_checks import check, split_tunnel
 
 CONFIG_NAME = "config.yaml"
+NODE_SCRIPT = Path(__file__).parents[2] / "examples" / "launch_torchrun.sh"
+"""Starts a node's ranks by torchrun; it travels with the job."""
 JOB_FOLDER = "/nemo_run"
 """Where a job's folder is in a container; without one, nemo-run puts its real path instead."""
-RENDEZVOUS = """\
+SETUP = """\
+# One address and port for all ranks, another port for each job that shares a node.
 export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))"""
-"""One address and port for all ranks, another port for each job that shares a node."""
+export MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
+# Rank 0 makes this file when it was warned, has saved and leaves. Its name outside a container:
+# beside the file that this script writes to.
+export MEGATRON_SR1_UNFINISHED="/nemo_run/unfinished"
+unfinished=$(dirname "$(readlink /proc/$$/fd/1)")/unfinished
+rm -f "$unfinished"
+trap '[[ $? -ne 0 || ! -e $unfinished ]] || scontrol requeue "$SLURM_JOB_ID" || exit 75' EXIT"""
+"""Of the batch script, before nemo-run's srun. At its end an unfinished run is queued again; a
+failed one is not."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +106,7 @@ def submit(title: str, cluster: Cluster, tasks: Sequence[Task]) -> Submitted:
                 place = Path(folder) / task.name
                 place.mkdir()
                 shutil.copy(task.config, place / CONFIG_NAME)
+                shutil.copy(NODE_SCRIPT, place)
                 experiment.add(
                     _command(run, cluster, task),
                     executor=build_executor(cluster, place, configs[task.name]),
@@ -127,11 +138,16 @@ def build_executor(cluster: Cluster, package: Path, config: Config) -> Any:
     run = _nemo_run(_home(cluster))
     by_srun = cluster.launcher == "srun"
     environment = dict(cluster.environment)
+    if not by_srun:
+        environment |= {"PYTHON": cluster.interpreter, "NUM_NODES": str(cluster.nodes)}
+        environment["RANKS_PER_NODE"] = str(cluster.ranks_per_node)
     if config.launch.threads:
         environment.setdefault("OMP_NUM_THREADS", str(config.launch.threads))
     extra: dict[str, Any] = {name: value or True for name, value in cluster.sbatch.items()}
     # Else what follows a failed job stays in the queue for ever.
     extra.setdefault("kill_on_invalid_dep", "yes")
+    extra.setdefault("signal", f"USR1@{cluster.warning_seconds}")
+    extra.setdefault("requeue", True)
     return run.SlurmExecutor(
         account=cluster.account or None,
         partition=cluster.partition or None,
@@ -147,12 +163,12 @@ def build_executor(cluster: Cluster, package: Path, config: Config) -> Any:
         env_vars={name: shlex.quote(value) for name, value in environment.items()},
         additional_parameters=extra,
         srun_args=_srun_options(cluster),
-        setup_lines=RENDEZVOUS,
+        setup_lines=SETUP,
         packager=run.PatternPackager(
             include_pattern=str(package / "*"), relative_path=str(package)
         ),
         tunnel=_tunnel(run, cluster),
-        retries=cluster.retries,
+        retries=0,  # they would start a job again whatever it failed of
         poll_estimated_start_time=False,
     )
 
@@ -174,16 +190,11 @@ def _srun_options(cluster: Cluster) -> list[str]:
 
 def _command(run: Any, cluster: Cluster, task: Task) -> Any:
     """What each task of the job runs; nemo-run joins the words, so they are quoted here."""
-    words = ["megatron_sr1", "train", f"{JOB_FOLDER}/code/{CONFIG_NAME}"]
-    words += [shlex.quote(text) for text in task.overrides]
+    words = [f"{JOB_FOLDER}/code/{CONFIG_NAME}", *map(shlex.quote, task.overrides)]
     if cluster.launcher == "torchrun":
-        words = [
-            "torch.distributed.run",
-            *("--nnodes", str(cluster.nodes), "--nproc-per-node", str(cluster.ranks_per_node)),
-            *("--rdzv-backend", "c10d", "--rdzv-id", "$SLURM_JOB_ID"),
-            *("--rdzv-endpoint", '"$MASTER_ADDR:$MASTER_PORT"', "-m", *words),
-        ]
-    return run.Script(entrypoint=shlex.quote(cluster.interpreter), path="-m", args=words)
+        return run.Script(f"{JOB_FOLDER}/code/{NODE_SCRIPT.name}", entrypoint="bash", args=words)
+    words = ["megatron_sr1", "train", *words]
+    return run.Script("-m", entrypoint=shlex.quote(cluster.interpreter), args=words)
 
 
 def _run(experiment: Any) -> None:

