@@ -6,10 +6,11 @@ CORE_LATEST ?= 0.19.2
 # More threads than cores slow small tensors down; torchrun ranks set their own.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help env demo lint test test-slow test-core-latest clean
+.PHONY: help env launch-env demo lint test test-slow test-core-latest clean
 
 help:
 	@echo "make env        the environment: .venv over a cache keyed by the requirements"
+	@echo "make launch-env  .venv-launch, with nemo-run, to send jobs to Slurm (docs/slurm.md)"
 	@echo "make demo       digits from scratch on a CPU, with a report in $(DEMO_OUTPUT)"
 	@echo "make test       ruff, mypy and the tests that are not slow"
 	@echo "make test-slow  the slow tests, the demo's claims among them"
@@ -20,6 +21,9 @@ env: $(BIN)/megatron-sr1
 
 $(BIN)/megatron-sr1: setup.py tools/make_env.py
 	$(PYTHON) tools/make_env.py
+
+launch-env:
+	$(PYTHON) tools/make_launch_env.py
 
 demo: env
 	$(BIN)/megatron-sr1 demo --output $(DEMO_OUTPUT)

@@ -115,6 +115,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_command(arguments: argparse.Namespace) -> int:
     """`train`, `sft` and `eval`: check, then start the ranks, or be one of them."""
+    from megatron_sr1.runtime import leaving
+
+    leaving.listen()  # at once, and for torchrun too: unblocked, the signal ends a process
     from megatron_sr1.config_file import load_config
     from megatron_sr1.launch import preflight, torchrun
 
@@ -143,8 +146,10 @@ def run_command(arguments: argparse.Namespace) -> int:
 
 def rank_main(config: Config) -> int:
     """One rank of a run; its failure ends the others."""
+    from megatron_sr1.runtime import leaving
     from megatron_sr1.runtime.failure import guard
 
+    leaving.listen(config.launch.save_on_sigterm)
     configure_logging(config.logging.level)
     with guard(config.output):
         from megatron_sr1.trainer.run import run_stage

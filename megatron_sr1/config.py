@@ -266,6 +266,9 @@ class LaunchConfig:
     """Loading of model and engine."""
     phase_deadline_seconds: float = 3600.0
     """Any other phase."""
+    save_on_sigterm: bool = False
+    """SIGTERM, like SIGUSR1, has the run finish its step, save and leave, instead of ending it at
+    once; only SIGKILL does that then."""
 
 
 @dataclass

@@ -8,15 +8,20 @@ from megatron_sr1.config import Config
 from megatron_sr1.errors import CheckpointError, ConfigError, DataError
 
 
-def check_paths(config: Config) -> None:
+def check_paths(config: Config, has_model: bool = True) -> None:
     """Check that model, data and output can be what the stage needs.
+
+    Args:
+        config: of the run.
+        has_model: false where another run will have written the model by then.
 
     Raises:
         CheckpointError: model.path is absent or holds no checkpoint.
         DataError: a shard folder that the stage needs is not named, absent or without shards.
         ConfigError: output names a file.
     """
-    _check_model(Path(config.model.path))
+    if has_model:
+        _check_model(Path(config.model.path))
     if config.stage in ("sft", "grpo"):
         _check_shards("data.train", config.data.train, needed=True)
     _check_shards("data.eval", config.data.eval, needed=config.stage == "eval")

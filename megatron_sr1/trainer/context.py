@@ -27,7 +27,7 @@ from megatron_sr1.model.row_split import sequence_multiple
 from megatron_sr1.observability.metrics import MetricsFile, PhaseTimer, memory_metrics
 from megatron_sr1.observability.sinks import Sink, make_sinks
 from megatron_sr1.records import PackedBatch, TrainSample
-from megatron_sr1.runtime import failure
+from megatron_sr1.runtime import failure, leaving
 from megatron_sr1.runtime.groups import Groups
 from megatron_sr1.trainer.actor import Actor
 from megatron_sr1.trainer.samples import Samples
@@ -47,6 +47,7 @@ class Context:
 
     Attributes:
         step: steps done.
+        is_leaving: a rank was asked to leave; the run is saved, and goes on when started again.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Context:
         self.config, self.groups, self.processor = config, groups, processor
         self.run_dir = Path(config.output)
         self.step = 0
+        self.is_leaving = False
         self.timer = PhaseTimer()
         self.skipped = 0
         self.ungraded = 0
@@ -72,6 +74,11 @@ class Context:
     def is_writer(self) -> bool:
         """True on the one rank that writes the run's files."""
         return self.groups.world.rank == 0
+
+    @property
+    def goes_on(self) -> bool:
+        """True while there are steps left to do now."""
+        return self.step < self.config.optimizer.num_steps and not self.is_leaving
 
     @property
     def checkpoints(self) -> Path:
@@ -222,7 +229,7 @@ class Context:
             save_config(self.config, self.run_dir / "config.json")
 
     def finish_step(self, stage: str, values: Mapping[str, float], actor: Actor) -> None:
-        """Count the step, tell the sinks, save a checkpoint where one is due.
+        """Count the step, tell the sinks, save a checkpoint where one is due or a rank is to leave.
 
         The line comes first: a kill between the two loses a line that is written again, never one
         that is not. So the time of a save stands in the next step's line.
@@ -236,9 +243,24 @@ class Context:
                 for sink in self._sinks:
                     sink.log(self.step, told)
         every, last = self.config.checkpoint.every_steps, self.config.optimizer.num_steps
-        if self.step == last or (every and self.step % every == 0):
+        with failure.deadline("ask", self.config.launch.phase_deadline_seconds):
+            asked = self.sum_over_ranks({"asked": float(leaving.is_asked())})["asked"]
+        if asked or self.step == last or (every and self.step % every == 0):
             with self.phase("save"):
                 self.save(actor)
+        if asked:
+            self._leave()
+
+    def _leave(self) -> None:
+        """After the save: the stage's loop ends, and whoever started the job learns of it."""
+        self.is_leaving = True
+        if self.is_writer:
+            log.info(
+                "asked to leave: saved step %d of %d; started again, the run goes on from there",
+                self.step,
+                self.config.optimizer.num_steps,
+            )
+            leaving.tell_unfinished()
 
     def save(self, actor: Actor) -> None:
         """Save everything that a resumed run needs."""

@@ -49,7 +49,7 @@ def train_grpo(
         reference: frozen weights of the KL term; None where its coefficient is 0.
     """
     config = context.config
-    while context.step < config.optimizer.num_steps:
+    while context.goes_on:
         step = context.step
         sync(context, actor, engine, version=step)
         scored, stats = roll_out_step(context, engine, samples, scorer, step)

@@ -26,7 +26,11 @@ log = logging.getLogger(__name__)
 
 
 def run_stage(config: Config) -> int:
-    """Run the configured stage on this rank; returns the exit status."""
+    """Run the configured stage on this rank; returns the exit status.
+
+    It is 0, too, where the run was asked to leave and has saved: a rank with another status would
+    have srun and torchrun kill those that are still closing.
+    """
     with failure.deadline("start", config.launch.setup_deadline_seconds):
         device, groups = setup.start_ranks(config)
     STAGES[config.stage](config, device, groups)
@@ -40,6 +44,8 @@ def run_sft(config: Config, device: Device, groups: Groups) -> None:
     """Supervised fine-tuning of `model.path` on `data.train`."""
     context, samples, actor, _ = start(config, groups, config.optimizer.num_steps)
     train_sft(context, actor, samples)
+    if context.is_leaving:
+        return context.close()
     export(context, actor)
     finish(context, samples)
 
@@ -60,6 +66,8 @@ def run_grpo(config: Config, device: Device, groups: Groups) -> None:
         scorer = setup.make_scorer(config)
     train_grpo(context, actor, engine, samples, scorer, reference)
     scorer.close()
+    if context.is_leaving:
+        return context.close()
     export(context, actor)
     if config.data.eval:
         sync(context, actor, engine, version=context.step)

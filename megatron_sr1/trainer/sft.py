@@ -26,7 +26,7 @@ def train_sft(context: Context, actor: Actor, samples: Samples) -> None:
         actor: with its optimizer.
         samples: conversations.
     """
-    while context.step < context.config.optimizer.num_steps:
+    while context.goes_on:
         indices = context.loader.next_step()
         with context.phase("prompts"):
             chosen = _conversations(context, samples, indices)
