@@ -23,7 +23,8 @@ from megatron_sr1.records import PackedBatch, Prompt, TrainSample
 from megatron_sr1.rewards.parsing import find_description
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rollout.engine import Engine
-from megatron_sr1.rollout.two_pass import Pass2, RolloutStats, roll_out
+from megatron_sr1.rollout.readings import Pass2
+from megatron_sr1.rollout.two_pass import RolloutStats, roll_out
 from megatron_sr1.runtime.seeds import request_seed
 from megatron_sr1.trainer import scoring
 from megatron_sr1.trainer.actor import Actor, Reference
@@ -105,6 +106,7 @@ def roll_out_step(
             pass2=pass2_settings(config) if config.reward.recipe == "vision_sr1" else None,
             find_description=find_description,
             reading_prompt=samples.reading_prompt,
+            gold_answer=samples.gold_answer,
             seed_of=lambda index, sample, part: request_seed(
                 config.seed, step, index, sample, part
             ),
@@ -147,6 +149,7 @@ _COUNTS: dict[str, Callable[[RolloutStats], float]] = {
     "rollout/reading_tokens": lambda s: s.pass2_tokens,
     "rollout/truncated": lambda s: s.truncated,
     "rollout/readings": lambda s: s.num_pass2,
+    "rollout/distinct_readings": lambda s: s.num_prompts2,
     "rollout/engine_steps": lambda s: s.engine_steps,
 }
 
@@ -161,6 +164,9 @@ def pass2_settings(config: Config) -> Pass2:
         schedule=config.rollout.pass2,
         temperature=config.rollout.pass2_temperature,
         max_tokens=config.rollout.max_reading_tokens,
+        mode=config.rollout.pass2_mode,
+        num_samples=config.rollout.pass2_samples,
+        question_only=config.reward.question_baseline,
     )
 
 
