@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_sr1.records import Prompt, Rollout
 from megatron_sr1.rollout.recording import EngineStep
 
 SCHEDULES = ("one", "barrier", "forked")
@@ -42,6 +43,41 @@ class Job:
     reading: int
     reading_prompt_tokens: int
     reading_tokens: int
+
+
+def jobs_of(
+    rollouts: Sequence[Rollout],
+    prompts: Sequence[Prompt],
+    reading_prompt: Callable[[Prompt, str], tuple[int, ...]],
+    find_description: Callable[[str], str | None],
+    decode: Callable[[Sequence[int]], str],
+) -> list[Job]:
+    """The lengths of rollouts that the engine made with both passes."""
+    by_index = {prompt.example.index: prompt for prompt in prompts}
+    readings: dict[tuple[int, ...], int] = {}
+    jobs = []
+    for rollout in rollouts:
+        sampled = rollout.completion.token_ids
+        ids: tuple[int, ...] = ()
+        closed = answer = 0
+        if rollout.reading is not None:
+            assert rollout.description is not None
+            ids = reading_prompt(by_index[rollout.index], rollout.description)
+            answer = len(rollout.reading.answers[0].token_ids)
+            ends = range(1, len(sampled) + 1)
+            closed = next(k for k in ends if find_description(decode(sampled[:k])) is not None)
+        jobs.append(
+            Job(
+                prompt=rollout.index,
+                prompt_tokens=len(rollout.prompt_token_ids),
+                response_tokens=len(sampled),
+                description_tokens=closed,
+                reading=readings.setdefault(ids, len(readings)),
+                reading_prompt_tokens=len(ids),
+                reading_tokens=answer,
+            )
+        )
+    return jobs
 
 
 @dataclass(frozen=True)
