@@ -118,6 +118,9 @@ class RolloutConfig:
     mismatch_bound: float = 0.0
     """Largest |engine - actor| logprob among a step's sampled tokens, nats; beyond it the run
     stops. 1e-3 suits float32 on a CPU; 0 turns it off."""
+    canary_bound: float = 0.0
+    """After each sync engine and actor score a fixed response to a fixed image; so many nats apart
+    on a token, the run stops. 1e-3 suits float32 on a CPU; 0 leaves it out."""
 
 
 @dataclass

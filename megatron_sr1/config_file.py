@@ -237,6 +237,10 @@ def _validate_pass2(config: Config) -> None:
 
 def _validate_rollout(config: Config) -> None:
     _validate_pass2(config)
+    if config.rollout.canary_bound < 0:
+        raise ConfigError(
+            f"rollout.canary_bound is {config.rollout.canary_bound}; expected 0 or more"
+        )
     if config.rollout.top_p != 1.0 or config.rollout.top_k != 0:
         raise ConfigError(
             f"rollout.top_p={config.rollout.top_p}, rollout.top_k={config.rollout.top_k}: training "

@@ -28,6 +28,7 @@ from megatron_sr1.rollout.two_pass import RolloutStats, roll_out
 from megatron_sr1.runtime.seeds import request_seed
 from megatron_sr1.trainer import scoring
 from megatron_sr1.trainer.actor import Actor, Reference
+from megatron_sr1.trainer.canary import Canary
 from megatron_sr1.trainer.context import Context
 from megatron_sr1.trainer.samples import Samples
 from megatron_sr1.trainer.step import TokenLoss, sample_logprobs, update
@@ -52,15 +53,18 @@ def train_grpo(
         reference: frozen weights of the KL term; None where its coefficient is 0.
     """
     config = context.config
+    bound = config.rollout.canary_bound
+    canary = Canary(samples, bound) if bound else None
     while context.step < config.optimizer.num_steps:
         step = context.step
         indices = context.loader.next_step()
         sync(context, actor, engine, version=step)
+        sung = canary.check(context, actor, engine) if canary else {}
         scored, stats = roll_out_step(context, engine, samples, scorer, indices, step)
         advantages, spread = advantages_of(scored, config)
         own = own_samples(context, samples, scored, advantages)
         measured = learn(context, actor, samples, own, reference)
-        values = {**scoring.reward_means(scored), **spread, **stats, **measured}
+        values = {**scoring.reward_means(scored), **spread, **stats, **measured, **sung}
         values["reward/ungraded"] = float(context.ungraded)
         if config.logging.rollouts:
             lines = [

@@ -18,6 +18,7 @@ REFUSED = {
     "rollout.pass2_temperature=-1": "0 (greedy) or more",
     "rollout.pass2_samples=0": "1 or more",
     "rollout.pass2_samples=4": "set rollout.pass2_temperature",
+    "rollout.canary_bound=-1": "0 or more",
     "reward.likelihood=odds": "per_token | probability | linear",
     "reward.likelihood_nats=0": "more than 0",
     "algorithm.std_floor=0": "more than 0",
