@@ -26,6 +26,12 @@ RUN_COMMANDS = {
     "sft": "supervised fine-tuning: train with stage=sft",
     "eval": "evaluation: train with stage=eval",
 }
+LENGTHS = {
+    "text": "text of a prompt (250)",
+    "image": "image of a prompt, merged tokens (of the middle of the pixel limits)",
+    "response": "response of pass 1 (half of its limit)",
+    "reading": "response of pass 2 (half of its limit)",
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,6 +55,18 @@ def build_parser() -> argparse.ArgumentParser:
         run.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
         run.add_argument("overrides", nargs="*", metavar="key=value", help="as seed=2")
         run.add_argument("--dry-run", action="store_true", help="check and describe, start nothing")
+    plan = commands.add_parser(
+        "plan",
+        help="memory, layouts and step time on a cluster, by formulas",
+        description="Memory a rank, the layouts that fit and their step time, computed by the "
+        "formulas of docs/planner.md. model.path needs a config.json only.",
+    )
+    plan.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="as data.pack_tokens=4096")
+    plan.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs in all")
+    plan.add_argument("--gpu", required=True, metavar="NAME", help="a100 | h100 | h200 | b200")
+    for name, text in LENGTHS.items():
+        plan.add_argument(f"--{name}-tokens", type=float, metavar="N", help=f"mean {text}")
     report = commands.add_parser("report", help="write a run's HTML report again")
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     commands.add_parser("doctor", help="what is installed, what would run, what to do")
@@ -82,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_command(arguments)
         if arguments.command == "demo":
             return demo_command(arguments.output, arguments.seed)
+        if arguments.command == "plan":
+            return plan_command(arguments)
         if arguments.command == "report":
             return report_command(arguments.run_dir)
         return doctor_command()
@@ -170,6 +190,23 @@ def demo_command(output: Path, seed: int) -> int:
         return _with_cause(status, output, started)
     demo.finish(output)
     return report_command(output)
+
+
+def plan_command(arguments: argparse.Namespace) -> int:
+    """`plan`: needs the model's shape only, no weights and no torch."""
+    from megatron_sr1.config_file import load_config
+    from megatron_sr1.model.hf_config import read_hf_config
+    from megatron_sr1.planning.hardware import find_gpu
+    from megatron_sr1.planning.page import plan_page
+    from megatron_sr1.planning.workload import workload
+
+    gpu = find_gpu(arguments.gpu)
+    config = load_config(arguments.config, list(arguments.overrides))
+    hf_config = read_hf_config(config.model.path)
+    lengths = {f"{name}_tokens": getattr(arguments, f"{name}_tokens") for name in LENGTHS}
+    work = workload(config, hf_config, **lengths)
+    print(plan_page(config, hf_config, gpu, arguments.gpus, work))
+    return 0
 
 
 def report_command(run_dir: Path) -> int:

@@ -1,6 +1,7 @@
 """Reading the configuration: YAML files and overrides over the defaults, by OmegaConf.
 
-YAML files hold differences; `group.key=value` overrides come last. An unknown key or an impossible
+YAML files hold differences from the defaults, or from the file that they name as `base`;
+`group.key=value` overrides come last. An unknown key or an impossible
 value is a `ConfigError` that names the nearest valid one. Tags that would make objects are refused
 by the parser, and of OmegaConf's interpolations only `${oc.env:NAME}` is read.
 """
@@ -67,6 +68,8 @@ ABOVE_ZERO = (
 )
 
 
+BASE = "base"
+"""Key of a file that names the one it builds on."""
 MAX_YAML_BYTES = 2**18
 LARGEST_INTEGER = 2**63 - 1
 _ENVIRONMENT = re.compile(r"\$\{oc\.env:[A-Za-z_][A-Za-z0-9_]*(,[^${}]*)?\}")
@@ -92,7 +95,8 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
     """Resolve a YAML file and `group.key=value` overrides over the defaults.
 
     Args:
-        path: YAML file with differences from the defaults; None for none.
+        path: YAML file with differences from the defaults, or from another file that it names as
+            `base`, a path beside it; None for none.
         overrides: dotted assignments, later ones win.
 
     Returns:
@@ -104,7 +108,7 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
     config = OmegaConf.structured(Config)
     layers: list[tuple[str, Any]] = []
     if path is not None:
-        layers.append((str(path), _read_yaml(Path(path))))
+        layers += _read_layers(Path(path))
     for text in overrides or []:
         layers.append((ascii(text)[1:-1][:200], _read_override(text)))
     for name, layer in layers:
@@ -268,6 +272,24 @@ def _get(config: Config, key: str) -> Any:
     for part in key.split("."):
         value = getattr(value, part)
     return value
+
+
+def _read_layers(path: Path) -> list[tuple[str, DictConfig]]:
+    """A file and the ones it builds on, the first base in front."""
+    layers: list[tuple[str, DictConfig]] = []
+    seen: list[Path] = []
+    while True:
+        if path.resolve() in seen:
+            raise ConfigError(f"{path}: builds on itself; of {BASE} each file names another")
+        seen.append(path.resolve())
+        layer = _read_yaml(path)
+        base = layer.pop(BASE, None)
+        layers.insert(0, (str(path), layer))
+        if base is None:
+            return layers
+        if not isinstance(base, str):
+            raise ConfigError(f"{path}: {BASE} is {base!r}; expected the path of a YAML file")
+        path = path.parent / base
 
 
 def _read_yaml(path: Path) -> DictConfig:

@@ -18,7 +18,7 @@ from megatron_sr1.model.hf_config import HFConfig, read_hf_config
 from megatron_sr1.model.qwen25_vl import build_model
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rollout.engine import Engine
-from megatron_sr1.runtime import cpu
+from megatron_sr1.runtime import cpu, failure
 from megatron_sr1.runtime.device import Device, select_device, start_distributed
 from megatron_sr1.runtime.groups import Groups, make_groups
 from megatron_sr1.runtime.seeds import seed_everything
@@ -32,6 +32,7 @@ def start_ranks(config: Config) -> tuple[Device, Groups]:
     if device.kind == "cpu":
         torch.set_num_threads(threads_a_rank(config.launch))
     start_distributed(device, collective_timeout_seconds(config.launch))
+    failure.see_others()
     groups = make_groups(config.parallel, device)
     seed_everything(config.seed, groups)
     return device, groups

@@ -64,6 +64,34 @@ def test_the_file_wins_over_defaults_and_overrides_over_the_file(tmp_path):
     assert config.optimizer.beta1 == 0.9
 
 
+def test_a_file_builds_on_the_one_that_it_names(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "first.yaml").write_text("seed: 1\nmodel:\n  path: x\n  dtype: float32\n")
+    (tmp_path / "sub" / "second.yaml").write_text("base: ../first.yaml\nseed: 2\noutput: a\n")
+    (tmp_path / "third.yaml").write_text("base: sub/second.yaml\noutput: b\n")
+    config = load_config(tmp_path / "third.yaml")
+    assert (config.seed, config.output, config.model.path) == (2, "b", "x")
+    assert config.model.dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("base", "said"),
+    [
+        ("run.yaml", "run.yaml: builds on itself"),
+        ("other.yaml", "run.yaml: builds on itself"),
+        ("absent.yaml", "absent.yaml: no such configuration file"),
+        ("[a, b]", "expected the path of a YAML file"),
+        ("wrong.yaml", "wrong.yaml: unknown key 'sed'; the nearest is 'seed'"),
+    ],
+)
+def test_a_base_that_cannot_be_used_is_named(tmp_path, base, said):
+    (tmp_path / "run.yaml").write_text(f"base: {base}\n")
+    (tmp_path / "other.yaml").write_text("base: run.yaml\n")
+    (tmp_path / "wrong.yaml").write_text("sed: 1\n")
+    with pytest.raises(ConfigError, match=said):
+        load_config(tmp_path / "run.yaml", ["model.path=x"])
+
+
 @pytest.mark.parametrize(
     ("text", "said"), [("- 1\n", "mapping"), ("a: [", "YAML"), (None, "no such")]
 )

@@ -17,6 +17,7 @@ LAYER = {
     "runtime": 1,
     "checkpoint": 3,
     "rollout": 4,
+    "planning": 4,
 }
 LAYER |= dict.fromkeys(("model", "data", "rewards", "algorithm", "observability"), 2)
 LAYER |= dict.fromkeys(("cli", "__main__", "doctor", "launch"), 6) | {"trainer": 5}
