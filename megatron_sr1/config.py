@@ -96,8 +96,13 @@ class RolloutConfig:
     """Pass-1 limit."""
     pass2: str = "fork"
     """When pass 2 starts: fork (as soon as the description closes) | barrier (after pass 1)."""
+    pass2_mode: str = "generate"
+    """A description is judged by: generate (answers from it) | likelihood (of the gold answer,
+    by prefill alone)."""
+    pass2_samples: int = 1
+    """Answers a description, averaged; more than 1 needs a pass2_temperature above 0."""
     pass2_temperature: float = 0.0
-    """Pass-2 temperature; 0 is greedy."""
+    """Pass-2 temperature, >= 0; 0 is greedy."""
     max_reading_tokens: int = 1024
     """Pass-2 limit."""
     max_model_len: int = 8192
@@ -115,6 +120,9 @@ class RolloutConfig:
     mismatch_bound: float = 0.0
     """Largest |engine - actor| logprob among a step's sampled tokens, nats; beyond it the run
     stops. 1e-3 suits float32 on a CPU; 0 turns it off."""
+    canary_bound: float = 0.0
+    """After each sync engine and actor score a fixed response to a fixed image; so many nats apart
+    on a token, the run stops. 1e-3 suits float32 on a CPU; 0 leaves it out."""
 
 
 @dataclass
@@ -129,6 +137,15 @@ class RewardConfig:
     """Pays the recipe's form."""
     self_reward_weight: float = 1.0
     """Pays a right pass-2 answer (vision_sr1)."""
+    likelihood: str = "per_token"
+    """rollout.pass2_mode=likelihood, log p of the gold answer's tokens as a number in [0, 1]:
+    per_token (exp of the mean) | probability (exp of the sum) | linear (1 + sum /
+    likelihood_nats, at least 0)."""
+    likelihood_nats: float = 10.0
+    """likelihood=linear: -log p from which on nothing is paid, nats, > 0."""
+    question_baseline: bool = False
+    """Read each question without a description too, once a step, and pay a self-reward only for
+    what it exceeds that by."""
     pay_leaks: bool = True
     """False: a description that states the answer as a verdict earns no self-reward."""
     grader_timeout_seconds: float = 5.0

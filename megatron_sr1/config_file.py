@@ -31,6 +31,8 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "model.recompute": ("none", "selective", "full"),
     "data.prompt_style": ("full", "brief"),
     "rollout.pass2": ("fork", "barrier"),
+    "rollout.pass2_mode": ("generate", "likelihood"),
+    "reward.likelihood": ("per_token", "probability", "linear"),
     "reward.recipe": ("vision_sr1", "see_think", "vision_r1"),
     "algorithm.advantage": ("grpo", "dr_grpo", "rloo"),
     "algorithm.credit": ("scalar", "component", "span"),
@@ -53,6 +55,7 @@ AT_LEAST_ONE = (
     "rollout.samples_per_prompt",
     "rollout.max_response_tokens",
     "rollout.max_reading_tokens",
+    "rollout.pass2_samples",
     "algorithm.prompts_per_update",
     "algorithm.importance_cap",
     "algorithm.max_refills",
@@ -68,6 +71,7 @@ ABOVE_ZERO = (
     "algorithm.answer_weight",
     "algorithm.visual_weight",
     "reward.grader_timeout_seconds",
+    "reward.likelihood_nats",
     "optimizer.learning_rate",
 )
 NOT_NEGATIVE = (
@@ -224,7 +228,40 @@ def _validate_numbers(config: Config) -> None:
         )
 
 
+def _validate_pass2(config: Config) -> None:
+    """Settings of pass 2 that need others."""
+    rollout = config.rollout
+    told = f"rollout.pass2_samples={rollout.pass2_samples}"
+    heat = f"rollout.pass2_temperature={rollout.pass2_temperature}"
+    if rollout.pass2_temperature < 0:
+        raise ConfigError(f"{heat}; expected 0 (greedy) or more")
+    if rollout.pass2_mode == "likelihood":
+        if rollout.pass2_samples > 1 or rollout.pass2_temperature > 0:
+            raise ConfigError(
+                f"rollout.pass2_mode=likelihood samples no answers, {told} and {heat} would do "
+                "nothing; leave both out or set pass2_mode=generate"
+            )
+    elif rollout.pass2_samples > 1 and rollout.pass2_temperature == 0:
+        raise ConfigError(f"{told} greedy answers are one answer; set rollout.pass2_temperature")
+    asked = {
+        "rollout.pass2_mode=likelihood": rollout.pass2_mode == "likelihood",
+        told: rollout.pass2_samples > 1,
+        "reward.question_baseline=true": config.reward.question_baseline,
+    }
+    for setting, is_set in asked.items():
+        if is_set and config.stage == "grpo" and config.reward.recipe != "vision_sr1":
+            raise ConfigError(
+                f"{setting} is about the self-reward, and reward.recipe={config.reward.recipe} has "
+                "none; use recipe=vision_sr1"
+            )
+
+
 def _validate_rollout(config: Config) -> None:
+    _validate_pass2(config)
+    if config.rollout.canary_bound < 0:
+        raise ConfigError(
+            f"rollout.canary_bound is {config.rollout.canary_bound}; expected 0 or more"
+        )
     if config.rollout.top_p != 1.0 or config.rollout.top_k != 0:
         raise ConfigError(
             f"rollout.top_p={config.rollout.top_p}, rollout.top_k={config.rollout.top_k}: training "

@@ -83,13 +83,36 @@ class Completion:
         logprobs: the engine's logprob of each sampled id under the distribution that it was
             sampled from (temperature applied), nats; empty if not asked for.
         text: the ids decoded, special tokens left out.
-        finish_reason: "stop" (end of turn) or "length" (cut by a token limit).
+        finish_reason: "stop" (end of turn), "length" (cut by a token limit) or "given" (the ids
+            were not sampled but scored, at temperature 1; no text).
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     text: str
     finish_reason: str
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the second pass made of a description, or of the question alone.
+
+    Attributes:
+        answers: sampled, one or more; or the gold answer, scored and not sampled.
+    """
+
+    answers: tuple[Completion, ...]
+
+    @property
+    def gold_logprobs(self) -> tuple[float, ...] | None:
+        """The engine's logprob of each token of the gold answer, nats; None if it was sampled."""
+        (first, *_) = self.answers
+        return first.logprobs if first.finish_reason == "given" else None
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What was sampled; none where the gold answer was scored."""
+        return tuple(a.text for a in self.answers if a.finish_reason != "given")
 
 
 @dataclass(frozen=True)
@@ -105,6 +128,7 @@ class Rollout:
             recipe has none.
         reading: pass 2, from description and question without the image; None if it did not run.
         weight_version: number of the weight sync that the engine held.
+        question_only: the same from the question alone, to compare; None if it did not run.
     """
 
     index: int
@@ -112,8 +136,9 @@ class Rollout:
     prompt_token_ids: tuple[int, ...]
     completion: Completion
     description: str | None
-    reading: Completion | None
+    reading: Reading | None
     weight_version: int
+    question_only: Reading | None = None
 
 
 @dataclass(frozen=True)
@@ -123,12 +148,15 @@ class Reward:
     Attributes:
         accuracy: pass-1 answer right, 0 or 1.
         format: response has the recipe's form, 0 or 1.
-        self_reward: pass-2 answer right, 0 or 1; None where there is no pass 2 by design (a
-            text-only sample, a recipe without it), 0 where the description is missing.
+        self_reward: share of the pass-2 answers that are right, or the gold answer's likelihood as
+            a number in [0, 1], less what the question alone leads to, if that is asked for; None
+            where there is no pass 2 by design (a text-only sample, a recipe without it), 0 where
+            the description is missing.
         leak: the description states the answer as a verdict.
         total: the recipe's weighted sum.
         answer: answer read from pass 1, None if there is none.
-        reading_answer: answer read from pass 2, None if there is none.
+        reading_answer: answer read from pass 2, the first if there are several; None if there is
+            none.
     """
 
     accuracy: float

@@ -103,6 +103,25 @@ class Processor:
         """
         return self.expand(self._chat.prompt_ids(messages), (), "text prompt")
 
+    def encode_answer(
+        self, before: str, answer: str, after: str
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Tokenise a response that is given, to score its answer.
+
+        Returns:
+            ids in front of the answer, and those from its first character to the end; a token
+            that holds characters of both is the answer's.
+        """
+        encoded = self.tokenizer(
+            before + answer + after,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_offsets_mapping=True,
+        )
+        ids = tuple(encoded["input_ids"])
+        first = sum(end <= len(before) for _, end in encoded["offset_mapping"])
+        return ids[:first], ids[first:]
+
     def encode_conversation(
         self, example: Example, images: Sequence[Image.Image], max_tokens: int | None = None
     ) -> TrainSample:

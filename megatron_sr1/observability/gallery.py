@@ -109,8 +109,11 @@ def _answers(line: Line, verdicts: str) -> str:
 def _verdict(name: str, value: float | None, good: bool = True) -> str:
     if value is None:
         return ""
-    kind = "good" if bool(value) == good else "bad"
-    mark = "✓" if value else "✗"
+    holds = value >= 0.5
+    kind = "good" if holds == good else "bad"
+    mark = "✓" if holds else "✗"
+    if 0 < value < 1:  # several answers, or a likelihood
+        mark += f" {value:.2f}"
     return f'<span class="{kind}">{mark} {name}</span> '
 
 

@@ -19,10 +19,12 @@ from megatron_sr1.records import Prompt, TrainSample
 from megatron_sr1.rewards.parsing import find_description
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rollout.engine import Engine
-from megatron_sr1.rollout.two_pass import Pass2, RolloutStats, roll_out
+from megatron_sr1.rollout.readings import Pass2
+from megatron_sr1.rollout.two_pass import RolloutStats, roll_out
 from megatron_sr1.runtime.seeds import request_seed
 from megatron_sr1.trainer import scoring
 from megatron_sr1.trainer.actor import Actor, Reference
+from megatron_sr1.trainer.canary import Canary
 from megatron_sr1.trainer.context import Context
 from megatron_sr1.trainer.credit import Credit, credit
 from megatron_sr1.trainer.objective import grpo_loss
@@ -49,15 +51,25 @@ def train_grpo(
         reference: frozen weights of the KL term; None where its coefficient is 0.
     """
     config = context.config
+    bound = config.rollout.canary_bound
+    canary = Canary(samples, bound) if bound else None
     while context.goes_on:
         step = context.step
         sync(context, actor, engine, version=step)
+        agreed = canary.check(context, actor, engine) if canary else {}
         scored, stats = roll_out_step(context, engine, samples, scorer, step)
         given, spread = credit_of(scored, config)
         chosen, filtered = chosen_groups(given, config)
         own = own_samples(context, samples, scored, given, chosen)
         measured = learn(context, actor, samples, own, reference)
-        values = {**scoring.reward_means(scored), **spread, **filtered, **stats, **measured}
+        values = {
+            **scoring.reward_means(scored),
+            **spread,
+            **filtered,
+            **stats,
+            **measured,
+            **agreed,
+        }
         values["reward/ungraded"] = float(context.ungraded)
         if config.logging.rollouts:
             lines = rollout_lines(step + 1, samples, scored, given)
@@ -166,6 +178,7 @@ def roll_out_prompts(
             pass2=pass2_settings(config) if config.reward.recipe == "vision_sr1" else None,
             find_description=find_description,
             reading_prompt=samples.reading_prompt,
+            gold_answer=samples.gold_answer,
             seed_of=lambda index, sample, part: request_seed(
                 config.seed, step, index, sample, part
             ),
@@ -204,6 +217,7 @@ _COUNTS: dict[str, Callable[[RolloutStats], float]] = {
     "rollout/reading_tokens": lambda s: s.pass2_tokens,
     "rollout/truncated": lambda s: s.truncated,
     "rollout/readings": lambda s: s.num_pass2,
+    "rollout/distinct_readings": lambda s: s.num_prompts2,
     "rollout/engine_steps": lambda s: s.engine_steps,
 }
 
@@ -218,6 +232,9 @@ def pass2_settings(config: Config) -> Pass2:
         schedule=config.rollout.pass2,
         temperature=config.rollout.pass2_temperature,
         max_tokens=config.rollout.max_reading_tokens,
+        mode=config.rollout.pass2_mode,
+        num_samples=config.rollout.pass2_samples,
+        question_only=config.reward.question_baseline,
     )
 
 

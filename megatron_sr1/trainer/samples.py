@@ -82,6 +82,10 @@ class Samples:
         messages = pass2_messages(prompt.example.question, description, self._style)
         return self.processor.encode_text(messages)
 
+    def gold_answer(self, prompt: Prompt) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        r"""Token ids of `\boxed{`, and of the gold answer with its closing brace."""
+        return self.processor.encode_answer("\\boxed{", prompt.example.answer or "", "}")
+
     def train_sample(
         self, rollout: Rollout, advantage: float, description_advantage: float | None = None
     ) -> TrainSample:

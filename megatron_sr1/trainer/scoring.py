@@ -67,7 +67,8 @@ def score(rollouts: Iterable[Rollout], samples: Samples, scorer: Scorer) -> Grad
                 gold=example.answer or "",
                 question=example.question,
                 description=rollout.description,
-                reading_text=rollout.reading.text if rollout.reading else None,
+                reading=rollout.reading,
+                question_only=rollout.question_only,
                 has_image=example.num_images > 0,
             )
         except GradingLimit as error:
@@ -106,11 +107,21 @@ def rollout_line(step: int, scored: Scored, example: Example, advantage: float) 
         "gold": example.answer,
         "response": rollout.completion.text,
         "description": rollout.description,
-        "reading": rollout.reading.text if rollout.reading else None,
+        "reading": read_text(rollout),
         "advantage": advantage,
         "weight_version": rollout.weight_version,
         "reward": asdict(scored.reward),
     }
+
+
+def read_text(rollout: Rollout) -> str | None:
+    """Pass 2 as the report shows it: one answer after the other, or the gold one's likelihood."""
+    if rollout.reading is None:
+        return None
+    scores = rollout.reading.gold_logprobs
+    if scores is not None:
+        return f"(log p of the gold answer: {sum(scores):.3f} over {len(scores)} tokens)"
+    return "\n".join(rollout.reading.texts)
 
 
 def evaluation_line(scored: Scored, example: Example) -> dict[str, Any]:
@@ -129,7 +140,7 @@ def evaluation_line(scored: Scored, example: Example) -> dict[str, Any]:
         "gold": example.answer,
         "response": rollout.completion.text,
         "description": rollout.description,
-        "reading": rollout.reading.text if rollout.reading else None,
+        "reading": read_text(rollout),
         "accuracy": int(reward.accuracy),
         "self_reward": None if reward.self_reward is None else int(reward.self_reward),
         "description_exact": exact,
@@ -157,7 +168,10 @@ def rates(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def reward_means(scored: Sequence[Scored]) -> dict[str, float]:
-    """Mean rewards of a step, and the four cells of pass 1 x pass 2 as shares of its samples."""
+    """Mean rewards of a step, and the four cells of pass 1 x pass 2 as shares of its samples.
+
+    A self-reward in between counts as right from 0.5 on.
+    """
     rewards = [s.reward for s in scored]
     count = max(len(rewards), 1)
     means = {
@@ -171,7 +185,11 @@ def reward_means(scored: Sequence[Scored]) -> dict[str, float]:
         means["reward/self_reward"] = sum(r.self_reward or 0.0 for r in judged) / len(judged)
         for right, said in ((1.0, "right"), (0.0, "wrong")):
             for read, heard in ((1.0, "right"), (0.0, "wrong")):
-                cell = sum(r.accuracy == right and r.self_reward == read for r in judged)
+                cell = sum(r.accuracy == right and _is_read(r) == bool(read) for r in judged)
                 means[f"table/pass1_{said}_pass2_{heard}"] = cell / len(judged)
         means["reward/shortcut_rate"] = means["table/pass1_right_pass2_wrong"]
     return means
+
+
+def _is_read(reward: Reward) -> bool:
+    return (reward.self_reward or 0.0) >= 0.5

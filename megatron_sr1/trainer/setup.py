@@ -145,5 +145,7 @@ def make_scorer(config: Config, recipe: str | None = None) -> Scorer:
         format_weight=reward.format_weight,
         self_reward_weight=reward.self_reward_weight,
         pay_leaks=reward.pay_leaks,
+        likelihood=reward.likelihood,
+        likelihood_nats=reward.likelihood_nats,
         grader_timeout_seconds=reward.grader_timeout_seconds,
     )

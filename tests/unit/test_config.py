@@ -14,6 +14,13 @@ REFUSED = {
     "parallel.sequence=true": "parallel.tensor",
     "rollout.top_p=0.9": "top_p=1",
     "rollout.temperature=0": "more than 0",
+    "rollout.pass2_mode=guess": "generate | likelihood",
+    "rollout.pass2_temperature=-1": "0 (greedy) or more",
+    "rollout.pass2_samples=0": "1 or more",
+    "rollout.pass2_samples=4": "set rollout.pass2_temperature",
+    "rollout.canary_bound=-1": "0 or more",
+    "reward.likelihood=odds": "per_token | probability | linear",
+    "reward.likelihood_nats=0": "more than 0",
     "algorithm.std_floor=0": "more than 0",
     "algorithm.prompts_per_update=100": "does not divide",
     "algorithm.advantage=gae": "grpo | dr_grpo | rloo",
@@ -44,6 +51,21 @@ def test_credit_for_a_self_reward_needs_one(recipe):
         with pytest.raises(ConfigError, match="recipe=vision_sr1"):
             load_config(None, ["model.path=x", *chosen])
         load_config(None, ["model.path=x", *chosen, "stage=eval"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["rollout.pass2_mode=likelihood", "rollout.pass2_samples=2"], "pass2_mode=generate"),
+        (["rollout.pass2_mode=likelihood", "rollout.pass2_temperature=1"], "pass2_mode=generate"),
+        (["reward.question_baseline=true", "reward.recipe=see_think"], "recipe=vision_sr1"),
+        (["rollout.pass2_mode=likelihood", "reward.recipe=vision_r1"], "recipe=vision_sr1"),
+    ],
+)
+def test_settings_of_pass_2_that_contradict_each_other_are_refused(overrides, said):
+    with pytest.raises(ConfigError) as error:
+        load_config(None, ["model.path=x", *overrides])
+    assert said in str(error.value) and "\n" not in str(error.value)
 
 
 def test_an_evaluation_refuses_what_its_engine_would_not_heed():

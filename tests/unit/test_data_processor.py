@@ -176,3 +176,20 @@ def test_a_directory_without_a_template_is_refused(tiny_model, tmp_path):
     (tmp_path / "m" / "chat_template.jinja").unlink()
     with pytest.raises(DataError, match="no chat template"):
         Processor(tmp_path / "m", 784, 200704)
+
+
+def test_a_given_answer_is_split_at_its_first_character(processor):
+    text = processor.tokenizer
+    for gold in ("14", "a cat", "<|im_end|>"):
+        lead, answer = processor.encode_answer("\\boxed{", gold, "}")
+        assert text.decode((*lead, *answer)) == f"\\boxed{{{gold}}}"
+        assert text.decode(lead) == "\\boxed{"
+        assert text.decode(answer).startswith(gold[0])
+        assert not set(answer) & set(processor.end_token_ids)
+
+
+def test_a_token_that_an_answer_shares_with_what_is_before_it_is_the_answers(processor):
+    whole = processor.tokenizer("xthink", add_special_tokens=False)["input_ids"]
+    lead, answer = processor.encode_answer("xthi", "nk", "")
+    assert lead + answer == tuple(whole)
+    assert processor.tokenizer.decode(answer).endswith("think")
