@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import filecmp
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -91,6 +92,15 @@ def _write_random_file(
             end -= size
 
 
+def busy_seconds(who: int) -> float:
+    """CPU seconds so far of this process (RUSAGE_SELF) or of those that it started and that ended.
+
+    Unlike the time that goes by they do not depend on what else the machine does.
+    """
+    used = resource.getrusage(who)
+    return used.ru_utime + used.ru_stime
+
+
 def run_watched(command: list[str]) -> tuple[float, int]:
     """Run a command that must succeed; returns its seconds and the most anonymous bytes it held."""
     started, peak = time.monotonic(), 0
@@ -142,20 +152,23 @@ def files_under(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.rglob("*")) if path.is_file())
 
 
-def measure_way(way: str, source: Path, target: Path, options: list[str]) -> dict[str, float]:
+def measure_way(way: str, source: Path, target: Path) -> dict[str, float]:
     """Convert between two copies of the source; rates count the source's bytes."""
     num_bytes = sum(path.stat().st_size for path in files_under(source))
+    before = busy_seconds(resource.RUSAGE_SELF), busy_seconds(resource.RUSAGE_CHILDREN)
     copies = [copy_files(source, target.with_name("copy"))]
     forget(source)
-    command = [sys.executable, str(TOOL), way, str(source), str(target), *options]
-    seconds, peak_bytes = run_watched(command)
+    seconds, peak_bytes = run_watched([sys.executable, str(TOOL), way, str(source), str(target)])
     copies.append(copy_files(source, target.with_name("copy")))
     copy_seconds = sum(copies) / len(copies)
+    copy_busy = (busy_seconds(resource.RUSAGE_SELF) - before[0]) / len(copies)
+    busy = busy_seconds(resource.RUSAGE_CHILDREN) - before[1]
     print(
         f"{way}: {num_bytes / GIB:.2f} GiB in {seconds:.1f} s, {num_bytes / seconds / 2**20:.0f} "
         f"MiB/s; copies {copies[0]:.1f} and {copies[1]:.1f} s, "
         f"{num_bytes / copy_seconds / 2**20:.0f} MiB/s; ratio {copy_seconds / seconds:.2f}; peak "
-        f"anonymous memory {peak_bytes / 2**20:.0f} MiB",
+        f"anonymous memory {peak_bytes / 2**20:.0f} MiB; CPU {busy:.1f} s, "
+        f"a copy {copy_busy:.1f} s",
         flush=True,
     )
     return {
@@ -164,6 +177,8 @@ def measure_way(way: str, source: Path, target: Path, options: list[str]) -> dic
         "copy_seconds": copy_seconds,
         "ratio": copy_seconds / seconds,
         "peak_anonymous_bytes": peak_bytes,
+        "cpu_seconds": busy,
+        "copy_cpu_seconds": copy_busy,
     }
 
 
@@ -173,8 +188,8 @@ def measure(config_path: Path, folder: Path, max_file_bytes: int) -> dict[str, o
     report: dict[str, object] = {"config": config_path.name}
     write_random_model(hf, config_path, max_file_bytes)
     print(f"made {len(list(hf.glob('*.safetensors')))} files of weights", flush=True)
-    report["hf-to-megatron"] = measure_way("hf-to-megatron", hf, megatron, [])
-    report["megatron-to-hf"] = measure_way("megatron-to-hf", megatron, again, [])
+    report["hf-to-megatron"] = measure_way("hf-to-megatron", hf, megatron)
+    report["megatron-to-hf"] = measure_way("megatron-to-hf", megatron, again)
     names = [path.relative_to(hf).as_posix() for path in files_under(hf)]
     same, *different = filecmp.cmpfiles(hf, again, names, shallow=False)
     report["round_trip_is_bitwise"] = not any(different) and len(same) == len(names)

@@ -137,7 +137,8 @@ class UnitWriter:
         self._finish()
 
     def _finish(self) -> None:
-        self._writer.finish(self._metadata, list(self._results.values()))
+        results = [self._results[name] for name in self.names if name in self._results]
+        self._writer.finish(self._metadata, results)
 
     def _note_path(self, name: str) -> Path:
         return self.notes / f"{name}.json"
