@@ -2,7 +2,8 @@
 
 The Megatron format knows nothing of layouts: what is written here loads under any tensor, pipeline
 and data parallelism, and what any layout wrote converts back. The conversion runs in one process
-on the CPU and needs memory for the weights once.
+on the CPU and goes tensor by tensor: it needs memory for the largest one twice. One that was
+stopped goes on when the same command is given again.
 """
 
 from __future__ import annotations
@@ -12,12 +13,11 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 EPILOG = """
 examples:
   python tools/convert_checkpoint.py hf-to-megatron Qwen2.5-VL-7B-Instruct qwen25vl_7b_megatron
-  python tools/convert_checkpoint.py megatron-to-hf runs/digits/checkpoints exported_hf
+  python tools/convert_checkpoint.py megatron-to-hf runs/digits/checkpoints exported_hf --verify
 
 A Megatron checkpoint carries configuration, tokenizer and the weight files' headers of the model
 that it came from (hf_files/), so that the way back gives the same names, types and files.
@@ -50,11 +50,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     to_hf.add_argument("target", type=Path, help="new Hugging Face directory")
     to_hf.add_argument(
-        "--no-verify",
-        dest="verify",
+        "--no-checksums",
+        dest="checksums",
         action="store_false",
-        help="compare only the sizes of the checkpoint's files, not their checksums",
+        help="compare only the sizes of the checkpoint's files with its manifest",
     )
+    for way in (to_megatron, to_hf):
+        way.add_argument(
+            "--verify",
+            action="store_true",
+            help="afterwards read the target back from the disk and compare it with the source "
+            "bit by bit; where the target is finished already, do only that",
+        )
+        way.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="list what would be moved, with sizes and memory, and move nothing; headers or, "
+            "of a Hugging Face directory, config.json are enough",
+        )
     return parser.parse_args(argv)
 
 
@@ -63,110 +76,98 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     # The conversion needs no GPU and must not take one from a run.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # Large tensors in large pages, so that they cost less to make; read when torch is imported.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from megatron_sr1.errors import SR1Error
 
     started = time.monotonic()
     try:
-        if arguments.way == "hf-to-megatron":
-            hf_to_megatron(arguments.source, arguments.target, arguments.dtype)
-        else:
-            megatron_to_hf(arguments.source, arguments.target, arguments.verify)
+        (from_hf if arguments.way == "hf-to-megatron" else from_megatron)(arguments, Progress())
     except SR1Error as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"done in {time.monotonic() - started:.1f} s: {arguments.target}")
+    if not arguments.dry_run:
+        print(f"done in {time.monotonic() - started:.1f} s: {arguments.target}")
     return 0
 
 
-def hf_to_megatron(source: Path, target: Path, dtype: str) -> None:
-    """Read safetensors and write a Megatron checkpoint.
+def from_hf(arguments: argparse.Namespace, report: Progress) -> None:
+    """Published weights to a checkpoint.
 
     Raises:
         CheckpointError: the source is no such model, or the target is not empty.
     """
     import torch
 
-    from megatron_sr1.checkpoint.distributed import save_checkpoint
-    from megatron_sr1.checkpoint.hf import load_hf
+    from megatron_sr1.checkpoint.conversion_plan import plan_to_megatron, rows
+    from megatron_sr1.checkpoint.folders import LATEST
     from megatron_sr1.checkpoint.model_source import resolve_model
+    from megatron_sr1.checkpoint.to_megatron import compare_with_hf, hf_to_megatron
     from megatron_sr1.errors import CheckpointError
-    from megatron_sr1.model.hf_config import read_hf_config
 
+    source, target = arguments.source, arguments.target
+    dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    if arguments.dry_run:
+        print("\n".join(rows(plan_to_megatron(source, dtype))))
+        return
     if resolve_model(source).kind != "huggingface":
         raise CheckpointError(f"{source} is a Megatron checkpoint already; use megatron-to-hf")
-    _need_empty(target)
-    config = read_hf_config(source)
-    stored = source_dtype(source) if dtype == "auto" else getattr(torch, dtype)
-    chunks, groups = build(config, stored)
-    tell("reading", source)
-    load_hf(chunks, source, config, groups)
-    tell("writing", target)
-    state = {"converted_from": source.resolve().name}
-    save_checkpoint(target, 0, chunks, None, None, groups, state, source_directory=source)
+    if not (arguments.verify and (target / LATEST).is_file()):
+        hf_to_megatron(source, target, dtype, report)
+    if arguments.verify:
+        compare_with_hf(source, resolve_model(target), report)
 
 
-def megatron_to_hf(source: Path, target: Path, verify: bool = True) -> None:
-    """Read a Megatron checkpoint and write safetensors like those that it came from.
-
-    `verify` compares the digests of its files first, and not only their sizes.
+def from_megatron(arguments: argparse.Namespace, report: Progress) -> None:
+    """A checkpoint to published weights.
 
     Raises:
         CheckpointError: the source is no such checkpoint, or the target is something else.
     """
-    from megatron_sr1.checkpoint.hf import save_hf
-    from megatron_sr1.checkpoint.model_source import load_model, resolve_model
-    from megatron_sr1.checkpoint.untrusted import stored_dtype
+    from megatron_sr1.checkpoint.conversion_plan import plan_to_hf, rows
+    from megatron_sr1.checkpoint.model_source import resolve_model
+    from megatron_sr1.checkpoint.to_hf import compare_with_megatron, megatron_to_hf
     from megatron_sr1.errors import CheckpointError
-    from megatron_sr1.model.hf_config import read_hf_config
 
+    source, target = arguments.source, arguments.target
     found = resolve_model(source)
     if found.kind != "megatron":
         raise CheckpointError(f"{source} is a Hugging Face directory already; use hf-to-megatron")
-    _need_empty(target)
-    config = read_hf_config(found.hf_files)
-    chunks, groups = build(config, stored_dtype(found.weights))
-    tell("reading", found.weights)
-    load_model(chunks, found, config, groups, verify)
-    tell("writing", target)
-    save_hf(chunks, config, groups, found.hf_files, target)
+    if arguments.dry_run:
+        print("\n".join(rows(plan_to_hf(found))))
+        return
+    if not (arguments.verify and (target / "config.json").is_file()):
+        megatron_to_hf(found, target, arguments.checksums, report)
+    if arguments.verify:
+        compare_with_megatron(found, target, report)
 
 
-def build(config: Any, dtype: Any) -> tuple[list[Any], Any]:
-    """An empty model on one rank of the CPU, and its groups."""
-    from megatron_sr1.config import ParallelConfig
-    from megatron_sr1.model.qwen25_vl import build_model
-    from megatron_sr1.runtime import cpu
-    from megatron_sr1.runtime.device import Device, start_distributed
-    from megatron_sr1.runtime.groups import make_groups
+class Progress:
+    """Progress and rate: one line in place on a terminal, a line every few seconds elsewhere."""
 
-    device = Device("cpu")
-    start_distributed(device)
-    groups = make_groups(ParallelConfig(), device)
-    with cpu.megatron_mode():
-        return build_model(config, groups, dtype=dtype), groups
+    def __init__(self) -> None:
+        """Nothing was done yet."""
+        self.on_terminal = sys.stdout.isatty()
+        self.what, self.started, self.first_bytes, self.shown = "", 0.0, 0, 0.0
 
+    def __call__(self, what: str, done_bytes: int, total_bytes: int) -> None:
+        """Show how far it is."""
+        from megatron_sr1.checkpoint.files import size_text
 
-def source_dtype(directory: Path) -> Any:
-    """Type of all tensors of a Hugging Face directory; float32 holds a mixture without loss."""
-    import torch
-
-    from megatron_sr1.checkpoint.source import HFSource
-
-    types = {tensor.dtype for tensor in HFSource(directory).tensors.values()}
-    return types.pop() if len(types) == 1 else torch.float32
-
-
-def tell(what: str, path: Path) -> None:
-    """One line of progress, with the size of the files that are there."""
-    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    print(f"{what} {path}" + (f" ({size / 2**30:.2f} GiB)" if size else ""), flush=True)
-
-
-def _need_empty(target: Path) -> None:
-    from megatron_sr1.errors import CheckpointError
-
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise CheckpointError(f"{target} is there already; name a new or an empty folder")
+        now = time.monotonic()
+        if what != self.what:
+            self.what, self.started, self.first_bytes, self.shown = what, now, done_bytes, now
+        is_last = done_bytes == total_bytes
+        if now - self.shown < (0.2 if self.on_terminal else 5.0) and not is_last:
+            return
+        self.shown = now
+        rate = (done_bytes - self.first_bytes) / max(now - self.started, 1e-3)
+        line = f"{what}: {size_text(done_bytes)} of {size_text(total_bytes)}"
+        line += f", {size_text(int(rate))}/s"
+        line += "" if is_last or not rate else f", {(total_bytes - done_bytes) / rate:.0f} s left"
+        start = "\r" if self.on_terminal else ""
+        end = "" if self.on_terminal and not is_last else "\n"
+        print(f"{start}{line:<{76 if start else 0}}", end=end, flush=True)
 
 
 if __name__ == "__main__":

@@ -92,11 +92,11 @@ def save_checkpoint(
         def describe() -> None:
             if source_directory is not None:
                 HFSource(source_directory).copy_without_weights(partial / HF_FILES)
-            write_state(partial, step, groups, scheduler, state)
+            write_state(partial, step, layout_of(groups), scheduler, state)
 
         on_writer(groups, describe)
         write_manifest(partial, groups)
-        on_writer(groups, lambda: _publish(partial, target, keep_last))
+        on_writer(groups, lambda: publish_folder(partial, target, keep_last))
     except CheckpointError as error:
         if is_writer:  # its room is needed, if only to say what happened
             shutil.rmtree(partial, ignore_errors=True)
@@ -122,7 +122,7 @@ def _save_rng(path: Path) -> None:
     path.write_bytes(held.getvalue())  # torch's own writer does not say that a disk is full
 
 
-def _publish(partial: Path, target: Path, keep_last: int) -> None:
+def publish_folder(partial: Path, target: Path, keep_last: int) -> None:
     """Give a finished checkpoint its name, then point to it, then remove what is too old."""
     for folder in sorted(p for p in partial.rglob("*") if p.is_dir()):
         sync_directory(folder)

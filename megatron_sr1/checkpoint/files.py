@@ -65,6 +65,13 @@ def sync_directory(folder: Path) -> None:
         os.close(handle)
 
 
+def forget_pages(path: Path) -> None:
+    """Have a file on the disk be read from there next, and not from memory."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def size_text(num_bytes: int) -> str:
     """A size for people, as `3.1 GiB`."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):

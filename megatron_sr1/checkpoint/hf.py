@@ -7,7 +7,7 @@ a directory like the source's, with the chunks' weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +59,8 @@ def load_hf(
         _fill(entry, parameter, value)
 
 
-def _with_tied_copy(
-    weights: Iterator[tuple[str, torch.Tensor]], source: HFSource, hf_config: HFConfig
+def with_tied_copy(
+    weights: Iterable[tuple[str, torch.Tensor]], source: HFSource, hf_config: HFConfig
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The stream; after the embedding its copy, where the source keeps a tied output layer."""
     for name, tensor in weights:
@@ -196,7 +196,7 @@ def save_hf(
     check_target(source, target)
     weights = export_weights(chunks, hf_config, groups)
     if groups.world.rank == 0:
-        write_like(source, target, _with_tied_copy(weights, source, hf_config))
+        write_like(source, target, with_tied_copy(weights, source, hf_config))
     else:
         for _ in weights:
             pass

@@ -65,7 +65,7 @@ def write_like(source: HFSource, target: Path, weights: Iterable[tuple[str, torc
             stored = awaited.pop(name, None)
             if stored is None:
                 raise CheckpointError(f"{source.directory} has no tensor {name} to be written")
-            _write_tensor(files[stored.file], stored, tensor)
+            write_tensor(files[stored.file], stored, tensor)
         if awaited:
             raise CheckpointError(f"{target}: no values came for {', '.join(list(awaited)[:12])}")
         for file in files.values():
@@ -84,7 +84,12 @@ def replace_directory(new: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_tensor(file: BinaryIO, stored: StoredTensor, tensor: torch.Tensor) -> None:
+def write_tensor(file: BinaryIO, stored: StoredTensor, tensor: torch.Tensor) -> None:
+    """Write a tensor to its place in a weight file.
+
+    Raises:
+        CheckpointError: it is of another shape.
+    """
     if tuple(tensor.shape) != stored.shape:
         raise CheckpointError(
             f"{stored.name}: {list(tensor.shape)} came, {stored.file} has {list(stored.shape)}"

@@ -12,6 +12,7 @@ itself changes between the writing and the reading for its digest.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -26,8 +27,15 @@ MAX_BYTES = 64 * 2**20
 NUM_NAMED = 6  # files that an error names
 
 
-def write_manifest(folder: Path, groups: Groups) -> None:
+def write_manifest(
+    folder: Path, groups: Groups, known: Mapping[str, Measure] | None = None
+) -> None:
     """Measure all files of a folder and bring them to the disk; collective over all ranks.
+
+    Args:
+        folder: that all ranks have written to.
+        groups: the layout.
+        known: files that are on the disk and measured already.
 
     Raises:
         CheckpointError: on all ranks, if a file cannot be read or the disk is full.
@@ -36,10 +44,11 @@ def write_manifest(folder: Path, groups: Groups) -> None:
 
     def own() -> dict[str, Measure]:
         # Megatron-Core names a rank's files so; what is named otherwise is left to rank 0.
-        names = sorted(p.name for p in folder.glob(f"__{rank}_*")) + [f"rng_{rank}.pt"]
-        return {name: measure(folder / name, sync=True) for name in names}
+        mine = (f"__{rank}_*", f"rng_{rank}.pt")
+        names = sorted(p.name for pattern in mine for p in folder.glob(pattern))
+        return {name: measure(folder / name, sync=True) for name in names if name not in found}
 
-    found: dict[str, Measure] = {}
+    found: dict[str, Measure] = dict(known or {})
     for part in together(groups, own):
         found.update(part)
 

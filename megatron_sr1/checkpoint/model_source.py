@@ -98,10 +98,19 @@ def load_model(
     if source.kind == "huggingface":
         load_hf(chunks, source.weights, hf_config, groups)
     else:
-        has_state = (source.weights / STATE).is_file()
-        saved_with = read_state(source.weights)["format"] if has_state else 0
-        verify_folder(source.weights, groups, verify, saved_with)
+        verify_source(source, groups, verify)
         load_tensors(source.weights, chunks, None)
+
+
+def verify_source(source: ModelSource, groups: Groups, digests: bool) -> None:
+    """Compare a Megatron checkpoint with its manifest; collective over all ranks.
+
+    Raises:
+        CheckpointError: on all ranks: a file is not as it was saved.
+    """
+    has_state = (source.weights / STATE).is_file()
+    saved_with = read_state(source.weights)["format"] if has_state else 0
+    verify_folder(source.weights, groups, digests, saved_with)
 
 
 def fingerprint(source: ModelSource) -> str:

@@ -40,21 +40,21 @@ def layout_of(groups: Groups) -> dict[str, int]:
 
 
 def write_state(
-    folder: Path, step: int, groups: Groups, scheduler: Any, state: Mapping[str, Any]
+    folder: Path, step: int, layout: Mapping[str, int], scheduler: Any, state: Mapping[str, Any]
 ) -> None:
     """Write the file; on one rank.
 
     Args:
         folder: of the checkpoint.
         step: its number.
-        groups: the layout.
+        layout: as `layout_of` gives it; empty of a conversion, which has no ranks' generators.
         scheduler: Megatron's learning-rate schedule, or None.
         state: JSON values of the caller.
     """
     record = {
         "format": FORMAT,
         "step": step,
-        "layout": layout_of(groups),
+        "layout": dict(layout),
         "scheduler": None if scheduler is None else scheduler.state_dict(),
         "state": dict(state),
     }

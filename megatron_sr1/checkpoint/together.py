@@ -9,8 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch.distributed as dist
+
 from megatron_sr1.errors import CheckpointError
-from megatron_sr1.runtime.groups import Groups, gather_objects
+from megatron_sr1.runtime.device import Device, start_distributed
+from megatron_sr1.runtime.groups import Group, Groups, gather_objects
+
+
+def alone() -> Groups:
+    """Groups of one process that works on files: without Megatron, whose import takes seconds."""
+    device = Device("cpu")
+    start_distributed(device)
+    world = dist.group.WORLD
+    assert world is not None
+    one = Group.of(world)
+    assert one.size == 1, "a conversion is one process; start it without torchrun"
+    return Groups(one, one, one, one, one, one, collection=None, device=device)
 
 
 def together(groups: Groups, work: Callable[[], Any]) -> list[Any]:

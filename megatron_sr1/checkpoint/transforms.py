@@ -94,6 +94,16 @@ def join(entry: Entry, parts: Sequence[torch.Tensor], size: int = 1) -> torch.Te
     return parts[0]
 
 
+def assemble(entry: Entry, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A whole parameter from its published tensors."""
+    return join(entry, [part for t in tensors for part in t.chunk(entry.num_parts)])
+
+
+def disassemble(entry: Entry, parameter: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """The published tensors of a whole parameter, views of it where that can be."""
+    return _named(entry, split(entry, parameter))
+
+
 def split(entry: Entry, parameter: torch.Tensor, size: int = 1) -> list[torch.Tensor]:
     """The parts of a rank's parameter; undoes `join`."""
     if entry.form == "stacked":
@@ -124,6 +134,10 @@ def publish(entry: Entry, shards: Sequence[torch.Tensor]) -> list[tuple[str, tor
     else:
         by_rank = [split(entry, shard, len(shards)) for shard in shards]
         parts = [torch.cat(ranks, dim=entry.shard_dim) for ranks in zip(*by_rank, strict=True)]
+    return _named(entry, parts)
+
+
+def _named(entry: Entry, parts: Sequence[torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
     n = entry.num_parts
     whole = [torch.cat(parts[i : i + n]) if n > 1 else parts[i] for i in range(0, len(parts), n)]
     if entry.form == "vocabulary":

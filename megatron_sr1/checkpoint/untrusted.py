@@ -39,7 +39,7 @@ ALLOWED = {
 }
 # Newer releases of Megatron-Core keep the values of common.pt in this object instead.
 COMMON_OBJECT = "common_state/shard_0_1"
-_DAMAGE = (
+DAMAGE = (
     *(pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, IndexError),
     # A changed byte may ask for any length, any key, any depth and any module.
     *(MemoryError, OverflowError, KeyError, RecursionError, ImportError, AssertionError),
@@ -102,7 +102,7 @@ def check_folder(folder: Path) -> Any:
         raise CheckpointError(f"{error.filename}: no such file; the checkpoint is cut") from None
     except CheckpointError as error:
         raise CheckpointError(f"{path} is refused: {error}") from None
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise CheckpointError(f"{path}: damaged: {error}") from None
     if COMMON_OBJECT not in kinds:
         _check_pickle(str(folder / "common.pt"), folder / "common.pt")
@@ -121,6 +121,6 @@ def _check_pickle(name: str, file: Path | io.BytesIO) -> None:
     """Load something as plain values, or refuse it."""
     try:
         torch.load(file, map_location="cpu", weights_only=True)
-    except (*_DAMAGE, OSError, RuntimeError) as error:
+    except (*DAMAGE, OSError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{name} is refused or damaged: {reason}") from None

@@ -2,6 +2,8 @@
 
 Usage: checkpoint_ranks.py roundtrip OUT SOURCE:A,B ...    loads SOURCE under A and B, writes it to
                                                            OUT/NAME_OF_SOURCE/A and B
+       checkpoint_ranks.py resave OUT SOURCE:A,B ...       the same, and saves a checkpoint under A
+                                                           and B in OUT/NAME_OF_SOURCE/A.saved
        checkpoint_ranks.py resume OUT SOURCE A:B,C ...     trains and saves under A, resumes under
                                                            B and C; writes OUT/results.json
 A layout is TPxPP and letters: c two context-parallel ranks, s sequence parallel, p optimizer not
@@ -83,13 +85,21 @@ def load(config, groups):
     return chunks, hf_config, source
 
 
-def roundtrip(out, *plans):
+def roundtrip(out, *plans, resave=False):
     for plan in plans:
         source, layouts = plan.split(":")
         for layout in layouts.split(","):
             config, groups = start(layout, source)
-            chunks, hf_config, _ = load(config, groups)
-            save_hf(chunks, hf_config, groups, source, out / Path(source).name / layout)
+            chunks, hf_config, found = load(config, groups)
+            to = out / Path(source).name / layout
+            save_hf(chunks, hf_config, groups, found.hf_files, to)
+            if resave:
+                to, parts = to.with_name(f"{layout}.saved"), (chunks, None, None, groups)
+                save_checkpoint(to, 0, *parts, {}, source_directory=found.hf_files)
+
+
+def resave(out, *plans):
+    roundtrip(out, *plans, resave=True)
 
 
 def make_samples(processor):
@@ -173,7 +183,7 @@ def resume(out, source, *plans):
 def main():
     way, out, *rest = sys.argv[1:]
     start_distributed(select_device("cpu"), 120)
-    {"roundtrip": roundtrip, "resume": resume}[way](Path(out), *rest)
+    {"roundtrip": roundtrip, "resave": resave, "resume": resume}[way](Path(out), *rest)
     dist.destroy_process_group()
 
 

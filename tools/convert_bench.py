@@ -1,0 +1,221 @@
+"""Measure the conversion of a model of any shape: rate against copying, peak memory, round trip.
+
+In: a model's config.json, published or made up. Random weights are made for it, in files as they
+are published, then converted there and back by tools/convert_checkpoint.py, each way between two
+copies of the files that it reads, to the same disk. Before each of these the files are dropped
+from memory, after each they are brought to the disk. What is made is removed again.
+
+    python tools/convert_bench.py tests/published/qwen25vl_3b.json --directory /data/bench
+"""
+
+from __future__ import annotations
+
+import argparse
+import filecmp
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+TOOL = ROOT / "tools" / "convert_checkpoint.py"
+GIB = 2**30
+PUBLISHED_FILE_BYTES = 4 * 10**9  # gives the 2, 5, 18 and 38 files of the published sizes
+BLOCK_BYTES = 2**24
+
+
+def write_random_model(
+    directory: Path, config_path: Path, max_file_bytes: int, dtype: str = "BF16", seed: int = 0
+) -> None:
+    """Write a model directory with random finite weights and no tokenizer.
+
+    Args:
+        directory: new.
+        config_path: becomes its config.json.
+        max_file_bytes: of tensors in a weight file.
+        dtype: BF16 or F32.
+        seed: of the weights.
+    """
+    from megatron_sr1.checkpoint.mapping import entries
+    from megatron_sr1.model.hf_config import read_hf_config
+
+    directory.mkdir(parents=True)
+    shutil.copyfile(config_path, directory / "config.json")
+    itemsize = {"BF16": 2, "F32": 4}[dtype]
+    files: list[dict[str, tuple[int, ...]]] = []
+    room = 0
+    for entry in entries(read_hf_config(directory)):
+        for name, shape in zip(entry.hf_names, entry.hf_shapes, strict=True):
+            size = int(np.prod(shape)) * itemsize
+            if size > room:
+                files.append({})
+                room = max_file_bytes
+            files[-1][name] = shape
+            room -= size
+    generator = np.random.Generator(np.random.SFC64(seed))
+    weight_map = {}
+    for number, tensors in enumerate(files, 1):
+        name = f"model-{number:05}-of-{len(files):05}.safetensors"
+        weight_map.update(dict.fromkeys(tensors, name))
+        _write_random_file(directory / name, tensors, dtype, itemsize, generator)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+def _write_random_file(
+    path: Path,
+    tensors: dict[str, tuple[int, ...]],
+    dtype: str,
+    itemsize: int,
+    generator: np.random.Generator,
+) -> None:
+    header, end = {}, 0
+    for name, shape in tensors.items():
+        begin, end = end, end + int(np.prod(shape)) * itemsize
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    finite = 0xBFFFBFFFBFFFBFFF if itemsize == 2 else 0xBFFFFFFFBFFFFFFF
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        while end:
+            size = min(end, BLOCK_BYTES)
+            values = generator.integers(0, 2**64, -(-size // 8), dtype=np.uint64) & finite
+            file.write(values.tobytes()[:size])
+            end -= size
+
+
+def busy_seconds(who: int) -> float:
+    """CPU seconds so far of this process (RUSAGE_SELF) or of those that it started and that ended.
+
+    Unlike the time that goes by they do not depend on what else the machine does.
+    """
+    used = resource.getrusage(who)
+    return used.ru_utime + used.ru_stime
+
+
+def run_watched(command: list[str]) -> tuple[float, int]:
+    """Run a command that must succeed; returns its seconds and the most anonymous bytes it held."""
+    started, peak = time.monotonic(), 0
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    output: list[str] = []
+    assert process.stdout is not None
+    reader = threading.Thread(target=output.extend, args=(process.stdout,))
+    reader.start()
+    status = Path(f"/proc/{process.pid}/status")
+    while process.poll() is None:
+        # The kernel's own counter: reading smaps would walk all pages, and hold the process up.
+        for line in status.read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                peak = max(peak, int(line.split()[1]) * 1024)
+        time.sleep(0.01)
+    seconds = time.monotonic() - started
+    reader.join()
+    if process.returncode:
+        raise RuntimeError(f"{command} left with {process.returncode}: {''.join(output)}")
+    return seconds, peak
+
+
+def copy_files(source: Path, target: Path) -> float:
+    """Copy a folder's files to the disk and remove the copy; returns the copying's seconds."""
+    from megatron_sr1.checkpoint.files import forget_pages
+
+    forget(source)
+    started = time.monotonic()
+    for path in files_under(source):
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+        forget_pages(copy)  # and so it is on the disk
+    seconds = time.monotonic() - started
+    shutil.rmtree(target)
+    return seconds
+
+
+def forget(folder: Path) -> None:
+    """Drop a folder's files from memory."""
+    from megatron_sr1.checkpoint.files import forget_pages
+
+    for path in files_under(folder):
+        forget_pages(path)
+
+
+def files_under(folder: Path) -> Iterator[Path]:
+    """All files, also in its folders."""
+    return (path for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+def measure_way(way: str, source: Path, target: Path) -> dict[str, float]:
+    """Convert between two copies of the source; rates count the source's bytes."""
+    num_bytes = sum(path.stat().st_size for path in files_under(source))
+    before = busy_seconds(resource.RUSAGE_SELF), busy_seconds(resource.RUSAGE_CHILDREN)
+    copies = [copy_files(source, target.with_name("copy"))]
+    forget(source)
+    seconds, peak_bytes = run_watched([sys.executable, str(TOOL), way, str(source), str(target)])
+    copies.append(copy_files(source, target.with_name("copy")))
+    copy_seconds = sum(copies) / len(copies)
+    copy_busy = (busy_seconds(resource.RUSAGE_SELF) - before[0]) / len(copies)
+    busy = busy_seconds(resource.RUSAGE_CHILDREN) - before[1]
+    print(
+        f"{way}: {num_bytes / GIB:.2f} GiB in {seconds:.1f} s, {num_bytes / seconds / 2**20:.0f} "
+        f"MiB/s; copies {copies[0]:.1f} and {copies[1]:.1f} s, "
+        f"{num_bytes / copy_seconds / 2**20:.0f} MiB/s; ratio {copy_seconds / seconds:.2f}; peak "
+        f"anonymous memory {peak_bytes / 2**20:.0f} MiB; CPU {busy:.1f} s, "
+        f"a copy {copy_busy:.1f} s",
+        flush=True,
+    )
+    return {
+        "bytes": num_bytes,
+        "seconds": seconds,
+        "copy_seconds": copy_seconds,
+        "ratio": copy_seconds / seconds,
+        "peak_anonymous_bytes": peak_bytes,
+        "cpu_seconds": busy,
+        "copy_cpu_seconds": copy_busy,
+    }
+
+
+def measure(config_path: Path, folder: Path, max_file_bytes: int) -> dict[str, object]:
+    """Make a model, convert it both ways, compare; all within a new folder."""
+    hf, megatron, again = folder / "hf", folder / "megatron", folder / "again"
+    report: dict[str, object] = {"config": config_path.name}
+    write_random_model(hf, config_path, max_file_bytes)
+    print(f"made {len(list(hf.glob('*.safetensors')))} files of weights", flush=True)
+    report["hf-to-megatron"] = measure_way("hf-to-megatron", hf, megatron)
+    report["megatron-to-hf"] = measure_way("megatron-to-hf", megatron, again)
+    names = [path.relative_to(hf).as_posix() for path in files_under(hf)]
+    same, *different = filecmp.cmpfiles(hf, again, names, shallow=False)
+    report["round_trip_is_bitwise"] = not any(different) and len(same) == len(names)
+    print(f"round trip bitwise: {report['round_trip_is_bitwise']} ({len(same)} files)", flush=True)
+    return report
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", type=Path, help="config.json of the model")
+    parser.add_argument("--directory", type=Path, required=True, help="new folder on the disk")
+    parser.add_argument("--file-bytes", type=int, default=PUBLISHED_FILE_BYTES)
+    parser.add_argument("--output", type=Path, help="JSON file for the numbers")
+    arguments = parser.parse_args(argv)
+    arguments.directory.mkdir(parents=True)
+    try:
+        report = measure(arguments.config, arguments.directory, arguments.file_bytes)
+    finally:
+        shutil.rmtree(arguments.directory)
+    if arguments.output:
+        arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+    return 0 if report["round_trip_is_bitwise"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
