@@ -121,12 +121,15 @@ class RewardConfig:
 
     recipe: str = "vision_sr1"
     """vision_sr1 | see_think (same spans, no self-reward) | vision_r1 (think and answer)."""
+    function: str = ""
+    """FILE.py:NAME of a function that judges answers in place of the grader, from 0 to 1, those of
+    pass 1 and pass 2 alike (docs/reward.md); empty: the grader."""
     accuracy_weight: float = 0.9
-    """Pays a right pass-1 answer."""
+    """Pays a right pass-1 answer: times 0 or 1, or what reward.function gave."""
     format_weight: float = 0.1
     """Pays the recipe's form."""
     self_reward_weight: float = 1.0
-    """Pays a right pass-2 answer (vision_sr1)."""
+    """Pays a right pass-2 answer (vision_sr1), in the same way."""
     pay_leaks: bool = True
     """False: a description that states the answer as a verdict earns no self-reward."""
     grader_timeout_seconds: float = 5.0

@@ -116,15 +116,19 @@ class Rollout:
     weight_version: int
 
 
+RIGHT_FROM = 0.5
+"""A verdict from here on counts as right in tables; the grader's are 0 and 1."""
+
+
 @dataclass(frozen=True)
 class Reward:
     """Verdicts on one rollout and their sum.
 
     Attributes:
-        accuracy: pass-1 answer right, 0 or 1.
+        accuracy: pass-1 answer right, 0 or 1; from 0 to 1 by a function of the user's.
         format: response has the recipe's form, 0 or 1.
-        self_reward: pass-2 answer right, 0 or 1; None where there is no pass 2 by design (a
-            text-only sample, a recipe without it), 0 where the description is missing.
+        self_reward: pass-2 answer right, in the same way; None where there is no pass 2 by design
+            (a text-only sample, a recipe without it), 0 where the description is missing.
         leak: the description states the answer as a verdict.
         total: the recipe's weighted sum.
         answer: answer read from pass 1, None if there is none.

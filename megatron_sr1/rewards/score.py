@@ -4,18 +4,21 @@ In: a response, its gold answer, its description, what was read from that. Out: 
 Source: Vision-SR1 (arXiv 2508.19652 v1, section 3.2): accuracy, format and self-reward, weighted
 and added. Unlike its code, a response without a description has no second pass and no
 self-reward, a description that states the answer is flagged, and a grader that breaks raises.
+Answers are judged by the grader (accuracy.py) or by a function of the user's (own.py).
 """
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Mapping
 from types import TracebackType
+from typing import Any
 
 from megatron_sr1.errors import ConfigError, GradingError
 from megatron_sr1.records import Reward
 from megatron_sr1.rewards.accuracy import is_right
 from megatron_sr1.rewards.format import BLOCKS, has_form
 from megatron_sr1.rewards.leakage import states_answer
+from megatron_sr1.rewards.own import OwnReward
 from megatron_sr1.rewards.parsing import find_answer
 from megatron_sr1.rewards.worker import MathWorker
 
@@ -32,6 +35,7 @@ class Scorer:
         self_reward_weight: float = 1.0,
         pay_leaks: bool = True,
         grader_timeout_seconds: float = 5.0,
+        own: OwnReward | None = None,
     ) -> None:
         """Take the weights; the grading process starts when algebra is first needed.
 
@@ -42,6 +46,7 @@ class Scorer:
             self_reward_weight: pays a right reading, in recipe vision_sr1 only.
             pay_leaks: False takes the self-reward from descriptions that state the answer.
             grader_timeout_seconds: one comparison may take so long.
+            own: judges answers in place of the grader.
 
         Raises:
             ConfigError: unknown recipe.
@@ -51,7 +56,7 @@ class Scorer:
         self._recipe = recipe
         self._accuracy_weight, self._format_weight = accuracy_weight, format_weight
         self._self_reward_weight = self_reward_weight if recipe == "vision_sr1" else 0.0
-        self._pay_leaks = pay_leaks
+        self._pay_leaks, self._own = pay_leaks, own
         self._worker = MathWorker(grader_timeout_seconds)
 
     def score(
@@ -63,6 +68,7 @@ class Scorer:
         description: str | None,
         reading_text: str | None,
         has_image: bool,
+        metadata: Mapping[str, Any] | None = None,
     ) -> Reward:
         """Judge one rollout.
 
@@ -77,27 +83,44 @@ class Scorer:
             description: of the response, None if it has none.
             reading_text: pass 2, None if it did not run.
             has_image: whether the sample has images; without, there is nothing to describe.
+            metadata: further columns of the sample, for a function of the user's.
 
         Raises:
             GradingLimit: a comparison ran out of time or memory.
             GradingError: no gold answer, or the grader broke.
         """
-        compare = partial(self._worker.equal, sample_name=sample_name)
+
+        def judge(text: str) -> float:
+            if self._own is None:
+                return float(is_right(text, gold, question, compare))
+            return self._own(
+                sample_name,
+                response=text,
+                gold=gold,
+                question=question,
+                description=description,
+                metadata=dict(metadata or {}),
+            )
+
+        def compare(gold: str, answer: str) -> bool:
+            return self._worker.equal(gold, answer, sample_name)
+
         try:
-            accuracy = is_right(response_text, gold, question, compare)
+            accuracy = judge(response_text)
             self_reward: float | None = None
             if has_image and description is None and self._recipe == "vision_sr1":
                 self_reward, reading_text = 0.0, None
             elif has_image and description is not None and reading_text is not None:
-                self_reward = float(is_right(reading_text, gold, question, compare))
+                self_reward = judge(reading_text)
             leak = description is not None and states_answer(description, gold, question)
         except GradingError as error:
             named = str(error).startswith(sample_name)
-            raise type(error)(str(error) if named else f"{sample_name}: {error}") from None
+            message = str(error) if named else f"{sample_name}: {error}"
+            raise type(error)(message) from error.__cause__
         form = has_form(response_text, self._recipe)
         paid = 0.0 if leak and not self._pay_leaks else self_reward or 0.0
         return Reward(
-            accuracy=float(accuracy),
+            accuracy=accuracy,
             format=float(form),
             self_reward=self_reward,
             leak=leak,

@@ -11,6 +11,7 @@ from megatron_sr1.config import Config
 from megatron_sr1.data.shards import ShardReader
 from megatron_sr1.errors import SR1Error
 from megatron_sr1.model.hf_config import read_hf_config
+from megatron_sr1.rewards.own import OwnReward
 
 
 def dry_run(config: Config) -> str:
@@ -28,6 +29,9 @@ def dry_run(config: Config) -> str:
         lines += [f"train data  {_data(config.data.train)}", f"layout      {_layout(config)}"]
         lines.append(f"steps       {_steps(config)}")
     if config.stage != "sft":
+        if config.reward.function:
+            OwnReward(config.reward.function)
+            lines.append(f"reward      answers judged by {config.reward.function}, loaded")
         lines.append(f"eval data   {_data(config.data.eval)}")
         rollout = config.rollout
         lines.append(
