@@ -220,6 +220,10 @@ class LoggingConfig:
     """Save rollouts/step_N.jsonl."""
     progress: bool = True
     """Progress bar on a terminal."""
+    profile_steps: list[int] = field(default_factory=list)
+    """First and last step, from 1, that torch.profiler records into profile/; empty: none."""
+    profile_ranks: list[int] = field(default_factory=lambda: [0])
+    """Ranks that record, each into a file of its own."""
 
 
 @dataclass
