@@ -40,7 +40,14 @@ setup(
         ],
         # nemo-run's pins clash with vLLM's: an environment of its own.
         "slurm": ["nemo-run==0.11.1"],
-        "dev": ["pytest>=9", "hypothesis>=6.150", "ruff>=0.14", "mypy>=1.18"],
+        "dev": [
+            "pytest>=9",
+            "hypothesis>=6.150",
+            "ruff>=0.14",
+            "mypy>=1.18",
+            "sphinx>=8.2,<10",
+            "myst-parser>=4,<6",
+        ],
     },
     entry_points={"console_scripts": ["megatron-sr1 = megatron_sr1.cli:main"]},
     license="Apache-2.0",

@@ -1,5 +1,8 @@
 """A user's reward function: what it is given, what it may return, and that no failure scores 0."""
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -144,6 +147,23 @@ def test_graded_rewards_count_as_right_from_one_half(tmp_path):
     lines = [evaluation_line(s, Texts().example(2)) for s in scored]
     assert [line["shortcut"] for line in lines] == [0, 1, 0]
     assert rates(lines)["accuracy"] == pytest.approx(0.6)
+
+
+def test_a_function_that_hangs_ends_at_the_phases_deadline(tmp_path):
+    (tmp_path / "mine.py").write_text("def reward(**given):\n    while True:\n        pass\n")
+    program = (
+        "from megatron_sr1.rewards.own import OwnReward\n"
+        "from megatron_sr1.runtime import failure\n"
+        f"reward = OwnReward({str(tmp_path / 'mine.py:reward')!r})\n"
+        f"with failure.guard({str(tmp_path)!r}, 0, 1), failure.deadline('reward', 0.5):\n"
+        f"    reward('s', **{GIVEN!r})\n"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "reward took longer than its deadline of 0.5 s" in done.stderr
+    stacks = (tmp_path / "stacks" / "rank_0.txt").read_text()
+    assert re.search(r'mine.py", line [23] in reward', stacks)
 
 
 def test_a_dry_run_loads_the_function_and_a_start_wants_its_file(tmp_path, capsys):
