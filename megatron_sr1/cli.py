@@ -69,7 +69,15 @@ def build_parser() -> argparse.ArgumentParser:
         plan.add_argument(f"--{name}-tokens", type=float, metavar="N", help=f"mean {text}")
     report = commands.add_parser("report", help="write a run's HTML report again")
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    commands.add_parser("doctor", help="what is installed, what would run, what to do")
+    doctor = commands.add_parser("doctor", help="what is installed, what would run, what to do")
+    doctor.add_argument(
+        "--distributed",
+        action="store_true",
+        help="under torchrun or srun: links, clocks, files and versions of all ranks",
+    )
+    doctor.add_argument(
+        "--output", type=Path, default=Path("runs"), metavar="DIR", help="run folder to try"
+    )
     return parser
 
 
@@ -104,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return plan_command(arguments)
         if arguments.command == "report":
             return report_command(arguments.run_dir)
+        if arguments.distributed:
+            return doctor_distributed_command(arguments.output)
         return doctor_command()
     except SR1Error as error:
         sys.stdout.flush()
@@ -236,6 +246,26 @@ def doctor_command() -> int:
 
     text, can_train = examine()
     print(text)
+    return 0 if can_train else 1
+
+
+def doctor_distributed_command(run_dir: Path) -> int:
+    """`doctor --distributed`: one of the ranks; the first one speaks."""
+    from megatron_sr1.launch import torchrun
+
+    joined = torchrun.joined(os.environ)
+    if joined is None:
+        raise ConfigError(
+            "doctor --distributed is for the ranks of a launch: start it as "
+            "`torchrun --nproc-per-node N -m megatron_sr1 doctor --distributed`, or with srun"
+        )
+    os.environ.update(joined)
+    configure_logging("warning")
+    from megatron_sr1.doctor_distributed import examine_together
+
+    text, can_train = examine_together(run_dir)
+    if os.environ["RANK"] == "0":
+        print(text)
     return 0 if can_train else 1
 
 

@@ -131,12 +131,15 @@ class RewardConfig:
 
     recipe: str = "vision_sr1"
     """vision_sr1 | see_think (same spans, no self-reward) | vision_r1 (think and answer)."""
+    function: str = ""
+    """FILE.py:NAME of a function that judges answers in place of the grader, from 0 to 1, those of
+    pass 1 and pass 2 alike (docs/reward.md); empty: the grader."""
     accuracy_weight: float = 0.9
-    """Pays a right pass-1 answer."""
+    """Pays a right pass-1 answer: times 0 or 1, or what reward.function gave."""
     format_weight: float = 0.1
     """Pays the recipe's form."""
     self_reward_weight: float = 1.0
-    """Pays a right pass-2 answer (vision_sr1)."""
+    """Pays a right pass-2 answer (vision_sr1), in the same way."""
     likelihood: str = "per_token"
     """rollout.pass2_mode=likelihood, log p of the gold answer's tokens as a number in [0, 1]:
     per_token (exp of the mean) | probability (exp of the sum) | linear (1 + sum /
@@ -267,6 +270,10 @@ class LoggingConfig:
     """Save rollouts/step_N.jsonl."""
     progress: bool = True
     """Progress bar on a terminal."""
+    profile_steps: list[int] = field(default_factory=list)
+    """First and last step, from 1, that torch.profiler records into profile/; empty: none."""
+    profile_ranks: list[int] = field(default_factory=lambda: [0])
+    """Ranks that record, each into a file of its own."""
 
 
 @dataclass

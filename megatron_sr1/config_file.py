@@ -186,6 +186,7 @@ def validate(config: Config) -> None:
         if _get(config, key) < 0:
             raise ConfigError(f"{key} is {_get(config, key)}; expected 0 or more")
     _validate_memory(config)
+    _validate_profile(config)
     if config.stage != "sft":
         _validate_rollout(config)
 
@@ -210,6 +211,17 @@ def _validate_memory(config: Config) -> None:
         raise ConfigError(
             f"optimizer.beta2={optimizer.beta2} with optimizer.state=bfloat16: a second moment in "
             f"bfloat16 cannot shrink by less than 2^-8 of itself; set {LARGEST_BETA2} or less"
+        )
+
+
+def _validate_profile(config: Config) -> None:
+    steps, num_steps = config.logging.profile_steps, config.optimizer.num_steps
+    if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
+        raise ConfigError(f"logging.profile_steps is {steps}; expected [first, last], from 1")
+    if steps and config.stage != "eval" and steps[0] > num_steps:
+        raise ConfigError(
+            f"logging.profile_steps={steps} begins after the last step, optimizer.num_steps="
+            f"{num_steps}"
         )
 
 

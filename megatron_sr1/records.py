@@ -141,14 +141,19 @@ class Rollout:
     question_only: Reading | None = None
 
 
+RIGHT_FROM = 0.5
+"""A verdict from here on counts as right in tables; the grader's are 0 and 1."""
+
+
 @dataclass(frozen=True)
 class Reward:
     """Verdicts on one rollout and their sum.
 
     Attributes:
-        accuracy: pass-1 answer right, 0 or 1.
+        accuracy: pass-1 answer right, 0 or 1; from 0 to 1 by a function of the user's.
         format: response has the recipe's form, 0 or 1.
-        self_reward: share of the pass-2 answers that are right, or the gold answer's likelihood as
+        self_reward: share of the pass-2 answers that are right (of what a function of the
+            user's gave them), or the gold answer's likelihood as
             a number in [0, 1], less what the question alone leads to, if that is asked for; None
             where there is no pass 2 by design (a text-only sample, a recipe without it), 0 where
             the description is missing.

@@ -24,7 +24,9 @@ from megatron_sr1.data.packing import pack_samples
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.errors import ConfigError, DataError, GradingError
 from megatron_sr1.model.row_split import sequence_multiple
-from megatron_sr1.observability.metrics import MetricsFile, PhaseTimer, memory_metrics
+from megatron_sr1.observability.memory import PeakMemory
+from megatron_sr1.observability.metrics import MetricsFile, PhaseTimer
+from megatron_sr1.observability.profiler import StepProfiler
 from megatron_sr1.observability.sinks import Sink, make_sinks
 from megatron_sr1.records import PackedBatch, TrainSample
 from megatron_sr1.runtime import failure, leaving
@@ -58,7 +60,14 @@ class Context:
         self.run_dir = Path(config.output)
         self.step = 0
         self.is_leaving = False
-        self.timer = PhaseTimer()
+        self.timer, self._memory = PhaseTimer(), PeakMemory()
+        rank, logged = groups.world.rank, config.logging
+        self._profiler = StepProfiler(
+            logged.profile_steps if rank in logged.profile_ranks else (),
+            config.optimizer.num_steps,
+            self.run_dir,
+            rank,
+        )
         self.skipped = 0
         self.ungraded = 0
         self._newly_skipped = 0
@@ -87,12 +96,17 @@ class Context:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a phase, and end the run if it outlasts its deadline."""
+        """Time a phase, note its memory, and end the run if it outlasts its deadline."""
         launch = self.config.launch
         seconds = (
             launch.setup_deadline_seconds if name == "setup" else launch.phase_deadline_seconds
         )
-        with self.timer.phase(name), failure.deadline(name, seconds):
+        with (
+            self.timer.phase(name),
+            self._memory.phase(name),
+            torch.profiler.record_function(name),
+            failure.deadline(name, seconds),
+        ):
             yield
 
     def pack(self, chosen: Sequence[TrainSample], samples: Samples) -> list[PackedBatch]:
@@ -210,6 +224,7 @@ class Context:
             self._metrics = MetricsFile(self.run_dir / "metrics.jsonl")
             self._metrics.keep_until(self.config.stage, self.step)
             self._sinks = make_sinks(self.config, self.run_dir, self.step)
+        self._profiler.begin(self.step + 1)
 
     def _check_origin(self, state: Mapping[str, Any]) -> None:
         """Refuse the state of another stage or model; the KL reference is read from model.path."""
@@ -236,8 +251,10 @@ class Context:
         """
         self.step += 1
         times = self.timer.take()
+        with failure.deadline("profile", self.config.launch.phase_deadline_seconds):
+            self._profiler.end(self.step)
         if self._metrics is not None:
-            told = {**values, "data/skipped": self.skipped, **times, **memory_metrics()}
+            told = {**values, "data/skipped": self.skipped, **times, **self._memory.take()}
             self._metrics.append(self.step, stage, told)
             with failure.deadline("log", self.config.launch.phase_deadline_seconds):
                 for sink in self._sinks:
@@ -250,6 +267,8 @@ class Context:
                 self.save(actor)
         if asked:
             self._leave()
+        else:
+            self._profiler.begin(self.step + 1)
 
     def _leave(self) -> None:
         """After the save: the stage's loop ends, and whoever started the job learns of it."""

@@ -13,6 +13,7 @@ from megatron_sr1.errors import SR1Error
 from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.planning.layout import configured, divides
 from megatron_sr1.planning.memory import static_memory
+from megatron_sr1.rewards.own import OwnReward
 
 
 def dry_run(config: Config) -> str:
@@ -30,6 +31,9 @@ def dry_run(config: Config) -> str:
         lines += [f"train data  {_data(config.data.train)}", f"layout      {_layout(config)}"]
         lines += [f"memory      {_memory(config)}", f"steps       {_steps(config)}"]
     if config.stage != "sft":
+        if config.reward.function:
+            OwnReward(config.reward.function)
+            lines.append(f"reward      answers judged by {config.reward.function}, loaded")
         lines.append(f"eval data   {_data(config.data.eval)}")
         rollout = config.rollout
         lines.append(

@@ -16,6 +16,7 @@ from megatron_sr1.config import Config, LaunchConfig
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.model.hf_config import HFConfig, read_hf_config
 from megatron_sr1.model.qwen25_vl import build_model
+from megatron_sr1.rewards.own import OwnReward
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.runtime import cpu, failure
@@ -148,4 +149,5 @@ def make_scorer(config: Config, recipe: str | None = None) -> Scorer:
         likelihood=reward.likelihood,
         likelihood_nats=reward.likelihood_nats,
         grader_timeout_seconds=reward.grader_timeout_seconds,
+        own=OwnReward(reward.function) if reward.function else None,
     )
