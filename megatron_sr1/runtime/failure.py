@@ -167,7 +167,7 @@ class FailureWatch:
         return None
 
     def see_others(self) -> None:
-        """Look once, when all ranks have met, so that one killed before the next poll is missed."""
+        """Look once, when all ranks have met: one killed before the next poll is named then too."""
         self._presence.gone()
 
     def _terminated(self) -> bool:

@@ -9,6 +9,7 @@ import pytest
 
 from megatron_sr1.cli import main
 from megatron_sr1.errors import ConfigError, GradingError
+from megatron_sr1.records import Completion, Reading
 from megatron_sr1.rewards.own import ARGUMENTS, OwnReward
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.trainer.scoring import Scored, evaluation_line, rates, reward_means
@@ -28,6 +29,10 @@ GIVEN = {
 }
 
 
+def reading(text: str) -> Reading:
+    return Reading((Completion((1,), (), text, "stop"),))
+
+
 def own(tmp_path, body: str) -> OwnReward:
     file = tmp_path / "mine.py"
     file.write_text(f"def reward(response, gold, **rest):\n    {body}\n")
@@ -44,7 +49,7 @@ def test_the_example_pays_what_is_near():
 
 def test_it_judges_both_passes_in_place_of_the_grader():
     with Scorer("vision_sr1", own=OwnReward(f"{EXAMPLE}:closeness")) as scorer:
-        reward = scorer.score("s", RESPONSE, "14", "sum?", "3 5 6", READING, True)
+        reward = scorer.score("s", RESPONSE, "14", "sum?", "3 5 6", reading(READING), True)
     assert (reward.accuracy, reward.self_reward) == (pytest.approx(0.8), 1.0)
     assert reward.total == pytest.approx(0.9 * 0.8 + 0.1 + 1.0)
     assert (reward.answer, reward.reading_answer) == ("12", "14")
@@ -62,7 +67,9 @@ def test_it_is_given_the_sample_and_cannot_change_it(tmp_path):
     function = OwnReward(f"{file}:reward")
     metadata = {"source": "train"}
     with Scorer("vision_sr1", own=function) as scorer:
-        scorer.score("s", RESPONSE, "14", "sum?", "3 5 6", READING, True, metadata)
+        scorer.score(
+            "s", RESPONSE, "14", "sum?", "3 5 6", reading(READING), True, metadata=metadata
+        )
     first, second = function._call.__globals__["seen"]
     assert tuple(first) == ARGUMENTS and metadata == {"source": "train"}
     assert first == {
@@ -137,8 +144,8 @@ def test_graded_rewards_count_as_right_from_one_half(tmp_path):
     with Scorer("vision_sr1", own=OwnReward(f"{EXAMPLE}:closeness")) as scorer:
         for answer, read in ((12, 14), (14, 2), (2, 14)):  # 0.8 and 1, 1 and 0, 0 and 1
             response = RESPONSE.replace("12", str(answer))
-            reading = READING.replace("14", str(read))
-            reward = scorer.score("s", response, "14", "q", "3 5 6", reading, True)
+            heard = reading(READING.replace("14", str(read)))
+            reward = scorer.score("s", response, "14", "q", "3 5 6", heard, True)
             scored.append(Scored(group(2, str(answer))[0], reward))
     means = reward_means(scored)
     assert means["reward/accuracy"] == pytest.approx(0.6)
