@@ -14,8 +14,8 @@ from megatron_sr1.rollout.two_pass import roll_out
 from megatron_sr1.runtime.seeds import request_seed
 from megatron_sr1.trainer import scoring
 from megatron_sr1.trainer.context import Context
-from megatron_sr1.trainer.grpo import pass2_settings, read_prompts
 from megatron_sr1.trainer.samples import Samples
+from megatron_sr1.trainer.sampling import pass2_settings, read_prompts
 
 
 def evaluate(
