@@ -39,7 +39,7 @@ from megatron_sr1.model.hf_config import read_hf_config  # noqa: E402
 from megatron_sr1.model.row_split import sequence_multiple  # noqa: E402
 from megatron_sr1.records import TrainSample  # noqa: E402
 from megatron_sr1.runtime.device import select_device, start_distributed  # noqa: E402
-from megatron_sr1.runtime.groups import make_groups  # noqa: E402
+from megatron_sr1.runtime.groups import destroy_groups, make_groups  # noqa: E402
 from megatron_sr1.runtime.seeds import seed_everything  # noqa: E402
 from megatron_sr1.trainer.actor import make_actor  # noqa: E402
 from megatron_sr1.trainer.step import update  # noqa: E402
@@ -63,9 +63,8 @@ def start(layout, source):
             "optimizer.warmup_steps=3",
         ],
     )
-    from megatron.core import parallel_state
 
-    parallel_state.destroy_model_parallel()
+    destroy_groups()
     groups = make_groups(config.parallel, select_device("cpu"))
     seed_everything(1, groups)
     return config, groups
