@@ -1,4 +1,4 @@
-"""The table of `make layouts`, for one layout; the whole takes ten minutes."""
+"""The table of `make layouts`; every layout within its bound."""
 
 import subprocess
 import sys
@@ -13,14 +13,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
-def test_virtual_stages_stand_in_the_table_with_gaps_within_the_bound():
-    command = [sys.executable, "tools/layouts.py", "--only", "TP2 + SP x PP2 x VPP2"]
+def test_every_layout_is_in_the_table_with_gaps_within_the_bound():
+    command = [sys.executable, "tools/layouts.py"]
     done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False
+        command, cwd=ROOT, capture_output=True, text=True, timeout=1800, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "| TP2 + SP x PP2 x VPP2 | 8 |" in done.stdout
-    assert "8 of 8 within 1e-05" in done.stdout
+    assert "104 of 104 within 1e-05" in done.stdout
 
 
 def test_the_farthest_tensor_is_named_and_nothing_hides_behind_nan():
