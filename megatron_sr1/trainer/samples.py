@@ -28,6 +28,7 @@ class Samples:
         processor: tokenizer and image processor.
         recipe: reward recipe, which chooses the instruction.
         style: prompt style.
+        pass2_order: whether question or description comes first in pass 2.
         max_prompt_tokens: longer prompts and conversations are a `DataError`.
 
     Raises:
@@ -41,6 +42,7 @@ class Samples:
         *,
         recipe: str,
         style: str,
+        pass2_order: str,
         max_prompt_tokens: int,
     ) -> None:
         """Open the shards."""
@@ -52,6 +54,7 @@ class Samples:
         self.reader = ShardReader(directory)
         self.processor = processor
         self._recipe, self._style, self._limit = recipe, style, max_prompt_tokens
+        self._pass2_order = pass2_order
         self._prompts: dict[int, Prompt] = {}
         self._pixels: dict[int, VisionInputs] = {}
 
@@ -79,7 +82,8 @@ class Samples:
 
     def reading_prompt(self, prompt: Prompt, description: str) -> tuple[int, ...]:
         """Token ids of the text-only pass-2 prompt."""
-        messages = pass2_messages(prompt.example.question, description, self._style)
+        question = prompt.example.question
+        messages = pass2_messages(question, description, self._style, self._pass2_order)
         return self.processor.encode_text(messages)
 
     def gold_answer(self, prompt: Prompt) -> tuple[tuple[int, ...], tuple[int, ...]]:
