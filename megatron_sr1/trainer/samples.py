@@ -55,6 +55,7 @@ class Samples:
         self.processor = processor
         self._recipe, self._style, self._limit = recipe, style, max_prompt_tokens
         self._pass2_order = pass2_order
+        self._examples: dict[int, Example] = {}
         self._prompts: dict[int, Prompt] = {}
         self._pixels: dict[int, VisionInputs] = {}
 
@@ -64,7 +65,9 @@ class Samples:
 
     def example(self, index: int) -> Example:
         """Text of a sample."""
-        return self.reader.example(index)
+        if index not in self._examples:
+            self._examples[index] = self.reader.example(index)
+        return self._examples[index]
 
     def prompt(self, index: int) -> Prompt:
         """Pass-1 prompt of a sample, with its images."""
@@ -127,7 +130,8 @@ class Samples:
         return self.processor.encode_conversation(example, images, self._limit)
 
     def forget(self) -> None:
-        """Let go of prompts and pixels: after a step they are not asked for again for long."""
+        """Let go of what was read: after a step it is not asked for again for long."""
+        self._examples.clear()
         self._prompts.clear()
         self._pixels.clear()
 
