@@ -275,6 +275,10 @@ class LoggingConfig:
     """off | offline | online."""
     wandb_project: str = "megatron_sr1"
     """Project in wandb."""
+    wandb_samples: int = 8
+    """Responses in wandb's table of samples, with their images; 0: no tables."""
+    wandb_tables_every: int = 10
+    """Steps from one table of samples and of verdicts in wandb to the next; the first has them."""
     rollouts: bool = True
     """Save rollouts/step_N.jsonl."""
     progress: bool = True
@@ -283,6 +287,9 @@ class LoggingConfig:
     """First and last step, from 1, that torch.profiler records into profile/; empty: none."""
     profile_ranks: list[int] = field(default_factory=lambda: [0])
     """Ranks that record, each into a file of its own."""
+    peak_tflops: float = 0.0
+    """Of a rank's device, for MFU, 10^12 operations a second, dense bfloat16; 0: of the GPU's name
+    where it is known; otherwise no MFU is told."""
 
 
 @dataclass

@@ -53,6 +53,12 @@ PHASE_COLOURS = {
     "sync": 5,
 }
 """Phases with a layer of their own, from the bottom up."""
+RATES = {
+    "tokens_per_second": "Tokens a second",
+    "tflops_per_rank": "Model operations a second and rank, 10^12",
+    "mfu": "MFU",
+}
+"""Charts of throughput, a line a phase: what the names below `perf/` end with, title."""
 SHARES = ("reward/accuracy", "reward/self_reward", "reward/format", "reward/shortcut_rate")
 
 
@@ -117,11 +123,22 @@ def run_charts(lines: Lines) -> list[str]:
         charts.append(line_chart(title, series, percent))
         seen |= set(named)
     rest = {name for line in lines for name in line} - seen
+    charts += [_rate_chart(lines, rest, *titled) for titled in RATES.items()]
     ordered = [n for n in TITLES if n in rest] + sorted(rest - set(TITLES))
     for name in ordered:
-        if not name.startswith(("time/", "table/")):
+        if not name.startswith(("time/", "table/", "perf/")):
             charts.append(line_chart(TITLES.get(name, name), [_series(lines, name, name, 2)]))
     return [chart for chart in charts if chart]
+
+
+def _rate_chart(lines: Lines, names: set[str], ending: str, title: str) -> str:
+    """What `perf/` says of every phase with this ending."""
+    told = sorted(n for n in names if n.startswith("perf/") and n.endswith(ending))
+    series = [
+        _series(lines, name, name.removeprefix("perf/").removesuffix(f"_{ending}"), colour + 1)
+        for colour, name in enumerate(told)
+    ]
+    return line_chart(title, series, percent=ending == "mfu") if series else ""
 
 
 def _phases(lines: Lines) -> list[str]:

@@ -1,26 +1,33 @@
 """Where a step's numbers go beside `metrics.jsonl`: a progress bar or log lines, wandb if asked.
 
-In: a step and its flat metrics. Only rank 0 makes sinks.
+In: a step, its flat metrics and its rollouts. Only rank 0 makes sinks.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import nan
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_sr1.config import Config
 from megatron_sr1.config_file import to_dict
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.observability.metrics import METRICS_FILE, read_lines
 from megatron_sr1.observability.wandb_files import last_step
+from megatron_sr1.records import RIGHT_FROM
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 log = logging.getLogger(__name__)
 WANDB_ID_FILE = "wandb_id.txt"
+WANDB_FILES = "WANDB_DATA_DIR"
+"""Variable with the folder where wandb keeps tables and their images until they are uploaded."""
 SHOWN = {
     "reward/total": "reward",
     "reward/accuracy": "accuracy",
@@ -29,10 +36,25 @@ SHOWN = {
     "time/step_seconds": "seconds",
 }
 """What a line or bar shows, and under which word."""
+TEXTS = ("question", "gold", "response", "description", "reading")
+REWARDS = ("accuracy", "self_reward", "total")
+"""Of a line of rollouts/step_N.jsonl, what wandb's table of samples has."""
+MAX_SIDE_PIXELS = 512
+Rollouts = Sequence[Mapping[str, Any]]
+Images = Callable[[int], "Sequence[Image.Image]"]
 
 
 class Sink(Protocol):
     """Takes a step's metrics."""
+
+    def show(self, step: int, rollouts: Rollouts, images: Images) -> None:
+        """Take a step's rollouts, before its metrics.
+
+        Args:
+            step: counted from 1.
+            rollouts: as in rollouts/step_N.jsonl.
+            images: gives an example's images by its index.
+        """
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Take the metrics of one finished step, counted from 1."""
@@ -75,6 +97,9 @@ class LogSink:
         """`num_steps`: of the run, shown behind the step's number."""
         self._stage, self._num_steps = stage, num_steps
 
+    def show(self, step: int, rollouts: Rollouts, images: Images) -> None:
+        """Nothing is shown."""
+
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Write the line."""
         log.info("%s %d/%d: %s", self._stage, step, self._num_steps, shown(values))
@@ -100,6 +125,9 @@ class ProgressSink:
         self._task = self._bar.add_task(stage, total=num_steps, completed=step, shown="")
         self._bar.start()
         self._point_logging()
+
+    def show(self, step: int, rollouts: Rollouts, images: Images) -> None:
+        """Nothing is shown."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Advance."""
@@ -135,9 +163,11 @@ class WandbSink:
                 f"logging.wandb={settings.wandb}, but wandb cannot be imported ({error}); "
                 "pip install wandb, or set logging.wandb=off"
             ) from None
+        self._wandb, self._settings, self._tables = wandb, settings, dict[str, Any]()
         id_file = run_dir / WANDB_ID_FILE
         if not id_file.exists() or not id_file.read_text().strip():
             id_file.write_text(uuid.uuid4().hex[:12] + "\n")
+        os.environ.setdefault(WANDB_FILES, str((run_dir / "wandb").resolve()))
         run_id, is_offline = id_file.read_text().strip(), settings.wandb == "offline"
         self._last = last_step(run_dir, run_id, _history_step) if is_offline else 0
         try:
@@ -162,16 +192,70 @@ class WandbSink:
                 values = {k: v for k, v in line.items() if k not in ("step", "stage")}
                 self.log(line["step"], {k: nan if v is None else v for k, v in values.items()})
 
+    def show(self, step: int, rollouts: Rollouts, images: Images) -> None:
+        """Make tables of some samples and of the verdicts where they are due, for `log`."""
+        number, every = self._settings.wandb_samples, self._settings.wandb_tables_every
+        if number and rollouts and step > self._last and (step == 1 or step % every == 0):
+            chosen = rollouts[:: -(-len(rollouts) // number)]
+            self._tables = {"samples": self._samples(chosen, images)}
+            columns, rows = verdict_table(rollouts)
+            self._tables["verdicts"] = self._wandb.Table(columns=columns, data=rows)
+
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Log the step's metrics, unless wandb has them."""
+        """Log the step's metrics and its tables, unless wandb has them."""
         if step > self._last:
             # Otherwise wandb waits for the next step before it takes this one.
-            self._run.log(dict(values), step=step, commit=True)
+            self._run.log({**values, **self._tables}, step=step, commit=True)
             self._last = step
+        self._tables = {}
 
     def close(self) -> None:
         """Flush and end the run."""
         self._run.finish()
+
+    def _samples(self, rollouts: Rollouts, images: Images) -> Any:
+        """A table with a row a rollout, its images side by side."""
+        table = self._wandb.Table(columns=["image", *TEXTS, *REWARDS, "advantage"])
+        for line in rollouts:
+            shown = side_by_side(images(line["index"]))
+            table.add_data(
+                None if shown is None else self._wandb.Image(shown),
+                *(line[name] for name in TEXTS),
+                *(line["reward"][name] for name in REWARDS),
+                line["advantage"],
+            )
+        return table
+
+
+def side_by_side(images: Sequence[Image.Image]) -> Image.Image | None:
+    """One picture of several, none wider or higher than `MAX_SIDE_PIXELS`; None of none."""
+    from PIL import Image
+
+    small = [image.copy() for image in images]
+    for image in small:
+        image.thumbnail((MAX_SIDE_PIXELS, MAX_SIDE_PIXELS))
+    if len(small) < 2:
+        return small[0] if small else None
+    size = sum(image.width for image in small), max(image.height for image in small)
+    whole, left = Image.new("RGB", size), 0
+    for image in small:
+        whole.paste(image, (left, 0))
+        left += image.width
+    return whole
+
+
+def verdict_table(rollouts: Rollouts) -> tuple[list[str | int], list[list[Any]]]:
+    """Columns and rows of answer right or wrong x description suffices or not, in responses.
+
+    Those without a second pass are left out.
+    """
+    rewards = [line["reward"] for line in rollouts if line["reward"]["self_reward"] is not None]
+    cells = [(r["accuracy"] >= RIGHT_FROM, r["self_reward"] >= RIGHT_FROM) for r in rewards]
+    rows: list[list[Any]] = [
+        [f"answer {word}", cells.count((right, True)), cells.count((right, False))]
+        for right, word in ((True, "right"), (False, "wrong"))
+    ]
+    return ["", "description suffices", "description does not"], rows
 
 
 def _history_step(record: bytes) -> int | None:

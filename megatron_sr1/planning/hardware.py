@@ -53,6 +53,14 @@ GPUS = {
         Gpu("b200", 180e9, 2250e12, 7.7e12, 900e9, 50e9, 64e9, 0.776, 0.35),
     )
 }
+DEVICE_NAMES = {
+    "NVIDIA A100-SXM4-40GB": "a100",
+    "NVIDIA A100-SXM4-80GB": "a100",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA B200": "b200",
+}
+"""What CUDA calls a GPU -> its name above. Others of the same family, as PCIe cards, are slower."""
 MEMORY_SHARE = 0.85
 """Assumption: of the memory's rate that streaming kernels reach."""
 LINK_SHARE = 0.8
@@ -79,6 +87,12 @@ def find_gpu(name: str) -> Gpu:
     if gpu is None:
         raise ConfigError(f"--gpu {name[:40]!a} is not known; one of {', '.join(GPUS)}")
     return gpu
+
+
+def peak_of(device_name: str) -> float | None:
+    """Peak of a GPU by what CUDA calls it, operations a second; None if it is not known."""
+    name = DEVICE_NAMES.get(device_name)
+    return None if name is None else GPUS[name].peak_flops
 
 
 def all_reduce_seconds(num_bytes: float, ranks: int, rate: float) -> float:

@@ -33,6 +33,7 @@ from megatron_sr1.runtime import failure, leaving
 from megatron_sr1.runtime.groups import Groups
 from megatron_sr1.trainer.actor import Actor
 from megatron_sr1.trainer.samples import Samples
+from megatron_sr1.trainer.throughput import Throughput, peak_flops
 
 log = logging.getLogger(__name__)
 FINGERPRINT = "fingerprint of model.path's weights"
@@ -49,6 +50,7 @@ class Context:
 
     Attributes:
         step: steps done.
+        throughput: counts a step's work; there once `start` has run.
         is_leaving: a rank was asked to leave; the run is saved, and goes on when started again.
     """
 
@@ -62,6 +64,7 @@ class Context:
         self.is_leaving = False
         self.timer, self._memory = PhaseTimer(), PeakMemory()
         rank, logged = groups.world.rank, config.logging
+        self.throughput: Throughput
         self._profiler = StepProfiler(
             logged.profile_steps if rank in logged.profile_ranks else (),
             config.optimizer.num_steps,
@@ -186,6 +189,15 @@ class Context:
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, target)
 
+    def tell_rollouts(self, lines: Sequence[Mapping[str, Any]], samples: Samples) -> None:
+        """Save the rollouts of the step under way, if wanted, and show them; on the writer only."""
+        step = self.step + 1
+        if self.config.logging.rollouts:
+            self.save_lines(f"rollouts/step_{step}.jsonl", lines)
+        with failure.deadline("log", self.config.launch.phase_deadline_seconds):
+            for sink in self._sinks:
+                sink.show(step, lines, samples.images)
+
     def start(self, actor: Actor) -> None:
         """Resume from the latest checkpoint if there is one and it is wanted, then open sinks.
 
@@ -220,6 +232,12 @@ class Context:
             self.loader.load_state_dict(state["loader"])
             log.info("resumed from step %d in %s", self.step, self.checkpoints)
         self.open()
+        self.throughput = Throughput(
+            actor.hf_config,
+            self.config.model.freeze,
+            self.groups.world.size,
+            peak_flops(self.config.logging.peak_tflops, self.groups.device),
+        )
         if self.is_writer:
             self._metrics = MetricsFile(self.run_dir / "metrics.jsonl")
             self._metrics.keep_until(self.config.stage, self.step)
@@ -253,8 +271,10 @@ class Context:
         times = self.timer.take()
         with failure.deadline("profile", self.config.launch.phase_deadline_seconds):
             self._profiler.end(self.step)
+        with failure.deadline("perf", self.config.launch.phase_deadline_seconds):
+            rates = self.throughput.take(times, self.sum_over_ranks)
         if self._metrics is not None:
-            told = {**values, "data/skipped": self.skipped, **times, **self._memory.take()}
+            told = {**values, "data/skipped": self.skipped, **times, **rates, **self._memory.take()}
             self._metrics.append(self.step, stage, told)
             with failure.deadline("log", self.config.launch.phase_deadline_seconds):
                 for sink in self._sinks:

@@ -67,9 +67,8 @@ def train_grpo(
             **agreed,
         }
         values["reward/ungraded"] = float(context.ungraded)
-        if config.logging.rollouts and context.is_writer:
-            lines = rollout_lines(step + 1, samples, scored, given)
-            context.save_lines(f"rollouts/step_{step + 1}.jsonl", lines)
+        if context.is_writer:
+            context.tell_rollouts(rollout_lines(step + 1, samples, scored, given), samples)
         samples.forget()
         context.finish_step("grpo", values, actor)
 
@@ -160,6 +159,13 @@ def learn(
         with context.phase("reference"), reference.in_place():
             updates = _with_logprobs(context, actor, samples, updates, "reference_logprobs")
     measured: list[dict[str, float]] = []
+    if context.groups.speaks_for_samples:
+        own = [sample for chosen in updates for sample in chosen]
+        context.throughput.count_samples("update", own)
+        if len(updates) > 1:
+            context.throughput.count_samples("old_logprobs", own)
+        if reference is not None:
+            context.throughput.count_samples("reference", own)
     with context.phase("update"):
         for chosen in updates:
             batches = context.pack(chosen, samples)

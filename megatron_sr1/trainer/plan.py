@@ -29,7 +29,8 @@ def dry_run(config: Config) -> str:
     ]
     if config.stage != "eval":
         lines += [f"train data  {_data(config.data.train)}", f"layout      {_layout(config)}"]
-        lines += [f"memory      {_memory(config)}", f"steps       {_steps(config)}"]
+        lines += [f"parameters  {_parameters(config)}", f"memory      {_memory(config)}"]
+        lines += [f"steps       {_steps(config)}"]
     if config.stage != "sft":
         if config.reward.function:
             OwnReward(config.reward.function)
@@ -93,13 +94,33 @@ def _layout(config: Config) -> str:
     return f"{text} x data {ranks // model_size} = {ranks} ranks"
 
 
+def _num_ranks(config: Config) -> int:
+    """As configured, or of one replica."""
+    parallel = config.parallel
+    replica = parallel.tensor * parallel.pipeline * parallel.context
+    return config.launch.num_processes or replica
+
+
+def _parameters(config: Config) -> str:
+    """Of a rank at each end of the pipeline, from the classes that would run."""
+    if not Path(config.model.path).exists():
+        return "not known without the model"
+    from megatron_sr1.trainer.shapes import num_parameters_on  # imports Megatron-Core: seconds
+
+    hf_config = read_hf_config(resolve_model(config.model.path).hf_files)
+    last = _num_ranks(config) - 1
+    counts = [num_parameters_on(config, hf_config, rank, last + 1) for rank in (0, last)]
+    if config.parallel.pipeline == 1:
+        return f"{counts[0]:,} on each rank"
+    return f"{counts[0]:,} on a rank of the first stage, {counts[1]:,} of the last"
+
+
 def _memory(config: Config) -> str:
     """Of the fullest rank from the first step to the last; `megatron-sr1 plan` tells the rest."""
     if not Path(config.model.path).exists():
         return "not known without the model"
-    parallel, ranks = config.parallel, config.launch.num_processes
     hf_config = read_hf_config(resolve_model(config.model.path).hf_files)
-    layout = configured(config, ranks or parallel.tensor * parallel.pipeline * parallel.context)
+    layout = configured(config, _num_ranks(config))
     if layout is None or not divides(hf_config, layout.tensor, layout.pipeline):
         return "not known: the layout does not divide the ranks or the model"
     stages = (0, layout.pipeline - 1)

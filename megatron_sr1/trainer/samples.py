@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from megatron_sr1.data.shards import ShardReader
 from megatron_sr1.errors import ConfigError, DataError
 from megatron_sr1.records import Example, Prompt, Rollout, TrainSample, VisionInputs
 from megatron_sr1.trainer.credit import description_tokens
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 class Samples:
@@ -74,6 +77,11 @@ class Samples:
         if index not in self._prompts:
             self._prompts[index] = self._read_prompt(index)
         return self._prompts[index]
+
+    def images(self, index: int) -> Sequence[Image.Image]:
+        """Decoded RGB images of a sample."""
+        kept = self._prompts.get(index)
+        return kept.images if kept else self.reader.images(index)
 
     def vision(self, index: int) -> VisionInputs | None:
         """Pixels of a sample's images, None if it has none."""
@@ -147,6 +155,4 @@ class Samples:
         return prompt
 
     def _read_pixels(self, index: int) -> VisionInputs:
-        kept = self._prompts.get(index)
-        images: Sequence[Any] = kept.images if kept else self.reader.images(index)
-        return self.processor.vision(images)
+        return self.processor.vision(self.images(index))

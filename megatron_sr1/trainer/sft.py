@@ -33,6 +33,8 @@ def train_sft(context: Context, actor: Actor, samples: Samples) -> None:
             batches = context.pack(chosen, samples)
         with context.phase("update"):
             measured = update(actor, batches, _token_loss, temperature=1.0)
+        if context.groups.speaks_for_samples:
+            context.throughput.count_samples("update", chosen)
         values = {
             "actor/loss": measured["loss"],
             "actor/num_tokens": measured["num_tokens"],

@@ -21,6 +21,7 @@ UNLIKE = (
     "stage",
     "time/",
     "memory/",
+    "perf/",
     "rollout/engine_steps",
 )  # two engines take other steps than one
 

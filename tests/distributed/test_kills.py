@@ -110,7 +110,11 @@ def aim(stage, target, where, seconds, draw):
 def numbers(run_dir):
     """Lines of metrics.jsonl without times and memory."""
     return [
-        {key: value for key, value in line.items() if not key.startswith(("time/", "memory/"))}
+        {
+            key: value
+            for key, value in line.items()
+            if not key.startswith(("time/", "memory/", "perf/"))
+        }
         for line in read_lines(run_dir / "metrics.jsonl")
     ]
 

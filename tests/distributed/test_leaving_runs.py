@@ -51,7 +51,8 @@ def numbers(output):
     """Lines of metrics.jsonl without times and memory."""
     lines = read_lines(output / "metrics.jsonl")
     return [
-        {k: v for k, v in line.items() if not k.startswith(("time/", "memory/"))} for line in lines
+        {k: v for k, v in line.items() if not k.startswith(("time/", "memory/", "perf/"))}
+        for line in lines
     ]
 
 

@@ -66,7 +66,8 @@ def numbers(output):
     """Lines of metrics.jsonl without times and memory."""
     lines = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
     return [
-        {k: v for k, v in line.items() if not k.startswith(("time/", "memory/"))} for line in lines
+        {k: v for k, v in line.items() if not k.startswith(("time/", "memory/", "perf/"))}
+        for line in lines
     ]
 
 

@@ -7,12 +7,15 @@ import gzip
 import json
 import subprocess
 import sys
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
 
 from megatron_sr1.data.digits import make_digits
+from megatron_sr1.data.shards import ShardReader
 from megatron_sr1.observability.metrics import read_lines
+from tests.wandb_runs import history, read_table
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,6 +54,37 @@ def test_metrics_tell_every_step_and_engine_and_actor_agree(run):
             assert f"reward/{name}" in line
 
 
+def test_throughput_is_told_by_phase_and_no_mfu_of_a_cpu(run):
+    for line in read_lines(run / "metrics.jsonl"):
+        seconds = line["time/pass1_seconds"] + line["time/pass2_seconds"]
+        sampled = line["rollout/response_tokens"] + line["rollout/reading_tokens"]
+        assert line["perf/rollout_tokens_per_second"] == pytest.approx(sampled / seconds)
+        rates = {name: line[f"perf/{name}_tflops_per_rank"] for name in ("update", "reference")}
+        work = {name: rate * line[f"time/{name}_seconds"] for name, rate in rates.items()}
+        assert work["update"] == pytest.approx(3 * work["reference"]) and work["update"] > 0
+        assert line["perf/old_logprobs_tokens_per_second"] > line["perf/step_tokens_per_second"] > 0
+        assert not [name for name in line if name.endswith("_mfu")]
+
+
+def test_wandb_holds_the_same_numbers_and_samples_with_their_images(run):
+    told, lines = history(run, 2), read_lines(run / "metrics.jsonl")
+    for (step, values), line in zip(told, lines, strict=True):
+        assert step == line.pop("step") and line.pop("stage") == "grpo"
+        assert line.items() <= values.items()
+    columns, rows = read_table(run, told[0][1]["samples"])
+    assert len(rows) == 8 and len({row[columns.index("question")] for row in rows}) > 1
+    rollouts = read_lines(run / "rollouts/step_1.jsonl")
+    shards = ShardReader(json.loads((run / "config.json").read_text())["data"]["train"])
+    for row, rollout in zip(rows, rollouts[::3], strict=True):
+        (image,) = shards.images(rollout["index"])
+        assert row[0].tobytes() == image.tobytes()
+        assert row[columns.index("response")] == rollout["response"]
+    assert list((run / "wandb" / "artifacts" / "staging").iterdir()), "not with the run"
+    (_, *right), (_, *wrong) = read_table(run, told[0][1]["verdicts"])[1]
+    judged = [r for r in map(itemgetter("reward"), rollouts) if r["self_reward"] is not None]
+    assert [sum(right), sum(wrong)] == [sum(r["accuracy"] == a for r in judged) for a in (1, 0)]
+
+
 def test_memory_is_told_by_phase_and_the_profile_names_the_phases(run):
     for line in read_lines(run / "metrics.jsonl"):
         for phase in ("pass1", "update", "sync"):
@@ -80,7 +114,6 @@ def test_run_leaves_checkpoint_export_evaluation_report_and_wandb_files(run):
     assert (run / "checkpoints" / "latest").read_text().strip() == "step_2"
     assert (run / "hf" / "model.safetensors").is_file()
     assert "<svg" in (run / "report.html").read_text()
-    assert list((run / "wandb").glob("offline-run-*"))
     summary = json.loads((run / "summary.json").read_text())
     for way in ("sampled", "greedy"):
         lines = read_lines(run / "eval" / f"{way}.jsonl")

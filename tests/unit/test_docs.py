@@ -3,7 +3,8 @@
 A ```bash block is run, in the order of its page, in a folder like a checkout after `make demo`
 (with less data and a model of random weights), unless its first line is one of
 
-    # needs a GPU | # needs a cluster | # needs data | # tested by FILE and FILE
+    # needs a GPU | # needs a cluster | # needs data | # needs an account
+    # tested by FILE and FILE
     # minutes     run by the slow test
     # fails       run, and must fail
 
@@ -22,7 +23,8 @@ from megatron_sr1.data.digits import make_digits
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-NOT_RUN = ("# needs a GPU", "# needs a cluster", "# needs data", "# tested by ")
+NEEDS = ("# needs a GPU", "# needs a cluster", "# needs data", "# needs an account")
+NOT_RUN = (*NEEDS, "# tested by ")
 SLOW, FAILS = "# minutes", "# fails"
 OWN_TEST = ("slurm.md",)
 BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -163,18 +163,6 @@ def test_lengths_that_the_user_knows_are_used(model, capsys):
     assert "250 text + 0 image + 300 response tokens, 50 read" in told.out
 
 
-def test_a_dry_run_tells_what_the_fullest_rank_holds(model, capsys):
-    """As docs/memory.md has it for two ranks a replica and four replicas, a half of 33.8 GB."""
-    (model / "config.json").write_text((PUBLISHED / "qwen25vl_3b.json").read_text())
-    (model / "model.safetensors").touch()
-    example = str(ROOT / "examples" / "qwen25vl_3b.yaml")
-    keys = [f"model.path={model}", "launch.num_processes=8"]
-    assert main(["train", example, "--dry-run", *keys]) == 0
-    (line,) = [text for text in capsys.readouterr().out.splitlines() if text.startswith("memory")]
-    parts = [float(number) for number in re.findall(r"\d+\.\d\d", line)]
-    assert sum(parts) == pytest.approx(16.9, abs=0.1) and "of 8 ranks" in line
-
-
 def test_a_plan_needs_no_torch(model):
     command = [sys.executable, "-c", NOT_TORCH, "plan", str(SEVEN), f"model.path={model}"]
     done = subprocess.run(

@@ -3,7 +3,6 @@
 Not covered: a server, which tells an online run its next step by itself.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -13,11 +12,19 @@ from pathlib import Path
 
 import psutil
 import pytest
+from PIL import Image
 
 from megatron_sr1.config_file import load_config
 from megatron_sr1.observability.metrics import MetricsFile
-from megatron_sr1.observability.sinks import WANDB_ID_FILE, WandbSink, _history_step
-from megatron_sr1.observability.wandb_files import last_step, records
+from megatron_sr1.observability.sinks import (
+    WANDB_FILES,
+    WANDB_ID_FILE,
+    WandbSink,
+    _history_step,
+    side_by_side,
+)
+from megatron_sr1.observability.wandb_files import last_step
+from tests.wandb_runs import history, read_table
 
 pytest.importorskip("wandb")
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,21 +58,9 @@ def go_on(run_dir, done, until, width, end):
     sink.close()
 
 
-def history(run_dir, awaited=0):
-    """All (step, loss) in wandb's files, in the order of the files; it may write a moment later."""
-    from wandb.proto import wandb_internal_pb2
-
-    until = time.monotonic() + 20
-    while True:
-        found = []
-        for path in sorted((run_dir / "wandb").glob("offline-run-*/*.wandb")):
-            for record in map(wandb_internal_pb2.Record.FromString, records(path)):
-                if record.WhichOneof("record_type") == "history":
-                    items = {i.key or i.nested_key[0]: i.value_json for i in record.history.item}
-                    found.append((record.history.step.num, json.loads(items["actor/loss"])))
-        if len(found) >= awaited or time.monotonic() > until:
-            return found
-        time.sleep(0.1)
+def losses(run_dir, awaited=0):
+    """All (step, loss) in wandb's files."""
+    return [(step, values["actor/loss"]) for step, values in history(run_dir, awaited)]
 
 
 @pytest.mark.parametrize(
@@ -79,11 +74,11 @@ def test_every_step_is_in_wandb_once_after_a_stop(tmp_path, end, width, least, m
     alone = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     command = [sys.executable, "-c", RUN, str(tmp_path), str(width), end]
     subprocess.run(command, cwd=ROOT, env=alone, timeout=120)
-    before = [step for step, _ in history(tmp_path, least)]
+    before = [step for step, _ in losses(tmp_path, least)]
     assert least <= len(before) <= most and before == list(range(1, len(before) + 1))
     run_id = (tmp_path / WANDB_ID_FILE).read_text()
     go_on(tmp_path, 20, 33, width, "close")
-    assert history(tmp_path, 33) == [(step, 1.0 / step) for step in range(1, 34)]
+    assert losses(tmp_path, 33) == [(step, 1.0 / step) for step in range(1, 34)]
     assert (tmp_path / WANDB_ID_FILE).read_text() == run_id
     names = [path.parent.name for path in (tmp_path / "wandb").glob("offline-run-*/*.wandb")]
     assert len(names) == 2 and all(name.endswith(run_id.strip()) for name in names)
@@ -97,7 +92,7 @@ def test_a_file_that_is_cut_is_read_up_to_there(tmp_path):
         row = {f"name_{n}": n * step for n in range(300)}
         run.log({"actor/loss": step, **row}, step=step, commit=True)
     run.finish()
-    assert [step for step, _ in history(tmp_path, 39)] == list(range(1, 40))
+    assert [step for step, _ in losses(tmp_path, 39)] == list(range(1, 40))
     (file,) = tmp_path.glob("wandb/offline-run-*/run-long.wandb")
     whole = file.read_bytes()
     assert len(whole) > 3 * 32768, "records do not cross the borders of blocks"
@@ -105,3 +100,47 @@ def test_a_file_that_is_cut_is_read_up_to_there(tmp_path):
     file.write_bytes(whole[: len(whole) // 2])
     assert 0 < last_step(tmp_path, "long", _history_step) < 39
     assert last_step(tmp_path, "other", _history_step) == 0
+
+
+def rollout(index, accuracy, self_reward):
+    reward = {"accuracy": accuracy, "self_reward": self_reward, "total": accuracy + 0.1}
+    texts = {"question": f"<image>{index}?", "gold": "7", "response": "so", "description": "seen"}
+    return {"index": index, **texts, "reading": None, "advantage": -0.5, "reward": reward}
+
+
+def images(index):
+    """None, one or two images of a colour of their own."""
+    return [Image.new("RGB", (20 + index, 10), (index, n, 200)) for n in range(index % 3)]
+
+
+def test_samples_with_images_and_the_table_of_verdicts_are_in_the_run(tmp_path, monkeypatch):
+    monkeypatch.setenv(WANDB_FILES, str(tmp_path / "staged"))  # as a user might
+    settings = ["logging.wandb=offline", "logging.wandb_samples=3", "logging.wandb_tables_every=2"]
+    sink = WandbSink(tmp_path, load_config(None, ["model.path=m", *settings]))
+    verdicts = [(1, 1), (1, 0.4), (0, 1), (1, 0), (0.6, 1), (0, 0), (1, None)]
+    rollouts = [rollout(index + 1, *pair) for index, pair in enumerate(verdicts)]
+    for step in range(1, 4):
+        sink.show(step, rollouts, images)
+        sink.log(step, {"actor/loss": float(step)})
+    sink.close()
+    told = history(tmp_path, 3)
+    assert [step for step, _ in told] == [1, 2, 3]
+    assert ["samples" in values for _, values in told] == [True, True, False]
+    for _, values in told[:2]:
+        columns, rows = read_table(tmp_path, values["verdicts"])
+        assert columns == ["", "description suffices", "description does not"]
+        assert rows == [["answer right", 2, 2], ["answer wrong", 1, 1]]
+        columns, rows = read_table(tmp_path, values["samples"])
+        assert columns[:2] == ["image", "question"] and columns[-2:] == ["total", "advantage"]
+        assert [row[1] for row in rows] == ["<image>1?", "<image>4?", "<image>7?"]
+        assert rows[2][2:] == ["7", "so", "seen", None, 1, None, 1.1, -0.5]
+        for row, index in zip(rows, (1, 4, 7), strict=True):
+            assert row[0].tobytes() == images(index)[0].tobytes()
+
+
+def test_images_of_a_sample_stand_side_by_side():
+    assert side_by_side([]) is None
+    whole = side_by_side(images(2))
+    assert whole.size == (44, 10)
+    assert (whole.getpixel((0, 5)), whole.getpixel((43, 5))) == ((2, 0, 200), (2, 1, 200))
+    assert side_by_side([Image.new("RGB", (2048, 1024))]).size == (512, 256)

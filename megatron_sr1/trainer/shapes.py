@@ -1,0 +1,89 @@
+"""The model's parameters on a rank of a layout, from Megatron's own classes, without any memory.
+
+In: a configuration, a model's shape, a rank. Out: the number of its parameters. The classes are
+built on torch's meta device, in a world whose other ranks do not exist (torch's backend "fake",
+which talks to nobody), so layers that do not divide, or settings that Megatron refuses, show up
+before a GPU is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from megatron_sr1.config import Config, ParallelConfig
+from megatron_sr1.model.hf_config import HFConfig
+from megatron_sr1.model.qwen25_vl import build_model
+from megatron_sr1.runtime import cpu
+from megatron_sr1.runtime.device import Device
+from megatron_sr1.runtime.groups import Group, Groups
+from megatron_sr1.trainer.optimizer import DTYPES
+
+
+def num_parameters_on(config: Config, hf_config: HFConfig, rank: int, num_ranks: int) -> int:
+    """Parameters of one rank, padding of the vocabulary included, a tied one once a stage.
+
+    With this package's kernels, also where the configuration names Transformer Engine's, which
+    cannot be imported everywhere and hold the same parameters.
+
+    Args:
+        config: of the run.
+        hf_config: shape of the model.
+        rank: of the world.
+        num_ranks: of the world.
+
+    Raises:
+        ConfigError: the layout does not divide the model or the ranks.
+    """
+    with _alone_in_a_world(config.parallel, rank, num_ranks) as groups, torch.device("meta"):
+        chunks = build_model(
+            hf_config,
+            groups,
+            dtype=DTYPES[config.model.dtype],
+            sequence_parallel=config.parallel.sequence,
+            split_images=config.parallel.split_images,
+            recompute=config.model.recompute,
+        )
+        return sum(p.numel() for chunk in chunks for p in chunk.parameters())
+
+
+@contextmanager
+def _alone_in_a_world(parallel: ParallelConfig, rank: int, num_ranks: int) -> Iterator[Groups]:
+    """Groups as `rank` would have them."""
+    # Registers the backend; torch has no public place for it.
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    assert not dist.is_initialized(), "a rank of a real world cannot be one of another"
+    cpu.install()
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=num_ranks)
+    try:
+        with cpu.megatron_mode():
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=parallel.tensor,
+                pipeline_model_parallel_size=parallel.pipeline,
+                context_parallel_size=parallel.context,
+                create_gloo_process_groups=False,
+            )
+            collection = ProcessGroupCollection.use_mpu_process_groups()
+        world = dist.group.WORLD
+        assert world is not None
+        shared = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        yield Groups(
+            tensor=Group.of(parallel_state.get_tensor_model_parallel_group()),
+            pipeline=Group.of(parallel_state.get_pipeline_model_parallel_group()),
+            context=Group.of(parallel_state.get_context_parallel_group()),
+            data=Group.of(parallel_state.get_data_parallel_group()),
+            data_context=Group.of(shared),
+            world=Group.of(world),
+            collection=collection,
+            device=Device("cpu"),
+        )
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

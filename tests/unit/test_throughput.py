@@ -1,0 +1,118 @@
+"""Throughput by phase, with operations counted by hand.
+
+The model (tests/planned_models.py): 4 text layers of width 64, 8 query and 4 key heads of 8, MLP of
+172, vocabulary of 131; a tower of 3 blocks of width 48, MLP of 100, one block with full attention.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_sr1.model.hf_config import parse_hf_config
+from megatron_sr1.planning.hardware import DEVICE_NAMES, GPUS, peak_of
+from megatron_sr1.records import Completion, Example, Message, Prompt, Reading, Rollout, TrainSample
+from megatron_sr1.runtime.device import Device
+from megatron_sr1.trainer.throughput import Throughput, peak_flops
+from tests.planned_models import raw_config
+
+HF_CONFIG = parse_hf_config(raw_config())
+WEIGHTS = 4 * 64 * (64 + 2 * 32 + 64 + 3 * 172)  # of the text layers: q, k and v, output, MLP
+TOKEN = 2 * WEIGHTS  # operations
+PAIR = 4 * 4 * 64  # of a query with a key, in 4 layers: 2 for the score, 2 for the value
+LOGITS = 2 * 64 * 131
+GRID = (1, 8, 8)  # 64 patches, a whole window of 8 x 8
+TOWER = (
+    2 * 64 * 3 * 48 * (4 * 48 + 3 * 100)  # products with weights
+    + 4 * 64 * 3 * 64 * 48  # attention: all three blocks see 64 patches
+    + 2 * 64 * (3 * 2 * 14 * 14) * 48  # patches to width 48
+    + 2 * 16 * (4 * 48) * (4 * 48 + 64)  # merger, 16 tokens
+)
+
+
+def sequence(tokens):
+    """Forward pass of a sequence, each token meeting half of it."""
+    return tokens * TOKEN + tokens * tokens / 2 * PAIR + tokens * LOGITS
+
+
+def sample(tokens, grids=(), targets=1):
+    mask = np.arange(tokens) >= tokens - targets
+    return TrainSample(0, len(grids), np.zeros(tokens, np.int64), mask, grids)
+
+
+def take(counter, **seconds):
+    """Metrics of a step with these times, on two ranks that did the same."""
+    times = {f"time/{name}_seconds": value for name, value in seconds.items()}
+    return counter.take(times, lambda sums: {name: 2 * value for name, value in sums.items()})
+
+
+def test_an_update_is_three_forward_passes_over_text_and_images():
+    counter = Throughput(HF_CONFIG, [], num_ranks=2, peak_flops=1e9)
+    counter.count_samples("update", [sample(20, (GRID,)), sample(10), sample(30, targets=0)])
+    work = 3 * (sequence(20) + TOWER + sequence(10))
+    assert take(counter, update=0.5, step=2.0) == pytest.approx(
+        {
+            "perf/update_tokens_per_second": 2 * 30 / 0.5,
+            "perf/update_tflops_per_rank": work / 0.5 / 1e12,
+            "perf/update_mfu": work / 0.5 / 1e9,
+            "perf/step_tokens_per_second": 2 * 30 / 2.0,
+            "perf/step_tflops_per_rank": work / 2.0 / 1e12,
+            "perf/step_mfu": work / 2.0 / 1e9,
+        },
+        rel=1e-12,
+    )
+    assert take(counter, update=0.5, step=2.0) == {}, "the former step counts again"
+
+
+def test_a_frozen_tower_goes_forward_once_and_logprobs_are_a_forward_pass():
+    counter = Throughput(HF_CONFIG, ["^visual[.]"], num_ranks=2, peak_flops=1e9)
+    for phase in ("old_logprobs", "reference", "update"):
+        counter.count_samples(phase, [sample(20, (GRID,))])
+    told = take(counter, old_logprobs=1.0, reference=4.0, update=1.0, step=10.0)
+    forward, update = sequence(20) + TOWER, 3 * sequence(20) + TOWER
+    assert told["perf/old_logprobs_mfu"] == pytest.approx(forward / 1e9)
+    assert told["perf/reference_mfu"] == pytest.approx(forward / 4e9)
+    assert told["perf/update_mfu"] == pytest.approx(update / 1e9)
+    assert told["perf/step_mfu"] == pytest.approx((2 * forward + update) / 1e10)
+
+
+def test_a_rollout_is_its_prompt_once_and_what_both_passes_sample():
+    example = Example(5, "000005", "a.tar", (Message("user", "<image>?"),), "7", 1)
+    prompt = Prompt(example, (0,) * 30, (0,) * 15, (), (GRID,))
+
+    def completion(tokens, finish="stop"):
+        return Completion((1,) * tokens, (), "", finish)
+
+    def rollout(number, tokens, description, *answers):
+        reading = Reading(tuple(map(completion, answers))) if answers else None
+        made = completion(tokens)
+        return Rollout(5, number, prompt.token_ids, made, description, reading, 0)
+
+    rollouts = [
+        rollout(0, 8, "two", 4),
+        rollout(1, 6, "two", 4),  # the same description is read once
+        rollout(2, 2, None),
+    ]
+    counter = Throughput(HF_CONFIG, [], num_ranks=2, peak_flops=None)
+    counter.count_rollouts([prompt], rollouts, {(5, "two"): (0,) * 12, (5, ""): (0,) * 9})
+    prompts = 30 * TOKEN + 30 * 15 * PAIR + TOWER + 12 * TOKEN + 12 * 6 * PAIR
+    sampled = sum(
+        new * (TOKEN + LOGITS) + new * (before + new / 2) * PAIR
+        for before, new in ((30, 8), (30, 6), (30, 2), (12, 4))
+    )
+    told = take(counter, pass1=1.5, pass2=0.5, step=4.0)
+    assert told == pytest.approx(
+        {
+            "perf/rollout_tokens_per_second": 2 * 20 / 2.0,
+            "perf/rollout_tflops_per_rank": (prompts + sampled) / 2.0 / 1e12,
+        },
+        rel=1e-12,
+    )
+
+
+def test_a_peak_is_known_or_given_and_never_guessed(monkeypatch):
+    assert peak_flops(0.0, Device("cpu")) is None
+    assert peak_flops(0.25, Device("cpu")) == 0.25e12
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H100 80GB HBM3")
+    assert peak_flops(0.0, Device("cuda")) == 989e12
+    assert peak_of("NVIDIA H100 PCIe") is None
+    assert set(DEVICE_NAMES.values()) == set(GPUS)
