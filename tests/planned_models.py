@@ -1,6 +1,7 @@
 """Small configurations for the planner's tests: every width another number, so that none hides."""
 
 import json
+from collections import Counter
 
 import torch
 
@@ -79,18 +80,55 @@ def fill(chunk):
             parameter.normal_(0, 0.02)
 
 
-def saved_bytes(chunk, row):
-    """Memory that a forward pass keeps for the backward one, parameters aside; once a storage."""
-    weights = {p.untyped_storage().data_ptr() for p in chunk.parameters()}
-    kept = {}
+class SavedBytes:
+    """Memory that autograd keeps for backward passes to come, weights aside; once a storage.
 
-    def pack(tensor):
+    Attributes:
+        now: bytes.
+        most: at a time.
+    """
+
+    def __init__(self, weights):
+        self.weights = {w.untyped_storage().data_ptr() for w in weights}
+        self.times = Counter()
+        self.now = self.most = 0
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda kept: kept.tensor)
+
+    def pack(self, tensor):
+        return Kept(self, tensor.detach())
+
+    def count(self, tensor, times):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, or its place is reused
-        return tensor
+        place = storage.data_ptr()
+        if place in self.weights:
+            return
+        before = self.times[place] > 0
+        self.times[place] += times
+        self.now += ((self.times[place] > 0) - before) * storage.nbytes()
+        self.most = max(self.most, self.now)
 
-    with cpu.megatron_mode(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    def __enter__(self):
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.hooks.__exit__(*error)
+
+
+class Kept:
+    """A tensor until its node of the graph goes; its place is not used again before."""
+
+    def __init__(self, ledger, tensor):
+        self.ledger, self.tensor = ledger, tensor
+        ledger.count(tensor, 1)
+
+    def __del__(self):
+        self.ledger.count(self.tensor, -1)
+
+
+def saved_bytes(chunk, row):
+    """Kept by one forward pass."""
+    with cpu.megatron_mode(), SavedBytes(chunk.parameters()) as saved:
         output = chunk(**row)
     assert output.requires_grad
-    return sum(nbytes for nbytes, _ in kept.values())
+    return saved.now

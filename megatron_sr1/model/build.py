@@ -17,9 +17,10 @@ from megatron.core.tensor_parallel.random import (
 
 from megatron_sr1.model import specs
 from megatron_sr1.model.hf_config import HFConfig
+from megatron_sr1.model.layout_checks import check_layout
 from megatron_sr1.model.logprobs import vocabulary_rows
 from megatron_sr1.model.qwen25_vl import Qwen25VL
-from megatron_sr1.model.transformer_config import check_layout, text_transformer_config
+from megatron_sr1.model.transformer_config import text_transformer_config
 from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.groups import Groups
 
@@ -59,7 +60,15 @@ def build_model(
     Raises:
         ConfigError: the layout does not divide the model, or the kernels cannot run here.
     """
-    check_layout(hf_config, groups, sequence_parallel, virtual_stages, stage_layers)
+    check_layout(
+        hf_config,
+        tensor=groups.tensor.size,
+        tower=groups.tower.size,
+        pipeline=groups.pipeline.size,
+        virtual_stages=virtual_stages,
+        stage_layers=stage_layers,
+        sequence_parallel=sequence_parallel,
+    )
     if spec == "transformer_engine":
         specs.require_transformer_engine()
     config = text_transformer_config(

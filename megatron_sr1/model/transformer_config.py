@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_sr1.errors import ConfigError
 from megatron_sr1.model.hf_config import HFConfig, VisionConfig
 from megatron_sr1.runtime.groups import Groups
 
@@ -150,80 +149,6 @@ def vision_transformer_config(
 def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
     """Rows of the embedding over all ranks: padded only if the ids do not divide."""
     return -(-vocab_size // tensor_parallel) * tensor_parallel
-
-
-def check_layout(
-    hf_config: HFConfig,
-    groups: Groups,
-    sequence_parallel: bool,
-    virtual_stages: int = 1,
-    stage_layers: Sequence[int] = (),
-) -> None:
-    """Refuse a layout that does not divide the model.
-
-    Args:
-        hf_config: shape of the model.
-        groups: the layout.
-        sequence_parallel: whether rows are split too.
-        virtual_stages: of each pipeline rank.
-        stage_layers: layers of each stage; empty for equally many.
-
-    Raises:
-        ConfigError: naming what does not divide.
-    """
-    text, vision, size = hf_config.text, hf_config.vision, groups.tensor.size
-    parts = {
-        "num_attention_heads": text.num_attention_heads,
-        "num_key_value_heads": text.num_key_value_heads,
-        "intermediate_size": text.intermediate_size,
-    }
-    tower_parts = {
-        "vision num_heads": vision.num_heads,
-        "vision intermediate_size": vision.intermediate_size,
-    }
-    for name, value in (parts | tower_parts).items():
-        of_tower = name in tower_parts
-        if value % (groups.tower.size if of_tower else size):
-            other = " or parallel.vision=images" if of_tower else ""
-            raise ConfigError(
-                f"{name} is {value}, which parallel.tensor={size} does not divide; use a divisor"
-                f"{other}"
-            )
-    check_stages(text.num_layers, groups.pipeline.size, virtual_stages, stage_layers)
-    if sequence_parallel and size == 1:
-        raise ConfigError("parallel.sequence=true needs parallel.tensor of 2 or more")
-
-
-def check_stages(
-    num_layers: int, pipeline: int, virtual_stages: int, stage_layers: Sequence[int]
-) -> None:
-    """Refuse a pipeline that the layers do not fill.
-
-    Args:
-        num_layers: of the language model.
-        pipeline: ranks of the pipeline.
-        virtual_stages: of each of them.
-        stage_layers: layers of each stage; empty for equally many.
-
-    Raises:
-        ConfigError: layers are left over or missing, or a stage has none.
-    """
-    num_stages = pipeline * virtual_stages
-    ranks = f"parallel.pipeline={pipeline}"
-    ranks += f" x virtual={virtual_stages}" if virtual_stages > 1 else ""
-    if not stage_layers and num_layers % num_stages:
-        raise ConfigError(
-            f"{num_layers} layers do not divide over {ranks} stages; use a divisor, or name the "
-            "layers of each stage in parallel.stage_layers"
-        )
-    if stage_layers and (
-        len(stage_layers) != num_stages or sum(stage_layers) != num_layers or min(stage_layers) < 1
-    ):
-        raise ConfigError(
-            f"parallel.stage_layers is {list(stage_layers)}: {len(stage_layers)} stages with "
-            f"{sum(stage_layers)} layers; expected {num_stages} numbers ({ranks}) of 1 or more "
-            f"that add up to the model's {num_layers}"
-        )
 
 
 def _leave(weight: torch.Tensor) -> torch.Tensor:

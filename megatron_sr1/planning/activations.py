@@ -76,13 +76,13 @@ def vision_bytes(hf_config: HFConfig, layout: Layout, kernels: Kernels, recomput
         # Windows are cut out of q, k and v; a block over one image keeps them as projected too.
         cut, whole = 5 * h * e, 6 * h * e
         block = tables + 2 * _norm(h, kernels)
-        block += (_mlp(vision.intermediate_size, kernels) + 4 * vision.num_heads) / layout.tensor
+        block += (_mlp(vision.intermediate_size, kernels) + 4 * vision.num_heads) / layout.tower
         blocks = vision.depth * block
-        blocks += ((vision.depth - full) * cut + full * whole) / layout.tensor
+        blocks += ((vision.depth - full) * cut + full * whole) / layout.tower
     else:
         blocks = vision.depth * h * e
     # The pixels, the merger's norm, its product and what the activation makes of it, the features.
-    ends = vision.patch_dim * e + _norm(h, kernels) + 2 * h * e / layout.tensor
+    ends = vision.patch_dim * e + _norm(h, kernels) + 2 * h * e / layout.tower
     return blocks + ends + vision.out_hidden_size * e / merged + 24  # orders of the patches
 
 

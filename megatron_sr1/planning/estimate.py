@@ -13,60 +13,21 @@ from dataclasses import dataclass, replace
 from megatron_sr1.config import Config
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.model.hf_config import HFConfig
-from megatron_sr1.planning import activations, engine_time, train_time
-from megatron_sr1.planning.activations import Kernels
+from megatron_sr1.planning import engine_time, train_time
 from megatron_sr1.planning.engine_time import Replica
-from megatron_sr1.planning.hardware import (
-    ENGINE_RESERVED_BYTES,
-    GPUS_PER_NODE,
-    RESERVED_BYTES,
-    Gpu,
-)
+from megatron_sr1.planning.hardware import GPUS_PER_NODE, Gpu
 from megatron_sr1.planning.layout import Layout, candidates, engine_sizes
-from megatron_sr1.planning.memory import (
-    DTYPE_BYTES,
-    StaticMemory,
-    is_tower_frozen,
-    static_memory,
-)
-from megatron_sr1.planning.workload import Workload, pixels_per_token, row_tokens
+from megatron_sr1.planning.memory import DTYPE_BYTES, StaticMemory, is_tower_frozen
+from megatron_sr1.planning.rank_memory import Memory, rank_memory
+from megatron_sr1.planning.stage_time import Actor, balanced_layers
+from megatron_sr1.planning.workload import Workload
 
 NEARLY = 0.1
 """Layouts whose times differ by so much are held to be equally fast."""
+MORE_STAGES = (2, 4)
+"""Virtual stages that a proposal is compared with."""
 MOST_GPUS = 4096
 """Largest cluster that is looked at for one that would do."""
-
-
-@dataclass(frozen=True)
-class Memory:
-    """What a rank holds, bytes, by kind; the fullest stage's.
-
-    Attributes:
-        static: weights, gradients, optimizer state.
-        text: activations of the language model, of all micro-batches in flight.
-        vision: those of the tower.
-        recomputed: of the layer that is being computed again.
-        logits: of a chunk, with the output layer's gradient.
-        engine_weights: while the engine is awake.
-        cache: keys and values, while the engine is awake.
-        training: all that is there during an update.
-        rollout: all that is there while the engine samples.
-    """
-
-    static: StaticMemory
-    text: float
-    vision: float
-    recomputed: float
-    logits: float
-    engine_weights: float
-    cache: float
-    training: float
-    rollout: float
-
-    @property
-    def most(self) -> float:
-        """At the worst moment."""
-        return max(self.training, self.rollout)
 
 
 @dataclass(frozen=True)
@@ -97,20 +58,15 @@ def estimate(
     config: Config, hf_config: HFConfig, layout: Layout, gpu: Gpu, work: Workload
 ) -> Estimate:
     """Memory and time of one layout."""
-    kernels = train_time.kernels_of(config)
     replica = None if config.stage == "sft" else _replica(config, hf_config, gpu, layout.engine)
-    stages = [
-        _memory(config, hf_config, layout, work, stage, kernels, replica)
-        for stage in sorted({0, layout.pipeline - 1})
-    ]
-    memory = max(stages, key=lambda m: m.most)
+    actor = _actor(config, hf_config, layout, gpu, work)
+    ranks = [rank_memory(actor, rank, replica) for rank in layout.ends]
+    memory = max(ranks, key=lambda m: m.most)
     fits = memory.most <= gpu.memory_bytes
     if replica is not None:
         fits = fits and replica.cache_tokens >= config.rollout.max_model_len
-    held = max((m.static for m in stages), key=lambda s: s.weights)
-    trains_tower = not is_tower_frozen(hf_config, config.model.freeze)
-    actor = train_time.Actor(config, hf_config, layout, gpu, kernels, held, trains_tower)
-    seconds, mfu = _phases(actor, replica, work)
+    held = max((m.static for m in ranks), key=lambda s: s.weights)
+    seconds, mfu = _phases(actor, held, replica)
     return Estimate(layout, memory, fits, seconds, mfu)
 
 
@@ -119,17 +75,46 @@ def estimates(
 ) -> list[Estimate]:
     """All layouts of a number of GPUs, those that fit first, the fastest first.
 
+    Pipelines come with stages of equally many layers and with stages that take equally long.
+
     Raises:
         ConfigError: that many GPUs are no whole machines.
     """
     check_gpus(num_gpus)
     engine = _best_engine(config, hf_config, gpu, num_gpus, work)
     most_data = work.num_prompts // work.num_updates
-    found = [
-        estimate(config, hf_config, replace(layout, engine=engine), gpu, work)
-        for layout in candidates(hf_config, num_gpus, most_data)
-    ]
+    found = []
+    for even in candidates(hf_config, num_gpus, most_data):
+        layout = replace(even, engine=engine)
+        for each in dict.fromkeys((layout, balanced(config, hf_config, layout, gpu, work))):
+            found.append(estimate(config, hf_config, each, gpu, work))
     return sorted(found, key=lambda e: (not e.fits, e.step_seconds if e.fits else e.memory.most))
+
+
+def balanced(
+    config: Config, hf_config: HFConfig, layout: Layout, gpu: Gpu, work: Workload
+) -> Layout:
+    """The layout with ranks of the pipeline that take equally long, or nearly."""
+    if layout.pipeline == 1:
+        return layout
+    split = balanced_layers(_actor(config, hf_config, layout, gpu, work))
+    return replace(layout, stage_layers=split if len(set(split)) > 1 else ())
+
+
+def variants(
+    config: Config, hf_config: HFConfig, layout: Layout, gpu: Gpu, work: Workload
+) -> list[Estimate]:
+    """The same layout with stages, virtual stages or the tower cut in the other way."""
+    evenly = replace(layout, stage_layers=())
+    found = [evenly, balanced(config, hf_config, layout, gpu, work)]
+    for virtual in MORE_STAGES:
+        if 1 < layout.pipeline <= hf_config.text.num_layers / virtual:
+            more = replace(layout, virtual=virtual)
+            found.append(balanced(config, hf_config, more, gpu, work))
+    if layout.tensor > 1:
+        found.append(replace(layout, vision="images"))
+    others = [other for other in dict.fromkeys(found) if other != layout]
+    return [estimate(config, hf_config, other, gpu, work) for other in others]
 
 
 def check_gpus(num_gpus: int) -> None:
@@ -208,57 +193,17 @@ def _best_engine(
     return min(sizes, key=cost)
 
 
-def _memory(
-    config: Config,
-    hf_config: HFConfig,
-    layout: Layout,
-    work: Workload,
-    stage: int,
-    kernels: Kernels,
-    replica: Replica | None,
-) -> Memory:
-    """Of a rank of a stage, in the 1F1B schedule."""
-    static = static_memory(config, hf_config, layout, stage)
-    in_flight = layout.pipeline - stage
-    tokens = row_tokens(config) / layout.context
-    per_token = activations.text_layer_bytes(hf_config, layout, kernels, layout.recompute)
-    text = tokens * per_token * (hf_config.text.num_layers // layout.pipeline) * in_flight
-    vision = logits = 0.0
-    if stage == 0 and not is_tower_frozen(hf_config, config.model.freeze):
-        per_patch = activations.vision_bytes(hf_config, layout, kernels, layout.recompute)
-        vision = _patches(config, hf_config, layout, work) * per_patch * in_flight
-    if stage == layout.pipeline - 1:
-        text += tokens * activations.text_ends_bytes(hf_config, layout, kernels)
-        chunk = config.model.logprob_chunk_tokens
-        logits = activations.logits_bytes(hf_config, layout, kernels, chunk)
-    recomputed = tokens * activations.recomputed_bytes(hf_config, layout, kernels)
-    training = static.device + text + vision + logits + recomputed + RESERVED_BYTES
-    rollout = engine_weights = cache = 0.0
-    if replica is not None:
-        engine_weights, cache = replica.weight_bytes, max(replica.cache_bytes, 0.0)
-        rollout = static.device + RESERVED_BYTES
-        rollout += max(replica.memory_bytes, engine_weights + ENGINE_RESERVED_BYTES)
-        training += replica.memory_bytes if config.rollout.sleep_level == 0 else 0.0
-    return Memory(
-        static, text, vision, recomputed, logits, engine_weights, cache, training, rollout
-    )
-
-
-def _patches(config: Config, hf_config: HFConfig, layout: Layout, work: Workload) -> float:
-    """That a rank encodes of a full row: its share, but at least the largest image, as a whole."""
-    if not work.image_tokens:
-        return 0.0
-    row = row_tokens(config)
-    largest = min(config.data.max_pixels / pixels_per_token(hf_config), row)
-    expected = row * work.image_tokens / work.sequence_tokens
-    return max(expected / layout.context, largest) * work.patches_per_token
+def _actor(config: Config, hf_config: HFConfig, layout: Layout, gpu: Gpu, work: Workload) -> Actor:
+    trains_tower = not is_tower_frozen(hf_config, config.model.freeze)
+    kernels = train_time.kernels_of(config)
+    return Actor(config, hf_config, layout, gpu, kernels, trains_tower, work)
 
 
 def _phases(
-    actor: train_time.Actor, replica: Replica | None, work: Workload
+    actor: Actor, held: StaticMemory, replica: Replica | None
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Seconds and model operations' share of the peak, by phase in the order of a step."""
-    hf_config, gpu, world = actor.hf_config, actor.gpu, actor.layout.num_ranks
+    hf_config, gpu, work, world = actor.hf_config, actor.gpu, actor.work, actor.layout.num_ranks
     forward = train_time.step_work(hf_config, work).total
     done: dict[str, tuple[float, float]] = {}
     if replica is not None:
@@ -272,10 +217,10 @@ def _phases(
         if work.reading_tokens:
             done["pass2"] = pass2, second.total
         if work.num_updates > 1:
-            done["old_logprobs"] = train_time.forward_seconds(actor, work), forward
+            done["old_logprobs"] = train_time.forward_seconds(actor), forward
         if work.has_reference:
-            done["reference"] = train_time.reference_seconds(actor, work), forward
-    done["update"] = train_time.update_seconds(actor, work), train_time.update_work(actor, work)
+            done["reference"] = train_time.reference_seconds(actor, held), forward
+    done["update"] = train_time.update_seconds(actor, held), train_time.update_work(actor)
     seconds = {name: time for name, (time, _) in done.items()}
     mfu = {
         name: flops / (max(time, 1e-9) * gpu.peak_flops * world)

@@ -1,16 +1,19 @@
 """A layout of the actor over ranks, and the layouts that a model allows.
 
 In: a model's shape and a number of GPUs. Out: `Layout`s that pass the checks which the model
-itself makes (heads, widths and layers divide).
+itself makes (model/layout_checks.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
-from megatron_sr1.config import Config
+from megatron_sr1.config import Config, ParallelConfig
+from megatron_sr1.errors import ConfigError
 from megatron_sr1.model.hf_config import HFConfig
+from megatron_sr1.model.layout_checks import check_layout
 from megatron_sr1.planning.hardware import GPUS_PER_NODE
 
 LARGEST_CONTEXT = 8
@@ -22,12 +25,15 @@ class Layout:
 
     Attributes:
         tensor: tensor-parallel ranks, neighbours.
-        pipeline: stages.
+        pipeline: ranks that hold the stages, in turn.
         context: context-parallel ranks.
         data: data-parallel ranks.
         sequence: sequence parallelism.
         recompute: none | selective | full.
         engine: ranks of an engine replica.
+        virtual: stages of each pipeline rank.
+        stage_layers: text layers of each stage; empty for equally many.
+        vision: tensor | images.
     """
 
     tensor: int = 1
@@ -37,6 +43,9 @@ class Layout:
     sequence: bool = False
     recompute: str = "none"
     engine: int = 1
+    virtual: int = 1
+    stage_layers: tuple[int, ...] = ()
+    vision: str = "tensor"
 
     @property
     def num_ranks(self) -> int:
@@ -53,24 +62,65 @@ class Layout:
         """Whether gradients cross the network: neighbours are tensor, then context, then data."""
         return self.tensor * self.context * self.data > GPUS_PER_NODE
 
-    def overrides(self, with_engine: bool) -> list[str]:
-        """As configuration keys, `group.key=value`."""
-        engine = [f"rollout.tensor_parallel={self.engine}"] if with_engine else []
-        return [
-            f"parallel.tensor={self.tensor}",
-            f"parallel.pipeline={self.pipeline}",
-            f"parallel.context={self.context}",
-            f"parallel.sequence={str(self.sequence).lower()}",
-            f"model.recompute={self.recompute}",
-            *engine,
-        ]
+    @property
+    def tower(self) -> int:
+        """Ranks that share each layer of the tower."""
+        return 1 if self.vision == "images" else self.tensor
+
+    @property
+    def images(self) -> int:
+        """Ranks that share out a row's images."""
+        return self.context * self.tensor // self.tower
+
+    @property
+    def ends(self) -> list[int]:
+        """Pipeline ranks among which the fullest and the slowest are; in between all are alike."""
+        return list(range(self.pipeline)) if self.stage_layers else sorted({0, self.pipeline - 1})
+
+    def stages(self, pipeline_rank: int) -> range:
+        """Numbers of the stages that a rank of the pipeline holds."""
+        return range(pipeline_rank, self.pipeline * self.virtual, self.pipeline)
+
+    def layers(self, num_layers: int) -> list[range]:
+        """Text layers of each stage."""
+        num_stages = self.pipeline * self.virtual
+        counts = self.stage_layers or (num_layers // num_stages,) * num_stages
+        return [range(end - own, end) for own, end in zip(counts, accumulate(counts), strict=True)]
+
+    def overrides(self, config: Config) -> list[str]:
+        """As keys, `group.key=value`, that make a configuration one of this layout."""
+        shown = {
+            "parallel.tensor": self.tensor,
+            "parallel.pipeline": self.pipeline,
+            "parallel.context": self.context,
+            "parallel.sequence": str(self.sequence).lower(),
+            "model.recompute": self.recompute,
+        }
+        if config.stage != "sft":
+            shown["rollout.tensor_parallel"] = self.engine
+        for key, value in cut_keys(self).items():
+            if {value} != {cut_keys(ParallelConfig())[key], cut_keys(config.parallel)[key]}:
+                shown[key] = value
+        return [f"{key}={value}" for key, value in shown.items()]
 
     def __str__(self) -> str:
         """In a line."""
         parts = [f"tensor {self.tensor}{'+sp' if self.sequence else ''}"]
-        parts += [f"pipeline {self.pipeline}"]
+        parts += [f"pipeline {self.pipeline}{f' x {self.virtual}' if self.virtual > 1 else ''}"]
+        parts += [f"layers {'+'.join(map(str, self.stage_layers))}"] if self.stage_layers else []
         parts += [f"context {self.context}"] if self.context > 1 else []
-        return f"{', '.join(parts)}, data {self.data}, recompute {self.recompute}"
+        parts += [f"data {self.data}, recompute {self.recompute}"]
+        parts += ["tower by images"] if self.vision == "images" else []
+        return ", ".join(parts)
+
+
+def cut_keys(layout: Layout | ParallelConfig) -> dict[str, str]:
+    """Configuration keys of how layers and tower are cut, beside the numbers of ranks."""
+    return {
+        "parallel.virtual": str(layout.virtual),
+        "parallel.stage_layers": f"[{','.join(map(str, layout.stage_layers))}]",
+        "parallel.vision": layout.vision,
+    }
 
 
 def configured(config: Config, num_gpus: int) -> Layout | None:
@@ -87,20 +137,36 @@ def configured(config: Config, num_gpus: int) -> Layout | None:
         sequence=parallel.sequence,
         recompute=config.model.recompute,
         engine=config.rollout.tensor_parallel,
+        virtual=parallel.virtual,
+        stage_layers=tuple(parallel.stage_layers),
+        vision=parallel.vision,
     )
 
 
-def divides(hf_config: HFConfig, tensor: int, pipeline: int) -> bool:
-    """Whether a model can be cut so: what model/transformer_config.py asks for."""
-    text, vision = hf_config.text, hf_config.vision
-    sizes = (
-        text.num_attention_heads,
-        text.num_key_value_heads,
-        text.intermediate_size,
-        vision.num_heads,
-        vision.intermediate_size,
+def check(hf_config: HFConfig, layout: Layout) -> None:
+    """Refuse what the model refuses.
+
+    Raises:
+        ConfigError: the layout does not divide the model.
+    """
+    check_layout(
+        hf_config,
+        tensor=layout.tensor,
+        tower=layout.tower,
+        pipeline=layout.pipeline,
+        virtual_stages=layout.virtual,
+        stage_layers=layout.stage_layers,
+        sequence_parallel=layout.sequence,
     )
-    return not any(size % tensor for size in sizes) and text.num_layers % pipeline == 0
+
+
+def divides(hf_config: HFConfig, layout: Layout) -> bool:
+    """Whether a model can be cut so."""
+    try:
+        check(hf_config, layout)
+    except ConfigError:
+        return False
+    return True
 
 
 def candidates(hf_config: HFConfig, num_gpus: int, most_data: int) -> Iterator[Layout]:
@@ -113,14 +179,17 @@ def candidates(hf_config: HFConfig, num_gpus: int, most_data: int) -> Iterator[L
     """
     for tensor in range(1, min(GPUS_PER_NODE, num_gpus) + 1):
         for pipeline in range(1, hf_config.text.num_layers + 1):
-            if num_gpus % (tensor * pipeline) or not divides(hf_config, tensor, pipeline):
+            layout = Layout(tensor, pipeline, sequence=tensor > 1)
+            if num_gpus % (tensor * pipeline) or not divides(hf_config, layout):
                 continue
             rest = num_gpus // (tensor * pipeline)
             for context in (1, 2, 4, LARGEST_CONTEXT):
                 if rest % context or rest // context > most_data:
                     continue
                 for recompute in ("none", "selective", "full"):
-                    yield Layout(tensor, pipeline, context, rest // context, tensor > 1, recompute)
+                    yield replace(
+                        layout, context=context, data=rest // context, recompute=recompute
+                    )
 
 
 def engine_sizes(hf_config: HFConfig, num_gpus: int) -> list[int]:
@@ -133,24 +202,25 @@ def engine_sizes(hf_config: HFConfig, num_gpus: int) -> list[int]:
     ]
 
 
-def balanced_stages(first_work: float, layer_work: float, last_work: float, stages: int,
-                    num_layers: int) -> list[int]:  # fmt: skip
-    """Layers of each stage so that the busiest has the least to do.
+def balanced_stages(
+    layout: Layout, num_layers: int, first_work: float, layer_work: float, last_work: float
+) -> tuple[int, ...]:
+    """Layers of each stage so that the busiest rank of the pipeline has the least to do.
 
     Args:
+        layout: names ranks and stages.
+        num_layers: to deal out; each stage gets one at least.
         first_work: of the first stage beside its layers (the tower).
         layer_work: of a layer, in the same unit.
         last_work: of the last stage beside its layers (the logits).
-        stages: of the pipeline.
-        num_layers: to deal out; each stage gets one at least where there are enough.
     """
-    work = [0.0] * stages
-    work[0] += first_work
-    work[-1] += last_work
-    layers = [0] * stages
-    for stage in range(min(stages, num_layers)):
-        layers[stage] = 1
-    for _ in range(num_layers - sum(layers)):
-        least = min(range(stages), key=lambda s: work[s] + (layers[s] + 1) * layer_work)
-        layers[least] += 1
-    return layers
+    layers = [1] * (layout.pipeline * layout.virtual)
+    beside = [first_work, *[0.0] * (len(layers) - 2), last_work]
+
+    def work(stage: int) -> float:
+        return beside[stage] + layers[stage] * layer_work
+
+    for _ in range(num_layers - len(layers)):
+        rank = min(range(layout.pipeline), key=lambda r: sum(map(work, layout.stages(r))))
+        layers[min(layout.stages(rank), key=work)] += 1
+    return tuple(layers)

@@ -4,7 +4,7 @@ In: a model's shape, a layout, the settings of docs/memory.md. Out: bytes, from 
 parameters that checkpoints are read by, cut as Megatron cuts it and padded as its buffers are
 (megatron/core/distributed/param_and_grad_buffer.py): with the distributed optimizer each parameter
 starts at a multiple of 64 values and a bucket ends at a multiple of lcm(ranks, 128); a tied
-embedding on a stage of its own has a bucket of its own.
+embedding in a pipeline has a bucket of its own, and each virtual stage a buffer of its own.
 
 With Transformer Engine's fused layers parameters come in another order, which moves padding by a
 few values.
@@ -26,6 +26,7 @@ from megatron_sr1.planning.layout import Layout
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 PARAMETER_ALIGNMENT = 64
 BUCKET_ALIGNMENT = 128
+TOWER = "vision_model."
 _LAYER = re.compile(r"language_model\.decoder\.layers\.(\d+)\.")
 
 
@@ -64,17 +65,18 @@ class StaticMemory:
 def stage_parameters(
     hf_config: HFConfig, layout: Layout, stage: int, freeze: Sequence[str] = ()
 ) -> tuple[Parameter, ...]:
-    """Parameters of a rank of a stage, in the model's order.
+    """Parameters of a rank's part of a stage, in the model's order.
 
     Args:
         hf_config: shape of the model.
         layout: of the actor.
-        stage: from 0.
+        stage: from 0, virtual stages counted.
         freeze: patterns of `model.freeze`.
     """
-    cut = layout.tensor, layout.pipeline, stage
-    return _cut(hf_config.text, hf_config.vision, hf_config.tie_word_embeddings, *cut,
-                tuple(freeze))  # fmt: skip
+    layers = layout.layers(hf_config.text.num_layers)
+    ends = stage == 0, stage == len(layers) - 1
+    return _cut(hf_config.text, hf_config.vision, hf_config.tie_word_embeddings, layout.tensor,
+                layout.tower, layers[stage], *ends, tuple(freeze))  # fmt: skip
 
 
 @lru_cache(maxsize=1024)
@@ -83,24 +85,24 @@ def _cut(
     vision: VisionConfig,
     is_tied: bool,
     tensor: int,
-    pipeline: int,
-    stage: int,
+    tower: int,
+    layers: range,
+    is_first: bool,
+    is_last: bool,
     freeze: tuple[str, ...],
 ) -> tuple[Parameter, ...]:
-    per_stage, last = text.num_layers // pipeline, pipeline - 1
     found = []
     for entry in _entries(text, vision, is_tied):
-        layer = _LAYER.match(entry.name)
+        layer, is_vision = _LAYER.match(entry.name), entry.name.startswith(TOWER)
         if layer:
-            is_here = int(layer[1]) // per_stage == stage
-        elif entry.name == EMBEDDING:
-            is_here = stage == 0
+            is_here = int(layer[1]) in layers
         else:
-            is_here = stage == (0 if entry.name.startswith("vision_model.") else last)
-        made = Parameter(entry.name, _own_numel(entry, tensor), not _is_frozen(entry, freeze))
-        if entry.name == EMBEDDING and is_tied and pipeline > 1:
+            is_here = is_first if is_vision or entry.name == EMBEDDING else is_last
+        numel = _own_numel(entry, tower if is_vision else tensor)
+        made = Parameter(entry.name, numel, not _is_frozen(entry, freeze))
+        if entry.name == EMBEDDING and is_tied and not (is_first and is_last):
             made = replace(made, is_shared=True)
-            found += [replace(made, name=OUTPUT)] if stage == last else []
+            found += [replace(made, name=OUTPUT)] if is_last else []
         if is_here:
             found.append(made)
     return tuple(sorted(found, key=_model_order))
@@ -112,7 +114,7 @@ def _entries(text: TextConfig, vision: VisionConfig, is_tied: bool) -> tuple[Ent
 
 
 def static_memory(
-    config: Config, hf_config: HFConfig, layout: Layout, stage: int, data_rank: int = 0
+    config: Config, hf_config: HFConfig, layout: Layout, pipeline_rank: int, data_rank: int = 0
 ) -> StaticMemory:
     """Weights, gradients and optimizer state of one rank.
 
@@ -120,15 +122,18 @@ def static_memory(
         config: for data types, the optimizer's settings, frozen parameters.
         hf_config: shape of the model.
         layout: of the actor.
-        stage: of the rank, from 0.
+        pipeline_rank: of the rank, from 0.
         data_rank: of the rank among those that share the state; the first holds the most.
     """
-    parameters = stage_parameters(hf_config, layout, stage, config.model.freeze)
-    trained = [p for p in parameters if p.is_trained]
-    frozen = sum(p.numel for p in parameters if not p.is_trained)
-    buffer = own = sum(p.numel for p in trained)
-    if config.parallel.distributed_optimizer:
-        buffer, own = _sharded(trained, layout.num_sharing, data_rank)
+    frozen = buffer = own = 0
+    for stage in layout.stages(pipeline_rank):
+        parameters = stage_parameters(hf_config, layout, stage, config.model.freeze)
+        trained = [p for p in parameters if p.is_trained]
+        frozen += sum(p.numel for p in parameters if not p.is_trained)
+        values = kept = sum(p.numel for p in trained)
+        if config.parallel.distributed_optimizer:
+            values, kept = _sharded(trained, layout.num_sharing, data_rank)
+        buffer, own = buffer + values, own + kept
     weight_bytes = DTYPE_BYTES[config.model.dtype]
     state = own * state_bytes(config)
     return StaticMemory(
@@ -148,14 +153,15 @@ def state_bytes(config: Config) -> int:
 def is_tower_frozen(hf_config: HFConfig, freeze: Sequence[str]) -> bool:
     """Whether nothing of the tower learns, so that its activations go at once."""
     model = _entries(hf_config.text, hf_config.vision, hf_config.tie_word_embeddings)
-    tower = [e for e in model if e.name.startswith("vision_model.")]
+    tower = [e for e in model if e.name.startswith(TOWER)]
     return all(_is_frozen(entry, freeze) for entry in tower)
 
 
-def num_parameters(hf_config: HFConfig) -> int:
-    """Of the whole model, as published."""
+def num_parameters(hf_config: HFConfig, part: str = "") -> int:
+    """Of the model as published, or of the part whose names start so."""
     model = _entries(hf_config.text, hf_config.vision, hf_config.tie_word_embeddings)
-    return sum(math.prod(shape) for entry in model for shape in entry.hf_shapes)
+    part_of = [entry for entry in model if entry.name.startswith(part)]
+    return sum(math.prod(shape) for entry in part_of for shape in entry.hf_shapes)
 
 
 def _is_frozen(entry: Entry, freeze: Sequence[str]) -> bool:
@@ -176,7 +182,7 @@ def _model_order(parameter: Parameter) -> tuple[int, int, int]:
     """The language model before the tower; in a layer, the projection before q, k and v."""
     name = parameter.name
     layer = re.search(r"decoder\.layers\.(\d+)\.", name)
-    if name.startswith("vision_model."):
+    if name.startswith(TOWER):
         place = 4 if layer is None and "patch_embed" in name else 5 if layer else 6
     else:
         place = 1 if layer else 0 if name == EMBEDDING else 3 if name == OUTPUT else 2

@@ -10,10 +10,16 @@ from collections.abc import Sequence
 from megatron_sr1.config import Config
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.model.hf_config import HFConfig
-from megatron_sr1.planning import flops
-from megatron_sr1.planning.estimate import Estimate, choose, estimate, estimates, nothing_fits
+from megatron_sr1.planning.estimate import (
+    Estimate,
+    choose,
+    estimate,
+    estimates,
+    nothing_fits,
+    variants,
+)
 from megatron_sr1.planning.hardware import RESERVED_BYTES, Gpu
-from megatron_sr1.planning.layout import balanced_stages, configured, divides
+from megatron_sr1.planning.layout import check, configured, cut_keys
 from megatron_sr1.planning.memory import num_parameters
 from megatron_sr1.planning.workload import Workload
 
@@ -55,10 +61,10 @@ def plan_page(config: Config, hf_config: HFConfig, gpu: Gpu, num_gpus: int, work
         "",
         "its step by phase (reading data and grading are not in it):",
         *phase_lines(best),
-        *_uneven(hf_config, best, work),
+        *_variants(config, hf_config, gpu, best, work),
         "",
         "as configuration keys:",
-        *(f"  {text}" for text in best.layout.overrides(config.stage != "sft")),
+        *(f"  {text}" for text in best.layout.overrides(config)),
     ]
     return "\n".join(lines)
 
@@ -98,10 +104,10 @@ def phase_lines(found: Estimate) -> list[str]:
     return [*lines, step]
 
 
-def _line(found: Estimate) -> str:
+def _line(found: Estimate, name: str = "") -> str:
     memory = f"{found.memory.most / 1e9:5.1f} GB"
     seconds = f"{found.step_seconds:8.1f} s" if found.fits else " " * 10
-    return f"{seconds}  {memory}  {found.layout}, engine {found.layout.engine}"
+    return f"{seconds}  {memory}  {name or f'{found.layout}, engine {found.layout.engine}'}"
 
 
 def _own(
@@ -109,29 +115,23 @@ def _own(
 ) -> Sequence[str]:
     """The configuration's own layout, whether it fits or not."""
     layout = configured(config, num_gpus)
-    if layout is None or not divides(hf_config, layout.tensor, layout.pipeline):
-        return ["the configuration's own layout does not divide these GPUs or this model", ""]
+    if layout is None:
+        return ["the configuration's own layout does not divide these GPUs", ""]
+    try:
+        check(hf_config, layout)
+    except ConfigError as error:
+        return [f"the configuration's own layout does not divide this model: {error}", ""]
     own = estimate(config, hf_config, layout, gpu, work)
     verdict = "fits" if own.fits else "does not fit"
     return [f"the configuration's own layout {verdict}:", f"  {_line(own)}", ""]
 
 
-def _uneven(hf_config: HFConfig, best: Estimate, work: Workload) -> Sequence[str]:
-    """A split of text layers that would balance the stages better than the even one."""
-    stages, layers = best.layout.pipeline, hf_config.text.num_layers
-    if stages == 1:
-        return []
-    split = split_layers(hf_config, stages, work)
-    if split == [layers // stages] * stages:
-        return []
-    shown = " + ".join(map(str, split))
-    return ["", f"stages do equal work with {shown} text layers (the model splits them evenly)"]
-
-
-def split_layers(hf_config: HFConfig, stages: int, work: Workload) -> list[int]:
-    """Text layers of each stage, the tower's and the logits' work taken into account."""
-    length, patches = work.sequence_tokens, work.image_patches
-    layer = flops.text_layer(hf_config, length, length * flops.CAUSAL_SHARE).total
-    tower = flops.vision(hf_config, patches, patches).total if patches else 0.0
-    last = flops.head(hf_config, length).total
-    return balanced_stages(tower, layer, last, stages, hf_config.text.num_layers)
+def _variants(
+    config: Config, hf_config: HFConfig, gpu: Gpu, best: Estimate, work: Workload
+) -> Sequence[str]:
+    """The proposal cut in other ways, as keys; without a time what does not fit."""
+    proposed, lines = cut_keys(best.layout), []
+    for other in variants(config, hf_config, best.layout, gpu, work):
+        keys = [f"{k}={v}" for k, v in cut_keys(other.layout).items() if v != proposed[k]]
+        lines.append(f"  {_line(other, ' '.join(keys))}")
+    return ["", "the same with other keys (no time: does not fit):", *lines] if lines else []

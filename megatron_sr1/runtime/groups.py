@@ -92,8 +92,13 @@ class Groups:
         return self.tensor.rank == 0 and self.pipeline.rank == 0 and self.context.rank == 0
 
 
-def make_groups(parallel: ParallelConfig, device: Device) -> Groups:
+def make_groups(parallel: ParallelConfig, device: Device, *, on_host: bool = True) -> Groups:
     """Make Megatron's groups for a layout; torch.distributed must have started.
+
+    Args:
+        parallel: the layout.
+        device: where this rank computes.
+        on_host: make those over which optimizer state is gathered in host memory too.
 
     Raises:
         ConfigError: the layout does not divide the number of ranks.
@@ -117,7 +122,7 @@ def make_groups(parallel: ParallelConfig, device: Device) -> Groups:
             pipeline_model_parallel_size=parallel.pipeline,
             context_parallel_size=parallel.context,
             virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
-            create_gloo_process_groups=True,
+            create_gloo_process_groups=on_host,
         )
         collection = ProcessGroupCollection.use_mpu_process_groups()
     world = dist.group.WORLD

@@ -11,7 +11,7 @@ from megatron_sr1.config import Config
 from megatron_sr1.data.shards import ShardReader
 from megatron_sr1.errors import SR1Error
 from megatron_sr1.model.hf_config import read_hf_config
-from megatron_sr1.planning.layout import configured, divides
+from megatron_sr1.planning.layout import check, configured
 from megatron_sr1.planning.memory import static_memory
 from megatron_sr1.rewards.own import OwnReward
 
@@ -121,11 +121,12 @@ def _memory(config: Config) -> str:
         return "not known without the model"
     hf_config = read_hf_config(resolve_model(config.model.path).hf_files)
     layout = configured(config, _num_ranks(config))
-    if layout is None or not divides(hf_config, layout.tensor, layout.pipeline):
-        return "not known: the layout does not divide the ranks or the model"
-    stages = (0, layout.pipeline - 1)
+    if layout is None:
+        return "not known: the layout does not divide the ranks"
+    check(hf_config, layout)
     held = max(
-        (static_memory(config, hf_config, layout, s) for s in stages), key=lambda h: h.device
+        (static_memory(config, hf_config, layout, rank) for rank in layout.ends),
+        key=lambda h: h.device,
     )
     parts = {"weights": held.weights, "gradients": held.gradients, "optimizer": held.optimizer}
     text = " + ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())

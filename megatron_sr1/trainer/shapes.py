@@ -15,11 +15,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_sr1.config import Config, ParallelConfig
+from megatron_sr1.model.build import build_model
 from megatron_sr1.model.hf_config import HFConfig
-from megatron_sr1.model.qwen25_vl import build_model
-from megatron_sr1.runtime import cpu
-from megatron_sr1.runtime.device import Device
-from megatron_sr1.runtime.groups import Group, Groups
+from megatron_sr1.runtime.device import Device, stop_distributed
+from megatron_sr1.runtime.groups import Groups, make_groups
 from megatron_sr1.trainer.optimizer import DTYPES
 
 
@@ -44,7 +43,8 @@ def num_parameters_on(config: Config, hf_config: HFConfig, rank: int, num_ranks:
             groups,
             dtype=DTYPES[config.model.dtype],
             sequence_parallel=config.parallel.sequence,
-            split_images=config.parallel.split_images,
+            virtual_stages=config.parallel.virtual,
+            stage_layers=config.parallel.stage_layers,
             recompute=config.model.recompute,
         )
         return sum(p.numel() for chunk in chunks for p in chunk.parameters())
@@ -57,33 +57,8 @@ def _alone_in_a_world(parallel: ParallelConfig, rank: int, num_ranks: int) -> It
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     assert not dist.is_initialized(), "a rank of a real world cannot be one of another"
-    cpu.install()
-    from megatron.core import parallel_state
-    from megatron.core.process_groups_config import ProcessGroupCollection
-
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=num_ranks)
     try:
-        with cpu.megatron_mode():
-            parallel_state.initialize_model_parallel(
-                tensor_model_parallel_size=parallel.tensor,
-                pipeline_model_parallel_size=parallel.pipeline,
-                context_parallel_size=parallel.context,
-                create_gloo_process_groups=False,
-            )
-            collection = ProcessGroupCollection.use_mpu_process_groups()
-        world = dist.group.WORLD
-        assert world is not None
-        shared = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        yield Groups(
-            tensor=Group.of(parallel_state.get_tensor_model_parallel_group()),
-            pipeline=Group.of(parallel_state.get_pipeline_model_parallel_group()),
-            context=Group.of(parallel_state.get_context_parallel_group()),
-            data=Group.of(parallel_state.get_data_parallel_group()),
-            data_context=Group.of(shared),
-            world=Group.of(world),
-            collection=collection,
-            device=Device("cpu"),
-        )
+        yield make_groups(parallel, Device("cpu"), on_host=False)
     finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+        stop_distributed()

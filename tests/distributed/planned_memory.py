@@ -2,8 +2,9 @@
 
 Usage: planned_memory.py MODELS OUT LAYOUT…
 MODELS holds directories with a config.json; a layout is MODEL:TENSOR,PIPELINE,SEQUENCE:SETTING, a
-setting as in SETTINGS. Every rank builds the real model, wraps it as a run does, makes one update
-with gradients of zero, and counts. OUT gets one line a rank and layout.
+setting as in SETTINGS; behind another colon stand more keys of `parallel`. Every rank builds the
+real model, wraps it as a run does, makes one update over rows of text and images, and counts. OUT
+gets one line a rank and layout.
 """
 
 import json
@@ -26,19 +27,22 @@ from megatron_sr1.planning.activations import (  # noqa: E402
     text_layer_bytes,
     vision_bytes,
 )
-from megatron_sr1.planning.layout import configured  # noqa: E402
+from megatron_sr1.planning.layout import check, configured  # noqa: E402
 from megatron_sr1.planning.memory import (  # noqa: E402
     DTYPE_BYTES,
     is_tower_frozen,
     static_memory,
 )
+from megatron_sr1.planning.schedule import in_flight  # noqa: E402
+from megatron_sr1.records import PackedBatch  # noqa: E402
 from megatron_sr1.runtime.device import select_device, start_distributed  # noqa: E402
 from megatron_sr1.runtime.groups import destroy_groups, make_groups  # noqa: E402
 from megatron_sr1.trainer.actor import make_actor  # noqa: E402
 from megatron_sr1.trainer.optimizer import DTYPES  # noqa: E402
-from tests.planned_models import make_row, saved_bytes  # noqa: E402
+from megatron_sr1.trainer.step import update  # noqa: E402
+from tests.planned_models import SavedBytes, make_row  # noqa: E402
 
-TOKENS, GRID = 256, (20, 24)
+TOKENS, GRIDS = 256, [(20, 12)] * 4  # as many images as four ranks share out evenly
 BFLOAT16 = ["model.dtype=bfloat16"]
 SETTINGS = {
     "float32": ["model.dtype=float32"],
@@ -75,24 +79,36 @@ def storage_bytes(tensors):
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
+def make_batch(hf_config):
+    """A row of text and images."""
+    row = make_row(hf_config, [TOKENS], GRIDS)
+    return PackedBatch((0,), loss_mask=torch.ones(1, TOKENS), max_seqlen=TOKENS, **row)
+
+
+def loss(logprobs, batch):
+    return -logprobs.sum(), batch.loss_mask.sum(), {}
+
+
 def measure(config, hf_config, groups):
-    """What the real classes hold after one update, and what a forward pass then keeps."""
+    """What the real classes hold after one update, and what autograd kept at most during it."""
+    parallel = config.parallel
     chunks = build_model(
         hf_config,
         groups,
         dtype=DTYPES[config.model.dtype],
-        sequence_parallel=config.parallel.sequence,
+        sequence_parallel=parallel.sequence,
+        virtual_stages=parallel.virtual,
+        stage_layers=parallel.stage_layers,
     )
+    weights = [parameter for chunk in chunks for parameter in chunk.parameters()]
     with torch.no_grad():
-        for parameter in chunks[0].parameters():
+        for parameter in weights:
             parameter.fill_(0.01)
     actor = make_actor(config, chunks, hf_config, None, groups, num_updates=2)
-    with cpu.megatron_mode():
-        assert actor.optimizer.step()[0]
-    kept = None
-    if groups.pipeline.size == 1:
-        kept = saved_bytes(chunks[0], make_row(hf_config, [TOKENS], [GRID]))
-    weights = list(chunks[0].parameters())
+    rows = [make_batch(hf_config)] * (parallel.virtual + 1) * parallel.pipeline
+    with SavedBytes(weights) as saved:
+        update(actor, rows, loss, 1.0)
+    assert not saved.now
     state = []
     for part in actor.optimizer.chained_optimizers:
         inner = part.optimizer
@@ -101,38 +117,44 @@ def measure(config, hf_config, groups):
     state = [t for t in state if isinstance(t, torch.Tensor)]
     return {
         "weights": storage_bytes(weights),
-        "gradients": storage_bytes(b.grad_data for b in actor.wrapped[0].buffers),
+        "gradients": storage_bytes(b.grad_data for w in actor.wrapped for b in w.buffers),
         "optimizer": held_bytes(state, without=weights),
-    }, kept
+    }, saved.most
 
 
-def plan_activations(config, hf_config, layout):
-    """Of the same row."""
+def plan_activations(config, hf_config, layout, pipeline_rank):
+    """Of the same rows."""
     kernels = Kernels(DTYPE_BYTES[config.model.dtype], fused_mlp=False)
-    per_token = text_layer_bytes(hf_config, layout, kernels, "none") * hf_config.text.num_layers
-    kept = TOKENS * (per_token + text_ends_bytes(hf_config, layout, kernels))
-    if is_tower_frozen(hf_config, config.model.freeze):
-        return kept
-    return kept + GRID[0] * GRID[1] * vision_bytes(hf_config, layout, kernels, "none")
+    tokens, patches = TOKENS / layout.context, sum(h * w for h, w in GRIDS) / layout.images
+    layers, stages = layout.layers(hf_config.text.num_layers), layout.stages(pipeline_rank)
+    layer = tokens * text_layer_bytes(hf_config, layout, kernels, "none")
+    kept = [layer * len(layers[stage]) for stage in stages]
+    if pipeline_rank == 0 and not is_tower_frozen(hf_config, config.model.freeze):
+        kept[0] += patches * vision_bytes(hf_config, layout, kernels, "none")
+    if pipeline_rank == layout.pipeline - 1:
+        kept[-1] += tokens * text_ends_bytes(hf_config, layout, kernels)
+    numbers = in_flight(layout, pipeline_rank, kept)
+    return sum(n * size for n, size in zip(numbers, kept, strict=True))
 
 
 def main():
-
     models, out, *cases = sys.argv[1:]
     device = select_device("cpu")
     start_distributed(device)
     lines = []
     for case in cases:
-        model, layout, setting = case.split(":")
+        model, layout, setting, *more = case.split(":")
         tensor, pipeline, sequence = map(int, layout.split(","))
         path = Path(models) / model
         keys = [f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}"]
         keys += [f"parallel.sequence={bool(sequence)}".lower(), f"model.path={path}"]
+        keys += [f"parallel.{key}" for key in " ".join(more).split()]
         config = load_config(None, [*keys, *SETTINGS[setting]])
         destroy_groups()
         groups = make_groups(config.parallel, device)
         hf_config = read_hf_config(path)
         layout = configured(config, dist.get_world_size())
+        check(hf_config, layout)
         static = static_memory(
             config, hf_config, layout, groups.pipeline.rank, groups.data_context.rank
         )
@@ -145,7 +167,9 @@ def main():
                 "optimizer": static.optimizer + static.host,
             },
             "held": held,
-            "planned_activations": plan_activations(config, hf_config, layout),
+            "planned_activations": plan_activations(
+                config, hf_config, layout, groups.pipeline.rank
+            ),
             "held_activations": kept,
         }
         lines.append(line)

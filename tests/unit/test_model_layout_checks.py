@@ -7,28 +7,41 @@ import torch
 
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.model.build import build_model
-from megatron_sr1.model.transformer_config import check_layout, padded_vocab_size
+from megatron_sr1.model.layout_checks import check_layout
+from megatron_sr1.model.transformer_config import padded_vocab_size
 from tests.unit.test_model_hf_config import FLAT, parse_hf_config
 
 HF_CONFIG = parse_hf_config(FLAT)
 
 
 @pytest.mark.parametrize(
-    ("group", "size", "message"),
+    ("layout", "message"),
     [
-        ("tensor", 4, "num_key_value_heads is 2, which parallel.tensor=4"),
-        ("tensor", 3, "num_attention_heads is 16, which parallel.tensor=3"),
-        ("pipeline", 5, "36 layers do not divide over parallel.pipeline=5"),
+        ({"tensor": 4}, "num_key_value_heads is 2, which parallel.tensor=4"),
+        ({"tensor": 3}, "num_attention_heads is 16, which parallel.tensor=3"),
+        ({"tower": 3}, "vision num_heads is 16, which .* parallel.vision=images"),
+        ({"pipeline": 5}, "36 layers do not divide over parallel.pipeline=5"),
+        ({"pipeline": 4, "virtual_stages": 2}, r"parallel.pipeline=4 x virtual=2 stages"),
+        ({"pipeline": 2, "stage_layers": [12, 12, 12]}, "3 stages with 36 layers; expected 2"),
+        ({"pipeline": 2, "stage_layers": [17, 18]}, "with 35 layers; .* the model's 36"),
+        ({"pipeline": 2, "stage_layers": [0, 36]}, "numbers .* of 1 or more"),
+        ({"sequence_parallel": True}, "needs parallel.tensor of 2"),
     ],
 )
-def test_a_layout_that_does_not_divide_the_model_is_refused(groups, group, size, message):
-    larger = replace(groups, **{group: replace(getattr(groups, group), size=size)})
+def test_a_layout_that_does_not_divide_the_model_is_refused(layout, message):
     with pytest.raises(ConfigError, match=message):
-        check_layout(HF_CONFIG, larger, False)
+        check_layout(HF_CONFIG, **layout)
 
 
-def test_a_layout_that_divides_the_model_is_taken(groups):
-    check_layout(HF_CONFIG, replace(groups, tensor=replace(groups.tensor, size=2)), True)
+def test_the_model_asks_for_the_same(groups):
+    larger = replace(groups, pipeline=replace(groups.pipeline, size=5))
+    with pytest.raises(ConfigError, match="do not divide over parallel.pipeline=5"):
+        build_model(HF_CONFIG, larger, dtype=torch.float32)
+
+
+def test_a_layout_that_divides_the_model_is_taken():
+    check_layout(HF_CONFIG, tensor=2, tower=2, sequence_parallel=True)
+    check_layout(HF_CONFIG, pipeline=2, virtual_stages=2, stage_layers=[5, 11, 11, 9])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without CUDA")

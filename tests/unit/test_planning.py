@@ -13,12 +13,19 @@ from megatron_sr1.cli import main
 from megatron_sr1.config_file import load_config
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.model.hf_config import parse_hf_config
+from megatron_sr1.planning.activations import Kernels, vision_bytes
 from megatron_sr1.planning.engine_time import Replica, decode_seconds, pass_seconds
-from megatron_sr1.planning.estimate import choose, estimate, estimates
+from megatron_sr1.planning.estimate import choose, estimate, estimates, variants
 from megatron_sr1.planning.hardware import GPUS, find_gpu
-from megatron_sr1.planning.layout import Layout, balanced_stages, configured, divides
-from megatron_sr1.planning.memory import static_memory
-from megatron_sr1.planning.page import split_layers
+from megatron_sr1.planning.layout import (
+    Layout,
+    balanced_stages,
+    check,
+    configured,
+    cut_keys,
+)
+from megatron_sr1.planning.memory import TOWER, num_parameters, static_memory
+from megatron_sr1.planning.stage_time import Actor, tower
 from megatron_sr1.planning.workload import workload
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,11 +62,10 @@ def test_the_proposed_layout_of_a_published_model_divides_it_and_fits(size):
     best = choose(found)
     assert best is not None and best.memory.most <= gpu.memory_bytes
     assert best.layout.num_ranks == ENOUGH[size][0]
-    assert divides(hf_config, best.layout.tensor, best.layout.pipeline)
+    check(hf_config, best.layout)
     for heads in (hf_config.text.num_attention_heads, hf_config.vision.num_heads):
         assert heads % best.layout.engine == 0
-    keys = best.layout.overrides(with_engine=True)
-    again = load_config(SEVEN, keys)
+    again = load_config(SEVEN, best.layout.overrides(config))
     assert configured(again, ENOUGH[size][0]) == best.layout
     assert all(0 < mfu < 1 for name, mfu in best.mfu.items() if name != "sync")
 
@@ -94,7 +100,7 @@ def test_layouts_that_fit_come_first_and_the_fastest_of_them_first():
 
 
 def test_of_layouts_nearly_as_fast_the_one_that_cuts_least_is_proposed():
-    *_, found = planned("3b")
+    *_, found = planned("72b")
     fastest, best = found[0], choose(found)
     assert fastest.layout.context > 1 and best.layout.context == 1
     assert best.step_seconds < 1.1 * fastest.step_seconds
@@ -112,12 +118,87 @@ def test_a_frozen_tower_leaves_no_activations_and_learns_faster():
 
 
 def test_stages_are_balanced_by_work():
-    assert balanced_stages(0, 1, 0, 4, 8) == [2, 2, 2, 2]
-    assert balanced_stages(3, 1, 1, 2, 10) == [4, 6]
-    assert balanced_stages(100, 1, 0, 3, 9) == [1, 4, 4]
-    config, hf_config = load_config(SEVEN), published("32b")
-    split = split_layers(hf_config, 4, workload(config, hf_config))
-    assert sum(split) == 64 and split[0] == min(split) < 16 < max(split)
+    two, three, four = (Layout(pipeline=stages) for stages in (2, 3, 4))
+    assert balanced_stages(four, 8, 0, 1, 0) == (2, 2, 2, 2)
+    assert balanced_stages(two, 10, 3, 1, 1) == (4, 6)
+    assert balanced_stages(three, 9, 100, 1, 0) == (1, 4, 4)
+
+
+def test_virtual_stages_balance_ranks_and_not_stages():
+    """The tower weighs as much as 3 layers: its rank gets 3 fewer in all, its stage one alone."""
+    layout = Layout(pipeline=2, virtual=2)
+    layers = balanced_stages(layout, 11, 3, 1, 0)
+    assert layers == (1, 4, 3, 3)
+
+
+def test_stages_that_take_equally_long_are_faster_and_are_proposed():
+    config, hf_config, gpu, work, found = planned("72b")
+    best = choose(found).layout
+    assert sum(best.stage_layers) == 80 and best.stage_layers[0] == min(best.stage_layers)
+    even = estimate(config, hf_config, replace(best, stage_layers=()), gpu, work)
+    assert choose(found).seconds["update"] < even.seconds["update"]
+    assert choose(found).memory.text != even.memory.text
+
+
+def test_a_proposal_undoes_what_the_configuration_cuts_otherwise():
+    keys = ["parallel.pipeline=2", "parallel.virtual=2", "parallel.vision=images"]
+    config = load_config(SEVEN, [*keys, "parallel.stage_layers=[7,7,8,6]"])
+    own = configured(config, 8)
+    assert own.virtual == 2 and own.stage_layers == (7, 7, 8, 6) and own.vision == "images"
+    check(published("7b"), own)
+    assert configured(load_config(SEVEN, own.overrides(config)), 8) == own
+    assert configured(load_config(SEVEN, own.overrides(load_config(SEVEN))), 8) == own
+    plain = Layout(pipeline=2, data=4)
+    again = load_config(SEVEN, ["parallel.pipeline=2", *plain.overrides(config)])
+    assert configured(again, 8) == plain
+    assert not [key for key in plain.overrides(load_config(SEVEN)) if "vision" in key]
+
+
+def test_layouts_that_the_model_refuses_are_refused():
+    for wrong in (Layout(pipeline=3), Layout(pipeline=2, virtual=3), Layout(tensor=8),
+                  Layout(pipeline=2, stage_layers=(13, 14)), Layout(sequence=True)):  # fmt: skip
+        with pytest.raises(ConfigError):
+            check(published("7b"), wrong)
+    check(published("7b"), Layout(pipeline=3, stage_layers=(8, 10, 10)))
+
+
+def test_more_stages_a_rank_shorten_the_bubble_and_hold_more():
+    config, hf_config, gpu, work, _ = planned("32b")
+    few = replace(work, num_prompts=25, num_updates=1)
+    one = Layout(tensor=4, pipeline=4, data=2, sequence=True)
+    two = replace(one, virtual=2)
+    first, second = (estimate(config, hf_config, layout, gpu, few) for layout in (one, two))
+    assert second.seconds["update"] < first.seconds["update"]
+    assert second.memory.text > first.memory.text
+
+
+def test_a_tower_by_images_is_whole_joins_nothing_and_shares_patches():
+    config, hf_config, gpu, work, _ = planned("7b")
+    split = Layout(tensor=4, data=2, sequence=True)
+    whole = replace(split, vision="images")
+    first, second = (static_memory(config, hf_config, layout, 0) for layout in (split, whole))
+    assert second.gradients - first.gradients > 0.7 * 4 * num_parameters(hf_config, TOWER)
+    kernels = Kernels()
+    held = [vision_bytes(hf_config, layout, kernels, "none") for layout in (split, whole)]
+    assert held[1] > 1.5 * held[0]
+    many = replace(work, image_tokens=64.0)  # many small images a row
+    actors = [Actor(config, hf_config, layout, gpu, kernels, True, many)
+              for layout in (split, whole)]  # fmt: skip
+    assert actors[1].patches == pytest.approx(actors[0].patches / 4)
+    assert tower(actors[1]).joins < tower(actors[0]).joins / 10
+    one_image = replace(actors[1], work=replace(work, image_tokens=8000.0))
+    assert one_image.patches == one_image.work.image_patches
+
+
+def test_a_proposal_comes_with_its_variants_as_keys():
+    config, hf_config, gpu, work, found = planned("32b")
+    best = choose(found).layout
+    others = variants(config, hf_config, best, gpu, work)
+    cuts = [cut_keys(other.layout) for other in others]
+    assert [cut["parallel.virtual"] for cut in cuts] == ["1", "2", "4", "1"]
+    assert cuts[0]["parallel.stage_layers"] == "[]" and cuts[3]["parallel.vision"] == "images"
+    for other in others:
+        check(hf_config, other.layout)
 
 
 def test_the_engine_is_slower_with_more_to_do():
@@ -163,6 +244,18 @@ def test_lengths_that_the_user_knows_are_used(model, capsys):
     assert "250 text + 0 image + 300 response tokens, 50 read" in told.out
 
 
+def test_a_dry_run_knows_uneven_and_virtual_stages(model, capsys):
+    (model / "config.json").write_text((PUBLISHED / "qwen25vl_3b.json").read_text())
+    (model / "model.safetensors").touch()
+    example = str(ROOT / "examples" / "qwen25vl_3b.yaml")
+    keys = [f"model.path={model}", "launch.num_processes=8", "parallel.tensor=2"]
+    keys += ["parallel.pipeline=2", "parallel.virtual=2", "parallel.vision=images"]
+    assert main(["train", example, "--dry-run", *keys, "parallel.stage_layers=[4,10,12,10]"]) == 0
+    assert "GB on the fullest of 8 ranks" in capsys.readouterr().out
+    assert main(["train", example, "--dry-run", *keys, "parallel.stage_layers=[4,32]"]) == 2
+    assert "expected 4 numbers" in capsys.readouterr().err
+
+
 def test_a_plan_needs_no_torch(model):
     command = [sys.executable, "-c", NOT_TORCH, "plan", str(SEVEN), f"model.path={model}"]
     done = subprocess.run(
@@ -194,7 +287,20 @@ def test_what_cannot_be_planned_is_said_in_a_line(model, capsys, arguments, word
 def test_a_layout_of_the_configuration_that_does_not_divide_is_said(model, capsys):
     keys = [f"model.path={model}", "parallel.tensor=3"]
     _, told = plan(capsys, *keys, "--gpus", 8, "--gpu", "h100")
-    assert "the configuration's own layout does not divide" in told.out
+    assert "the configuration's own layout does not divide these GPUs" in told.out
+    keys = [f"model.path={model}", "parallel.pipeline=2", "parallel.stage_layers=[1,2]"]
+    _, told = plan(capsys, *keys, "--gpus", 8, "--gpu", "h100")
+    assert "does not divide this model: parallel.stage_layers is [1, 2]" in told.out
+
+
+def test_the_page_has_the_keys_of_uneven_stages(model, capsys):
+    _, told = plan(capsys, f"model.path={model}", "--gpus", 8, "--gpu", "h100")
+    variants_part, keys_part = told.out.split("as configuration keys:\n")
+    (key,) = [line.strip() for line in keys_part.splitlines() if "stage_layers" in line]
+    assert sum(load_config(SEVEN, ["parallel.pipeline=2", key]).parallel.stage_layers) == 28
+    line = r"^ +\d+\.\d s +\d+\.\d GB  parallel.virtual=2 parallel.stage_layers=\[[\d,]+\]$"
+    assert re.search(line, variants_part, re.MULTILINE)
+    assert re.search(r" GB  parallel.stage_layers=\[\]$", variants_part, re.MULTILINE)
 
 
 def test_every_gpu_is_found_in_any_case():
