@@ -69,6 +69,7 @@ class SlurmHere:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+        self.more_config = ""
         self._daemons: list[subprocess.Popen] = []
 
     def start(self) -> None:
@@ -79,25 +80,32 @@ class SlurmHere:
             (self.folder / name).mkdir(mode=0o755)
         (munge / "key").touch(mode=0o400)
         (munge / "key").write_bytes(secrets.token_bytes(1024))
-        values = {"folder": self.folder, "ports": _free_ports(3), "nodes": NODES}
-        text = CONFIG.format(host=socket.gethostname().split(".")[0], **values)
+        values = {"folder": self.folder, "ports": free_ports(3), "nodes": NODES}
+        text = CONFIG.format(host=host_name(), **values) + self.more_config
         (self.folder / "slurm.conf").write_text(text)
         files = {"key-file": "key", "socket": "socket", "pid-file": "pid"}
         files |= {"log-file": "log", "seed-file": "seed"}
-        self._start("munged", "-F", *(f"--{flag}={munge / name}" for flag, name in files.items()))
-        _until(lambda: (munge / "socket").exists(), 10, "munged made no socket")
-        self._start("slurmctld", "-D")
+        self.start_daemon(
+            "munged", "-F", *(f"--{flag}={munge / name}" for flag, name in files.items())
+        )
+        until(lambda: (munge / "socket").exists(), 10, "munged made no socket")
+        self.start_accounts()
+        self.start_daemon("slurmctld", "-D")
         for node in NODES:
-            self._start("slurmd", "-D", "-N", node)
+            self.start_daemon("slurmd", "-D", "-N", node)
         idle = ["sinfo", "--noheader", "--states=idle", "--format=%D"]
-        _until(lambda: self.run(*idle, check=False).stdout.strip() == "2", 60, "nodes not idle")
+        until(lambda: self.run(*idle, check=False).stdout.strip() == "2", 60, "nodes not idle")
 
-    def _start(self, *argv: str) -> None:
-        log = open(self.folder / f"{argv[0]}_{len(self._daemons)}.out", "w")
+    def start_daemon(self, *argv: str) -> None:
+        """Start a child that `stop` ends."""
+        log = open(self.folder / f"{Path(argv[0]).name}_{len(self._daemons)}.out", "w")
         daemon = subprocess.Popen(
             argv, env=self.environment, stdout=log, stderr=log, start_new_session=True
         )
         self._daemons.append(daemon)
+
+    def start_accounts(self) -> None:
+        """Nothing: this Slurm has no accounts."""
 
     def run(self, *argv: str, check: bool = True, **more) -> subprocess.CompletedProcess:
         """Run a program that talks to this Slurm."""
@@ -118,10 +126,10 @@ class SlurmHere:
 
     def wait_until(self, number: str, seconds: float, holds) -> dict[str, str]:
         """The job once `holds(job)`, which must be before its end or with it."""
-        until = time.monotonic() + seconds
+        end = time.monotonic() + seconds
         while not holds(job := self.job(number)):
             state = job["JobState"]
-            assert state not in ENDED and time.monotonic() < until, f"job {number} is {state}"
+            assert state not in ENDED and time.monotonic() < end, f"job {number} is {state}"
             time.sleep(0.5)
         return job
 
@@ -130,12 +138,11 @@ class SlurmHere:
         if len(self._daemons) > 1:
             self.run("scancel", "--user=root", check=False)
             queue = ["squeue", "--noheader"]
-            until = time.monotonic() + 30
-            while self.run(*queue, check=False).stdout and time.monotonic() < until:
+            end = time.monotonic() + 30
+            while self.run(*queue, check=False).stdout and time.monotonic() < end:
                 time.sleep(0.5)
-        for daemon in reversed(self._daemons):
+        for daemon in reversed(self._daemons):  # each after those that use it
             daemon.terminate()
-        for daemon in self._daemons:
             try:
                 daemon.wait(timeout=10)
             except subprocess.TimeoutExpired:
@@ -143,14 +150,21 @@ class SlurmHere:
                 daemon.wait()
 
 
-def _until(holds, seconds: float, otherwise: str) -> None:
+def host_name() -> str:
+    """As Slurm wants it."""
+    return socket.gethostname().split(".")[0]
+
+
+def until(holds, seconds: float, otherwise: str) -> None:
+    """Wait until something holds."""
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, otherwise
         time.sleep(0.1)
 
 
-def _free_ports(number: int) -> list[int]:
+def free_ports(number: int) -> list[int]:
+    """Ports of the loopback that nobody has."""
     sockets = [socket.socket() for _ in range(number)]
     for one in sockets:
         one.bind(("127.0.0.1", 0))

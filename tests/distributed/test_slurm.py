@@ -4,7 +4,7 @@ Slurm looks at time limits every 30 s, longer than these runs: the one that is t
 after its first steps (SIGSTOP, as a file system that hangs would), gets too short a limit then, and
 goes on with Slurm's warning, which wakes it. So no machine is too fast or too slow for it.
 
-Not covered: accounts (they need Slurm's database), a tunnel that stands, containers, GPUs, and
+Not covered: accounts (test_slurm_accounts.py), a tunnel that stands, containers, GPUs, and
 preemption by another job.
 """
 

@@ -1,8 +1,8 @@
 """What a launch script checks before anything is queued, without a Slurm.
 
 Where Slurm's tools must answer, small programs on PATH give the answers of sinfo and sacctmgr.
-The real sinfo, srun and sbatch are met in tests/distributed/test_slurm.py; sacctmgr nowhere, as it
-needs Slurm's database.
+The real sinfo, srun and sbatch are met in tests/distributed/test_slurm.py, the real sacctmgr in the
+slow test_slurm_accounts.py beside it.
 """
 
 import argparse
