@@ -24,7 +24,7 @@ from megatron_sr1.planning.hardware import (
 )
 from megatron_sr1.planning.layout import Layout
 from megatron_sr1.planning.memory import DTYPE_BYTES, StaticMemory
-from megatron_sr1.planning.workload import Workload
+from megatron_sr1.planning.workload import Workload, row_budget
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,13 @@ class Actor:
 def num_micro_batches(actor: Actor, work: Workload, sequences: float) -> float:
     """Rows of a data-parallel rank for some sequences of all ranks, at least one."""
     tokens = sequences * work.sequence_tokens / actor.layout.data
-    return max(1.0, tokens / max(actor.config.data.pack_tokens, work.sequence_tokens))
+    return max(1.0, tokens / max(row_budget(actor.config), work.sequence_tokens))
 
 
 def stage_seconds(actor: Actor, work: Workload, stage: int, with_backward: bool) -> float:
     """One micro-batch on one stage, its sequences as long as the mean one."""
     layout, hf_config, text = actor.layout, actor.hf_config, actor.hf_config.text
-    row = max(actor.config.data.pack_tokens, work.sequence_tokens)
+    row = max(row_budget(actor.config), work.sequence_tokens)
     tokens = row / layout.context
     keys = work.sequence_tokens * flops.CAUSAL_SHARE
     layers = text.num_layers // layout.pipeline
