@@ -42,8 +42,14 @@ class ParallelConfig:
     """Pipeline stages, >= 1."""
     context: int = 1
     """Context-parallel ranks, >= 1."""
-    split_images: bool = True
-    """Context-parallel ranks share out a row's images; false: each of them encodes all."""
+    virtual: int = 1
+    """Virtual stages of each pipeline rank, >= 1: the interleaved schedule."""
+    stage_layers: list[int] = field(default_factory=list)
+    """Layers of the language model on each of the pipeline x virtual stages, in order; empty:
+    equally many. The first stage holds the tower too; `megatron-sr1 plan` proposes a split."""
+    vision: str = "tensor"
+    """The tower: tensor (layers split as the language model's) | images (whole on each rank, and
+    tensor-parallel ranks share out a row's images). Context-parallel ranks always share them."""
     sequence: bool = False
     """Sequence parallelism inside tensor parallelism."""
     distributed_optimizer: bool = True
@@ -99,6 +105,9 @@ class RolloutConfig:
     """Pass-1 limit."""
     pass2: str = "fork"
     """When pass 2 starts: fork (as soon as the description closes) | barrier (after pass 1)."""
+    pass2_order: str = "question_first"
+    """Pass-2 prompt: question_first (what a prompt's samples share comes first, so that the prefix
+    cache serves it) | description_first (as published, and as the digits' model is trained)."""
     pass2_mode: str = "generate"
     """A description is judged by: generate (answers from it) | likelihood (of the gold answer,
     by prefill alone)."""

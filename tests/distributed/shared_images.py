@@ -14,12 +14,12 @@ import torch.distributed as dist
 
 from megatron_sr1.checkpoint.hf import load_hf
 from megatron_sr1.config import ParallelConfig
+from megatron_sr1.model.build import build_model
 from megatron_sr1.model.hf_config import read_hf_config
-from megatron_sr1.model.qwen25_vl import build_model
 from megatron_sr1.model.row_split import sequence_multiple
 from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.device import select_device, start_distributed, stop_distributed
-from megatron_sr1.runtime.groups import make_groups
+from megatron_sr1.runtime.groups import destroy_groups, make_groups
 from tests.distributed.model_layouts import TOLERANCE, run_schedule, samples_of
 from tests.model_cases import make_row, published_gradients, worst_relative_gap
 
@@ -53,7 +53,6 @@ def measure(directory, groups, letters, is_shared):
         groups,
         dtype=torch.float32,
         sequence_parallel="s" in letters,
-        split_images="w" not in letters,
         logprob_chunk_tokens=9,
     )
     load_hf(chunks, directory, hf_config, groups)
@@ -66,17 +65,14 @@ def measure(directory, groups, letters, is_shared):
     if chunks[0].vision_model is not None:
         chunks[0].vision_model.patch_embed.register_forward_pre_hook(count)
     with cpu.megatron_mode():
-        losses = run_schedule(chunks[0], rows, groups, labels=True, forward_only=False)
+        losses = run_schedule(chunks, rows, groups, labels=True, forward_only=False)
     gradients = published_gradients(chunks, hf_config, groups)
-    dist.all_reduce(encoded, group=groups.context.process_group)
-    times = groups.context.size if "w" in letters else 1
-    wanted = times * num_patches if groups.is_first_stage else 0
+    dist.all_reduce(encoded, group=groups.images.process_group)
+    wanted = num_patches if groups.is_first_stage else 0
     return losses, gradients, int(encoded), wanted
 
 
 def main():
-    from megatron.core import parallel_state
-
     cases = sorted(Path(sys.argv[1]).iterdir())
     device = select_device("cpu")
     start_distributed(device)
@@ -86,8 +82,13 @@ def main():
     for argument in sys.argv[2:]:
         *sizes, letters = argument.split(",")
         tensor, pipeline, context = map(int, sizes)
-        parallel_state.destroy_model_parallel()
-        layout = ParallelConfig(tensor=tensor, pipeline=pipeline, context=context)
+        destroy_groups()
+        layout = ParallelConfig(
+            tensor=tensor,
+            pipeline=pipeline,
+            context=context,
+            vision="images" if "i" in letters else "tensor",
+        )
         groups = make_groups(layout, device)
         for case in cases:
             losses, gradients, encoded, wanted = measure(case, groups, letters, is_shared=True)

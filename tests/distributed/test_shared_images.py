@@ -12,7 +12,7 @@ import torch
 from tests.model_cases import write_case
 
 SCRIPT = Path(__file__).parent / "shared_images.py"
-LAYOUTS = ["1,1,1,", "2,1,1,s", "1,2,1,", "1,1,2,", "1,1,2,w"]
+LAYOUTS = ["1,1,1,", "2,1,1,s", "1,2,1,", "1,1,2,", "2,1,1,i"]
 
 
 def test_the_tower_sees_each_image_once_and_loss_and_gradients_stay(tmp_path, run_ranks):
