@@ -72,8 +72,11 @@ class DataConfig:
     """New order each epoch, from the seed."""
     prompt_style: str = "full"
     """Instructions: full (published models) | brief (a model that was trained on them)."""
+    packing: bool = True
+    """Sequences share micro-batches; false: each has its own."""
     pack_tokens: int = 8192
-    """Token budget of a micro-batch; a longer sequence gets one of its own."""
+    """Budget of a micro-batch: its tokens, and its images' patches at what a patch takes of the
+    work of a token (docs/scaling.md); a larger sequence gets one of its own."""
     max_prompt_tokens: int = 6000
     """Longer prompts and conversations (images expanded) are skipped and counted."""
     max_skipped: int = 100

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from megatron_sr1.data.balance import plan_rows, size_of
 from megatron_sr1.errors import DataError
 from megatron_sr1.records import PackedBatch, TrainSample, VisionInputs
 
@@ -25,18 +26,21 @@ def pack_samples(
     *,
     image_pad_id: int,
     merge_size: int,
+    patch_cost: float = 0.0,
     pad_multiple: int = 1,
     sequence_multiple: int = 1,
 ) -> list[PackedBatch]:
-    """Pack samples into rows of at most `pack_tokens` tokens; a longer one gets its own row.
+    """Pack samples into rows of at most `pack_tokens`; a larger one gets its own row.
 
     Args:
         samples: in any order; the result depends on nothing else.
-        pack_tokens: budget of a row, padding not counted.
+        pack_tokens: budget of a row, tokens and patches, padding not counted; 0 gives each sample
+            a row.
         vision_of: gives the pixels of a sample by its index; None on ranks without the tower,
             whose batches then have no `vision`.
         image_pad_id: id of an expanded image's tokens.
         merge_size: patches a side that become one token.
+        patch_cost: what a patch counts in the budget, tokens.
         pad_multiple: rows are filled up to a multiple of this by one last sequence; itself a
             multiple of the next.
         sequence_multiple: each sequence is filled up to a multiple of this at its end.
@@ -45,34 +49,11 @@ def pack_samples(
         DataError: a sample whose image tokens, grids or pixels do not fit one another.
     """
     assert pad_multiple % sequence_multiple == 0, (pad_multiple, sequence_multiple)
-    lengths = np.array([len(s.token_ids) for s in samples])
+    sizes = [size_of(sample) for sample in samples]
     return [
         _pack(samples, rows, vision_of, image_pad_id, merge_size, pad_multiple, sequence_multiple)
-        for rows in plan(lengths, pack_tokens)
+        for rows in plan_rows(sizes, pack_tokens, patch_cost)
     ]
-
-
-def plan(lengths: np.ndarray, pack_tokens: int) -> list[list[int]]:
-    """Which samples share a row: longest first, each into the first row with room.
-
-    Args:
-        lengths: [samples] int, tokens.
-        pack_tokens: budget of a row.
-
-    Returns:
-        rows of sample numbers, ascending within a row; rows by their first sample.
-    """
-    room = np.empty(len(lengths), np.int64)
-    rows: list[list[int]] = []
-    for number in np.argsort(-lengths, kind="stable").tolist():
-        fits = room[: len(rows)] >= lengths[number]
-        row = int(np.argmax(fits)) if fits.any() else len(rows)
-        if row == len(rows):
-            rows.append([])
-            room[row] = pack_tokens
-        rows[row].append(number)
-        room[row] -= lengths[number]
-    return sorted(sorted(row) for row in rows)
 
 
 def mrope_positions(

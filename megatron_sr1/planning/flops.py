@@ -115,6 +115,12 @@ def forward(
     return layers + head(hf_config, tokens) + tower
 
 
+def patch_cost(hf_config: HFConfig) -> float:
+    """What a patch takes in the tower over what a token takes behind it, attention left out."""
+    token = text_layer(hf_config, 1, 0).times(hf_config.text.num_layers) + head(hf_config, 1)
+    return vision(hf_config, 1, 0).dense / token.dense
+
+
 def backward(work: Work) -> Work:
     """Backward pass of products whose both sides have gradients."""
     return Work(2 * work.dense, ATTENTION_BACKWARD * work.attention)

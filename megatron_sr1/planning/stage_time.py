@@ -23,7 +23,7 @@ from megatron_sr1.planning.hardware import (
     gather_seconds,
 )
 from megatron_sr1.planning.layout import Layout, balanced_stages
-from megatron_sr1.planning.workload import Workload
+from megatron_sr1.planning.workload import Workload, row_budget
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Actor:
     @property
     def row_tokens(self) -> float:
         """Of a micro-batch, on all context-parallel ranks."""
-        return max(self.config.data.pack_tokens, self.work.sequence_tokens)
+        return max(row_budget(self.config), self.work.sequence_tokens)
 
     @property
     def tokens(self) -> float:

@@ -19,15 +19,19 @@ from megatron_sr1.checkpoint.folders import latest_step
 from megatron_sr1.checkpoint.model_source import fingerprint
 from megatron_sr1.config import Config
 from megatron_sr1.config_file import save_config
+from megatron_sr1.data.balance import Size, plan_ranks
 from megatron_sr1.data.loader import Loader
 from megatron_sr1.data.packing import pack_samples
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.errors import ConfigError, DataError, GradingError
+from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.model.row_split import sequence_multiple
 from megatron_sr1.observability.memory import PeakMemory
 from megatron_sr1.observability.metrics import MetricsFile, PhaseTimer
 from megatron_sr1.observability.profiler import StepProfiler
 from megatron_sr1.observability.sinks import Sink, make_sinks
+from megatron_sr1.planning.flops import patch_cost
+from megatron_sr1.planning.workload import row_budget
 from megatron_sr1.records import PackedBatch, TrainSample
 from megatron_sr1.runtime import failure, leaving
 from megatron_sr1.runtime.groups import Groups
@@ -81,6 +85,7 @@ class Context:
         if num_samples:
             data = config.data
             self.loader = Loader(num_samples, data.prompts_per_step, config.seed, data.shuffle)
+            self._patch_cost = patch_cost(read_hf_config(processor.model_dir))
 
     @property
     def is_writer(self) -> bool:
@@ -121,13 +126,23 @@ class Context:
         multiple = sequence_multiple(parallel.context)
         return pack_samples(
             chosen,
-            self.config.data.pack_tokens,
+            row_budget(self.config),
             samples.vision if self.groups.is_first_stage else None,
             image_pad_id=self.processor.image_pad_id,
             merge_size=self.processor.merge_size,
+            patch_cost=self._patch_cost,
             sequence_multiple=multiple,
             pad_multiple=multiple * share_multiple,
         )
+
+    def share(self, sizes: Sequence[Size]) -> list[int]:
+        """Which samples of an update this rank learns from, by what they cost.
+
+        Args:
+            sizes: of all of them, the same on all ranks.
+        """
+        data = self.groups.data
+        return plan_ranks(sizes, data.size, self._patch_cost)[data.rank]
 
     def skip(self, error: DataError) -> None:
         """Name and count a bad sample; whether there are too many is judged with the step."""

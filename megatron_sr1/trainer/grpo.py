@@ -120,20 +120,18 @@ def own_samples(
 
     A rank that would have none gets one sample without targets, so that all ranks take part.
     """
-    config, data = context.config, context.groups.data
-    n = config.rollout.samples_per_prompt
-    groups = [scored[i : i + n] for i in range(0, len(scored), n)]
-    per_update = config.algorithm.prompts_per_update
+    n = context.config.rollout.samples_per_prompt
+    per_update = context.config.algorithm.prompts_per_update
     updates = []
     for start in range(0, len(chosen), per_update):
-        mine = chosen[start : start + per_update][data.rank :: data.size]
+        of_update = [g * n + k for g in chosen[start : start + per_update] for k in range(n)]
+        mine = context.share([samples.size(scored[number].rollout) for number in of_update])
         own = [
-            samples.train_sample(item.rollout, *given.of(g, k))
-            for g in mine
-            for k, item in enumerate(groups[g])
+            samples.train_sample(scored[number].rollout, *given.of(*divmod(number, n)))
+            for number in (of_update[place] for place in mine)
         ]
         if not own:
-            spare = samples.train_sample(groups[chosen[start]][0].rollout, 0.0)
+            spare = samples.train_sample(scored[of_update[0]].rollout, 0.0)
             own = [replace(spare, loss_mask=np.zeros_like(spare.loss_mask))]
         updates.append(own)
     return updates

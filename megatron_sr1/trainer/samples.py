@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megatron_sr1.data.balance import Size
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.data.prompts import pass1_messages, pass2_messages
 from megatron_sr1.data.shards import ShardReader
@@ -130,6 +131,12 @@ class Samples:
             advantages=advantages,
             engine_logprobs=engine_logprobs,
         )
+
+    def size(self, rollout: Rollout) -> Size:
+        """What a rollout takes to learn from, without its images being read."""
+        num_tokens = len(rollout.prompt_token_ids) + len(rollout.completion.token_ids)
+        merged = rollout.prompt_token_ids.count(self.processor.image_pad_id)
+        return Size(num_tokens, merged * self.processor.merge_size**2, rollout.index)
 
     def conversation(self, index: int) -> TrainSample:
         """A supervised sample: the conversation, with its assistant turns as targets."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import replace
 
 import numpy as np
 import torch
 
 from megatron_sr1.algorithm.losses import sft_loss
+from megatron_sr1.data.balance import size_of
 from megatron_sr1.data.loader import shard
 from megatron_sr1.errors import DataError
 from megatron_sr1.records import PackedBatch, TrainSample
+from megatron_sr1.runtime.groups import gather_objects
 from megatron_sr1.trainer.actor import Actor
 from megatron_sr1.trainer.context import Context
 from megatron_sr1.trainer.samples import Samples
@@ -52,22 +53,21 @@ def _token_loss(
 
 
 def _conversations(context: Context, samples: Samples, indices: list[int]) -> list[TrainSample]:
-    """This rank's share of a step; one without targets where it would have none."""
+    """This rank's share of a step; one without targets where it would have none.
+
+    Each rank reads some; who learns from what is settled when all lengths are known.
+    """
     groups = context.groups
-    chosen = []
+    read = []
     for index in shard(indices, groups.data.rank, groups.data.size):
         try:
-            chosen.append(samples.conversation(index))
+            read.append(samples.conversation(index))
         except DataError as error:
             context.skip(error)
     context.count_skipped(groups.speaks_for_samples)
-    return chosen or [_spare(samples, indices)]
-
-
-def _spare(samples: Samples, indices: list[int]) -> TrainSample:
-    """A sample of the step that can be read, without targets: a rank takes part with it."""
-    for index in indices:
-        with contextlib.suppress(DataError):
-            sample = samples.conversation(index)
-            return replace(sample, loss_mask=np.zeros_like(sample.loss_mask))
-    raise DataError("no sample of this step could be read; see the warnings above")
+    everyone = [sample for part in gather_objects(read, groups.data) for sample in part]
+    if not everyone:
+        raise DataError("no sample of this step could be read; see the warnings above")
+    mine = [everyone[i] for i in context.share([size_of(sample) for sample in everyone])]
+    spare = replace(everyone[0], loss_mask=np.zeros_like(everyone[0].loss_mask))
+    return mine or [spare]

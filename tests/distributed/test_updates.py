@@ -14,16 +14,16 @@ from megatron_sr1.data.digits import corpus_texts
 from megatron_sr1.model.tiny import make_tiny_model
 
 SCRIPT = Path(__file__).parent / "updates.py"
-ONE, SPLIT = "1x1x1@4096", "1x1x1@48"
+ONE, SPLIT, ALONE = "1x1x1@4096", "1x1x1@48", "1x1x1@0"  # the last without packing
 FROZEN, FROZEN_OTHERS = "1x1x1@4096f", ["1x2x1@64f", "1x1x2@64f"]
 OBJECTIVES = ["sequence_mean", "dr_grpo", "gspo", "gspo_corrected", "token_corrected"]
 OF_ONE = [f"{ONE}:{name}" for name in OBJECTIVES]
 # Data parallel, six samples against five in several rows a rank; context parallel; two stages.
 OF_TWO = [f"1x1x{context}@64:{name}" for context in (1, 2) for name in OBJECTIVES]
 OF_TWO += ["1x2x1@64:gspo_corrected"]
-# Under virtual stages seven rows, then one: both are filled up to an even number.
+# Under virtual stages eight rows, then one, which is filled up to two.
 TWO_RANKS = ["1x1x1@64", "2x1x1@64", "2x1x1s@64", "2x1x1si@64", "1x2x1@64", "1x2x1u@64"]
-TWO_RANKS += ["1x2x1v@64", "1x2x1v@4096", "1x1x2@64", "1x1x2@4096"]
+TWO_RANKS += ["1x2x1v@64", "1x2x1v@4096", "1x1x2@64", "1x1x2@4096", "1x1x2@0"]
 FOUR_RANKS = ["2x1x2@64", "2x1x2si@64", "1x2x2v@64", "2x2x1siv@64", "1x1x2@64", "1x1x4@64"]
 
 
@@ -38,7 +38,7 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def found(model, run_ranks, tmp_path_factory):
     out = tmp_path_factory.mktemp("updates")
-    run_ranks(SCRIPT, 1, model, out / "one.json", ONE, SPLIT, FROZEN, *OF_ONE)
+    run_ranks(SCRIPT, 1, model, out / "one.json", ONE, SPLIT, ALONE, FROZEN, *OF_ONE)
     run_ranks(SCRIPT, 2, model, out / "two.json", *TWO_RANKS, *FROZEN_OTHERS, *OF_TWO)
     one, two = (json.loads((out / f"{n}.json").read_text()) for n in ("one", "two"))
     one["initial"] = {"weights": initial_weights(model)}
@@ -51,7 +51,7 @@ def initial_weights(directory):
     return {n: [float(w.double().sum()), float(w.abs().max())] for n, w in weights.items()}
 
 
-OTHERS = [SPLIT, *(f"2 ranks {name}" for name in TWO_RANKS)]
+OTHERS = [SPLIT, ALONE, *(f"2 ranks {name}" for name in TWO_RANKS)]
 
 
 def check_numbers(found, expected):

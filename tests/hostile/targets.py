@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 from hypothesis import strategies as st
 
+from megatron_sr1.data.balance import cost, plan_rows, size_of
 from megatron_sr1.data.examples import IMAGE_MARK, Record, example_from_stored, record_from_row
 from megatron_sr1.data.guards import is_json
 from megatron_sr1.data.images import MAX_ASPECT_RATIO, MAX_IMAGE_PIXELS, decode_image
-from megatron_sr1.data.packing import PER_TOKEN, pack_samples, plan
+from megatron_sr1.data.packing import PER_TOKEN, pack_samples
 from megatron_sr1.data.prompts import strip_image_marks
 from megatron_sr1.data.shard_index import index_path
 from megatron_sr1.data.shards import ShardReader, write_shards
@@ -135,9 +136,9 @@ def packings(draw):
 def check_packing(given):
     """Every token once, borders rising, nothing across a border, rows within the budget."""
     samples, budget, multiple = given
-    lengths = np.array([len(s.token_ids) for s in samples], np.int64)
-    for row in plan(lengths, budget):
-        assert len(row) == 1 or lengths[row].sum() <= budget
+    sizes = [size_of(s) for s in samples]
+    for row in plan_rows(sizes, budget, 0.5):
+        assert len(row) == 1 or cost((sizes[n] for n in row), 0.5) <= budget
     with refused_or_right():
         batches = pack_samples(
             samples, budget, None, image_pad_id=PAD, merge_size=2, pad_multiple=multiple

@@ -1,13 +1,14 @@
 """Packing by hand-computed rows: borders, shift, padding, budget.
 
-Positions are compared with transformers in tests/parity/test_data_positions.py.
+Which samples share a row: test_data_balance.py. Positions are compared with transformers in
+tests/parity/test_data_transformers.py.
 """
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_sr1.data.packing import mrope_positions, pack_samples, plan
+from megatron_sr1.data.packing import mrope_positions, pack_samples
 from megatron_sr1.errors import DataError
 from megatron_sr1.model.vision import feature_numbers
 from megatron_sr1.records import TrainSample, VisionInputs
@@ -89,13 +90,13 @@ def test_packing_never_crosses_sample_boundaries():
         assert batch.input_ids.shape[1] % 8 == 0
 
 
-def test_rows_keep_to_the_budget_and_a_longer_sample_gets_its_own():
-    lengths = np.array([5, 30, 7, 3, 12, 9, 1])
-    rows = plan(lengths, 16)
-    assert rows == plan(lengths, 16) and sorted(sum(rows, [])) == list(range(7))
-    assert [1] in rows
-    assert all(lengths[row].sum() <= 16 for row in rows if row != [1])
-    assert len(rows) == 4  # 37 other tokens need three rows of 16 at least
+def test_a_row_counts_the_patches_of_its_images_once():
+    grids = [(1, 4, 4)]
+    samples = [sample(3, [PAD] * 4 + [1] * 6, [0] * 10, grids) for _ in range(3)]
+    told = {"vision_of": lambda index: pixels(index, grids), "patch_cost": 0.25}
+    assert [b.sample_ids for b in pack(samples, 34, **told)] == [(0, 1, 2)]
+    assert [b.sample_ids for b in pack(samples, 33, **told)] == [(0, 2), (1,)]
+    assert [b.sample_ids for b in pack(samples, 0, **told)] == [(0,), (1,), (2,)]
 
 
 def test_an_image_spans_height_and_width_and_text_goes_on_behind_its_longer_side():

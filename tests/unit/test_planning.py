@@ -26,7 +26,7 @@ from megatron_sr1.planning.layout import (
 )
 from megatron_sr1.planning.memory import TOWER, num_parameters, static_memory
 from megatron_sr1.planning.stage_time import Actor, tower
-from megatron_sr1.planning.workload import workload
+from megatron_sr1.planning.workload import row_budget, workload
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = ROOT / "tests" / "published"
@@ -315,3 +315,8 @@ def test_the_documentation_has_the_table_of_errors_as_it_is_computed():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout in (ROOT / "docs" / "planner.md").read_text()
+
+
+def test_without_packing_a_row_is_a_sequence():
+    assert row_budget(load_config(SEVEN, [])) == 8192
+    assert row_budget(load_config(SEVEN, ["data.packing=false"])) == 0

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from megatron_sr1.data.balance import size_of
 from megatron_sr1.data.digits import make_digits
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.records import Completion, Rollout
@@ -61,3 +62,9 @@ def test_a_description_that_is_not_one_gets_no_advantage_of_its_own(samples):
     assert rollout.description is None
     got = samples.train_sample(rollout, 2.0, -3.0).advantages[len(prompt) :]
     assert set(got.tolist()) == {2.0}
+
+
+def test_a_rollouts_size_is_that_of_its_sequence(samples):
+    rollout, _ = rolled_out(samples, DESCRIBED)
+    assert samples.size(rollout) == size_of(samples.train_sample(rollout, 1.0))
+    assert samples.size(rollout).patches == 12  # 84 x 28 pixels

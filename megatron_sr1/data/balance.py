@@ -1,0 +1,123 @@
+"""Who works on what: samples shared out over rows and over data-parallel ranks by what they cost.
+
+In: the sizes of samples, the same on all ranks. Out: rows within a budget, or a share for each
+rank. The parts that are shared out go largest first, each to whoever has the least to do (Graham,
+1969, doi:10.1137/0117039), so no two differ by more than the largest part. Samples of a prompt have
+the same images, which a row encodes once: they are one part as far as the limit lets them.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from bisect import bisect_left
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+
+from megatron_sr1.records import TrainSample
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a sample takes.
+
+    Attributes:
+        tokens: of the sequence, images expanded.
+        patches: of its images, those that the tower sees.
+        prompt: samples of one prompt have the same images.
+    """
+
+    tokens: int
+    patches: int
+    prompt: int
+
+
+def size_of(sample: TrainSample) -> Size:
+    """Size of a sequence to learn from."""
+    patches = sum(t * h * w for t, h, w in sample.image_grid_thw)
+    return Size(len(sample.token_ids), patches, sample.index)
+
+
+def cost(sizes: Iterable[Size], patch_cost: float) -> float:
+    """What samples in one row cost together, in tokens: each image counts once.
+
+    Args:
+        sizes: of the samples.
+        patch_cost: of a patch, tokens.
+    """
+    sizes = list(sizes)
+    images = {s.prompt: s.patches for s in sizes}
+    return sum(s.tokens for s in sizes) + patch_cost * sum(images.values())
+
+
+def plan_rows(sizes: Sequence[Size], budget: float, patch_cost: float) -> list[list[int]]:
+    """Which samples share a row: about as few rows as the budget asks for, equally full.
+
+    Args:
+        sizes: of the samples.
+        budget: largest cost of a row, tokens; a sample beyond it has a row of its own. With 0 each
+            sample has one.
+        patch_cost: of a patch, tokens.
+
+    Returns:
+        rows of sample numbers, ascending within a row; rows by their first sample.
+    """
+    if not budget:
+        return [[number] for number in range(len(sizes))]
+    parts = _parts(sizes, budget, patch_cost)
+    costs = [cost((sizes[n] for n in part), patch_cost) for part in parts]
+
+    def fits(num_rows: int) -> bool:
+        rows = _share_out(costs, num_rows)
+        return all(len(row) < 2 or sum(costs[p] for p in row) <= budget for row in rows)
+
+    fewest = math.ceil(sum(min(c, budget) for c in costs) / budget)
+    num_rows = fewest + bisect_left(range(fewest, len(parts)), True, key=fits)
+    return sorted(_samples(parts, row) for row in _share_out(costs, num_rows))
+
+
+def plan_ranks(sizes: Sequence[Size], num_ranks: int, patch_cost: float) -> list[list[int]]:
+    """Which samples each data-parallel rank learns from.
+
+    Args:
+        sizes: of the samples of an update, of all ranks.
+        num_ranks: ranks to share them.
+        patch_cost: of a patch, tokens.
+
+    Returns:
+        for each rank sample numbers, ascending; a rank may have none.
+    """
+    parts = _parts(sizes, cost(sizes, patch_cost) / num_ranks, patch_cost)
+    costs = [cost((sizes[n] for n in part), patch_cost) for part in parts]
+    return [_samples(parts, share) for share in _share_out(costs, num_ranks)]
+
+
+def _parts(sizes: Sequence[Size], limit: float, patch_cost: float) -> list[list[int]]:
+    """Samples by prompt; a prompt that costs more than the limit in the fewest parts within it."""
+    prompts: dict[Hashable, list[int]] = {}
+    for number, size in enumerate(sizes):
+        alone = (number,)  # text shares nothing
+        prompts.setdefault(size.prompt if size.patches else alone, []).append(number)
+    parts = []
+    for numbers in prompts.values():
+        for num_parts in range(1, len(numbers) + 1):
+            cut = [numbers[i::num_parts] for i in range(num_parts)]
+            if all(cost((sizes[n] for n in part), patch_cost) <= limit for part in cut):
+                break
+        parts += cut
+    return parts
+
+
+def _share_out(costs: Sequence[float], num_shares: int) -> list[list[int]]:
+    """Numbers of costs, the largest first, each to the share that has the least."""
+    shares: list[list[int]] = [[] for _ in range(num_shares)]
+    least = [(0.0, share) for share in range(num_shares)]  # a heap
+    for number in sorted(range(len(costs)), key=lambda n: -costs[n]):
+        load, share = heapq.heappop(least)
+        shares[share].append(number)
+        heapq.heappush(least, (load + costs[number], share))
+    return shares
+
+
+def _samples(parts: Sequence[list[int]], share: Iterable[int]) -> list[int]:
+    return sorted(number for part in share for number in parts[part])
