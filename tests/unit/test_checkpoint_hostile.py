@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import random
+import resource
 import shutil
 
 import pytest
@@ -188,6 +189,16 @@ def test_metadata_with_any_byte_changed_is_read_or_refused_in_our_words(saved, t
         except CheckpointError:
             refused += 1
     assert refused > 100
+
+
+def test_nine_bytes_do_not_take_the_memory(saved, tmp_path):
+    """They say that a value is remembered as number 268,435,456, of which none came before."""
+    shutil.copy(saved / "step_2" / "common.pt", tmp_path)
+    (tmp_path / ".metadata").write_bytes(b"\x80\x04Nr" + (2**28).to_bytes(4, "little") + b".")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match="damaged"):
+        check_folder(tmp_path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # KiB
 
 
 def test_what_was_refused_changes_nothing_for_the_next(actor, groups, copy, tmp_path):
