@@ -1,7 +1,7 @@
 """Conversion tensor by tensor: nothing is lost, nothing is held, nothing is begun twice.
 
 Not covered here: that a converted checkpoint loads under every layout, and that units are where
-Megatron puts them (tests/distributed/test_convert.py); the published sizes end to end
+Megatron puts them (tests/distributed/test_convert_layouts.py); the published sizes end to end
 (tools/convert_bench.py).
 """
 
