@@ -6,12 +6,15 @@ CORE_LATEST ?= 0.19.2
 # More threads than cores slow small tensors down; torchrun ranks set their own.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help env demo lint test test-slow test-core-latest clean
+.PHONY: help env launch-env demo bench lint docs test test-slow test-core-latest clean
 
 help:
 	@echo "make env        the environment: .venv over a cache keyed by the requirements"
+	@echo "make launch-env  .venv-launch, with nemo-run, to send jobs to Slurm (docs/slurm.md)"
 	@echo "make demo       digits from scratch on a CPU, with a report in $(DEMO_OUTPUT)"
-	@echo "make test       ruff, mypy and the tests that are not slow"
+	@echo "make bench      what the second pass costs, and sync and step beside others' (docs/bench.md)"
+	@echo "make test       ruff, mypy, the guides and the tests that are not slow"
+	@echo "make docs       the guides as web pages, in docs/_build"
 	@echo "make test-slow  the slow tests, the demo's claims among them"
 	@echo "make test-core-latest  parity and distributed tests on megatron-core $(CORE_LATEST)"
 	@echo "make clean      removes caches of tools; runs/ and .venv stay"
@@ -21,15 +24,24 @@ env: $(BIN)/megatron-sr1
 $(BIN)/megatron-sr1: setup.py tools/make_env.py
 	$(PYTHON) tools/make_env.py
 
+launch-env:
+	$(PYTHON) tools/make_launch_env.py
+
 demo: env
 	$(BIN)/megatron-sr1 demo --output $(DEMO_OUTPUT)
+
+bench: env
+	$(BIN)/python tools/bench.py --demo $(DEMO_OUTPUT)
 
 lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m mypy
 
-test: lint
+docs: env
+	$(BIN)/python -m sphinx -n -W --keep-going -q docs docs/_build
+
+test: lint docs
 	$(BIN)/python -m pytest
 
 test-slow: env

@@ -38,9 +38,18 @@ setup(
             "scikit-learn>=1.5",
             "wandb>=0.31",
         ],
-        # nemo-run's pins clash with vLLM's: an environment of its own.
-        "slurm": ["nemo-run==0.11.1"],
-        "dev": ["pytest>=9", "hypothesis>=6.150", "ruff>=0.14", "mypy>=1.18"],
+        # nemo-run's pins clash with vLLM's: an environment of its own, which `make launch-env`
+        # makes. It imports leptonai.api.v1, which leptonai 0.47 no longer has, and asks for no
+        # upper bound.
+        "slurm": ["nemo-run==0.11.1", "leptonai>=0.26.6,<0.28", "omegaconf>=2.3"],
+        "dev": [
+            "pytest>=9",
+            "hypothesis>=6.150",
+            "ruff>=0.14",
+            "mypy>=1.18",
+            "sphinx>=8.2,<10",
+            "myst-parser>=4,<6",
+        ],
     },
     entry_points={"console_scripts": ["megatron-sr1 = megatron_sr1.cli:main"]},
     license="Apache-2.0",

@@ -26,6 +26,12 @@ RUN_COMMANDS = {
     "sft": "supervised fine-tuning: train with stage=sft",
     "eval": "evaluation: train with stage=eval",
 }
+LENGTHS = {
+    "text": "text of a prompt (250)",
+    "image": "image of a prompt, merged tokens (of the middle of the pixel limits)",
+    "response": "response of pass 1 (half of its limit)",
+    "reading": "response of pass 2 (half of its limit)",
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,9 +55,29 @@ def build_parser() -> argparse.ArgumentParser:
         run.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
         run.add_argument("overrides", nargs="*", metavar="key=value", help="as seed=2")
         run.add_argument("--dry-run", action="store_true", help="check and describe, start nothing")
+    plan = commands.add_parser(
+        "plan",
+        help="memory, layouts and step time on a cluster, by formulas",
+        description="Memory a rank, the layouts that fit and their step time, computed by the "
+        "formulas of docs/planner.md. model.path needs a config.json only.",
+    )
+    plan.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="as data.pack_tokens=4096")
+    plan.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs in all")
+    plan.add_argument("--gpu", required=True, metavar="NAME", help="a100 | h100 | h200 | b200")
+    for name, text in LENGTHS.items():
+        plan.add_argument(f"--{name}-tokens", type=float, metavar="N", help=f"mean {text}")
     report = commands.add_parser("report", help="write a run's HTML report again")
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    commands.add_parser("doctor", help="what is installed, what would run, what to do")
+    doctor = commands.add_parser("doctor", help="what is installed, what would run, what to do")
+    doctor.add_argument(
+        "--distributed",
+        action="store_true",
+        help="under torchrun or srun: links, clocks, files and versions of all ranks",
+    )
+    doctor.add_argument(
+        "--output", type=Path, default=Path("runs"), metavar="DIR", help="run folder to try"
+    )
     return parser
 
 
@@ -82,8 +108,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_command(arguments)
         if arguments.command == "demo":
             return demo_command(arguments.output, arguments.seed)
+        if arguments.command == "plan":
+            return plan_command(arguments)
         if arguments.command == "report":
             return report_command(arguments.run_dir)
+        if arguments.distributed:
+            return doctor_distributed_command(arguments.output)
         return doctor_command()
     except SR1Error as error:
         sys.stdout.flush()
@@ -95,6 +125,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_command(arguments: argparse.Namespace) -> int:
     """`train`, `sft` and `eval`: check, then start the ranks, or be one of them."""
+    from megatron_sr1.runtime import leaving
+
+    leaving.listen()  # at once, and for torchrun too: unblocked, the signal ends a process
     from megatron_sr1.config_file import load_config
     from megatron_sr1.launch import preflight, torchrun
 
@@ -123,8 +156,10 @@ def run_command(arguments: argparse.Namespace) -> int:
 
 def rank_main(config: Config) -> int:
     """One rank of a run; its failure ends the others."""
+    from megatron_sr1.runtime import leaving
     from megatron_sr1.runtime.failure import guard
 
+    leaving.listen(config.launch.save_on_sigterm)
     configure_logging(config.logging.level)
     with guard(config.output):
         from megatron_sr1.trainer.run import run_stage
@@ -172,6 +207,23 @@ def demo_command(output: Path, seed: int) -> int:
     return report_command(output)
 
 
+def plan_command(arguments: argparse.Namespace) -> int:
+    """`plan`: needs the model's shape only, no weights and no torch."""
+    from megatron_sr1.config_file import load_config
+    from megatron_sr1.model.hf_config import read_hf_config
+    from megatron_sr1.planning.hardware import find_gpu
+    from megatron_sr1.planning.page import plan_page
+    from megatron_sr1.planning.workload import workload
+
+    gpu = find_gpu(arguments.gpu)
+    config = load_config(arguments.config, list(arguments.overrides))
+    hf_config = read_hf_config(config.model.path)
+    lengths = {f"{name}_tokens": getattr(arguments, f"{name}_tokens") for name in LENGTHS}
+    work = workload(config, hf_config, **lengths)
+    print(plan_page(config, hf_config, gpu, arguments.gpus, work))
+    return 0
+
+
 def report_command(run_dir: Path) -> int:
     """`report`: with pictures where the run's shards are still there."""
     if not run_dir.is_dir():
@@ -194,6 +246,26 @@ def doctor_command() -> int:
 
     text, can_train = examine()
     print(text)
+    return 0 if can_train else 1
+
+
+def doctor_distributed_command(run_dir: Path) -> int:
+    """`doctor --distributed`: one of the ranks; the first one speaks."""
+    from megatron_sr1.launch import torchrun
+
+    joined = torchrun.joined(os.environ)
+    if joined is None:
+        raise ConfigError(
+            "doctor --distributed is for the ranks of a launch: start it as "
+            "`torchrun --nproc-per-node N -m megatron_sr1 doctor --distributed`, or with srun"
+        )
+    os.environ.update(joined)
+    configure_logging("warning")
+    from megatron_sr1.doctor_distributed import examine_together
+
+    text, can_train = examine_together(run_dir)
+    if os.environ["RANK"] == "0":
+        print(text)
     return 0 if can_train else 1
 
 

@@ -42,6 +42,8 @@ class ParallelConfig:
     """Pipeline stages, >= 1."""
     context: int = 1
     """Context-parallel ranks, >= 1."""
+    split_images: bool = True
+    """Context-parallel ranks share out a row's images; false: each of them encodes all."""
     sequence: bool = False
     """Sequence parallelism inside tensor parallelism."""
     distributed_optimizer: bool = True
@@ -94,8 +96,13 @@ class RolloutConfig:
     """Pass-1 limit."""
     pass2: str = "fork"
     """When pass 2 starts: fork (as soon as the description closes) | barrier (after pass 1)."""
+    pass2_mode: str = "generate"
+    """A description is judged by: generate (answers from it) | likelihood (of the gold answer,
+    by prefill alone)."""
+    pass2_samples: int = 1
+    """Answers a description, averaged; more than 1 needs a pass2_temperature above 0."""
     pass2_temperature: float = 0.0
-    """Pass-2 temperature; 0 is greedy."""
+    """Pass-2 temperature, >= 0; 0 is greedy."""
     max_reading_tokens: int = 1024
     """Pass-2 limit."""
     max_model_len: int = 8192
@@ -113,6 +120,9 @@ class RolloutConfig:
     mismatch_bound: float = 0.0
     """Largest |engine - actor| logprob among a step's sampled tokens, nats; beyond it the run
     stops. 1e-3 suits float32 on a CPU; 0 turns it off."""
+    canary_bound: float = 0.0
+    """After each sync engine and actor score a fixed response to a fixed image; so many nats apart
+    on a token, the run stops. 1e-3 suits float32 on a CPU; 0 leaves it out."""
 
 
 @dataclass
@@ -121,12 +131,24 @@ class RewardConfig:
 
     recipe: str = "vision_sr1"
     """vision_sr1 | see_think (same spans, no self-reward) | vision_r1 (think and answer)."""
+    function: str = ""
+    """FILE.py:NAME of a function that judges answers in place of the grader, from 0 to 1, those of
+    pass 1 and pass 2 alike (docs/reward.md); empty: the grader."""
     accuracy_weight: float = 0.9
-    """Pays a right pass-1 answer."""
+    """Pays a right pass-1 answer: times 0 or 1, or what reward.function gave."""
     format_weight: float = 0.1
     """Pays the recipe's form."""
     self_reward_weight: float = 1.0
-    """Pays a right pass-2 answer (vision_sr1)."""
+    """Pays a right pass-2 answer (vision_sr1), in the same way."""
+    likelihood: str = "per_token"
+    """rollout.pass2_mode=likelihood, log p of the gold answer's tokens as a number in [0, 1]:
+    per_token (exp of the mean) | probability (exp of the sum) | linear (1 + sum /
+    likelihood_nats, at least 0)."""
+    likelihood_nats: float = 10.0
+    """likelihood=linear: -log p from which on nothing is paid, nats, > 0."""
+    question_baseline: bool = False
+    """Read each question without a description too, once a step, and pay a self-reward only for
+    what it exceeds that by."""
     pay_leaks: bool = True
     """False: a description that states the answer as a verdict earns no self-reward."""
     grader_timeout_seconds: float = 5.0
@@ -137,20 +159,51 @@ class RewardConfig:
 
 @dataclass
 class AlgorithmConfig:
-    """GRPO."""
+    """The policy-gradient objective; docs/algorithms.md says what makes which published one."""
 
+    advantage: str = "grpo"
+    """Within a group: grpo (centred, divided by the deviation) | dr_grpo (centred) | rloo (less the
+    mean of the others)."""
+    credit: str = "scalar"
+    """Of the rewards: scalar (their sum) | component (answer and visual reward normalised apart,
+    then added) | span (visual advantage on the description's tokens, the answer's on the rest)."""
+    answer_weight: float = 0.5
+    """credit=component: of the answer's advantage, > 0."""
+    visual_weight: float = 0.5
+    """credit=component: of the visual advantage, > 0."""
+    format_share: float = 0.1
+    """credit=component and span: what format adds to accuracy and to self-reward, each worth 1."""
     std_floor: float = 1e-2
-    """Smallest group standard deviation that a reward is divided by."""
+    """Smallest group standard deviation that a reward is divided by (advantage=grpo)."""
+    loss: str = "token_mean"
+    """Mean over an update: token_mean (its tokens) | sequence_mean (tokens, then sequences) |
+    dr_grpo (sequences of a constant length, rollout.max_response_tokens) | gspo (sequence_mean
+    with a ratio per sequence)."""
     clip_low: float = 0.2
     """PPO ratio is clipped below at 1 - clip_low."""
     clip_high: float = 0.3
     """PPO ratio is clipped above at 1 + clip_high."""
+    gspo_clip_low: float = 3e-4
+    """loss=gspo: the sequence's ratio, a mean a token, is clipped below at 1 - gspo_clip_low."""
+    gspo_clip_high: float = 4e-4
+    """loss=gspo: and above at 1 + gspo_clip_high."""
     dual_clip: float = 3.0
     """Bound on ratio for negative advantages, > 1."""
     kl_coefficient: float = 1e-2
     """Weight of the k3 KL to the frozen reference; 0 needs no reference model."""
+    importance_sampling: str = "off"
+    """Weights actor / engine on the advantages: off | token | sequence."""
+    importance_cap: float = 2.0
+    """Largest importance weight, >= 1."""
+    mask_beyond_nats: float = 0.0
+    """Sequences whose mean gap actor - engine, nats a token, is larger teach nothing; 0 keeps
+    all."""
     prompts_per_update: int = 128
     """Prompts of an optimizer update; divides data.prompts_per_step."""
+    filter_groups: bool = False
+    """Replace prompts whose responses teach nothing (no spread of rewards) by further prompts."""
+    max_refills: int = 3
+    """filter_groups: rollout rounds of a step behind the first, at most, >= 1."""
 
 
 @dataclass
@@ -217,6 +270,10 @@ class LoggingConfig:
     """Save rollouts/step_N.jsonl."""
     progress: bool = True
     """Progress bar on a terminal."""
+    profile_steps: list[int] = field(default_factory=list)
+    """First and last step, from 1, that torch.profiler records into profile/; empty: none."""
+    profile_ranks: list[int] = field(default_factory=lambda: [0])
+    """Ranks that record, each into a file of its own."""
 
 
 @dataclass
@@ -233,6 +290,9 @@ class LaunchConfig:
     """Loading of model and engine."""
     phase_deadline_seconds: float = 3600.0
     """Any other phase."""
+    save_on_sigterm: bool = False
+    """SIGTERM, like SIGUSR1, has the run finish its step, save and leave, instead of ending it at
+    once; only SIGKILL does that then."""
 
 
 @dataclass

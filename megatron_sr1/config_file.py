@@ -1,6 +1,7 @@
 """Reading the configuration: YAML files and overrides over the defaults, by OmegaConf.
 
-YAML files hold differences; `group.key=value` overrides come last. An unknown key or an impossible
+YAML files hold differences from the defaults, or from the file that they name as `base`;
+`group.key=value` overrides come last. An unknown key or an impossible
 value is a `ConfigError` that names the nearest valid one. Tags that would make objects are refused
 by the parser, and of OmegaConf's interpolations only `${oc.env:NAME}` is read.
 """
@@ -30,7 +31,13 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "model.recompute": ("none", "selective", "full"),
     "data.prompt_style": ("full", "brief"),
     "rollout.pass2": ("fork", "barrier"),
+    "rollout.pass2_mode": ("generate", "likelihood"),
+    "reward.likelihood": ("per_token", "probability", "linear"),
     "reward.recipe": ("vision_sr1", "see_think", "vision_r1"),
+    "algorithm.advantage": ("grpo", "dr_grpo", "rloo"),
+    "algorithm.credit": ("scalar", "component", "span"),
+    "algorithm.loss": ("token_mean", "sequence_mean", "dr_grpo", "gspo"),
+    "algorithm.importance_sampling": ("off", "token", "sequence"),
     "optimizer.schedule": ("constant", "linear", "cosine"),
     "optimizer.state": ("float32", "bfloat16"),
     "optimizer.gradients": ("float32", "bfloat16"),
@@ -48,7 +55,10 @@ AT_LEAST_ONE = (
     "rollout.samples_per_prompt",
     "rollout.max_response_tokens",
     "rollout.max_reading_tokens",
+    "rollout.pass2_samples",
     "algorithm.prompts_per_update",
+    "algorithm.importance_cap",
+    "algorithm.max_refills",
     "model.logprob_chunk_tokens",
 )
 
@@ -58,11 +68,22 @@ LARGEST_BETA2 = 0.995
 ABOVE_ZERO = (
     "rollout.temperature",
     "algorithm.std_floor",
+    "algorithm.answer_weight",
+    "algorithm.visual_weight",
     "reward.grader_timeout_seconds",
+    "reward.likelihood_nats",
     "optimizer.learning_rate",
+)
+NOT_NEGATIVE = (
+    "algorithm.format_share",
+    "algorithm.mask_beyond_nats",
+    "algorithm.gspo_clip_low",
+    "algorithm.gspo_clip_high",
 )
 
 
+BASE = "base"
+"""Key of a file that names the one it builds on."""
 MAX_YAML_BYTES = 2**18
 LARGEST_INTEGER = 2**63 - 1
 _ENVIRONMENT = re.compile(r"\$\{oc\.env:[A-Za-z_][A-Za-z0-9_]*(,[^${}]*)?\}")
@@ -88,7 +109,8 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
     """Resolve a YAML file and `group.key=value` overrides over the defaults.
 
     Args:
-        path: YAML file with differences from the defaults; None for none.
+        path: YAML file with differences from the defaults, or from another file that it names as
+            `base`, a path beside it; None for none.
         overrides: dotted assignments, later ones win.
 
     Returns:
@@ -100,7 +122,7 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
     config = OmegaConf.structured(Config)
     layers: list[tuple[str, Any]] = []
     if path is not None:
-        layers.append((str(path), _read_yaml(Path(path))))
+        layers += _read_layers(Path(path))
     for text in overrides or []:
         layers.append((ascii(text)[1:-1][:200], _read_override(text)))
     for name, layer in layers:
@@ -160,7 +182,11 @@ def validate(config: Config) -> None:
     for key in ABOVE_ZERO:
         if _get(config, key) <= 0:
             raise ConfigError(f"{key} is {_get(config, key)}; expected more than 0")
+    for key in NOT_NEGATIVE:
+        if _get(config, key) < 0:
+            raise ConfigError(f"{key} is {_get(config, key)}; expected 0 or more")
     _validate_memory(config)
+    _validate_profile(config)
     if config.stage != "sft":
         _validate_rollout(config)
 
@@ -188,6 +214,17 @@ def _validate_memory(config: Config) -> None:
         )
 
 
+def _validate_profile(config: Config) -> None:
+    steps, num_steps = config.logging.profile_steps, config.optimizer.num_steps
+    if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
+        raise ConfigError(f"logging.profile_steps is {steps}; expected [first, last], from 1")
+    if steps and config.stage != "eval" and steps[0] > num_steps:
+        raise ConfigError(
+            f"logging.profile_steps={steps} begins after the last step, optimizer.num_steps="
+            f"{num_steps}"
+        )
+
+
 def _validate_numbers(config: Config) -> None:
     """No field takes a count below zero, nor a number that is none."""
     for key in keys():
@@ -203,7 +240,40 @@ def _validate_numbers(config: Config) -> None:
         )
 
 
+def _validate_pass2(config: Config) -> None:
+    """Settings of pass 2 that need others."""
+    rollout = config.rollout
+    told = f"rollout.pass2_samples={rollout.pass2_samples}"
+    heat = f"rollout.pass2_temperature={rollout.pass2_temperature}"
+    if rollout.pass2_temperature < 0:
+        raise ConfigError(f"{heat}; expected 0 (greedy) or more")
+    if rollout.pass2_mode == "likelihood":
+        if rollout.pass2_samples > 1 or rollout.pass2_temperature > 0:
+            raise ConfigError(
+                f"rollout.pass2_mode=likelihood samples no answers, {told} and {heat} would do "
+                "nothing; leave both out or set pass2_mode=generate"
+            )
+    elif rollout.pass2_samples > 1 and rollout.pass2_temperature == 0:
+        raise ConfigError(f"{told} greedy answers are one answer; set rollout.pass2_temperature")
+    asked = {
+        "rollout.pass2_mode=likelihood": rollout.pass2_mode == "likelihood",
+        told: rollout.pass2_samples > 1,
+        "reward.question_baseline=true": config.reward.question_baseline,
+    }
+    for setting, is_set in asked.items():
+        if is_set and config.stage == "grpo" and config.reward.recipe != "vision_sr1":
+            raise ConfigError(
+                f"{setting} is about the self-reward, and reward.recipe={config.reward.recipe} has "
+                "none; use recipe=vision_sr1"
+            )
+
+
 def _validate_rollout(config: Config) -> None:
+    _validate_pass2(config)
+    if config.rollout.canary_bound < 0:
+        raise ConfigError(
+            f"rollout.canary_bound is {config.rollout.canary_bound}; expected 0 or more"
+        )
     if config.rollout.top_p != 1.0 or config.rollout.top_k != 0:
         raise ConfigError(
             f"rollout.top_p={config.rollout.top_p}, rollout.top_k={config.rollout.top_k}: training "
@@ -216,10 +286,18 @@ def _validate_rollout(config: Config) -> None:
             f"{config.rollout.max_response_tokens} is more than rollout.max_model_len="
             f"{config.rollout.max_model_len}; raise the last or lower one of the others"
         )
-    if (
-        config.stage == "grpo"
-        and config.data.prompts_per_step % config.algorithm.prompts_per_update
-    ):
+    if config.stage == "grpo":
+        _validate_algorithm(config)
+
+
+def _validate_algorithm(config: Config) -> None:
+    credit, recipe = config.algorithm.credit, config.reward.recipe
+    if credit != "scalar" and recipe != "vision_sr1":
+        raise ConfigError(
+            f"algorithm.credit={credit} shares out the self-reward, and reward.recipe={recipe} has "
+            "none; use credit=scalar or recipe=vision_sr1"
+        )
+    if config.data.prompts_per_step % config.algorithm.prompts_per_update:
         raise ConfigError(
             f"algorithm.prompts_per_update={config.algorithm.prompts_per_update} does not divide "
             f"data.prompts_per_step={config.data.prompts_per_step}"
@@ -231,6 +309,24 @@ def _get(config: Config, key: str) -> Any:
     for part in key.split("."):
         value = getattr(value, part)
     return value
+
+
+def _read_layers(path: Path) -> list[tuple[str, DictConfig]]:
+    """A file and the ones it builds on, the first base in front."""
+    layers: list[tuple[str, DictConfig]] = []
+    seen: list[Path] = []
+    while True:
+        if path.resolve() in seen:
+            raise ConfigError(f"{path}: builds on itself; of {BASE} each file names another")
+        seen.append(path.resolve())
+        layer = _read_yaml(path)
+        base = layer.pop(BASE, None)
+        layers.insert(0, (str(path), layer))
+        if base is None:
+            return layers
+        if not isinstance(base, str):
+            raise ConfigError(f"{path}: {BASE} is {base!r}; expected the path of a YAML file")
+        path = path.parent / base
 
 
 def _read_yaml(path: Path) -> DictConfig:

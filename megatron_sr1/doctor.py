@@ -67,6 +67,11 @@ def examine() -> tuple[str, bool]:
         "Kernels": list(_kernels()),
         "Conflicts": list(_conflicts()),
     }
+    return report(sections, "Training cannot run here yet", "Ready to train.")
+
+
+def report(sections: dict[str, list[Finding]], bad: str, good: str) -> tuple[str, bool]:
+    """The text of an examination, with a verdict in its last line, and True if nothing failed."""
     lines = []
     for title, findings in sections.items():
         lines.append(title)
@@ -75,7 +80,7 @@ def examine() -> tuple[str, bool]:
             if finding.advice:
                 lines.append(f"{'':12}-> {finding.advice}")
     failed = [f.name for findings in sections.values() for f in findings if f.level == "fail"]
-    verdict = f"Training cannot run here yet: {', '.join(failed)}." if failed else "Ready to train."
+    verdict = f"{bad}: {', '.join(failed)}." if failed else good
     return "\n".join([*lines, verdict]), not failed
 
 

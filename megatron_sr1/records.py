@@ -83,13 +83,36 @@ class Completion:
         logprobs: the engine's logprob of each sampled id under the distribution that it was
             sampled from (temperature applied), nats; empty if not asked for.
         text: the ids decoded, special tokens left out.
-        finish_reason: "stop" (end of turn) or "length" (cut by a token limit).
+        finish_reason: "stop" (end of turn), "length" (cut by a token limit) or "given" (the ids
+            were not sampled but scored, at temperature 1; no text).
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     text: str
     finish_reason: str
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the second pass made of a description, or of the question alone.
+
+    Attributes:
+        answers: sampled, one or more; or the gold answer, scored and not sampled.
+    """
+
+    answers: tuple[Completion, ...]
+
+    @property
+    def gold_logprobs(self) -> tuple[float, ...] | None:
+        """The engine's logprob of each token of the gold answer, nats; None if it was sampled."""
+        (first, *_) = self.answers
+        return first.logprobs if first.finish_reason == "given" else None
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What was sampled; none where the gold answer was scored."""
+        return tuple(a.text for a in self.answers if a.finish_reason != "given")
 
 
 @dataclass(frozen=True)
@@ -105,6 +128,7 @@ class Rollout:
             recipe has none.
         reading: pass 2, from description and question without the image; None if it did not run.
         weight_version: number of the weight sync that the engine held.
+        question_only: the same from the question alone, to compare; None if it did not run.
     """
 
     index: int
@@ -112,8 +136,13 @@ class Rollout:
     prompt_token_ids: tuple[int, ...]
     completion: Completion
     description: str | None
-    reading: Completion | None
+    reading: Reading | None
     weight_version: int
+    question_only: Reading | None = None
+
+
+RIGHT_FROM = 0.5
+"""A verdict from here on counts as right in tables; the grader's are 0 and 1."""
 
 
 @dataclass(frozen=True)
@@ -121,14 +150,18 @@ class Reward:
     """Verdicts on one rollout and their sum.
 
     Attributes:
-        accuracy: pass-1 answer right, 0 or 1.
+        accuracy: pass-1 answer right, 0 or 1; from 0 to 1 by a function of the user's.
         format: response has the recipe's form, 0 or 1.
-        self_reward: pass-2 answer right, 0 or 1; None where there is no pass 2 by design (a
-            text-only sample, a recipe without it), 0 where the description is missing.
+        self_reward: share of the pass-2 answers that are right (of what a function of the
+            user's gave them), or the gold answer's likelihood as
+            a number in [0, 1], less what the question alone leads to, if that is asked for; None
+            where there is no pass 2 by design (a text-only sample, a recipe without it), 0 where
+            the description is missing.
         leak: the description states the answer as a verdict.
         total: the recipe's weighted sum.
         answer: answer read from pass 1, None if there is none.
-        reading_answer: answer read from pass 2, None if there is none.
+        reading_answer: answer read from pass 2, the first if there are several; None if there is
+            none.
     """
 
     accuracy: float
@@ -186,7 +219,8 @@ class PackedBatch:
 
     Everything per token is aligned with the *predicting* position: entry t is about the token
     that the logits at position t predict, so `labels[t]` is token t + 1 of the same sequence. At
-    the last token of a sequence and in padding `loss_mask` is 0 and `labels` is 0.
+    the last token of a sequence and in padding `loss_mask` is 0 and `labels` is 0. Padding stands
+    at the end of a sequence, where the layout asks for it, and behind the last one.
 
     Attributes:
         sample_ids: the positions of the packed samples in the list that was packed, in order.
@@ -194,9 +228,9 @@ class PackedBatch:
         labels: [1, T] int64.
         loss_mask: [1, T] float32, 0 or 1.
         position_ids: [3, 1, T] int64, mRoPE rows (time, height, width), restarting at each
-            sequence.
-        cu_seqlens: [sequences + 1] int32, borders on the row; padding, if any, is the last
-            sequence.
+            sequence; 0 in padding.
+        cu_seqlens: [sequences + 1] int32, borders on the row, a sequence's padding included;
+            padding behind the last one is a sequence too.
         max_seqlen: longest sequence, tokens.
         vision: images of all sequences, in order; None if there are none.
         advantages: [1, T] float32 or None.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from megatron_sr1.records import VisionInputs
 
@@ -120,15 +121,23 @@ def write_case(directory, seed, num_images=((3, 1), (0,), (1, 2, 0))):
     return model, rows
 
 
-def make_row(samples, pad_multiple=1):
-    """Samples one behind the other, padded by a last sequence to a multiple."""
-    lengths = [len(s.token_ids) for s in samples]
+def make_row(samples, pad_multiple=1, sequence_multiple=1):
+    """Samples one behind the other, each and then the row padded to a multiple."""
+    counts = [len(s.token_ids) for s in samples]
+    fills = [-n % sequence_multiple for n in counts]
+    lengths = [n + fill for n, fill in zip(counts, fills, strict=True)]
     padding = -sum(lengths) % pad_multiple
-    ids = [s.token_ids for s in samples]
-    positions = [s.position_ids for s in samples]
-    labels = [torch.cat([s.token_ids[1:], torch.zeros(1, dtype=torch.int64)]) for s in samples]
+    # A wrong padding token would show: it is one of the vocabulary's, at positions of its own.
+    ids = [F.pad(s.token_ids, (0, n), value=1) for s, n in zip(samples, fills, strict=True)]
+    positions = [
+        F.pad(s.position_ids, (0, n), value=3) for s, n in zip(samples, fills, strict=True)
+    ]
+    labels = [F.pad(s.token_ids[1:], (0, n + 1)) for s, n in zip(samples, fills, strict=True)]
     # Targets are text: every second of them, so that some tokens have no gradient.
-    masks = [torch.tensor([float(i % 2 == 0 and i < n - 1) for i in range(n)]) for n in lengths]
+    masks = [
+        torch.tensor([float(i % 2 == 0 and i < n - 1) for i in range(n + fill)])
+        for n, fill in zip(counts, fills, strict=True)
+    ]
     if padding:
         lengths.append(padding)
         ids.append(torch.zeros(padding, dtype=torch.int64))

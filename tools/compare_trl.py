@@ -110,15 +110,15 @@ def run_trl(model: str, data: str, num_steps: int, result: Path) -> None:
     result.write_text(json.dumps(seconds))
 
 
-def run_ours(model: str, data: str, num_steps: int, folder: Path) -> list[float]:
-    """Our side through the command line: seconds of each step."""
+def run_ours(model: str, data: str, num_steps: int, folder: Path) -> list[dict[str, float]]:
+    """Our side through the command line: seconds of each step, and of its phases."""
     command = [sys.executable, "-m", "megatron_sr1", "train", "examples/digits_cpu.yaml"]
     command += [f"model.path={model}", f"data.train={data}", "data.eval=", f"output={folder}"]
     command += [f"optimizer.num_steps={num_steps}", "rollout.max_response_tokens=64"]
     command += ["algorithm.kl_coefficient=0.01", "checkpoint.export_hf=false"]
     subprocess.run(command, check=True, cwd=ROOT)
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["time/step_seconds"] for line in lines]
+    lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k.startswith("time/")} for line in lines]
 
 
 def main() -> int:
@@ -127,6 +127,7 @@ def main() -> int:
     parser.add_argument("--model", default="runs/demo/cold_start/hf", help="Hugging Face directory")
     parser.add_argument("--data", default="runs/demo/data/train", help="shards of the digits")
     parser.add_argument("--steps", type=int, default=11)
+    parser.add_argument("--result", type=Path, help="write the JSON here too")
     parser.add_argument("--trl-result", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     model, data = str(Path(arguments.model).resolve()), str(Path(arguments.data).resolve())
@@ -141,13 +142,26 @@ def main() -> int:
         command = [trl_python(), __file__, "--model", model, "--data", data]
         command += ["--steps", str(arguments.steps), "--trl-result", str(folder / "trl.json")]
         subprocess.run(command, check=True, cwd=folder)
+        ours = run_ours(model, data, arguments.steps, folder / "ours")
         sides = {
             "trl": json.loads((folder / "trl.json").read_text()),
-            "ours": run_ours(model, data, arguments.steps, folder / "ours"),
+            "ours": [line["time/step_seconds"] for line in ours],
         }
     medians = {name: statistics.median(seconds[1:]) for name, seconds in sides.items()}
-    ratio = medians["ours"] / medians["trl"]
-    print(json.dumps({"median_step_seconds": medians, "ratio": ratio, "steps": sides}, indent=2))
+    found = {
+        "median_step_seconds": medians,
+        "ratio": medians["ours"] / medians["trl"],
+        "steps": sides,
+        "median_phase_seconds": {
+            name: statistics.median(line[name] for line in ours[1:])
+            for name in ours[1]
+            if all(name in line for line in ours)
+        },
+    }
+    text = json.dumps(found, indent=2)
+    if arguments.result:
+        arguments.result.write_text(text + "\n")
+    print(text)
     return 0
 
 

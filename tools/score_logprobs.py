@@ -95,11 +95,6 @@ def check(arguments: argparse.Namespace) -> int:
         if size > 1 and option not in possible[arguments.backend]:
             raise ConfigError(f"{option} {size}: the {arguments.backend} backend has one such rank")
         num_ranks *= size
-    if arguments.context_parallel > 1:
-        raise ConfigError(
-            f"--context-parallel {arguments.context_parallel}: not yet; use tensor or pipeline "
-            "parallelism"
-        )
     return num_ranks
 
 

@@ -30,6 +30,7 @@ from megatron_sr1.data.processor import Processor
 from megatron_sr1.errors import DataError
 from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.model.qwen25_vl import build_model
+from megatron_sr1.model.row_split import sequence_multiple
 from megatron_sr1.records import TrainSample
 from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.device import Device
@@ -66,6 +67,8 @@ def megatron(
         (lambda n: processor.vision(images[n])) if groups.is_first_stage else None,
         image_pad_id=processor.image_pad_id,
         merge_size=processor.merge_size,
+        sequence_multiple=sequence_multiple(groups.context.size),
+        pad_multiple=sequence_multiple(groups.context.size),
     )
     actor = Actor(chunks, chunks, None, None, hf_config, source, groups)
     found = sample_logprobs(actor, samples, batches, 1.0) if batches else []

@@ -1,9 +1,10 @@
-"""Losses over packed tokens, as sums; the caller divides by the target tokens of the update.
+"""Losses over packed tokens, as sums; the caller divides by the update's denominator.
 
 In: logprobs [1, T] float32 of the labels, numbers per token, a mask. Out: a scalar sum with
-gradients, and detached sums to report. Sources: PPO's clipped ratio (arXiv 1707.06347, equation
-7), the dual clip (arXiv 1912.09729, equation 5), the k3 estimator (Schulman, "Approximating KL
-divergence", 2020), as Vision-SR1 combines them (arXiv 2508.19652).
+gradients, and detached sums to report. What a token weighs in the sum and what the sum is divided
+by is reduction.py's. Sources: PPO's clipped ratio (arXiv 1707.06347, equation 7), the dual clip
+(arXiv 1912.09729, equation 5), the k3 estimator (Schulman, "Approximating KL divergence", 2020),
+as Vision-SR1 combines them (arXiv 2508.19652).
 """
 
 from __future__ import annotations
@@ -25,8 +26,13 @@ def policy_loss(
     dual_clip: float,
     reference_logprobs: torch.Tensor | None = None,
     kl_coefficient: float = 0.0,
+    log_ratios: torch.Tensor | None = None,
+    token_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Clipped policy loss plus KL to the reference, summed over target tokens.
+
+    No denominator and no rank's share is applied here: the sum of a micro-batch is added to those
+    of the other micro-batches and data-parallel ranks, then divided (trainer/step.py).
 
     Args:
         policy_logprobs: [1, T] float32 nats, with gradients.
@@ -38,17 +44,21 @@ def policy_loss(
         dual_clip: for negative advantages the loss is at most dual_clip x |advantage|.
         reference_logprobs: [1, T] float32 nats, or None.
         kl_coefficient: weight of the KL term.
+        log_ratios: [1, T] float32 nats, with gradients, logarithm of the ratio that is clipped;
+            None: policy - old, of each token.
+        token_weights: [1, T] float32, of a token's loss, KL included, in the sum; None: 1.
 
     Returns:
-        the sum, a scalar; and sums over target tokens: `clipped_share`, `dual_clipped_share`,
-        `old_kl` (k1, old against policy), with a reference `reference_kl` (k3), and `ratio_max`.
+        the sum, a scalar; and unweighted sums over target tokens: `clipped_share`,
+        `dual_clipped_share`, `old_kl` (k1, old against policy), with a reference `reference_kl`
+        (k3), and `ratio_max`.
     """
     targets = loss_mask.bool()
     policy = policy_logprobs[targets]
     old, advantage = old_logprobs[targets], advantages[targets]
     # All [targets]; positive loss is bad; no denominator here.
-    log_ratio = (policy - old).clamp(-RATIO_LOG_BOUND, RATIO_LOG_BOUND)
-    ratio = log_ratio.exp()
+    log_ratio = policy - old if log_ratios is None else log_ratios[targets]
+    ratio = log_ratio.clamp(-RATIO_LOG_BOUND, RATIO_LOG_BOUND).exp()
     plain = -advantage * ratio
     clipped = -advantage * ratio.clamp(1 - clip_low, 1 + clip_high)
     worse = torch.maximum(plain, clipped)
@@ -65,6 +75,8 @@ def policy_loss(
         divergence = k3_divergence(policy, reference_logprobs[targets])
         loss = loss + kl_coefficient * divergence
         reported["reference_kl"] = divergence.sum()
+    if token_weights is not None:
+        loss = loss * token_weights[targets]
     return loss.sum(), {name: value.detach() for name, value in reported.items()}
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import io
 import logging
-import pickle
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,6 +41,7 @@ from megatron_sr1.checkpoint.sharded import load_tensors, save_tensors
 from megatron_sr1.checkpoint.source import HFSource
 from megatron_sr1.checkpoint.state import layout_of, read_state, write_state
 from megatron_sr1.checkpoint.together import on_writer, reason, together
+from megatron_sr1.checkpoint.untrusted import DAMAGE
 from megatron_sr1.checkpoint.verify import verify_folder
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.runtime.groups import Groups
@@ -184,8 +184,5 @@ def load_checkpoint(
 def _load_rng(path: Path) -> None:
     try:
         restore_rng(torch.load(path, map_location="cpu", weights_only=True))
-    except (
-        *(OSError, EOFError, RuntimeError, pickle.UnpicklingError),
-        *(KeyError, TypeError, ValueError, AttributeError, OverflowError),
-    ) as error:
+    except (*DAMAGE, OSError) as error:
         raise CheckpointError(f"{path} is refused or damaged: {reason(error)}") from None

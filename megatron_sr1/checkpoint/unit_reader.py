@@ -76,7 +76,7 @@ class UnitReader:
             whole = torch.zeros(unit.sizes, dtype=self.dtype(unit))
             for piece in pieces:
                 _part(whole, piece.dest_offsets, piece.lengths).copy_(self._load(unit, piece))
-        except (*DAMAGE, OSError, RuntimeError) as error:
+        except (*DAMAGE, OSError) as error:
             raise CheckpointError(f"{self.folder}: {unit.key}: {reason(error)}") from error
         return whole.view(unit.parameter_shape)
 

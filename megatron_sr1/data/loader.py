@@ -7,7 +7,7 @@ so a run may be resumed on another number of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,18 +45,33 @@ class Loader:
         Where a step reaches into the next epoch, a sample that it already holds waits for the
         following step, so that no step holds a sample twice (as far as there are enough samples).
         """
-        step: list[int] = []
-        held: set[int] = set()
+        return self._draw(self.per_step, set(), self.per_step <= self.num_samples)
+
+    def more(self, count: int, held: Iterable[int]) -> list[int]:
+        """Further indices for a step, and move on; they are consumed as the step's own are.
+
+        Args:
+            count: how many, 0 or more.
+            held: what the step has drawn so far; none of it comes again in this step.
+
+        Returns:
+            `count` indices, fewer where the dataset has no more that the step does not hold.
+        """
+        seen = set(held)
+        return self._draw(min(count, self.num_samples - len(seen)), seen, True)
+
+    def _draw(self, count: int, held: set[int], distinct: bool) -> list[int]:
+        drawn: list[int] = []
         early, self._waiting = self._waiting, []
-        while len(step) < self.per_step:
+        while len(drawn) < count:
             index = early.pop(0) if early else self._advance()
-            if index in held and self.per_step <= self.num_samples:
+            if index in held and distinct:
                 self._waiting.append(index)
             else:
-                step.append(index)
+                drawn.append(index)
                 held.add(index)
         self._waiting += early
-        return step
+        return drawn
 
     def state_dict(self) -> dict[str, Any]:
         """The cursor, plain JSON."""

@@ -26,6 +26,7 @@ def pack_samples(
     image_pad_id: int,
     merge_size: int,
     pad_multiple: int = 1,
+    sequence_multiple: int = 1,
 ) -> list[PackedBatch]:
     """Pack samples into rows of at most `pack_tokens` tokens; a longer one gets its own row.
 
@@ -36,17 +37,19 @@ def pack_samples(
             whose batches then have no `vision`.
         image_pad_id: id of an expanded image's tokens.
         merge_size: patches a side that become one token.
-        pad_multiple: rows are filled up to a multiple of this by one last sequence.
+        pad_multiple: rows are filled up to a multiple of this by one last sequence; itself a
+            multiple of the next.
+        sequence_multiple: each sequence is filled up to a multiple of this at its end.
 
     Raises:
         DataError: a sample whose image tokens, grids or pixels do not fit one another.
     """
-    batches = []
-    for rows in plan(np.array([len(s.token_ids) for s in samples]), pack_tokens):
-        batches.append(
-            _pack(samples, rows, vision_of, image_pad_id, merge_size, max(1, pad_multiple))
-        )
-    return batches
+    assert pad_multiple % sequence_multiple == 0, (pad_multiple, sequence_multiple)
+    lengths = np.array([len(s.token_ids) for s in samples])
+    return [
+        _pack(samples, rows, vision_of, image_pad_id, merge_size, pad_multiple, sequence_multiple)
+        for rows in plan(lengths, pack_tokens)
+    ]
 
 
 def plan(lengths: np.ndarray, pack_tokens: int) -> list[list[int]]:
@@ -125,24 +128,25 @@ def _pack(
     image_pad_id: int,
     merge_size: int,
     pad_multiple: int,
+    sequence_multiple: int,
 ) -> PackedBatch:
     chosen = [samples[i] for i in rows]
-    lengths = [len(s.token_ids) for s in chosen]
-    total = sum(lengths)
-    padding = -total % pad_multiple
+    lengths = [-(-len(s.token_ids) // sequence_multiple) * sequence_multiple for s in chosen]
+    padding = -sum(lengths) % pad_multiple
     lengths += [padding] if padding else []
-    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
-    last = np.cumsum([len(s.token_ids) for s in chosen]) - 1
+    borders = [0, *np.cumsum(lengths).tolist()]
 
-    def row(arrays: list[np.ndarray], dtype: type, shift: bool = True) -> torch.Tensor:
-        """[1, T]: entry t is about token t + 1 of the same sequence, 0 at ends and in padding."""
-        out: np.ndarray = np.zeros(total + padding, dtype)
-        joined = np.concatenate(arrays)
-        assert len(joined) == total, (len(joined), total)
-        out[: total - shift] = joined[int(shift) :]
-        if shift:
-            out[last] = 0
-        return torch.from_numpy(out)[None]
+    def row(arrays: Sequence[np.ndarray], dtype: type, shift: int = 1) -> torch.Tensor:
+        """[..., T]: entry t is about token t + shift of the same sequence; 0 where there is none.
+
+        At a sequence's last tokens, and in padding, there is none.
+        """
+        out: np.ndarray = np.zeros((*arrays[0].shape[:-1], borders[-1]), dtype)
+        for start, sample, values in zip(borders, chosen, arrays, strict=False):
+            num_tokens = len(sample.token_ids)
+            assert values.shape[-1] == num_tokens, (values.shape, num_tokens)
+            out[..., start : start + num_tokens - shift] = values[..., shift:]
+        return torch.from_numpy(out)
 
     positions = [
         mrope_positions(
@@ -154,21 +158,20 @@ def _pack(
         )
         for s in chosen
     ]
-    positions.append(np.broadcast_to(np.arange(padding), (3, padding)))
     ids = [s.token_ids for s in chosen]
     per_token = {}
     for name in PER_TOKEN:
         values = [getattr(s, name) for s in chosen]
         given = [v for v in values if v is not None]
         assert len(given) in (0, len(values)), f"{name}: given for some samples of a row only"
-        per_token[name] = row(given, np.float32) if given else None
+        per_token[name] = row(given, np.float32)[None] if given else None
     return PackedBatch(
         sample_ids=tuple(rows),
-        input_ids=row(ids, np.int64, shift=False),
-        labels=row(ids, np.int64),
-        loss_mask=row([s.loss_mask for s in chosen], np.float32),
-        position_ids=torch.from_numpy(np.concatenate(positions, axis=1))[:, None],
-        cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
+        input_ids=row(ids, np.int64, shift=0)[None],
+        labels=row(ids, np.int64)[None],
+        loss_mask=row([s.loss_mask for s in chosen], np.float32)[None],
+        position_ids=row(positions, np.int64, shift=0)[:, None],
+        cu_seqlens=torch.tensor(borders, dtype=torch.int32),
         max_seqlen=max(lengths),
         vision=_vision(chosen, vision_of) if vision_of else None,
         **per_token,

@@ -57,6 +57,7 @@ class Processor:
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
         self.merge_size = _size(self.image_processor, "merge_size", self.model_dir)
         self.patch_size = _size(self.image_processor, "patch_size", self.model_dir)
+        self._pieces: dict[int, str] = {}
         self._chat = ChatTemplate(self.model_dir, self.tokenizer)
         special = self._chat.special
         if IMAGE_PAD not in special:
@@ -102,6 +103,25 @@ class Processor:
         """
         return self.expand(self._chat.prompt_ids(messages), (), "text prompt")
 
+    def encode_answer(
+        self, before: str, answer: str, after: str
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Tokenise a response that is given, to score its answer.
+
+        Returns:
+            ids in front of the answer, and those from its first character to the end; a token
+            that holds characters of both is the answer's.
+        """
+        encoded = self.tokenizer(
+            before + answer + after,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_offsets_mapping=True,
+        )
+        ids = tuple(encoded["input_ids"])
+        first = sum(end <= len(before) for _, end in encoded["offset_mapping"])
+        return ids[:first], ids[first:]
+
     def encode_conversation(
         self, example: Example, images: Sequence[Image.Image], max_tokens: int | None = None
     ) -> TrainSample:
@@ -145,6 +165,12 @@ class Processor:
         """
         counts = self._expansion(collapsed, grids, where)
         return tuple(np.repeat(np.asarray(collapsed, np.int64), counts).tolist())
+
+    def pieces(self, token_ids: Sequence[int]) -> list[str]:
+        """Text of each id by itself, special tokens empty; a part of a character is one mark."""
+        for token in set(token_ids) - self._pieces.keys():
+            self._pieces[token] = str(self.tokenizer.decode([token], skip_special_tokens=True))
+        return [self._pieces[token] for token in token_ids]
 
     def grid(self, image: Image.Image, where: str = "image") -> Grid:
         """(t, h, w) in patches of an image after resizing, without processing its pixels."""

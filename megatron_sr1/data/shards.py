@@ -263,6 +263,12 @@ def _counts(directory: Path, tars: list[Path]) -> list[int] | None:
                 f"{path}: {shown(count)} samples in {tar.name}, which holds {most} at most; "
                 "remove it to count again"
             )
+    total = value.get("num_samples")
+    if total != sum(counts.values()):  # a wrong count would shift the numbers of later shards
+        raise DataError(
+            f"{path}: {sum(counts.values())} samples in the shards, num_samples is {shown(total)}; "
+            "remove it to count again"
+        )
     return [counts[t.name] for t in tars]
 
 

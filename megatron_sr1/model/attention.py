@@ -3,7 +3,9 @@
 In: query, key and value of a row of T tokens with sequences one behind the other, and a plan made
 once a row from `cu_seqlens`. Out: the context of each token. Sequences of like length go through
 SDPA together, as a batch: causal ones padded at their end, where no earlier token looks; others
-only with sequences of exactly their length. So no mask is ever built.
+only with sequences of exactly their length. So no mask is built, but where a row is split over
+context-parallel ranks: a chunk's queries see more keys than they are, which SDPA's causal flag
+cannot say. Keys and values are gathered then.
 
 The row keeps Megatron's [T, 1, heads, width] layout, so that the rotary embedding stays a table
 with one row a token (exact for packed rows), and only this module knows about the packing.
@@ -22,6 +24,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_sr1.model.row_split import RowSplit, Segment, whole_sequences
+
 # A causal sequence joins a longer one's batch if it fills this share of it, or lacks at most so
 # many tokens: short ones are cheaper to pad than to start a kernel for.
 MIN_FILL = 0.75
@@ -30,18 +34,21 @@ FREE_PADDING_TOKENS = 32
 
 @dataclass(frozen=True)
 class SequenceBatch:
-    """Sequences that go through SDPA together.
+    """Sequences, or chunks of them, that go through SDPA together.
 
     Attributes:
         num_sequences: in the batch.
-        length: tokens of each, padding included.
-        rows: [num_sequences * length] int64, the row of each slot; a padding slot repeats its
+        rows: [num_sequences * queries] int64, the row of each slot; a padding slot repeats its
             sequence's first row. None: the slots are the whole row in order.
+        key_rows: [num_sequences * keys] int64 or None, the same for keys and values.
+        mask: [num_sequences, 1, queries, keys] bool, True where a query sees a key; None: as the
+            plan says, with as many queries as keys.
     """
 
     num_sequences: int
-    length: int
     rows: torch.Tensor | None
+    key_rows: torch.Tensor | None
+    mask: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ class AttentionPlan:
         batches: all sequences, each in one batch.
         slots: [T] int64, where each token's result lies in the batches' results, one behind the
             other; None: they are in order.
-        num_tokens: T.
+        num_tokens: T, tokens that this rank holds.
         is_causal: a token sees itself and what is before it, else its whole sequence.
     """
 
@@ -64,45 +71,65 @@ class AttentionPlan:
 
 @dataclass
 class PackedRow(PackedSeqParams):
-    """Megatron's packing parameters with a plan; the layout stays sbhd, see above."""
+    """Megatron's packing parameters with a plan; the layout stays sbhd, see above.
+
+    The borders are those of the whole row; the plan and `split` are of this rank's share.
+    """
 
     plan: AttentionPlan | None = None
+    split: RowSplit | None = None
 
 
 def plan_attention(
-    lengths: Sequence[int], *, is_causal: bool, device: torch.device | str = "cpu"
+    segments: Sequence[Segment],
+    *,
+    is_causal: bool,
+    places: torch.Tensor | None = None,
+    device: torch.device | str = "cpu",
 ) -> AttentionPlan:
     """Cut a packed row into batches of sequences of like length.
 
     Args:
-        lengths: of the sequences in order, tokens; zeros are left out.
+        segments: this rank's queries in order, with their keys.
         is_causal: whether padding at the end is harmless.
+        places: [tokens of the row] int64, where each key lies; None: in order.
         device: of the index tensors.
     """
-    starts, total, sequences = [], 0, [n for n in lengths if n > 0]
-    for length in sequences:
-        starts.append(total)
-        total += length
-    if len(set(sequences)) == 1:
-        whole = SequenceBatch(len(sequences), sequences[0], None)
-        return AttentionPlan((whole,), None, total, is_causal)
-    groups = _group_by_length(sequences, is_causal)
+    total = sum(segment.num_queries for segment in segments)
+    if places is None and len({segment.num_keys for segment in segments}) == 1:
+        return AttentionPlan((SequenceBatch(len(segments), None, None),), None, total, is_causal)
     batches, slots, offset = [], torch.empty(total, dtype=torch.int64), 0
-    for members in groups:
-        longest = sequences[members[0]]
-        first = torch.tensor([starts[i] for i in members])[:, None]
-        count = torch.tensor([sequences[i] for i in members])[:, None]
-        place = torch.arange(longest)[None, :]
-        is_token = place < count
-        rows = first + torch.where(is_token, place, 0)
+    for members in _group_by_length(segments, is_causal):
+        counts = [segment.num_queries for segment in members]
+        rows, is_token = _slots([segment.first_query for segment in members], counts)
         slots[rows[is_token]] = offset + torch.arange(rows.numel()).view_as(rows)[is_token]
-        batches.append(SequenceBatch(len(members), longest, rows.flatten().to(device)))
         offset += rows.numel()
+        if places is None:
+            own_rows = rows.flatten().to(device)
+            batches.append(SequenceBatch(len(members), own_rows, own_rows))
+            continue
+        num_keys = [segment.num_keys for segment in members]
+        keys, _ = _slots([segment.first_key for segment in members], num_keys)
+        seen = torch.tensor(num_keys)[:, None] - torch.tensor(counts)[:, None]
+        seen = seen + torch.arange(rows.shape[1])  # the last key that each query sees
+        mask = torch.arange(keys.shape[1]) <= seen[:, None, :, None]
+        batches.append(
+            SequenceBatch(
+                len(members),
+                rows.flatten().to(device),
+                places[keys.flatten().to(device)],
+                mask.to(device),
+            )
+        )
     return AttentionPlan(tuple(batches), slots.to(device), total, is_causal)
 
 
 def pack_row(
-    cu_seqlens: torch.Tensor, *, is_causal: bool, max_seqlen: int | None = None
+    cu_seqlens: torch.Tensor,
+    *,
+    is_causal: bool,
+    max_seqlen: int | None = None,
+    split: RowSplit | None = None,
 ) -> PackedRow:
     """Packing parameters of a row for Megatron's attention layers.
 
@@ -110,16 +137,24 @@ def pack_row(
         cu_seqlens: [sequences + 1] int32, borders on the row.
         is_causal: text is, vision is not.
         max_seqlen: longest sequence, tokens; counted if None.
+        split: of the row over the context-parallel ranks; None: each holds all of it.
     """
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
     longest = max(lengths, default=0) if max_seqlen is None else max_seqlen
+    segments = whole_sequences(lengths) if split is None else split.segments
+    places = None if split is None else split.places
+    device = cu_seqlens.device
     return PackedRow(
         qkv_format="sbhd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
+        # Transformer Engine's context parallelism cuts at these; they are the same borders.
+        cu_seqlens_q_padded=None if places is None else cu_seqlens,
+        cu_seqlens_kv_padded=None if places is None else cu_seqlens,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        plan=plan_attention(lengths, is_causal=is_causal, device=cu_seqlens.device),
+        plan=plan_attention(segments, is_causal=is_causal, places=places, device=device),
+        split=split,
     )
 
 
@@ -134,8 +169,8 @@ def attend(
 
     Args:
         query: [T, heads, width].
-        key: [T, key/value heads, width].
-        value: [T, key/value heads, width].
+        key: [tokens of the whole row, key/value heads, width].
+        value: as `key`.
         plan: of the row.
         softmax_scale: of the scores; None is 1 / sqrt(width).
 
@@ -148,19 +183,19 @@ def attend(
     results = []
     for batch in plan.batches:
         parts = []
-        for tensor in (query, key, value):
-            taken = tensor if batch.rows is None else tensor.index_select(0, batch.rows)
-            cut = taken.view(batch.num_sequences, batch.length, *tensor.shape[1:])
-            parts.append(cut.transpose(1, 2))
+        for tensor, rows in ((query, batch.rows), (key, batch.key_rows), (value, batch.key_rows)):
+            taken = tensor if rows is None else tensor.index_select(0, rows)
+            parts.append(taken.unflatten(0, (batch.num_sequences, -1)).transpose(1, 2))
         context = F.scaled_dot_product_attention(
             parts[0],
             parts[1],
             parts[2],
-            is_causal=plan.is_causal,
+            attn_mask=batch.mask,
+            is_causal=plan.is_causal and batch.mask is None,
             scale=softmax_scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        results.append(context.transpose(1, 2).reshape(batch.num_sequences * batch.length, -1))
+        results.append(context.transpose(1, 2).flatten(0, 1).flatten(1))
     joined = results[0] if len(results) == 1 else torch.cat(results)
     return joined if plan.slots is None else joined.index_select(0, plan.slots)
 
@@ -214,20 +249,36 @@ class PackedAttention(MegatronModule):
         """
         assert packed_seq_params is not None and packed_seq_params.plan is not None
         assert query.shape[1] == 1, "a packed row has batch size 1"
-        plan, scale = packed_seq_params.plan, self.softmax_scale
-        return attend(query[:, 0], key[:, 0], value[:, 0], plan, scale).unsqueeze(1)
+        query, key, value = query[:, 0], key[:, 0], value[:, 0]
+        if packed_seq_params.split is not None:
+            split = packed_seq_params.split
+            key, value = split.gather(key), split.gather(value)
+        plan = packed_seq_params.plan
+        return attend(query, key, value, plan, self.softmax_scale).unsqueeze(1)
 
 
-def _group_by_length(lengths: Sequence[int], is_causal: bool) -> list[list[int]]:
-    """Numbers of the sequences of each batch, the longest first."""
-    groups: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if groups:
-            longest = lengths[groups[-1][0]]
-            padding = longest - lengths[i]
-            free = max(FREE_PADDING_TOKENS, (1 - MIN_FILL) * longest)
-            if padding <= (free if is_causal else 0):
-                groups[-1].append(i)
-                continue
-        groups.append([i])
+def _slots(starts: Sequence[int], counts: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows [sequences, longest] of a batch's slots, and whether a slot is a token, not padding."""
+    place = torch.arange(max(counts))
+    is_token = place < torch.tensor(counts)[:, None]
+    return torch.tensor(starts)[:, None] + torch.where(is_token, place, 0), is_token
+
+
+def _group_by_length(segments: Sequence[Segment], is_causal: bool) -> list[list[Segment]]:
+    """The segments of each batch, the longest first."""
+
+    def is_like(one: int, other: int) -> bool:
+        free = max(FREE_PADDING_TOKENS, (1 - MIN_FILL) * max(one, other)) if is_causal else 0
+        return abs(one - other) <= free
+
+    groups: list[list[Segment]] = []
+    for segment in sorted(segments, key=lambda s: (-s.num_keys, -s.num_queries)):
+        head = groups[-1][0] if groups else segment
+        alike = is_like(head.num_keys, segment.num_keys) and is_like(
+            head.num_queries, segment.num_queries
+        )
+        if groups and alike:
+            groups[-1].append(segment)
+        else:
+            groups.append([segment])
     return groups

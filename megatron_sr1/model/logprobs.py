@@ -176,6 +176,7 @@ class _LabelLogprobs(torch.autograd.Function):
             hidden_gradient.index_copy_(0, rows, change @ own)
             if ctx.needs_input_grad[1]:
                 _add_product(weight_gradient[: ctx.num_ids], change, inputs)
+            del log_p, change  # not beside the next chunk's
         answer = weight_gradient.to(weight.dtype) if ctx.needs_input_grad[1] else None
         return hidden_gradient, answer, None, None, None, None, None, None, None
 

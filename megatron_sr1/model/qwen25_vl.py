@@ -5,8 +5,10 @@ for the next stage; on the last stage logprobs of the labels, or logits. Numbers
 transformers' Qwen2_5_VLForConditionalGeneration, sequence by sequence.
 
 The row keeps Megatron's [T, 1, width] layout and each token has its own row of the rotary table, so
-packing is known to the core attention only. Image features take their places in the embedded row
-before it is split for sequence parallelism: so each rank gets the whole gradient of the tower.
+packing is known to the core attention only. Context-parallel ranks are given the same whole row,
+compute on their own share of it, and answer for the whole (row_split.py). Image features take their
+places in the embedded share before it is split for sequence parallelism: so each of those ranks
+gets the whole gradient of the share's features.
 """
 
 from __future__ import annotations
@@ -33,8 +35,10 @@ from megatron_sr1.errors import DataError
 from megatron_sr1.model import specs
 from megatron_sr1.model.attention import pack_row
 from megatron_sr1.model.hf_config import HFConfig
+from megatron_sr1.model.image_shares import encode_by_turns
 from megatron_sr1.model.logprobs import full_logits, label_logprobs, vocabulary_rows
 from megatron_sr1.model.rotary import text_angles
+from megatron_sr1.model.row_split import RowSplit, split_row
 from megatron_sr1.model.transformer_config import (
     check_layout,
     padded_vocab_size,
@@ -57,6 +61,7 @@ class Qwen25VL(MegatronModule):
         groups: Groups,
         *,
         kernels: str,
+        split_images: bool,
         logprob_chunk_tokens: int,
     ) -> None:
         """Make the stage that belongs to this rank.
@@ -66,12 +71,14 @@ class Qwen25VL(MegatronModule):
             hf_config: shape of the model.
             groups: the layout.
             kernels: local | transformer_engine.
+            split_images: as `build_model`.
             logprob_chunk_tokens: tokens whose logits exist at a time.
         """
         super().__init__(config=config)
         self.model_type = ModelType.encoder_or_decoder  # Megatron's schedules ask for it
         self.hf_config = hf_config
         self.groups = groups
+        self.split_images = split_images and groups.context.size > 1
         self.logprob_chunk_tokens = logprob_chunk_tokens
         self.pre_process = groups.is_first_stage
         self.post_process = groups.is_last_stage
@@ -88,7 +95,7 @@ class Qwen25VL(MegatronModule):
             pre_process=self.pre_process,
             post_process=self.post_process,
             share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
-            # Our own table, one row a token: Megatron's would be cut by context-parallel rank.
+            # Our own table, one row for each token of this rank: Megatron's is cut in its own way.
             position_embedding_type="none",
             # Image features come in between.
             scatter_embedding_sequence_parallel=False,
@@ -125,7 +132,9 @@ class Qwen25VL(MegatronModule):
         """Run the stage on one packed row.
 
         Args:
-            input_ids: [1, T] int64; under sequence parallelism T is a multiple of the ranks.
+            input_ids: [1, T] int64; context-parallel ranks get the same row, each sequence in it a
+                multiple of `sequence_multiple`. Under sequence parallelism T over the
+                context-parallel ranks is a multiple of the ranks.
             position_ids: [3, 1, T] int64, time, height and width, from 0 in each sequence.
             cu_seqlens: [sequences + 1] int32, borders; the last is T.
             max_seqlen: longest sequence, tokens; counted if None.
@@ -135,7 +144,8 @@ class Qwen25VL(MegatronModule):
             with_entropy: also return the entropy of each position's distribution.
 
         Returns:
-            not the last stage: hidden states [T, 1, width], T split under sequence parallelism.
+            not the last stage: hidden states [T, 1, width], T split over context-parallel ranks
+            and under sequence parallelism.
             last stage with labels: logprobs [1, T] float32, or (logprobs, entropy).
             last stage without labels: logits [1, T, ids] float32, temperature not applied.
 
@@ -143,14 +153,20 @@ class Qwen25VL(MegatronModule):
             DataError: the row and its images do not fit.
         """
         text = self.hf_config.text
-        embedded = self._embed(input_ids, vision) if self.pre_process else None
+        split = split_row(cu_seqlens, self.groups.context)
+        embedded = self._embed(input_ids, vision, split) if self.pre_process else None
         hidden = self.language_model.decoder(
             hidden_states=embedded,
             attention_mask=None,
             rotary_pos_emb=text_angles(
-                position_ids, text.head_dim, text.rope_theta, text.mrope_section
+                split.take(position_ids, dim=-1),
+                text.head_dim,
+                text.rope_theta,
+                text.mrope_section,
             ),
-            packed_seq_params=pack_row(cu_seqlens, is_causal=True, max_seqlen=max_seqlen),
+            packed_seq_params=pack_row(
+                cu_seqlens, is_causal=True, max_seqlen=max_seqlen, split=split
+            ),
         )
         if not self.post_process:
             return hidden
@@ -161,34 +177,41 @@ class Qwen25VL(MegatronModule):
         }
         weight = self._output_weight()
         if labels is None:
-            return full_logits(hidden, weight, **head)
+            return split.join(full_logits(hidden, weight, **head))
         logprobs, entropy = label_logprobs(
             hidden,
             weight,
-            labels,
+            split.take(labels, dim=1),
             temperature=temperature,
             chunk_tokens=self.logprob_chunk_tokens,
             with_entropy=with_entropy,
             **head,
         )
-        return (logprobs, entropy) if with_entropy else logprobs
+        joined = split.join(logprobs)
+        return (joined, split.join(entropy)) if entropy is not None else joined
 
-    def _embed(self, input_ids: torch.Tensor, vision: VisionInputs | None) -> torch.Tensor:
-        """Embedded row [T, 1, width] with image features in their places, split if SP."""
-        embedded = self.language_model.embedding(input_ids=input_ids, position_ids=None)
-        places = torch.nonzero(input_ids[0] == self.hf_config.image_token_id)[:, 0]
+    def _embed(
+        self, input_ids: torch.Tensor, vision: VisionInputs | None, split: RowSplit
+    ) -> torch.Tensor:
+        """This rank's share [T, 1, width] with image features in their places, split if SP."""
+        own_ids = split.take(input_ids, dim=1)
+        embedded = self.language_model.embedding(input_ids=own_ids, position_ids=None)
+        is_image = input_ids[0] == self.hf_config.image_token_id
+        num_pads = int(is_image.sum())
         if vision is not None:
-            assert self.vision_model is not None
-            features = self.vision_model(vision)
-            if len(features) != len(places):
+            features = self._encode(vision)
+            if len(features) != num_pads:
                 raise DataError(
-                    f"the row holds {len(places)} image-pad tokens, its images have "
+                    f"the row holds {num_pads} image-pad tokens, its images have "
                     f"{len(features)} features: expand each image to as many pads as it has "
                     "merged tokens and never sample the pad"
                 )
-            embedded = embedded.index_copy(0, places, features.unsqueeze(1).to(embedded.dtype))
-        elif len(places):
-            raise DataError(f"the row holds {len(places)} image-pad tokens, but no images came")
+            places = torch.nonzero(split.take(is_image, dim=0))[:, 0]
+            numbers = split.take(is_image.cumsum(0) - 1, dim=0)[places]  # which feature goes where
+            features = features.index_select(0, numbers).unsqueeze(1)
+            embedded = embedded.index_copy(0, places, features.to(embedded.dtype))
+        elif num_pads:
+            raise DataError(f"the row holds {num_pads} image-pad tokens, but no images came")
         if self.config.sequence_parallel:
             size = self.groups.tensor.size
             if len(embedded) % size:
@@ -203,6 +226,13 @@ class Qwen25VL(MegatronModule):
             embedded.requires_grad_(self.config.recompute_granularity == "full")
         return embedded
 
+    def _encode(self, vision: VisionInputs) -> torch.Tensor:
+        """Features [merged tokens, width] of all images."""
+        assert self.vision_model is not None
+        if not self.split_images:
+            return self.vision_model(vision)
+        return encode_by_turns(self.vision_model, vision, self.groups.context)
+
     def _output_weight(self) -> torch.Tensor:
         if self.share_embeddings_and_output_weights:
             return self.language_model.shared_embedding_or_output_weight()
@@ -216,6 +246,7 @@ def build_model(
     dtype: torch.dtype,
     spec: str = "local",
     sequence_parallel: bool = False,
+    split_images: bool = True,
     recompute: str = "none",
     fp8: str | None = None,
     fp8_recipe: str = "delayed",
@@ -229,6 +260,7 @@ def build_model(
         dtype: of parameters and activations.
         spec: kernels: local | transformer_engine.
         sequence_parallel: split rows over the tensor-parallel ranks between layers.
+        split_images: share a row's images out over the context-parallel ranks.
         recompute: none | selective (MLPs of the language model, blocks of the tower) | full.
         fp8: Transformer Engine's FP8 format, or None.
         fp8_recipe: its scaling.
@@ -256,7 +288,12 @@ def build_model(
         if not get_cuda_rng_tracker().is_initialized():
             model_parallel_cuda_manual_seed(1)
         chunk = Qwen25VL(
-            config, hf_config, groups, kernels=spec, logprob_chunk_tokens=logprob_chunk_tokens
+            config,
+            hf_config,
+            groups,
+            kernels=spec,
+            split_images=split_images,
+            logprob_chunk_tokens=logprob_chunk_tokens,
         )
     _mark_unloaded(chunk, hf_config, groups)
     return [chunk]

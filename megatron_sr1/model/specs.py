@@ -161,7 +161,11 @@ def _transformer_engine_layer() -> ModuleSpec:
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
     class PackedTEAttention(TEDotProductAttention):
-        """Transformer Engine's attention in its packed layout, the row in sbhd outside of it."""
+        """Transformer Engine's attention in its packed layout, the row in sbhd outside of it.
+
+        Context parallelism is its own then (point to point, the one kind that takes packed rows):
+        it is given this rank's share in the order of row_split.py, and the whole row's borders.
+        """
 
         def forward(
             self,
@@ -181,6 +185,8 @@ def _transformer_engine_layer() -> ModuleSpec:
                 qkv_format="thd",
                 cu_seqlens_q=row.cu_seqlens_q,
                 cu_seqlens_kv=row.cu_seqlens_kv,
+                cu_seqlens_q_padded=row.cu_seqlens_q_padded,
+                cu_seqlens_kv_padded=row.cu_seqlens_kv_padded,
                 max_seqlen_q=row.max_seqlen_q,
                 max_seqlen_kv=row.max_seqlen_kv,
             )

@@ -157,8 +157,6 @@ def check_layout(hf_config: HFConfig, groups: Groups, sequence_parallel: bool) -
             f"{text.num_layers} layers do not divide over parallel.pipeline={groups.pipeline.size} "
             "stages; use a divisor"
         )
-    if groups.context.size > 1:
-        raise ConfigError("parallel.context above 1 is not supported yet; use 1")
     if sequence_parallel and size == 1:
         raise ConfigError("parallel.sequence=true needs parallel.tensor of 2 or more")
 

@@ -234,11 +234,7 @@ class VisionModel(MegatronModule):
         merge = vision.spatial_merge_size
         grids = tuple((t, h, w) for t, h, w in inputs.image_grid_thw.tolist())
         layout = row_layout(grids, merge, vision.window_units, device)
-        if len(layout.positions) != len(inputs.pixel_values):
-            raise DataError(
-                f"image grids {list(grids)} name {len(layout.positions)} patches, pixel_values "
-                f"hold {len(inputs.pixel_values)}"
-            )
+        check_patches(inputs)
         # Pixels need no gradient: to put them in order is cheaper than to do it with features.
         patches = inputs.pixel_values.to(device, self.patch_embed.weight.dtype)
         patches = patches.unflatten(0, (-1, merge**2)).index_select(0, layout.order).flatten(0, 1)
@@ -253,6 +249,21 @@ class VisionModel(MegatronModule):
             packed_seq_params=(layout.windows, layout.images),
         )
         return self.merger(hidden)[:, 0].index_select(0, layout.inverse)
+
+
+def check_patches(inputs: VisionInputs) -> None:
+    """Refuse images whose pixels are not those of their grids.
+
+    Raises:
+        DataError: naming the grids.
+    """
+    grids = [(t, h, w) for t, h, w in inputs.image_grid_thw.tolist()]
+    num_patches = sum(t * h * w for t, h, w in grids)
+    if num_patches != len(inputs.pixel_values):
+        raise DataError(
+            f"image grids {grids} name {num_patches} patches, pixel_values hold "
+            f"{len(inputs.pixel_values)}"
+        )
 
 
 def _pack(lengths: list[int], device: torch.device) -> PackedRow:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_sr1.errors import SR1Error
 from megatron_sr1.observability.page import text
+from megatron_sr1.records import RIGHT_FROM
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -40,9 +41,11 @@ def pick_questions(runs: Mapping[str, Sequence[Line]], each: int = 4) -> list[tu
     rows = {name: {line["index"]: line for line in lines} for name, lines in runs.items()}
     first, last = next(iter(rows.values())), list(rows.values())[-1]
     mended = [
-        i for i in last if first.get(i, {}).get("shortcut") == 1 and last[i]["self_reward"] == 1
+        i
+        for i in last
+        if first.get(i, {}).get("shortcut") == 1 and (last[i]["self_reward"] or 0) >= RIGHT_FROM
     ]
-    wrong = [i for i in last if not last[i]["accuracy"]]
+    wrong = [i for i in last if last[i]["accuracy"] < RIGHT_FROM]
     rules = {"one of the first": list(last), "mended": mended, "still wrong": wrong}
     if len(rows) == 1:
         shortcuts = [i for i in last if last[i]["shortcut"] == 1]
@@ -109,8 +112,11 @@ def _answers(line: Line, verdicts: str) -> str:
 def _verdict(name: str, value: float | None, good: bool = True) -> str:
     if value is None:
         return ""
-    kind = "good" if bool(value) == good else "bad"
-    mark = "✓" if value else "✗"
+    holds = value >= RIGHT_FROM
+    kind = "good" if holds == good else "bad"
+    mark = "✓" if holds else "✗"
+    if 0 < value < 1:  # several answers, or a likelihood
+        mark += f" {value:.2f}"
     return f'<span class="{kind}">{mark} {name}</span> '
 
 

@@ -1,4 +1,4 @@
-"""Numbers of a run: the file that holds them, the time of a step's phases, peak memory.
+"""Numbers of a run: the file that holds them, the time of a step's phases.
 
 In: flat names such as `reward/accuracy` and floats. Out: `metrics.jsonl`, a line a step:
 `{"step": 3, "stage": "grpo", "reward/accuracy": 0.5, …}`. A value that is not finite is written
@@ -10,16 +10,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-GIB = 2**30
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -127,17 +123,3 @@ class PhaseTimer:
         taken["time/step_seconds"] = now - self._started
         self._seconds, self._inner, self._started = {}, [0.0], now
         return taken
-
-
-def memory_metrics() -> dict[str, float]:
-    """Memory of this process in GiB: host now and at its peak; the GPU's peak since last asked."""
-    # ru_maxrss counts KiB on Linux, and lags behind a little.
-    now = psutil.Process().memory_info().rss / GIB
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
-    values = {"memory/host_gib": now, "memory/host_peak_gib": max(now, peak)}
-    import torch
-
-    if torch.cuda.is_available():
-        values["memory/gpu_peak_gib"] = torch.cuda.max_memory_allocated() / GIB
-        torch.cuda.reset_peak_memory_stats()
-    return values

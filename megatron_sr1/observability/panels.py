@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_sr1.observability import page
 from megatron_sr1.observability.charts import Bar, Series, bar_chart, line_chart, stacked_chart
+from megatron_sr1.records import RIGHT_FROM
 
 Lines = list[dict[str, Any]]
 VERDICTS = {
@@ -89,7 +90,9 @@ def verdict_table(title: str, judged: Mapping[str, Lines]) -> str:
 def cross(title: str, lines: Sequence[Mapping[str, Any]]) -> str:
     """Pass 1 x pass 2 of the lines that have a second pass."""
     judged = [line for line in lines if line["self_reward"] is not None]
-    cells = Counter((bool(line["accuracy"]), bool(line["self_reward"])) for line in judged)
+    cells = Counter(
+        (line["accuracy"] >= RIGHT_FROM, line["self_reward"] >= RIGHT_FROM) for line in judged
+    )
     return page.cross_table(title, cells)
 
 

@@ -4,18 +4,23 @@ In: a response, its gold answer, its description, what was read from that. Out: 
 Source: Vision-SR1 (arXiv 2508.19652 v1, section 3.2): accuracy, format and self-reward, weighted
 and added. Unlike its code, a response without a description has no second pass and no
 self-reward, a description that states the answer is flagged, and a grader that breaks raises.
+Answers are judged by the grader (accuracy.py) or by a function of the user's (own.py).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
+from typing import Any
 
 from megatron_sr1.errors import ConfigError, GradingError
-from megatron_sr1.records import Reward
+from megatron_sr1.records import Reading, Reward
 from megatron_sr1.rewards.accuracy import is_right
 from megatron_sr1.rewards.format import BLOCKS, has_form
 from megatron_sr1.rewards.leakage import states_answer
+from megatron_sr1.rewards.own import OwnReward
 from megatron_sr1.rewards.parsing import find_answer
 from megatron_sr1.rewards.worker import MathWorker
 
@@ -31,7 +36,10 @@ class Scorer:
         format_weight: float = 0.1,
         self_reward_weight: float = 1.0,
         pay_leaks: bool = True,
+        likelihood: str = "per_token",
+        likelihood_nats: float = 10.0,
         grader_timeout_seconds: float = 5.0,
+        own: OwnReward | None = None,
     ) -> None:
         """Take the weights; the grading process starts when algebra is first needed.
 
@@ -41,7 +49,10 @@ class Scorer:
             format_weight: pays the recipe's form.
             self_reward_weight: pays a right reading, in recipe vision_sr1 only.
             pay_leaks: False takes the self-reward from descriptions that state the answer.
+            likelihood: per_token | probability | linear, where the gold answer was scored.
+            likelihood_nats: of linear.
             grader_timeout_seconds: one comparison may take so long.
+            own: judges answers in place of the grader.
 
         Raises:
             ConfigError: unknown recipe.
@@ -51,7 +62,8 @@ class Scorer:
         self._recipe = recipe
         self._accuracy_weight, self._format_weight = accuracy_weight, format_weight
         self._self_reward_weight = self_reward_weight if recipe == "vision_sr1" else 0.0
-        self._pay_leaks = pay_leaks
+        self._pay_leaks, self._own = pay_leaks, own
+        self._of_logprobs = partial(likelihood_reward, kind=likelihood, nats=likelihood_nats)
         self._worker = MathWorker(grader_timeout_seconds)
 
     def score(
@@ -61,10 +73,15 @@ class Scorer:
         gold: str,
         question: str,
         description: str | None,
-        reading_text: str | None,
+        reading: Reading | None,
         has_image: bool,
+        question_only: Reading | None = None,
+        metadata: Mapping[str, Any] | None = None,
     ) -> Reward:
         """Judge one rollout.
+
+        With a question_only the self-reward is max(worth of reading - worth of that, 0). Without
+        the maximum it would be lost again in the mean of the group, as it is one for all of them.
 
         total = accuracy_weight x accuracy + format_weight x format
                 + self_reward_weight x self_reward (vision_sr1 with images; 0 if an unpaid leak)
@@ -75,29 +92,50 @@ class Scorer:
             gold: gold answer.
             question: as asked, with its options.
             description: of the response, None if it has none.
-            reading_text: pass 2, None if it did not run.
+            reading: pass 2, None if it did not run.
             has_image: whether the sample has images; without, there is nothing to describe.
+            question_only: pass 2 of the question alone, whose worth is taken off; None: nothing is.
+            metadata: further columns of the sample, for a function of the user's.
 
         Raises:
             GradingLimit: a comparison ran out of time or memory.
             GradingError: no gold answer, or the grader broke.
         """
-        compare = partial(self._worker.equal, sample_name=sample_name)
+
+        def judge(text: str) -> float:
+            if self._own is None:
+                return float(is_right(text, gold, question, compare))
+            return self._own(
+                sample_name,
+                response=text,
+                gold=gold,
+                question=question,
+                description=description,
+                metadata=dict(metadata or {}),
+            )
+
+        def compare(gold: str, answer: str) -> bool:
+            return self._worker.equal(gold, answer, sample_name)
+
         try:
-            accuracy = is_right(response_text, gold, question, compare)
+            accuracy = judge(response_text)
             self_reward: float | None = None
             if has_image and description is None and self._recipe == "vision_sr1":
-                self_reward, reading_text = 0.0, None
-            elif has_image and description is not None and reading_text is not None:
-                self_reward = float(is_right(reading_text, gold, question, compare))
+                self_reward, reading = 0.0, None
+            elif has_image and description is not None and reading is not None:
+                self_reward = self._worth(reading, judge)
+                if question_only is not None:
+                    alone = self._worth(question_only, judge)
+                    self_reward = max(self_reward - alone, 0.0)
             leak = description is not None and states_answer(description, gold, question)
         except GradingError as error:
             named = str(error).startswith(sample_name)
-            raise type(error)(str(error) if named else f"{sample_name}: {error}") from None
+            message = str(error) if named else f"{sample_name}: {error}"
+            raise type(error)(message) from error.__cause__
         form = has_form(response_text, self._recipe)
         paid = 0.0 if leak and not self._pay_leaks else self_reward or 0.0
         return Reward(
-            accuracy=float(accuracy),
+            accuracy=accuracy,
             format=float(form),
             self_reward=self_reward,
             leak=leak,
@@ -105,8 +143,14 @@ class Scorer:
             + self._format_weight * form
             + self._self_reward_weight * paid,
             answer=find_answer(response_text),
-            reading_answer=None if reading_text is None else find_answer(reading_text),
+            reading_answer=find_answer(reading.texts[0]) if reading and reading.texts else None,
         )
+
+    def _worth(self, reading: Reading, judge: Callable[[str], float]) -> float:
+        """What the answers are worth on average, or the gold answer's likelihood, in [0, 1]."""
+        if reading.gold_logprobs is not None:
+            return self._of_logprobs(reading.gold_logprobs)
+        return sum(judge(text) for text in reading.texts) / len(reading.texts)
 
     def close(self) -> None:
         """End the grading process; a later score starts a new one."""
@@ -124,3 +168,24 @@ class Scorer:
     ) -> None:
         """Close."""
         self.close()
+
+
+def likelihood_reward(logprobs: Sequence[float], kind: str, nats: float) -> float:
+    """A gold answer's likelihood as a reward in [0, 1].
+
+    Args:
+        logprobs: of each of its tokens, nats; one or more.
+        kind: per_token: exp(mean) | probability: exp(sum) | linear: max(1 + sum / nats, 0).
+        nats: of linear: -log p where the reward ends.
+
+    Raises:
+        ConfigError: another kind.
+    """
+    total = sum(logprobs)
+    if kind == "per_token":
+        return math.exp(total / len(logprobs))
+    if kind == "probability":
+        return math.exp(total)
+    if kind == "linear":
+        return max(1.0 + total / nats, 0.0)
+    raise ConfigError(f"reward.likelihood is {kind!r}; expected per_token | probability | linear")

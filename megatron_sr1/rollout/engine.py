@@ -133,8 +133,13 @@ class Engine:
         weakref.finalize(self, _shut_down, self._core.engine_core.engine_core)
         _replace_sampler(self._core, banned_token_ids)
         weight_sync.connect(self._llm)
-        self._live: set[str] = set()
+        self._live: dict[str, Request] = {}
         self._pieces: dict[int, str] = {}
+
+    @property
+    def scheduler(self) -> Any:
+        """The scheduler of vLLM, which recording.py watches."""
+        return self._core.engine_core.engine_core.scheduler
 
     @property
     def num_live(self) -> int:
@@ -153,10 +158,11 @@ class Engine:
         processed: dict[tuple[Any, ...], Any] = {}
         for request in requests:
             length = len(request.expanded_token_ids)
-            if length + request.max_tokens > self.max_model_len:
+            num_sampled = 1 if request.num_scored else request.max_tokens
+            if length + num_sampled > self.max_model_len:
                 raise EngineError(
                     f"request {request.id}: a prompt of {length} tokens and up to "
-                    f"{request.max_tokens} sampled are more than the engine's "
+                    f"{num_sampled} sampled are more than the engine's "
                     f"{self.max_model_len}; raise rollout.max_model_len or lower the limits"
                 )
             key = (request.token_ids, *map(id, request.images))
@@ -165,7 +171,7 @@ class Engine:
             _compare(request, processed[key]["prompt_token_ids"])
             if request.id in self._live:
                 raise EngineError(f"request {request.id} is live already; ids must differ")
-            self._live.add(request.id)
+            self._live[request.id] = request
             self._core.add_request(request.id, processed[key], _parameters(request))
 
     def step(self) -> list[Progress]:
@@ -180,14 +186,7 @@ class Engine:
             sampled = output.outputs[0]
             completion = None
             if output.finished:
-                self._live.discard(output.request_id)
-                logprobs = sampled.logprobs.logprobs if sampled.logprobs is not None else ()
-                completion = Completion(
-                    token_ids=tuple(sampled.token_ids),
-                    logprobs=tuple(logprobs),
-                    text=self.decode(sampled.token_ids),
-                    finish_reason=sampled.finish_reason,
-                )
+                completion = self._completion(self._live.pop(output.request_id), output)
             progress.append(Progress(output.request_id, sampled.token_ids, completion))
         return progress
 
@@ -222,8 +221,6 @@ class Engine:
         Raises:
             EngineError: prompt and response leave no room in the engine's length.
         """
-        from vllm import SamplingParams
-
         assert not self._live, "score between rollouts"
         token_ids = (*prompt_token_ids, *response_token_ids)
         engine_input = self._process("score", token_ids, images)
@@ -233,16 +230,14 @@ class Engine:
                 f"prompt and response have {length} tokens; the engine scores fewer than its "
                 f"length of {self.max_model_len}"
             )
-        # vLLM samples at least one token behind what it scores.
-        parameters = SamplingParams(
-            temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False, flat_logprobs=True
-        )
-        self._core.add_request("score", engine_input, parameters)
-        outputs: list[Any] = []
-        while not outputs:
-            outputs = [output for output in self._core.step() if output.finished]
-        scores = outputs[0].prompt_logprobs.logprobs
-        return list(scores[len(scores) - len(response_token_ids) :])
+        request = Request("score", token_ids, token_ids, num_scored=len(response_token_ids))
+        self._live[request.id] = request
+        self._core.add_request(request.id, engine_input, _parameters(request))
+        done: list[Progress] = []
+        while not done:
+            done = self.step()
+        assert done[0].completion is not None
+        return list(done[0].completion.logprobs)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of sampled ids, special tokens left out."""
@@ -291,6 +286,20 @@ class Engine:
         if self._asleep:
             self._llm.wake_up()
             self._asleep = False
+
+    def _completion(self, request: Request, output: Any) -> Completion:
+        """What a finished request brought."""
+        if request.num_scored:
+            given = request.token_ids[-request.num_scored :]
+            scores = output.prompt_logprobs.logprobs[-request.num_scored :]
+            return Completion(given, tuple(scores), "", "given")
+        sampled = output.outputs[0]
+        return Completion(
+            token_ids=tuple(sampled.token_ids),
+            logprobs=() if sampled.logprobs is None else tuple(sampled.logprobs.logprobs),
+            text=self.decode(sampled.token_ids),
+            finish_reason=sampled.finish_reason,
+        )
 
     def _process(
         self, name: str, token_ids: Sequence[int], images: Sequence[Image.Image]
@@ -350,6 +359,15 @@ def _parameters(request: Request) -> Any:
     from vllm.sampling_params import RequestOutputKind
 
     kind = RequestOutputKind.CUMULATIVE if request.watched else RequestOutputKind.FINAL_ONLY
+    if request.num_scored:  # vLLM samples at least one token behind what it scores
+        return SamplingParams(
+            temperature=0.0,
+            max_tokens=1,
+            prompt_logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=kind,
+        )
     return SamplingParams(
         temperature=request.temperature,
         max_tokens=request.max_tokens,

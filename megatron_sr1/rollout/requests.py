@@ -26,6 +26,8 @@ class Request:
         seed: of this request's draws, in [0, 2**31).
         with_logprobs: whether the completion brings the engine's logprobs.
         watched: whether each step tells the tokens so far.
+        num_scored: so many tokens at the prompt's end are given and their logprobs wanted, at
+            temperature 1, by prefill alone; 0: the request samples.
     """
 
     id: str
@@ -37,6 +39,7 @@ class Request:
     seed: int = 0
     with_logprobs: bool = True
     watched: bool = False
+    num_scored: int = 0
 
 
 @dataclass(frozen=True)

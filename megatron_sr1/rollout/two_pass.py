@@ -1,7 +1,8 @@
 """A step's rollouts: pass 1 sees the image, pass 2 only the description and the question.
 
-In: prompts, and three functions that are handed in: where the description is in a text, what the
-pass-2 prompt for it is, and the seed of each request. Out: rollouts and what they cost.
+In: prompts, and functions that are handed in: where the description is in a text, what the pass-2
+prompt for it is, what the gold answer is, and the seed of each request. Out: rollouts and what they
+cost.
 
 Source: the two passes of Vision-SR1 (arXiv 2508.19652), a description's reward being whether it
 alone leads to the answer. Here, both passes share one engine loop: with the schedule `fork` the
@@ -13,28 +14,13 @@ tokens. A closing tag may share a token with its neighbours: it is looked for in
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from megatron_sr1.errors import EngineError
 from megatron_sr1.records import Completion, Prompt, Rollout
 from megatron_sr1.rollout.engine import Engine
+from megatron_sr1.rollout.readings import PREFIX, Pass2, Readings, check_length
 from megatron_sr1.rollout.requests import Progress, Request
-
-
-@dataclass(frozen=True)
-class Pass2:
-    """How pass 2 is sampled.
-
-    Attributes:
-        schedule: fork | barrier.
-        temperature: 0 is greedy.
-        max_tokens: longest answer, tokens.
-    """
-
-    schedule: str
-    temperature: float
-    max_tokens: int
 
 
 @dataclass(frozen=True)
@@ -48,7 +34,8 @@ class RolloutStats:
         pass1_tokens: sampled.
         pass2_tokens: sampled.
         truncated: pass-1 responses cut by their limit.
-        num_pass2: descriptions that were read.
+        num_pass2: rollouts whose description was read.
+        num_prompts2: distinct pass-2 prompts among them, and those of questions alone.
     """
 
     engine_steps: int
@@ -58,6 +45,7 @@ class RolloutStats:
     pass2_tokens: int
     truncated: int
     num_pass2: int
+    num_prompts2: int
 
 
 @dataclass
@@ -69,7 +57,8 @@ class _Sample:
     num_seen: int = 0
     completion: Completion | None = None
     description: str | None = None
-    reading: Completion | None = None
+    key: tuple[int, ...] | None = None
+    alone_key: tuple[int, ...] | None = None
 
 
 def roll_out(
@@ -83,6 +72,7 @@ def roll_out(
     find_description: Callable[[str], str | None],
     reading_prompt: Callable[[Prompt, str], tuple[int, ...]],
     seed_of: Callable[[int, int, int], int],
+    gold_answer: Callable[[Prompt], tuple[tuple[int, ...], tuple[int, ...]]] | None = None,
     closing_mark: str = ">",
 ) -> tuple[list[Rollout], RolloutStats]:
     """Sample both passes of this replica's prompts.
@@ -96,7 +86,10 @@ def roll_out(
         pass2: None for recipes without it; text-only samples have none either.
         find_description: text of a response so far -> its description once that has closed.
         reading_prompt: prompt, description -> token ids of the pass-2 prompt.
-        seed_of: index of the example, number of the sample, pass (1 or 2) -> seed.
+        seed_of: seed of a pass-1 request from its example's index, its number and 1; of a pass-2
+            request from -1, a number that its prompt makes and 2 and upwards.
+        gold_answer: prompt -> ids that lead up to its gold answer and the answer's own ids, as the
+            mode likelihood scores them behind the pass-2 prompt; the other mode needs none.
         closing_mark: a description closes with this character; the text is searched when it comes.
 
     Returns:
@@ -106,39 +99,32 @@ def roll_out(
         EngineError: a prompt and its limits are longer than the engine's length; names the sample.
     """
     started, steps_before, pass2_only = time.perf_counter(), engine.num_steps, 0.0
-    readings = _Readings(engine, pass2, find_description, reading_prompt, seed_of, closing_mark)
+    readings = Readings(engine, pass2, reading_prompt, gold_answer, seed_of)
     samples = {
         f"{position}.{number}": _Sample(prompt, number)
         for position, prompt in enumerate(prompts)
         for number in range(samples_per_prompt)
     }
     for prompt in prompts:
-        _check_length(engine, prompt, len(prompt.token_ids), max_response_tokens, "pass 1")
+        check_length(engine, prompt, len(prompt.token_ids), max_response_tokens, "pass 1")
         readings.check(prompt, max_response_tokens)
     first = [
-        Request(
-            id=name,
-            token_ids=sample.prompt.engine_token_ids,
-            expanded_token_ids=sample.prompt.token_ids,
-            images=sample.prompt.images,
-            temperature=temperature,
-            max_tokens=max_response_tokens,
-            seed=seed_of(sample.prompt.example.index, sample.number, 1),
-            watched=readings.apply_to(sample.prompt),
-        )
-        for name, sample in samples.items()
+        _first_request(name, s, temperature, max_response_tokens, seed_of, readings)
+        for name, s in samples.items()
     ]
     engine.submit(first)
-    num_open, ready = len(first), list[Request]()
+    num_open, ready = len(first), _ask_alone(samples.values(), readings, pass2)
     while engine.num_live:
         step_started, alone = time.perf_counter(), num_open == 0
         for progress in engine.step():
-            name, _, is_reading = progress.id.partition("/")
-            sample = samples[name]
-            if is_reading:
-                sample.reading = progress.completion
+            if progress.id.startswith(PREFIX):
+                readings.take(progress)
                 continue
-            ready += readings.requests(sample, progress)
+            sample = samples[progress.id]
+            if _has_closed(sample, progress, engine, readings, find_description, closing_mark):
+                assert sample.description is not None
+                sample.key, requests = readings.ask(sample.prompt, sample.description)
+                ready += requests
             if progress.completion is not None:
                 sample.completion = progress.completion
                 num_open -= 1
@@ -147,81 +133,71 @@ def roll_out(
             ready = []
         if alone:
             pass2_only += time.perf_counter() - step_started
-    rollouts = [_rollout(s, find_description, engine.weight_version) for s in samples.values()]
+    rollouts = [
+        _rollout(s, readings, find_description, engine.weight_version) for s in samples.values()
+    ]
     seconds, steps = time.perf_counter() - started, engine.num_steps - steps_before
-    return rollouts, _stats(rollouts, steps, seconds, pass2_only)
+    return rollouts, _stats(rollouts, readings, steps, seconds, pass2_only)
 
 
-class _Readings:
-    """Makes the pass-2 request of a sample when its description has closed."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        pass2: Pass2 | None,
-        find_description: Callable[[str], str | None],
-        reading_prompt: Callable[[Prompt, str], tuple[int, ...]],
-        seed_of: Callable[[int, int, int], int],
-        closing_mark: str,
-    ) -> None:
-        self._engine, self._pass2, self._closing_mark = engine, pass2, closing_mark
-        self._find, self._reading_prompt, self._seed_of = find_description, reading_prompt, seed_of
-
-    def apply_to(self, prompt: Prompt) -> bool:
-        """Whether samples of a prompt are read: there is a pass 2 and there are images."""
-        return self._pass2 is not None and bool(prompt.image_grid_thw)
-
-    def check(self, prompt: Prompt, max_response_tokens: int) -> None:
-        """Refuse, before anything is sampled, a prompt whose longest reading does not fit."""
-        if self._pass2 is None or not self.apply_to(prompt):
-            return
-        longest = len(self._reading_prompt(prompt, "")) + max_response_tokens
-        _check_length(self._engine, prompt, longest, self._pass2.max_tokens, "pass 2")
-
-    def requests(self, sample: _Sample, progress: Progress) -> list[Request]:
-        """The pass-2 request, if these are the tokens that closed the description; else none."""
-        if sample.description is not None or not self.apply_to(sample.prompt):
-            return []
-        new = progress.token_ids[sample.num_seen :]
-        sample.num_seen += len(new)
-        if not any(self._closing_mark in self._engine.piece(token) for token in new):
-            return []
-        sample.description = self._find(self._engine.decode(progress.token_ids))
-        if sample.description is None:
-            return []
-        assert self._pass2 is not None
-        token_ids = self._reading_prompt(sample.prompt, sample.description)
-        # Text tokenised anew can take more tokens than were sampled; then the answer gets fewer.
-        room = self._engine.max_model_len - len(token_ids)
-        max_tokens = min(self._pass2.max_tokens, room)
-        _check_length(self._engine, sample.prompt, len(token_ids), max(max_tokens, 1), "pass 2")
-        request = Request(
-            id=f"{progress.id}/reading",
-            token_ids=token_ids,
-            expanded_token_ids=token_ids,
-            temperature=self._pass2.temperature,
-            max_tokens=max_tokens,
-            seed=self._seed_of(sample.prompt.example.index, sample.number, 2),
-            with_logprobs=False,
-        )
-        return [request]
-
-
-def _check_length(
-    engine: Engine, prompt: Prompt, num_prompt: int, num_sampled: int, what: str
-) -> None:
-    if num_prompt + num_sampled <= engine.max_model_len:
-        return
-    example = prompt.example
-    raise EngineError(
-        f"{example.shard} sample {example.key} (index {example.index}): {what} can take "
-        f"{num_prompt} prompt tokens and {num_sampled} sampled ones, more than the engine's "
-        f"{engine.max_model_len}; raise rollout.max_model_len or lower the token limits"
+def _first_request(
+    name: str,
+    sample: _Sample,
+    temperature: float,
+    max_tokens: int,
+    seed_of: Callable[[int, int, int], int],
+    readings: Readings,
+) -> Request:
+    prompt = sample.prompt
+    return Request(
+        id=name,
+        token_ids=prompt.engine_token_ids,
+        expanded_token_ids=prompt.token_ids,
+        images=prompt.images,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        seed=seed_of(prompt.example.index, sample.number, 1),
+        watched=readings.apply_to(prompt),
     )
 
 
+def _ask_alone(
+    samples: Iterable[_Sample], readings: Readings, pass2: Pass2 | None
+) -> list[Request]:
+    """Requests for the questions without a description, if they are wanted: one a question."""
+    requests = list[Request]()
+    if pass2 is None or not pass2.question_only:
+        return requests
+    for sample in samples:
+        if readings.apply_to(sample.prompt):
+            sample.alone_key, new = readings.ask(sample.prompt, "")
+            requests += new
+    return requests
+
+
+def _has_closed(
+    sample: _Sample,
+    progress: Progress,
+    engine: Engine,
+    readings: Readings,
+    find_description: Callable[[str], str | None],
+    closing_mark: str,
+) -> bool:
+    """Whether these are the tokens that closed the description, which is then known."""
+    if sample.description is not None or not readings.apply_to(sample.prompt):
+        return False
+    new = progress.token_ids[sample.num_seen :]
+    sample.num_seen += len(new)
+    if any(closing_mark in engine.piece(token) for token in new):
+        sample.description = find_description(engine.decode(progress.token_ids))
+    return sample.description is not None
+
+
 def _rollout(
-    sample: _Sample, find_description: Callable[[str], str | None], weight_version: int
+    sample: _Sample,
+    readings: Readings,
+    find_description: Callable[[str], str | None],
+    weight_version: int,
 ) -> Rollout:
     assert sample.completion is not None
     description = sample.description
@@ -233,22 +209,23 @@ def _rollout(
         prompt_token_ids=sample.prompt.token_ids,
         completion=sample.completion,
         description=description,
-        reading=sample.reading,
+        reading=None if sample.key is None else readings.of(sample.key),
         weight_version=weight_version,
+        question_only=None if sample.alone_key is None else readings.of(sample.alone_key),
     )
 
 
 def _stats(
-    rollouts: Sequence[Rollout], steps: int, seconds: float, pass2_only: float
+    rollouts: Sequence[Rollout], readings: Readings, steps: int, seconds: float, pass2_only: float
 ) -> RolloutStats:
     completions = [r.completion for r in rollouts]
-    readings = [r.reading for r in rollouts if r.reading is not None]
     return RolloutStats(
         engine_steps=steps,
         seconds=seconds,
         pass2_only_seconds=pass2_only,
         pass1_tokens=sum(len(c.token_ids) for c in completions),
-        pass2_tokens=sum(len(c.token_ids) for c in readings),
+        pass2_tokens=readings.num_tokens,
         truncated=sum(c.finish_reason == "length" for c in completions),
-        num_pass2=len(readings),
+        num_pass2=sum(r.reading is not None for r in rollouts),
+        num_prompts2=readings.num_asked,
     )

@@ -166,6 +166,10 @@ class FailureWatch:
             time.sleep(0.05)
         return None
 
+    def see_others(self) -> None:
+        """Look once, when all ranks have met: one killed before the next poll is named then too."""
+        self._presence.gone()
+
     def _terminated(self) -> bool:
         with suppress(BlockingIOError):
             return signal.SIGTERM in os.read(self._pipe, 4096)
@@ -281,6 +285,13 @@ def guard(
     finally:
         _current.reset(token)
         watch.close()
+
+
+def see_others() -> None:
+    """`FailureWatch.see_others` of the guard around us, if there is one."""
+    watch = _current.get()
+    if watch is not None:
+        watch.see_others()
 
 
 def deadline(phase: str, seconds: float) -> AbstractContextManager[None]:

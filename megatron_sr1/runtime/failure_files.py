@@ -13,6 +13,7 @@ import re
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -21,6 +22,7 @@ import psutil
 FAILURE_FILE = "failure.json"
 STACKS_FOLDER = "stacks"
 MOST_PLACES, MOST_RANKS = 8, 8
+WRITING_SECONDS = 1.0
 _WHERE = re.compile(r"^was in (.*)$", re.MULTILINE)
 
 log = logging.getLogger(__name__)
@@ -81,6 +83,9 @@ class Launch:
             with open(target, "x") as file:  # of several ranks at once, one succeeds
                 file.write(text)
         except FileExistsError:
+            until = time.monotonic() + WRITING_SECONDS
+            while self._is_empty(target) and time.monotonic() < until:
+                time.sleep(0.01)  # the other rank has made the file and writes it now
             standing = self.failure()
             if standing is not None:
                 return standing
@@ -88,6 +93,12 @@ class Launch:
         except OSError as error:
             log.error("%s could not be written: %s", target, error)
         return failure
+
+    @staticmethod
+    def _is_empty(path: Path) -> bool:
+        with suppress(FileNotFoundError):
+            return path.stat().st_size == 0
+        return False
 
     def forget(self) -> None:
         """Remove an earlier launch's failure."""

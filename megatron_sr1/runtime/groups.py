@@ -74,6 +74,19 @@ class Groups:
         """Whether this rank holds the output layer."""
         return self.pipeline.rank == self.pipeline.size - 1
 
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether this rank counts the tokens of its rows.
+
+        All context-parallel ranks know what the whole row came to; the first of them counts it.
+        """
+        return self.context.rank == 0
+
+    @property
+    def speaks_for_samples(self) -> bool:
+        """True on one of the ranks that are given the same samples."""
+        return self.tensor.rank == 0 and self.pipeline.rank == 0 and self.context.rank == 0
+
 
 def make_groups(parallel: ParallelConfig, device: Device) -> Groups:
     """Make Megatron's groups for a layout; torch.distributed must have started.

@@ -23,10 +23,13 @@ from megatron_sr1.data.loader import Loader
 from megatron_sr1.data.packing import pack_samples
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.errors import ConfigError, DataError, GradingError
-from megatron_sr1.observability.metrics import MetricsFile, PhaseTimer, memory_metrics
+from megatron_sr1.model.row_split import sequence_multiple
+from megatron_sr1.observability.memory import PeakMemory
+from megatron_sr1.observability.metrics import MetricsFile, PhaseTimer
+from megatron_sr1.observability.profiler import StepProfiler
 from megatron_sr1.observability.sinks import Sink, make_sinks
 from megatron_sr1.records import PackedBatch, TrainSample
-from megatron_sr1.runtime import failure
+from megatron_sr1.runtime import failure, leaving
 from megatron_sr1.runtime.groups import Groups
 from megatron_sr1.trainer.actor import Actor
 from megatron_sr1.trainer.samples import Samples
@@ -46,6 +49,7 @@ class Context:
 
     Attributes:
         step: steps done.
+        is_leaving: a rank was asked to leave; the run is saved, and goes on when started again.
     """
 
     def __init__(
@@ -55,7 +59,15 @@ class Context:
         self.config, self.groups, self.processor = config, groups, processor
         self.run_dir = Path(config.output)
         self.step = 0
-        self.timer = PhaseTimer()
+        self.is_leaving = False
+        self.timer, self._memory = PhaseTimer(), PeakMemory()
+        rank, logged = groups.world.rank, config.logging
+        self._profiler = StepProfiler(
+            logged.profile_steps if rank in logged.profile_ranks else (),
+            config.optimizer.num_steps,
+            self.run_dir,
+            rank,
+        )
         self.skipped = 0
         self.ungraded = 0
         self._newly_skipped = 0
@@ -73,33 +85,45 @@ class Context:
         return self.groups.world.rank == 0
 
     @property
+    def goes_on(self) -> bool:
+        """True while there are steps left to do now."""
+        return self.step < self.config.optimizer.num_steps and not self.is_leaving
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of the run's checkpoints."""
         return self.run_dir / "checkpoints"
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a phase, and end the run if it outlasts its deadline."""
+        """Time a phase, note its memory, and end the run if it outlasts its deadline."""
         launch = self.config.launch
         seconds = (
             launch.setup_deadline_seconds if name == "setup" else launch.phase_deadline_seconds
         )
-        with self.timer.phase(name), failure.deadline(name, seconds):
+        with (
+            self.timer.phase(name),
+            self._memory.phase(name),
+            torch.profiler.record_function(name),
+            failure.deadline(name, seconds),
+        ):
             yield
 
     def pack(self, chosen: Sequence[TrainSample], samples: Samples) -> list[PackedBatch]:
         """Micro-batches of this rank's samples within the token budget."""
         parallel = self.config.parallel
-        multiple = parallel.tensor if parallel.sequence else 1
+        share_multiple = parallel.tensor if parallel.sequence else 1
         if self.config.model.fp8:
-            multiple = max(multiple, 16) * parallel.tensor
+            share_multiple = max(share_multiple, 16) * parallel.tensor
+        multiple = sequence_multiple(parallel.context)
         return pack_samples(
             chosen,
             self.config.data.pack_tokens,
             samples.vision if self.groups.is_first_stage else None,
             image_pad_id=self.processor.image_pad_id,
             merge_size=self.processor.merge_size,
-            pad_multiple=multiple,
+            sequence_multiple=multiple,
+            pad_multiple=multiple * share_multiple,
         )
 
     def skip(self, error: DataError) -> None:
@@ -200,6 +224,7 @@ class Context:
             self._metrics = MetricsFile(self.run_dir / "metrics.jsonl")
             self._metrics.keep_until(self.config.stage, self.step)
             self._sinks = make_sinks(self.config, self.run_dir, self.step)
+        self._profiler.begin(self.step + 1)
 
     def _check_origin(self, state: Mapping[str, Any]) -> None:
         """Refuse the state of another stage or model; the KL reference is read from model.path."""
@@ -219,23 +244,42 @@ class Context:
             save_config(self.config, self.run_dir / "config.json")
 
     def finish_step(self, stage: str, values: Mapping[str, float], actor: Actor) -> None:
-        """Count the step, tell the sinks, save a checkpoint where one is due.
+        """Count the step, tell the sinks, save a checkpoint where one is due or a rank is to leave.
 
         The line comes first: a kill between the two loses a line that is written again, never one
         that is not. So the time of a save stands in the next step's line.
         """
         self.step += 1
         times = self.timer.take()
+        with failure.deadline("profile", self.config.launch.phase_deadline_seconds):
+            self._profiler.end(self.step)
         if self._metrics is not None:
-            told = {**values, "data/skipped": self.skipped, **times, **memory_metrics()}
+            told = {**values, "data/skipped": self.skipped, **times, **self._memory.take()}
             self._metrics.append(self.step, stage, told)
             with failure.deadline("log", self.config.launch.phase_deadline_seconds):
                 for sink in self._sinks:
                     sink.log(self.step, told)
         every, last = self.config.checkpoint.every_steps, self.config.optimizer.num_steps
-        if self.step == last or (every and self.step % every == 0):
+        with failure.deadline("ask", self.config.launch.phase_deadline_seconds):
+            asked = self.sum_over_ranks({"asked": float(leaving.is_asked())})["asked"]
+        if asked or self.step == last or (every and self.step % every == 0):
             with self.phase("save"):
                 self.save(actor)
+        if asked:
+            self._leave()
+        else:
+            self._profiler.begin(self.step + 1)
+
+    def _leave(self) -> None:
+        """After the save: the stage's loop ends, and whoever started the job learns of it."""
+        self.is_leaving = True
+        if self.is_writer:
+            log.info(
+                "asked to leave: saved step %d of %d; started again, the run goes on from there",
+                self.step,
+                self.config.optimizer.num_steps,
+            )
+            leaving.tell_unfinished()
 
     def save(self, actor: Actor) -> None:
         """Save everything that a resumed run needs."""

@@ -67,6 +67,7 @@ GRPO = [
     "rollout.max_model_len=256",
     "rollout.max_num_seqs=256",
     "rollout.mismatch_bound=1e-3",
+    "rollout.canary_bound=1e-3",
     "algorithm.prompts_per_update=32",
     "algorithm.kl_coefficient=0",
     "optimizer.num_steps=40",

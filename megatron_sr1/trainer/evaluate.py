@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from megatron_sr1.errors import GradingError
 from megatron_sr1.rewards.parsing import find_description
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rollout.engine import Engine
+from megatron_sr1.rollout.readings import Pass2
 from megatron_sr1.rollout.two_pass import roll_out
 from megatron_sr1.runtime.seeds import request_seed
 from megatron_sr1.trainer import scoring
 from megatron_sr1.trainer.context import Context
-from megatron_sr1.trainer.grpo import pass2_settings, read_prompts
 from megatron_sr1.trainer.samples import Samples
+from megatron_sr1.trainer.sampling import pass2_settings, read_prompts
 
 
 def evaluate(
@@ -34,7 +36,8 @@ def evaluate(
         samples: the held-out set.
         scorer: grades; what the recipe pays does not matter here.
         name: the file is `eval/{name}.jsonl`.
-        temperature: of pass 1; 0 is greedy. Pass 2 is as configured.
+        temperature: of pass 1; 0 is greedy. Pass 2 is as configured, but always one answer, so
+            that it is right or wrong.
         indices: which samples.
 
     Returns:
@@ -50,7 +53,7 @@ def evaluate(
             samples_per_prompt=1,
             temperature=temperature,
             max_response_tokens=config.rollout.max_response_tokens,
-            pass2=pass2_settings(config) if with_pass2 else None,
+            pass2=one_answer(pass2_settings(config)) if with_pass2 else None,
             find_description=find_description,
             reading_prompt=samples.reading_prompt,
             # Every model judged meets the same randomness: comparisons are paired.
@@ -64,3 +67,8 @@ def evaluate(
     lines = [scoring.evaluation_line(s, samples.example(s.rollout.index)) for s in graded.scored]
     context.save_lines(f"eval/{name}.jsonl", lines)
     return {**scoring.rates(lines), "ungraded": len(graded.ungraded)}
+
+
+def one_answer(pass2: Pass2) -> Pass2:
+    """The same pass 2 with a single answer to each description."""
+    return replace(pass2, mode="generate", num_samples=1, question_only=False)

@@ -1,35 +1,31 @@
 """GRPO with self-reward: roll out, score, learn, sync.
 
 Source: GRPO with a clipped ratio and the k3 penalty as Vision-SR1 uses it (arXiv 2508.19652).
-The objective is a mean over all response tokens of an update. Left out: a critic, an entropy
-bonus, a length penalty.
+The objective (trainer/objective.py) is a mean over an update, by default over all its response
+tokens. Left out: a critic, an entropy bonus, a length penalty.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 
-from megatron_sr1.algorithm.advantages import group_advantages
-from megatron_sr1.algorithm.correction import mismatch_sums
-from megatron_sr1.algorithm.losses import policy_loss
-from megatron_sr1.config import AlgorithmConfig, Config
-from megatron_sr1.errors import DataError, EngineError
-from megatron_sr1.records import PackedBatch, Prompt, TrainSample
-from megatron_sr1.rewards.parsing import find_description
+from megatron_sr1.config import Config
+from megatron_sr1.records import TrainSample
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rollout.engine import Engine
-from megatron_sr1.rollout.two_pass import Pass2, RolloutStats, roll_out
-from megatron_sr1.runtime.seeds import request_seed
 from megatron_sr1.trainer import scoring
 from megatron_sr1.trainer.actor import Actor, Reference
+from megatron_sr1.trainer.canary import Canary
 from megatron_sr1.trainer.context import Context
+from megatron_sr1.trainer.credit import Credit
+from megatron_sr1.trainer.objective import grpo_loss
 from megatron_sr1.trainer.samples import Samples
-from megatron_sr1.trainer.step import TokenLoss, sample_logprobs, update
+from megatron_sr1.trainer.sampling import credit_of, roll_out_step
+from megatron_sr1.trainer.step import sample_logprobs, update
 
 
 def train_grpo(
@@ -51,21 +47,28 @@ def train_grpo(
         reference: frozen weights of the KL term; None where its coefficient is 0.
     """
     config = context.config
-    while context.step < config.optimizer.num_steps:
+    bound = config.rollout.canary_bound
+    canary = Canary(samples, bound) if bound else None
+    while context.goes_on:
         step = context.step
-        indices = context.loader.next_step()
         sync(context, actor, engine, version=step)
-        scored, stats = roll_out_step(context, engine, samples, scorer, indices, step)
-        advantages, spread = advantages_of(scored, config)
-        own = own_samples(context, samples, scored, advantages)
+        agreed = canary.check(context, actor, engine) if canary else {}
+        scored, stats = roll_out_step(context, engine, samples, scorer, step)
+        given, spread = credit_of(scored, config)
+        chosen, filtered = chosen_groups(given, config)
+        own = own_samples(context, samples, scored, given, chosen)
         measured = learn(context, actor, samples, own, reference)
-        values = {**scoring.reward_means(scored), **spread, **stats, **measured}
+        values = {
+            **scoring.reward_means(scored),
+            **spread,
+            **filtered,
+            **stats,
+            **measured,
+            **agreed,
+        }
         values["reward/ungraded"] = float(context.ungraded)
         if config.logging.rollouts:
-            lines = [
-                scoring.rollout_line(step + 1, s, samples.example(s.rollout.index), float(a))
-                for s, a in zip(scored, advantages.reshape(-1), strict=True)
-            ]
+            lines = rollout_lines(step + 1, samples, scored, given)
             context.save_lines(f"rollouts/step_{step + 1}.jsonl", lines)
         samples.forget()
         context.finish_step("grpo", values, actor)
@@ -78,110 +81,43 @@ def sync(context: Context, actor: Actor, engine: Engine, version: int) -> None:
         engine.sync(actor.weights(), version)
 
 
-def roll_out_step(
-    context: Context,
-    engine: Engine,
-    samples: Samples,
-    scorer: Scorer,
-    indices: Sequence[int],
-    step: int,
-) -> tuple[list[scoring.Scored], dict[str, float]]:
-    """Sample and score a step's prompts on all replicas.
+def chosen_groups(given: Credit, config: Config) -> tuple[list[int], dict[str, float]]:
+    """The groups to learn from, and how many were dropped.
 
-    Returns:
-        scored rollouts of all replicas in the order of `indices`, equal on every rank, and what
-        the engine counted.
+    Without the filter these are all. With it, those that teach; if none does, the first of them,
+    as many as a step has: then the KL term alone moves the actor, as it would without the filter.
     """
-    config = context.config
-    with context.phase("prompts"):
-        prompts = read_prompts(context, engine, samples, indices)
-    with context.phase("pass1"):
-        rollouts, stats = roll_out(
-            engine,
-            prompts,
-            samples_per_prompt=config.rollout.samples_per_prompt,
-            temperature=config.rollout.temperature,
-            max_response_tokens=config.rollout.max_response_tokens,
-            pass2=pass2_settings(config) if config.reward.recipe == "vision_sr1" else None,
-            find_description=find_description,
-            reading_prompt=samples.reading_prompt,
-            seed_of=lambda index, sample, part: request_seed(
-                config.seed, step, index, sample, part
-            ),
-        )
-    context.timer.move("pass1", "pass2", stats.pass2_only_seconds)
-    with context.phase("sleep"):
-        engine.sleep()
-    with context.phase("reward"):
-        # The ranks of a replica hold the same rollouts: one of them grades.
-        speaks = engine.is_speaker
-        graded = scoring.score(rollouts if speaks else (), samples, scorer)
-    with context.phase("share"):
-        graded = scoring.share(graded, indices, speaks, context.groups)
-        context.count_ungraded(len(graded.ungraded))
-        counted = context.sum_over_ranks(_counts(stats) if speaks else {n: 0.0 for n in _COUNTS})
-    if not graded.scored:
-        raise DataError("no prompt of this step could be used; see the warnings above")
-    return list(graded.scored), counted
+    everyone = list(range(len(given.advantages)))
+    if not config.algorithm.filter_groups:
+        return everyone, {}
+    teaching = given.teaching
+    return teaching or everyone[: config.data.prompts_per_step], {
+        "filter/dropped_groups": float(len(everyone) - len(teaching)),
+        "filter/kept_groups": float(len(teaching)),
+    }
 
 
-def read_prompts(
-    context: Context, engine: Engine, samples: Samples, indices: Sequence[int]
-) -> list[Prompt]:
-    """This replica's share of the prompts; those that cannot be used are skipped and counted."""
-    prompts = []
-    for index in indices[engine.replica :: engine.num_replicas]:
-        try:
-            example = samples.example(index)
-            if example.answer is None:
-                raise DataError(f"{example.shard} sample {example.key} has no answer to judge by")
-            prompts.append(samples.prompt(index))
-        except DataError as error:
-            context.skip(error)
-    context.count_skipped(engine.is_speaker)
-    return prompts
-
-
-_COUNTS: dict[str, Callable[[RolloutStats], float]] = {
-    "rollout/response_tokens": lambda s: s.pass1_tokens,
-    "rollout/reading_tokens": lambda s: s.pass2_tokens,
-    "rollout/truncated": lambda s: s.truncated,
-    "rollout/readings": lambda s: s.num_pass2,
-    "rollout/engine_steps": lambda s: s.engine_steps,
-}
-
-
-def _counts(stats: RolloutStats) -> dict[str, float]:
-    return {name: float(count(stats)) for name, count in _COUNTS.items()}
-
-
-def pass2_settings(config: Config) -> Pass2:
-    """Pass 2 as configured."""
-    return Pass2(
-        schedule=config.rollout.pass2,
-        temperature=config.rollout.pass2_temperature,
-        max_tokens=config.rollout.max_reading_tokens,
-    )
-
-
-def advantages_of(
-    scored: Sequence[scoring.Scored], config: Config
-) -> tuple[np.ndarray, dict[str, float]]:
-    """Group-normalised advantages [groups, n] and how the groups spread."""
-    totals = np.array([s.reward.total for s in scored]).reshape(
-        -1, config.rollout.samples_per_prompt
-    )
-    advantages, stats = group_advantages(totals, config.algorithm.std_floor)
-    return advantages, {f"groups/{name}": value for name, value in stats.items()}
+def rollout_lines(
+    step: int, samples: Samples, scored: Sequence[scoring.Scored], given: Credit
+) -> list[dict[str, Any]]:
+    """Lines of rollouts/step_N.jsonl; with credit by span each names both its advantages."""
+    lines = []
+    for number, item in enumerate(scored):
+        advantage, description = given.of(*divmod(number, given.advantages.shape[1]))
+        example = samples.example(item.rollout.index)
+        line = scoring.rollout_line(step, item, example, advantage)
+        lines.append(line if description is None else line | {"description_advantage": description})
+    return lines
 
 
 def own_samples(
     context: Context,
     samples: Samples,
     scored: Sequence[scoring.Scored],
-    advantages: np.ndarray,
+    given: Credit,
+    chosen: Sequence[int],
 ) -> list[list[TrainSample]]:
-    """This data-parallel rank's share of each update of the step.
+    """This data-parallel rank's share of each update of the step, made of the chosen groups.
 
     A rank that would have none gets one sample without targets, so that all ranks take part.
     """
@@ -190,17 +126,17 @@ def own_samples(
     groups = [scored[i : i + n] for i in range(0, len(scored), n)]
     per_update = config.algorithm.prompts_per_update
     updates = []
-    for start in range(0, len(groups), per_update):
-        mine = range(start, min(start + per_update, len(groups)))[data.rank :: data.size]
-        chosen = [
-            samples.train_sample(item.rollout, float(advantages[g, k]))
+    for start in range(0, len(chosen), per_update):
+        mine = chosen[start : start + per_update][data.rank :: data.size]
+        own = [
+            samples.train_sample(item.rollout, *given.of(g, k))
             for g in mine
             for k, item in enumerate(groups[g])
         ]
-        if not chosen:
-            spare = samples.train_sample(groups[start][0].rollout, 0.0)
-            chosen = [replace(spare, loss_mask=np.zeros_like(spare.loss_mask))]
-        updates.append(chosen)
+        if not own:
+            spare = samples.train_sample(groups[chosen[start]][0].rollout, 0.0)
+            own = [replace(spare, loss_mask=np.zeros_like(spare.loss_mask))]
+        updates.append(own)
     return updates
 
 
@@ -227,7 +163,9 @@ def learn(
     with context.phase("update"):
         for chosen in updates:
             batches = context.pack(chosen, samples)
-            objective = grpo_loss(config.algorithm, config.rollout.mismatch_bound)
+            objective = grpo_loss(
+                config.algorithm, config.rollout.mismatch_bound, config.rollout.max_response_tokens
+            )
             measured.append(update(actor, batches, objective, temperature))
     return _named(measured)
 
@@ -246,40 +184,6 @@ def _with_logprobs(
         changes: list[dict[str, Any]] = [{field: row} for row in logprobs]
         filled.append([replace(s, **c) for s, c in zip(chosen, changes, strict=True)])
     return filled
-
-
-def grpo_loss(algorithm: AlgorithmConfig, mismatch_bound: float) -> TokenLoss:
-    """The objective of a micro-batch: policy loss plus KL, summed over response tokens."""
-
-    def loss(
-        policy_logprobs: torch.Tensor, batch: PackedBatch
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        old = batch.old_logprobs
-        if old is None:
-            old = policy_logprobs.detach()
-        assert batch.advantages is not None and batch.engine_logprobs is not None
-        loss_sum, reported = policy_loss(
-            policy_logprobs,
-            old,
-            batch.advantages,
-            batch.loss_mask,
-            clip_low=algorithm.clip_low,
-            clip_high=algorithm.clip_high,
-            dual_clip=algorithm.dual_clip,
-            reference_logprobs=batch.reference_logprobs,
-            kl_coefficient=algorithm.kl_coefficient,
-        )
-        gaps = mismatch_sums(batch.engine_logprobs, old, batch.loss_mask)
-        worst = float(gaps["mismatch/abs_max"])
-        if 0 < mismatch_bound < worst:
-            raise EngineError(
-                f"engine and actor disagree by {worst:.2g} nats on a sampled token, at most "
-                f"{mismatch_bound:.2g} (rollout.mismatch_bound): the engine does not hold the "
-                "actor's weights, or their kernels differ more than the bound allows"
-            )
-        return loss_sum, {**reported, **gaps}
-
-    return loss
 
 
 def _named(measured: list[dict[str, float]]) -> dict[str, float]:

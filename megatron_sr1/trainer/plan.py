@@ -11,6 +11,9 @@ from megatron_sr1.config import Config
 from megatron_sr1.data.shards import ShardReader
 from megatron_sr1.errors import SR1Error
 from megatron_sr1.model.hf_config import read_hf_config
+from megatron_sr1.planning.layout import configured, divides
+from megatron_sr1.planning.memory import static_memory
+from megatron_sr1.rewards.own import OwnReward
 
 
 def dry_run(config: Config) -> str:
@@ -26,8 +29,11 @@ def dry_run(config: Config) -> str:
     ]
     if config.stage != "eval":
         lines += [f"train data  {_data(config.data.train)}", f"layout      {_layout(config)}"]
-        lines.append(f"steps       {_steps(config)}")
+        lines += [f"memory      {_memory(config)}", f"steps       {_steps(config)}"]
     if config.stage != "sft":
+        if config.reward.function:
+            OwnReward(config.reward.function)
+            lines.append(f"reward      answers judged by {config.reward.function}, loaded")
         lines.append(f"eval data   {_data(config.data.eval)}")
         rollout = config.rollout
         lines.append(
@@ -85,6 +91,25 @@ def _layout(config: Config) -> str:
     if ranks % model_size:
         raise SR1Error(f"the layout needs a multiple of {model_size} ranks, got {ranks}")
     return f"{text} x data {ranks // model_size} = {ranks} ranks"
+
+
+def _memory(config: Config) -> str:
+    """Of the fullest rank from the first step to the last; `megatron-sr1 plan` tells the rest."""
+    if not Path(config.model.path).exists():
+        return "not known without the model"
+    parallel, ranks = config.parallel, config.launch.num_processes
+    hf_config = read_hf_config(resolve_model(config.model.path).hf_files)
+    layout = configured(config, ranks or parallel.tensor * parallel.pipeline * parallel.context)
+    if layout is None or not divides(hf_config, layout.tensor, layout.pipeline):
+        return "not known: the layout does not divide the ranks or the model"
+    stages = (0, layout.pipeline - 1)
+    held = max(
+        (static_memory(config, hf_config, layout, s) for s in stages), key=lambda h: h.device
+    )
+    parts = {"weights": held.weights, "gradients": held.gradients, "optimizer": held.optimizer}
+    text = " + ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+    host = f", {held.host / 1e9:.2f} GB in host memory" if held.host else ""
+    return f"{text} GB on the fullest of {layout.num_ranks} ranks{host}"
 
 
 def _steps(config: Config) -> str:

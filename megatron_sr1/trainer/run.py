@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_sr1.checkpoint.rng import kept_rng
 from megatron_sr1.config import Config
 from megatron_sr1.errors import ConfigError
+from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.runtime import failure
 from megatron_sr1.runtime.device import Device, stop_distributed
@@ -26,7 +27,11 @@ log = logging.getLogger(__name__)
 
 
 def run_stage(config: Config) -> int:
-    """Run the configured stage on this rank; returns the exit status."""
+    """Run the configured stage on this rank; returns the exit status.
+
+    It is 0, too, where the run was asked to leave and has saved: a rank with another status would
+    have srun and torchrun kill those that are still closing.
+    """
     with failure.deadline("start", config.launch.setup_deadline_seconds):
         device, groups = setup.start_ranks(config)
     STAGES[config.stage](config, device, groups)
@@ -40,6 +45,8 @@ def run_sft(config: Config, device: Device, groups: Groups) -> None:
     """Supervised fine-tuning of `model.path` on `data.train`."""
     context, samples, actor, _ = start(config, groups, config.optimizer.num_steps)
     train_sft(context, actor, samples)
+    if context.is_leaving:
+        return context.close()
     export(context, actor)
     finish(context, samples)
 
@@ -50,6 +57,7 @@ def run_grpo(config: Config, device: Device, groups: Groups) -> None:
     The engine starts from `model.path` too and is synced before it samples.
     """
     per_step = config.data.prompts_per_step // config.algorithm.prompts_per_update
+    scorer, judging = setup.make_scorer(config), judging_scorer(config)  # before minutes of loading
     context, samples, actor, reference = start(
         config, groups, per_step * config.optimizer.num_steps
     )
@@ -57,13 +65,14 @@ def run_grpo(config: Config, device: Device, groups: Groups) -> None:
         directory = setup.engine_directory(config, groups)
         with kept_rng():  # vLLM seeds them; a resumed run goes on with the checkpoint's
             engine = setup.make_engine(config, directory, context.processor, device)
-        scorer = setup.make_scorer(config)
     train_grpo(context, actor, engine, samples, scorer, reference)
     scorer.close()
+    if context.is_leaving:
+        return context.close()
     export(context, actor)
     if config.data.eval:
         sync(context, actor, engine, version=context.step)
-        judge(context, engine)
+        judge(context, engine, judging)
     finish(context, samples)
 
 
@@ -74,12 +83,13 @@ def run_eval(config: Config, device: Device, groups: Groups) -> None:
             f"{config.output} holds a training run, whose files an evaluation would replace; give "
             "another output"
         )
+    scorer = judging_scorer(config)
     context = Context(config, groups, setup.make_processor(config), 0)
     context.open()
     with context.phase("setup"):
         directory = setup.engine_directory(config, groups)
         engine = setup.make_engine(config, directory, context.processor, device)
-    judge(context, engine)
+    judge(context, engine, scorer)
     context.close()
 
 
@@ -107,14 +117,16 @@ def start(
     return context, samples, actor, reference
 
 
-def judge(context: Context, engine: Engine) -> None:
+def judging_scorer(config: Config) -> Scorer:
+    """Grader of an evaluation: see_think's descriptions are read too, to compare its table."""
+    return setup.make_scorer(config, None if config.reward.recipe == "vision_r1" else "vision_sr1")
+
+
+def judge(context: Context, engine: Engine, scorer: Scorer) -> None:
     """Evaluate sampled and greedy, and write the rates to summary.json."""
     config = context.config
     samples = setup.open_samples(config, config.data.eval, context.processor)
     indices = range(len(samples))[: config.data.eval_limit or None]
-    # see_think's descriptions are read too, so that its table can be compared.
-    has_description = config.reward.recipe != "vision_r1"
-    scorer = setup.make_scorer(config, "vision_sr1" if has_description else None)
     summary = {}
     for way, temperature in (("sampled", config.rollout.temperature), ("greedy", 0.0)):
         summary[way] = evaluate(

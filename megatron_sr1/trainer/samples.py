@@ -17,6 +17,7 @@ from megatron_sr1.data.prompts import pass1_messages, pass2_messages
 from megatron_sr1.data.shards import ShardReader
 from megatron_sr1.errors import ConfigError, DataError
 from megatron_sr1.records import Example, Prompt, Rollout, TrainSample, VisionInputs
+from megatron_sr1.trainer.credit import description_tokens
 
 
 class Samples:
@@ -81,12 +82,28 @@ class Samples:
         messages = pass2_messages(prompt.example.question, description, self._style)
         return self.processor.encode_text(messages)
 
-    def train_sample(self, rollout: Rollout, advantage: float) -> TrainSample:
-        """A rollout and its advantage as a sequence to learn from."""
+    def gold_answer(self, prompt: Prompt) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        r"""Token ids of `\boxed{`, and of the gold answer with its closing brace."""
+        return self.processor.encode_answer("\\boxed{", prompt.example.answer or "", "}")
+
+    def train_sample(
+        self, rollout: Rollout, advantage: float, description_advantage: float | None = None
+    ) -> TrainSample:
+        """A rollout and its advantages as a sequence to learn from.
+
+        Args:
+            rollout: as sampled.
+            advantage: of the response's tokens.
+            description_advantage: of those that hold the description instead; None: no difference.
+        """
         prompt = self.prompt(rollout.index)
         num_prompt, num_response = len(prompt.token_ids), len(rollout.completion.token_ids)
         token_ids = np.array((*prompt.token_ids, *rollout.completion.token_ids), np.int64)
         in_response = np.arange(num_prompt + num_response) >= num_prompt
+        advantages = np.where(in_response, np.float32(advantage), np.float32(0))
+        if description_advantage is not None and rollout.description is not None:
+            first, behind = description_tokens(self.processor.pieces(rollout.completion.token_ids))
+            advantages[num_prompt + first : num_prompt + behind] = description_advantage
         engine_logprobs = np.zeros(len(token_ids), np.float32)
         engine_logprobs[num_prompt:] = rollout.completion.logprobs
         return TrainSample(
@@ -95,7 +112,7 @@ class Samples:
             token_ids=token_ids,
             loss_mask=in_response,
             image_grid_thw=prompt.image_grid_thw,
-            advantages=np.where(in_response, np.float32(advantage), np.float32(0)),
+            advantages=advantages,
             engine_logprobs=engine_logprobs,
         )
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_sr1.data.digits import described_digits
 from megatron_sr1.errors import GradingLimit
-from megatron_sr1.records import Example, Reward, Rollout
+from megatron_sr1.records import RIGHT_FROM, Example, Reward, Rollout
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.runtime.groups import Groups, gather_objects
 from megatron_sr1.trainer.samples import Samples
@@ -67,8 +67,10 @@ def score(rollouts: Iterable[Rollout], samples: Samples, scorer: Scorer) -> Grad
                 gold=example.answer or "",
                 question=example.question,
                 description=rollout.description,
-                reading_text=rollout.reading.text if rollout.reading else None,
+                reading=rollout.reading,
+                question_only=rollout.question_only,
                 has_image=example.num_images > 0,
+                metadata=example.metadata,
             )
         except GradingLimit as error:
             log.warning("left out with its group: %s", error)
@@ -106,15 +108,28 @@ def rollout_line(step: int, scored: Scored, example: Example, advantage: float) 
         "gold": example.answer,
         "response": rollout.completion.text,
         "description": rollout.description,
-        "reading": rollout.reading.text if rollout.reading else None,
+        "reading": read_text(rollout),
         "advantage": advantage,
         "weight_version": rollout.weight_version,
         "reward": asdict(scored.reward),
     }
 
 
+def read_text(rollout: Rollout) -> str | None:
+    """Pass 2 as the report shows it: one answer after the other, or the gold one's likelihood."""
+    if rollout.reading is None:
+        return None
+    scores = rollout.reading.gold_logprobs
+    if scores is not None:
+        return f"(log p of the gold answer: {sum(scores):.3f} over {len(scores)} tokens)"
+    return "\n".join(rollout.reading.texts)
+
+
 def evaluation_line(scored: Scored, example: Example) -> dict[str, Any]:
-    """A line of an evaluation file: what was said and the four verdicts, 0, 1 or null."""
+    """A line of an evaluation file: what was said and the four verdicts, 0, 1 or null.
+
+    Accuracy and self-reward are what a function of the user's gave, where there is one.
+    """
     rollout, reward = scored.rollout, scored.reward
     exact: int | None = None
     if "digits" in example.metadata:
@@ -122,19 +137,24 @@ def evaluation_line(scored: Scored, example: Example) -> dict[str, Any]:
         exact = int(told == tuple(example.metadata["digits"]))
     shortcut = None
     if reward.self_reward is not None:
-        shortcut = int(reward.accuracy == 1.0 and reward.self_reward == 0.0)
+        shortcut = int(reward.accuracy >= RIGHT_FROM > reward.self_reward)
     return {
         "index": rollout.index,
         "question": example.question,
         "gold": example.answer,
         "response": rollout.completion.text,
         "description": rollout.description,
-        "reading": rollout.reading.text if rollout.reading else None,
-        "accuracy": int(reward.accuracy),
-        "self_reward": None if reward.self_reward is None else int(reward.self_reward),
+        "reading": read_text(rollout),
+        "accuracy": _short(reward.accuracy),
+        "self_reward": None if reward.self_reward is None else _short(reward.self_reward),
         "description_exact": exact,
         "shortcut": shortcut,
     }
+
+
+def _short(verdict: float) -> float:
+    """0 and 1 as whole numbers."""
+    return int(verdict) if verdict in (0.0, 1.0) else verdict
 
 
 VERDICTS = {
@@ -147,7 +167,7 @@ VERDICTS = {
 
 
 def rates(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Share of 1 among the lines that have the verdict; a verdict that none has is left out."""
+    """Mean over the lines that have the verdict; a verdict that none has is left out."""
     found = {}
     for verdict, name in VERDICTS.items():
         values = [line[verdict] for line in lines if line[verdict] is not None]
@@ -157,7 +177,10 @@ def rates(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def reward_means(scored: Sequence[Scored]) -> dict[str, float]:
-    """Mean rewards of a step, and the four cells of pass 1 x pass 2 as shares of its samples."""
+    """Mean rewards of a step, and the four cells of pass 1 x pass 2 as shares of its samples.
+
+    A self-reward in between counts as right from 0.5 on.
+    """
     rewards = [s.reward for s in scored]
     count = max(len(rewards), 1)
     means = {
@@ -169,9 +192,10 @@ def reward_means(scored: Sequence[Scored]) -> dict[str, float]:
     judged = [r for r in rewards if r.self_reward is not None]
     if judged:
         means["reward/self_reward"] = sum(r.self_reward or 0.0 for r in judged) / len(judged)
-        for right, said in ((1.0, "right"), (0.0, "wrong")):
-            for read, heard in ((1.0, "right"), (0.0, "wrong")):
-                cell = sum(r.accuracy == right and r.self_reward == read for r in judged)
+        cells = [(r.accuracy >= RIGHT_FROM, (r.self_reward or 0.0) >= RIGHT_FROM) for r in judged]
+        for right, said in ((True, "right"), (False, "wrong")):
+            for read, heard in ((True, "right"), (False, "wrong")):
+                cell = cells.count((right, read))
                 means[f"table/pass1_{said}_pass2_{heard}"] = cell / len(judged)
         means["reward/shortcut_rate"] = means["table/pass1_right_pass2_wrong"]
     return means

@@ -16,9 +16,10 @@ from megatron_sr1.config import Config, LaunchConfig
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.model.hf_config import HFConfig, read_hf_config
 from megatron_sr1.model.qwen25_vl import build_model
+from megatron_sr1.rewards.own import OwnReward
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rollout.engine import Engine
-from megatron_sr1.runtime import cpu
+from megatron_sr1.runtime import cpu, failure
 from megatron_sr1.runtime.device import Device, select_device, start_distributed
 from megatron_sr1.runtime.groups import Groups, make_groups
 from megatron_sr1.runtime.seeds import seed_everything
@@ -32,6 +33,7 @@ def start_ranks(config: Config) -> tuple[Device, Groups]:
     if device.kind == "cpu":
         torch.set_num_threads(threads_a_rank(config.launch))
     start_distributed(device, collective_timeout_seconds(config.launch))
+    failure.see_others()
     groups = make_groups(config.parallel, device)
     seed_everything(config.seed, groups)
     return device, groups
@@ -70,6 +72,7 @@ def load_actor_model(config: Config, groups: Groups) -> tuple[list[Any], HFConfi
             dtype=DTYPES[model.dtype],
             spec=model.spec,
             sequence_parallel=config.parallel.sequence,
+            split_images=config.parallel.split_images,
             recompute=model.recompute,
             fp8=model.fp8,
             fp8_recipe=model.fp8_recipe,
@@ -143,5 +146,8 @@ def make_scorer(config: Config, recipe: str | None = None) -> Scorer:
         format_weight=reward.format_weight,
         self_reward_weight=reward.self_reward_weight,
         pay_leaks=reward.pay_leaks,
+        likelihood=reward.likelihood,
+        likelihood_nats=reward.likelihood_nats,
         grader_timeout_seconds=reward.grader_timeout_seconds,
+        own=OwnReward(reward.function) if reward.function else None,
     )

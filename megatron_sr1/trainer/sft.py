@@ -26,7 +26,7 @@ def train_sft(context: Context, actor: Actor, samples: Samples) -> None:
         actor: with its optimizer.
         samples: conversations.
     """
-    while context.step < context.config.optimizer.num_steps:
+    while context.goes_on:
         indices = context.loader.next_step()
         with context.phase("prompts"):
             chosen = _conversations(context, samples, indices)
@@ -45,8 +45,8 @@ def train_sft(context: Context, actor: Actor, samples: Samples) -> None:
 
 def _token_loss(
     policy_logprobs: torch.Tensor, batch: PackedBatch
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    return sft_loss(policy_logprobs, batch.loss_mask), {}
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    return sft_loss(policy_logprobs, batch.loss_mask), batch.loss_mask.sum(), {}
 
 
 def _conversations(context: Context, samples: Samples, indices: list[int]) -> list[TrainSample]:
@@ -58,7 +58,7 @@ def _conversations(context: Context, samples: Samples, indices: list[int]) -> li
             chosen.append(samples.conversation(index))
         except DataError as error:
             context.skip(error)
-    context.count_skipped(groups.tensor.rank == 0 and groups.pipeline.rank == 0)
+    context.count_skipped(groups.speaks_for_samples)
     return chosen or [_spare(samples, indices)]
 
 

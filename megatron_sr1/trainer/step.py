@@ -1,8 +1,10 @@
 """One pass of the actor over packed micro-batches: logprobs without gradients, or an update.
 
-The objective of an update is a sum over target tokens divided by their number over all
-micro-batches and data-parallel ranks (Megatron's `calculate_per_token_loss`), so how samples are
-packed and split changes nothing.
+The objective of an update is a sum over target tokens divided by a denominator, target tokens or
+sequences, that is summed over all micro-batches and data-parallel ranks as well (Megatron's
+`calculate_per_token_loss`, whatever is counted), so how samples are packed and split changes
+nothing. Context-parallel ranks have the same whole rows and the same loss; one of them counts it,
+and each goes back from it to its own tokens.
 """
 
 from __future__ import annotations
@@ -22,10 +24,12 @@ from megatron_sr1.runtime.groups import Groups
 from megatron_sr1.trainer.actor import Actor
 
 Sums = dict[str, torch.Tensor]
-TokenLoss = Callable[[torch.Tensor, PackedBatch], tuple[torch.Tensor, Sums]]
-"""(policy_logprobs [1, T], batch) -> (loss summed over its target tokens, sums to report).
+TokenLoss = Callable[[torch.Tensor, PackedBatch], tuple[torch.Tensor, torch.Tensor, Sums]]
+"""(policy_logprobs [1, T], batch) -> (loss summed over its target tokens, its part of the loss's
+denominator, sums to report).
 
-A name that ends in `_max` is reduced by maximum, any other by sum."""
+A name that ends in `_max` is reduced by maximum, any other by sum; and sums are divided by the
+target tokens of the update, unless they are named a number (`num_…`)."""
 
 
 def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
@@ -58,7 +62,7 @@ def sample_logprobs(
     """Logprobs of every sample's tokens under the actor's present weights, without gradients.
 
     Args:
-        actor: the model; all ranks of a pipeline call this with the same batches.
+        actor: the model; all ranks of a replica call this with the same batches.
         samples: what was packed.
         batches: `samples`, packed.
         temperature: logits are divided by it.
@@ -98,8 +102,9 @@ def update(
         temperature: logits are divided by it.
 
     Returns:
-        `loss`, `grad_norm`, `learning_rate`, `num_tokens` and the reported sums, each divided by
-        the number of target tokens of the whole update (maxima are not), equal on all ranks.
+        `loss`, divided by its denominator over the whole update, `grad_norm`, `learning_rate`,
+        `num_tokens`, and the reported sums, each divided by the number of target tokens of the
+        whole update (maxima and numbers are not), equal on all ranks.
 
     Raises:
         SR1Error: the loss is not finite; nothing was updated.
@@ -107,9 +112,13 @@ def update(
     sums: Sums = {}
 
     def reduce(batch: PackedBatch, output: torch.Tensor) -> tuple[torch.Tensor, Any, Any]:
-        loss_sum, reported = loss(output, batch)
-        num_tokens = batch.loss_mask.sum()
-        values = {"loss": loss_sum.detach(), "num_tokens": num_tokens, **reported}
+        loss_sum, denominator, reported = loss(output, batch)
+        values = {
+            "loss": loss_sum,
+            "denominator": denominator,
+            "num_tokens": batch.loss_mask.sum(),
+            **reported,
+        }
         for name, value in values.items():
             value = value.detach().double()
             if name in sums:
@@ -119,7 +128,8 @@ def update(
                     else sums[name] + value
                 )
             sums[name] = value
-        return loss_sum, num_tokens.int(), {}
+        counted = denominator if actor.groups.counts_tokens else torch.zeros_like(denominator)
+        return loss_sum, counted.int(), {}
 
     for wrapped in actor.wrapped:
         wrapped.zero_grad_buffer()
@@ -134,8 +144,10 @@ def update(
     assert success
     actor.scheduler.step(increment=1)
     num_tokens = max(totals.pop("num_tokens"), 1.0)
-    means = {n: v if n.endswith("_max") else v / num_tokens for n, v in totals.items()}
+    loss_mean = totals.pop("loss") / max(totals.pop("denominator"), 1.0)
+    means = {n: v if _is_whole(n) else v / num_tokens for n, v in totals.items()}
     return {
+        "loss": loss_mean,
         **means,
         "num_tokens": num_tokens,
         "grad_norm": float(grad_norm),
@@ -143,9 +155,14 @@ def update(
     }
 
 
+def _is_whole(name: str) -> bool:
+    """Whether what is reported under a name is no sum over tokens."""
+    return name.endswith("_max") or name.rpartition("/")[2].startswith("num_")
+
+
 def reduce_sums(sums: Sums, groups: Groups) -> dict[str, float]:
     """Totals over the world of what each pipeline's last stage counted, equal on all ranks."""
-    counted = groups.is_last_stage and groups.tensor.rank == 0
+    counted = groups.is_last_stage and groups.tensor.rank == 0 and groups.counts_tokens
     names: list[Any] = [sorted(sums)]
     if groups.pipeline.size > 1:
         dist.broadcast_object_list(

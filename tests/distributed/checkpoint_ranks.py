@@ -6,7 +6,8 @@ Usage: checkpoint_ranks.py roundtrip OUT SOURCE:A,B ...    loads SOURCE under A 
                                                            and B in OUT/NAME_OF_SOURCE/A.saved
        checkpoint_ranks.py resume OUT SOURCE A:B,C ...     trains and saves under A, resumes under
                                                            B and C; writes OUT/results.json
-A layout is TPxPP and letters: s sequence parallel, p optimizer not distributed, b bfloat16.
+A layout is TPxPP and letters: c two context-parallel ranks, s sequence parallel, p optimizer not
+distributed, b bfloat16.
 """
 
 import hashlib
@@ -35,6 +36,7 @@ from megatron_sr1.data.packing import pack_samples  # noqa: E402
 from megatron_sr1.data.processor import Processor  # noqa: E402
 from megatron_sr1.model.hf_config import read_hf_config  # noqa: E402
 from megatron_sr1.model.qwen25_vl import build_model  # noqa: E402
+from megatron_sr1.model.row_split import sequence_multiple  # noqa: E402
 from megatron_sr1.records import TrainSample  # noqa: E402
 from megatron_sr1.runtime.device import select_device, start_distributed  # noqa: E402
 from megatron_sr1.runtime.groups import make_groups  # noqa: E402
@@ -45,7 +47,7 @@ from megatron_sr1.trainer.step import update  # noqa: E402
 
 def start(layout, source):
     """Configuration and groups of a layout; the groups of the one before go."""
-    tensor, pipeline, letters = re.fullmatch(r"(\d)x(\d)([spb]*)", layout).groups()
+    tensor, pipeline, letters = re.fullmatch(r"(\d)x(\d)([cspb]*)", layout).groups()
     config = load_config(
         None,
         [
@@ -53,6 +55,7 @@ def start(layout, source):
             f"model.dtype={'bfloat16' if 'b' in letters else 'float32'}",
             f"parallel.tensor={tensor}",
             f"parallel.pipeline={pipeline}",
+            f"parallel.context={1 + ('c' in letters)}",
             f"parallel.sequence={'s' in letters}".lower(),
             f"parallel.distributed_optimizer={'p' not in letters}".lower(),
             "optimizer.learning_rate=1e-3",
@@ -116,7 +119,7 @@ def make_samples(processor):
 
 
 def nll(logprobs, batch):
-    return -(logprobs * batch.loss_mask).sum(), {}
+    return -(logprobs * batch.loss_mask).sum(), batch.loss_mask.sum(), {}
 
 
 class Run:
@@ -127,13 +130,15 @@ class Run:
         chunks, hf_config, found = load(config, self.groups)
         self.actor = make_actor(config, chunks, hf_config, found, self.groups, num_updates=6)
         samples, vision = make_samples(processor)
+        multiple = sequence_multiple(self.groups.context.size)
         self.batches = pack_samples(
             samples[self.groups.data.rank :: self.groups.data.size],
             64,
             lambda index: vision[index],
             image_pad_id=processor.image_pad_id,
             merge_size=processor.merge_size,
-            pad_multiple=self.groups.tensor.size,
+            pad_multiple=self.groups.tensor.size * multiple,
+            sequence_multiple=multiple,
         )
 
     @property

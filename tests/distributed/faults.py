@@ -140,6 +140,7 @@ def in_update(fault, place):
 
 def in_engine(fault, place):
     from megatron_sr1.rollout.engine import Engine
+    from megatron_sr1.rollout.readings import PREFIX
 
     if place == "sync":
         real = Engine.sync
@@ -157,7 +158,7 @@ def in_engine(fault, place):
         return
     reading = []
     before(Engine, "submit", lambda engine, requests: reading.extend(
-        request.id for request in requests if request.id.endswith("/reading")
+        request.id for request in requests if request.id.startswith(PREFIX)
     ))  # fmt: skip
 
     def at_step(engine):

@@ -1,8 +1,9 @@
 """One start of ranks, many models and layouts: logits, loss and gradients under each.
 
 Run by test_model_layouts.py as `model_layouts.py CASES LAYOUT…`; a layout is written tensor,
-pipeline,sequence. What one process computes comes from the same ranks: under tensor 1, pipeline 1
-each holds the whole model. Prints a line a failure and a count; exits non-zero on any failure.
+pipeline,context,letters: s sequence parallel, w whole rows of images on each context-parallel rank.
+What one process computes comes from the same ranks: under tensor 1, pipeline 1, context 1 each
+holds the whole model. Prints a line a failure and a count; exits non-zero on any failure.
 """
 
 import sys
@@ -15,6 +16,7 @@ from megatron_sr1.checkpoint.hf import load_hf
 from megatron_sr1.config import ParallelConfig
 from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.model.qwen25_vl import build_model
+from megatron_sr1.model.row_split import sequence_multiple
 from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.device import select_device, start_distributed, stop_distributed
 from megatron_sr1.runtime.groups import make_groups
@@ -24,7 +26,7 @@ TOLERANCE = 1e-5
 TEMPERATURE = 0.8
 
 
-def run_schedule(chunk, rows, labels, forward_only):
+def run_schedule(chunk, rows, groups, labels, forward_only):
     """Each row's output on the last stage; gradients of the mean logprob over all targets."""
     from megatron.core.distributed import (
         DistributedDataParallel,
@@ -52,7 +54,8 @@ def run_schedule(chunk, rows, labels, forward_only):
             logprobs, entropy = output
             total = ((logprobs + 0.3 * entropy) * row.loss_mask).sum()
             outputs.append(total.detach())
-            return total, row.loss_mask.sum().int(), {}
+            num_tokens = row.loss_mask.sum().int()
+            return total, num_tokens if groups.counts_tokens else 0 * num_tokens, {}
 
         return output, loss
 
@@ -69,22 +72,49 @@ def run_schedule(chunk, rows, labels, forward_only):
     return outputs
 
 
-def measure(directory, groups, sequence, pad_multiple):
+def measure(directory, groups, letters=""):
     """Logits, losses (None off the last stage) and published gradients of a model."""
     hf_config = read_hf_config(directory)
     chunks = build_model(
-        hf_config, groups, dtype=torch.float32, sequence_parallel=sequence, logprob_chunk_tokens=9
+        hf_config,
+        groups,
+        dtype=torch.float32,
+        sequence_parallel="s" in letters,
+        split_images="w" not in letters,
+        logprob_chunk_tokens=9,
     )
     load_hf(chunks, directory, hf_config, groups)
-    rows = [make_row(s, pad_multiple) for s in samples_of(directory)]
+    multiple = sequence_multiple(groups.context.size)
+    pad = max(2, groups.tensor.size) * multiple
+    rows = [make_row(s, pad, multiple) for s in samples_of(directory)]
+    encoded = torch.zeros([])
+
+    def count(tower, arguments):
+        encoded.add_(len(arguments[0].pixel_values))
+
+    if chunks[0].vision_model is not None:
+        chunks[0].vision_model.register_forward_pre_hook(count)
     with cpu.megatron_mode():
         with torch.no_grad():
-            logits = run_schedule(chunks[0], rows, labels=False, forward_only=True)
-        losses = run_schedule(chunks[0], rows, labels=True, forward_only=False)
+            logits = run_schedule(chunks[0], rows, groups, labels=False, forward_only=True)
+        losses = run_schedule(chunks[0], rows, groups, labels=True, forward_only=False)
     gradients = published_gradients(chunks, hf_config, groups)
+    check_encoded(encoded, rows, groups, times=groups.context.size if "w" in letters else 1)
     if not groups.is_last_stage:
         return None, None, gradients
-    return [x[0] for x in logits], torch.stack(losses), gradients
+    return [by_sample(x[0], r) for x, r in zip(logits, rows, strict=True)], losses, gradients
+
+
+def check_encoded(encoded, rows, groups, times):
+    """In two passes each patch was encoded so many times on all context-parallel ranks together."""
+    dist.all_reduce(encoded, group=groups.context.process_group)
+    patches = sum(len(row.vision.pixel_values) for row in rows if row.vision is not None)
+    assert encoded == (2 * times * patches if groups.is_first_stage else 0), (encoded, patches)
+
+
+def by_sample(logits, row):
+    """A row's logits [T, ids] cut at its borders."""
+    return logits.split(row.cu_seqlens.diff().tolist())
 
 
 def samples_of(directory):
@@ -98,10 +128,13 @@ def compare(found, expected, directory):
     gap, name = worst_relative_gap(gradients, expected_gradients)
     gaps = {f"gradient of {name}": gap}
     if logits is not None:
-        gaps["loss"] = float(((losses - expected_losses) / expected_losses).abs().max())
+        found, wanted = torch.stack(losses), torch.stack(expected_losses)
+        gaps["loss"] = float(((found - wanted) / wanted).abs().max())
         for i, (row, samples) in enumerate(zip(logits, samples_of(directory), strict=True)):
-            wanted = torch.cat([s.logits for s in samples])
-            gaps[f"logits of row {i}"] = float((row[: len(wanted)] - wanted).abs().max())
+            pairs = zip(row, samples, strict=False)  # the last of a row may be padding
+            gaps[f"logits of row {i}"] = max(
+                float((part[: len(s.logits)] - s.logits).abs().max()) for part, s in pairs
+            )
     return gaps
 
 
@@ -109,24 +142,25 @@ def main():
     from megatron.core import parallel_state
 
     cases = sorted(Path(sys.argv[1]).iterdir())
-    layouts = [tuple(map(int, a.split(","))) for a in sys.argv[2:]]
+    layouts = [argument.split(",") for argument in sys.argv[2:]]
     device = select_device("cpu")
     start_distributed(device)
-    pad = max(tensor for tensor, _, _ in layouts)
     alone = make_groups(ParallelConfig(), device)
-    expected = {case: measure(case, alone, False, pad) for case in cases}
+    expected = {case: measure(case, alone) for case in cases}
     num_problems, num_checked = 0, 0
-    for tensor, pipeline, sequence in layouts:
+    for *sizes, letters in layouts:
+        tensor, pipeline, context = map(int, sizes)
         parallel_state.destroy_model_parallel()
-        groups = make_groups(ParallelConfig(tensor=tensor, pipeline=pipeline), device)
+        layout = ParallelConfig(tensor=tensor, pipeline=pipeline, context=context)
+        groups = make_groups(layout, device)
         for case in cases:
-            gaps = compare(measure(case, groups, bool(sequence), pad), expected[case], case)
+            gaps = compare(measure(case, groups, letters), expected[case], case)
             num_checked += 1
             for what, gap in gaps.items():
                 if not gap < TOLERANCE:
                     num_problems += 1
-                    layout = f"tensor {tensor}, pipeline {pipeline}, sequence {sequence}"
-                    print(f"GAP {case.name} {layout}: {what} {gap:.2e}", flush=True)
+                    shape = f"{tensor} x {pipeline} x {context} {letters}"
+                    print(f"GAP {case.name} {shape}: {what} {gap:.2e}", flush=True)
     print(f"CHECKED {num_checked} layouts of models", flush=True)
     dist.barrier()
     stop_distributed()

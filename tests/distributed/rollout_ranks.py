@@ -32,7 +32,8 @@ def main(model_dir, output, tensor_parallel):
     import rollout_setup as setup
 
     from megatron_sr1.rollout.engine import Engine
-    from megatron_sr1.rollout.two_pass import Pass2, roll_out
+    from megatron_sr1.rollout.readings import Pass2
+    from megatron_sr1.rollout.two_pass import roll_out
 
     processor = setup.processor(model_dir)
     engine = Engine(
@@ -52,12 +53,12 @@ def main(model_dir, output, tensor_parallel):
             samples_per_prompt=4,
             temperature=1.0,
             max_response_tokens=20,
-            pass2=Pass2("fork", 1.0, 8),
+            pass2=Pass2("fork", 1.0, 8, num_samples=2, question_only=True),
             find_description=lambda text: text.split("x")[0] if "x" in text else None,
             reading_prompt=lambda prompt, description: processor.encode_text(
                 [{"role": "user", "content": [{"type": "text", "text": f"Read {description}"}]}]
             ),
-            seed_of=lambda index, sample, part: 1000 * index + 10 * sample + part,
+            seed_of=lambda index, sample, part: (1000 * index + 10 * sample + part) % 2**31,
             closing_mark="x",
         )
         return [
@@ -66,7 +67,7 @@ def main(model_dir, output, tensor_parallel):
                 "sample": r.sample,
                 "tokens": r.completion.token_ids,
                 "logprobs": r.completion.logprobs,
-                "reading": r.reading.token_ids if r.reading else None,
+                "reading": [a.token_ids for a in r.reading.answers] if r.reading else None,
                 "version": r.weight_version,
             }
             for r in rollouts

@@ -1,7 +1,7 @@
 """Models of Transformer Engine's layers against local ones, on ranks; see test_te_double.py.
 
 Run as `te_layouts.py CASES LAYOUT…` with the double on the path; a layout is written tensor,
-pipeline,sequence. What is expected comes from local layers in one process.
+pipeline,letters: s sequence parallel. What is expected comes from local layers in one process.
 """
 
 import functools
@@ -24,23 +24,23 @@ def main():
 
     assert "te_double" in transformer_engine.__file__ and extensions.HAVE_TE
     cases = sorted(Path(sys.argv[1]).iterdir())
-    layouts = [tuple(map(int, a.split(","))) for a in sys.argv[2:]]
+    layouts = [argument.split(",") for argument in sys.argv[2:]]
     device = select_device("cpu")
     start_distributed(device)
-    pad = max(tensor for tensor, _, _ in layouts)
     alone = make_groups(ParallelConfig(), device)
-    expected = {case: model_layouts.measure(case, alone, False, pad) for case in cases}
+    expected = {case: model_layouts.measure(case, alone) for case in cases}
     specs.require_transformer_engine = lambda: None  # it asks for CUDA
     model_layouts.build_model = functools.partial(qwen25_vl.build_model, spec="transformer_engine")
     problems = []
-    for tensor, pipeline, sequence in layouts:
+    for tensor, pipeline, letters in layouts:
         parallel_state.destroy_model_parallel()
-        groups = make_groups(ParallelConfig(tensor=tensor, pipeline=pipeline), device)
+        layout = ParallelConfig(tensor=int(tensor), pipeline=int(pipeline))
+        groups = make_groups(layout, device)
         for case in cases:
-            found = model_layouts.measure(case, groups, bool(sequence), pad)
+            found = model_layouts.measure(case, groups, letters)
             gaps = model_layouts.compare(found, expected[case], case)
             bad = {what: gap for what, gap in gaps.items() if not gap < model_layouts.TOLERANCE}
-            problems += [f"{case.name} {tensor},{pipeline},{sequence}: {bad}"] if bad else []
+            problems += [f"{case.name} {tensor},{pipeline},{letters}: {bad}"] if bad else []
     print("\n".join(problems) or f"SAME {len(cases) * len(layouts)} models", flush=True)
     dist.barrier()
     stop_distributed()

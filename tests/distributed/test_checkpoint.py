@@ -16,7 +16,7 @@ from tests.checkpoint_files import files_of, write_two_files
 
 SCRIPT = Path(__file__).parent / "checkpoint_ranks.py"
 ROOT = Path(__file__).resolve().parents[2]
-TIED, UNTIED = ("1x1", "2x1", "2x1s", "1x2"), ("2x1b", "1x2b")
+TIED, UNTIED = ("1x1", "2x1", "2x1s", "1x2", "1x1c"), ("2x1b", "1x2b")
 CONVERT = ROOT / "tools" / "convert_checkpoint.py"
 
 
@@ -60,12 +60,12 @@ def test_a_model_on_four_ranks_comes_back_byte_for_byte(tiny_model, run_ranks, t
 @pytest.fixture(scope="module")
 def resumed(tiny_model, run_ranks, tmp_path_factory):
     out = tmp_path_factory.mktemp("resumed")
-    plans = ["1x1:1x1,2x1s,1x2", "1x2:1x2", "1x1p:1x1p", "1x1b:1x1b"]
+    plans = ["1x1:1x1,2x1s,1x2,1x1c", "1x2:1x2", "1x1c:1x1c,1x1,1x2", "1x1p:1x1p", "1x1b:1x1b"]
     run_ranks(SCRIPT, 2, "resume", out, tiny_model, *plans)
     return out, json.loads((out / "results.json").read_text())
 
 
-@pytest.mark.parametrize("layout", ["1x1", "1x2", "1x1p", "1x1b"])
+@pytest.mark.parametrize("layout", ["1x1", "1x2", "1x1c", "1x1p", "1x1b"])
 def test_a_resumed_run_has_the_numbers_of_one_never_stopped(resumed, layout):
     """Bitwise: losses, gradient norms, learning rates, generators and weights."""
     _, results = resumed
@@ -74,7 +74,10 @@ def test_a_resumed_run_has_the_numbers_of_one_never_stopped(resumed, layout):
     assert same == results[layout]
 
 
-@pytest.mark.parametrize(("saved", "layout"), [("1x1", "2x1s"), ("1x1", "1x2")])
+@pytest.mark.parametrize(
+    ("saved", "layout"),
+    [("1x1", "2x1s"), ("1x1", "1x2"), ("1x1", "1x1c"), ("1x1c", "1x1"), ("1x1c", "1x2")],
+)
 def test_a_run_resumed_under_another_layout_goes_on_alike(resumed, saved, layout):
     _, results = resumed
     one, other = results[saved], results[f"{saved} to {layout}"]

@@ -201,14 +201,37 @@ def test_a_failing_rank_ends_all_of_a_grpo_run(grpo, groups, phase, kind):
 
 
 @pytest.mark.slow
-def test_a_stopped_or_killed_grader_ends_the_run_and_is_named(grpo, groups):
-    for kind, words in (("stop", "took more than 5 s"), ("die", "exit status -9")):
-        run_dir = grpo.copy(f"worker_{kind}")
-        found = grpo.run(run_dir, "worker", kind)
-        assert not found["late"] and all(found["statuses"]), found["output"][-4000:]
-        last = found["output"].splitlines()[-1]
-        assert last.startswith("megatron-sr1: error: rank 1: a sample: ") and words in last
-        check_nothing_lost(grpo, run_dir, groups)
+def test_a_killed_grader_ends_the_run_and_the_sample_is_named(grpo, groups):
+    run_dir = grpo.copy("worker_die")
+    found = grpo.run(run_dir, "worker", "die")
+    assert not found["late"] and all(found["statuses"]), found["output"][-4000:]
+    last = found["output"].splitlines()[-1]
+    assert last.startswith("megatron-sr1: error: rank 1: a sample: ") and "exit status -9" in last
+    check_nothing_lost(grpo, run_dir, groups)
+
+
+LEFT_OUT = "left out with its group: a sample: comparing answer '(x-2)(x+2)' with gold 'x^2-4'"
+
+
+@pytest.mark.slow
+def test_a_grader_that_sleeps_for_ever_costs_its_prompt_alone(grpo):
+    run_dir = grpo.copy("worker_stop")
+    found = grpo.run(run_dir, "worker", "stop")
+    assert found["statuses"] == [0, 0] and not found["left"], found["output"][-4000:]
+    assert f"{LEFT_OUT} took more than 5 s" in found["output"]
+    lines = read_lines(run_dir / "metrics.jsonl")
+    assert [line["reward/ungraded"] for line in lines] == [0, 1]
+
+
+@pytest.mark.slow
+def test_a_grader_that_sleeps_too_often_ends_the_run(grpo, groups):
+    run_dir = grpo.copy("worker_stop_bound")
+    found = grpo.run(run_dir, "worker", "stop", "reward.max_ungraded=0")
+    assert not found["late"] and all(found["statuses"]), found["output"][-4000:]
+    assert LEFT_OUT in found["output"]
+    last = found["output"].splitlines()[-1]
+    assert "1 prompts ungraded, at most 0 (reward.max_ungraded)" in last
+    check_nothing_lost(grpo, run_dir, groups)
 
 
 def launch(stage, run_dir, phase, kind, deadline=0, *more):

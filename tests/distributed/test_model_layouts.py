@@ -1,9 +1,9 @@
-"""The layout changes nothing: logits, loss and gradients under TP, SP and PP equal one process's.
+"""The layout changes nothing: logits, loss and gradients under TP, SP, PP and CP are one process's.
 
 Each rank compares its own copy of replicated parameters, so a gradient that is whole on one rank
 only is seen. Micro-batches go through Megatron's schedules and gradients through its
 `finalize_model_grads`; one of the rows is text alone. Data parallelism is covered by
-test_updates.py, context parallelism is not there yet.
+test_updates.py.
 """
 
 from pathlib import Path
@@ -28,21 +28,23 @@ def write_cases(tmp_path_factory):
     return write
 
 
-def test_two_ranks_compute_what_one_does_under_tensor_sequence_and_pipeline(write_cases, run_ranks):
+TWO = ["2,1,1,", "2,1,1,s", "1,2,1,", "1,1,2,", "1,1,2,w"]
+FOUR = ["2,2,1,", "2,2,1,s", "2,1,2,", "2,1,2,s", "1,2,2,", "1,1,4,"]
+
+
+def test_two_ranks_compute_what_one_does_under_each_kind_of_parallelism(write_cases, run_ranks):
     # Among them tied and untied embeddings, and vocabularies that do not divide and are padded.
-    done = run_ranks(SCRIPT, 2, write_cases(range(6)), "2,1,0", "2,1,1", "1,2,0", timeout=300)
-    assert "CHECKED 18 layouts" in done.stdout
+    done = run_ranks(SCRIPT, 2, write_cases(range(6)), *TWO, timeout=300)
+    assert "CHECKED 30 layouts" in done.stdout
 
 
 @pytest.mark.slow
 def test_two_ranks_compute_what_one_does_on_twenty_models(write_cases, run_ranks):
-    done = run_ranks(SCRIPT, 2, write_cases(range(20)), "2,1,0", "2,1,1", "1,2,0", timeout=600)
-    assert "CHECKED 60 layouts" in done.stdout
+    done = run_ranks(SCRIPT, 2, write_cases(range(20)), *TWO, timeout=600)
+    assert "CHECKED 100 layouts" in done.stdout
 
 
 @pytest.mark.slow
-def test_four_ranks_compute_what_one_does_under_tensor_and_pipeline_together(
-    write_cases, run_ranks
-):
-    done = run_ranks(SCRIPT, 4, write_cases(range(6)), "2,2,0", "2,2,1", timeout=600)
-    assert "CHECKED 12 layouts" in done.stdout
+def test_four_ranks_compute_what_one_does_under_two_kinds_together(write_cases, run_ranks):
+    done = run_ranks(SCRIPT, 4, write_cases(range(6)), *FOUR, timeout=600)
+    assert "CHECKED 36 layouts" in done.stdout

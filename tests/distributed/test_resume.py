@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -103,3 +104,39 @@ def test_grpo_goes_on_with_the_same_rollouts_and_numbers(tmp_path, tiny_model, s
     for step in range(1, 5):
         name = f"rollouts/step_{step}.jsonl"
         assert (stopped / name).read_text() == (whole / name).read_text()
+
+
+@pytest.fixture(scope="module")
+def learner(tmp_path_factory, tiny_model, shards):
+    """A model that answers some questions: without spread of rewards nothing is left to filter."""
+    output = tmp_path_factory.mktemp("learner")
+    more = ("stage=sft", "data.prompts_per_step=24", "optimizer.num_steps=150")
+    rate = ("optimizer.learning_rate=2e-3", "checkpoint.every_steps=0", "checkpoint.export_hf=true")
+    cold_start = {"train": shards["cold_start"]}
+    run_to_the_end(command(output, tiny_model, cold_start, *more, *rate))
+    return output / "hf"
+
+
+@pytest.mark.slow
+def test_refilled_steps_go_on_with_the_same_prompts_each_once(tmp_path, learner, shards):
+    chosen = ("filter_groups=true", "max_refills=2", "credit=span", "loss=gspo")
+    chosen += ("importance_sampling=sequence", "mask_beyond_nats=1e-6", "prompts_per_update=3")
+    # Two responses a prompt are often alike: there is something to refill.
+    more = ["data.prompts_per_step=6", "rollout.samples_per_prompt=2"]
+    more += ["algorithm.kl_coefficient=0.01", *(f"algorithm.{value}" for value in chosen)]
+    whole, stopped = check_resumed(tmp_path, learner, shards, *more)
+    lines, drawn = numbers(whole), Counter()
+    assert sum(line["filter/refills"] for line in lines) > 0
+    assert sum(line["filter/kept_groups"] for line in lines) > 0
+    for line in lines:
+        name = f"rollouts/step_{line['step']}.jsonl"
+        assert (stopped / name).read_text() == (whole / name).read_text()
+        rollouts = [json.loads(text) for text in (whole / name).read_text().splitlines()]
+        held = [rollout["index"] for rollout in rollouts[::2]]
+        assert len(set(held)) == len(held) == line["filter/drawn_prompts"]
+        assert line["filter/kept_groups"] + line["filter/dropped_groups"] == len(held)
+        assert line["filter/kept_groups"] <= 6 and line["filter/refills"] <= 2
+        assert len(held) == 6 or line["filter/refills"] > 0
+        drawn.update(held)
+    # 40 samples: none comes a second time before the next epoch, but for those that waited.
+    assert max(drawn.values()) <= 1 + sum(drawn.values()) // 40

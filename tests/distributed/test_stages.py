@@ -3,6 +3,7 @@
 Not covered: that anything is learnt (the demo's slow test does that).
 """
 
+import gzip
 import json
 import subprocess
 import sys
@@ -34,6 +35,7 @@ def run(tiny_model, tmp_path_factory):
         *(f"output={folder / 'run'}", "optimizer.num_steps=2", "data.prompts_per_step=6"),
         *("algorithm.prompts_per_update=3", "algorithm.kl_coefficient=0.01"),
         *("rollout.samples_per_prompt=4", "rollout.temperature=0.9", "logging.wandb=offline"),
+        *("logging.profile_steps=[2,2]", "logging.profile_ranks=[0,1]"),
     )
     return folder / "run"
 
@@ -47,6 +49,17 @@ def test_metrics_tell_every_step_and_engine_and_actor_agree(run):
         assert line["time/pass1_seconds"] > 0 and line["time/sync_seconds"] > 0
         for name in ("accuracy", "format", "self_reward", "total"):
             assert f"reward/{name}" in line
+
+
+def test_memory_is_told_by_phase_and_the_profile_names_the_phases(run):
+    for line in read_lines(run / "metrics.jsonl"):
+        for phase in ("pass1", "update", "sync"):
+            assert line[f"memory/{phase}_host_gib"] <= line["memory/host_peak_gib"]
+    files = sorted((run / "profile").iterdir())
+    assert [f.name for f in files] == [f"rank_{r}_steps_2_2.json.gz" for r in (0, 1)]
+    for file in files:
+        events = json.loads(gzip.open(file).read())["traceEvents"]
+        assert {"pass1", "update", "sync"} <= {event.get("name") for event in events}
 
 
 def test_every_rollout_is_saved_with_its_group_and_weight_version(run):

@@ -3,7 +3,8 @@
 Megatron-Core's own Transformer Engine classes are built on `tests/te_double` in place of the real
 package: the mapping in its second spelling (`linear_qkv.layer_norm_weight`), the sharding, the
 borders handed to the attention and what each rank sums are the real ones. The kernels are torch's:
-bfloat16, FP8, cuDNN's attention and speed are not covered; tests/gpu has what needs a GPU.
+bfloat16, FP8, cuDNN's attention, context parallelism and speed are not covered; tests/gpu has what
+needs a GPU.
 """
 
 import os
@@ -19,7 +20,7 @@ DOUBLE = Path(__file__).resolve().parents[1] / "te_double"
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "layouts"), [(2, ("1,1,0", "2,1,0", "2,1,1", "1,2,0"))], ids=["2 ranks"]
+    ("num_ranks", "layouts"), [(2, ("1,1,", "2,1,", "2,1,s", "1,2,"))], ids=["2 ranks"]
 )
 def test_fused_layers_compute_what_local_ones_do(num_ranks, layouts, tmp_path, run_ranks):
     for seed in (0, 3):  # tied and untied

@@ -18,6 +18,7 @@ from megatron_sr1.config_file import load_config  # noqa: E402
 from megatron_sr1.records import Completion, Reward, Rollout  # noqa: E402
 from megatron_sr1.runtime.device import stop_distributed  # noqa: E402
 from megatron_sr1.trainer import grpo, run, setup  # noqa: E402
+from megatron_sr1.trainer.credit import Credit  # noqa: E402
 from megatron_sr1.trainer.scoring import Scored  # noqa: E402
 
 NUM_PROMPTS, NUM_SAMPLES = 6, 2
@@ -47,7 +48,7 @@ def configuration(model_dir, shards, output, learning_rate):
 
 
 def invented(samples):
-    """Rollouts of random tokens, for the first prompts."""
+    """Rollouts of random tokens for the first prompts, and random advantages."""
     rng = np.random.default_rng(11)
     unjudged = Reward(0.0, 0.0, None, False, 0.0, None, None)
     scored = []
@@ -60,7 +61,8 @@ def invented(samples):
             scored.append(
                 Scored(Rollout(index, sample, prompt, completion, None, None, 0), unjudged)
             )
-    return scored, rng.standard_normal((NUM_PROMPTS, NUM_SAMPLES))
+    advantages = rng.standard_normal((NUM_PROMPTS, NUM_SAMPLES))
+    return scored, Credit(advantages, advantages)
 
 
 def step(config, groups):
@@ -73,10 +75,8 @@ def step(config, groups):
         return measured[-1]
 
     grpo.update = update
-    scored, advantages = invented(samples)
-    grpo.learn(
-        context, actor, samples, grpo.own_samples(context, samples, scored, advantages), None
-    )
+    own = grpo.own_samples(context, samples, *invented(samples), range(NUM_PROMPTS))
+    grpo.learn(context, actor, samples, own, None)
     grpo.update = real
     context.close()
     weights = {name: float(tensor.double().abs().sum()) for name, tensor in actor.weights()}

@@ -1,12 +1,14 @@
 """Run two updates from one batch under several layouts and packings; write what came of each.
 
-Usage: updates.py MODEL_DIR OUT.json LAYOUT...; a layout is TPxPP[s]@pack_tokens[f], s for sequence
-parallel, f for a frozen vision tower. Data parallelism is what remains of the ranks.
+Usage: updates.py MODEL_DIR OUT.json LAYOUT...; a layout is TPxPPxCP[s]@pack_tokens[f][:objective],
+s for sequence parallel, f for a frozen vision tower, the objective a key of OBJECTIVES. Data
+parallelism is what remains of the ranks.
 """
 
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_sr1.runtime import cpu
@@ -15,26 +17,42 @@ cpu.install()
 
 import numpy as np  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from megatron_sr1.config import AlgorithmConfig  # noqa: E402
 from megatron_sr1.config_file import load_config  # noqa: E402
 from megatron_sr1.data.packing import pack_samples  # noqa: E402
 from megatron_sr1.data.processor import Processor  # noqa: E402
-from megatron_sr1.records import TrainSample  # noqa: E402
+from megatron_sr1.model.row_split import sequence_multiple, split_row  # noqa: E402
+from megatron_sr1.records import PackedBatch, TrainSample  # noqa: E402
 from megatron_sr1.runtime.device import select_device, start_distributed  # noqa: E402
-from megatron_sr1.runtime.groups import make_groups  # noqa: E402
+from megatron_sr1.runtime.groups import Group, make_groups  # noqa: E402
 from megatron_sr1.trainer.actor import Reference, make_actor  # noqa: E402
-from megatron_sr1.trainer.grpo import grpo_loss  # noqa: E402
+from megatron_sr1.trainer.objective import grpo_loss  # noqa: E402
 from megatron_sr1.trainer.setup import load_actor_model  # noqa: E402
 from megatron_sr1.trainer.step import sample_logprobs, update  # noqa: E402
 
+WIDE = {"gspo_clip_low": 0.02, "gspo_clip_high": 0.03}
+OBJECTIVES = {
+    "token_mean": {},
+    "sequence_mean": {"loss": "sequence_mean"},
+    "dr_grpo": {"loss": "dr_grpo"},
+    "gspo": {"loss": "gspo", **WIDE},
+    "gspo_corrected": {"loss": "gspo", **WIDE, "importance_sampling": "sequence"}
+    | {"mask_beyond_nats": 0.03},
+    "token_corrected": {"importance_sampling": "token", "mask_beyond_nats": 0.03},
+}
+
 
 def make_samples(processor: Processor) -> tuple[list[TrainSample], dict[int, list[Image.Image]]]:
-    """Nine sequences: no image, one, two of unequal sizes; random tokens and numbers."""
+    """Eleven sequences: no image, one, two of unequal sizes; random tokens and numbers.
+
+    The tenth is long, is text alone, and learns its last two tokens only.
+    """
     rng = np.random.default_rng(7)
     samples, pictures = [], {}
-    for index in range(9):
+    for index in range(11):
         sizes = [(84, 28), (56, 112), (140, 84)][: index % 3]
         images = [
             Image.fromarray(rng.integers(0, 255, (h, w, 3), dtype=np.uint8)) for w, h in sizes
@@ -44,9 +62,12 @@ def make_samples(processor: Processor) -> tuple[list[TrainSample], dict[int, lis
         for t, h, w in grids:
             tokens += [3, *([processor.image_pad_id] * (t * h * w // 4)), 4]
         num_prompt = len(tokens) + 3
-        tokens += rng.integers(10, 300, size=3 + int(rng.integers(4, 30))).tolist()
+        num_text = 3 + int(rng.integers(4, 30)) if index != 9 else 64
+        tokens += rng.integers(10, 300, size=num_text).tolist()
         length = len(tokens)
         mask = (np.arange(length) >= num_prompt) & (rng.random(length) < 0.8)
+        if index == 9:
+            mask = np.arange(length) >= length - 2
 
         def numbers(scale, length=length):
             return (scale * rng.standard_normal(length)).astype(np.float32)
@@ -69,12 +90,12 @@ def make_samples(processor: Processor) -> tuple[list[TrainSample], dict[int, lis
 
 
 def run_layout(layout: str, model_dir: str, processor: Processor) -> dict:
-    """What one layout gives, with the vision tower frozen where it ends in f.
+    """What one layout gives, with the vision tower frozen where it says f.
 
     Loss and gradient norm of two updates, logprobs before and after, exported weights."""
-    matched = re.fullmatch(r"(\d)x(\d)(s?)@(\d+)f?", layout)
+    matched = re.fullmatch(r"(\d)x(\d)x(\d)(s?)@(\d+)(f?)(?::(\w+))?", layout)
     assert matched is not None, layout
-    tensor, pipeline, sequence, pack_tokens = matched.groups()
+    tensor, pipeline, context, sequence, pack_tokens, frozen, objective = matched.groups()
     config = load_config(
         None,
         [
@@ -82,6 +103,7 @@ def run_layout(layout: str, model_dir: str, processor: Processor) -> dict:
             "model.dtype=float32",
             f"parallel.tensor={tensor}",
             f"parallel.pipeline={pipeline}",
+            f"parallel.context={context}",
             f"parallel.sequence={bool(sequence)}".lower(),
             "optimizer.learning_rate=1e-3",
         ],
@@ -89,20 +111,25 @@ def run_layout(layout: str, model_dir: str, processor: Processor) -> dict:
     groups = make_groups(config.parallel, select_device("cpu"))
     chunks, hf_config, source = load_actor_model(config, groups)
     reference = Reference(chunks)
-    config.model.freeze = ["^visual[.]"] if layout.endswith("f") else []
+    config.model.freeze = ["^visual[.]"] if frozen else []
     actor = make_actor(config, chunks, hf_config, source, groups, num_updates=2)
     samples, pictures = make_samples(processor)
     own = samples[groups.data.rank :: groups.data.size]
+    multiple = sequence_multiple(int(context))
     batches = pack_samples(
         own,
         int(pack_tokens),
         lambda index: processor.vision(pictures[index]) if pictures[index] else None,
         image_pad_id=processor.image_pad_id,
         merge_size=processor.merge_size,
-        pad_multiple=int(tensor),
+        pad_multiple=int(tensor) * multiple,
+        sequence_multiple=multiple,
     )
+    if groups.data.size == 1 and int(context) > 1 and len(batches) > 1:
+        check_hard_cases(batches, groups.context, processor.image_pad_id)
     before = sample_logprobs(actor, own, batches, 0.7)
-    loss = grpo_loss(AlgorithmConfig(kl_coefficient=0.1), 0.0)
+    algorithm = AlgorithmConfig(kl_coefficient=0.1, **OBJECTIVES[objective or "token_mean"])
+    loss = grpo_loss(algorithm, 0.0, 64)
     updates = [update(actor, batches, loss, 0.7) for _ in range(2)]
     after = sample_logprobs(actor, own, batches, 0.7)
     with reference.in_place():
@@ -121,6 +148,22 @@ def run_layout(layout: str, model_dir: str, processor: Processor) -> dict:
 
     parallel_state.destroy_model_parallel()
     return found
+
+
+def check_hard_cases(batches: list[PackedBatch], context: Group, image_pad_id: int) -> None:
+    """The rows hold what is hard to split, so that the comparison says something about it."""
+    lonely, shared = False, False
+    for batch in batches:
+        parts = [
+            split_row(batch.cu_seqlens, replace(context, rank=rank)) for rank in range(context.size)
+        ]
+        lonely |= any(not part.take(batch.loss_mask, dim=1).any() for part in parts)
+        is_image = batch.input_ids == image_pad_id
+        runs = (is_image[:, 1:] & ~is_image[:, :-1]).cumsum(1)  # numbers the images
+        held = [set(part.take(F.pad(runs, (1, 0)) * is_image, 1)[0].tolist()) for part in parts]
+        shared |= bool((held[0] & held[1]) - {0})
+    assert lonely, "no rank without a target"
+    assert shared, "no image with tokens on two ranks"
 
 
 def _in_order(rows: list[np.ndarray], groups) -> list[list[float]]:

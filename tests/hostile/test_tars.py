@@ -219,7 +219,7 @@ def test_an_index_is_no_pipe(folder):
 # Counts that lie
 
 
-@pytest.mark.parametrize("count", [10**12, -1, 2.5, "3", None, True])
+@pytest.mark.parametrize("count", [10**12, -1, 2.5, "3", None, True, 0])
 def test_a_count_that_cannot_be_true_is_refused(folder, count):
     path = folder / "dataset.json"
     value = json.loads(path.read_text())

@@ -10,7 +10,9 @@ import pytest
 import rollout_setup as setup
 
 from megatron_sr1.errors import EngineError
-from megatron_sr1.rollout.two_pass import Pass2, roll_out
+from megatron_sr1.rollout.readings import Pass2, _digest
+from megatron_sr1.rollout.requests import Request
+from megatron_sr1.rollout.two_pass import roll_out
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,8 @@ def roll(tiny_model, engine):
             "pass2": Pass2(schedule, 1.0, 10),
             "find_description": lambda text: text.split(end)[0] if end in text else None,
             "reading_prompt": reading_prompt,
-            "seed_of": lambda index, sample, part: 1000 * index + 10 * sample + part,
+            "seed_of": lambda index, sample, part: (1000 * index + 10 * sample + part) % 2**31,
+            "gold_answer": lambda prompt: processor.encode_answer("\\boxed{", "14", "}"),
             "closing_mark": end[-1],
         }
         return roll_out(engine, prompts, **{**settings, **changes})
@@ -45,11 +48,54 @@ def roll(tiny_model, engine):
     return call
 
 
-def test_fork_and_barrier_give_the_same_rollouts(tiny_model, roll):
+EARLY = {
+    "find_description": lambda text: text[:8] if len(text) >= 8 else None,
+    "closing_mark": "",
+}
+"""A description is the first eight characters, whatever they are: greedy text repeats itself."""
+MODES = {
+    "greedy": {"temperature": 0.0},
+    "sampled": {"temperature": 1.0},
+    "three answers": {"temperature": 1.0, "num_samples": 3, "question_only": True},
+    "likelihood": {"temperature": 0.0, "mode": "likelihood", "question_only": True},
+}
+
+
+@pytest.mark.parametrize("first_temperature", [0.0, 1.0])
+@pytest.mark.parametrize("mode", MODES)
+def test_fork_and_barrier_give_the_same_tokens_in_both_passes(
+    tiny_model, roll, mode, first_temperature
+):
+    prompts = [setup.prompt(tiny_model, k) for k in range(4)]
+    forked, held = (
+        roll(
+            prompts,
+            temperature=first_temperature,
+            pass2=Pass2(schedule=schedule, max_tokens=10, **MODES[mode]),
+            **EARLY,
+        )[0]
+        for schedule in ("fork", "barrier")
+    )
+    assert [without_scores(r) for r in forked] == [without_scores(r) for r in held]
+    assert any(r.reading for r in forked)
+    for one, other in zip(forked, held, strict=True):
+        for pair in zip(completions(one), completions(other), strict=True):
+            assert pair[0].logprobs == pytest.approx(pair[1].logprobs, abs=1e-5)
+
+
+def completions(rollout):
+    read = [r.answers for r in (rollout.reading, rollout.question_only) if r]
+    return [rollout.completion, *(answer for answers in read for answer in answers)]
+
+
+def without_scores(rollout):
+    return rollout.description, [(c.token_ids, c.finish_reason) for c in completions(rollout)]
+
+
+def test_fork_takes_fewer_steps_than_a_barrier(tiny_model, roll):
     prompts = [setup.prompt(tiny_model, k) for k in range(4)]
     forked, fork_stats = roll(prompts, end="x", schedule="fork")
     held, barrier_stats = roll(prompts, end="x", schedule="barrier")
-    assert forked == held
     assert 0 < fork_stats.num_pass2 == sum(r.reading is not None for r in forked) < 16
     assert fork_stats.engine_steps <= 24 + 10 == barrier_stats.engine_steps
     assert fork_stats.pass2_only_seconds < fork_stats.seconds
@@ -73,12 +119,66 @@ def test_reading_is_what_the_engine_says_to_the_text_alone(tiny_model, engine, r
     assert read
     for rollout in read:
         ids = roll.reading_prompt(prompts[rollout.index], rollout.description)
-        seed = 1000 * rollout.index + 10 * rollout.sample + 2
-        request = replace(setup.request(setup.prompt(tiny_model, 0), "x"), images=(), seed=seed)
-        request = replace(request, token_ids=ids, expanded_token_ids=ids, max_tokens=10)
-        (alone,) = engine.generate([request])
-        assert alone.token_ids == rollout.reading.token_ids
-    assert stats.pass2_tokens == sum(len(r.reading.token_ids) for r in read)
+        (alone,) = engine.generate([sampled(ids, 2)])
+        assert alone.token_ids == rollout.reading.answers[0].token_ids
+    distinct = {(r.index, r.description): r.reading for r in read}.values()
+    assert stats.pass2_tokens == sum(len(r.answers[0].token_ids) for r in distinct)
+
+
+def sampled(ids, part):
+    """The request that pass 2 makes of a prompt at temperature 1, by itself."""
+    seed = -1000 + 10 * _digest(ids) + part
+    return Request("x", ids, ids, max_tokens=10, seed=seed % 2**31)
+
+
+def test_several_answers_are_those_of_their_seeds(tiny_model, engine, roll):
+    prompts = [setup.prompt(tiny_model, k) for k in range(3)]
+    rollouts, stats = roll(prompts, pass2=Pass2("fork", 1.0, 10, num_samples=3))
+    read = [r for r in rollouts if r.reading is not None]
+    assert read and stats.num_prompts2 < 3 * len(read)
+    for rollout in read[:4]:
+        ids = roll.reading_prompt(prompts[rollout.index], rollout.description)
+        alone = [engine.generate([sampled(ids, 2 + k)])[0].token_ids for k in range(3)]
+        assert [a.token_ids for a in rollout.reading.answers] == alone
+        assert len(set(alone)) == 3
+
+
+def test_likelihood_of_the_gold_answer_equals_transformers(tiny_model, roll):
+    prompts = [setup.prompt(tiny_model, k) for k in range(3)]
+    lead, answer = setup.processor(tiny_model).encode_answer("\\boxed{", "14", "}")
+    pass2 = Pass2("fork", 0.0, 10, mode="likelihood", question_only=True)
+    rollouts, stats = roll(prompts, pass2=pass2)
+    assert stats.pass2_tokens == 0 and any(r.reading for r in rollouts)
+    for rollout in rollouts:
+        read = [("", rollout.question_only), (rollout.description, rollout.reading)]
+        for description, reading in read:
+            if reading is None:
+                continue
+            ids = (*roll.reading_prompt(prompts[rollout.index], description), *lead)
+            text = replace(prompts[rollout.index], token_ids=ids, images=())
+            expected = setup.reference_logprobs(tiny_model, text, answer)
+            assert reading.gold_logprobs == pytest.approx(expected, abs=1e-5)
+            assert reading.answers[0].token_ids == answer and reading.texts == ()
+
+
+def test_equal_descriptions_of_a_question_are_read_once(tiny_model, roll):
+    """At temperature 0 all samples of a prompt say the same."""
+    prompts = [setup.prompt(tiny_model, k) for k in range(3)]
+    rollouts, stats = roll(prompts, temperature=0.0, **EARLY)
+    assert stats.num_pass2 == len(rollouts) == 12
+    descriptions = {r.description: r.reading for r in rollouts}
+    assert stats.num_prompts2 == len(descriptions) <= 3  # the three ask the same question
+    assert all(r.reading == descriptions[r.description] for r in rollouts)
+    distinct = [reading.answers[0] for reading in descriptions.values()]
+    assert stats.pass2_tokens == sum(len(answer.token_ids) for answer in distinct)
+
+
+def test_questions_alone_are_read_once_and_only_with_images(tiny_model, roll):
+    text_only, image = setup.prompt(tiny_model, 0, num_images=0), setup.prompt(tiny_model, 1)
+    pass2 = Pass2("barrier", 0.0, 10, question_only=True)
+    rollouts, stats = roll([text_only, image], end="\u2603", pass2=pass2)
+    assert stats.num_prompts2 == 1 and stats.num_pass2 == 0
+    assert [r.question_only is None for r in rollouts] == [True] * 4 + [False] * 4
 
 
 def test_description_is_found_where_its_end_shares_tokens_with_its_neighbours(

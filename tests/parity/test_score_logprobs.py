@@ -1,6 +1,6 @@
 """The scoring tool gives the same numbers under every backend and layout.
 
-Not covered here: context parallelism, bfloat16, GPUs.
+Not covered here: bfloat16, GPUs.
 """
 
 import json
@@ -16,6 +16,7 @@ LAYOUTS = {
     "one": [],
     "tensor": ["--tensor-parallel", "2"],
     "pipeline": ["--pipeline-parallel", "2"],
+    "context": ["--context-parallel", "2"],
 }
 
 
@@ -131,7 +132,7 @@ def test_layouts_that_a_backend_does_not_have_are_refused(tiny_model, lines, tmp
     for backend, options, message in (
         ("transformers", ["--tensor-parallel", "2"], "--tensor-parallel 2: the transformers"),
         ("vllm", ["--pipeline-parallel", "2"], "--pipeline-parallel 2: the vllm backend"),
-        ("megatron", ["--context-parallel", "2"], "--context-parallel 2: not yet"),
+        ("vllm", ["--context-parallel", "2"], "--context-parallel 2: the vllm backend"),
     ):
         done = run(tiny_model, lines, tmp_path / "out.jsonl", backend, *options)
         assert done.returncode == 1

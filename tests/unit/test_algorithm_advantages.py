@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_sr1.algorithm.advantages import group_advantages
+from megatron_sr1.algorithm.advantages import group_advantages, weighted_sum
 
 
 def test_advantages_are_centred_and_divided_by_the_unbiased_deviation():
@@ -57,3 +57,49 @@ def test_a_group_of_one_has_no_advantage():
     advantages, stats = group_advantages(np.array([[1.0]]), 1e-2)
     assert advantages.tolist() == [[0.0]]
     assert stats["no_spread"] == 1.0
+
+
+# Group 1 has mean 1 and its others' means 4/3, 2/3, 1, 1; group 2 has mean 0.5.
+TWO = np.array([[0.0, 2.0, 1.0, 1.0], [1.0, 0.0, 0.0, 1.0]])
+
+
+def test_dr_grpo_centres_and_does_not_divide():
+    advantages, stats = group_advantages(TWO, 1e-2, "dr_grpo")
+    assert advantages.tolist() == [[-1.0, 1.0, 0.0, 0.0], [0.5, -0.5, -0.5, 0.5]]
+    assert stats["floored"] == 0.0
+
+
+def test_rloo_subtracts_the_mean_of_the_others():
+    advantages, _ = group_advantages(TWO, 1e-2, "rloo")
+    expected = [[-4 / 3, 4 / 3, 0.0, 0.0], [2 / 3, -2 / 3, -2 / 3, 2 / 3]]
+    np.testing.assert_allclose(advantages, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "dr_grpo", "rloo"])
+def test_no_spread_and_groups_of_one_teach_nothing_by_any_estimator(estimator):
+    for rewards in ([[0.3, 0.3, 0.3 + 1e-9]], [[2.0]]):
+        advantages, stats = group_advantages(np.array(rewards), 1e-2, estimator)
+        assert not advantages.any() and stats["no_spread"] == 1.0
+
+
+def test_an_absent_reward_is_no_zero():
+    nan = np.nan
+    rewards = np.array([[0.0, 2.0, nan, nan], [nan, nan, nan, nan], [1.0, nan, nan, nan]])
+    for estimator, out in (("grpo", 1 / np.sqrt(2)), ("dr_grpo", 1.0), ("rloo", 2.0)):
+        advantages, stats = group_advantages(rewards, 1e-2, estimator)
+        expected = [[-out, out, nan, nan], [nan] * 4, [0.0, nan, nan, nan]]
+        np.testing.assert_allclose(advantages, expected, rtol=1e-6)
+        assert stats["no_spread"] == 0.5  # of the two groups that have a reward
+        assert stats["std"] == pytest.approx(np.sqrt(2) / 2)
+
+
+def test_no_reward_anywhere_gives_numbers_still():
+    advantages, stats = group_advantages(np.full((2, 3), np.nan), 1e-2)
+    assert np.isnan(advantages).all() and set(stats.values()) == {0.0}
+
+
+def test_components_add_up_by_weight_and_an_absent_ones_weight_goes_to_the_rest():
+    answer, visual = np.array([[1.0, -1.0, 2.0]]), np.array([[3.0, np.nan, -2.0]])
+    total = weighted_sum((answer, visual), (0.5, 0.25))
+    # 0.5 + 0.75, then 0.75 x -1 as the answer is alone, then 1 - 0.5
+    assert total.tolist() == [[1.25, -0.75, 0.5]] and total.dtype == np.float32

@@ -63,7 +63,7 @@ def test_the_module_and_the_command_are_the_same():
     done = subprocess.run(
         [sys.executable, "-m", "megatron_sr1", "--help"], capture_output=True, text=True
     )
-    for command in ("demo", "train", "sft", "eval", "report", "doctor"):
+    for command in ("demo", "train", "sft", "eval", "plan", "report", "doctor"):
         assert command in done.stdout
     assert done.stdout.startswith("usage: megatron-sr1")
 

@@ -88,3 +88,40 @@ def test_shares_are_disjoint_complete_and_even(size):
 def test_an_empty_dataset_is_refused():
     with pytest.raises(DataError, match="empty"):
         Loader(0, 1, 0)
+
+
+def test_further_samples_of_a_step_are_none_that_it_holds():
+    loader = Loader(10, 7, seed=0)
+    for _ in range(200):
+        step = loader.next_step()
+        step += loader.more(2, step)
+        assert len(step) == 9 and len(set(step)) == 9
+        step += loader.more(5, step)  # only one is left
+        assert sorted(step) == list(range(10))
+        assert loader.more(1, step) == []
+
+
+@pytest.mark.parametrize("per_step", [3, 5, 7, 10])
+def test_with_refills_every_sample_still_comes_exactly_once_an_epoch(per_step):
+    loader, counts = Loader(10, per_step, seed=3), Counter(range(10))
+    for number in range(200):
+        step = loader.next_step()
+        for refill in range(number % 4):
+            step += loader.more((number + refill) % 5, step)
+        assert len(set(step)) == len(step)
+        counts.update(step)
+        waiting = Counter(counts) + Counter(loader.state_dict()["waiting"])
+        assert max(waiting.values()) - min(waiting.values()) <= 1
+
+
+def test_a_loader_resumed_between_steps_goes_on_with_the_same_refills():
+    def steps(loader, count):
+        for number in range(count):
+            step = loader.next_step()
+            yield step + loader.more(number % 3, step)
+
+    whole = Loader(10, 4, seed=5)
+    list(steps(whole, 9))
+    other = Loader(10, 4, seed=5)
+    other.load_state_dict(json.loads(json.dumps(whole.state_dict())))
+    assert list(steps(other, 9)) == list(steps(whole, 9))

@@ -48,6 +48,22 @@ def test_entries_are_about_the_token_that_the_position_predicts():
     assert batch.input_ids.dtype == batch.labels.dtype == batch.position_ids.dtype == torch.int64
 
 
+def test_each_sequence_is_padded_where_the_layout_asks_for_it():
+    one = sample(0, [1, 2, 3], [0, 0, 1], advantages=[0, 0, 5.0])
+    two = sample(1, [4, 5, 6, 7], [0, 1, 1, 0], advantages=[0, 6, 7, 0])
+    three = sample(2, [8, 5, 6, 7, 8], [0, 0, 0, 0, 1], advantages=[0, 0, 0, 0, 8])
+    (batch,) = pack([one, two, three], sequence_multiple=4, pad_multiple=12)
+    assert batch.input_ids.tolist() == [
+        [1, 2, 3, 0, 4, 5, 6, 7, 8, 5, 6, 7, 8, 0, 0, 0, *[0] * 8],
+    ]
+    assert batch.labels.tolist() == [[2, 3, 0, 0, 5, 6, 7, 0, 5, 6, 7, 8, *[0] * 12]]
+    assert batch.loss_mask.tolist() == [[0, 1, 0, 0, 1, 1, 0, 0, 0, 0, 0, 1, *[0] * 12]]
+    assert batch.advantages.tolist() == [[0, 5, 0, 0, 6, 7, 0, 0, 0, 0, 0, 8, *[0] * 12]]
+    assert batch.cu_seqlens.tolist() == [0, 4, 8, 16, 24] and batch.max_seqlen == 8
+    positions = [0, 1, 2, 0, 0, 1, 2, 3, 0, 1, 2, 3, 4, *[0] * 11]
+    assert batch.position_ids.tolist() == [[positions]] * 3
+
+
 def test_packing_never_crosses_sample_boundaries():
     rng = np.random.default_rng(0)
     samples = []

@@ -45,6 +45,14 @@ def test_ids_of_images_are_one_pad_for_the_engine_and_a_run_for_the_trainer(proc
     assert without == [t for t in prompt.engine_token_ids if t != pad]
 
 
+def test_pieces_join_to_the_text_and_special_tokens_have_none(processor):
+    ids = processor.tokenizer.encode("<description>\n3 8 1.\n</description>")
+    end = processor.end_token_ids[0]
+    pieces = processor.pieces([*ids, end, ids[0]])
+    assert len(pieces) == len(ids) + 2 and pieces[-2:] == ["", pieces[0]]
+    assert "".join(pieces[:-2]) == "<description>\n3 8 1.\n</description>"
+
+
 def test_grids_without_pixels_are_the_image_processors(processor):
     images = pictures((84, 28), (60, 100), (500, 33), (28, 28), (7, 9), (640, 480), (333, 777))
     wanted = processor.vision(images).image_grid_thw.tolist()
@@ -168,3 +176,20 @@ def test_a_directory_without_a_template_is_refused(tiny_model, tmp_path):
     (tmp_path / "m" / "chat_template.jinja").unlink()
     with pytest.raises(DataError, match="no chat template"):
         Processor(tmp_path / "m", 784, 200704)
+
+
+def test_a_given_answer_is_split_at_its_first_character(processor):
+    text = processor.tokenizer
+    for gold in ("14", "a cat", "<|im_end|>"):
+        lead, answer = processor.encode_answer("\\boxed{", gold, "}")
+        assert text.decode((*lead, *answer)) == f"\\boxed{{{gold}}}"
+        assert text.decode(lead) == "\\boxed{"
+        assert text.decode(answer).startswith(gold[0])
+        assert not set(answer) & set(processor.end_token_ids)
+
+
+def test_a_token_that_an_answer_shares_with_what_is_before_it_is_the_answers(processor):
+    whole = processor.tokenizer("xthink", add_special_tokens=False)["input_ids"]
+    lead, answer = processor.encode_answer("xthi", "nk", "")
+    assert lead + answer == tuple(whole)
+    assert processor.tokenizer.decode(answer).endswith("think")

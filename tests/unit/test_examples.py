@@ -1,22 +1,41 @@
 """The example configurations load, and say what upstream's recipe says."""
 
+import json
 import subprocess
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
+from megatron_sr1.cli import main
 from megatron_sr1.config import Config
-from megatron_sr1.config_file import load_config
+from megatron_sr1.config_file import load_config, to_dict
+from megatron_sr1.model.hf_config import parse_hf_config
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+PUBLISHED = Path(__file__).resolve().parents[1] / "published"
+NUM_MACHINES = {"7b_4_nodes": 4, "32b": 4, "72b": 8, "32b_cold_start": 4, "72b_cold_start": 8}
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)
-def test_every_example_is_a_valid_configuration(path):
-    load_config(path)
+RECIPES = pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda p: p.name)
 
 
-@pytest.mark.parametrize("size", ["3b", "7b"])
+@RECIPES
+def test_every_recipe_passes_a_dry_run_without_model_and_data(path, capsys):
+    assert main(["train", str(path), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("not checked") >= 2 and "Traceback" not in said
+
+
+@RECIPES
+def test_every_recipe_names_its_stage_and_an_output_of_its_own(path):
+    own = OmegaConf.load(path)
+    assert own.stage in ("sft", "grpo", "eval")
+    assert own.output == f"runs/{path.stem}"
+    assert ("NEEDS GPUS" in path.read_text()) == (load_config(path).launch.device == "cuda")
+
+
+@pytest.mark.parametrize("size", ["3b", "7b", "32b", "72b"])
 def test_the_large_examples_have_the_papers_numbers(size):
     config = load_config(EXAMPLES / f"qwen25vl_{size}.yaml")
     assert isinstance(config, Config) and config.stage == "grpo"
@@ -34,7 +53,45 @@ def test_the_large_examples_have_the_papers_numbers(size):
     optimizer = config.optimizer
     assert (optimizer.learning_rate, optimizer.schedule) == (1e-6, "constant")
     assert (optimizer.weight_decay, optimizer.clip_grad) == (1e-2, 1.0)
-    assert 8 % (config.parallel.tensor * config.parallel.pipeline * config.parallel.context) == 0
+
+
+@pytest.mark.parametrize("size", ["3b", "7b"])
+def test_the_comparisons_differ_from_vision_sr1_in_their_recipe_alone(size):
+    usual = to_dict(load_config(EXAMPLES / f"qwen25vl_{size}.yaml"))
+    for recipe in ("see_think", "vision_r1"):
+        other = to_dict(load_config(EXAMPLES / f"qwen25vl_{size}_{recipe}.yaml"))
+        assert other["reward"].pop("recipe") == recipe and other.pop("output")
+        assert other == {
+            **{key: value for key, value in usual.items() if key != "output"},
+            "reward": {k: v for k, v in usual["reward"].items() if k != "recipe"},
+        }
+
+
+@pytest.mark.parametrize("size", ["3b", "7b", "32b", "72b"])
+def test_the_cold_starts_have_the_papers_numbers(size):
+    config = load_config(EXAMPLES / f"qwen25vl_{size}_cold_start.yaml")
+    optimizer = config.optimizer
+    assert (config.stage, config.data.prompts_per_step) == ("sft", 128)
+    assert (optimizer.learning_rate, optimizer.schedule) == (1e-5, "cosine")
+    assert optimizer.warmup_steps == optimizer.num_steps // 10
+    assert config.model.freeze == ["^visual[.]"]
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("qwen*.yaml")), ids=lambda p: p.name)
+def test_every_layout_divides_the_published_model_and_the_gpus(path):
+    config = load_config(path)
+    size = path.name.split("_")[1].removesuffix(".yaml")
+    raw = json.loads((PUBLISHED / f"qwen25vl_{size}.json").read_text())
+    model, tensor = parse_hf_config(raw), config.parallel.tensor
+    for parallel in (tensor, config.rollout.tensor_parallel):
+        assert model.text.num_attention_heads % parallel == 0
+        assert model.text.num_key_value_heads % parallel == model.vision.num_heads % parallel == 0
+    assert model.text.num_layers % config.parallel.pipeline == 0
+    num_gpus = 8 * NUM_MACHINES.get(path.stem.removeprefix("qwen25vl_").removesuffix("_fp8"), 1)
+    assert num_gpus % (tensor * config.parallel.pipeline * config.parallel.context) == 0
+    assert (
+        num_gpus % config.rollout.tensor_parallel == 0 and 8 % config.rollout.tensor_parallel == 0
+    )
 
 
 def test_the_launch_script_is_valid_and_says_how_to_use_it():

@@ -17,9 +17,12 @@ LAYER = {
     "runtime": 1,
     "checkpoint": 3,
     "rollout": 4,
+    "planning": 4,
 }
 LAYER |= dict.fromkeys(("model", "data", "rewards", "algorithm", "observability"), 2)
-LAYER |= dict.fromkeys(("cli", "__main__", "doctor", "launch"), 6) | {"trainer": 5}
+LAYER |= dict.fromkeys(("cli", "__main__", "doctor", "doctor_distributed", "launch"), 6) | {
+    "trainer": 5
+}
 ONLY_LAYER_ZERO = ("launch",)
 LAZY = {
     "vllm": {"rollout/engine.py", "rollout/weight_sync.py"},

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_sr1.config_file import load_config
-from megatron_sr1.observability.metrics import MetricsFile, PhaseTimer, memory_metrics, read_lines
+from megatron_sr1.observability import memory
+from megatron_sr1.observability.memory import PeakMemory
+from megatron_sr1.observability.metrics import MetricsFile, PhaseTimer, read_lines
 from megatron_sr1.observability.sinks import ProgressSink, make_sinks
 
 
@@ -97,11 +99,37 @@ def test_moved_time_is_never_more_than_there_was():
     assert taken["time/pass1_seconds"] == 0.0 and taken["time/pass2_seconds"] == 4.0
 
 
-def test_memory_peak_is_at_least_what_is_used():
-    ballast = bytearray(64 * 2**20)
-    values = memory_metrics()
-    assert values["memory/host_peak_gib"] >= values["memory/host_gib"] > 0.06
-    assert ballast is not None
+def ballast(mib: int) -> bytes:
+    return b"x" * (mib * 2**20)  # written to, so resident
+
+
+def test_memory_peaks_are_told_by_the_innermost_phase():
+    peaks = PeakMemory()
+    with peaks.phase("sync"):
+        pass
+    with peaks.phase("update"):
+        with peaks.phase("reference"):
+            ballast(256)
+        ballast(128)
+    values = peaks.take()
+    base = values["memory/sync_host_gib"]
+    assert values["memory/reference_host_gib"] - base == pytest.approx(0.25, abs=0.03)
+    assert values["memory/update_host_gib"] - base == pytest.approx(0.125, abs=0.03)
+    assert values["memory/host_peak_gib"] >= values["memory/reference_host_gib"]
+    assert values["memory/host_gib"] < values["memory/reference_host_gib"]
+    again = peaks.take()
+    assert "memory/sync_host_gib" not in again
+    assert again["memory/host_peak_gib"] == values["memory/host_peak_gib"]
+
+
+def test_where_the_peak_cannot_be_set_back_phases_have_none(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "CLEAR", tmp_path / "absent" / "clear_refs")
+    peaks = PeakMemory()
+    with peaks.phase("sync"):
+        pass
+    values = peaks.take()
+    assert values.keys() == {"memory/host_gib", "memory/host_peak_gib"}
+    assert values["memory/host_peak_gib"] >= values["memory/host_gib"] > 0.01
 
 
 def test_a_log_line_names_the_step_and_what_matters(tmp_path, caplog):

@@ -3,9 +3,23 @@
 import pytest
 import torch
 
+from megatron_sr1.errors import DataError
 from megatron_sr1.model.attention import MIN_FILL, attend, pack_row, plan_attention
+from megatron_sr1.model.row_split import split_row, whole_sequences
+from megatron_sr1.runtime.groups import Group
 
 RAGGED = [5, 60, 1, 17, 60, 33, 200, 58]
+
+
+def plan_whole(lengths, *, is_causal):
+    return plan_attention(whole_sequences(lengths), is_causal=is_causal)
+
+
+def shares_of(lengths, num_ranks):
+    """Each context-parallel rank's split of a row; nothing is sent between ranks here."""
+    borders = torch.tensor([0, *lengths]).cumsum(0).int()
+    ranks = tuple(range(num_ranks))
+    return [split_row(borders, Group(None, rank, num_ranks, ranks)) for rank in ranks]
 
 
 def written_out(query, key, value, lengths, is_causal):
@@ -34,7 +48,7 @@ def test_packed_attention_and_its_gradients_equal_each_sequence_alone(lengths, i
     weights = torch.randn(total, 4 * 16)
     found, expected = [], []
     for store, function in (
-        (found, lambda *t: attend(*t, plan_attention(lengths, is_causal=is_causal))),
+        (found, lambda *t: attend(*t, plan_whole(lengths, is_causal=is_causal))),
         (expected, lambda *t: written_out(*t, lengths, is_causal)),
     ):
         inputs = [t.clone().requires_grad_() for t in tensors]
@@ -46,26 +60,26 @@ def test_packed_attention_and_its_gradients_equal_each_sequence_alone(lengths, i
 
 
 def test_sequences_of_like_length_share_a_batch_and_others_do_not():
-    plan = plan_attention(RAGGED, is_causal=True)
-    batches = sorted((b.num_sequences, b.length) for b in plan.batches)
+    plan = plan_whole(RAGGED, is_causal=True)
+    batches = sorted((b.num_sequences, len(b.rows) // b.num_sequences) for b in plan.batches)
     assert batches == [(1, 200), (3, 17), (4, 60)]
 
 
 def test_padding_of_long_causal_sequences_stays_bounded():
     lengths = [4000, 3100, 2900, 1000]
-    plan = plan_attention(lengths, is_causal=True)
-    padded = sum(b.num_sequences * b.length for b in plan.batches)
+    plan = plan_whole(lengths, is_causal=True)
+    padded = sum(len(b.rows) for b in plan.batches)
     assert padded <= sum(lengths) / MIN_FILL
     assert len(plan.batches) == 3
 
 
 def test_sequences_that_see_both_ways_are_never_padded():
-    plan = plan_attention(RAGGED, is_causal=False)
-    assert sum(b.num_sequences * b.length for b in plan.batches) == sum(RAGGED)
+    plan = plan_whole(RAGGED, is_causal=False)
+    assert sum(len(b.rows) for b in plan.batches) == sum(RAGGED)
 
 
 def test_equal_lengths_need_no_copies():
-    plan = plan_attention([12] * 5, is_causal=True)
+    plan = plan_whole([12] * 5, is_causal=True)
     assert plan.slots is None and plan.batches[0].rows is None
 
 
@@ -74,3 +88,53 @@ def test_a_row_longer_than_its_borders_is_refused():
     tensors = [torch.randn(9, 2, 16)] * 3
     with pytest.raises(AssertionError, match="cu_seqlens end at 8"):
         attend(*tensors, row.plan)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("kv_heads", [2, 4])
+@pytest.mark.parametrize("units", [[1, 20, 3, 20, 0, 50, 17], [4], [5, 5]])
+def test_the_ranks_of_a_split_row_together_attend_as_one_does(num_ranks, kv_heads, units):
+    torch.manual_seed(0)
+    lengths = [2 * num_ranks * n for n in units]
+    total = sum(lengths)
+    tensors = [torch.randn(total, heads, 16) for heads in (4, kv_heads, kv_heads)]
+    weights = torch.randn(total, 4 * 16)
+    splits = shares_of(lengths, num_ranks)
+    order = torch.cat([split.own for split in splits])
+
+    def split_attention(query, key, value):
+        results = []
+        for split in splits:
+            plan = plan_attention(split.segments, is_causal=True, places=split.places)
+            own = split.take(query, dim=0)
+            assert len(own) == total // num_ranks
+            results.append(attend(own, key[order], value[order], plan))
+        return torch.cat(results)[splits[0].places]
+
+    found, expected = [], []
+    for store, function in (
+        (found, split_attention),
+        (expected, lambda *t: written_out(*t, lengths, True)),
+    ):
+        inputs = [t.clone().requires_grad_() for t in tensors]
+        result = function(*inputs)
+        (result * weights).sum().backward()
+        store += [result.detach(), *(t.grad for t in inputs)]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_a_rank_holds_an_early_and_a_late_chunk_of_each_sequence():
+    first, second = shares_of([4, 0, 8], 2)
+    assert first.own.tolist() == [0, 3, 4, 5, 10, 11]
+    assert second.own.tolist() == [1, 2, 6, 7, 8, 9]
+    pairs = [
+        sum(s.num_queries * s.num_keys - s.num_queries * (s.num_queries - 1) // 2 for s in segments)
+        for segments in (first.segments, second.segments)
+    ]
+    assert pairs == [(4 * 5 + 8 * 9) // 4] * 2  # half of all pairs of a query and an earlier key
+
+
+def test_sequences_that_do_not_cut_into_equal_chunks_are_refused():
+    with pytest.raises(DataError, match="sequence of 6 tokens .* pad each sequence to a mult.* 4"):
+        shares_of([8, 6], 2)

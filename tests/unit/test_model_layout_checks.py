@@ -19,7 +19,6 @@ HF_CONFIG = parse_hf_config(FLAT)
         ("tensor", 4, "num_key_value_heads is 2, which parallel.tensor=4"),
         ("tensor", 3, "num_attention_heads is 16, which parallel.tensor=3"),
         ("pipeline", 5, "36 layers do not divide over parallel.pipeline=5"),
-        ("context", 2, "parallel.context"),
     ],
 )
 def test_a_layout_that_does_not_divide_the_model_is_refused(groups, group, size, message):

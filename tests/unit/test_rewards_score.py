@@ -3,12 +3,21 @@
 import pytest
 
 from megatron_sr1.errors import ConfigError, GradingError
+from megatron_sr1.records import Completion, Reading
 from megatron_sr1.rewards import worker
-from megatron_sr1.rewards.score import Scorer
+from megatron_sr1.rewards.score import Scorer, likelihood_reward
 
 QUESTION = "<image>What is the sum?"
 RESPONSE = "<description> 3 5 6 </description> <think> 3 + 5 + 6 = 14 </think> \\boxed{14}"
 READ_RIGHT, READ_WRONG = "<think> x </think> \\boxed{14}", "<think> x </think> \\boxed{15}"
+
+
+def read(*texts):
+    return Reading(tuple(Completion((1,), (), text, "stop") for text in texts))
+
+
+def scored(*logprobs):
+    return Reading((Completion(tuple(range(len(logprobs))), logprobs, "", "given"),))
 
 
 def score(recipe="vision_sr1", **changes):
@@ -18,8 +27,9 @@ def score(recipe="vision_sr1", **changes):
         "gold": "14",
         "question": QUESTION,
         "description": "3 5 6",
-        "reading_text": READ_RIGHT,
+        "reading": read(READ_RIGHT),
         "has_image": True,
+        "question_only": None,
     }
     weights = {key: changes.pop(key) for key in list(changes) if key not in asked}
     with Scorer(recipe, **weights) as scorer:
@@ -30,11 +40,11 @@ def score(recipe="vision_sr1", **changes):
     ("changes", "parts", "total"),
     [
         ({}, (1, 1, 1), 2.0),
-        ({"reading_text": READ_WRONG}, (1, 1, 0), 1.0),
+        ({"reading": read(READ_WRONG)}, (1, 1, 0), 1.0),
         ({"gold": "15"}, (0, 1, 0), 0.1),
-        ({"gold": "15", "reading_text": READ_WRONG}, (0, 1, 1), 1.1),
+        ({"gold": "15", "reading": read(READ_WRONG)}, (0, 1, 1), 1.1),
         ({"response_text": RESPONSE + "!"}, (1, 0, 1), 1.9),
-        ({"response_text": "14", "description": None, "reading_text": None}, (0, 0, 0), 0.0),
+        ({"response_text": "14", "description": None, "reading": None}, (0, 0, 0), 0.0),
     ],
 )
 def test_total_is_the_weighted_sum(changes, parts, total):
@@ -62,14 +72,14 @@ def test_a_text_only_sample_has_no_self_reward_and_no_share_in_the_sum():
 
 
 def test_see_think_shows_the_reading_but_does_not_pay_it():
-    read, unread = score("see_think"), score("see_think", reading_text=None)
-    assert (read.self_reward, unread.self_reward) == (1.0, None)
-    assert read.total == unread.total == pytest.approx(1.0)
+    heard, unheard = score("see_think"), score("see_think", reading=None)
+    assert (heard.self_reward, unheard.self_reward) == (1.0, None)
+    assert heard.total == unheard.total == pytest.approx(1.0)
 
 
 def test_vision_r1_knows_no_description():
     thought = RESPONSE.split("</description> ")[1]
-    reward = score("vision_r1", response_text=thought, description=None, reading_text=None)
+    reward = score("vision_r1", response_text=thought, description=None, reading=None)
     assert (reward.format, reward.self_reward) == (1.0, None)
     assert reward.total == pytest.approx(1.0)
 
@@ -83,8 +93,42 @@ def test_a_leak_is_flagged_and_paid_only_if_told_so():
     assert score(pay_leaks=False).total == pytest.approx(2.0)
 
 
+def test_several_answers_earn_the_share_that_is_right():
+    reward = score(reading=read(READ_WRONG, READ_RIGHT, READ_RIGHT, "no box"))
+    assert (reward.self_reward, reward.total) == (0.5, pytest.approx(1.5))
+    assert reward.reading_answer == "15"
+
+
+def test_a_likelihood_is_scaled_as_told():
+    gold = scored(-0.5, -1.5)  # mean -1, sum -2
+    assert score(reading=gold).self_reward == pytest.approx(0.36787944)
+    assert score(reading=gold, likelihood="probability").self_reward == pytest.approx(0.13533528)
+    linear = {"likelihood": "linear", "likelihood_nats": 8.0}
+    assert score(reading=gold, **linear).self_reward == pytest.approx(0.75)
+    assert score(reading=scored(-5.0, -4.0), **linear).self_reward == 0.0
+    assert score(reading=gold).reading_answer is None
+    with pytest.raises(ConfigError, match="reward.likelihood is 'odds'"):
+        likelihood_reward((-1.0,), "odds", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("reading", "alone", "paid"),
+    [
+        (read(READ_RIGHT), read(READ_WRONG), 1.0),
+        (read(READ_RIGHT), read(READ_RIGHT), 0.0),
+        (read(READ_WRONG), read(READ_RIGHT), 0.0),
+        (read(READ_RIGHT, READ_RIGHT), read(READ_RIGHT, READ_WRONG), 0.5),
+        (scored(-0.5), scored(-1.0), 0.60653066 - 0.36787944),
+    ],
+)
+def test_only_what_the_description_adds_to_the_question_is_paid(reading, alone, paid):
+    reward = score(reading=reading, question_only=alone)
+    assert reward.self_reward == pytest.approx(paid)
+    assert reward.total == pytest.approx(1.0 + paid)
+
+
 def test_answers_are_told_as_read():
-    reward = score(reading_text=READ_WRONG)
+    reward = score(reading=read(READ_WRONG))
     assert (reward.answer, reward.reading_answer) == ("14", "15")
 
 
@@ -108,5 +152,5 @@ def test_no_process_starts_for_numbers():
     scorer = Scorer("vision_sr1")
     for answer in range(30):
         text = f"<think> x </think> \\boxed{{{answer}}}"
-        scorer.score("s", text, "14", QUESTION, "3 5 6", text, True)
+        scorer.score("s", text, "14", QUESTION, "3 5 6", read(text), True)
     assert scorer._worker.pid is None

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_sr1.config_file import load_config
@@ -34,13 +35,19 @@ def go_on(run_dir, done, until, width, end):
     metrics = MetricsFile(run_dir / "metrics.jsonl")
     metrics.keep_until("sft", done)
     sink = WandbSink(run_dir, config, done)
+    if end == "hold":  # else wandb's process would write what it has by itself, every 15 s or so
+        for process in psutil.Process().children(recursive=True):
+            process.suspend()
     for step in range(done + 1, until + 1):
         values = {"actor/loss": 1.0 / step, **{f"name_{n}": float(n) for n in range(width)}}
         metrics.append(step, "sft", values)
         sink.log(step, values)
-    if end == "kill":
+    if end != "close":
         time.sleep(1)
-        os.killpg(0, signal.SIGKILL)
+        # wandb's process first: it has a session of its own, which a signal to ours does not reach.
+        for process in psutil.Process().children(recursive=True):
+            process.kill()
+        os.kill(os.getpid(), signal.SIGKILL)
     sink.close()
 
 
@@ -63,7 +70,7 @@ def history(run_dir, awaited=0):
 
 @pytest.mark.parametrize(
     ("end", "width", "least", "most"),
-    [("kill", 1, 0, 0), ("kill", 300, 1, 29), ("close", 1, 30, 30)],
+    [("hold", 1, 0, 0), ("kill", 300, 1, 29), ("close", 1, 30, 30)],
     ids=["nothing written yet", "written in part", "all written"],
 )
 def test_every_step_is_in_wandb_once_after_a_stop(tmp_path, end, width, least, most):
@@ -71,8 +78,7 @@ def test_every_step_is_in_wandb_once_after_a_stop(tmp_path, end, width, least, m
     # wandb's process of an earlier test here is not to be joined.
     alone = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     command = [sys.executable, "-c", RUN, str(tmp_path), str(width), end]
-    with subprocess.Popen(command, cwd=ROOT, env=alone, start_new_session=True) as run:
-        run.wait(120)
+    subprocess.run(command, cwd=ROOT, env=alone, timeout=120)
     before = [step for step, _ in history(tmp_path, least)]
     assert least <= len(before) <= most and before == list(range(1, len(before) + 1))
     run_id = (tmp_path / WANDB_ID_FILE).read_text()

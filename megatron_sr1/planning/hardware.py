@@ -1,0 +1,95 @@
+"""What GPUs can do: datasheet numbers, and the shares of them that programs reach.
+
+In: a name as `h100`. Out: a `Gpu`. Where each number comes from stands beside it and in
+docs/planner.md; what has no source is called an assumption. Nothing here is fitted to runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_sr1.errors import ConfigError
+
+GPUS_PER_NODE = 8
+"""Of the HGX and DGX machines of all GPUs below; NVLink joins them."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU in its machine.
+
+    Attributes:
+        name: as the command line takes it.
+        memory_bytes: of the datasheet, GB of 10^9 bytes.
+        peak_flops: dense bfloat16 operations a second, of the datasheet (without sparsity).
+        memory_rate: bytes a second, of the datasheet.
+        nvlink_rate: bytes a second in one direction, half of the datasheet's sum of both.
+        network_rate: bytes a second in one direction, one adapter a GPU as in NVIDIA's DGX.
+        host_rate: bytes a second in one direction over PCIe.
+        matmul_share: of the peak, the best large product measured (ml-engineering, MAMF).
+        attention_share: of the peak, FlashAttention-2.
+    """
+
+    name: str
+    memory_bytes: float
+    peak_flops: float
+    memory_rate: float
+    nvlink_rate: float
+    network_rate: float
+    host_rate: float
+    matmul_share: float
+    attention_share: float
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        # FlashAttention-2 (arXiv 2307.08691): 50 to 73 % of the peak; the middle.
+        Gpu("a100", 80e9, 312e12, 2.039e12, 300e9, 25e9, 32e9, 0.869, 0.62),
+        # The same kernels reach 35 % on Hopper (FlashAttention-3, arXiv 2407.08608).
+        Gpu("h100", 80e9, 989e12, 3.35e12, 450e9, 50e9, 64e9, 0.803, 0.35),
+        Gpu("h200", 141e9, 989e12, 4.8e12, 450e9, 50e9, 64e9, 0.803, 0.35),
+        # Assumption: on Blackwell as on Hopper; no figure was found.
+        Gpu("b200", 180e9, 2250e12, 7.7e12, 900e9, 50e9, 64e9, 0.776, 0.35),
+    )
+}
+MEMORY_SHARE = 0.85
+"""Assumption: of the memory's rate that streaming kernels reach."""
+LINK_SHARE = 0.8
+"""Assumption: of NVLink's, the network's and PCIe's rate that collectives and copies reach."""
+COLLECTIVE_SECONDS = 10e-6
+"""Assumption: least time of a collective inside a machine."""
+ENGINE_STEP_SECONDS = 3e-3
+"""Assumption: of the engine beside its kernels, a step."""
+ENGINE_SEQUENCE_SECONDS = 10e-6
+"""Assumption: of the engine beside its kernels, a step and sequence."""
+RESERVED_BYTES = 3e9
+"""Assumption: CUDA's context, NCCL's buffers, fragments of the allocator."""
+ENGINE_RESERVED_BYTES = 3e9
+"""Assumption: the engine's own activations and CUDA graphs, inside its share of the memory."""
+
+
+def find_gpu(name: str) -> Gpu:
+    """A GPU by its name, in any case.
+
+    Raises:
+        ConfigError: it is not in the table.
+    """
+    gpu = GPUS.get(name.lower())
+    if gpu is None:
+        raise ConfigError(f"--gpu {name[:40]!a} is not known; one of {', '.join(GPUS)}")
+    return gpu
+
+
+def all_reduce_seconds(num_bytes: float, ranks: int, rate: float) -> float:
+    """Ring: each rank sends 2 (ranks - 1) / ranks of the bytes."""
+    if ranks == 1:
+        return 0.0
+    return COLLECTIVE_SECONDS + 2 * num_bytes * (ranks - 1) / ranks / (rate * LINK_SHARE)
+
+
+def gather_seconds(num_bytes: float, ranks: int, rate: float) -> float:
+    """Ring, for an all-gather to `num_bytes` or a reduce-scatter from them: half of the above."""
+    if ranks == 1:
+        return 0.0
+    return COLLECTIVE_SECONDS + num_bytes * (ranks - 1) / ranks / (rate * LINK_SHARE)

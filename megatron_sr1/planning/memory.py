@@ -1,0 +1,223 @@
+"""Bytes of weights, gradients and optimizer state on each rank, exactly as they are allocated.
+
+In: a model's shape, a layout, the settings of docs/memory.md. Out: bytes, from the same table of
+parameters that checkpoints are read by, cut as Megatron cuts it and padded as its buffers are
+(megatron/core/distributed/param_and_grad_buffer.py): with the distributed optimizer each parameter
+starts at a multiple of 64 values and a bucket ends at a multiple of lcm(ranks, 128); a tied
+embedding on a stage of its own has a bucket of its own.
+
+With Transformer Engine's fused layers parameters come in another order, which moves padding by a
+few values.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from megatron_sr1.checkpoint.mapping import EMBEDDING, OUTPUT, Entry, entries
+from megatron_sr1.config import Config
+from megatron_sr1.model.hf_config import HFConfig, TextConfig, VisionConfig
+from megatron_sr1.planning.layout import Layout
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+PARAMETER_ALIGNMENT = 64
+BUCKET_ALIGNMENT = 128
+_LAYER = re.compile(r"language_model\.decoder\.layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter as a rank holds it: its values, whether it learns, whether it is tied."""
+
+    name: str
+    numel: int
+    is_trained: bool = True
+    is_shared: bool = False
+
+
+@dataclass(frozen=True)
+class StaticMemory:
+    """What a rank holds from the first step to the last, bytes.
+
+    Attributes:
+        weights: with the padding of their buffer.
+        gradients: sums of gradients.
+        optimizer: state on the device.
+        host: state in host memory.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    host: int
+
+    @property
+    def device(self) -> int:
+        """All that lies on the GPU."""
+        return self.weights + self.gradients + self.optimizer
+
+
+def stage_parameters(
+    hf_config: HFConfig, layout: Layout, stage: int, freeze: Sequence[str] = ()
+) -> tuple[Parameter, ...]:
+    """Parameters of a rank of a stage, in the model's order.
+
+    Args:
+        hf_config: shape of the model.
+        layout: of the actor.
+        stage: from 0.
+        freeze: patterns of `model.freeze`.
+    """
+    cut = layout.tensor, layout.pipeline, stage
+    return _cut(hf_config.text, hf_config.vision, hf_config.tie_word_embeddings, *cut,
+                tuple(freeze))  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def _cut(
+    text: TextConfig,
+    vision: VisionConfig,
+    is_tied: bool,
+    tensor: int,
+    pipeline: int,
+    stage: int,
+    freeze: tuple[str, ...],
+) -> tuple[Parameter, ...]:
+    per_stage, last = text.num_layers // pipeline, pipeline - 1
+    found = []
+    for entry in _entries(text, vision, is_tied):
+        layer = _LAYER.match(entry.name)
+        if layer:
+            is_here = int(layer[1]) // per_stage == stage
+        elif entry.name == EMBEDDING:
+            is_here = stage == 0
+        else:
+            is_here = stage == (0 if entry.name.startswith("vision_model.") else last)
+        made = Parameter(entry.name, _own_numel(entry, tensor), not _is_frozen(entry, freeze))
+        if entry.name == EMBEDDING and is_tied and pipeline > 1:
+            made = replace(made, is_shared=True)
+            found += [replace(made, name=OUTPUT)] if stage == last else []
+        if is_here:
+            found.append(made)
+    return tuple(sorted(found, key=_model_order))
+
+
+@lru_cache(maxsize=8)
+def _entries(text: TextConfig, vision: VisionConfig, is_tied: bool) -> tuple[Entry, ...]:
+    return entries(HFConfig(text, vision, -1, -1, -1, -1, is_tied, {}))
+
+
+def static_memory(
+    config: Config, hf_config: HFConfig, layout: Layout, stage: int, data_rank: int = 0
+) -> StaticMemory:
+    """Weights, gradients and optimizer state of one rank.
+
+    Args:
+        config: for data types, the optimizer's settings, frozen parameters.
+        hf_config: shape of the model.
+        layout: of the actor.
+        stage: of the rank, from 0.
+        data_rank: of the rank among those that share the state; the first holds the most.
+    """
+    parameters = stage_parameters(hf_config, layout, stage, config.model.freeze)
+    trained = [p for p in parameters if p.is_trained]
+    frozen = sum(p.numel for p in parameters if not p.is_trained)
+    buffer = own = sum(p.numel for p in trained)
+    if config.parallel.distributed_optimizer:
+        buffer, own = _sharded(trained, layout.num_sharing, data_rank)
+    weight_bytes = DTYPE_BYTES[config.model.dtype]
+    state = own * state_bytes(config)
+    return StaticMemory(
+        weights=(buffer + frozen) * weight_bytes,
+        gradients=buffer * DTYPE_BYTES[config.optimizer.gradients],
+        optimizer=0 if config.optimizer.offload else state,
+        host=state if config.optimizer.offload else 0,
+    )
+
+
+def state_bytes(config: Config) -> int:
+    """Of the optimizer's state a parameter; float32 weights are their own master weights."""
+    held = DTYPE_BYTES[config.optimizer.state]
+    return 2 * held if config.model.dtype == "float32" else 3 * held
+
+
+def is_tower_frozen(hf_config: HFConfig, freeze: Sequence[str]) -> bool:
+    """Whether nothing of the tower learns, so that its activations go at once."""
+    model = _entries(hf_config.text, hf_config.vision, hf_config.tie_word_embeddings)
+    tower = [e for e in model if e.name.startswith("vision_model.")]
+    return all(_is_frozen(entry, freeze) for entry in tower)
+
+
+def num_parameters(hf_config: HFConfig) -> int:
+    """Of the whole model, as published."""
+    model = _entries(hf_config.text, hf_config.vision, hf_config.tie_word_embeddings)
+    return sum(math.prod(shape) for entry in model for shape in entry.hf_shapes)
+
+
+def _is_frozen(entry: Entry, freeze: Sequence[str]) -> bool:
+    return any(all(re.search(p, name) for name in entry.hf_names) for p in freeze)
+
+
+def _own_numel(entry: Entry, tensor: int) -> int:
+    numel = sum(math.prod(shape) for shape in entry.hf_shapes)
+    if entry.shard_dim is None:
+        return numel
+    if entry.form == "vocabulary":
+        rows, width = entry.hf_shapes[0]
+        return -(-rows // tensor) * width
+    return numel // tensor
+
+
+def _model_order(parameter: Parameter) -> tuple[int, int, int]:
+    """The language model before the tower; in a layer, the projection before q, k and v."""
+    name = parameter.name
+    layer = re.search(r"decoder\.layers\.(\d+)\.", name)
+    if name.startswith("vision_model."):
+        place = 4 if layer is None and "patch_embed" in name else 5 if layer else 6
+    else:
+        place = 1 if layer else 0 if name == EMBEDDING else 3 if name == OUTPUT else 2
+    parts = ("input_layernorm", "linear_proj", "linear_qkv")
+    within = next((i for i, part in enumerate(parts) if part in name), len(parts))
+    return place, int(layer[1]) if layer else 0, within
+
+
+def _sharded(parameters: Sequence[Parameter], ranks: int, rank: int) -> tuple[int, int]:
+    """Values of the padded buffer, and those whose state a rank keeps.
+
+    Args:
+        parameters: trained, in the model's order; the buffer has them in reverse.
+        ranks: that share each bucket.
+        rank: one of them.
+    """
+    start, own = 0, 0
+    for bucket in _buckets(parameters):
+        places, place = [], start
+        for parameter in bucket:
+            place = _up(place, PARAMETER_ALIGNMENT)
+            places.append((place, place + parameter.numel))
+            place += parameter.numel
+        end = _up(place, math.lcm(ranks, BUCKET_ALIGNMENT))
+        share = (end - start) // ranks
+        low, high = start + rank * share, start + (rank + 1) * share
+        own += sum(max(0, min(stop, high) - max(begin, low)) for begin, stop in places)
+        start = end
+    return start, own
+
+
+def _buckets(parameters: Sequence[Parameter]) -> list[list[Parameter]]:
+    buckets: list[list[Parameter]] = [[]]
+    for parameter in reversed(parameters):
+        if parameter.is_shared and buckets[-1]:
+            buckets.append([])
+        buckets[-1].append(parameter)
+        if parameter.is_shared:
+            buckets.append([])
+    return [bucket for bucket in buckets if bucket]
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

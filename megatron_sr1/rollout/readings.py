@@ -1,0 +1,178 @@
+"""The second pass of a step: which requests a description leads to, and what came of them.
+
+In: descriptions as they close. Out: engine requests without the image, and each description's
+`Reading`. Two descriptions that lead to the same prompt are read once; a request's seed comes from
+its prompt, so that it does not matter which of them closed first, nor on which replica.
+
+Three ways: one greedy answer, m sampled ones, or the gold answer's logprobs by prefill alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from megatron_sr1.errors import EngineError
+from megatron_sr1.records import Completion, Prompt, Reading
+from megatron_sr1.rollout.engine import Engine
+from megatron_sr1.rollout.requests import Progress, Request
+
+PREFIX = "reading/"
+"""Ids of pass-2 requests begin with it."""
+
+
+@dataclass(frozen=True)
+class Pass2:
+    """How pass 2 runs.
+
+    Attributes:
+        schedule: fork | barrier.
+        temperature: of sampled answers; 0 is greedy.
+        max_tokens: longest answer, tokens.
+        mode: generate (answers are sampled) | likelihood (the gold answer is scored).
+        num_samples: answers a description, with mode generate.
+        question_only: whether each question is also read without a description.
+    """
+
+    schedule: str
+    temperature: float
+    max_tokens: int
+    mode: str = "generate"
+    num_samples: int = 1
+    question_only: bool = False
+
+
+@dataclass
+class _Asked:
+    """A pass-2 prompt under way: the names of its requests, and what is finished of them."""
+
+    names: list[str]
+    done: dict[str, Completion] = field(default_factory=dict)
+
+
+class Readings:
+    """Makes pass-2 requests, each distinct one once, and keeps what they bring.
+
+    Args:
+        engine: for its length.
+        pass2: None: nothing is read.
+        reading_prompt: prompt, description -> token ids of the pass-2 prompt.
+        gold_answer: prompt -> ids that lead up to the gold answer, and its own ids.
+        seed_of: seed from three numbers; the first is -1 here.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        pass2: Pass2 | None,
+        reading_prompt: Callable[[Prompt, str], tuple[int, ...]],
+        gold_answer: Callable[[Prompt], tuple[tuple[int, ...], tuple[int, ...]]] | None,
+        seed_of: Callable[[int, int, int], int],
+    ) -> None:
+        """Nothing is asked yet."""
+        self._engine, self._pass2 = engine, pass2
+        self._reading_prompt, self._gold_answer = reading_prompt, gold_answer
+        self._seed_of = seed_of
+        self._asked: dict[tuple[int, ...], _Asked] = {}
+        self._of_name: dict[str, _Asked] = {}
+
+    def apply_to(self, prompt: Prompt) -> bool:
+        """Whether samples of a prompt are read: there is a pass 2 and there are images."""
+        return self._pass2 is not None and bool(prompt.image_grid_thw)
+
+    def check(self, prompt: Prompt, longest_description_tokens: int) -> None:
+        """Refuse, before anything is sampled, a prompt whose longest reading does not fit."""
+        if self._pass2 is None or not self.apply_to(prompt):
+            return
+        longest = len(self._reading_prompt(prompt, "")) + longest_description_tokens
+        check_length(self._engine, prompt, longest, self._behind(prompt), "pass 2")
+
+    def ask(self, prompt: Prompt, description: str) -> tuple[tuple[int, ...], list[Request]]:
+        """Requests for a description ("" for the question alone), none if it was asked before.
+
+        Returns:
+            the key under which `of` gives the reading, and the requests.
+        """
+        assert self._pass2 is not None
+        token_ids = self._reading_prompt(prompt, description)
+        num_scored = 0
+        if self._pass2.mode == "likelihood":
+            assert self._gold_answer is not None
+            lead, answer = self._gold_answer(prompt)
+            token_ids, num_scored = (*token_ids, *lead, *answer), len(answer)
+        if token_ids in self._asked:
+            return token_ids, []
+        # Text tokenised anew can take more tokens than were sampled; then the answer gets fewer.
+        max_tokens = 1 if num_scored else self._pass2.max_tokens
+        max_tokens = min(max_tokens, self._engine.max_model_len - len(token_ids))
+        check_length(self._engine, prompt, len(token_ids), max(max_tokens, 1), "pass 2")
+        requests = [
+            Request(
+                id=f"{PREFIX}{len(self._asked)}.{number}",
+                token_ids=token_ids,
+                expanded_token_ids=token_ids,
+                temperature=self._pass2.temperature,
+                max_tokens=max_tokens,
+                seed=self._seed_of(-1, _digest(token_ids), 2 + number),
+                with_logprobs=False,
+                num_scored=num_scored,
+            )
+            for number in range(1 if num_scored else self._pass2.num_samples)
+        ]
+        asked = self._asked[token_ids] = _Asked([request.id for request in requests])
+        self._of_name |= dict.fromkeys(asked.names, asked)
+        return token_ids, requests
+
+    def take(self, progress: Progress) -> None:
+        """Keep a finished pass-2 request's completion."""
+        if progress.completion is not None:
+            self._of_name[progress.id].done[progress.id] = progress.completion
+
+    def of(self, key: tuple[int, ...]) -> Reading:
+        """The reading of a key, once all is finished."""
+        asked = self._asked[key]
+        return Reading(tuple(asked.done[name] for name in asked.names))
+
+    @property
+    def num_asked(self) -> int:
+        """Distinct pass-2 prompts, those of questions alone included."""
+        return len(self._asked)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens sampled in pass 2."""
+        done = (c for asked in self._asked.values() for c in asked.done.values())
+        return sum(len(c.token_ids) for c in done if c.finish_reason != "given")
+
+    def _behind(self, prompt: Prompt) -> int:
+        """Most tokens behind the pass-2 prompt."""
+        assert self._pass2 is not None
+        if self._pass2.mode == "generate":
+            return self._pass2.max_tokens
+        assert self._gold_answer is not None
+        return sum(map(len, self._gold_answer(prompt))) + 1
+
+
+def check_length(
+    engine: Engine, prompt: Prompt, num_prompt: int, num_sampled: int, what: str
+) -> None:
+    """Refuse a prompt that does not fit.
+
+    Raises:
+        EngineError: names the sample.
+    """
+    if num_prompt + num_sampled <= engine.max_model_len:
+        return
+    example = prompt.example
+    raise EngineError(
+        f"{example.shard} sample {example.key} (index {example.index}): {what} can take "
+        f"{num_prompt} prompt tokens and {num_sampled} sampled ones, more than the engine's "
+        f"{engine.max_model_len}; raise rollout.max_model_len or lower the token limits"
+    )
+
+
+def _digest(token_ids: tuple[int, ...]) -> int:
+    """A number in [0, 2**31) from what a prompt says."""
+    text = ",".join(map(str, token_ids)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "big") >> 1

@@ -1,0 +1,111 @@
+"""The objective of a GRPO update, as configured, for one micro-batch.
+
+In: the policy's logprobs and a packed batch. Out: a weighted sum over target tokens, its part of
+the denominator, and sums to report; trainer/step.py adds both up over micro-batches and ranks.
+docs/algorithms.md says which values make which published algorithm.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from megatron_sr1.algorithm import correction
+from megatron_sr1.algorithm.losses import policy_loss
+from megatron_sr1.algorithm.reduction import reduction, sequence_log_ratios
+from megatron_sr1.config import AlgorithmConfig
+from megatron_sr1.errors import EngineError
+from megatron_sr1.records import PackedBatch
+from megatron_sr1.trainer.step import Sums, TokenLoss
+
+
+def grpo_loss(
+    algorithm: AlgorithmConfig, mismatch_bound: float, max_response_tokens: int
+) -> TokenLoss:
+    """The policy loss plus KL of a micro-batch.
+
+    Args:
+        algorithm: kind of loss, clips, correction.
+        mismatch_bound: largest |engine - actor| logprob of a token, nats; 0 turns it off.
+        max_response_tokens: constant length of `loss: dr_grpo`.
+    """
+
+    def loss(
+        policy_logprobs: torch.Tensor, batch: PackedBatch
+    ) -> tuple[torch.Tensor, torch.Tensor, Sums]:
+        old = batch.old_logprobs
+        if old is None:
+            old = policy_logprobs.detach()
+        assert batch.engine_logprobs is not None
+        gaps = correction.mismatch_sums(batch.engine_logprobs, old, batch.loss_mask)
+        _check_gap(float(gaps["mismatch/abs_max"]), mismatch_bound)
+        batch, corrected = _correct(batch, old, algorithm)
+        loss_sum, denominator, reported = _policy_loss(
+            policy_logprobs, old, batch, algorithm, max_response_tokens
+        )
+        return loss_sum, denominator, {**reported, **gaps, **corrected}
+
+    return loss
+
+
+def _correct(
+    batch: PackedBatch, old: torch.Tensor, algorithm: AlgorithmConfig
+) -> tuple[PackedBatch, Sums]:
+    """Advantages by importance weights, and far sequences out of the mask, as configured."""
+    engine, level = batch.engine_logprobs, algorithm.importance_sampling
+    assert engine is not None and batch.advantages is not None
+    reported: Sums = {}
+    if algorithm.mask_beyond_nats > 0:
+        kept, reported = correction.near_sequences(
+            engine, old, batch.loss_mask, batch.cu_seqlens, algorithm.mask_beyond_nats
+        )
+        batch = replace(batch, loss_mask=kept)
+    if level != "off":
+        cap = algorithm.importance_cap
+        borders = batch.cu_seqlens if level == "sequence" else None
+        weights = correction.truncated_importance_weights(
+            engine, old, batch.loss_mask, cap, borders
+        )
+        reported |= correction.weight_sums(weights, batch.loss_mask, cap)
+        batch = replace(batch, advantages=batch.advantages * weights)
+    return batch, reported
+
+
+def _policy_loss(
+    policy_logprobs: torch.Tensor,
+    old: torch.Tensor,
+    batch: PackedBatch,
+    algorithm: AlgorithmConfig,
+    max_response_tokens: int,
+) -> tuple[torch.Tensor, torch.Tensor, Sums]:
+    assert batch.advantages is not None
+    mask, borders = batch.loss_mask, batch.cu_seqlens
+    weights, denominator = reduction(algorithm.loss, mask, borders, max_response_tokens)
+    log_ratios, clip = None, (algorithm.clip_low, algorithm.clip_high)
+    if algorithm.loss == "gspo":
+        log_ratios = sequence_log_ratios(policy_logprobs, old, mask, borders)
+        clip = algorithm.gspo_clip_low, algorithm.gspo_clip_high
+    loss_sum, reported = policy_loss(
+        policy_logprobs,
+        old,
+        batch.advantages,
+        mask,
+        clip_low=clip[0],
+        clip_high=clip[1],
+        dual_clip=algorithm.dual_clip,
+        reference_logprobs=batch.reference_logprobs,
+        kl_coefficient=algorithm.kl_coefficient,
+        log_ratios=log_ratios,
+        token_weights=weights,
+    )
+    return loss_sum, denominator, reported
+
+
+def _check_gap(worst: float, bound: float) -> None:
+    if 0 < bound < worst:
+        raise EngineError(
+            f"engine and actor disagree by {worst:.2g} nats on a sampled token, at most "
+            f"{bound:.2g} (rollout.mismatch_bound): the engine does not hold the "
+            "actor's weights, or their kernels differ more than the bound allows"
+        )

@@ -1,0 +1,89 @@
+"""The canary of a weight sync: quiet when all is well, loud when the engine keeps something old.
+
+Not covered: more than one rank; tests/distributed runs whole steps with it (the demo's settings).
+"""
+
+import pytest
+import torch
+
+from megatron_sr1.config_file import load_config
+from megatron_sr1.data.digits import make_digits
+from megatron_sr1.errors import ConfigError, EngineError
+from megatron_sr1.runtime.device import select_device
+from megatron_sr1.trainer import setup
+from megatron_sr1.trainer.actor import make_actor
+from megatron_sr1.trainer.canary import Canary
+from megatron_sr1.trainer.context import Context
+
+BOUND = 1e-3
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model, groups, tmp_path_factory):
+    """Context, actor, engine and samples of one process."""
+    folder = tmp_path_factory.mktemp("canary")
+    make_digits(folder, 1, num_train=8, num_eval=2, num_cold_start=2)
+    config = load_config(
+        "examples/digits_cpu.yaml",
+        [
+            *(f"model.path={tiny_model}", f"data.train={folder / 'train'}", f"output={folder}"),
+            *("data.eval=", "rollout.max_num_seqs=8"),
+        ],
+    )
+    processor = setup.make_processor(config)
+    samples = setup.open_samples(config, config.data.train, processor)
+    chunks, hf_config, source = setup.load_actor_model(config, groups)
+    actor = make_actor(config, chunks, hf_config, source, groups, 1)
+    engine = setup.make_engine(config, tiny_model, processor, select_device("cpu"))
+    return Context(config, groups, processor, 0), actor, engine, samples
+
+
+def change(actor, seed, names):
+    """Move the actor's weights whose published name has one of `names`."""
+    generator = torch.Generator().manual_seed(seed)
+    moved = 0
+    with torch.no_grad():
+        for chunk in actor.chunks:
+            for name, parameter in chunk.named_parameters():
+                if any(part in name for part in names):
+                    parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+                    moved += 1
+    assert moved
+
+
+def test_engine_and_actor_agree_after_syncs_and_a_stale_encoder_cache_is_caught(run, monkeypatch):
+    context, actor, engine, samples = run
+    canary = Canary(samples, BOUND)
+    for version in (0, 1):
+        engine.sync(actor.weights(), version)
+        found = canary.check(context, actor, engine)["mismatch/canary_abs_max"]
+        assert 0 <= found < 1e-4
+        change(actor, version, ("",))
+    with pytest.raises(EngineError, match="canary: engine and actor disagree"):
+        canary.check(context, actor, engine)  # the actor moved on and was not synced
+    engine.sync(actor.weights(), 2)
+    canary.check(context, actor, engine)
+    monkeypatch.setattr(engine._llm.llm_engine, "reset_encoder_cache", lambda: None)
+    change(actor, 7, ("vision", "visual"))
+    engine.sync(actor.weights(), 3)
+    with pytest.raises(EngineError, match="canary.*earlier ones"):
+        canary.check(context, actor, engine)
+    monkeypatch.undo()
+    engine.sync(actor.weights(), 4)
+    assert canary.check(context, actor, engine)["mismatch/canary_abs_max"] < 1e-4
+
+
+def test_a_set_without_images_has_no_canary(run):
+    *_, samples = run
+
+    class TextOnly:
+        def __len__(self):
+            return len(samples)
+
+        def example(self, index):
+            from dataclasses import replace
+
+            return replace(samples.example(index), num_images=0)
+
+    with pytest.raises(ConfigError, match="needs a sample with an image.*set it to 0"):
+        Canary(TextOnly(), BOUND)

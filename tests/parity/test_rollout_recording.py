@@ -1,0 +1,74 @@
+"""What the engine really schedules, against the simulated schedule that the benchmark replays.
+
+Not covered: chunked prompts and full slots; tests/unit/test_roofline.py has those by hand.
+"""
+
+import pytest
+import rollout_setup as setup
+
+from megatron_sr1.rollout.readings import Pass2
+from megatron_sr1.rollout.recording import recorded
+from megatron_sr1.rollout.two_pass import roll_out
+from tools.schedules import SCHEDULES, Limits, jobs_of, simulate
+
+LIMITS = Limits(max_num_seqs=128, max_step_tokens=32768, block_tokens=32, chunked=False)
+PASS2 = {"one": None, "barrier": "barrier", "forked": "fork"}
+
+
+def first_letters(text):
+    """A description: up to the first e, or nothing so far."""
+    return text.split("e")[0] if "e" in text else None
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_model):
+    """By schedule: recorded steps and rollouts, from empty caches."""
+    engine, processor = setup.engine(tiny_model)[0], setup.processor(tiny_model)
+    prompts = [setup.prompt(tiny_model, k) for k in range(4)]
+
+    def reading_prompt(prompt, description):
+        parts = [{"type": "text", "text": f"{prompt.example.question} {description}"}]
+        return processor.encode_text([{"role": "user", "content": parts}])
+
+    def run(schedule):
+        state = setup.reference(tiny_model).state_dict().items()
+        engine.sync(((n, t) for n, t in state if n != "lm_head.weight"), version=1)
+        with recorded(engine) as steps:
+            rollouts, stats = roll_out(
+                engine,
+                prompts,
+                samples_per_prompt=6,
+                temperature=1.0,
+                max_response_tokens=24,
+                pass2=PASS2[schedule] and Pass2(PASS2[schedule], 1.0, 10),
+                find_description=first_letters,
+                reading_prompt=reading_prompt,
+                seed_of=lambda index, sample, part: (1000 * index + 10 * sample + part) % 2**31,
+                closing_mark="e",
+            )
+        return rollouts, stats, steps
+
+    found = {schedule: run(schedule) for schedule in SCHEDULES}
+    return engine, prompts, reading_prompt, found
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_simulated_steps_are_the_recorded_ones(runs, schedule):
+    engine, prompts, reading_prompt, found = runs
+    rollouts, stats, steps = found[schedule]
+    both = found["forked"][0]
+    lengths = jobs_of(both, prompts, reading_prompt, first_letters, engine.decode)
+    assert simulate(lengths, schedule, LIMITS) == steps
+    assert len(steps) == stats.engine_steps
+    assert sum(s.decoding_sequences + s.prefill_sequences for s in steps) == (
+        stats.pass1_tokens + stats.pass2_tokens
+    )
+    assert any(r.reading for r in rollouts) == (schedule != "one")
+
+
+def test_recording_ends_with_its_block(runs):
+    engine, *_ = runs
+    with recorded(engine) as steps:
+        pass
+    engine.generate([setup.request(runs[1][0], "a", max_tokens=3)])
+    assert steps == []

@@ -1,0 +1,223 @@
+"""The plan as a whole: published models, the examples, and what is said when nothing fits."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_sr1.cli import main
+from megatron_sr1.config_file import load_config
+from megatron_sr1.errors import ConfigError
+from megatron_sr1.model.hf_config import parse_hf_config
+from megatron_sr1.planning.engine_time import Replica, decode_seconds, pass_seconds
+from megatron_sr1.planning.estimate import choose, estimate, estimates
+from megatron_sr1.planning.hardware import GPUS, find_gpu
+from megatron_sr1.planning.layout import Layout, balanced_stages, configured, divides
+from megatron_sr1.planning.memory import static_memory
+from megatron_sr1.planning.page import split_layers
+from megatron_sr1.planning.workload import workload
+
+ROOT = Path(__file__).resolve().parents[2]
+PUBLISHED = ROOT / "tests" / "published"
+SEVEN = ROOT / "examples" / "qwen25vl_7b.yaml"
+ENOUGH = {"3b": (8, "a100"), "7b": (8, "h100"), "32b": (32, "h100"), "72b": (64, "h100")}
+NOT_TORCH = (
+    "import sys\nfrom megatron_sr1.cli import main\nmain(sys.argv[1:])\n"
+    "print([name for name in ('torch', 'megatron', 'vllm') if name in sys.modules])"
+)
+
+
+def published(size):
+    return parse_hf_config(json.loads((PUBLISHED / f"qwen25vl_{size}.json").read_text()))
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A model directory of the 7B without weights."""
+    (tmp_path / "config.json").write_text((PUBLISHED / "qwen25vl_7b.json").read_text())
+    return tmp_path
+
+
+def planned(size, *keys, path=SEVEN):
+    num_gpus, name = ENOUGH[size]
+    config, hf_config, gpu = load_config(path, list(keys)), published(size), find_gpu(name)
+    work = workload(config, hf_config)
+    return config, hf_config, gpu, work, estimates(config, hf_config, gpu, num_gpus, work)
+
+
+@pytest.mark.parametrize("size", ENOUGH)
+def test_the_proposed_layout_of_a_published_model_divides_it_and_fits(size):
+    config, hf_config, gpu, _, found = planned(size)
+    best = choose(found)
+    assert best is not None and best.memory.most <= gpu.memory_bytes
+    assert best.layout.num_ranks == ENOUGH[size][0]
+    assert divides(hf_config, best.layout.tensor, best.layout.pipeline)
+    for heads in (hf_config.text.num_attention_heads, hf_config.vision.num_heads):
+        assert heads % best.layout.engine == 0
+    keys = best.layout.overrides(with_engine=True)
+    again = load_config(SEVEN, keys)
+    assert configured(again, ENOUGH[size][0]) == best.layout
+    assert all(0 < mfu < 1 for name, mfu in best.mfu.items() if name != "sync")
+
+
+@pytest.mark.parametrize(("size", "gpu"), [("3b", replace(GPUS["a100"], memory_bytes=40e9)),
+                                           ("7b", GPUS["h100"]), ("7b", GPUS["a100"])])  # fmt: skip
+def test_the_examples_own_layout_fits_the_machine_that_it_names(size, gpu):
+    config = load_config(ROOT / "examples" / f"qwen25vl_{size}.yaml")
+    hf_config = published(size)
+    layout = configured(config, 8)
+    own = estimate(config, hf_config, layout, gpu, workload(config, hf_config))
+    assert own.fits and own.memory.most < gpu.memory_bytes
+
+
+def test_a_layout_of_the_7b_holds_what_the_documentation_of_memory_says():
+    """docs/memory.md: 74.6 GB with four data-parallel ranks, 39.4 in bfloat16 with eight."""
+    config, hf_config = load_config(SEVEN), published("7b")
+    assert static_memory(config, hf_config, Layout(data=4), 0).device / 1e9 == pytest.approx(
+        74.6, abs=0.1
+    )
+    keys = ["optimizer.state=bfloat16", "optimizer.gradients=bfloat16", "optimizer.beta2=0.99"]
+    low = static_memory(load_config(SEVEN, keys), hf_config, Layout(data=8), 0)
+    assert low.device / 1e9 == pytest.approx(39.4, abs=0.1)
+
+
+def test_layouts_that_fit_come_first_and_the_fastest_of_them_first():
+    _, _, gpu, _, found = planned("7b")
+    fitting = [e for e in found if e.fits]
+    assert found[: len(fitting)] == fitting and 0 < len(fitting) < len(found)
+    assert fitting == sorted(fitting, key=lambda e: e.step_seconds)
+    assert all(e.memory.most > gpu.memory_bytes for e in found[len(fitting) :])
+
+
+def test_of_layouts_nearly_as_fast_the_one_that_cuts_least_is_proposed():
+    *_, found = planned("3b")
+    fastest, best = found[0], choose(found)
+    assert fastest.layout.context > 1 and best.layout.context == 1
+    assert best.step_seconds < 1.1 * fastest.step_seconds
+
+
+def test_a_frozen_tower_leaves_no_activations_and_learns_faster():
+    keys = ["stage=sft"]
+    trained = choose(planned("7b", *keys)[-1])
+    frozen_keys = [*keys, "model.freeze=['^visual[.]']"]
+    config, hf_config, gpu, work, _ = planned("7b", *frozen_keys)
+    frozen = estimate(config, hf_config, trained.layout, gpu, work)
+    assert trained.memory.vision > 0 == frozen.memory.vision
+    assert frozen.seconds["update"] < trained.seconds["update"]
+    assert set(frozen.seconds) == {"update"}
+
+
+def test_stages_are_balanced_by_work():
+    assert balanced_stages(0, 1, 0, 4, 8) == [2, 2, 2, 2]
+    assert balanced_stages(3, 1, 1, 2, 10) == [4, 6]
+    assert balanced_stages(100, 1, 0, 3, 9) == [1, 4, 4]
+    config, hf_config = load_config(SEVEN), published("32b")
+    split = split_layers(hf_config, 4, workload(config, hf_config))
+    assert sum(split) == 64 and split[0] == min(split) < 16 < max(split)
+
+
+def test_the_engine_is_slower_with_more_to_do():
+    config, hf_config = load_config(SEVEN), published("7b")
+    work = workload(config, hf_config)
+    replica = Replica(hf_config, GPUS["h100"], 1, 40e9, 2, 512)
+    one = decode_seconds(replica, 100, 500, 2048, 1000)
+    assert one < decode_seconds(replica, 200, 500, 2048, 1000)
+    assert one < decode_seconds(replica, 100, 600, 2048, 1000)
+    assert one < decode_seconds(replace(replica, gpu=GPUS["a100"]), 100, 500, 2048, 1000)
+    forked = pass_seconds(replica, work, 8)
+    barrier = pass_seconds(replica, replace(work, is_forked=False), 8)
+    assert forked[0] == barrier[0] and 0 < forked[1] < barrier[1]
+
+
+def test_one_running_sequence_is_bound_by_reading_the_weights():
+    """7.6e9 text parameters less the embedding, 15 GB at 85 % of 3.35 TB/s, and 3 ms."""
+    replica = Replica(published("7b"), GPUS["h100"], 1, 40e9, 2, 512)
+    assert replica.step_seconds(1, 1) == pytest.approx(14.14e9 / (0.85 * 3.35e12) + 3e-3, rel=0.01)
+    assert replica.token_bytes == 2 * 28 * 4 * 128 * 2
+
+
+def plan(capsys, *arguments):
+    status = main(["plan", str(SEVEN), *map(str, arguments)])
+    return status, capsys.readouterr()
+
+
+def test_the_page_has_memory_layouts_phases_and_keys(model, capsys):
+    status, told = plan(capsys, f"model.path={model}", "--gpus", 8, "--gpu", "h100")
+    assert status == 0
+    for kind in ("weights", "gradients", "optimizer", "text activations", "vision activations",
+                 "logits", "engine weights", "engine KV cache"):  # fmt: skip
+        assert re.search(rf"^  {kind} +\d+\.\d$", told.out, re.MULTILINE), kind
+    for phase in ("sync", "prefill", "pass1", "pass2", "old_logprobs", "reference", "update"):
+        assert re.search(rf"^  {phase} +\d+\.\d s +\d+\.\d % MFU$", told.out, re.MULTILINE), phase
+    keys = told.out.split("as configuration keys:\n")[1].split()
+    load_config(SEVEN, keys)
+
+
+def test_lengths_that_the_user_knows_are_used(model, capsys):
+    lengths = ["--response-tokens", "300", "--image-tokens=0", "--reading-tokens", "50"]
+    _, told = plan(capsys, f"model.path={model}", "--gpus", 8, "--gpu", "h100", *lengths)
+    assert "250 text + 0 image + 300 response tokens, 50 read" in told.out
+
+
+def test_a_dry_run_tells_what_the_fullest_rank_holds(model, capsys):
+    """As docs/memory.md has it for two ranks a replica and four replicas, a half of 33.8 GB."""
+    (model / "config.json").write_text((PUBLISHED / "qwen25vl_3b.json").read_text())
+    (model / "model.safetensors").touch()
+    example = str(ROOT / "examples" / "qwen25vl_3b.yaml")
+    keys = [f"model.path={model}", "launch.num_processes=8"]
+    assert main(["train", example, "--dry-run", *keys]) == 0
+    (line,) = [text for text in capsys.readouterr().out.splitlines() if text.startswith("memory")]
+    parts = [float(number) for number in re.findall(r"\d+\.\d\d", line)]
+    assert sum(parts) == pytest.approx(16.9, abs=0.1) and "of 8 ranks" in line
+
+
+def test_a_plan_needs_no_torch(model):
+    command = [sys.executable, "-c", NOT_TORCH, "plan", str(SEVEN), f"model.path={model}"]
+    done = subprocess.run(
+        [*command, "--gpus", "8", "--gpu", "h100"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--gpus", 8, "--gpu", "h101"], "'h101' is not known; one of a100, h100, h200, b200"),
+        (["--gpus", 12, "--gpu", "h100"], "whole machines of 8, as 8 or 16"),
+        (["stage=eval", "--gpus", 8, "--gpu", "h100"], "stage=eval trains nothing"),
+        (["--gpus", 0, "--gpu", "h100"], "--gpus 0: expected 1 to 8"),
+        (
+            ["--gpus", 1, "--gpu", "a100"],
+            r"nothing fits on 1 a100 of 80 GB: the least is \d+\.\d GB a GPU \(.*\); 8 would do",
+        ),
+    ],
+)
+def test_what_cannot_be_planned_is_said_in_a_line(model, capsys, arguments, words):
+    status, told = plan(capsys, f"model.path={model}", *arguments)
+    assert status == 2 and told.out == ""
+    (line,) = told.err.splitlines()
+    assert line.startswith("megatron-sr1: error: ") and re.search(words, line)
+
+
+def test_a_layout_of_the_configuration_that_does_not_divide_is_said(model, capsys):
+    keys = [f"model.path={model}", "parallel.tensor=3"]
+    _, told = plan(capsys, *keys, "--gpus", 8, "--gpu", "h100")
+    assert "the configuration's own layout does not divide" in told.out
+
+
+def test_every_gpu_is_found_in_any_case():
+    assert [find_gpu(name.upper()).name for name in GPUS] == list(GPUS)
+    with pytest.raises(ConfigError):
+        find_gpu("")
+
+
+def test_the_documentation_has_the_table_of_errors_as_it_is_computed():
+    done = subprocess.run(
+        [sys.executable, "tools/planner_errors.py"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout in (ROOT / "docs" / "planner.md").read_text()

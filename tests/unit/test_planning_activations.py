@@ -1,0 +1,95 @@
+"""Planned activations against what autograd keeps on a CPU, where MLPs are not fused.
+
+Not covered: what a GPU's fused kernels keep, which is reckoned by the same terms less the MLP's
+intermediate steps.
+"""
+
+import pytest
+import torch
+
+from megatron_sr1.model.hf_config import parse_hf_config
+from megatron_sr1.model.logprobs import label_logprobs
+from megatron_sr1.model.qwen25_vl import build_model
+from megatron_sr1.planning.activations import (
+    Kernels,
+    logits_bytes,
+    text_ends_bytes,
+    text_layer_bytes,
+    vision_bytes,
+)
+from megatron_sr1.planning.layout import Layout
+from tests.planned_models import fill, make_row, raw_config, saved_bytes
+
+HF_CONFIG = parse_hf_config(raw_config())
+WIDER = parse_hf_config(
+    raw_config(
+        text={"num_key_value_heads": 8, "intermediate_size": 300, "num_hidden_layers": 2},
+        vision={"depth": 5, "hidden_size": 96, "fullatt_block_indexes": [1, 3, 4]},
+    )
+)
+DTYPES = {torch.float32: 4, torch.bfloat16: 2}
+LENGTHS = ([256], [400, 130, 90, 20])
+GRIDS = ([(20, 24)], [(32, 32), (8, 12), (20, 6)])
+
+
+def kernels(dtype):
+    return Kernels(dtype_bytes=DTYPES[dtype], fused_mlp=False)
+
+
+def model(hf_config, groups, dtype, recompute):
+    (chunk,) = build_model(hf_config, groups, dtype=dtype, recompute=recompute)
+    fill(chunk)
+    return chunk
+
+
+@pytest.mark.parametrize("hf_config", [HF_CONFIG, WIDER])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_text_activations_are_planned_within_8_percent(
+    groups, hf_config, dtype, recompute, lengths
+):
+    chunk = model(hf_config, groups, dtype, recompute)
+    kept = saved_bytes(chunk, make_row(hf_config, lengths))
+    layout = Layout(recompute=recompute)
+    per_token = text_layer_bytes(hf_config, layout, kernels(dtype), recompute)
+    per_token *= hf_config.text.num_layers
+    per_token += text_ends_bytes(hf_config, layout, kernels(dtype))
+    assert sum(lengths) * per_token == pytest.approx(kept, rel=0.08)
+
+
+@pytest.mark.parametrize("hf_config", [HF_CONFIG, WIDER])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("grids", GRIDS)
+def test_vision_activations_are_planned_within_8_percent(
+    groups, hf_config, dtype, recompute, grids
+):
+    chunk = model(hf_config, groups, dtype, recompute)
+    without = saved_bytes(chunk, make_row(hf_config, [512]))
+    kept = saved_bytes(chunk, make_row(hf_config, [512], grids)) - without
+    patches = sum(height * width for height, width in grids)
+    planned = vision_bytes(hf_config, Layout(), kernels(dtype), recompute)
+    assert patches * planned == pytest.approx(kept, rel=0.08)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_logits_at_their_worst_moment_are_planned_within_8_percent(groups, dtype):
+    """The peak of live memory in the backward pass, by torch's own count of allocations."""
+    vocab, width, tokens, chunk = 5000, 64, 700, 256
+    hidden = torch.randn(tokens, 1, width, dtype=dtype, requires_grad=True)
+    weight = torch.randn(vocab, width, dtype=dtype, requires_grad=True)
+    labels = torch.randint(0, vocab, (1, tokens))
+    logprobs, _ = label_logprobs(
+        hidden, weight, labels, group=groups.tensor, vocab_size=vocab, chunk_tokens=chunk
+    )
+    with torch.profiler.profile(profile_memory=True) as profile:
+        logprobs.sum().backward()
+    live = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    hf_config = parse_hf_config(raw_config(vocab_size=vocab))
+    planned = logits_bytes(hf_config, Layout(), kernels(dtype), chunk)
+    assert planned == pytest.approx(peak, rel=0.08)

@@ -1,0 +1,62 @@
+"""A rollout as a sequence to learn from: which tokens carry which advantage."""
+
+import numpy as np
+import pytest
+
+from megatron_sr1.data.digits import make_digits
+from megatron_sr1.data.processor import Processor
+from megatron_sr1.records import Completion, Rollout
+from megatron_sr1.rewards.parsing import find_description
+from megatron_sr1.trainer.samples import Samples
+
+
+@pytest.fixture(scope="module")
+def samples(tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("digits")
+    shards = make_digits(folder, 1, num_train=2, num_eval=1, num_cold_start=1)
+    options = {"recipe": "vision_sr1", "style": "brief", "max_prompt_tokens": 200}
+    return Samples(shards["train"], Processor(tiny_model, 784, 200704), **options)
+
+
+def rolled_out(samples, text):
+    processor = samples.processor
+    ids = (*processor.tokenizer.encode(text), processor.end_token_ids[0])
+    completion = Completion(ids, (-0.5,) * len(ids), text, "stop")
+    prompt = samples.prompt(0)
+    description = find_description(text)
+    return Rollout(0, 0, prompt.token_ids, completion, description, None, 0), prompt.token_ids
+
+
+DESCRIBED = "<description>3 8 1</description>"
+REST = "<think>3 + 8</think>\\boxed{11}"
+
+
+def test_by_span_the_description_has_the_visual_advantage_and_the_rest_the_answers(samples):
+    rollout, prompt = rolled_out(samples, DESCRIBED + REST)
+    got = samples.train_sample(rollout, 2.0, -3.0).advantages[len(prompt) :]
+    pieces = samples.processor.pieces(rollout.completion.token_ids)
+    assert set(got.tolist()) == {2.0, -3.0}
+    marked = "".join(p for p, a in zip(pieces, got, strict=True) if a == -3.0)
+    # A token that the closing mark shares with what follows is the description's.
+    assert marked.startswith(DESCRIBED) and len(marked) - len(DESCRIBED) <= 1
+    assert np.flatnonzero(got == -3.0).tolist() == list(range(int((got == -3.0).sum())))
+    assert got[-1] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("text", "description_advantage"), [(DESCRIBED + REST, None), (REST, -3.0), ("", -3.0)]
+)
+def test_else_all_response_tokens_have_one(samples, text, description_advantage):
+    rollout, prompt = rolled_out(samples, text)
+    got = samples.train_sample(rollout, 2.0, description_advantage)
+    assert got.advantages.dtype == np.float32
+    expected = [0.0] * len(prompt) + [2.0] * len(rollout.completion.token_ids)
+    assert got.advantages.tolist() == expected
+    assert got.loss_mask.tolist() == [a == 2.0 for a in expected]
+
+
+def test_a_description_that_is_not_one_gets_no_advantage_of_its_own(samples):
+    rollout, prompt = rolled_out(samples, "<think>x</think>" + DESCRIBED)
+    assert rollout.description is None
+    got = samples.train_sample(rollout, 2.0, -3.0).advantages[len(prompt) :]
+    assert set(got.tolist()) == {2.0}

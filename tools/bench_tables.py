@@ -1,0 +1,162 @@
+"""The benchmark's numbers as Markdown, the declared workload on the cost model, and the bounds.
+
+In: what bench_engine.py and compare_trl.py wrote. Out: text.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megatron_sr1.rollout.recording import EngineStep
+from tools.roofline import H100, Hardware, Shape, read_shape, replay_seconds
+from tools.schedules import SCHEDULES, Limits, Workload, simulate
+
+PUBLISHED = Path(__file__).resolve().parent.parent / "tests" / "published"
+MODELS = ("3b", "7b")
+SEQUENCES = (64, 128, 256, 512)
+SEEDS = (1, 2, 3)
+STEP_TOKENS, BLOCK_TOKENS = 16384, 16  # vLLM's defaults on an H100
+VARIANTS: dict[str, tuple[Workload, Hardware]] = {
+    "declared": (Workload(), H100),
+    "description a quarter": (Workload(description_share=0.25), H100),
+    "description 60 %": (Workload(description_share=0.6), H100),
+    "longer tail, sigma 0.9": (Workload(response_sigma=0.9), H100),
+    "no overhead a step": (Workload(), replace(H100, step_overhead_seconds=0.0)),
+    "half of the peak": (Workload(), replace(H100, flops_share=0.5)),
+}
+
+Gpu = dict[str, dict[str, dict[str, float]]]
+"""Model -> sequences a GPU -> schedule -> seconds."""
+
+
+def gpu_seconds() -> dict[str, Gpu]:
+    """Seconds of a step's rollouts on the modelled GPU, by variant; means over workload seeds."""
+    shapes = {model: read_shape(PUBLISHED / f"qwen25vl_{model}.json") for model in MODELS}
+    simulated: dict[tuple[Workload, int], dict[str, list[list[EngineStep]]]] = {}
+    found: dict[str, Gpu] = {}
+    for name, (workload, hardware) in VARIANTS.items():
+        found[name] = {model: {} for model in MODELS}
+        for num in SEQUENCES:
+            if (workload, num) not in simulated:
+                simulated[workload, num] = _simulated(workload, num)
+            runs = simulated[workload, num]
+            for model, shape in shapes.items():
+                _check_memory(runs, shape, hardware)
+                found[name][model][str(num)] = {
+                    schedule: statistics.mean(replay_seconds(s, shape, hardware) for s in steps)
+                    for schedule, steps in runs.items()
+                }
+    return found
+
+
+def _simulated(workload: Workload, num: int) -> dict[str, list[list[EngineStep]]]:
+    limits = Limits(2 * num, STEP_TOKENS, BLOCK_TOKENS, chunked=True)
+    drawn = [workload.draw(num, seed) for seed in SEEDS]
+    return {s: [simulate(jobs, s, limits) for jobs in drawn] for s in SCHEDULES}
+
+
+def _check_memory(
+    runs: dict[str, list[list[EngineStep]]], shape: Shape, hardware: Hardware
+) -> None:
+    """No step may need more keys and values than fit beside the weights."""
+    most = max(step.context_tokens for steps in runs.values() for s in steps for step in s)
+    assert most * shape.kv_bytes + shape.weight_bytes < hardware.memory_bytes, most
+
+
+def share(seconds: dict[str, float]) -> float:
+    """Forked's extra over one pass, as a share of the barrier's."""
+    return (seconds["forked"] - seconds["one"]) / (seconds["barrier"] - seconds["one"])
+
+
+def gpu_tables(gpu: dict[str, Gpu]) -> str:
+    """The declared workload in seconds, and the shares of all variants."""
+    rows = [
+        [f"{model.upper()}, {num}", *_schedule_cells(seconds, ".2f"), f"{share(seconds):.2f}"]
+        for model, by_num in gpu["declared"].items()
+        for num, seconds in by_num.items()
+    ]
+    names = ["model, sequences a GPU", "one, s", "barrier, s", "forked, s", "share of extra"]
+    first = table(names, rows)
+    columns = [f"{model.upper()}, {num}" for model in MODELS for num in SEQUENCES]
+    rows = [
+        [name, *(f"{share(found[m][str(n)]):.2f}" for m in MODELS for n in SEQUENCES)]
+        for name, found in gpu.items()
+    ]
+    return f"{first}\n{table(['share of extra', *columns], rows)}"
+
+
+def model_tables(name: str, found: dict[str, Any]) -> str:
+    """Schedules by seed, their means, sync and step of one model."""
+    seeds = found["engine"]["schedules"]["seeds"]
+    rows = []
+    for seed in seeds:
+        steps = [str(seed[s]["engine_steps"]) for s in SCHEDULES]
+        seconds = [f"{seed[s]['seconds']:.2f}" for s in SCHEDULES]
+        rates = [f"{seed[s]['tokens_per_second']:.0f}" for s in SCHEDULES]
+        extra = share({s: seed[s]["engine_steps"] for s in SCHEDULES})
+        exact = all(seed[s]["simulated_equals_recorded"] for s in SCHEDULES)
+        cells = [" / ".join(part) for part in (steps, seconds, rates)]
+        told = ["yes" if yes else "no" for yes in (seed["same_tokens"], exact)]
+        rows.append([str(seed["seed"]), *cells, f"{extra:.2f}", *told])
+    head = ["seed", "engine steps", "seconds", "tokens/s", "share of extra steps", "same tokens"]
+    parts = [f"### {name}: one / barrier / forked\n", table([*head, "simulated = recorded"], rows)]
+    parts.append(table(["seed", "response", "description", "reading", "read"], _lengths(seeds)))
+    sync = found["engine"]["sync"]
+    parts.append(
+        f"sync: {sync['bytes']:,} bytes in {sync['seconds']:.4f} s, a plain copy of them in "
+        f"{sync['memcpy_seconds']:.4f} s; {sync['extra_bytes_peak']:,} bytes beside the weights at "
+        f"most, the engine's largest layer has {sync['largest_layer_bytes']:,}\n"
+    )
+    step = found["step"]
+    medians, phases = step["median_step_seconds"], step["median_phase_seconds"]
+    told = ", ".join(
+        f"{key.removeprefix('time/').removesuffix('_seconds')} {value:.2f}"
+        for key, value in sorted(phases.items(), key=lambda item: -item[1])
+    )
+    parts.append(
+        f"a GRPO step: ours (two passes) {medians['ours']:.2f} s, TRL (one pass) "
+        f"{medians['trl']:.2f} s, ratio {step['ratio']:.2f}; by phase: {told}\n"
+    )
+    return "\n".join(parts)
+
+
+def _lengths(seeds: Sequence[dict[str, Any]]) -> list[list[str]]:
+    rows = []
+    for seed in seeds:
+        lengths = seed["lengths"]
+        spans = (lengths[part] for part in ("response", "description", "reading"))
+        cells = [f"{s['mean']:.1f}, {s['p50']:.0f}, {s['p99']:.0f}, {s['max']}" for s in spans]
+        read = f"{lengths['descriptions']} ({lengths['distinct_readings']} distinct)"
+        rows.append([str(seed["seed"]), *cells, read])
+    return rows
+
+
+def _schedule_cells(values: dict[str, float], form: str) -> list[str]:
+    return [format(values[schedule], form) for schedule in SCHEDULES]
+
+
+def verdicts(demo: dict[str, Any], gpu: Gpu) -> dict[str, bool]:
+    """The bounds: schedules of the demo's policy by seed, of the modelled GPU, memory of a sync."""
+    checked = {}
+    for seed in demo["engine"]["schedules"]["seeds"]:
+        steps = {s: seed[s]["engine_steps"] for s in SCHEDULES}
+        told = " / ".join(map(str, steps.values()))
+        checked[f"seed {seed['seed']}: {told} engine steps, 0.4 of the extra"] = share(steps) <= 0.4
+    for model, by_num in gpu.items():
+        for num in SEQUENCES[:3]:
+            part = share(by_num[str(num)])
+            checked[f"{model}, {num} sequences: {part:.2f} of the extra time, 0.5"] = part <= 0.5
+    sync = demo["engine"]["sync"]
+    extra, layer = sync["extra_bytes_peak"], sync["largest_layer_bytes"]
+    checked[f"sync: {extra:,} bytes at most beside the weights, 2 x {layer:,}"] = extra <= 2 * layer
+    return checked
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

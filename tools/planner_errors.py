@@ -1,0 +1,141 @@
+"""The planner's times against published figures: prints the table of docs/planner.md.
+
+Usage: python tools/planner_errors.py
+The figures are of other systems; what is not published about them (lengths, layouts) is assumed
+here, before the comparison, and nothing is adjusted after it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_sr1.config_file import load_config
+from megatron_sr1.model.hf_config import HFConfig, parse_hf_config
+from megatron_sr1.planning.estimate import Estimate, estimate
+from megatron_sr1.planning.hardware import find_gpu
+from megatron_sr1.planning.layout import Layout
+from megatron_sr1.planning.workload import Workload, workload
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLE = ROOT / "examples" / "qwen25vl_7b.yaml"
+NUM_GPUS = 8
+IMAGE_TOKENS = 262144 / 28**2  # diagrams of Geometry3k are enlarged to EasyR1's min_pixels
+TEXT_TOKENS = 100.0  # assumption: question and format prompt
+
+
+@dataclass(frozen=True)
+class EasyR1:
+    """A published line: Qwen2.5-VL on Geometry3k, 512 x 5 rollouts, 8 H100, FSDP."""
+
+    size: str
+    engine: int
+    token_rate: float
+    step_seconds: float
+    actor_mfu: float
+
+    @property
+    def sequence_tokens(self) -> float:
+        """Prompt and response, by the published rate and time."""
+        return self.token_rate * NUM_GPUS * self.step_seconds / (512 * 5)
+
+
+EASYR1 = (
+    EasyR1("3b", 2, 1800, 120, 0.08),
+    EasyR1("7b", 2, 2000, 120, 0.23),
+    EasyR1("32b", 8, 620, 530, 0.26),
+)
+
+
+def read_published(size: str) -> HFConfig:
+    """Shape of a published model."""
+    path = ROOT / "tests" / "published" / f"qwen25vl_{size}.json"
+    return parse_hf_config(json.loads(path.read_text()))
+
+
+def text_flops(hf_config: HFConfig, work: Workload) -> float:
+    """Of a step's updates as EasyR1 counts them: no tower, both vocabulary matrices, whole squares.
+
+    Source: verl/utils/flops_counter.py of EasyR1.
+    """
+    text, length = hf_config.text, work.sequence_tokens
+    k = text.num_key_value_heads * text.head_dim
+    layer = text.hidden_size * (2 * text.hidden_size + 2 * k + 3 * text.intermediate_size)
+    weights = layer * text.num_layers + 2 * text.vocab_size * text.hidden_size
+    squares = 12 * length**2 * text.hidden_size * text.num_layers
+    return work.num_sequences * (6 * weights * length + squares)
+
+
+def easyr1_rows(line: EasyR1) -> list[str]:
+    """Our data-parallel layout with full recomputation stands for FSDP."""
+    hf_config = read_published(line.size)
+    keys = ["rollout.samples_per_prompt=5", "reward.recipe=vision_r1", "model.recompute=full"]
+    config = load_config(EXAMPLE, [*keys, "rollout.gpu_memory_utilization=0.6"])
+    work = workload(
+        config,
+        hf_config,
+        text_tokens=TEXT_TOKENS,
+        image_tokens=IMAGE_TOKENS,
+        response_tokens=line.sequence_tokens - TEXT_TOKENS - IMAGE_TOKENS,
+    )
+    layout = Layout(data=NUM_GPUS, recompute="full", engine=line.engine)
+    gpu = find_gpu("h100")
+    found = estimate(config, hf_config, layout, gpu, work)
+    flops = text_flops(hf_config, work)
+    mfu = flops / (found.seconds["update"] * NUM_GPUS * gpu.peak_flops)
+    rate = work.step_tokens / found.step_seconds / NUM_GPUS
+    name = f"EasyR1 {line.size.upper()}, 8 x H100"
+    return [
+        row(f"{name}: step, s", line.step_seconds, found.step_seconds),
+        row(f"{name}: tokens/s/GPU", line.token_rate, rate),
+        row(f"{name}: actor MFU, %", 100 * line.actor_mfu, 100 * mfu),
+    ]
+
+
+def example(gpu: str, size: str = "7b", engine: int = 1, tensor: int = 4) -> Estimate:
+    """The 7B example's layout with assumed lengths; upstream's pass 2 waits for all of pass 1."""
+    config = load_config(EXAMPLE, ["rollout.pass2=barrier"])
+    hf_config = read_published(size)
+    layout = Layout(tensor, data=NUM_GPUS // tensor, sequence=True, recompute="full", engine=engine)
+    return estimate(config, hf_config, layout, find_gpu(gpu), workload(config, hf_config))
+
+
+def row(name: str, published: float, planned: float) -> str:
+    """A line of the table."""
+    error = 100 * (planned - published) / published
+    return f"| {name} | {published:.4g} | {planned:.3g} | {error:+.0f} % |"
+
+
+def range_row(name: str, low: float, high: float, planned: float) -> str:
+    """A line whose published figure is a range."""
+    where = "inside" if low <= planned <= high else "outside"
+    return f"| {name} | {low:g} to {high:g} | {planned:.2g} | {where} |"
+
+
+def table() -> str:
+    """All of it."""
+    lines = ["| figure | published | planned | error |", "|---|---|---|---|"]
+    for line in EASYR1:
+        lines += easyr1_rows(line)
+    seven = example("h100")
+    forwards = seven.seconds["old_logprobs"] + seven.seconds["reference"]
+    share = 100 * forwards / seven.step_seconds
+    mfu = 100 * seven.mfu["update"]
+    lines.append(row("verl, 9B VLM, 8 x H800: old and reference logprobs, % of step", 57, share))
+    lines.append(row("verl, 9B VLM, 8 x H800: MFU, %", 2.5, mfu))
+    for gpu in ("a100", "h100"):
+        found = example(gpu)
+        without = found.step_seconds - found.seconds["pass2"]
+        name = f"Vision-SR1 7B, 8 x 80 GB, if {gpu.upper()}"
+        overhead = 100 * found.seconds["pass2"] / without
+        lines.append(row(f"{name}: step without pass 2, s", 10.5 * 3600 / 20, without))
+        lines.append(row(f"{name}: overhead of pass 2, %", 24, overhead))
+    larger = example("h100", "32b", engine=8, tensor=8)
+    lines.append(range_row("weight sync 7B, s", 0.02, 6, seven.seconds["sync"]))
+    lines.append(range_row("weight sync 30B, s (32B planned)", 0.7, 16, larger.seconds["sync"]))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())
