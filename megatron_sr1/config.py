@@ -42,8 +42,14 @@ class ParallelConfig:
     """Pipeline stages, >= 1."""
     context: int = 1
     """Context-parallel ranks, >= 1."""
-    split_images: bool = True
-    """Context-parallel ranks share out a row's images; false: each of them encodes all."""
+    virtual: int = 1
+    """Virtual stages of each pipeline rank, >= 1: the interleaved schedule."""
+    stage_layers: list[int] = field(default_factory=list)
+    """Layers of the language model on each of the pipeline x virtual stages, in order; empty:
+    equally many. The first stage holds the tower too; `megatron-sr1 plan` proposes a split."""
+    vision: str = "tensor"
+    """The tower: tensor (layers split as the language model's) | images (whole on each rank, and
+    tensor-parallel ranks share out a row's images). Context-parallel ranks always share them."""
     sequence: bool = False
     """Sequence parallelism inside tensor parallelism."""
     distributed_optimizer: bool = True

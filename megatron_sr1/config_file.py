@@ -28,6 +28,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "model.spec": ("local", "transformer_engine"),
     "model.fp8": (None, "hybrid", "e4m3"),
     "model.fp8_recipe": ("delayed", "tensorwise", "blockwise", "mxfp8"),
+    "parallel.vision": ("tensor", "images"),
     "model.recompute": ("none", "selective", "full"),
     "data.prompt_style": ("full", "brief"),
     "rollout.pass2": ("fork", "barrier"),
@@ -49,6 +50,7 @@ AT_LEAST_ONE = (
     "parallel.tensor",
     "parallel.pipeline",
     "parallel.context",
+    "parallel.virtual",
     "data.prompts_per_step",
     "data.pack_tokens",
     "rollout.tensor_parallel",
@@ -177,6 +179,12 @@ def validate(config: Config) -> None:
             raise ConfigError(f"{key} is {_get(config, key)}; expected 1 or more")
     if config.parallel.sequence and config.parallel.tensor == 1:
         raise ConfigError("parallel.sequence=true needs parallel.tensor of 2 or more")
+    if config.parallel.pipeline == 1 and (
+        config.parallel.virtual > 1 or config.parallel.stage_layers
+    ):
+        raise ConfigError(
+            "parallel.virtual and parallel.stage_layers need parallel.pipeline of 2 or more"
+        )
     if config.model.fp8 and config.model.spec != "transformer_engine":
         raise ConfigError("model.fp8 needs model.spec=transformer_engine")
     for key in ABOVE_ZERO:

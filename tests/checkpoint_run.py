@@ -5,8 +5,8 @@ import torch
 from megatron_sr1.checkpoint.distributed import load_checkpoint, save_checkpoint
 from megatron_sr1.checkpoint.model_source import load_model, resolve_model
 from megatron_sr1.config_file import load_config
+from megatron_sr1.model.build import build_model
 from megatron_sr1.model.hf_config import read_hf_config
-from megatron_sr1.model.qwen25_vl import build_model
 from megatron_sr1.runtime import cpu
 from megatron_sr1.trainer.actor import make_actor
 

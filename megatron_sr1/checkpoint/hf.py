@@ -29,7 +29,7 @@ from megatron_sr1.checkpoint.source import HFSource
 from megatron_sr1.checkpoint.transforms import join, publish, slices
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.model.hf_config import HFConfig
-from megatron_sr1.runtime.groups import Groups, gather_objects
+from megatron_sr1.runtime.groups import Group, Groups, gather_objects
 
 NUM_NAMED = 12  # tensors that an error names
 
@@ -52,10 +52,10 @@ def load_hf(
     check_tensors(source, hf_config)
     if not source.has_weights:
         raise CheckpointError(f"{directory}: headers of weight files, but not the weights")
-    rank, size = groups.tensor.rank, groups.tensor.size
     for entry, parameter in local_parameters(chunks, hf_config):
-        wanted = slices(entry, rank, size, parameter.shape[0])
-        value = join(entry, [source.read(w) for w in wanted], size)
+        group = _sharing(entry, groups)
+        wanted = slices(entry, group.rank, group.size, parameter.shape[0])
+        value = join(entry, [source.read(w) for w in wanted], group.size)
         _fill(entry, parameter, value)
 
 
@@ -161,11 +161,17 @@ def export_weights(
 
 
 def _gather_shards(entry: Entry, shard: torch.Tensor, groups: Groups) -> list[torch.Tensor]:
-    if entry.shard_dim is None or groups.tensor.size == 1:
+    group = _sharing(entry, groups)
+    if entry.shard_dim is None or group.size == 1:
         return [shard]
-    shards = [torch.empty_like(shard) for _ in range(groups.tensor.size)]
-    dist.all_gather(shards, shard, group=groups.tensor.process_group)
+    shards = [torch.empty_like(shard) for _ in range(group.size)]
+    dist.all_gather(shards, shard, group=group.process_group)
     return shards
+
+
+def _sharing(entry: Entry, groups: Groups) -> Group:
+    """Ranks that each hold a shard of a parameter, where it is split."""
+    return groups.tower if entry.name.startswith("vision_model.") else groups.tensor
 
 
 def save_hf(

@@ -24,7 +24,7 @@ def alone() -> Groups:
     assert world is not None
     one = Group.of(world)
     assert one.size == 1, "a conversion is one process; start it without torchrun"
-    return Groups(one, one, one, one, one, one, collection=None, device=device)
+    return Groups(one, one, one, one, one, one, one, one, collection=None, device=device)
 
 
 def together(groups: Groups, work: Callable[[], Any]) -> list[Any]:

@@ -1,21 +1,53 @@
-"""Images encoded by turns: each of a row's images on one context-parallel rank, features on all.
+"""Images encoded by turns: each of a row's images on one of the ranks, features on all.
 
 In: the images of a row, the same on all ranks, and the tower. Out: the features of all images on
 each rank. Images are shared out whole, so that windows and full attention stay within a rank, and
-by patches, which is what the tower's time goes with. A rank goes on with its own share of the row,
-so a feature's gradient is summed over the ranks on the way back to the one that made it.
+by patches, which is what the tower's time goes with. On the way back a feature's gradient is summed
+over the ranks and goes to the one that made it: context-parallel ranks each had a share of the row;
+tensor-parallel ranks had equal copies, so there the sum is their number times too large, which the
+mean of the tower's gradients over them makes up for (`make_tower`).
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_sr1.model.hf_config import HFConfig
+from megatron_sr1.model.transformer_config import vision_transformer_config
 from megatron_sr1.model.vision import VisionModel, check_patches
 from megatron_sr1.records import VisionInputs
-from megatron_sr1.runtime.groups import Group
+from megatron_sr1.runtime.groups import Group, Groups
+
+
+def make_tower(
+    config: TransformerConfig, hf_config: HFConfig, groups: Groups, kernels: str
+) -> VisionModel:
+    """The tower, over the tensor-parallel ranks or whole on each of them.
+
+    Args:
+        config: of the language model.
+        hf_config: shape of the model.
+        groups: the layout.
+        kernels: local | transformer_engine.
+    """
+    vision, collection = hf_config.vision, groups.collection
+    tower_config = vision_transformer_config(config, vision, groups.tower.size)
+    if groups.tower.size == groups.tensor.size:
+        return VisionModel(tower_config, vision, kernels, collection)
+    collection = copy.copy(collection)
+    collection.tp = groups.tower.process_group
+    tower = VisionModel(tower_config, vision, kernels, collection)
+    for parameter in tower.parameters():
+        # Each rank adds the gradient of its own images, and encode_by_turns sums what equal
+        # copies of the language model's rows send back: so over the ranks it is the mean.
+        parameter.average_gradients_across_tp_domain = True  # type: ignore[attr-defined]
+        parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
+    return tower
 
 
 def assign_images(sizes: Sequence[int], num_ranks: int) -> list[list[int]]:

@@ -13,17 +13,12 @@ gets the whole gradient of the share's features.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
-from megatron.core.tensor_parallel.random import (
-    get_cuda_rng_tracker,
-    model_parallel_cuda_manual_seed,
-)
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -35,19 +30,14 @@ from megatron_sr1.errors import DataError
 from megatron_sr1.model import specs
 from megatron_sr1.model.attention import pack_row
 from megatron_sr1.model.hf_config import HFConfig
-from megatron_sr1.model.image_shares import encode_by_turns
-from megatron_sr1.model.logprobs import full_logits, label_logprobs, vocabulary_rows
+from megatron_sr1.model.image_shares import encode_by_turns, make_tower
+from megatron_sr1.model.logprobs import full_logits, label_logprobs
 from megatron_sr1.model.rotary import text_angles
 from megatron_sr1.model.row_split import RowSplit, split_row
 from megatron_sr1.model.transformer_config import (
-    check_layout,
     padded_vocab_size,
-    text_transformer_config,
-    vision_transformer_config,
 )
-from megatron_sr1.model.vision import VisionModel
 from megatron_sr1.records import VisionInputs
-from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.groups import Groups
 
 
@@ -61,29 +51,31 @@ class Qwen25VL(MegatronModule):
         groups: Groups,
         *,
         kernels: str,
-        split_images: bool,
+        virtual_stage: int,
         logprob_chunk_tokens: int,
     ) -> None:
-        """Make the stage that belongs to this rank.
+        """Make a stage that belongs to this rank.
 
         Args:
             config: of the language model, from `text_transformer_config`.
             hf_config: shape of the model.
             groups: the layout.
             kernels: local | transformer_engine.
-            split_images: as `build_model`.
+            virtual_stage: number of the stage among this rank's.
             logprob_chunk_tokens: tokens whose logits exist at a time.
         """
         super().__init__(config=config)
         self.model_type = ModelType.encoder_or_decoder  # Megatron's schedules ask for it
         self.hf_config = hf_config
         self.groups = groups
-        self.split_images = split_images and groups.context.size > 1
         self.logprob_chunk_tokens = logprob_chunk_tokens
-        self.pre_process = groups.is_first_stage
-        self.post_process = groups.is_last_stage
+        num_virtual = config.virtual_pipeline_model_parallel_size or 1
+        # Megatron asks for the number where there are several stages, and only there.
+        self.vp_stage = virtual_stage if num_virtual > 1 else None
+        self.pre_process = groups.is_first_stage and virtual_stage == 0
+        self.post_process = groups.is_last_stage and virtual_stage == num_virtual - 1
         self.share_embeddings_and_output_weights = hf_config.tie_word_embeddings
-        num_layers = get_num_layers_to_build(config, pp_rank=groups.pipeline.rank)
+        num_layers = get_num_layers_to_build(config, self.vp_stage, groups.pipeline.rank)
         self.language_model = GPTModel(
             config=config,
             transformer_layer_spec=TransformerBlockSubmodules(
@@ -100,15 +92,21 @@ class Qwen25VL(MegatronModule):
             # Image features come in between.
             scatter_embedding_sequence_parallel=False,
             pg_collection=groups.collection,
+            vp_stage=self.vp_stage,
         )
-        self.vision_model = None
-        if self.pre_process:
-            self.vision_model = VisionModel(
-                vision_transformer_config(config, hf_config.vision),
-                hf_config.vision,
-                kernels,
-                groups.collection,
-            )
+        self.vision_model = (
+            make_tower(config, hf_config, groups, kernels) if self.pre_process else None
+        )
+
+    def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Megatron's; a tower that is whole on the tensor-parallel ranks has as many copies."""
+        found = super().sharded_state_dict(prefix, *args, **kwargs)
+        if self.groups.tower.size < self.groups.tensor.size:
+            for name, value in found.items():
+                if name.startswith(f"{prefix}vision_model."):
+                    first, _, last = value.replica_id
+                    value.replica_id = (first, self.groups.tensor.rank, last)
+        return found
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Take the hidden states of the stage before, as Megatron's schedules hand them over."""
@@ -229,86 +227,11 @@ class Qwen25VL(MegatronModule):
     def _encode(self, vision: VisionInputs) -> torch.Tensor:
         """Features [merged tokens, width] of all images."""
         assert self.vision_model is not None
-        if not self.split_images:
+        if self.groups.images.size == 1:
             return self.vision_model(vision)
-        return encode_by_turns(self.vision_model, vision, self.groups.context)
+        return encode_by_turns(self.vision_model, vision, self.groups.images)
 
     def _output_weight(self) -> torch.Tensor:
         if self.share_embeddings_and_output_weights:
             return self.language_model.shared_embedding_or_output_weight()
         return self.language_model.output_layer.weight
-
-
-def build_model(
-    hf_config: HFConfig,
-    groups: Groups,
-    *,
-    dtype: torch.dtype,
-    spec: str = "local",
-    sequence_parallel: bool = False,
-    split_images: bool = True,
-    recompute: str = "none",
-    fp8: str | None = None,
-    fp8_recipe: str = "delayed",
-    logprob_chunk_tokens: int = 1024,
-) -> list[Qwen25VL]:
-    """Build this rank's share of the model, its weights not yet loaded: they are NaN.
-
-    Args:
-        hf_config: shape of the model.
-        groups: the layout.
-        dtype: of parameters and activations.
-        spec: kernels: local | transformer_engine.
-        sequence_parallel: split rows over the tensor-parallel ranks between layers.
-        split_images: share a row's images out over the context-parallel ranks.
-        recompute: none | selective (MLPs of the language model, blocks of the tower) | full.
-        fp8: Transformer Engine's FP8 format, or None.
-        fp8_recipe: its scaling.
-        logprob_chunk_tokens: tokens whose logits exist at a time.
-
-    Returns:
-        a chunk for each virtual stage of this rank; one today.
-
-    Raises:
-        ConfigError: the layout does not divide the model, or the kernels cannot run here.
-    """
-    check_layout(hf_config, groups, sequence_parallel)
-    if spec == "transformer_engine":
-        specs.require_transformer_engine()
-    config = text_transformer_config(
-        hf_config,
-        groups,
-        dtype=dtype,
-        sequence_parallel=sequence_parallel,
-        recompute=recompute,
-        fp8=fp8,
-        fp8_recipe=fp8_recipe,
-    )
-    with cpu.megatron_mode():
-        if not get_cuda_rng_tracker().is_initialized():
-            model_parallel_cuda_manual_seed(1)
-        chunk = Qwen25VL(
-            config,
-            hf_config,
-            groups,
-            kernels=spec,
-            split_images=split_images,
-            logprob_chunk_tokens=logprob_chunk_tokens,
-        )
-    _mark_unloaded(chunk, hf_config, groups)
-    return [chunk]
-
-
-@torch.no_grad()
-def _mark_unloaded(chunk: Qwen25VL, hf_config: HFConfig, groups: Groups) -> None:
-    """NaN everywhere, so that a weight that nobody loads is loud; zero in padding rows."""
-    for parameter in chunk.parameters():
-        parameter.fill_(float("nan"))
-    for layer in ("embedding.word_embeddings", "output_layer"):
-        with contextlib.suppress(AttributeError):
-            weight = chunk.language_model.get_submodule(layer).weight
-            if weight is not None:
-                _, num_ids = vocabulary_rows(
-                    hf_config.text.vocab_size, len(weight), groups.tensor.rank
-                )
-                weight[num_ids:].zero_()

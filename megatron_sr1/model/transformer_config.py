@@ -6,6 +6,7 @@ Losses are sums over tokens, divided by the number of tokens of the whole update
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +27,8 @@ def text_transformer_config(
     *,
     dtype: torch.dtype,
     sequence_parallel: bool,
+    virtual_stages: int,
+    stage_layers: Sequence[int],
     recompute: str,
     fp8: str | None,
     fp8_recipe: str,
@@ -37,6 +40,8 @@ def text_transformer_config(
         groups: the layout.
         dtype: of parameters and activations.
         sequence_parallel: as `build_model`.
+        virtual_stages: as `build_model`.
+        stage_layers: as `build_model`.
         recompute: as `build_model`.
         fp8: as `build_model`.
         fp8_recipe: as `build_model`.
@@ -45,6 +50,13 @@ def text_transformer_config(
     extra: dict[str, Any] = {}
     if recompute == "full":
         extra = {"recompute_method": "uniform", "recompute_num_layers": 1}
+    if stage_layers:
+        extra["pipeline_model_parallel_layout"] = _stages(stage_layers)
+    if virtual_stages > 1:
+        extra["virtual_pipeline_model_parallel_size"] = virtual_stages
+        # A batch of messages between two ranks that are each other's next and previous would mix
+        # up forward and backward; apart from one another they are also hidden behind computing.
+        extra |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     if fp8 is not None:
         extra |= {"fp8": fp8, "fp8_recipe": fp8_recipe}
     return TransformerConfig(
@@ -86,7 +98,15 @@ def text_transformer_config(
     )
 
 
-def vision_transformer_config(text: TransformerConfig, vision: VisionConfig) -> TransformerConfig:
+def _stages(stage_layers: Sequence[int]) -> list[list[str]]:
+    """Megatron's description of an uneven pipeline: what stands on each stage."""
+    stages = [["decoder"] * number for number in stage_layers]
+    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
+
+
+def vision_transformer_config(
+    text: TransformerConfig, vision: VisionConfig, tower_size: int
+) -> TransformerConfig:
     """Megatron's configuration of the tower's layers.
 
     Args:
@@ -94,6 +114,7 @@ def vision_transformer_config(text: TransformerConfig, vision: VisionConfig) -> 
             first stage only and sees whole rows: no pipeline, context or sequence parallelism.
             Its rows have any length, so no FP8 either.
         vision: shape.
+        tower_size: ranks that share each layer of the tower.
 
     Where the language model recomputes its MLPs, the tower recomputes whole blocks: Megatron's
     recomputation of an MLP hands the MLP's bias out as a result and never ends its backward pass.
@@ -115,8 +136,11 @@ def vision_transformer_config(text: TransformerConfig, vision: VisionConfig) -> 
         add_bias_linear=True,
         add_qkv_bias=True,
         mrope_section=None,
+        tensor_model_parallel_size=tower_size,
         pipeline_model_parallel_size=1,
         virtual_pipeline_model_parallel_size=None,
+        pipeline_model_parallel_layout=None,
+        overlap_p2p_comm=False,
         context_parallel_size=1,
         sequence_parallel=False,
         fp8=None,
@@ -128,13 +152,21 @@ def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
     return -(-vocab_size // tensor_parallel) * tensor_parallel
 
 
-def check_layout(hf_config: HFConfig, groups: Groups, sequence_parallel: bool) -> None:
+def check_layout(
+    hf_config: HFConfig,
+    groups: Groups,
+    sequence_parallel: bool,
+    virtual_stages: int = 1,
+    stage_layers: Sequence[int] = (),
+) -> None:
     """Refuse a layout that does not divide the model.
 
     Args:
         hf_config: shape of the model.
         groups: the layout.
         sequence_parallel: whether rows are split too.
+        virtual_stages: of each pipeline rank.
+        stage_layers: layers of each stage; empty for equally many.
 
     Raises:
         ConfigError: naming what does not divide.
@@ -144,21 +176,54 @@ def check_layout(hf_config: HFConfig, groups: Groups, sequence_parallel: bool) -
         "num_attention_heads": text.num_attention_heads,
         "num_key_value_heads": text.num_key_value_heads,
         "intermediate_size": text.intermediate_size,
+    }
+    tower_parts = {
         "vision num_heads": vision.num_heads,
         "vision intermediate_size": vision.intermediate_size,
     }
-    for name, value in parts.items():
-        if value % size:
+    for name, value in (parts | tower_parts).items():
+        of_tower = name in tower_parts
+        if value % (groups.tower.size if of_tower else size):
+            other = " or parallel.vision=images" if of_tower else ""
             raise ConfigError(
                 f"{name} is {value}, which parallel.tensor={size} does not divide; use a divisor"
+                f"{other}"
             )
-    if text.num_layers % groups.pipeline.size:
-        raise ConfigError(
-            f"{text.num_layers} layers do not divide over parallel.pipeline={groups.pipeline.size} "
-            "stages; use a divisor"
-        )
+    check_stages(text.num_layers, groups.pipeline.size, virtual_stages, stage_layers)
     if sequence_parallel and size == 1:
         raise ConfigError("parallel.sequence=true needs parallel.tensor of 2 or more")
+
+
+def check_stages(
+    num_layers: int, pipeline: int, virtual_stages: int, stage_layers: Sequence[int]
+) -> None:
+    """Refuse a pipeline that the layers do not fill.
+
+    Args:
+        num_layers: of the language model.
+        pipeline: ranks of the pipeline.
+        virtual_stages: of each of them.
+        stage_layers: layers of each stage; empty for equally many.
+
+    Raises:
+        ConfigError: layers are left over or missing, or a stage has none.
+    """
+    num_stages = pipeline * virtual_stages
+    ranks = f"parallel.pipeline={pipeline}"
+    ranks += f" x virtual={virtual_stages}" if virtual_stages > 1 else ""
+    if not stage_layers and num_layers % num_stages:
+        raise ConfigError(
+            f"{num_layers} layers do not divide over {ranks} stages; use a divisor, or name the "
+            "layers of each stage in parallel.stage_layers"
+        )
+    if stage_layers and (
+        len(stage_layers) != num_stages or sum(stage_layers) != num_layers or min(stage_layers) < 1
+    ):
+        raise ConfigError(
+            f"parallel.stage_layers is {list(stage_layers)}: {len(stage_layers)} stages with "
+            f"{sum(stage_layers)} layers; expected {num_stages} numbers ({ranks}) of 1 or more "
+            f"that add up to the model's {num_layers}"
+        )
 
 
 def _leave(weight: torch.Tensor) -> torch.Tensor:

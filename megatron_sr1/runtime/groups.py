@@ -51,6 +51,8 @@ class Groups:
         data: ranks with the same shard and other samples.
         data_context: data times context, over which gradients are summed.
         world: everyone.
+        tower: ranks that share each layer of the tower: `tensor`, or this rank alone.
+        images: ranks that share out a row's images.
         collection: Megatron's `ProcessGroupCollection` of the same groups.
         device: where this rank computes.
     """
@@ -61,6 +63,8 @@ class Groups:
     data: Group
     data_context: Group
     world: Group
+    tower: Group
+    images: Group
     collection: Any
     device: Device
 
@@ -112,18 +116,28 @@ def make_groups(parallel: ParallelConfig, device: Device) -> Groups:
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
             context_parallel_size=parallel.context,
+            virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
             create_gloo_process_groups=True,
         )
         collection = ProcessGroupCollection.use_mpu_process_groups()
     world = dist.group.WORLD
     assert world is not None
+    tensor = Group.of(parallel_state.get_tensor_model_parallel_group())
+    context = Group.of(parallel_state.get_context_parallel_group())
+    tower, images = tensor, context
+    if parallel.vision == "images" and tensor.size > 1:
+        # Made by its one member: no meeting of the world, which would be one a rank.
+        tower = Group.of(dist.new_group([dist.get_rank()], use_local_synchronization=True))
+        images = Group.of(parallel_state.get_tensor_and_context_parallel_group())
     return Groups(
-        tensor=Group.of(parallel_state.get_tensor_model_parallel_group()),
+        tensor=tensor,
         pipeline=Group.of(parallel_state.get_pipeline_model_parallel_group()),
-        context=Group.of(parallel_state.get_context_parallel_group()),
+        context=context,
         data=Group.of(parallel_state.get_data_parallel_group()),
         data_context=Group.of(parallel_state.get_data_parallel_group(with_context_parallel=True)),
         world=Group.of(world),
+        tower=tower,
+        images=images,
         collection=collection,
         device=device,
     )

@@ -153,9 +153,10 @@ def make_actor(
             check_for_nan_in_grad=True,
         )
         wrapped = [DistributedDataParallel(c.config, ddp_config, c) for c in chunks]
-        for chunk, outer in zip(chunks, wrapped, strict=True):
-            chunk.config.no_sync_func = outer.no_sync
-            chunk.config.finalize_model_grads_func = finalize_model_grads
+        no_sync = [outer.no_sync for outer in wrapped]
+        # One configuration for all chunks of a rank.
+        chunks[0].config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+        chunks[0].config.finalize_model_grads_func = finalize_model_grads
         optimizer = make_optimizer(config, wrapped)
         scheduler = make_scheduler(config.optimizer, optimizer, num_updates)
     return Actor(chunks, wrapped, optimizer, scheduler, hf_config, source, groups)

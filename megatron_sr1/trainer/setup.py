@@ -14,8 +14,8 @@ from megatron_sr1.checkpoint.hf import save_hf
 from megatron_sr1.checkpoint.model_source import ModelSource, load_model, resolve_model
 from megatron_sr1.config import Config, LaunchConfig
 from megatron_sr1.data.processor import Processor
+from megatron_sr1.model.build import build_model
 from megatron_sr1.model.hf_config import HFConfig, read_hf_config
-from megatron_sr1.model.qwen25_vl import build_model
 from megatron_sr1.rewards.own import OwnReward
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rollout.engine import Engine
@@ -72,7 +72,8 @@ def load_actor_model(config: Config, groups: Groups) -> tuple[list[Any], HFConfi
             dtype=DTYPES[model.dtype],
             spec=model.spec,
             sequence_parallel=config.parallel.sequence,
-            split_images=config.parallel.split_images,
+            virtual_stages=config.parallel.virtual,
+            stage_layers=config.parallel.stage_layers,
             recompute=model.recompute,
             fp8=model.fp8,
             fp8_recipe=model.fp8_recipe,

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sr1.errors import SR1Error
+from megatron_sr1.model.row_split import sequence_multiple
 from megatron_sr1.records import PackedBatch, TrainSample
 from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.groups import Groups
@@ -78,7 +79,7 @@ def sample_logprobs(
 
     with torch.no_grad():
         _run(actor.chunks, actor, batches, temperature, lambda batch: collect, forward_only=True)
-    rows = _from_last_stage(logprobs, batches, actor)
+    rows = _from_last_stage(logprobs[: len(batches)], batches, actor)
     found: list[np.ndarray] = [np.zeros(0, np.float32)] * len(samples)
     for batch, row in zip(batches, rows, strict=True):
         borders = batch.cu_seqlens.tolist()
@@ -191,6 +192,12 @@ def _run(
     """Drive Megatron's schedule over the micro-batches."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
+    groups, rows = actor.groups, list(batches)
+    if len(models) > 1:
+        # The interleaved schedule goes round the pipeline with as many rows as it has ranks.
+        missing = -len(rows) % groups.pipeline.size
+        rows += [empty_row(sequence_multiple(groups.context.size) * groups.tensor.size)] * missing
+
     def forward(iterator: Iterator[PackedBatch], model: Any) -> tuple[torch.Tensor, Any]:
         batch = to_device(next(iterator), actor.first_device)
         output = model(
@@ -202,19 +209,41 @@ def _run(
             labels=batch.labels,
             temperature=temperature,
         )
-        return output, loss_of(batch)
+        return output, loss_of(batch) if batch.sample_ids else _no_loss
 
     with cpu.megatron_mode():
         get_forward_backward_func()(
             forward_step_func=forward,
-            data_iterator=[iter(batches) for _ in models],
+            data_iterator=[iter(rows) for _ in models],
             model=models,
-            num_microbatches=len(batches),
-            seq_length=batches[0].input_ids.shape[1],
+            num_microbatches=len(rows),
+            seq_length=rows[0].input_ids.shape[1],
             micro_batch_size=1,
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
+
+
+def empty_row(num_tokens: int) -> PackedBatch:
+    """A row of padding alone: no sample, no target."""
+    nothing = torch.zeros(1, num_tokens, dtype=torch.int64)
+    return PackedBatch(
+        sample_ids=(),
+        input_ids=nothing,
+        labels=nothing,
+        loss_mask=torch.zeros(1, num_tokens),
+        position_ids=torch.arange(num_tokens).expand(3, 1, -1),
+        cu_seqlens=torch.tensor([0, num_tokens], dtype=torch.int32),
+        max_seqlen=num_tokens,
+        vision=None,
+    )
+
+
+def _no_loss(output: torch.Tensor, non_loss_data: bool = False) -> Any:
+    """Of an empty row."""
+    if non_loss_data:
+        return output
+    return 0 * output.sum(), torch.zeros([], dtype=torch.int32), {}
 
 
 def _from_last_stage(

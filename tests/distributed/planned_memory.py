@@ -18,8 +18,8 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from megatron_sr1.config_file import load_config  # noqa: E402
+from megatron_sr1.model.build import build_model  # noqa: E402
 from megatron_sr1.model.hf_config import read_hf_config  # noqa: E402
-from megatron_sr1.model.qwen25_vl import build_model  # noqa: E402
 from megatron_sr1.planning.activations import (  # noqa: E402
     Kernels,
     text_ends_bytes,

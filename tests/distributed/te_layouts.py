@@ -12,7 +12,7 @@ import torch.distributed as dist
 import transformer_engine
 
 from megatron_sr1.config import ParallelConfig
-from megatron_sr1.model import qwen25_vl, specs
+from megatron_sr1.model import build, specs
 from megatron_sr1.runtime.device import select_device, start_distributed, stop_distributed
 from megatron_sr1.runtime.groups import make_groups
 from tests.distributed import model_layouts
@@ -30,7 +30,7 @@ def main():
     alone = make_groups(ParallelConfig(), device)
     expected = {case: model_layouts.measure(case, alone) for case in cases}
     specs.require_transformer_engine = lambda: None  # it asks for CUDA
-    model_layouts.build_model = functools.partial(qwen25_vl.build_model, spec="transformer_engine")
+    model_layouts.build_model = functools.partial(build.build_model, spec="transformer_engine")
     problems = []
     for tensor, pipeline, letters in layouts:
         parallel_state.destroy_model_parallel()

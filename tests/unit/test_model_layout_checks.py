@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_sr1.errors import ConfigError
-from megatron_sr1.model.qwen25_vl import build_model
+from megatron_sr1.model.build import build_model
 from megatron_sr1.model.transformer_config import check_layout, padded_vocab_size
 from tests.unit.test_model_hf_config import FLAT, parse_hf_config
 
