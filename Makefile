@@ -6,13 +6,14 @@ CORE_LATEST ?= 0.19.2
 # More threads than cores slow small tensors down; torchrun ranks set their own.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help env launch-env demo bench lint docs test test-slow test-core-latest clean
+.PHONY: help env launch-env demo bench layouts lint docs test test-slow test-core-latest clean
 
 help:
 	@echo "make env        the environment: .venv over a cache keyed by the requirements"
 	@echo "make launch-env  .venv-launch, with nemo-run, to send jobs to Slurm (docs/slurm.md)"
 	@echo "make demo       digits from scratch on a CPU, with a report in $(DEMO_OUTPUT)"
 	@echo "make bench      what the second pass costs, and sync and step beside others' (docs/bench.md)"
+	@echo "make layouts    how far every layout is from one process (docs/scaling.md)"
 	@echo "make test       ruff, mypy, the guides and the tests that are not slow"
 	@echo "make docs       the guides as web pages, in docs/_build"
 	@echo "make test-slow  the slow tests, the demo's claims among them"
@@ -32,6 +33,9 @@ demo: env
 
 bench: env
 	$(BIN)/python tools/bench.py --demo $(DEMO_OUTPUT)
+
+layouts: env
+	$(BIN)/python tools/layouts.py
 
 lint: env
 	$(BIN)/ruff check .

@@ -102,6 +102,9 @@ class RolloutConfig:
     """Pass-1 limit."""
     pass2: str = "fork"
     """When pass 2 starts: fork (as soon as the description closes) | barrier (after pass 1)."""
+    pass2_order: str = "question_first"
+    """Pass-2 prompt: question_first (what a prompt's samples share comes first, so that the prefix
+    cache serves it) | description_first (as published, and as the digits' model is trained)."""
     pass2_mode: str = "generate"
     """A description is judged by: generate (answers from it) | likelihood (of the gold answer,
     by prefill alone)."""

@@ -32,6 +32,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "model.recompute": ("none", "selective", "full"),
     "data.prompt_style": ("full", "brief"),
     "rollout.pass2": ("fork", "barrier"),
+    "rollout.pass2_order": ("question_first", "description_first"),
     "rollout.pass2_mode": ("generate", "likelihood"),
     "reward.likelihood": ("per_token", "probability", "linear"),
     "reward.recipe": ("vision_sr1", "see_think", "vision_r1"),

@@ -207,10 +207,13 @@ class VisionInputs:
     Attributes:
         pixel_values: [patches, 3 * temporal_patch * patch * patch] float32, normalised.
         image_grid_thw: [images, 3] int64, (t, h, w) in patches.
+        occurrences: [places] int64 on the host, the image that stands at each place of a row, in
+            the row's order; None: each image once, in order.
     """
 
     pixel_values: torch.Tensor
     image_grid_thw: torch.Tensor
+    occurrences: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -232,7 +235,8 @@ class PackedBatch:
         cu_seqlens: [sequences + 1] int32, borders on the row, a sequence's padding included;
             padding behind the last one is a sequence too.
         max_seqlen: longest sequence, tokens.
-        vision: images of all sequences, in order; None if there are none.
+        vision: images of all sequences, those of one example once, and where they occur; None if
+            there are none.
         advantages: [1, T] float32 or None.
         old_logprobs: [1, T] float32 or None.
         engine_logprobs: [1, T] float32 or None.

@@ -127,13 +127,15 @@ def publish(entry: Entry, shards: Sequence[torch.Tensor]) -> list[tuple[str, tor
             every rank has it all. Vocabulary rows may be padded.
 
     Returns:
-        (published name, whole tensor) in the entry's order.
+        (published name, whole tensor) in the entry's order; of a single shard, views where that
+        can be.
     """
     if entry.shard_dim is WHOLE:
         parts = split(entry, shards[0])
     else:
         by_rank = [split(entry, shard, len(shards)) for shard in shards]
-        parts = [torch.cat(ranks, dim=entry.shard_dim) for ranks in zip(*by_rank, strict=True)]
+        together = zip(*by_rank, strict=True)
+        parts = [torch.cat(p, entry.shard_dim) if len(p) > 1 else p[0] for p in together]
     return _named(entry, parts)
 
 

@@ -35,7 +35,7 @@ _DEFUSE = "\ue0de"
 
 
 TEMPLATE_SECONDS = 10.0
-"""Of one rendering; a template takes milliseconds."""
+"""Of the process's time, for one rendering; a template takes milliseconds."""
 MAX_RENDERED_CHARACTERS = 4 * MAX_TEXT_CHARACTERS
 
 
@@ -150,7 +150,10 @@ class ChatTemplate:
 
 @contextlib.contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """TimeoutError after so long; in other threads than the main one there is no limit."""
+    """TimeoutError after so much of the process's time, which no busy machine lengthens.
+
+    In other threads than the main one there is no limit.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -158,13 +161,13 @@ def _time_limit(seconds: float) -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise TimeoutError(f"not done after {seconds:g} s")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    left, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGPROF, stop)
+    left, _ = signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, left)  # of a caller's own limit; 0 for none
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, left)  # of a caller's own limit; 0 for none
+        signal.signal(signal.SIGPROF, before)
 
 
 def _read_template(directory: Path, tokenizer: Any) -> str:

@@ -35,6 +35,7 @@ QUESTIONS = {
     "rightmost": "Which digit is rightmost?",
 }
 STYLE = "brief"
+PASS2_ORDER = "description_first"
 """Prompt style that the digits model is taught; hand it to prompts.py when rolling it out."""
 NUM_TRAIN_DIGITS = 1437
 DIGITS_PER_IMAGE = 3
@@ -197,7 +198,7 @@ def _conversation(
 ) -> tuple[Message, ...]:
     """User and assistant turn of one of the cold start's formats."""
     if form == "reader":
-        asked = pass2_messages(QUESTIONS[kind], _spaced(digits), STYLE)
+        asked = pass2_messages(QUESTIONS[kind], _spaced(digits), STYLE, PASS2_ORDER)
     else:
         turn = Message("user", IMAGE_MARK + QUESTIONS[kind])
         asked = pass1_messages(Example(-1, "", "", (turn,), None, 1), form, STYLE)

@@ -181,13 +181,13 @@ def _pack(
 def _vision(
     chosen: list[TrainSample], vision_of: Callable[[int], VisionInputs | None]
 ) -> VisionInputs | None:
-    """Pixels of a row's images, each sample's checked against its grids."""
-    found = []
+    """Pixels of a row's images, once for all samples of an example, checked against their grids."""
+    found: dict[int, VisionInputs] = {}
     for sample in chosen:
         assert len(sample.image_grid_thw) == sample.num_images, sample.index
         if not sample.num_images:
             continue
-        vision = vision_of(sample.index)
+        vision = found.get(sample.index) or vision_of(sample.index)
         grids = [] if vision is None else [tuple(g) for g in vision.image_grid_thw.tolist()]
         if vision is None or grids != list(sample.image_grid_thw):
             raise DataError(
@@ -195,9 +195,13 @@ def _vision(
                 f"{list(sample.image_grid_thw)}, its pixels have {grids}; tokens and pixels must "
                 "come from the same images with the same pixel limits"
             )
-        found.append(vision)
+        found[sample.index] = vision
     if not found:
         return None
+    counts = [len(v.image_grid_thw) for v in found.values()]
+    first = dict(zip(found, np.cumsum([0, *counts]).tolist(), strict=False))
     return VisionInputs(
-        torch.cat([v.pixel_values for v in found]), torch.cat([v.image_grid_thw for v in found])
+        torch.cat([v.pixel_values for v in found.values()]),
+        torch.cat([v.image_grid_thw for v in found.values()]),
+        torch.tensor([first[s.index] + image for s in chosen for image in range(s.num_images)]),
     )

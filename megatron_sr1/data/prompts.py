@@ -31,8 +31,8 @@ _THINK = (
     "\\boxed{}, and nothing after it."
 )
 _READ = (
-    "The image is not available to you. What it shows is told in the description above; rely on "
-    "it alone. "
+    "The image is not available to you. What it shows is told in the description; rely on that "
+    "alone. "
 )
 PASS1_INSTRUCTIONS: Mapping[str, Mapping[str, str]] = {
     "full": {"vision_sr1": _DESCRIBE, "see_think": _DESCRIBE, "vision_r1": _THINK},
@@ -43,15 +43,25 @@ PASS1_INSTRUCTIONS: Mapping[str, Mapping[str, str]] = {
     },
 }
 """By style and recipe: `full` for published models, `brief` for a model trained on it."""
-PASS2_TEMPLATES: Mapping[str, tuple[str, str, str]] = {
-    "full": (
-        "Description of an image:\n",
-        "\n\nQuestion about the image:\n",
-        f"\n\n{_READ}{_THINK}",
-    ),
-    "brief": ("Read: ", "\n", "\nThink, answer."),
+PASS2_TEMPLATES: Mapping[str, Mapping[str, tuple[str, str, str]]] = {
+    "full": {
+        "question_first": (
+            f"{_READ}{_THINK}\n\nQuestion about an image:\n",
+            "\n\nDescription of the image:\n",
+            "",
+        ),
+        "description_first": (
+            "Description of an image:\n",
+            "\n\nQuestion about the image:\n",
+            f"\n\n{_READ}{_THINK}",
+        ),
+    },
+    "brief": {
+        "question_first": ("Think, answer.\n", "\nRead: ", ""),
+        "description_first": ("Read: ", "\n", "\nThink, answer."),
+    },
 }
-"""By style: what stands before the description, between it and the question, and after."""
+"""By style and order: what stands before the first of question and description, between, after."""
 
 
 def pass1_messages(example: Example, recipe: str, style: str = "full") -> list[ChatMessage]:
@@ -84,19 +94,26 @@ def pass1_messages(example: Example, recipe: str, style: str = "full") -> list[C
     return messages
 
 
-def pass2_messages(question: str, description: str, style: str = "full") -> list[ChatMessage]:
-    """Chat messages of the second pass: description, then question, text only.
+def pass2_messages(
+    question: str, description: str, style: str = "full", order: str = "question_first"
+) -> list[ChatMessage]:
+    """Chat messages of the second pass, text only.
 
     Args:
         question: as asked in pass 1, options included; its image marks are taken out.
         description: the text inside the description span.
         style: full | brief.
+        order: question_first (all that a prompt's descriptions share comes first, so that the
+            engine's prefix cache serves it) | description_first (as in arXiv 2508.19652).
 
     Returns:
         one user turn with one text part; an `<image>` inside the description stays text.
     """
-    before, between, after = _choice(PASS2_TEMPLATES, style, "style")
-    text = f"{before}{description.strip()}{between}{strip_image_marks(question)}{after}"
+    templates = _choice(PASS2_TEMPLATES, style, "style")
+    before, between, after = _choice(templates, order, "order of pass 2")
+    parts = [strip_image_marks(question), description.strip()]
+    first, second = parts if order == "question_first" else reversed(parts)
+    text = f"{before}{first}{between}{second}{after}"
     return [{"role": "user", "content": [{"type": "text", "text": text}]}]
 
 

@@ -37,6 +37,7 @@ from megatron_sr1.model.row_split import RowSplit, split_row
 from megatron_sr1.model.transformer_config import (
     padded_vocab_size,
 )
+from megatron_sr1.model.vision import feature_numbers
 from megatron_sr1.records import VisionInputs
 from megatron_sr1.runtime.groups import Groups
 
@@ -198,15 +199,16 @@ class Qwen25VL(MegatronModule):
         num_pads = int(is_image.sum())
         if vision is not None:
             features = self._encode(vision)
-            if len(features) != num_pads:
+            numbers = feature_numbers(vision, self.hf_config.vision.spatial_merge_size)
+            if len(numbers) != num_pads:
                 raise DataError(
                     f"the row holds {num_pads} image-pad tokens, its images have "
-                    f"{len(features)} features: expand each image to as many pads as it has "
+                    f"{len(numbers)} features: expand each image to as many pads as it has "
                     "merged tokens and never sample the pad"
                 )
             places = torch.nonzero(split.take(is_image, dim=0))[:, 0]
-            numbers = split.take(is_image.cumsum(0) - 1, dim=0)[places]  # which feature goes where
-            features = features.index_select(0, numbers).unsqueeze(1)
+            pads = split.take(is_image.cumsum(0) - 1, dim=0)[places]  # the row's, as counted
+            features = features.index_select(0, numbers.to(pads.device)[pads]).unsqueeze(1)
             embedded = embedded.index_copy(0, places, features.to(embedded.dtype))
         elif num_pads:
             raise DataError(f"the row holds {num_pads} image-pad tokens, but no images came")

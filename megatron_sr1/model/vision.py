@@ -266,6 +266,24 @@ def check_patches(inputs: VisionInputs) -> None:
         )
 
 
+def feature_numbers(inputs: VisionInputs, merge: int) -> torch.Tensor:
+    """Which feature stands at each image token of a row; an image's may stand at several places.
+
+    Args:
+        inputs: images and where they occur.
+        merge: side of a merged token, patches.
+
+    Returns:
+        [image tokens] int64 on the host, numbers of the tower's features.
+    """
+    sizes = inputs.image_grid_thw.cpu().prod(dim=-1) // merge**2
+    numbers = torch.arange(int(sizes.sum()))
+    if inputs.occurrences is None:
+        return numbers
+    parts = numbers.split(sizes.tolist())
+    return torch.cat([parts[image] for image in inputs.occurrences.tolist()])
+
+
 def _pack(lengths: list[int], device: torch.device) -> PackedRow:
     borders = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     row = pack_row(borders, is_causal=False)

@@ -367,6 +367,7 @@ def _parameters(request: Request) -> Any:
             flat_logprobs=True,
             detokenize=False,
             output_kind=kind,
+            skip_clone=True,
         )
     return SamplingParams(
         temperature=request.temperature,
@@ -376,6 +377,7 @@ def _parameters(request: Request) -> Any:
         flat_logprobs=True,
         detokenize=False,
         output_kind=kind,
+        skip_clone=True,  # made for this request alone; a deep copy of each costs a tenth of it
     )
 
 

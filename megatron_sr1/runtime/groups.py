@@ -143,6 +143,22 @@ def make_groups(parallel: ParallelConfig, device: Device) -> Groups:
     )
 
 
+def destroy_groups() -> None:
+    """Undo `make_groups`, to make others; collective over all ranks.
+
+    Megatron only forgets its groups; their threads would stay, and wait busily. An engine in the
+    same process loses its groups too.
+    """
+    from megatron.core import parallel_state
+    from torch.distributed import distributed_c10d
+
+    dist.barrier()
+    parallel_state.destroy_model_parallel()
+    for group in list(distributed_c10d._world.pg_map):  # torch lists its groups nowhere else
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+
+
 def gather_objects(value: Any, group: Group) -> list[Any]:
     """Every rank's value, in the group's order. Only for small Python objects of our own."""
     if group.size == 1:

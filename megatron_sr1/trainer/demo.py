@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron_sr1.config import Config
 from megatron_sr1.config_file import load_config
-from megatron_sr1.data.digits import corpus_texts, make_digits
+from megatron_sr1.data.digits import PASS2_ORDER, corpus_texts, make_digits
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.model.tiny import make_tiny_model
 from megatron_sr1.observability.metrics import read_lines
@@ -62,6 +62,7 @@ GRPO = [
     "stage=grpo",
     "data.prompts_per_step=32",
     "rollout.samples_per_prompt=8",
+    f"rollout.pass2_order={PASS2_ORDER}",
     "rollout.max_response_tokens=48",
     "rollout.max_reading_tokens=32",
     "rollout.max_model_len=256",

@@ -69,7 +69,7 @@ def train_grpo(
             **agreed,
         }
         values["reward/ungraded"] = float(context.ungraded)
-        if config.logging.rollouts:
+        if config.logging.rollouts and context.is_writer:
             lines = rollout_lines(step + 1, samples, scored, given)
             context.save_lines(f"rollouts/step_{step + 1}.jsonl", lines)
         samples.forget()

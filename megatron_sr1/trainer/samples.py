@@ -28,6 +28,7 @@ class Samples:
         processor: tokenizer and image processor.
         recipe: reward recipe, which chooses the instruction.
         style: prompt style.
+        pass2_order: whether question or description comes first in pass 2.
         max_prompt_tokens: longer prompts and conversations are a `DataError`.
 
     Raises:
@@ -41,6 +42,7 @@ class Samples:
         *,
         recipe: str,
         style: str,
+        pass2_order: str,
         max_prompt_tokens: int,
     ) -> None:
         """Open the shards."""
@@ -52,6 +54,8 @@ class Samples:
         self.reader = ShardReader(directory)
         self.processor = processor
         self._recipe, self._style, self._limit = recipe, style, max_prompt_tokens
+        self._pass2_order = pass2_order
+        self._examples: dict[int, Example] = {}
         self._prompts: dict[int, Prompt] = {}
         self._pixels: dict[int, VisionInputs] = {}
 
@@ -61,7 +65,9 @@ class Samples:
 
     def example(self, index: int) -> Example:
         """Text of a sample."""
-        return self.reader.example(index)
+        if index not in self._examples:
+            self._examples[index] = self.reader.example(index)
+        return self._examples[index]
 
     def prompt(self, index: int) -> Prompt:
         """Pass-1 prompt of a sample, with its images."""
@@ -79,7 +85,8 @@ class Samples:
 
     def reading_prompt(self, prompt: Prompt, description: str) -> tuple[int, ...]:
         """Token ids of the text-only pass-2 prompt."""
-        messages = pass2_messages(prompt.example.question, description, self._style)
+        question = prompt.example.question
+        messages = pass2_messages(question, description, self._style, self._pass2_order)
         return self.processor.encode_text(messages)
 
     def gold_answer(self, prompt: Prompt) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -123,7 +130,8 @@ class Samples:
         return self.processor.encode_conversation(example, images, self._limit)
 
     def forget(self) -> None:
-        """Let go of prompts and pixels: after a step they are not asked for again for long."""
+        """Let go of what was read: after a step it is not asked for again for long."""
+        self._examples.clear()
         self._prompts.clear()
         self._pixels.clear()
 

@@ -113,6 +113,7 @@ def open_samples(config: Config, directory: str, processor: Processor) -> Sample
         processor,
         recipe=config.reward.recipe,
         style=config.data.prompt_style,
+        pass2_order=config.rollout.pass2_order,
         max_prompt_tokens=config.data.max_prompt_tokens,
     )
 

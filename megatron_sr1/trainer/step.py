@@ -39,18 +39,14 @@ def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
         return batch
     from dataclasses import fields, replace
 
-    from megatron_sr1.records import VisionInputs
-
     moved: dict[str, Any] = {
         f.name: getattr(batch, f.name).to(device, non_blocking=True)
         for f in fields(batch)
         if isinstance(getattr(batch, f.name), torch.Tensor)
     }
     if batch.vision is not None:
-        moved["vision"] = VisionInputs(
-            batch.vision.pixel_values.to(device, non_blocking=True),
-            batch.vision.image_grid_thw,
-        )
+        pixels = batch.vision.pixel_values.to(device, non_blocking=True)
+        moved["vision"] = replace(batch.vision, pixel_values=pixels)
     return replace(batch, **moved)
 
 

@@ -6,8 +6,8 @@ Usage: checkpoint_ranks.py roundtrip OUT SOURCE:A,B ...    loads SOURCE under A 
                                                            and B in OUT/NAME_OF_SOURCE/A.saved
        checkpoint_ranks.py resume OUT SOURCE A:B,C ...     trains and saves under A, resumes under
                                                            B and C; writes OUT/results.json
-A layout is TPxPP and letters: c two context-parallel ranks, s sequence parallel, p optimizer not
-distributed, b bfloat16.
+A layout is TPxPP and letters: c two context-parallel ranks, s sequence parallel, i the tower by
+images, v two virtual stages, u one and three layers, p optimizer not distributed, b bfloat16.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ from megatron_sr1.model.hf_config import read_hf_config  # noqa: E402
 from megatron_sr1.model.row_split import sequence_multiple  # noqa: E402
 from megatron_sr1.records import TrainSample  # noqa: E402
 from megatron_sr1.runtime.device import select_device, start_distributed  # noqa: E402
-from megatron_sr1.runtime.groups import make_groups  # noqa: E402
+from megatron_sr1.runtime.groups import destroy_groups, make_groups  # noqa: E402
 from megatron_sr1.runtime.seeds import seed_everything  # noqa: E402
 from megatron_sr1.trainer.actor import make_actor  # noqa: E402
 from megatron_sr1.trainer.step import update  # noqa: E402
@@ -46,7 +46,7 @@ from megatron_sr1.trainer.step import update  # noqa: E402
 
 def start(layout, source):
     """Configuration and groups of a layout; the groups of the one before go."""
-    tensor, pipeline, letters = re.fullmatch(r"(\d)x(\d)([cspb]*)", layout).groups()
+    tensor, pipeline, letters = re.fullmatch(r"(\d)x(\d)([csivupb]*)", layout).groups()
     config = load_config(
         None,
         [
@@ -56,15 +56,17 @@ def start(layout, source):
             f"parallel.pipeline={pipeline}",
             f"parallel.context={1 + ('c' in letters)}",
             f"parallel.sequence={'s' in letters}".lower(),
+            f"parallel.vision={'images' if 'i' in letters else 'tensor'}",
+            f"parallel.virtual={1 + ('v' in letters)}",
+            f"parallel.stage_layers={[1, 3] if 'u' in letters else []}",
             f"parallel.distributed_optimizer={'p' not in letters}".lower(),
             "optimizer.learning_rate=1e-3",
             "optimizer.schedule=linear",
             "optimizer.warmup_steps=3",
         ],
     )
-    from megatron.core import parallel_state
 
-    parallel_state.destroy_model_parallel()
+    destroy_groups()
     groups = make_groups(config.parallel, select_device("cpu"))
     seed_everything(1, groups)
     return config, groups
@@ -79,6 +81,8 @@ def load(config, groups):
             groups,
             dtype=getattr(torch, config.model.dtype),
             sequence_parallel=config.parallel.sequence,
+            virtual_stages=config.parallel.virtual,
+            stage_layers=config.parallel.stage_layers,
         )
     load_model(chunks, source, hf_config, groups)
     return chunks, hf_config, source

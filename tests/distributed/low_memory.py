@@ -27,7 +27,7 @@ from megatron_sr1.data.packing import pack_samples  # noqa: E402
 from megatron_sr1.data.processor import Processor  # noqa: E402
 from megatron_sr1.errors import CheckpointError  # noqa: E402
 from megatron_sr1.runtime.device import select_device, start_distributed  # noqa: E402
-from megatron_sr1.runtime.groups import make_groups  # noqa: E402
+from megatron_sr1.runtime.groups import destroy_groups, make_groups  # noqa: E402
 from megatron_sr1.runtime.seeds import seed_everything  # noqa: E402
 from megatron_sr1.trainer.actor import make_actor  # noqa: E402
 from megatron_sr1.trainer.setup import load_actor_model  # noqa: E402
@@ -60,9 +60,8 @@ class Run:
     """A short training run under a setting."""
 
     def __init__(self, setting, model_dir):
-        from megatron.core import parallel_state
 
-        parallel_state.destroy_model_parallel()
+        destroy_groups()
         config = configure(setting, model_dir)
         self.groups = make_groups(config.parallel, select_device("cpu"))
         seed_everything(1, self.groups)

@@ -20,7 +20,7 @@ from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.model.row_split import sequence_multiple
 from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.device import select_device, start_distributed, stop_distributed
-from megatron_sr1.runtime.groups import make_groups
+from megatron_sr1.runtime.groups import destroy_groups, make_groups
 from tests.model_cases import make_row, published_gradients, worst_relative_gap
 
 TOLERANCE = 1e-5
@@ -160,7 +160,6 @@ def compare(found, expected, directory):
 
 
 def main():
-    from megatron.core import parallel_state
 
     cases = sorted(Path(sys.argv[1]).iterdir())
     layouts = [argument.split(",") for argument in sys.argv[2:]]
@@ -171,7 +170,7 @@ def main():
     num_problems, num_checked = 0, 0
     for *sizes, letters in layouts:
         tensor, pipeline, context = map(int, sizes)
-        parallel_state.destroy_model_parallel()
+        destroy_groups()
         layout = ParallelConfig(
             tensor=tensor,
             pipeline=pipeline,

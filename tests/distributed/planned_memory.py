@@ -33,7 +33,7 @@ from megatron_sr1.planning.memory import (  # noqa: E402
     static_memory,
 )
 from megatron_sr1.runtime.device import select_device, start_distributed  # noqa: E402
-from megatron_sr1.runtime.groups import make_groups  # noqa: E402
+from megatron_sr1.runtime.groups import destroy_groups, make_groups  # noqa: E402
 from megatron_sr1.trainer.actor import make_actor  # noqa: E402
 from megatron_sr1.trainer.optimizer import DTYPES  # noqa: E402
 from tests.planned_models import make_row, saved_bytes  # noqa: E402
@@ -117,7 +117,6 @@ def plan_activations(config, hf_config, layout):
 
 
 def main():
-    from megatron.core import parallel_state
 
     models, out, *cases = sys.argv[1:]
     device = select_device("cpu")
@@ -130,7 +129,7 @@ def main():
         keys = [f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}"]
         keys += [f"parallel.sequence={bool(sequence)}".lower(), f"model.path={path}"]
         config = load_config(None, [*keys, *SETTINGS[setting]])
-        parallel_state.destroy_model_parallel()
+        destroy_groups()
         groups = make_groups(config.parallel, device)
         hf_config = read_hf_config(path)
         layout = configured(config, dist.get_world_size())

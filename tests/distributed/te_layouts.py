@@ -14,12 +14,11 @@ import transformer_engine
 from megatron_sr1.config import ParallelConfig
 from megatron_sr1.model import build, specs
 from megatron_sr1.runtime.device import select_device, start_distributed, stop_distributed
-from megatron_sr1.runtime.groups import make_groups
+from megatron_sr1.runtime.groups import destroy_groups, make_groups
 from tests.distributed import model_layouts
 
 
 def main():
-    from megatron.core import parallel_state
     from megatron.core.extensions import transformer_engine as extensions
 
     assert "te_double" in transformer_engine.__file__ and extensions.HAVE_TE
@@ -33,7 +32,7 @@ def main():
     model_layouts.build_model = functools.partial(build.build_model, spec="transformer_engine")
     problems = []
     for tensor, pipeline, letters in layouts:
-        parallel_state.destroy_model_parallel()
+        destroy_groups()
         layout = ParallelConfig(tensor=int(tensor), pipeline=int(pipeline))
         groups = make_groups(layout, device)
         for case in cases:

@@ -16,8 +16,20 @@ from tests.checkpoint_files import files_of, write_two_files
 
 SCRIPT = Path(__file__).parent / "checkpoint_ranks.py"
 ROOT = Path(__file__).resolve().parents[2]
-TIED, UNTIED = ("1x1", "2x1", "2x1s", "1x2", "1x1c"), ("2x1b", "1x2b")
+TIED = ("1x1", "2x1", "2x1s", "2x1i", "1x2", "1x2u", "1x2v", "1x1c")
+UNTIED = ("2x1b", "1x2b")
 CONVERT = ROOT / "tools" / "convert_checkpoint.py"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tied model of four layers, enough for two virtual stages on two ranks."""
+    from megatron_sr1.data.digits import corpus_texts
+    from megatron_sr1.model.tiny import make_tiny_model
+
+    directory = tmp_path_factory.mktemp("tied")
+    make_tiny_model(directory, corpus_texts(), num_layers=4)
+    return directory
 
 
 @pytest.fixture(scope="module")
@@ -32,16 +44,16 @@ def untied(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def written(tiny_model, untied, run_ranks, tmp_path_factory):
+def written(model, untied, run_ranks, tmp_path_factory):
     out = tmp_path_factory.mktemp("written")
-    plans = [f"{tiny_model}:{','.join(TIED)}", f"{untied}:{','.join(UNTIED)}"]
+    plans = [f"{model}:{','.join(TIED)}", f"{untied}:{','.join(UNTIED)}"]
     run_ranks(SCRIPT, 2, "roundtrip", out, *plans)
     return out
 
 
 @pytest.mark.parametrize("layout", TIED)
-def test_a_tied_model_comes_back_byte_for_byte(written, tiny_model, layout):
-    assert files_of(written / tiny_model.name / layout) == files_of(tiny_model)
+def test_a_tied_model_comes_back_byte_for_byte(written, model, layout):
+    assert files_of(written / model.name / layout) == files_of(model)
 
 
 @pytest.mark.parametrize("layout", UNTIED)
@@ -52,20 +64,21 @@ def test_an_untied_model_in_two_files_comes_back_byte_for_byte(written, untied, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["2x2", "2x2s"])
-def test_a_model_on_four_ranks_comes_back_byte_for_byte(tiny_model, run_ranks, tmp_path, layout):
-    run_ranks(SCRIPT, 4, "roundtrip", tmp_path, f"{tiny_model}:{layout}")
-    assert files_of(tmp_path / tiny_model.name / layout) == files_of(tiny_model)
+def test_a_model_on_four_ranks_comes_back_byte_for_byte(model, run_ranks, tmp_path, layout):
+    run_ranks(SCRIPT, 4, "roundtrip", tmp_path, f"{model}:{layout}")
+    assert files_of(tmp_path / model.name / layout) == files_of(model)
 
 
 @pytest.fixture(scope="module")
-def resumed(tiny_model, run_ranks, tmp_path_factory):
+def resumed(model, run_ranks, tmp_path_factory):
     out = tmp_path_factory.mktemp("resumed")
     plans = ["1x1:1x1,2x1s,1x2,1x1c", "1x2:1x2", "1x1c:1x1c,1x1,1x2", "1x1p:1x1p", "1x1b:1x1b"]
-    run_ranks(SCRIPT, 2, "resume", out, tiny_model, *plans)
+    plans += ["2x1i:2x1i,1x2v", "1x2v:1x2v,1x2u"]
+    run_ranks(SCRIPT, 2, "resume", out, model, *plans)
     return out, json.loads((out / "results.json").read_text())
 
 
-@pytest.mark.parametrize("layout", ["1x1", "1x2", "1x1c", "1x1p", "1x1b"])
+@pytest.mark.parametrize("layout", ["1x1", "1x2", "1x2v", "2x1i", "1x1c", "1x1p", "1x1b"])
 def test_a_resumed_run_has_the_numbers_of_one_never_stopped(resumed, layout):
     """Bitwise: losses, gradient norms, learning rates, generators and weights."""
     _, results = resumed
@@ -76,7 +89,8 @@ def test_a_resumed_run_has_the_numbers_of_one_never_stopped(resumed, layout):
 
 @pytest.mark.parametrize(
     ("saved", "layout"),
-    [("1x1", "2x1s"), ("1x1", "1x2"), ("1x1", "1x1c"), ("1x1c", "1x1"), ("1x1c", "1x2")],
+    [("1x1", "2x1s"), ("1x1", "1x2"), ("1x1", "1x1c"), ("1x1c", "1x1"), ("1x1c", "1x2")]
+    + [("2x1i", "1x2v"), ("1x2v", "1x2u")],
 )
 def test_a_run_resumed_under_another_layout_goes_on_alike(resumed, saved, layout):
     _, results = resumed
@@ -117,11 +131,11 @@ def test_the_converter_goes_both_ways_without_a_loss(untied, tmp_path):
     assert files_of(tmp_path / "hf") == files_of(untied)
 
 
-def test_a_checkpoint_of_a_run_becomes_a_model(resumed, tiny_model, tmp_path):
+def test_a_checkpoint_of_a_run_becomes_a_model(resumed, model, tmp_path):
     """Two updates later it is another model, in the same files."""
     out, _ = resumed
     done = convert("megatron-to-hf", out / "1x2", tmp_path / "hf")
     assert done.returncode == 0, done.stderr
-    model, trained = files_of(tiny_model), files_of(tmp_path / "hf")
+    model, trained = files_of(model), files_of(tmp_path / "hf")
     assert model.keys() == trained.keys()
     assert [name for name in model if model[name] != trained[name]] == ["model.safetensors"]

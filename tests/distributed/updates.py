@@ -1,8 +1,9 @@
 """Run two updates from one batch under several layouts and packings; write what came of each.
 
-Usage: updates.py MODEL_DIR OUT.json LAYOUT...; a layout is TPxPPxCP[s]@pack_tokens[f][:objective],
-s for sequence parallel, f for a frozen vision tower, the objective a key of OBJECTIVES. Data
-parallelism is what remains of the ranks.
+Usage: updates.py MODEL_DIR OUT.json LAYOUT...
+A layout is TPxPPxCP[siuv]@pack_tokens[f][:objective]: s for sequence parallel, i for the tower by
+images, u for an uneven pipeline, v for two virtual stages, f for a frozen vision tower, the
+objective a key of OBJECTIVES. Data parallelism is what remains of the ranks.
 """
 
 import json
@@ -27,7 +28,7 @@ from megatron_sr1.data.processor import Processor  # noqa: E402
 from megatron_sr1.model.row_split import sequence_multiple, split_row  # noqa: E402
 from megatron_sr1.records import PackedBatch, TrainSample  # noqa: E402
 from megatron_sr1.runtime.device import select_device, start_distributed  # noqa: E402
-from megatron_sr1.runtime.groups import Group, make_groups  # noqa: E402
+from megatron_sr1.runtime.groups import Group, destroy_groups, make_groups  # noqa: E402
 from megatron_sr1.trainer.actor import Reference, make_actor  # noqa: E402
 from megatron_sr1.trainer.objective import grpo_loss  # noqa: E402
 from megatron_sr1.trainer.setup import load_actor_model  # noqa: E402
@@ -48,7 +49,8 @@ OBJECTIVES = {
 def make_samples(processor: Processor) -> tuple[list[TrainSample], dict[int, list[Image.Image]]]:
     """Eleven sequences: no image, one, two of unequal sizes; random tokens and numbers.
 
-    The tenth is long, is text alone, and learns its last two tokens only.
+    The tenth is long, is text alone, and learns its last two tokens only. The ninth has the images
+    of the sixth, as another response to its prompt: some packings and layouts have both in a row.
     """
     rng = np.random.default_rng(7)
     samples, pictures = [], {}
@@ -74,7 +76,7 @@ def make_samples(processor: Processor) -> tuple[list[TrainSample], dict[int, lis
 
         samples.append(
             TrainSample(
-                index=index,
+                index=5 if index == 8 else index,
                 num_images=len(images),
                 token_ids=np.array(tokens),
                 loss_mask=mask,
@@ -93,9 +95,9 @@ def run_layout(layout: str, model_dir: str, processor: Processor) -> dict:
     """What one layout gives, with the vision tower frozen where it says f.
 
     Loss and gradient norm of two updates, logprobs before and after, exported weights."""
-    matched = re.fullmatch(r"(\d)x(\d)x(\d)(s?)@(\d+)(f?)(?::(\w+))?", layout)
+    matched = re.fullmatch(r"(\d)x(\d)x(\d)([siuv]*)@(\d+)(f?)(?::(\w+))?", layout)
     assert matched is not None, layout
-    tensor, pipeline, context, sequence, pack_tokens, frozen, objective = matched.groups()
+    tensor, pipeline, context, letters, pack_tokens, frozen, objective = matched.groups()
     config = load_config(
         None,
         [
@@ -104,7 +106,10 @@ def run_layout(layout: str, model_dir: str, processor: Processor) -> dict:
             f"parallel.tensor={tensor}",
             f"parallel.pipeline={pipeline}",
             f"parallel.context={context}",
-            f"parallel.sequence={bool(sequence)}".lower(),
+            f"parallel.sequence={'s' in letters}".lower(),
+            f"parallel.vision={'images' if 'i' in letters else 'tensor'}",
+            f"parallel.virtual={2 if 'v' in letters else 1}",
+            f"parallel.stage_layers={[1, 3] if 'u' in letters else []}",
             "optimizer.learning_rate=1e-3",
         ],
     )
@@ -144,9 +149,8 @@ def run_layout(layout: str, model_dir: str, processor: Processor) -> dict:
         "reference_gap": max(float(abs(a - b).max()) for a, b in zip(before, again, strict=True)),
         "restored_gap": max(float(abs(a - b).max()) for a, b in zip(after, restored, strict=True)),
     }
-    from megatron.core import parallel_state
 
-    parallel_state.destroy_model_parallel()
+    destroy_groups()
     return found
 
 

@@ -3,11 +3,15 @@
 Not covered: chunked prompts and full slots; tests/unit/test_roofline.py has those by hand.
 """
 
+import os
+
 import pytest
 import rollout_setup as setup
 
+from megatron_sr1.data.prompts import pass2_messages
 from megatron_sr1.rollout.readings import Pass2
 from megatron_sr1.rollout.recording import recorded
+from megatron_sr1.rollout.requests import Request
 from megatron_sr1.rollout.two_pass import roll_out
 from tools.schedules import SCHEDULES, Limits, jobs_of, simulate
 
@@ -64,6 +68,27 @@ def test_simulated_steps_are_the_recorded_ones(runs, schedule):
         stats.pass1_tokens + stats.pass2_tokens
     )
     assert any(r.reading for r in rollouts) == (schedule != "one")
+
+
+def test_with_the_question_first_a_prompts_readings_share_all_but_the_description(tiny_model, runs):
+    """Computed prompt tokens of eight readings of one question, a long one, from empty caches."""
+    engine, processor = runs[0], setup.processor(tiny_model)
+    question = "Which digit is the largest? " * 12
+    computed = {}
+    for order in ("question_first", "description_first"):
+        ids = [
+            processor.encode_text(pass2_messages(question, f"{k} and {k + 1}", "brief", order))
+            for k in range(8)
+        ]
+        state = setup.reference(tiny_model).state_dict().items()
+        engine.sync(((n, t) for n, t in state if n != "lm_head.weight"), version=1)
+        with recorded(engine) as steps:
+            engine.generate([Request(str(k), i, i, max_tokens=1) for k, i in enumerate(ids)])
+        computed[order] = sum(step.prefill_tokens for step in steps)
+        shared = len(os.path.commonprefix(ids)) // LIMITS.block_tokens * LIMITS.block_tokens
+        assert (shared > 0) == (order == "question_first")
+        assert computed[order] == sum(map(len, ids)) - 7 * shared
+    assert computed["question_first"] < computed["description_first"] / 2
 
 
 def test_recording_ends_with_its_block(runs):

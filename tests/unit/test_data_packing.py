@@ -9,6 +9,7 @@ import torch
 
 from megatron_sr1.data.packing import mrope_positions, pack_samples, plan
 from megatron_sr1.errors import DataError
+from megatron_sr1.model.vision import feature_numbers
 from megatron_sr1.records import TrainSample, VisionInputs
 
 PAD = 9
@@ -119,6 +120,30 @@ def test_images_follow_the_samples_of_their_row():
     assert batch.vision.pixel_values[:, 0].tolist() == [0.0] * 12 + [2.0] * 8
     assert pack(samples[1:2], vision_of=lambda i: None)[0].vision is None
     assert pack(samples, vision_of=None)[0].vision is None
+
+
+def test_images_of_one_example_are_in_a_row_once_and_occur_with_each_of_its_samples():
+    grids = {4: [(1, 2, 2), (1, 2, 4)], 2: [(1, 4, 2)]}
+    asked = []
+
+    def vision_of(index):
+        asked.append(index)
+        return pixels(index, grids[index])
+
+    two = [
+        sample(4, [1, PAD, 2, PAD, PAD, *rest], [0] * (5 + len(rest)), grids[4])
+        for rest in ([3], [4, 5])
+    ]
+    other = sample(2, [PAD, PAD, 1], [0] * 3, grids[2])
+    (batch,) = pack([two[0], other, two[1]], vision_of=vision_of)
+    assert asked == [4, 2]
+    assert batch.vision.image_grid_thw.tolist() == [[1, 2, 2], [1, 2, 4], [1, 4, 2]]
+    assert batch.vision.pixel_values[:, 0].tolist() == [4.0] * 12 + [2.0] * 8
+    assert batch.vision.occurrences.tolist() == [0, 1, 2, 0, 1]
+    assert feature_numbers(batch.vision, 2).tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
+    wrong = sample(4, [PAD, PAD, 1], [0] * 3, grids[2])
+    with pytest.raises(DataError, match=r"sample 4: .* for image grids \[\(1, 4, 2\)\]"):
+        pack([two[0], wrong], vision_of=vision_of)
 
 
 def test_tokens_grids_and_pixels_that_disagree_are_refused():

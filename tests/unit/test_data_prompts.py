@@ -2,6 +2,8 @@
 
 import pytest
 
+from megatron_sr1.config_file import load_config
+from megatron_sr1.data.digits import PASS2_ORDER, STYLE
 from megatron_sr1.data.prompts import (
     PASS1_INSTRUCTIONS,
     chat_messages,
@@ -46,15 +48,31 @@ def test_an_answer_after_the_question_is_not_shown():
         pass1_messages(late, "vision_sr1")
 
 
+@pytest.mark.parametrize("order", ["question_first", "description_first"])
 @pytest.mark.parametrize("style", ["full", "brief"])
-def test_the_second_pass_is_text_only_description_before_question_options_kept(style):
-    (message,) = pass2_messages("<image>\nWhich?\nA. cat\nB. dog", " a cat <image> ", style)
+def test_the_second_pass_is_text_only_in_the_order_asked_for_options_kept(style, order):
+    (message,) = pass2_messages("<image>\nWhich?\nA. cat\nB. dog", " a cat <image> ", style, order)
     (part,) = message["content"]
     assert part["type"] == "text"
     text = part["text"]
-    assert text.index("a cat <image>") < text.index("Which?\nA. cat\nB. dog")
+    question, description = text.index("Which?\nA. cat\nB. dog"), text.index("a cat <image>")
+    assert (question < description) == (order == "question_first")
     assert text.count("<image>") == 1  # the description's own words, which stay text
-    assert "answer" in text.split("B. dog")[1]
+    assert "answer" in text
+
+
+@pytest.mark.parametrize("style", ["full", "brief"])
+def test_with_the_question_first_only_the_end_depends_on_the_description(style):
+    one, other = (
+        pass2_messages("Which?", description, style)[0]["content"][0]["text"]
+        for description in ("a cat", "two dogs")
+    )
+    assert one.removesuffix("a cat") == other.removesuffix("two dogs") != one
+
+
+def test_the_digits_model_is_asked_in_pass_2_as_it_was_trained():
+    config = load_config("examples/digits_cpu.yaml")
+    assert (config.data.prompt_style, config.rollout.pass2_order) == (STYLE, PASS2_ORDER)
 
 
 @pytest.mark.parametrize(
@@ -81,3 +99,5 @@ def test_unknown_recipe_and_style_name_the_known_ones():
         pass1_messages(example(("user", "<image>")), "sr1")
     with pytest.raises(ConfigError, match="style is 'short'; expected full | brief"):
         pass2_messages("q", "d", "short")
+    with pytest.raises(ConfigError, match="order of pass 2 is 'answer_first'; expected question"):
+        pass2_messages("q", "d", "full", "answer_first")

@@ -15,6 +15,7 @@ def samples(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")
     shards = make_digits(folder, 1, num_train=2, num_eval=1, num_cold_start=1)
     options = {"recipe": "vision_sr1", "style": "brief", "max_prompt_tokens": 200}
+    options["pass2_order"] = "question_first"
     return Samples(shards["train"], Processor(tiny_model, 784, 200704), **options)
 
 

@@ -1,0 +1,113 @@
+"""Rows whose sequences share images, against the same rows with every image repeated.
+
+Run by test_shared_images.py as `shared_images.py CASES LAYOUT…`; a layout is written as for
+model_layouts.py. What is expected comes from one process with repeated images. Prints a line a
+failure and a count; exits non-zero on any failure.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_sr1.checkpoint.hf import load_hf
+from megatron_sr1.config import ParallelConfig
+from megatron_sr1.model.build import build_model
+from megatron_sr1.model.hf_config import read_hf_config
+from megatron_sr1.model.row_split import sequence_multiple
+from megatron_sr1.runtime import cpu
+from megatron_sr1.runtime.device import select_device, start_distributed, stop_distributed
+from megatron_sr1.runtime.groups import destroy_groups, make_groups
+from tests.distributed.model_layouts import TOLERANCE, run_schedule, samples_of
+from tests.model_cases import make_row, published_gradients, worst_relative_gap
+
+ORDER = (0, 1, 0, 0, 1)  # the samples of a row, as rollouts of two prompts
+
+
+def make_rows(directory, groups, is_shared):
+    """Rows of two samples each, time and again, and the patches of their distinct images."""
+    multiple = sequence_multiple(groups.context.size)
+    rows, num_patches = [], 0
+    for first, *others in samples_of(directory):
+        samples = [first, others[0] if others else first]
+        row = make_row([samples[i] for i in ORDER], 2 * groups.tensor.size * multiple, multiple)
+        once = make_row(samples).vision
+        if once is not None:
+            num_patches += len(once.pixel_values)
+            counts = [0 if s.image_grid_thw is None else len(s.image_grid_thw) for s in samples]
+            numbers = torch.arange(sum(counts)).split(counts)
+            occurrences = torch.cat([numbers[i] for i in ORDER])
+            if is_shared:
+                row = replace(row, vision=replace(once, occurrences=occurrences))
+        rows.append(row)
+    return rows, num_patches
+
+
+def measure(directory, groups, letters, is_shared):
+    """Losses (None off the last stage), published gradients, patches encoded and distinct ones."""
+    hf_config = read_hf_config(directory)
+    chunks = build_model(
+        hf_config,
+        groups,
+        dtype=torch.float32,
+        sequence_parallel="s" in letters,
+        logprob_chunk_tokens=9,
+    )
+    load_hf(chunks, directory, hf_config, groups)
+    rows, num_patches = make_rows(directory, groups, is_shared)
+    encoded = torch.zeros([])
+
+    def count(layer, arguments):
+        encoded.add_(len(arguments[0]))
+
+    if chunks[0].vision_model is not None:
+        chunks[0].vision_model.patch_embed.register_forward_pre_hook(count)
+    with cpu.megatron_mode():
+        losses = run_schedule(chunks, rows, groups, labels=True, forward_only=False)
+    gradients = published_gradients(chunks, hf_config, groups)
+    dist.all_reduce(encoded, group=groups.images.process_group)
+    wanted = num_patches if groups.is_first_stage else 0
+    return losses, gradients, int(encoded), wanted
+
+
+def main():
+    cases = sorted(Path(sys.argv[1]).iterdir())
+    device = select_device("cpu")
+    start_distributed(device)
+    alone = make_groups(ParallelConfig(), device)
+    expected = {case: measure(case, alone, "", is_shared=False) for case in cases}
+    problems, num_checked = [], 0
+    for argument in sys.argv[2:]:
+        *sizes, letters = argument.split(",")
+        tensor, pipeline, context = map(int, sizes)
+        destroy_groups()
+        layout = ParallelConfig(
+            tensor=tensor,
+            pipeline=pipeline,
+            context=context,
+            vision="images" if "i" in letters else "tensor",
+        )
+        groups = make_groups(layout, device)
+        for case in cases:
+            losses, gradients, encoded, wanted = measure(case, groups, letters, is_shared=True)
+            gap, name = worst_relative_gap(gradients, expected[case][1])
+            gaps = {f"gradient of {name}": gap, "patches": abs(encoded - wanted)}
+            if groups.is_last_stage:
+                found, want = torch.stack(losses), torch.stack(expected[case][0])
+                gaps["loss"] = float(((found - want) / want).abs().max())
+            problems += [
+                f"{case.name} {argument}: {what} {gap}"
+                for what, gap in gaps.items()
+                if not gap < TOLERANCE
+            ]
+            num_checked += 1
+    print("\n".join(problems) or f"SAME {num_checked} layouts of models", flush=True)
+    dist.barrier()
+    stop_distributed()
+    sys.exit(bool(problems))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""What the ranks of layouts.py do: one batch under many layouts, gaps to one process's numbers.
+
+Started by torchrun as `layout_ranks.py FOLDER LAYOUT…`. A world of one writes the expected numbers
+to the folder, a larger one reads them and writes its gaps. Groups are made anew for each layout.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from megatron_sr1.runtime import cpu  # noqa: E402
+
+cpu.install()
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from PIL import Image  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from megatron_sr1.checkpoint.hf import export_weights  # noqa: E402
+from megatron_sr1.config import AlgorithmConfig, Config  # noqa: E402
+from megatron_sr1.config_file import load_config  # noqa: E402
+from megatron_sr1.data.packing import pack_samples  # noqa: E402
+from megatron_sr1.data.processor import Processor  # noqa: E402
+from megatron_sr1.model.row_split import sequence_multiple  # noqa: E402
+from megatron_sr1.records import PackedBatch, TrainSample  # noqa: E402
+from megatron_sr1.runtime.device import select_device, start_distributed  # noqa: E402
+from megatron_sr1.runtime.groups import Groups, destroy_groups, make_groups  # noqa: E402
+from megatron_sr1.trainer.actor import Actor, make_actor  # noqa: E402
+from megatron_sr1.trainer.objective import grpo_loss  # noqa: E402
+from megatron_sr1.trainer.setup import load_actor_model  # noqa: E402
+from megatron_sr1.trainer.step import update  # noqa: E402
+
+NUM_UPDATES, LEARNING_RATE, TEMPERATURE = 2, 1e-3, 0.7
+EPSILON = 1e-4
+"""Of AdamW: a gradient far below it is not blown up to a whole step."""
+MEASURES = ("gradient", "sgd", "adamw")
+SHORT, LONG = 40, 400  # text tokens of a sample, most and of the longest one
+IMAGES = ((), ((84, 28),), ((56, 112), (140, 84), (28, 28)), (), ((84, 84),), ())  # of each sample
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute the batch under a layout."""
+
+    packing: bool = True
+    recompute: str = "none"
+    vision: str = "tensor"
+
+    def __str__(self) -> str:
+        """In a line."""
+        packing = "packed" if self.packing else "one a row"
+        return f"{packing}, recompute {self.recompute}, vision by {self.vision}"
+
+
+VARIANTS = [
+    Variant(*choice)
+    for choice in itertools.product((True, False), ("none", "full"), ("tensor", "images"))
+]
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Largest distance of a tensor from the expected one, over the expected one's norm."""
+
+    value: float
+    tensor: str
+
+
+def make_batch(processor: Processor) -> tuple[list[TrainSample], list[list[Image.Image]]]:
+    """Samples with random tokens and numbers, the last longer than all others together."""
+    rng = np.random.default_rng(7)
+    samples: list[TrainSample] = []
+    pictures = []
+    for index, sizes in enumerate(IMAGES):
+        images = [
+            Image.fromarray(rng.integers(0, 255, (h, w, 3), dtype=np.uint8)) for w, h in sizes
+        ]
+        grids = tuple(processor.grid(image) for image in images)
+        tokens = [1]
+        for t, h, w in grids:
+            tokens += [3, *([processor.image_pad_id] * (t * h * w // 4)), 4]
+        num_text = int(rng.integers(8, SHORT)) if index < len(IMAGES) - 1 else LONG
+        tokens += rng.integers(10, 300, size=num_text).tolist()
+        length = len(tokens)
+        numbers = [rng.standard_normal(length).astype(np.float32) for _ in range(3)]
+        samples.append(
+            TrainSample(
+                index=index,
+                num_images=len(images),
+                token_ids=np.array(tokens),
+                loss_mask=(np.arange(length) >= length - num_text) & (rng.random(length) < 0.8),
+                image_grid_thw=grids,
+                advantages=numbers[0],
+                old_logprobs=-6 + 0.2 * numbers[1],
+                engine_logprobs=-6 + 0.2 * numbers[1],
+                reference_logprobs=-6 + 0.2 * numbers[2],
+            )
+        )
+        pictures.append(images)
+    lengths = [len(sample.token_ids) for sample in samples]
+    assert lengths[-1] > sum(lengths[:-1]), lengths
+    return samples, pictures
+
+
+def published_gradients(chunks: list[Any], groups: Groups) -> dict[str, torch.Tensor]:
+    """Gradients under their published names, gathered as weights are exported; weights are kept.
+
+    Replicated parameters come from this rank, so each rank compares its own copy.
+    """
+    parameters = [p for chunk in chunks for p in chunk.parameters()]
+    kept = [p.data for p in parameters]
+    for parameter in parameters:
+        gradient = getattr(parameter, "main_grad", parameter.grad)
+        parameter.data = torch.zeros_like(parameter) if gradient is None else gradient.clone()
+    gradients = exported(chunks, groups)
+    for parameter, data in zip(parameters, kept, strict=True):
+        parameter.data = data
+    return gradients
+
+
+def exported(chunks: list[Any], groups: Groups) -> dict[str, torch.Tensor]:
+    """Copies of the whole weights under their published names."""
+    weights = export_weights(chunks, chunks[0].hf_config, groups)
+    return {name: weight.clone() for name, weight in weights}
+
+
+def configure(model: str, keys: dict[str, Any], variant: Variant) -> Config:
+    """A configuration of a layout; it has no clipping, which would hide a gradient's scale."""
+    fixed = ["model.dtype=float32", "optimizer.clip_grad=0", "optimizer.weight_decay=0"]
+    fixed += [f"optimizer.learning_rate={LEARNING_RATE}", f"optimizer.epsilon={EPSILON}"]
+    own = [f"parallel.{key}={json.dumps(value)}" for key, value in keys.items()]
+    own += [f"model.recompute={variant.recompute}", f"parallel.vision={variant.vision}"]
+    return load_config(None, [f"model.path={model}", *fixed, *own])
+
+
+def make_rows(
+    config: Config, groups: Groups, processor: Processor, packing: bool
+) -> list[PackedBatch]:
+    """This rank's samples in packed rows, or each in a row of its own."""
+    samples, pictures = make_batch(processor)
+    multiple = sequence_multiple(config.parallel.context)
+    return pack_samples(
+        samples[groups.data.rank :: groups.data.size],
+        4096 if packing else 1,
+        lambda index: processor.vision(pictures[index]) if pictures[index] else None,
+        image_pad_id=processor.image_pad_id,
+        merge_size=processor.merge_size,
+        pad_multiple=config.parallel.tensor * multiple,
+        sequence_multiple=multiple,
+    )
+
+
+def with_sgd(actor: Actor) -> Actor:
+    """The actor with plain gradient descent, which hides nothing of a gradient's size."""
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    settings = OptimizerConfig(optimizer="sgd", lr=LEARNING_RATE, weight_decay=0.0,
+                               sgd_momentum=0.0, clip_grad=0.0, bf16=False,
+                               params_dtype=torch.float32)  # fmt: skip
+    with cpu.megatron_mode():
+        return replace(actor, optimizer=get_megatron_optimizer(settings, actor.wrapped))
+
+
+def run(
+    model: str, keys: dict[str, Any], variant: Variant, processor: Processor
+) -> tuple[list[float], dict[str, dict[str, torch.Tensor]]]:
+    """Losses of both optimizers' updates, and gradients and weights by measure."""
+    config = configure(model, keys, variant)
+    destroy_groups()
+    groups = make_groups(config.parallel, select_device("cpu"))
+    rows = make_rows(config, groups, processor, variant.packing)
+    loss = grpo_loss(AlgorithmConfig(kl_coefficient=0.1), 0.0, 64)
+    losses, found = [], {}
+    for name in ("sgd", "adamw"):
+        config.parallel.distributed_optimizer = name == "adamw"
+        actor = make_actor(config, *load_actor_model(config, groups), groups, NUM_UPDATES)
+        actor = with_sgd(actor) if name == "sgd" else actor
+        for number in range(NUM_UPDATES):
+            losses.append(update(actor, rows, loss, TEMPERATURE)["loss"])
+            if name == "sgd" and number == 0:
+                found["gradient"] = published_gradients(actor.chunks, groups)
+        found[name] = exported(actor.chunks, groups)
+    return losses, found
+
+
+def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> Gap:
+    """The tensor that is farthest from what is expected."""
+    assert found.keys() == expected.keys()
+    gaps = [
+        Gap(float((found[name] - want).norm() / want.norm()), name)
+        for name, want in expected.items()
+    ]
+    return max(gaps, key=lambda gap: gap.value if gap.value == gap.value else float("inf"))
+
+
+def compare(folder: Path, layouts: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Gaps of each layout and variant; the largest of all ranks'."""
+    model, processor = str(folder / "model"), make_processor(folder)
+    wanted_losses = json.loads((folder / "losses.json").read_text())
+    wanted = {name: load_file(folder / f"{name}.safetensors") for name in MEASURES}
+    for layout, keys in layouts.items():
+        for variant in VARIANTS:
+            losses, found = run(model, keys, variant, processor)
+            pairs = zip(losses, wanted_losses, strict=True)
+            gaps = {"loss": Gap(max(abs(a - b) / abs(b) for a, b in pairs), "")}
+            gaps |= {name: worst(found[name], wanted[name]) for name in MEASURES}
+            everyone: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(everyone, gaps)
+            most = {n: max((g[n] for g in everyone), key=lambda g: g.value) for n in gaps}
+            record = {"layout": layout, "variant": str(variant)}
+            yield record | {name: asdict(gap) for name, gap in most.items()}
+
+
+def make_processor(folder: Path) -> Processor:
+    """Of the model that layouts.py made."""
+    return Processor(folder / "model", 784, 200704)
+
+
+def main() -> None:
+    """Write expected numbers, or compare with them."""
+    folder, layouts = Path(sys.argv[1]), json.loads(sys.argv[2])
+    torch.set_num_threads(1)
+    start_distributed(select_device("cpu"), 120)
+    if not layouts:
+        losses, found = run(str(folder / "model"), {}, Variant(False), make_processor(folder))
+        (folder / "losses.json").write_text(json.dumps(losses))
+        for name, tensors in found.items():
+            save_file(tensors, folder / f"{name}.safetensors")
+    else:
+        for record in compare(folder, layouts):
+            if dist.get_rank() == 0:
+                print("GAPS " + json.dumps(record), flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
