@@ -29,7 +29,7 @@ from megatron_sr1.trainer.run import start  # noqa: E402
 from megatron_sr1.trainer.sft import train_sft  # noqa: E402
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "digits_cpu.yaml"
-NUM_STEPS, SAVED_STEP, PER_STEP = 5, 2, 7  # 7: two data-parallel ranks get 4 and 3
+NUM_STEPS, SAVED_STEP, PER_STEP = 4, 2, 7  # 7: two data-parallel ranks get 4 and 3
 LAYOUTS = {
     "dp1": [],
     "dp2": [],
