@@ -260,6 +260,16 @@ class CheckpointConfig:
     """Save each so many steps and at the end; 0 saves at the end only."""
     keep_last: int = 2
     """Checkpoints to keep; 0 keeps all."""
+    keep_best: int = 0
+    """So many of the best besides. Each save is then preceded by an evaluation of greedy answers to
+    data.eval (GRPO only); 0: none."""
+    best_by: str = "max accuracy"
+    """keep_best: which rate, and which way: max accuracy | max self_reward | max description_exact
+    | min shortcut_rate."""
+    asynchronous: bool = False
+    """Train on while tensors are written; the snapshot takes host memory of this rank's share."""
+    max_in_flight: int = 1
+    """asynchronous: so many saves at once, >= 1; a further one waits for the oldest."""
     resume: bool = True
     """Go on from `checkpoints/latest` if there is one."""
     verify: bool = True

@@ -43,6 +43,9 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "optimizer.schedule": ("constant", "linear", "cosine"),
     "optimizer.state": ("float32", "bfloat16"),
     "optimizer.gradients": ("float32", "bfloat16"),
+    "checkpoint.best_by": (
+        *("max accuracy", "max self_reward", "max description_exact", "min shortcut_rate"),
+    ),
     "logging.level": ("debug", "info", "warning"),
     "logging.wandb": ("off", "offline", "online"),
     "launch.device": ("auto", "cpu", "cuda"),
@@ -63,6 +66,7 @@ AT_LEAST_ONE = (
     "algorithm.importance_cap",
     "algorithm.max_refills",
     "model.logprob_chunk_tokens",
+    "checkpoint.max_in_flight",
 )
 
 LARGEST_BETA2 = 0.995
@@ -196,6 +200,7 @@ def validate(config: Config) -> None:
             raise ConfigError(f"{key} is {_get(config, key)}; expected 0 or more")
     _validate_memory(config)
     _validate_profile(config)
+    _validate_keep_best(config)
     if config.stage != "sft":
         _validate_rollout(config)
 
@@ -231,6 +236,25 @@ def _validate_profile(config: Config) -> None:
         raise ConfigError(
             f"logging.profile_steps={steps} begins after the last step, optimizer.num_steps="
             f"{num_steps}"
+        )
+
+
+def _validate_keep_best(config: Config) -> None:
+    """The best are known by an evaluation, and all are kept anyway where none goes."""
+    checkpoint = config.checkpoint
+    told = f"checkpoint.keep_best={checkpoint.keep_best}"
+    if not checkpoint.keep_best or config.stage == "eval":
+        return
+    if config.stage == "sft":
+        raise ConfigError(f"{told} goes by an evaluation, and stage=sft makes none; leave it out")
+    if not config.data.eval:
+        raise ConfigError(f"{told} goes by an evaluation of data.eval, which is not set")
+    if checkpoint.keep_last == 0:
+        raise ConfigError(f"{told}: checkpoint.keep_last=0 keeps all; set it to 1 or more")
+    if config.reward.recipe == "vision_r1" and checkpoint.best_by != "max accuracy":
+        raise ConfigError(
+            f"checkpoint.best_by={checkpoint.best_by!r} needs descriptions, and reward.recipe="
+            "vision_r1 has none; use 'max accuracy'"
         )
 
 

@@ -2,8 +2,10 @@
 
 import torch
 
-from megatron_sr1.checkpoint.distributed import load_checkpoint, save_checkpoint
+from megatron_sr1.checkpoint.distributed import load_checkpoint
+from megatron_sr1.checkpoint.keeping import Keep
 from megatron_sr1.checkpoint.model_source import load_model, resolve_model
+from megatron_sr1.checkpoint.saving import save_checkpoint
 from megatron_sr1.config_file import load_config
 from megatron_sr1.model.build import build_model
 from megatron_sr1.model.hf_config import read_hf_config
@@ -41,7 +43,7 @@ def held(actor):
 def save(actor, groups, folder, step, source=None, keep_last=0):
     """Save a step whose state is {"n": step}."""
     parts = (actor.wrapped, actor.optimizer, actor.scheduler, groups, {"n": step})
-    return save_checkpoint(folder, step, *parts, keep_last=keep_last, source_directory=source)
+    return save_checkpoint(folder, step, *parts, Keep(keep_last), source_directory=source)
 
 
 def load(actor, groups, folder, **more):

@@ -65,8 +65,13 @@ def sync_directory(folder: Path) -> None:
         os.close(handle)
 
 
+def expect_pages(file: int, offset: int, num_bytes: int) -> None:
+    """Have a part of an open file be fetched from the disk at once, and not page by page."""
+    os.posix_fadvise(file, offset, num_bytes, os.POSIX_FADV_WILLNEED)
+
+
 def forget_pages(path: Path) -> None:
-    """Have a file on the disk be read from there next, and not from memory."""
+    """Bring a file to the disk and leave the memory that holds it to others."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

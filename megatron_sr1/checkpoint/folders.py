@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from megatron_sr1.checkpoint.manifest import is_whole
@@ -64,20 +64,8 @@ def other_steps(folder: Path) -> str:
     )
 
 
-def remove_remains(folder: Path) -> None:
-    """Remove what saves and removals that were cut short have left."""
+def remove_remains(folder: Path, busy: Collection[str] = ()) -> None:
+    """Remove what saves and removals that were cut short have left, but folders named `busy`."""
     for partial in folder.glob(".step_*"):
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def remove_old(folder: Path, step: int, keep_last: int) -> None:
-    """Remove checkpoints up to a step but the last `keep_last` complete ones, and remains."""
-    remove_remains(folder)
-    present = [s for s in steps(folder) if s <= step]
-    kept = [s for s in present if is_whole(folder / f"step_{s}")][-keep_last:]
-    if keep_last > 0 and kept:
-        for old in present:
-            if old not in kept:
-                # Out of sight first: a removal that is cut short must not look like a checkpoint.
-                gone = (folder / f"step_{old}").rename(folder / f".step_{old}.old")
-                shutil.rmtree(gone, ignore_errors=True)
+        if partial.name not in busy:
+            shutil.rmtree(partial, ignore_errors=True)

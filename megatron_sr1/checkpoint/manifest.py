@@ -35,7 +35,7 @@ def write_manifest(
     Args:
         folder: that all ranks have written to.
         groups: the layout.
-        known: files that are on the disk and measured already.
+        known: files of this rank that are on the disk and measured already.
 
     Raises:
         CheckpointError: on all ranks, if a file cannot be read or the disk is full.
@@ -46,7 +46,8 @@ def write_manifest(
         # Megatron-Core names a rank's files so; what is named otherwise is left to rank 0.
         mine = (f"__{rank}_*", f"rng_{rank}.pt")
         names = sorted(p.name for pattern in mine for p in folder.glob(pattern))
-        return {name: measure(folder / name, sync=True) for name in names if name not in found}
+        new = {name: measure(folder / name, sync=True) for name in names if name not in found}
+        return {**found, **new}
 
     found: dict[str, Measure] = dict(known or {})
     for part in together(groups, own):

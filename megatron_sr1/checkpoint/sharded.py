@@ -7,11 +7,15 @@ so that tensor, pipeline and data parallelism may all change in between.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_sr1.checkpoint import torch_adam
+from megatron_sr1.checkpoint.background import BackgroundWriter
+from megatron_sr1.checkpoint.files import Measure
 from megatron_sr1.checkpoint.optimizer_state import check_kind, named_by_kind
 from megatron_sr1.checkpoint.space import check_room, needed_bytes, room_text, why_not_written
 from megatron_sr1.checkpoint.together import agree, on_writer, reason, together
@@ -45,22 +49,93 @@ def save_tensors(folder: Path, chunks: Sequence[Any], optimizer: Any, groups: Gr
             files that rank 0 writes within Megatron: then on rank 0, whose end ends the others.
     """
     from megatron.core import dist_checkpointing
-    from torch.distributed.checkpoint.api import CheckpointException
 
     with cpu.megatron_mode():
-        torch_adam.ensure_state(optimizer)
-        state = _sharded_state(chunks, optimizer, is_loading=False)
-        needed = sum(together(groups, lambda: needed_bytes(state)))
-        on_writer(groups, lambda: check_room(folder, needed))
+        state, needed = _described(folder, chunks, optimizer, groups)
+        with _told(folder, needed, groups), watched_writers():
+            dist_checkpointing.save(state, str(folder))
+
+
+def begin_tensors(
+    folder: Path, chunks: Sequence[Any], optimizer: Any, groups: Groups
+) -> PendingTensors:
+    """`save_tensors`, with the writing left to a process of each rank; collective over all ranks.
+
+    What is written is what the tensors hold now. Torch's own `async_save` does not know Megatron's
+    sharded tensors; Megatron's queue of calls is not used, as it knows no manifest.
+    """
+    from megatron.core import dist_checkpointing
+
+    # The newer release has another way besides, in a package of its own.
+    newer = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
+    way: dict[str, Any] = {"async_strategy": "mcore"} if newer else {}
+    with cpu.megatron_mode():
+        state, needed = _described(folder, chunks, optimizer, groups)
+        with _told(folder, needed, groups):
+            request = dist_checkpointing.save(state, str(folder), async_sharded_save=True, **way)
+            return PendingTensors(folder, needed, groups, request)
+
+
+class PendingTensors:
+    """Tensors that processes are writing."""
+
+    def __init__(self, folder: Path, needed: int, groups: Groups, request: Any) -> None:
+        """Start this rank's process."""
+        self._folder, self._needed, self._groups = folder, needed, groups
+        self._completing = request.finalize_fns
+        self._writer = BackgroundWriter(request)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether this rank's process has come to an end, good or bad."""
+        return self._writer.is_done
+
+    def finish(self) -> dict[str, Measure]:
+        """Wait for all ranks' processes and write what lists their tensors; collective.
+
+        Returns:
+            this rank's files, which are on the disk.
+
+        Raises:
+            CheckpointError: on all ranks, if one of the processes could not write or was ended.
+        """
+        with cpu.megatron_mode(), _told(self._folder, self._needed, self._groups):
+            measures = together(self._groups, self._written)[self._groups.world.rank]
+            for complete in self._completing:
+                complete()
+        return dict(measures)
+
+    def _written(self) -> dict[str, Measure]:
         try:
-            with watched_writers():
-                dist_checkpointing.save(state, str(folder))
-        except CheckpointException as error:  # torch raises it on all ranks, the cause on one
-            cause = _cause(error, folder, needed) if error.failures else None
-            agree(gather_objects(cause, groups.world))
-            raise
-        except (OSError, RuntimeError) as error:
-            raise CheckpointError(_cause(error, folder, needed)) from error
+            return self._writer.finish()
+        except CheckpointError as error:
+            raise CheckpointError(_cause(error, self._folder, self._needed)) from error
+
+
+def _described(
+    folder: Path, chunks: Sequence[Any], optimizer: Any, groups: Groups
+) -> tuple[dict[str, Any], int]:
+    """What to save, and bytes that all ranks need for it, which are there; collective."""
+    torch_adam.ensure_state(optimizer)
+    state = _sharded_state(chunks, optimizer, is_loading=False)
+    needed = sum(together(groups, lambda: needed_bytes(state)))
+    on_writer(groups, lambda: check_room(folder, needed))
+    return state, needed
+
+
+@contextlib.contextmanager
+def _told(folder: Path, needed: int, groups: Groups) -> Iterator[None]:
+    """Around Megatron's writing: its errors in our words."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:  # torch raises it on all ranks, the cause on one
+        cause = _cause(error, folder, needed) if error.failures else None
+        agree(gather_objects(cause, groups.world))
+        raise
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(_cause(error, folder, needed)) from error
 
 
 def _cause(error: BaseException, folder: Path, needed: int) -> str:

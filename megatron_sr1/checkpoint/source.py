@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from megatron_sr1.checkpoint.files import expect_pages
 from megatron_sr1.checkpoint.mapping import canonical_hf_name
 from megatron_sr1.checkpoint.transforms import Slice
 from megatron_sr1.errors import CheckpointError
@@ -107,6 +108,8 @@ class HFSource:
                 return view[wanted.rows[0] : wanted.rows[1]]
             if wanted.columns is not None:
                 return view[:, wanted.columns[0] : wanted.columns[1]]
+            with (self.directory / stored.file).open("rb") as whole:
+                expect_pages(whole.fileno(), stored.begin, stored.num_bytes)
             return file.get_tensor(stored.name)
 
     def other_files(self) -> list[Path]:

@@ -6,7 +6,6 @@ its model came from: the same names, types, files and index.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -167,7 +166,6 @@ class _Export:
 
 def _finish(path: Path, final: Path) -> None:
     """Give a file its name when it is on the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    forget_pages(path)
     path.rename(final)
     sync_directory(final.parent)

@@ -26,10 +26,10 @@ from megatron_sr1.checkpoint.conversion import (
     need_empty,
     told_when_full,
 )
-from megatron_sr1.checkpoint.distributed import publish_folder
 from megatron_sr1.checkpoint.files import forget_pages
 from megatron_sr1.checkpoint.manifest import write_manifest
 from megatron_sr1.checkpoint.model_source import HF_FILES, ModelSource
+from megatron_sr1.checkpoint.saving import KEEP_ALL, publish_folder
 from megatron_sr1.checkpoint.source import HFSource
 from megatron_sr1.checkpoint.space import TENSOR_OVERHEAD_BYTES, check_room
 from megatron_sr1.checkpoint.state import write_state
@@ -96,7 +96,7 @@ def hf_to_megatron(
         with told_when_full(partial, needed):
             writer.write(make)
             write_manifest(partial, alone(), writer.measures)
-            publish_folder(partial, target / STEP, keep_last=0)
+            publish_folder(partial, target / STEP, KEEP_ALL)
 
 
 def compare_with_hf(directory: Path, made: ModelSource, report: Report) -> None:

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from megatron_sr1.checkpoint.files import expect_pages
 from megatron_sr1.checkpoint.together import reason
 from megatron_sr1.checkpoint.units import Unit
 from megatron_sr1.checkpoint.untrusted import DAMAGE, check_folder
@@ -83,6 +84,7 @@ class UnitReader:
         """A piece, as torch's own `FileSystemReader` reads it, but not copied."""
         place = self.metadata.storage_data[piece.storage_index]
         with (self.folder / place.relative_path).open("rb") as file:
+            expect_pages(file.fileno(), place.offset, place.length)
             view = _create_file_view(file, place.offset, place.length)
             tensor = torch.load(view, map_location="cpu", weights_only=True)
         part = _part(tensor, piece.storage_offsets, piece.lengths)

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_sr1.checkpoint.files import Measure, measure, write_text
+from megatron_sr1.checkpoint.files import Measure, forget_pages, measure, write_text
 from megatron_sr1.checkpoint.units import Unit
 
 FILE_BYTES = 2**30  # a conversion that was stopped begins again at the last file
@@ -145,6 +145,7 @@ class UnitWriter:
 
     def _note(self, name: str) -> None:
         self.measures[name] = found = measure(self.folder / name, sync=True)
+        forget_pages(self.folder / name)
         places = [(r.storage_data.offset, r.storage_data.length) for r in self._results[name]]
         note = {"bytes": found.num_bytes, "digest": found.digest, "places": places}
         write_text(self._note_path(name), json.dumps(note))

@@ -7,16 +7,18 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_sr1.checkpoint.distributed import load_checkpoint, save_checkpoint
+from megatron_sr1.checkpoint.distributed import load_checkpoint
 from megatron_sr1.checkpoint.folders import latest_step
+from megatron_sr1.checkpoint.keeping import EVALUATION, Keep
 from megatron_sr1.checkpoint.model_source import fingerprint
+from megatron_sr1.checkpoint.saving import SaveQueue
 from megatron_sr1.config import Config
 from megatron_sr1.config_file import save_config
 from megatron_sr1.data.balance import Size, plan_ranks
@@ -78,6 +80,8 @@ class Context:
         self.skipped = 0
         self.ungraded = 0
         self._newly_skipped = 0
+        saved = config.checkpoint
+        self._saves = SaveQueue(saved.max_in_flight if saved.asynchronous else 0)
         self._started = time.monotonic()
         self._sinks: list[Sink] = []
         self._metrics: MetricsFile | None = None
@@ -276,16 +280,32 @@ class Context:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             save_config(self.config, self.run_dir / "config.json")
 
-    def finish_step(self, stage: str, values: Mapping[str, float], actor: Actor) -> None:
+    def finish_step(
+        self,
+        stage: str,
+        values: Mapping[str, float],
+        actor: Actor,
+        rate: Callable[[], dict[str, float]] | None = None,
+    ) -> None:
         """Count the step, tell the sinks, save a checkpoint where one is due or a rank is to leave.
 
         The line comes first: a kill between the two loses a line that is written again, never one
         that is not. So the time of a save stands in the next step's line.
+
+        Args:
+            stage: for the line.
+            values: of the step, for the line.
+            actor: to be saved.
+            rate: evaluates the actor before a save that is due, for `checkpoint.keep_best`.
         """
         self.step += 1
-        times = self.timer.take()
+        every, last = self.config.checkpoint.every_steps, self.config.optimizer.num_steps
+        is_due = self.step == last or bool(every and self.step % every == 0)
         with failure.deadline("profile", self.config.launch.phase_deadline_seconds):
             self._profiler.end(self.step)
+        rated = rate() if rate is not None and is_due else {}
+        values = {**values, **{f"evaluation/{name}": value for name, value in rated.items()}}
+        times = self.timer.take()
         with failure.deadline("perf", self.config.launch.phase_deadline_seconds):
             rates = self.throughput.take(times, self.sum_over_ranks)
         if self._metrics is not None:
@@ -294,16 +314,27 @@ class Context:
             with failure.deadline("log", self.config.launch.phase_deadline_seconds):
                 for sink in self._sinks:
                     sink.log(self.step, told)
-        every, last = self.config.checkpoint.every_steps, self.config.optimizer.num_steps
-        with failure.deadline("ask", self.config.launch.phase_deadline_seconds):
-            asked = self.sum_over_ranks({"asked": float(leaving.is_asked())})["asked"]
-        if asked or self.step == last or (every and self.step % every == 0):
-            with self.phase("save"):
-                self.save(actor)
-        if asked:
+        if self._save_and_ask(actor, rated, is_due):
             self._leave()
         else:
             self._profiler.begin(self.step + 1)
+
+    def _save_and_ask(self, actor: Actor, rates: Mapping[str, float], is_due: bool) -> bool:
+        """Save where it is due, publish what has been written; whether a rank is to leave."""
+        with failure.deadline("ask", self.config.launch.phase_deadline_seconds):
+            states = {"asked": leaving.is_asked(), "writing": self._saves.is_writing}
+            told = self.sum_over_ranks({name: float(is_so) for name, is_so in states.items()})
+        asked = told["asked"] > 0
+        if self._saves and not told["writing"]:
+            with self.phase("save"):
+                self._saves.finish_oldest()
+        if asked or is_due:
+            with self.phase("save"):
+                self.save(actor, rates)
+        if asked or self.step == self.config.optimizer.num_steps:
+            with self.phase("save"):
+                self._saves.finish_all()
+        return asked
 
     def _leave(self) -> None:
         """After the save: the stage's loop ends, and whoever started the job learns of it."""
@@ -316,16 +347,18 @@ class Context:
             )
             leaving.tell_unfinished()
 
-    def save(self, actor: Actor) -> None:
-        """Save everything that a resumed run needs."""
+    def save(self, actor: Actor, rates: Mapping[str, float]) -> None:
+        """Save, or begin to, everything that a resumed run needs, with what an evaluation gave."""
+        kept = self.config.checkpoint
         state = {
             "step": self.step,
             "skipped": self.skipped,
             "ungraded": self.ungraded,
             "loader": self.loader.state_dict(),
+            **({EVALUATION: dict(rates)} if rates else {}),
             **self._origin,
         }
-        save_checkpoint(
+        self._saves.add(
             self.checkpoints,
             self.step,
             actor.wrapped,
@@ -333,7 +366,7 @@ class Context:
             actor.scheduler,
             self.groups,
             state,
-            keep_last=self.config.checkpoint.keep_last,
+            keep=Keep.by(kept.keep_last, kept.keep_best, kept.best_by),
             source_directory=actor.source.hf_files,
         )
 

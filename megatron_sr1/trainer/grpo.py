@@ -7,7 +7,7 @@ tokens. Left out: a critic, an entropy bonus, a length penalty.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +35,7 @@ def train_grpo(
     samples: Samples,
     scorer: Scorer,
     reference: Reference | None,
+    rate: Callable[[], dict[str, float]] | None = None,
 ) -> None:
     """Run the GRPO steps that are left, saving and logging as configured.
 
@@ -45,6 +46,7 @@ def train_grpo(
         samples: the training set.
         scorer: of the recipe.
         reference: frozen weights of the KL term; None where its coefficient is 0.
+        rate: evaluates the actor before a save, for `checkpoint.keep_best`.
     """
     config = context.config
     bound = config.rollout.canary_bound
@@ -70,7 +72,7 @@ def train_grpo(
         if context.is_writer:
             context.tell_rollouts(rollout_lines(step + 1, samples, scored, given), samples)
         samples.forget()
-        context.finish_step("grpo", values, actor)
+        context.finish_step("grpo", values, actor, rate)
 
 
 def sync(context: Context, actor: Actor, engine: Engine, version: int) -> None:

@@ -65,7 +65,8 @@ def run_grpo(config: Config, device: Device, groups: Groups) -> None:
         directory = setup.engine_directory(config, groups)
         with kept_rng():  # vLLM seeds them; a resumed run goes on with the checkpoint's
             engine = setup.make_engine(config, directory, context.processor, device)
-    train_grpo(context, actor, engine, samples, scorer, reference)
+    rate = rating(context, actor, engine, judging) if config.checkpoint.keep_best else None
+    train_grpo(context, actor, engine, samples, scorer, reference, rate)
     scorer.close()
     if context.is_leaving:
         return context.close()
@@ -120,6 +121,31 @@ def start(
 def judging_scorer(config: Config) -> Scorer:
     """Grader of an evaluation: see_think's descriptions are read too, to compare its table."""
     return setup.make_scorer(config, None if config.reward.recipe == "vision_r1" else "vision_sr1")
+
+
+def rating(
+    context: Context, actor: Actor, engine: Engine, scorer: Scorer
+) -> Callable[[], dict[str, float]]:
+    """A function that evaluates the actor, by greedy answers to `data.eval`; collective."""
+    config = context.config
+    samples = setup.open_samples(config, config.data.eval, context.processor)
+    indices = range(len(samples))[: config.data.eval_limit or None]
+    metric = config.checkpoint.best_by.split()[1]
+
+    def rate() -> dict[str, float]:
+        sync(context, actor, engine, version=context.step)
+        name = f"step_{context.step}"
+        rates = evaluate(context, engine, samples, scorer, name, temperature=0.0, indices=indices)
+        engine.sleep()
+        samples.forget()
+        if metric not in rates:
+            raise ConfigError(
+                f"checkpoint.best_by={config.checkpoint.best_by!r}: the evaluation of "
+                f"{config.data.eval} gave {', '.join(rates)}, not {metric}"
+            )
+        return rates
+
+    return rate
 
 
 def judge(context: Context, engine: Engine, scorer: Scorer) -> None:

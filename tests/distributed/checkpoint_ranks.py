@@ -25,12 +25,11 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from megatron_sr1.checkpoint.distributed import (  # noqa: E402
-    load_checkpoint,
-    save_checkpoint,
-)
+from megatron_sr1.checkpoint.distributed import load_checkpoint  # noqa: E402
 from megatron_sr1.checkpoint.hf import save_hf  # noqa: E402
+from megatron_sr1.checkpoint.keeping import Keep  # noqa: E402
 from megatron_sr1.checkpoint.model_source import load_model, resolve_model  # noqa: E402
+from megatron_sr1.checkpoint.saving import save_checkpoint  # noqa: E402
 from megatron_sr1.config_file import load_config  # noqa: E402
 from megatron_sr1.data.packing import pack_samples  # noqa: E402
 from megatron_sr1.data.processor import Processor  # noqa: E402
@@ -173,7 +172,7 @@ def resume(out, source, *plans):
         torch.rand(3 + dist.get_rank())  # generators that differ by rank
         for step in (1, 2):
             save_checkpoint(
-                out / saving, step, *run.parts, {"cursor": [2, 5]}, 1, source_directory=source
+                out / saving, step, *run.parts, {"cursor": [2, 5]}, Keep(1), source_directory=source
             )
         results[saving] = run.numbers()
         for layout in others.split(","):

@@ -94,15 +94,15 @@ def inject(case, run_dir):
     elif place in ("forward", "backward", "optimizer"):
         in_update(fault, place)
     elif place == "save":
-        from megatron_sr1.checkpoint import distributed
+        from megatron_sr1.checkpoint import saving
 
-        real = distributed.save_tensors
+        real = saving.save_tensors
 
         def save_tensors(*arguments):
             real(*arguments)
             fault()
 
-        distributed.save_tensors = save_tensors
+        saving.save_tensors = save_tensors
     elif place in ("reward", "worker"):
         from megatron_sr1.rewards.score import Scorer
 

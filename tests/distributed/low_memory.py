@@ -20,7 +20,8 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from checkpoint_ranks import make_samples, nll  # noqa: E402
 
-from megatron_sr1.checkpoint.distributed import load_checkpoint, save_checkpoint  # noqa: E402
+from megatron_sr1.checkpoint.distributed import load_checkpoint  # noqa: E402
+from megatron_sr1.checkpoint.saving import save_checkpoint  # noqa: E402
 from megatron_sr1.config_file import load_config  # noqa: E402
 from megatron_sr1.data.packing import pack_samples  # noqa: E402
 from megatron_sr1.data.processor import Processor  # noqa: E402

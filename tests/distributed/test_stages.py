@@ -39,6 +39,8 @@ def run(tiny_model, tmp_path_factory):
         *("algorithm.prompts_per_update=3", "algorithm.kl_coefficient=0.01"),
         *("rollout.samples_per_prompt=4", "rollout.temperature=0.9", "logging.wandb=offline"),
         *("logging.profile_steps=[2,2]", "logging.profile_ranks=[0,1]"),
+        *("checkpoint.every_steps=1", "checkpoint.keep_last=1", "checkpoint.keep_best=1"),
+        "checkpoint.best_by=max description_exact",
     )
     return folder / "run"
 
@@ -119,6 +121,19 @@ def test_run_leaves_checkpoint_export_evaluation_report_and_wandb_files(run):
         lines = read_lines(run / "eval" / f"{way}.jsonl")
         assert [line["index"] for line in lines] == list(range(12))
         assert summary[way]["accuracy"] == sum(line["accuracy"] for line in lines) / 12
+
+
+def test_each_save_was_rated_by_greedy_answers_and_the_best_one_kept(run):
+    """Random weights describe nothing: of equal ones the later is the better."""
+    for line in read_lines(run / "metrics.jsonl"):
+        lines = read_lines(run / f"eval/step_{line['step']}.jsonl")
+        for name in ("accuracy", "description_exact"):
+            assert line[f"evaluation/{name}"] == sum(answer[name] for answer in lines) / 12
+        assert line["time/evaluate_seconds"] > 0
+    assert read_lines(run / "eval/step_2.jsonl") == read_lines(run / "eval/greedy.jsonl")
+    assert [path.name for path in (run / "checkpoints").glob("step_*")] == ["step_2"]
+    state = json.loads((run / "checkpoints" / "step_2" / "state.json").read_text())["state"]
+    assert state["evaluation"]["description_exact"] == 0
 
 
 def test_evaluation_of_the_checkpoint_gives_what_the_run_gave(run):

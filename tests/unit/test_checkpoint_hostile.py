@@ -11,6 +11,7 @@ import pickle
 import random
 import resource
 import shutil
+import zipfile
 
 import psutil
 import pytest
@@ -189,6 +190,17 @@ def test_metadata_of_a_few_bytes_cannot_ask_for_all_memory(tmp_path, little_memo
     (tmp_path / ".metadata").write_bytes(data)
     with pytest.raises(CheckpointError, match=message):
         check_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["common.pt", "rng_0.pt"])
+def test_a_pickle_that_ends_within_a_number_is_refused(actor, groups, copy, name):
+    """torch's reader of plain values lets the error of `struct` through."""
+    with zipfile.ZipFile(copy / "step_2" / name, "w") as file:
+        for part, data in {"data.pkl": b"\x80\x02J", "version": b"3\n"}.items():
+            file.writestr(f"archive/{part}", data)
+    sign(copy / "step_2", groups)
+    with pytest.raises(CheckpointError, match=f"{name} is refused or damaged"):
+        load(actor, groups, copy)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from tests.unit.test_checkpoint_hostile import Attack, put_common, put_metadata,
 from tools.convert_bench import TOOL, run_watched, write_random_model
 from tools.convert_checkpoint import main
 
+PUBLISHED = Path(__file__).resolve().parents[1] / "published"
 FILE_BYTES = 2**18  # so that a small model has files enough to be stopped between them
 
 
@@ -144,16 +146,20 @@ def finished_files(folder, pattern):
     return {p.name: p.stat() for p in folder.glob(pattern)}
 
 
-@pytest.mark.parametrize("harm", ["", "file", "source"])
+@pytest.mark.parametrize("harm", ["", "padding", "source"])
 def test_a_killed_conversion_goes_on_from_its_finished_files(model, tmp_path, harm):
-    """A finished file that was damaged in between is written again, and one of another source."""
+    """A finished file that was damaged in between is written again, and one of another source.
+
+    The damage is between the values, where only the digest sees it.
+    """
     source, target = shutil.copytree(model, tmp_path / "hf"), tmp_path / "m"
     expected = kill_midway("there", source, target)
     noted = sorted(p.name.removesuffix(".json") for p in (target / ".step_0.notes").glob("__*"))
     before = finished_files(target / ".step_0.partial", "*.distcp")
     assert noted and len(noted) < len(list((tmp_path / "whole" / "step_0").glob("*.distcp")))
-    if harm == "file":
-        flip(target / ".step_0.partial" / noted[0], 5000)
+    if harm == "padding":
+        path = target / ".step_0.partial" / noted[0]
+        flip(path, path.read_bytes().index(b"ZZZZ"))
     if harm == "source":  # the last byte of the first file: one tensor
         flip(min(source.glob("*.safetensors")), -1)
     told = []
@@ -279,6 +285,28 @@ def test_two_conversions_to_one_target_do_not_mix(model, tmp_path):
     with claimed(tmp_path / "m" / ".step_0.partial"):
         with pytest.raises(CheckpointError, match="another conversion is writing there"):
             hf_to_megatron(model, tmp_path / "m", None, quiet)
+
+
+@pytest.mark.parametrize(
+    ("size", "num_bytes", "largest_bytes"),
+    [
+        ("3b", 7_509_245_952, 622_329_856),
+        ("7b", 16_584_333_312, 1_089_994_752),
+        ("32b", 66_905_436_672, 1_557_135_360),
+        ("72b", 146_821_554_688, 2_491_416_576),
+    ],
+)
+def test_a_dry_run_tells_sizes_and_memory_by_the_configuration_alone(
+    tmp_path, capsys, size, num_bytes, largest_bytes
+):
+    """Bytes are twice the published count of parameters; the largest is the embedding."""
+    shutil.copyfile(PUBLISHED / f"qwen25vl_{size}.json", tmp_path / "config.json")
+    assert main(["hf-to-megatron", str(tmp_path), str(tmp_path / "m"), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert f"bytes to write   {num_bytes} " in said
+    assert f"largest tensor   {largest_bytes} " in said
+    assert peak_bytes(plan_to_megatron(tmp_path, None)) < 2 * largest_bytes + 2**30
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
 
 @pytest.fixture(scope="module")

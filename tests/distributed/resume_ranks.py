@@ -1,0 +1,120 @@
+"""Supervised runs that are saved under one layout and resumed under another, on each rank.
+
+Usage: resume_ranks.py OUT MODEL SHARDS PLAN ...
+       A plan is a layout, `tp2`, whose run goes from start to end, or two, `tp2:pp2`: the second
+       goes on from what the first had saved on its way, in this call or in one of another world
+       before. Writes OUT/PLAN/ and OUT/PLAN.json: {"lines": of metrics.jsonl, without times,
+       "order": {step: indices, as the ranks read them}, "files": digests of the last checkpoint}.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from megatron_sr1.runtime import cpu
+
+cpu.install()
+
+import torch.distributed as dist  # noqa: E402
+
+from megatron_sr1.checkpoint.manifest import read_manifest  # noqa: E402
+from megatron_sr1.config_file import load_config  # noqa: E402
+from megatron_sr1.observability.metrics import read_lines  # noqa: E402
+from megatron_sr1.runtime.device import select_device, start_distributed  # noqa: E402
+from megatron_sr1.runtime.groups import gather_objects, make_groups  # noqa: E402
+from megatron_sr1.runtime.seeds import seed_everything  # noqa: E402
+from megatron_sr1.trainer.context import Context  # noqa: E402
+from megatron_sr1.trainer.run import start  # noqa: E402
+from megatron_sr1.trainer.sft import train_sft  # noqa: E402
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "digits_cpu.yaml"
+NUM_STEPS, SAVED_STEP, PER_STEP = 4, 2, 7  # 7: two data-parallel ranks get 4 and 3
+LAYOUTS = {
+    "dp1": [],
+    "dp2": [],
+    "tp2": ["parallel.tensor=2"],
+    "pp2": ["parallel.pipeline=2"],
+    "cp2": ["parallel.context=2"],
+}
+
+
+class Recording(Context):
+    """Notes what this rank learns from."""
+
+    def pack(self, chosen, samples):
+        """The batches, which hold each of the chosen samples once."""
+        batches = super().pack(chosen, samples)
+        places = [place for batch in batches for place in batch.sample_ids]
+        assert sorted(places) == list(range(len(chosen))), places
+        self.__dict__.setdefault("read", {})[self.step + 1] = [s.index for s in chosen]
+        return batches
+
+
+def goes_on_from(saved, output):
+    """Leave in `output` what a run that was killed after `SAVED_STEP` had left."""
+    name = f"step_{SAVED_STEP}"
+    shutil.copytree(saved / "checkpoints" / name, output / "checkpoints" / name)
+    (output / "checkpoints" / "latest").write_text(name + "\n")
+    shutil.copyfile(saved / "metrics.jsonl", output / "metrics.jsonl")
+
+
+def order_of(groups, read):
+    """Step by step the indices of all data-parallel ranks, put together again."""
+    told = gather_objects((groups.data.rank, read), groups.world)
+    by_rank = dict(told)
+    assert all(by_rank[rank] == read for rank, read in told), "ranks of one replica differ"
+    order = {}
+    for step in read:
+        shares = [by_rank[rank][step] for rank in range(groups.data.size)]
+        order[step] = [None] * sum(map(len, shares))
+        for rank, share in enumerate(shares):
+            order[step][rank :: groups.data.size] = share
+    return order
+
+
+def run(out, model, shards, plan):
+    from megatron.core import parallel_state
+
+    *saved, layout = plan.split(":")
+    output = out / plan
+    if saved and dist.get_rank() == 0:
+        goes_on_from(out / saved[0], output)
+    dist.barrier()
+    settings = [f"output={output}", f"model.path={model}", f"data.train={shards}", "stage=sft"]
+    settings += [f"data.prompts_per_step={PER_STEP}", f"optimizer.num_steps={NUM_STEPS}"]
+    settings += [f"checkpoint.every_steps={SAVED_STEP}", "checkpoint.keep_last=0", "data.eval="]
+    settings += ["data.pack_tokens=256"]  # several micro-batches
+    config = load_config(EXAMPLE, [*settings, *LAYOUTS[layout]])
+    parallel_state.destroy_model_parallel()
+    groups = make_groups(config.parallel, select_device("cpu"))
+    seed_everything(config.seed, groups)
+    context, samples, actor, _ = start(config, groups, NUM_STEPS)
+    assert context.step == (SAVED_STEP if saved else 0)
+    train_sft(context, actor, samples)
+    context.close()
+    order = order_of(groups, context.read)
+    if dist.get_rank() == 0:
+        lines = [
+            {k: v for k, v in line.items() if not k.startswith(("time/", "memory/", "stage"))}
+            for line in read_lines(output / "metrics.jsonl")
+        ]
+        last = read_manifest(output / "checkpoints" / f"step_{NUM_STEPS}")
+        files = {name: file.digest for name, file in last.items()}
+        record = {"lines": lines, "order": order, "files": files}
+        (out / f"{plan}.json").write_text(json.dumps(record))
+
+
+def main():
+    import megatron_sr1.trainer.run as stages
+
+    stages.Context = Recording
+    out, model, shards, *plans = sys.argv[1:]
+    start_distributed(select_device("cpu"), 120)
+    for plan in plans:
+        run(Path(out), model, shards, plan)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""A save in the background: what was there at its beginning, seen when whole, bounded in number.
+
+Writing processes are held at a gate, a file that a test makes, so that what comes before what does
+not depend on how fast a machine is. Not covered here: several ranks (tests/distributed/
+test_background_saves.py), and the copies from a GPU.
+"""
+
+import os
+import resource
+import shutil
+import signal
+import threading
+import time
+
+import pytest
+
+from megatron_sr1.checkpoint import background
+from megatron_sr1.checkpoint.folders import LATEST, latest_step, steps
+from megatron_sr1.checkpoint.manifest import read_manifest
+from megatron_sr1.checkpoint.saving import SaveQueue, begin_save
+from megatron_sr1.config_file import load_config
+from megatron_sr1.errors import CheckpointError
+from megatron_sr1.runtime import leaving
+from megatron_sr1.trainer.context import Context
+from tests.checkpoint_run import fill, held, load, make_run, save
+
+
+@pytest.fixture(scope="module")
+def actor(tiny_model, groups):
+    return make_run(tiny_model, groups)
+
+
+@pytest.fixture
+def gate(tmp_path, monkeypatch):
+    """Folder in which a file `step_N` lets the writer of that step go on from its last deed."""
+    folder, measure = tmp_path / "gate", background.measure
+    folder.mkdir()
+
+    def measure_behind_the_gate(path):
+        name = path.parent.name.removeprefix(".").removesuffix(".partial")
+        while folder.exists() and not (folder / name).exists():
+            time.sleep(0.01)
+        return measure(path)
+
+    monkeypatch.setattr(background, "measure", measure_behind_the_gate)
+    yield folder
+    shutil.rmtree(folder)  # lets go whom a failed test has left waiting
+
+
+def arguments(actor, groups, folder, step):
+    parts = (actor.wrapped, actor.optimizer, actor.scheduler, groups)
+    return (folder, step, *parts, {"n": step})
+
+
+def begin(actor, groups, folder, step):
+    return begin_save(*arguments(actor, groups, folder, step), in_background=True)
+
+
+def tensors_of(folder):
+    """Digests of all files but those that hold a time of writing or the step."""
+    digests = {name: file.digest for name, file in read_manifest(folder).items()}
+    return {n: d for n, d in digests.items() if n not in (".metadata", "state.json")}
+
+
+def test_what_changes_behind_the_begin_is_not_in_it_and_it_equals_a_plain_save(
+    actor, groups, tmp_path, gate
+):
+    """Bitwise, all files of model, optimizer and generators; weights change while it writes."""
+    folder = tmp_path / "checkpoints"
+    fill(actor, 2)
+    save(actor, groups, tmp_path / "plain", 2)
+    pending = begin(actor, groups, folder, 2)
+    fill(actor, 3)
+    for state in actor.optimizer.chained_optimizers[0].optimizer.state.values():
+        state["exp_avg"].fill_(7)
+    assert not pending.is_done, "the writer did not wait at the gate"
+    assert steps(folder) == [] and not (folder / LATEST).exists()
+    (gate / "step_2").touch()
+    assert pending.finish() == folder / "step_2"
+    assert latest_step(folder) == 2
+    assert tensors_of(folder / "step_2") == tensors_of(tmp_path / "plain" / "step_2")
+    assert {"rng_0.pt", "__0_0.distcp"} <= set(tensors_of(folder / "step_2"))
+    load(actor, groups, folder)
+    assert held(actor) == 2
+
+
+def test_only_so_many_are_written_at_once_and_they_appear_in_order(actor, groups, tmp_path, gate):
+    """The third waits for the first; the second is written before it and does not overtake it."""
+    folder, queue = tmp_path / "checkpoints", SaveQueue(2)
+    for step in (1, 2):
+        fill(actor, step)
+        queue.add(*arguments(actor, groups, folder, step))
+    assert len(queue) == 2 and queue.is_writing and steps(folder) == []
+    assert sorted(p.name for p in folder.glob(".*")) == [".step_1.partial", ".step_2.partial"]
+    (gate / "step_2").touch()
+    opener = threading.Timer(1.0, (gate / "step_1").touch)
+    opener.start()
+    fill(actor, 3)
+    assert not (gate / "step_1").exists()
+    queue.add(*arguments(actor, groups, folder, 3))
+    opener.join()
+    assert len(queue) == 2 and steps(folder) == [1]
+    (gate / "step_3").touch()
+    queue.finish_all()
+    assert len(queue) == 0 and latest_step(folder) == 3
+    for step in (1, 2, 3):
+        assert load(actor, groups, folder, step=step) == {"n": step} and held(actor) == step
+
+
+def test_a_writer_that_is_killed_ends_the_save_and_leaves_the_one_before(
+    actor, groups, tmp_path, gate
+):
+    folder = tmp_path / "checkpoints"
+    fill(actor, 1)
+    save(actor, groups, folder, 1)
+    fill(actor, 2)
+    pending = begin(actor, groups, folder, 2)
+    os.kill(pending.tensors._writer._process.pid, signal.SIGKILL)
+    with pytest.raises(CheckpointError, match=r"step_2 was not saved: .*ended by signal 9"):
+        pending.finish()
+    assert sorted(p.name for p in folder.iterdir()) == ["latest", "step_1"]
+    load(actor, groups, folder)
+    assert held(actor) == 1
+
+
+def test_a_disk_that_gives_no_more_is_told_at_the_end_of_the_save(actor, groups, tmp_path):
+    folder, limits = tmp_path / "checkpoints", resource.getrlimit(resource.RLIMIT_FSIZE)
+    fill(actor, 1)
+    save(actor, groups, folder, 1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        pending = begin(actor, groups, folder, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with pytest.raises(CheckpointError, match=r"step_2 was not saved: .*make room"):
+        pending.finish()
+    assert sorted(p.name for p in folder.iterdir()) == ["latest", "step_1"]
+
+
+@pytest.fixture
+def run(tiny_model, groups, tmp_path, gate):
+    """A context of four steps that saves each in the background, and its actor."""
+    overrides = ["optimizer.num_steps=4", "checkpoint.every_steps=1", "checkpoint.keep_last=0"]
+    overrides += ["checkpoint.asynchronous=true", "checkpoint.max_in_flight=2"]
+    paths = [f"model.path={tiny_model}", "data.train=x", f"output={tmp_path / 'run'}"]
+    actor = make_run(tiny_model, groups)
+    context = Context(load_config(None, [*paths, *overrides]), groups, None, 8)
+    context.start(actor)
+    yield context, actor
+    context.close()
+
+
+def test_training_goes_on_while_a_save_is_written_and_its_end_waits_for_all(run, gate):
+    context, actor = run
+    for step in (1, 2):
+        context.finish_step("sft", {}, actor)
+        assert context.step == step and steps(context.checkpoints) == []
+    for step in (1, 2, 3, 4):
+        (gate / f"step_{step}").touch()
+    context.finish_step("sft", {}, actor)
+    assert steps(context.checkpoints)[0] == 1
+    context.finish_step("sft", {}, actor)  # the last one
+    assert steps(context.checkpoints) == [1, 2, 3, 4]
+    assert latest_step(context.checkpoints) == 4
+
+
+def test_a_run_that_is_asked_to_leave_waits_for_its_saves(run, gate, monkeypatch):
+    context, actor = run
+    context.finish_step("sft", {}, actor)
+    assert steps(context.checkpoints) == []
+    monkeypatch.setattr(leaving, "is_asked", lambda: True)
+    opener = threading.Timer(0.5, lambda: [(gate / f"step_{step}").touch() for step in (1, 2)])
+    opener.start()
+    context.finish_step("sft", {}, actor)
+    opener.join()
+    assert context.is_leaving and steps(context.checkpoints) == [1, 2]
