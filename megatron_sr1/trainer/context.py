@@ -8,6 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,11 @@ class Context:
         if num_samples:
             data = config.data
             self.loader = Loader(num_samples, data.prompts_per_step, config.seed, data.shuffle)
-            self._patch_cost = patch_cost(read_hf_config(processor.model_dir))
+
+    @cached_property
+    def _patch_cost(self) -> float:
+        """Of an image's patch, in text tokens."""
+        return patch_cost(read_hf_config(self.processor.model_dir))
 
     @property
     def is_writer(self) -> bool:

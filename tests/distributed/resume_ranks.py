@@ -22,7 +22,7 @@ from megatron_sr1.checkpoint.manifest import read_manifest  # noqa: E402
 from megatron_sr1.config_file import load_config  # noqa: E402
 from megatron_sr1.observability.metrics import read_lines  # noqa: E402
 from megatron_sr1.runtime.device import select_device, start_distributed  # noqa: E402
-from megatron_sr1.runtime.groups import gather_objects, make_groups  # noqa: E402
+from megatron_sr1.runtime.groups import destroy_groups, gather_objects, make_groups  # noqa: E402
 from megatron_sr1.runtime.seeds import seed_everything  # noqa: E402
 from megatron_sr1.trainer.context import Context  # noqa: E402
 from megatron_sr1.trainer.run import start  # noqa: E402
@@ -30,6 +30,7 @@ from megatron_sr1.trainer.sft import train_sft  # noqa: E402
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "digits_cpu.yaml"
 NUM_STEPS, SAVED_STEP, PER_STEP = 4, 2, 7  # 7: two data-parallel ranks get 4 and 3
+LEFT_OUT = ("time/", "memory/", "perf/", "stage")
 LAYOUTS = {
     "dp1": [],
     "dp2": [],
@@ -60,17 +61,12 @@ def goes_on_from(saved, output):
 
 
 def order_of(groups, read):
-    """Step by step the indices of all data-parallel ranks, put together again."""
+    """Step by step the indices that all data-parallel ranks together learned from, ascending."""
     told = gather_objects((groups.data.rank, read), groups.world)
     by_rank = dict(told)
     assert all(by_rank[rank] == read for rank, read in told), "ranks of one replica differ"
-    order = {}
-    for step in read:
-        shares = [by_rank[rank][step] for rank in range(groups.data.size)]
-        order[step] = [None] * sum(map(len, shares))
-        for rank, share in enumerate(shares):
-            order[step][rank :: groups.data.size] = share
-    return order
+    ranks = range(groups.data.size)
+    return {step: sorted(i for rank in ranks for i in by_rank[rank][step]) for step in read}
 
 
 def run(out, model, shards, plan):
@@ -86,7 +82,8 @@ def run(out, model, shards, plan):
     settings += [f"checkpoint.every_steps={SAVED_STEP}", "checkpoint.keep_last=0", "data.eval="]
     settings += ["data.pack_tokens=256"]  # several micro-batches
     config = load_config(EXAMPLE, [*settings, *LAYOUTS[layout]])
-    parallel_state.destroy_model_parallel()
+    if parallel_state.model_parallel_is_initialized():
+        destroy_groups()
     groups = make_groups(config.parallel, select_device("cpu"))
     seed_everything(config.seed, groups)
     context, samples, actor, _ = start(config, groups, NUM_STEPS)
@@ -96,7 +93,11 @@ def run(out, model, shards, plan):
     order = order_of(groups, context.read)
     if dist.get_rank() == 0:
         lines = [
-            {k: v for k, v in line.items() if not k.startswith(("time/", "memory/", "stage"))}
+            {
+                k: v
+                for k, v in line.items()
+                if not k.startswith(("time/", "memory/", "perf/", "stage"))
+            }
             for line in read_lines(output / "metrics.jsonl")
         ]
         last = read_manifest(output / "checkpoints" / f"step_{NUM_STEPS}")
