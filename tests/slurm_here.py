@@ -51,16 +51,28 @@ def missing() -> str:
     if os.getuid() != 0:
         return "Slurm's daemons start jobs as root only, and this is another user"
     lacking = [name for name in PROGRAMS if shutil.which(name) is None]
-    if lacking and shutil.which("apt-get"):
-        install = ["apt-get", "install", "--yes", "--no-install-recommends", "slurm-wlm", "munge"]
-        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        for argv in (install, ["apt-get", "update"], install):
-            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-            done = subprocess.run(argv, env=environment, timeout=300, **quiet)
-            if argv is install and done.returncode == 0:
-                break
-        lacking = [name for name in PROGRAMS if shutil.which(name) is None]
-    return f"no {', '.join(lacking)} here, and no installing them" if lacking else ""
+    if not lacking:
+        return ""
+    said = _install() if shutil.which("apt-get") else "there is no apt-get"
+    lacking = [name for name in PROGRAMS if shutil.which(name) is None]
+    return f"no {', '.join(lacking)} here, and no installing them: {said}" if lacking else ""
+
+
+def _install() -> str:
+    """Install Debian's packages; what apt-get said last."""
+    install = ["apt-get", "install", "--yes", "--no-install-recommends", "slurm-wlm", "munge"]
+    environment, said = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}, ""
+    for argv in (install, ["apt-get", "update"], install):
+        try:
+            done = subprocess.run(
+                argv, env=environment, capture_output=True, text=True, timeout=300
+            )
+        except subprocess.TimeoutExpired:
+            return f"{' '.join(argv[:2])} took more than 300 s"
+        if argv is install and done.returncode == 0:
+            break
+        said = (done.stderr.strip().splitlines() or [said])[-1]
+    return said
 
 
 class SlurmHere:
