@@ -31,7 +31,7 @@ from tools.schedules import SCHEDULES, Job, Limits, jobs_of, simulate  # noqa: E
 NUM_PROMPTS, SAMPLES = 32, 8
 CAP_TOKENS = 64
 SEEDS = (1, 2, 3)
-REPEATS = 3
+REPEATS = 5
 PASS2 = {"one": None, "barrier": "barrier", "forked": "fork"}
 
 
@@ -122,11 +122,13 @@ def measure_schedules(bench: Bench) -> dict[str, Any]:
         one: dict[str, Any] = {"seed": seed, "same_tokens": same, "lengths": lengths(jobs)}
         for name, tried in runs.items():
             stats, steps = tried[0]["stats"], tried[0]["steps"]
-            seconds = statistics.median(t["stats"].seconds for t in tried)
+            all_seconds = [t["stats"].seconds for t in tried]
+            seconds = statistics.median(all_seconds)
             tokens = stats.pass1_tokens + stats.pass2_tokens
             one[name] = {
                 "engine_steps": stats.engine_steps,
                 "seconds": seconds,
+                "all_seconds": all_seconds,
                 "tokens": tokens,
                 "tokens_per_second": tokens / seconds,
                 "simulated_equals_recorded": simulate(jobs, name, bench.limits) == steps,

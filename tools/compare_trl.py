@@ -2,9 +2,10 @@
 
 Both sides sample 256 completions a step (32 prompts x 8) at temperature 1 from the demo's cold
 start and make one update. TRL runs one pass on transformers' generation, with accuracy as its
-reward; here both passes run, with self-reward, update and weight sync. TRL is installed into an
-environment of its own, over the project's packages. Run `make demo` first, or name a model and
-shards of the digits.
+reward; here both passes run, with self-reward, update and weight sync. The sides take turns, in
+`--rounds` rounds, so that a machine that is disturbed for a while disturbs both; of each round the
+first step is left out. TRL is installed into an environment of its own, over the project's
+packages. Run `make demo` first, or name a model and shards of the digits.
 """
 
 from __future__ import annotations
@@ -121,12 +122,33 @@ def run_ours(model: str, data: str, num_steps: int, folder: Path) -> list[dict[s
     return [{k: v for k, v in line.items() if k.startswith("time/")} for line in lines]
 
 
+def run_rounds(
+    model: str, data: str, num_steps: int, num_rounds: int
+) -> tuple[list[list[float]], list[list[dict[str, float]]]]:
+    """TRL's seconds of each step by round, and ours with those of our phases, first steps left out.
+
+    Returns:
+        TRL's [round][step], ours [round][step].
+    """
+    theirs, ours = [], []
+    for _ in range(num_rounds):
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            command = [trl_python(), __file__, "--model", model, "--data", data]
+            command += ["--steps", str(num_steps), "--trl-result", str(folder / "trl.json")]
+            subprocess.run(command, check=True, cwd=folder)
+            theirs.append(json.loads((folder / "trl.json").read_text())[1:])
+            ours.append(run_ours(model, data, num_steps, folder / "ours")[1:])
+    return theirs, ours
+
+
 def main() -> int:
-    """Run TRL, then ours, and print both medians, the first step left out."""
+    """Let both take turns; print medians over all rounds, and each round's ratio."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="runs/demo/cold_start/hf", help="Hugging Face directory")
     parser.add_argument("--data", default="runs/demo/data/train", help="shards of the digits")
-    parser.add_argument("--steps", type=int, default=11)
+    parser.add_argument("--steps", type=int, default=6, help="of a side in a round")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--result", type=Path, help="write the JSON here too")
     parser.add_argument("--trl-result", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -137,25 +159,22 @@ def main() -> int:
     if arguments.trl_result:
         run_trl(model, data, arguments.steps, arguments.trl_result)
         return 0
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        command = [trl_python(), __file__, "--model", model, "--data", data]
-        command += ["--steps", str(arguments.steps), "--trl-result", str(folder / "trl.json")]
-        subprocess.run(command, check=True, cwd=folder)
-        ours = run_ours(model, data, arguments.steps, folder / "ours")
-        sides = {
-            "trl": json.loads((folder / "trl.json").read_text()),
-            "ours": [line["time/step_seconds"] for line in ours],
-        }
-    medians = {name: statistics.median(seconds[1:]) for name, seconds in sides.items()}
+    theirs, ours = run_rounds(model, data, arguments.steps, arguments.rounds)
+    own = [[line["time/step_seconds"] for line in lines] for lines in ours]
+    sides = {"ours": own, "trl": theirs}
+    medians = {name: statistics.median(sum(rounds, [])) for name, rounds in sides.items()}
+    lines = sum(ours, [])
     found = {
         "median_step_seconds": medians,
         "ratio": medians["ours"] / medians["trl"],
+        "ratio_by_round": [
+            statistics.median(o) / statistics.median(t) for o, t in zip(own, theirs, strict=True)
+        ],
         "steps": sides,
         "median_phase_seconds": {
-            name: statistics.median(line[name] for line in ours[1:])
-            for name in ours[1]
-            if all(name in line for line in ours)
+            name: statistics.median(line[name] for line in lines)
+            for name in lines[0]
+            if all(name in line for line in lines)
         },
     }
     text = json.dumps(found, indent=2)

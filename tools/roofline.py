@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_sr1.planning.hardware import ENGINE_STEP_SECONDS, Gpu, find_gpu
 from megatron_sr1.rollout.recording import EngineStep
 
 WEIGHT_BYTES = 2  # bfloat16
@@ -47,17 +48,18 @@ class Hardware:
     memory_bytes: float
 
 
-H100 = Hardware(
-    # NVIDIA H100 SXM5 data sheet: 3.35 TB/s, 989.4 Tflop/s dense bfloat16, 80 GB.
-    bytes_per_second=3.35e12,
-    flops_per_second=989.4e12,
-    # FlashAttention-3 (arXiv 2407.08608) reaches 0.75 of this peak in bfloat16; a little less.
-    flops_share=0.7,
-    # vLLM 0.23 on an A100 40 GB, Llama 3.1 8B in bfloat16, one sequence: 75 tokens/s (a sweep by
-    # J. Musgrave, johnmusgrave.com) are 13.3 ms a step, its weights at 1,555 GB/s 10.3 ms.
-    step_overhead_seconds=3e-3,
-    memory_bytes=80e9,
-)
+def hardware_of(gpu: Gpu) -> Hardware:
+    """What the planner's table says of a GPU."""
+    return Hardware(
+        bytes_per_second=gpu.memory_rate,
+        flops_per_second=gpu.peak_flops,
+        flops_share=gpu.matmul_share,
+        step_overhead_seconds=ENGINE_STEP_SECONDS,
+        memory_bytes=gpu.memory_bytes,
+    )
+
+
+H100 = hardware_of(find_gpu("h100"))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ a directory like the source's, with the chunks' weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,10 @@ def local_parameters(
 
 
 def export_weights(
-    chunks: Sequence[Any], hf_config: HFConfig, groups: Groups
+    chunks: Sequence[Any],
+    hf_config: HFConfig,
+    groups: Groups,
+    left_out: Collection[str] = (),
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Whole tensors under their published names, on every rank, in the order of computation.
 
@@ -135,11 +138,12 @@ def export_weights(
         chunks: the model, one chunk a virtual stage.
         hf_config: shape of the model.
         groups: the layout.
+        left_out: published names; a parameter made of any of them is neither sent nor yielded.
 
     Yields:
         (published name, tensor in the model's type on the model's device).
     """
-    mine: dict[str, torch.Tensor] = {}
+    mine, left_out = dict[str, torch.Tensor](), frozenset(left_out)
     for entry, parameter in local_parameters(chunks, hf_config):
         mine.setdefault(entry.name, parameter.detach())
     # Asked anew at each export: nothing about the stages is remembered from an earlier one.
@@ -147,6 +151,8 @@ def export_weights(
     by_stage = gather_objects(facts, groups.pipeline)
     device = groups.device.torch
     for entry in entries(hf_config):
+        if not left_out.isdisjoint(entry.hf_names):
+            continue
         owner = next((s for s, facts in enumerate(by_stage) if entry.name in facts), None)
         assert owner is not None, f"no stage holds {entry.name}"
         shape, dtype = by_stage[owner][entry.name]

@@ -249,13 +249,24 @@ class Engine:
             self._pieces[token_id] = str(self._tokenizer.decode([token_id]))
         return self._pieces[token_id]
 
-    def sync(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether sleep leaves the weights, so that those that never change come only once."""
+        return self._sleep_level != 2
+
+    def sync(
+        self,
+        weights: Iterable[tuple[str, torch.Tensor]],
+        version: int,
+        whole: bool = True,
+    ) -> None:
         """Take over the actor's weights and drop what was computed with the old ones.
 
         Args:
-            weights: (Hugging Face name, full tensor) of the whole model, the same on each rank of
-                the replica; iterated once, layer by layer, may be collective.
+            weights: (Hugging Face name, full tensor) of the model, the same on each rank of the
+                replica; iterated once, layer by layer, may be collective.
             version: number that rollouts carry from now on.
+            whole: False: layers of which nothing comes keep what they have, if they do in sleep.
 
         Raises:
             EngineError: asleep or in the middle of requests, or the model did not come whole.
@@ -268,7 +279,7 @@ class Engine:
                 f"weight sync {version}: the engine is {state}; sync between rollouts"
             )
         self._unusable = f"weight sync {version} failed; start the run again"
-        weight_sync.push(self._llm, weights, version)
+        weight_sync.push(self._llm, weights, version, whole)
         self.weight_version, self._unusable = version, ""
 
     def sleep(self) -> None:

@@ -12,6 +12,7 @@ was asked for; a source with a buffer that it refills cuts it at layer borders.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Iterable, Iterator
@@ -41,7 +42,9 @@ def connect(llm: Any) -> None:
     llm.init_weight_transfer_engine({"init_info": {}})
 
 
-def push(llm: Any, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+def push(
+    llm: Any, weights: Iterable[tuple[str, torch.Tensor]], version: int, whole: bool = True
+) -> None:
     """The other three phases, then drop every cache that was computed with the old weights.
 
     Args:
@@ -49,6 +52,7 @@ def push(llm: Any, weights: Iterable[tuple[str, torch.Tensor]], version: int) ->
         weights: (Hugging Face name, full tensor) of the whole model, any dtype; on each rank of an
             engine the same. Iterated once; may be collective.
         version: number that vLLM reports from now on.
+        whole: False: layers of which nothing comes keep what they have.
 
     Raises:
         EngineError: a tensor of the model did not come, or one is unknown or of another shape.
@@ -63,18 +67,31 @@ def push(llm: Any, weights: Iterable[tuple[str, torch.Tensor]], version: int) ->
 
     llm.start_weight_update()
     try:
-        llm.update_weights({"update_info": {"weights": stream()}})
+        llm.update_weights({"update_info": {"weights": stream(), "whole": whole}})
     except (KeyError, ValueError, AssertionError) as error:
         raise EngineError(
             f"weight sync {version}: the engine refused a tensor, {last} or one shortly before: "
             f"{error}; expected the names and shapes of the checkpoint that it was started from"
         ) from error
-    llm.finish_weight_update(str(version))
+    with contextlib.nullcontext() if whole else _quiet():
+        llm.finish_weight_update(str(version))
     # Keys and values, processed images and vision embeddings of the old weights.
     if not llm.reset_prefix_cache():
         raise EngineError(f"weight sync {version}: the prefix cache is in use and was not reset")
     llm.llm_engine.reset_mm_cache()
     llm.llm_engine.reset_encoder_cache()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without vLLM's warning for each layer that kept its weights."""
+    logger = logging.getLogger("vllm.model_executor.model_loader.reload.layerwise")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _unfinished(model: torch.nn.Module) -> set[str]:
@@ -125,6 +142,7 @@ def _transfer_class() -> type:
         """The stream itself."""
 
         weights: Iterator[tuple[str, torch.Tensor]]
+        whole: bool
 
     class InProcessTransfer(WeightTransferEngine[Init, Update]):  # type: ignore[misc]
         """Loads layer by layer what the trainer in the same process yields."""
@@ -141,7 +159,8 @@ def _transfer_class() -> type:
         def receive_weights(self, update_info: Update) -> None:
             with torch.no_grad():
                 loaded = set(self.model.load_weights(update_info.weights))
-            missing = sorted((self._expected - loaded) | _unfinished(self.model))
+            absent = self._expected - loaded if update_info.whole else set()
+            missing = sorted(absent | _unfinished(self.model))
             if missing:
                 raise EngineError(
                     f"{len(missing)} layers or tensors of the engine's did not come whole, among "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +40,7 @@ class Actor:
         hf_config: shape of the model.
         source: the directory that it was loaded from.
         groups: the layout.
+        frozen: published names of the tensors of layers that do not learn.
     """
 
     chunks: list[Any]
@@ -49,10 +50,11 @@ class Actor:
     hf_config: HFConfig
     source: ModelSource
     groups: Groups
+    frozen: frozenset[str] = frozenset()
 
-    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def weights(self, left_out: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
         """Full weights under their published names, one at a time; collective over all ranks."""
-        return export_weights(self.chunks, self.hf_config, self.groups)
+        return export_weights(self.chunks, self.hf_config, self.groups, left_out)
 
     def save_hf(self, directory: Path) -> None:
         """Write the weights as the source's Hugging Face directory has them; collective."""
@@ -88,13 +90,16 @@ class Reference:
             parameter.copy_(value)
 
 
-def freeze(chunks: list[Any], hf_config: HFConfig, patterns: Sequence[str]) -> None:
+def freeze(chunks: list[Any], hf_config: HFConfig, patterns: Sequence[str]) -> frozenset[str]:
     """Take parameters out of training: no gradient, no optimizer state.
 
     Args:
         chunks: the model.
         hf_config: shape of the model.
         patterns: regular expressions, searched for in published names (`^visual[.]`).
+
+    Returns:
+        published names of the tensors of layers all of which is frozen.
 
     Raises:
         ConfigError: a pattern that matches nothing, or only a part of a fused parameter.
@@ -117,6 +122,10 @@ def freeze(chunks: list[Any], hf_config: HFConfig, patterns: Sequence[str]) -> N
             raise ConfigError(f"model.freeze: {pattern!r} matches no parameter, as {some}, …")
     for entry, parameter in local_parameters(chunks, hf_config):
         parameter.requires_grad_(entry.name not in frozen)
+    learning = {n for e in entries(hf_config) if e.name not in frozen for n in e.hf_names}
+    layers = {name.rpartition(".")[0] for name in learning}
+    names = {name for entry in entries(hf_config) for name in entry.hf_names}
+    return frozenset(name for name in names if name.rpartition(".")[0] not in layers)
 
 
 def make_actor(
@@ -143,7 +152,7 @@ def make_actor(
         finalize_model_grads,
     )
 
-    freeze(chunks, hf_config, config.model.freeze)
+    frozen = freeze(chunks, hf_config, config.model.freeze)
     with cpu.megatron_mode():
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=config.optimizer.gradients == "float32",
@@ -159,4 +168,4 @@ def make_actor(
         chunks[0].config.finalize_model_grads_func = finalize_model_grads
         optimizer = make_optimizer(config, wrapped)
         scheduler = make_scheduler(config.optimizer, optimizer, num_updates)
-    return Actor(chunks, wrapped, optimizer, scheduler, hf_config, source, groups)
+    return Actor(chunks, wrapped, optimizer, scheduler, hf_config, source, groups, frozen)

@@ -51,9 +51,10 @@ def train_grpo(
     config = context.config
     bound = config.rollout.canary_bound
     canary = Canary(samples, bound) if bound else None
+    started_at = context.step
     while context.goes_on:
         step = context.step
-        sync(context, actor, engine, version=step)
+        sync(context, actor, engine, version=step, again=step > started_at)
         agreed = canary.check(context, actor, engine) if canary else {}
         scored, stats = roll_out_step(context, engine, samples, scorer, step)
         given, spread = credit_of(scored, config)
@@ -75,11 +76,20 @@ def train_grpo(
         context.finish_step("grpo", values, actor, rate)
 
 
-def sync(context: Context, actor: Actor, engine: Engine, version: int) -> None:
-    """Wake the engine and stream the actor's weights into it."""
+def sync(context: Context, actor: Actor, engine: Engine, version: int, again: bool = False) -> None:
+    """Wake the engine and stream the actor's weights into it.
+
+    Args:
+        context: of the run.
+        actor: whose weights.
+        engine: that takes them.
+        version: number that rollouts carry from now on.
+        again: the engine's weights came from this actor: those that do not learn need not come.
+    """
     with context.phase("sync"):
+        left_out = actor.frozen if again and engine.keeps_weights else frozenset[str]()
         engine.wake()
-        engine.sync(actor.weights(), version)
+        engine.sync(actor.weights(left_out), version, whole=not left_out)
 
 
 def chosen_groups(given: Credit, config: Config) -> tuple[list[int], dict[str, float]]:

@@ -24,6 +24,8 @@ from pathlib import Path
 
 PHASE_OF = {"load": "setup", "pass2": "pass1", "worker": "reward"}
 PHASE_OF |= dict.fromkeys(("forward", "backward", "optimizer"), "update")
+WHOLE_PHASES = ("canary", "prompts", "share", "old_logprobs", "reference")
+"""Phases in which a rank fails at the beginning."""
 
 
 def hang():
@@ -38,17 +40,28 @@ class Fault:
         self.kind, self.run_dir = case["fault"], run_dir
         self.armed = self.kind != "none" and int(os.environ["RANK"]) == case["rank"]
 
-    def __call__(self, *unused):
+    def __call__(self, *arguments):
         if not self.armed:
             return
         self.armed = False
         (self.run_dir / "fault_at").write_text(str(time.time()))
+        if self.kind == "engine":
+            return break_core(*arguments)
         if self.kind == "raise":
             raise RuntimeError("the moon is missing")
         number = {"kill": signal.SIGKILL, "term": signal.SIGTERM}.get(self.kind)
         if number is not None:
             os.kill(os.getpid(), number)
         hang()
+
+
+def break_core(engine):
+    """From now on vLLM's own executor fails, below all that is ours."""
+
+    def execute_model(*unused, **named):
+        raise RuntimeError("the moon is missing")
+
+    engine._core.engine_core.engine_core.model_executor.execute_model = execute_model
 
 
 def before(owner, name, do):
@@ -107,8 +120,25 @@ def inject(case, run_dir):
         from megatron_sr1.rewards.score import Scorer
 
         before(Scorer, "score", in_worker(case["fault"]) if place == "worker" else fault)
+    elif place in WHOLE_PHASES and case["fault"] != "engine":
+        in_phase(fault, place)
     else:
         in_engine(fault, place)
+
+
+def in_phase(fault, place):
+    from megatron_sr1.trainer.context import Context
+
+    real = Context.phase
+
+    @contextlib.contextmanager
+    def phase(self, name):
+        with real(self, name):
+            if name == place:
+                fault()
+            yield
+
+    Context.phase = phase
 
 
 def in_update(fault, place):
@@ -162,8 +192,13 @@ def in_engine(fault, place):
     ))  # fmt: skip
 
     def at_step(engine):
-        if (place == "pass1" and engine.num_steps > 5) or (place == "pass2" and reading):
-            fault()
+        wanted = {
+            "canary": "score" in engine._live,
+            "pass1": engine.num_steps > 5,
+            "pass2": bool(reading),
+        }
+        if wanted.get(place):
+            fault(engine)
 
     before(Engine, "step", at_step)
 

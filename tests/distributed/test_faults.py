@@ -35,6 +35,7 @@ LAST_WORDS = {
     "raise": "rank 1: RuntimeError: the moon is missing (in {phase})",
     "kill": "rank 1: its process is gone (killed from outside, or out of memory)",
     "hang": "{phase} took longer than its deadline of {seconds:g} s",
+    "engine": "rank 1: RuntimeError: the moon is missing (in {phase})",
     "term": "rank 1: stopped from outside by SIGTERM",
 }
 PHASE_OF = {"load": "setup", "pass2": "pass1"} | dict.fromkeys(
@@ -43,7 +44,7 @@ PHASE_OF = {"load": "setup", "pass2": "pass1"} | dict.fromkeys(
 COMMON = (
     *("launch.setup_deadline_seconds=600", "launch.phase_deadline_seconds=600"),
     *("checkpoint.every_steps=1", "checkpoint.export_hf=false", "data.eval="),
-    "rollout.pass2=barrier",
+    *("rollout.pass2=barrier", "rollout.canary_bound=1e-3"),
 )
 
 
@@ -153,9 +154,9 @@ def check_stacks(run_dir, ranks=(0, 1)):
         assert "most recent call first" in stacks, rank
 
 
-def check_fault(stage, phase, kind, groups):
+def check_fault(stage, phase, kind, groups, *more):
     run_dir = stage.copy(f"{phase}_{kind}")
-    found = stage.run(run_dir, phase, kind)
+    found = stage.run(run_dir, phase, kind, *more)
     output = found["output"]
     assert not found["late"] and found["seconds"] is not None, output[-4000:]
     assert not found["left"], "processes that a rank started are still there"
@@ -165,6 +166,8 @@ def check_fault(stage, phase, kind, groups):
     last = output.splitlines()[-3:]
     words = LAST_WORDS[kind].format(phase=PHASE_OF.get(phase, phase), seconds=waited)
     assert any(line.startswith("megatron-sr1: error: ") and words in line for line in last), output
+    if kind == "engine":
+        assert "in execute_model" in output and "vllm/v1/engine/core.py" in output
     if kind == "hang":
         assert f"  rank 1 in {PHASE_OF.get(phase, phase)}, hang (tests/distributed/" in output
         assert "in hang" in (run_dir / "stacks" / "rank_1.txt").read_text()
@@ -198,6 +201,20 @@ def test_a_failing_rank_ends_all_of_a_supervised_run_in_any_phase(sft, groups, p
 @pytest.mark.parametrize("phase", ["pass1", "pass2", "reward", "sync"])
 def test_a_failing_rank_ends_all_of_a_grpo_run(grpo, groups, phase, kind):
     check_fault(grpo, phase, kind, groups)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["canary", "prompts", "share", "old_logprobs", "reference"])
+def test_a_killed_rank_ends_all_of_a_grpo_run_in_any_phase(grpo, groups, phase):
+    more = ("algorithm.prompts_per_update=2", "algorithm.kl_coefficient=0.01")
+    check_fault(grpo, phase, "kill", groups, *more)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["canary", "pass1", "pass2"])
+def test_an_engine_that_dies_takes_the_run_down_with_its_own_traceback(grpo, groups, phase):
+    """vLLM runs inside the rank: what is killed with the rank is the case above."""
+    check_fault(grpo, phase, "engine", groups)
 
 
 @pytest.mark.slow

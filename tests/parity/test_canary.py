@@ -3,6 +3,8 @@
 Not covered: more than one rank; tests/distributed runs whole steps with it (the demo's settings).
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,9 +13,10 @@ from megatron_sr1.data.digits import make_digits
 from megatron_sr1.errors import ConfigError, EngineError
 from megatron_sr1.runtime.device import select_device
 from megatron_sr1.trainer import setup
-from megatron_sr1.trainer.actor import make_actor
+from megatron_sr1.trainer.actor import freeze, make_actor
 from megatron_sr1.trainer.canary import Canary
 from megatron_sr1.trainer.context import Context
+from megatron_sr1.trainer.grpo import sync
 
 BOUND = 1e-3
 
@@ -73,6 +76,33 @@ def test_engine_and_actor_agree_after_syncs_and_a_stale_encoder_cache_is_caught(
     assert canary.check(context, actor, engine)["mismatch/canary_abs_max"] < 1e-4
 
 
+def test_frozen_layers_come_once_and_the_engine_keeps_them(run, monkeypatch):
+    context, actor, engine, samples = run
+    canary, everything = Canary(samples, BOUND), {name for name, _ in actor.weights()}
+    bias = "layers.0.self_attn.[qkv]_proj.bias"
+    frozen = freeze(actor.chunks, actor.hf_config, ["^visual[.]", "layers.0.mlp", bias])
+    assert {n for n in everything if n.startswith("visual.") or "layers.0.mlp" in n} == frozen
+    come = []
+    real = engine.sync
+
+    def watched(weights, version, whole):
+        weights = list(weights)
+        come.append({name for name, _ in weights})
+        real(weights, version, whole)
+
+    monkeypatch.setattr(engine, "sync", watched)
+    for version in (5, 6, 7):
+        sync(context, replace(actor, frozen=frozen), engine, version, again=version > 5)
+        assert canary.check(context, actor, engine)["mismatch/canary_abs_max"] < 1e-4
+        parts = ("decoder.final_layernorm", "decoder.layers.1.", "embedding")
+        change(actor, version, [f"language_model.{part}" for part in parts])
+    assert come == [everything, everything - frozen, everything - frozen]
+    change(actor, 8, ("vision", "visual"))  # against what was said: the engine must miss it
+    sync(context, replace(actor, frozen=frozen), engine, 8, again=True)
+    with pytest.raises(EngineError, match="canary"):
+        canary.check(context, actor, engine)
+
+
 def test_a_set_without_images_has_no_canary(run):
     *_, samples = run
 
@@ -81,8 +111,6 @@ def test_a_set_without_images_has_no_canary(run):
             return len(samples)
 
         def example(self, index):
-            from dataclasses import replace
-
             return replace(samples.example(index), num_images=0)
 
     with pytest.raises(ConfigError, match="needs a sample with an image.*set it to 0"):

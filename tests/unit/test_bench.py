@@ -1,0 +1,92 @@
+"""What the benchmark makes of measurements: bench.json, and which bounds hold.
+
+The measurements here are made up; `make bench` takes real ones.
+"""
+
+import pytest
+
+from tools.bench import summary
+from tools.bench_tables import SEQUENCES, forked_over_barrier, model_tables, verdicts
+from tools.schedules import SCHEDULES
+
+
+def schedule(steps, seconds):
+    median = sorted(seconds)[len(seconds) // 2]
+    return {
+        "engine_steps": steps,
+        "seconds": median,
+        "all_seconds": seconds,
+        "tokens_per_second": 100 / median,
+        "simulated_equals_recorded": True,
+    }
+
+
+def measured(forked_steps=20, forked_seconds=(3.0, 1.5, 6.0), extra_bytes=200, ours=3.0):
+    span = {"mean": 1.0, "p50": 1.0, "p99": 2.0, "max": 2}
+    lengths = {"response": span, "description": span, "reading": span}
+    seed = {
+        "seed": 1,
+        "same_tokens": True,
+        "lengths": lengths | {"descriptions": 3, "distinct_readings": 2},
+        "one": schedule(20, [1.0, 2.0, 1.0]),
+        "barrier": schedule(30, [4.0, 2.0, 5.0]),
+        "forked": schedule(forked_steps, list(forked_seconds)),
+    }
+    sync = {"bytes": 9, "seconds": 0.5, "memcpy_seconds": 0.1, "extra_bytes_peak": extra_bytes}
+    step = {
+        "median_step_seconds": {"ours": ours, "trl": 4.0},
+        "ratio": ours / 4.0,
+        "ratio_by_round": [0.7, 0.8],
+        "median_phase_seconds": {"time/pass1_seconds": 1.0},
+    }
+    engine = {"schedules": {"seeds": [seed]}, "sync": sync | {"largest_layer_bytes": 100}}
+    return {"engine": engine, "step": step}
+
+
+def gpu(forked=1.4):
+    seconds = {"one": 1.0, "barrier": 2.0, "forked": forked}
+    return {model: {str(n): seconds for n in SEQUENCES} for model in ("3b", "7b")}
+
+
+def test_bench_json_has_the_agreed_keys():
+    part = summary(measured(), gpu())
+    assert set(part) == {"engine_steps", "seconds", "roofline", "step_seconds", "sync"}
+    assert part["engine_steps"] == {"one": 20, "barrier": 30, "forked": 20}
+    assert part["seconds"] == {"one": 1.0, "barrier": 4.0, "forked": 3.0}
+    assert set(part["roofline"]) == {"3b", "7b"}
+    for by_num in part["roofline"].values():
+        assert {num: set(times) for num, times in by_num.items()} == {
+            str(num): set(SCHEDULES) for num in SEQUENCES
+        }
+    assert part["step_seconds"] == {"ours": 3.0, "trl": 4.0}
+    assert set(part["sync"]) == {"bytes", "seconds", "memcpy_seconds", "extra_bytes_peak"}
+
+
+def test_wall_times_are_compared_run_by_run():
+    assert forked_over_barrier(measured()["engine"]["schedules"]["seeds"]) == [0.75, 0.75, 1.2]
+
+
+def test_all_bounds_hold_and_are_told():
+    checked = verdicts({"demo": measured(), "wide": measured()}, gpu())
+    assert len(checked) == 1 + 6 + 1 + 2 + 1 and all(checked.values())
+    assert "ratio 0.75, by round 0.70, 0.80" in model_tables("demo", measured())
+
+
+@pytest.mark.parametrize(
+    ("worse", "told"),
+    [
+        ({"forked_steps": 25}, "engine steps"),
+        ({"forked_seconds": (4.1, 2.1, 1.0)}, "wall time"),
+        ({"extra_bytes": 201}, "demo, sync"),
+        ({"ours": 3.3}, "TRL's"),
+    ],
+)
+def test_a_bound_that_does_not_hold_is_named(worse, told):
+    checked = verdicts({"demo": measured(**worse), "wide": measured()}, gpu())
+    assert [told in claim for claim, holds in checked.items() if not holds] == [True]
+
+
+def test_the_wide_model_and_the_modelled_gpu_have_bounds_too():
+    checked = verdicts({"demo": measured(), "wide": measured(extra_bytes=201)}, gpu(1.6))
+    failed = [claim for claim, holds in checked.items() if not holds]
+    assert len(failed) == 7 and "wide, sync" in failed[-1]

@@ -1,0 +1,114 @@
+"""Credit by span against scalar credit on the digits, over several seeds.
+
+For each seed: the demo's shards, model and cold start, then the demo's GRPO once with each
+`algorithm.credit` from that one cold start, with the same steps, prompts and seeds, and the same
+held-out questions with the same randomness. Out: tables on the standard output. What is finished in
+--output is not made again, so that a stopped comparison goes on.
+
+Intervals are of 95 %: a seed's difference by its questions (paired, normal), the mean over the
+seeds by Student's t. The second says what another seed would give; it is wide with three.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from megatron_sr1.observability.metrics import read_lines  # noqa: E402
+from megatron_sr1.trainer.demo import COLD_START, COMMON, GRPO, prepare  # noqa: E402
+from megatron_sr1.trainer.scoring import VERDICTS  # noqa: E402
+from tools.bench_tables import table  # noqa: E402
+
+CREDITS = ("scalar", "span")
+T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # Student's t, two-sided, by degrees of freedom
+Lines = dict[int, dict[str, float]]
+"""Verdicts of a held-out question, by its index."""
+
+
+def train(output: Path, *overrides: str) -> None:
+    """Run a stage of the demo with the command line."""
+    command = [sys.executable, "-m", "megatron_sr1", "train", "examples/digits_cpu.yaml"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    settings = [*COMMON, *overrides, f"output={output}"]
+    subprocess.run([*command, *settings], check=True, cwd=ROOT, env=environment, stdout=sys.stderr)
+
+
+def run_seed(folder: Path, seed: int, more: list[str]) -> dict[str, Path]:
+    """Train what a seed still lacks; returns credit -> run directory."""
+    prepare(folder, seed)
+    cold = folder / "cold_start"
+    if not (cold / "hf" / "config.json").is_file():
+        data = folder / "data" / "cold_start"
+        own = [f"model.path={folder / 'model'}", f"data.train={data}", "data.eval=", f"seed={seed}"]
+        train(cold, *COLD_START, *own)
+    runs = {credit: folder / credit for credit in CREDITS}
+    for credit, run in runs.items():
+        if not (run / "report.html").is_file():  # the last that a run writes
+            own = [f"model.path={cold / 'hf'}", f"data.train={folder / 'data' / 'train'}"]
+            own += [f"data.eval={folder / 'data' / 'eval'}", "data.eval_limit=0", f"seed={seed}"]
+            train(run, *GRPO, *own, f"algorithm.credit={credit}", *more)
+    return runs
+
+
+def verdicts(run: Path, way: str) -> Lines:
+    """What a run's evaluation said of each question."""
+    lines = read_lines(run / "eval" / f"{way}.jsonl")
+    return {line["index"]: {v: float(line[v]) for v in VERDICTS} for line in lines}
+
+
+def paired(first: Lines, second: Lines, verdict: str) -> tuple[float, float]:
+    """Mean of second less first over the questions of both, and half of its 95 % interval."""
+    gaps = [second[i][verdict] - first[i][verdict] for i in sorted(first.keys() & second.keys())]
+    return statistics.mean(gaps), 1.96 * statistics.stdev(gaps) / math.sqrt(len(gaps))
+
+
+def tables(found: dict[int, dict[str, Path]], way: str) -> str:
+    """Rates by seed and credit, and their differences."""
+    by_run = {(s, c): verdicts(run, way) for s, runs in found.items() for c, run in runs.items()}
+    rows = []
+    for (seed, credit), lines in by_run.items():
+        means = [statistics.mean(line[v] for line in lines.values()) for v in VERDICTS]
+        rows.append([str(seed), credit, *(f"{mean:.3f}" for mean in means)])
+    differences = {
+        seed: [paired(by_run[seed, "scalar"], by_run[seed, "span"], v) for v in VERDICTS]
+        for seed in found
+    }
+    for seed, gaps in differences.items():
+        cells = [f"{mean:+.3f} ± {half:.3f}" for mean, half in gaps]
+        rows.append([str(seed), "span less scalar", *cells])
+    if len(found) - 1 in T95:
+        cells = []
+        for column in range(len(VERDICTS)):
+            means = [gaps[column][0] for gaps in differences.values()]
+            half = T95[len(means) - 1] * statistics.stdev(means) / math.sqrt(len(means))
+            cells.append(f"{statistics.mean(means):+.3f} ± {half:.3f}")
+        rows.append(["all", "span less scalar", *cells])
+    return table([f"seed, {way}", "credit", *VERDICTS.values()], rows)
+
+
+def main() -> int:
+    """Train what is missing and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "credit")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of both GRPO runs")
+    arguments = parser.parse_args()
+    found = {}
+    for seed in arguments.seeds:
+        folder = arguments.output.resolve() / f"seed_{seed}"
+        found[seed] = run_seed(folder, seed, arguments.overrides)
+    for way in ("sampled", "greedy"):
+        print(tables(found, way))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
