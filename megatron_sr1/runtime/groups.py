@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,8 +152,8 @@ def make_groups(parallel: ParallelConfig, device: Device, *, on_host: bool = Tru
 def destroy_groups() -> None:
     """Undo `make_groups`, to make others; collective over all ranks.
 
-    Megatron only forgets its groups; their threads would stay, and wait busily. An engine in the
-    same process loses its groups too.
+    Megatron only forgets its groups; their threads would stay, and wait busily. So do those of a
+    model that is still there. An engine in the same process loses its groups too.
     """
     from megatron.core import parallel_state
     from torch.distributed import distributed_c10d
@@ -162,6 +163,7 @@ def destroy_groups() -> None:
     for group in list(distributed_c10d._world.pg_map):  # torch lists its groups nowhere else
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
+    gc.collect()  # models and optimizers refer to their groups in circles
 
 
 def gather_objects(value: Any, group: Group) -> list[Any]:
