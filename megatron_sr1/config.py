@@ -23,7 +23,11 @@ class ModelConfig:
     fp8: str | None = None
     """FP8 format for Transformer Engine: None | hybrid | e4m3."""
     fp8_recipe: str = "delayed"
-    """FP8 scaling: delayed | tensorwise | blockwise | mxfp8."""
+    """FP8 scaling: delayed | current | blockwise | mxfp8 (Blackwell)."""
+    bf16_layers_at_start: int = 0
+    """model.fp8: so many first layers of the language model stay in bfloat16, not with delayed."""
+    bf16_layers_at_end: int = 0
+    """model.fp8: so many last layers do."""
     recompute: str = "none"
     """Activation recomputation: none | selective | full."""
     freeze: list[str] = field(default_factory=list)

@@ -27,7 +27,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "model.dtype": ("float32", "bfloat16"),
     "model.spec": ("local", "transformer_engine"),
     "model.fp8": (None, "hybrid", "e4m3"),
-    "model.fp8_recipe": ("delayed", "tensorwise", "blockwise", "mxfp8"),
+    "model.fp8_recipe": ("delayed", "current", "blockwise", "mxfp8"),
     "parallel.vision": ("tensor", "images"),
     "model.recompute": ("none", "selective", "full"),
     "data.prompt_style": ("full", "brief"),
@@ -190,8 +190,7 @@ def validate(config: Config) -> None:
         raise ConfigError(
             "parallel.virtual and parallel.stage_layers need parallel.pipeline of 2 or more"
         )
-    if config.model.fp8 and config.model.spec != "transformer_engine":
-        raise ConfigError("model.fp8 needs model.spec=transformer_engine")
+    _validate_fp8(config)
     for key in ABOVE_ZERO:
         if _get(config, key) <= 0:
             raise ConfigError(f"{key} is {_get(config, key)}; expected more than 0")
@@ -225,6 +224,26 @@ def _validate_memory(config: Config) -> None:
         raise ConfigError(
             f"optimizer.beta2={optimizer.beta2} with optimizer.state=bfloat16: a second moment in "
             f"bfloat16 cannot shrink by less than 2^-8 of itself; set {LARGEST_BETA2} or less"
+        )
+
+
+def _validate_fp8(config: Config) -> None:
+    """FP8 and what needs it."""
+    model = config.model
+    if model.fp8 and model.spec != "transformer_engine":
+        raise ConfigError("model.fp8 needs model.spec=transformer_engine")
+    kept = f"model.bf16_layers_at_start={model.bf16_layers_at_start}, bf16_layers_at_end="
+    kept += str(model.bf16_layers_at_end)
+    if not model.bf16_layers_at_start and not model.bf16_layers_at_end:
+        return
+    if not model.fp8:
+        raise ConfigError(
+            f"{kept}: without model.fp8 no layer is in FP8; set it or leave these out"
+        )
+    if model.fp8_recipe == "delayed":
+        raise ConfigError(
+            f"{kept}: delayed scaling takes all layers or none; set model.fp8_recipe=current, "
+            "blockwise or mxfp8"
         )
 
 

@@ -37,6 +37,7 @@ def build_model(
     recompute: str = "none",
     fp8: str | None = None,
     fp8_recipe: str = "delayed",
+    bf16_layers: tuple[int, int] = (0, 0),
     logprob_chunk_tokens: int = 1024,
 ) -> list[Qwen25VL]:
     """Build this rank's share of the model, its weights not yet loaded: they are NaN.
@@ -52,6 +53,7 @@ def build_model(
         recompute: none | selective (MLPs of the language model, blocks of the tower) | full.
         fp8: Transformer Engine's FP8 format, or None.
         fp8_recipe: its scaling.
+        bf16_layers: with FP8, so many first and last layers of the language model without it.
         logprob_chunk_tokens: tokens whose logits exist at a time.
 
     Returns:
@@ -81,6 +83,7 @@ def build_model(
         recompute=recompute,
         fp8=fp8,
         fp8_recipe=fp8_recipe,
+        bf16_layers=bf16_layers,
     )
     with cpu.megatron_mode():
         if not get_cuda_rng_tracker().is_initialized():

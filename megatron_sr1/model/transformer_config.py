@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_sr1.model.fp8 import fp8_settings
 from megatron_sr1.model.hf_config import HFConfig, VisionConfig
 from megatron_sr1.runtime.groups import Groups
 
@@ -31,6 +32,7 @@ def text_transformer_config(
     recompute: str,
     fp8: str | None,
     fp8_recipe: str,
+    bf16_layers: tuple[int, int],
 ) -> TransformerConfig:
     """Megatron's configuration of the language model.
 
@@ -44,6 +46,7 @@ def text_transformer_config(
         recompute: as `build_model`.
         fp8: as `build_model`.
         fp8_recipe: as `build_model`.
+        bf16_layers: as `build_model`.
     """
     text, on_cpu = hf_config.text, groups.device.kind == "cpu"
     extra: dict[str, Any] = {}
@@ -56,8 +59,13 @@ def text_transformer_config(
         # A batch of messages between two ranks that are each other's next and previous would mix
         # up forward and backward; apart from one another they are also hidden behind computing.
         extra |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
-    if fp8 is not None:
-        extra |= {"fp8": fp8, "fp8_recipe": fp8_recipe}
+    extra |= fp8_settings(
+        fp8,
+        fp8_recipe,
+        bf16_layers,
+        num_layers=text.num_layers,
+        num_stages=groups.pipeline.size,
+    )
     return TransformerConfig(
         num_layers=text.num_layers,
         hidden_size=text.hidden_size,

@@ -27,6 +27,7 @@ from megatron_sr1.data.loader import Loader
 from megatron_sr1.data.packing import pack_samples
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.errors import ConfigError, DataError, GradingError
+from megatron_sr1.model.fp8 import fp8_row_multiple
 from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.model.row_split import sequence_multiple
 from megatron_sr1.observability.memory import PeakMemory
@@ -131,7 +132,8 @@ class Context:
         parallel = self.config.parallel
         share_multiple = parallel.tensor if parallel.sequence else 1
         if self.config.model.fp8:
-            share_multiple = max(share_multiple, 16) * parallel.tensor
+            fp8_multiple = fp8_row_multiple(self.config.model.fp8_recipe)
+            share_multiple = max(share_multiple, fp8_multiple) * parallel.tensor
         multiple = sequence_multiple(parallel.context)
         return pack_samples(
             chosen,

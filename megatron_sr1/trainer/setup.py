@@ -77,6 +77,7 @@ def load_actor_model(config: Config, groups: Groups) -> tuple[list[Any], HFConfi
             recompute=model.recompute,
             fp8=model.fp8,
             fp8_recipe=model.fp8_recipe,
+            bf16_layers=(model.bf16_layers_at_start, model.bf16_layers_at_end),
             logprob_chunk_tokens=model.logprob_chunk_tokens,
         )
         load_model(chunks, source, hf_config, groups, config.checkpoint.verify)

@@ -33,6 +33,8 @@ REFUSED = {
     "algorithm.mask_beyond_nats=-1": "0 or more",
     "data.max_prompt_tokens=8000": "rollout.max_model_len",
     "model.fp8=hybrid": "transformer_engine",
+    "model.fp8_recipe=tensorwise": "delayed | current | blockwise | mxfp8",
+    "model.bf16_layers_at_end=1": "without model.fp8",
     "seed": "group.key=value",
 }
 
@@ -42,6 +44,17 @@ def test_impossible_values_are_refused_with_what_is_expected(override):
     with pytest.raises(ConfigError) as error:
         load_config(None, ["model.path=x", override])
     assert REFUSED[override] in str(error.value) and "\n" not in str(error.value)
+
+
+def test_first_and_last_layers_stay_in_bfloat16_unless_scaling_is_delayed():
+    fp8 = ["model.path=x", "model.spec=transformer_engine", "model.fp8=hybrid"]
+    kept = [*fp8, "model.bf16_layers_at_start=1"]
+    with pytest.raises(ConfigError, match="set model.fp8_recipe=current, blockwise or mxfp8"):
+        load_config(None, kept)
+    for recipe in ("current", "blockwise", "mxfp8"):
+        model = load_config(None, [*kept, f"model.fp8_recipe={recipe}"]).model
+        assert (model.bf16_layers_at_start, model.bf16_layers_at_end) == (1, 0)
+    load_config(None, fp8)
 
 
 @pytest.mark.parametrize("recipe", ["see_think", "vision_r1"])

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 import transformer_engine.pytorch.distributed
 import transformer_engine.pytorch.fp8
 import transformer_engine.pytorch.ops  # noqa: F401
+from transformer_engine.pytorch.fp8 import fp8_autocast  # noqa: F401
 
 
 class _Base(torch.nn.Module):
@@ -78,6 +79,7 @@ class Linear(_Base):
         device="cuda",
     ):
         super().__init__()
+        self.save_original_input = False  # Megatron-Core sets it under FP8
         self._take(
             in_features,
             out_features,
