@@ -101,5 +101,5 @@ def test_grpo_goes_on_under_another_layout(tmp_path, tiny_model, prompts, saving
         for one, other in zip(first, second, strict=True):
             assert other["response"] == one["response"] and other["index"] == one["index"]
     for before, after in zip(numbers(whole), numbers(stopped), strict=True):
-        for name in ("actor/loss", "actor/kl", "optimizer/grad_norm", "reward/total"):
+        for name in ("actor/loss", "actor/reference_kl", "optimizer/grad_norm", "reward/total"):
             assert after[name] == pytest.approx(before[name], rel=1e-5, abs=1e-5), name
