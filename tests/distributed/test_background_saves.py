@@ -17,6 +17,8 @@ from megatron_sr1.checkpoint.manifest import read_manifest
 from megatron_sr1.data.digits import make_digits
 from tests.distributed.test_resume import command, numbers, run_to_the_end
 
+pytestmark = pytest.mark.slow  # unit/test_checkpoint_background.py has the quick ones
+
 SCRIPT = Path(__file__).parent / "background_ranks.py"
 ROOT = Path(__file__).resolve().parents[2]
 NAMED_BY_TIME = {".metadata"}  # it holds a name that each writing makes up
@@ -56,7 +58,6 @@ def test_a_rank_whose_writer_is_killed_ends_the_save_on_all_and_leaves_the_one_b
     assert ranks[0]["left"] == ["latest", "step_1"]
 
 
-@pytest.mark.slow
 def test_a_run_killed_in_mid_save_goes_on_with_the_numbers_of_one_that_saved_plainly(
     tmp_path, tiny_model
 ):

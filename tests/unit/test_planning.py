@@ -244,16 +244,24 @@ def test_lengths_that_the_user_knows_are_used(model, capsys):
     assert "250 text + 0 image + 300 response tokens, 50 read" in told.out
 
 
-def test_a_dry_run_knows_uneven_and_virtual_stages(model, capsys):
+def test_a_dry_run_knows_uneven_and_virtual_stages(model):
     (model / "config.json").write_text((PUBLISHED / "qwen25vl_3b.json").read_text())
     (model / "model.safetensors").touch()
     example = str(ROOT / "examples" / "qwen25vl_3b.yaml")
     keys = [f"model.path={model}", "launch.num_processes=8", "parallel.tensor=2"]
     keys += ["parallel.pipeline=2", "parallel.virtual=2", "parallel.vision=images"]
-    assert main(["train", example, "--dry-run", *keys, "parallel.stage_layers=[4,10,12,10]"]) == 0
-    assert "GB on the fullest of 8 ranks" in capsys.readouterr().out
-    assert main(["train", example, "--dry-run", *keys, "parallel.stage_layers=[4,32]"]) == 2
-    assert "expected 4 numbers" in capsys.readouterr().err
+
+    def dry_run(layers):
+        command = [sys.executable, "-m", "megatron_sr1", "train", example, "--dry-run", *keys]
+        command.append(f"parallel.stage_layers={layers}")
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+    done = dry_run("[4,10,12,10]")
+    assert done.returncode == 0, done.stderr
+    assert "GB on the fullest of 8 ranks" in done.stdout
+    refused = dry_run("[4,32]")
+    assert refused.returncode == 2
+    assert "expected 4 numbers" in refused.stderr
 
 
 def test_a_plan_needs_no_torch(model):
