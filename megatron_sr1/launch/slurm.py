@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -59,7 +60,9 @@ class Submitted:
 
     def next_commands(self) -> str:
         """What to run to see, read and cancel the jobs."""
-        nemo = f"NEMORUN_HOME={shlex.quote(self.home)} nemo" if self.home else "nemo"
+        nemo = shlex.quote(str(Path(sys.executable).with_name("nemo")))
+        if self.home:
+            nemo = f"NEMORUN_HOME={shlex.quote(self.home)} {nemo}"
         lines = [f"# {name} is job {job}" for name, job in self.jobs.items()]
         lines.append("# nemo-run's commands (status and logs need a Slurm with accounting):")
         lines.append(f"{nemo} experiment status {self.experiment}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 from megatron_sr1.checkpoint.folders import latest_step
@@ -105,11 +106,13 @@ def _parameters(config: Config) -> str:
     """Of a rank at each end of the pipeline, from the classes that would run."""
     if not Path(config.model.path).exists():
         return "not known without the model"
-    from megatron_sr1.trainer.shapes import num_parameters_on  # imports Megatron-Core: seconds
-
     hf_config = read_hf_config(resolve_model(config.model.path).hf_files)
     last = _num_ranks(config) - 1
-    counts = [num_parameters_on(config, hf_config, rank, last + 1) for rank in (0, last)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is not installed; `doctor` tells
+        from megatron_sr1.trainer.shapes import num_parameters_on  # imports Megatron-Core: seconds
+
+        counts = [num_parameters_on(config, hf_config, rank, last + 1) for rank in (0, last)]
     if config.parallel.pipeline == 1:
         return f"{counts[0]:,} on each rank"
     return f"{counts[0]:,} on a rank of the first stage, {counts[1]:,} of the last"
