@@ -1,20 +1,19 @@
 """Who works on what: samples shared out over rows and over data-parallel ranks by what they cost.
 
 In: the sizes of samples, the same on all ranks. Out: rows within a budget, or a share for each
-rank. The parts that are shared out go largest first, each to whoever has the least to do (Graham,
-1969, doi:10.1137/0117039), so no two differ by more than the largest part. Samples of a prompt have
-the same images, which a row encodes once: they are one part as far as the limit lets them.
+rank, whose parts go largest first (runtime/shares.py). Samples of a prompt have the same images,
+which a row encodes once: they are one part as far as the limit lets them.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
 from bisect import bisect_left
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 from megatron_sr1.records import TrainSample
+from megatron_sr1.runtime.shares import share_out
 
 
 @dataclass(frozen=True)
@@ -68,12 +67,12 @@ def plan_rows(sizes: Sequence[Size], budget: float, patch_cost: float) -> list[l
     costs = [cost((sizes[n] for n in part), patch_cost) for part in parts]
 
     def fits(num_rows: int) -> bool:
-        rows = _share_out(costs, num_rows)
+        rows = share_out(costs, num_rows)
         return all(len(row) < 2 or sum(costs[p] for p in row) <= budget for row in rows)
 
     fewest = math.ceil(sum(min(c, budget) for c in costs) / budget)
     num_rows = fewest + bisect_left(range(fewest, len(parts)), True, key=fits)
-    return sorted(_samples(parts, row) for row in _share_out(costs, num_rows))
+    return sorted(_samples(parts, row) for row in share_out(costs, num_rows))
 
 
 def plan_ranks(sizes: Sequence[Size], num_ranks: int, patch_cost: float) -> list[list[int]]:
@@ -89,7 +88,7 @@ def plan_ranks(sizes: Sequence[Size], num_ranks: int, patch_cost: float) -> list
     """
     parts = _parts(sizes, cost(sizes, patch_cost) / num_ranks, patch_cost)
     costs = [cost((sizes[n] for n in part), patch_cost) for part in parts]
-    return [_samples(parts, share) for share in _share_out(costs, num_ranks)]
+    return [_samples(parts, share) for share in share_out(costs, num_ranks)]
 
 
 def _parts(sizes: Sequence[Size], limit: float, patch_cost: float) -> list[list[int]]:
@@ -106,17 +105,6 @@ def _parts(sizes: Sequence[Size], limit: float, patch_cost: float) -> list[list[
                 break
         parts += cut
     return parts
-
-
-def _share_out(costs: Sequence[float], num_shares: int) -> list[list[int]]:
-    """Numbers of costs, the largest first, each to the share that has the least."""
-    shares: list[list[int]] = [[] for _ in range(num_shares)]
-    least = [(0.0, share) for share in range(num_shares)]  # a heap
-    for number in sorted(range(len(costs)), key=lambda n: -costs[n]):
-        load, share = heapq.heappop(least)
-        shares[share].append(number)
-        heapq.heappush(least, (load + costs[number], share))
-    return shares
 
 
 def _samples(parts: Sequence[list[int]], share: Iterable[int]) -> list[int]:

@@ -35,8 +35,9 @@ QUESTIONS = {
     "rightmost": "Which digit is rightmost?",
 }
 STYLE = "brief"
-PASS2_ORDER = "description_first"
 """Prompt style that the digits model is taught; hand it to prompts.py when rolling it out."""
+PASS2_ORDER = "description_first"
+"""The same of the second pass: `rollout.pass2_order`."""
 NUM_TRAIN_DIGITS = 1437
 DIGITS_PER_IMAGE = 3
 DIGIT_PIXELS = 28

@@ -22,6 +22,7 @@ from megatron_sr1.model.transformer_config import vision_transformer_config
 from megatron_sr1.model.vision import VisionModel, check_patches
 from megatron_sr1.records import VisionInputs
 from megatron_sr1.runtime.groups import Group, Groups
+from megatron_sr1.runtime.shares import share_out
 
 
 def make_tower(
@@ -60,13 +61,7 @@ def assign_images(sizes: Sequence[int], num_ranks: int) -> list[list[int]]:
     Returns:
         for each rank numbers of images, ascending; a rank may have none.
     """
-    shares: list[list[int]] = [[] for _ in range(num_ranks)]
-    loads = [0] * num_ranks
-    for number in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        rank = loads.index(min(loads))
-        shares[rank].append(number)
-        loads[rank] += sizes[number]
-    return [sorted(share) for share in shares]
+    return [sorted(share) for share in share_out(sizes, num_ranks)]
 
 
 def encode_by_turns(tower: VisionModel, inputs: VisionInputs, group: Group) -> torch.Tensor:

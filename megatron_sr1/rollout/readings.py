@@ -74,7 +74,6 @@ class Readings:
         self._engine, self._pass2 = engine, pass2
         self._reading_prompt, self._gold_answer = reading_prompt, gold_answer
         self._seed_of = seed_of
-        self._prompt_ids: dict[tuple[int, str], tuple[int, ...]] = {}
         self._asked: dict[tuple[int, ...], _Asked] = {}
         self._of_name: dict[str, _Asked] = {}
 
@@ -96,10 +95,7 @@ class Readings:
             the key under which `of` gives the reading, and the requests.
         """
         assert self._pass2 is not None
-        told = prompt.example.index, description  # samples of a prompt often say the same
-        if told not in self._prompt_ids:
-            self._prompt_ids[told] = self._reading_prompt(prompt, description)
-        token_ids, num_scored = self._prompt_ids[told], 0
+        token_ids, num_scored = self._reading_prompt(prompt, description), 0
         if self._pass2.mode == "likelihood":
             assert self._gold_answer is not None
             lead, answer = self._gold_answer(prompt)

@@ -35,6 +35,9 @@ class Samples:
         pass2_order: whether question or description comes first in pass 2.
         max_prompt_tokens: longer prompts and conversations are a `DataError`.
 
+    Attributes:
+        readings: prompts of pass 2 since `forget`, token ids by example and description.
+
     Raises:
         ConfigError: the folder is not there.
     """
@@ -62,6 +65,7 @@ class Samples:
         self._examples: dict[int, Example] = {}
         self._prompts: dict[int, Prompt] = {}
         self._pixels: dict[int, VisionInputs] = {}
+        self.readings: dict[tuple[int, str], tuple[int, ...]] = {}
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -93,10 +97,13 @@ class Samples:
         return self._pixels[index]
 
     def reading_prompt(self, prompt: Prompt, description: str) -> tuple[int, ...]:
-        """Token ids of the text-only pass-2 prompt."""
-        question = prompt.example.question
-        messages = pass2_messages(question, description, self._style, self._pass2_order)
-        return self.processor.encode_text(messages)
+        """Token ids of the text-only pass-2 prompt, noted in `readings`."""
+        told = prompt.example.index, description  # samples of a prompt often say the same
+        if told not in self.readings:
+            question = prompt.example.question
+            messages = pass2_messages(question, description, self._style, self._pass2_order)
+            self.readings[told] = self.processor.encode_text(messages)
+        return self.readings[told]
 
     def gold_answer(self, prompt: Prompt) -> tuple[tuple[int, ...], tuple[int, ...]]:
         r"""Token ids of `\boxed{`, and of the gold answer with its closing brace."""
@@ -149,6 +156,7 @@ class Samples:
         self._examples.clear()
         self._prompts.clear()
         self._pixels.clear()
+        self.readings.clear()
 
     def _read_prompt(self, index: int) -> Prompt:
         example = self.example(index)

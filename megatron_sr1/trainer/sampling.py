@@ -80,7 +80,6 @@ def roll_out_prompts(
     config = context.config
     with context.phase("prompts"):
         prompts = read_prompts(context, engine, samples, indices)
-    readings: dict[tuple[int, str], tuple[int, ...]] = {}
     with context.phase("pass1"):
         rollouts, stats = roll_out(
             engine,
@@ -90,7 +89,7 @@ def roll_out_prompts(
             max_response_tokens=config.rollout.max_response_tokens,
             pass2=pass2_settings(config) if config.reward.recipe == "vision_sr1" else None,
             find_description=find_description,
-            reading_prompt=_noted(samples.reading_prompt, readings),
+            reading_prompt=samples.reading_prompt,
             gold_answer=samples.gold_answer,
             seed_of=lambda index, sample, part: request_seed(
                 config.seed, step, index, sample, part
@@ -98,7 +97,7 @@ def roll_out_prompts(
         )
     context.timer.move("pass1", "pass2", stats.pass2_only_seconds)
     if engine.is_speaker:
-        context.throughput.count_rollouts(prompts, rollouts, readings)
+        context.throughput.count_rollouts(prompts, rollouts, samples.readings)
     with context.phase("reward"):
         # The ranks of a replica hold the same rollouts: one of them grades.
         speaks = engine.is_speaker
@@ -108,20 +107,6 @@ def roll_out_prompts(
         context.count_ungraded(len(graded.ungraded))
         counted = context.sum_over_ranks(_counts(stats) if speaks else {n: 0.0 for n in _COUNTS})
     return list(graded.scored), counted
-
-
-def _noted(
-    reading_prompt: Callable[[Prompt, str], tuple[int, ...]],
-    readings: dict[tuple[int, str], tuple[int, ...]],
-) -> Callable[[Prompt, str], tuple[int, ...]]:
-    """The same function, what it gives being noted by example and description."""
-
-    def note(prompt: Prompt, description: str) -> tuple[int, ...]:
-        token_ids = reading_prompt(prompt, description)
-        readings[prompt.example.index, description] = token_ids
-        return token_ids
-
-    return note
 
 
 def read_prompts(
