@@ -209,24 +209,6 @@ def _sample(model, config, num_images, rng):
     return Sample(token_ids, pixels, grid, positions[:, 0], logits)
 
 
-def published_gradients(chunks, hf_config, groups):
-    """Gradients under their published names, gathered as weights are exported; weights are kept.
-
-    Replicated parameters come from this rank, so each rank compares its own copy.
-    """
-    from megatron_sr1.checkpoint.hf import export_weights
-
-    parameters = [p for chunk in chunks for p in chunk.parameters()]
-    kept = [p.data for p in parameters]
-    for parameter in parameters:
-        gradient = getattr(parameter, "main_grad", parameter.grad)
-        parameter.data = torch.zeros_like(parameter) if gradient is None else gradient.clone()
-    exported = {name: g.clone() for name, g in export_weights(chunks, hf_config, groups)}
-    for parameter, data in zip(parameters, kept, strict=True):
-        parameter.data = data
-    return exported
-
-
 def worst_relative_gap(found, expected):
     """Largest |found - expected| over a tensor's largest |expected|, and the tensor's name."""
     assert found.keys() == expected.keys()

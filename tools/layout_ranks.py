@@ -27,7 +27,6 @@ import torch.distributed as dist  # noqa: E402
 from PIL import Image  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from megatron_sr1.checkpoint.hf import export_weights  # noqa: E402
 from megatron_sr1.config import AlgorithmConfig, Config  # noqa: E402
 from megatron_sr1.config_file import load_config  # noqa: E402
 from megatron_sr1.data.packing import pack_samples  # noqa: E402
@@ -40,6 +39,7 @@ from megatron_sr1.trainer.actor import Actor, make_actor  # noqa: E402
 from megatron_sr1.trainer.objective import grpo_loss  # noqa: E402
 from megatron_sr1.trainer.setup import load_actor_model  # noqa: E402
 from megatron_sr1.trainer.step import update  # noqa: E402
+from tools.layout_parts import exported, published_gradients, random_images  # noqa: E402
 
 NUM_UPDATES, LEARNING_RATE, TEMPERATURE = 2, 1e-3, 0.7
 EPSILON = 1e-4
@@ -83,13 +83,7 @@ def make_batch(processor: Processor) -> tuple[list[TrainSample], list[list[Image
     samples: list[TrainSample] = []
     pictures = []
     for index, sizes in enumerate(IMAGES):
-        images = [
-            Image.fromarray(rng.integers(0, 255, (h, w, 3), dtype=np.uint8)) for w, h in sizes
-        ]
-        grids = tuple(processor.grid(image) for image in images)
-        tokens = [1]
-        for t, h, w in grids:
-            tokens += [3, *([processor.image_pad_id] * (t * h * w // 4)), 4]
+        images, grids, tokens = random_images(rng, sizes, processor)
         num_text = int(rng.integers(8, SHORT)) if index < len(IMAGES) - 1 else LONG
         tokens += rng.integers(10, 300, size=num_text).tolist()
         length = len(tokens)
@@ -111,28 +105,6 @@ def make_batch(processor: Processor) -> tuple[list[TrainSample], list[list[Image
     lengths = [len(sample.token_ids) for sample in samples]
     assert lengths[-1] > sum(lengths[:-1]), lengths
     return samples, pictures
-
-
-def published_gradients(chunks: list[Any], groups: Groups) -> dict[str, torch.Tensor]:
-    """Gradients under their published names, gathered as weights are exported; weights are kept.
-
-    Replicated parameters come from this rank, so each rank compares its own copy.
-    """
-    parameters = [p for chunk in chunks for p in chunk.parameters()]
-    kept = [p.data for p in parameters]
-    for parameter in parameters:
-        gradient = getattr(parameter, "main_grad", parameter.grad)
-        parameter.data = torch.zeros_like(parameter) if gradient is None else gradient.clone()
-    gradients = exported(chunks, groups)
-    for parameter, data in zip(parameters, kept, strict=True):
-        parameter.data = data
-    return gradients
-
-
-def exported(chunks: list[Any], groups: Groups) -> dict[str, torch.Tensor]:
-    """Copies of the whole weights under their published names."""
-    weights = export_weights(chunks, chunks[0].hf_config, groups)
-    return {name: weight.clone() for name, weight in weights}
 
 
 def configure(model: str, keys: dict[str, Any], variant: Variant) -> Config:
@@ -189,8 +161,8 @@ def run(
         for number in range(NUM_UPDATES):
             losses.append(update(actor, rows, loss, TEMPERATURE)["loss"])
             if name == "sgd" and number == 0:
-                found["gradient"] = published_gradients(actor.chunks, groups)
-        found[name] = exported(actor.chunks, groups)
+                found["gradient"] = published_gradients(actor.chunks, actor.hf_config, groups)
+        found[name] = exported(actor.chunks, actor.hf_config, groups)
     return losses, found
 
 

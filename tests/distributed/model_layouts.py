@@ -21,7 +21,8 @@ from megatron_sr1.model.row_split import sequence_multiple
 from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.device import select_device, start_distributed, stop_distributed
 from megatron_sr1.runtime.groups import destroy_groups, make_groups
-from tests.model_cases import make_row, published_gradients, worst_relative_gap
+from tests.model_cases import make_row, worst_relative_gap
+from tools.layout_parts import published_gradients
 
 TOLERANCE = 1e-5
 TEMPERATURE = 0.8
@@ -159,8 +160,25 @@ def compare(found, expected, directory):
     return gaps
 
 
-def main():
+def layout_of(tensor, pipeline, context, letters):
+    """The layout that an argument names."""
+    return ParallelConfig(
+        tensor=tensor,
+        pipeline=pipeline,
+        context=context,
+        virtual=2 if "v" in letters else 1,
+        vision="images" if "i" in letters else "tensor",
+    )
 
+
+def leave(failed):
+    """End all ranks together, with a status of 1 if this one failed."""
+    dist.barrier()
+    stop_distributed()
+    sys.exit(bool(failed))
+
+
+def main():
     cases = sorted(Path(sys.argv[1]).iterdir())
     layouts = [argument.split(",") for argument in sys.argv[2:]]
     device = select_device("cpu")
@@ -171,14 +189,7 @@ def main():
     for *sizes, letters in layouts:
         tensor, pipeline, context = map(int, sizes)
         destroy_groups()
-        layout = ParallelConfig(
-            tensor=tensor,
-            pipeline=pipeline,
-            context=context,
-            virtual=2 if "v" in letters else 1,
-            vision="images" if "i" in letters else "tensor",
-        )
-        groups = make_groups(layout, device)
+        groups = make_groups(layout_of(tensor, pipeline, context, letters), device)
         for case in cases:
             found = measure(case, groups, letters)
             if found is None:
@@ -191,9 +202,7 @@ def main():
                     shape = f"{tensor} x {pipeline} x {context} {letters}"
                     print(f"GAP {case.name} {shape}: {what} {gap:.2e}", flush=True)
     print(f"CHECKED {num_checked} layouts of models", flush=True)
-    dist.barrier()
-    stop_distributed()
-    sys.exit(bool(num_problems))
+    leave(num_problems)
 
 
 if __name__ == "__main__":

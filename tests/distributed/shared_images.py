@@ -18,10 +18,11 @@ from megatron_sr1.model.build import build_model
 from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.model.row_split import sequence_multiple
 from megatron_sr1.runtime import cpu
-from megatron_sr1.runtime.device import select_device, start_distributed, stop_distributed
+from megatron_sr1.runtime.device import select_device, start_distributed
 from megatron_sr1.runtime.groups import destroy_groups, make_groups
-from tests.distributed.model_layouts import TOLERANCE, run_schedule, samples_of
-from tests.model_cases import make_row, published_gradients, worst_relative_gap
+from tests.distributed.model_layouts import TOLERANCE, layout_of, leave, run_schedule, samples_of
+from tests.model_cases import make_row, worst_relative_gap
+from tools.layout_parts import published_gradients
 
 ORDER = (0, 1, 0, 0, 1)  # the samples of a row, as rollouts of two prompts
 
@@ -83,13 +84,7 @@ def main():
         *sizes, letters = argument.split(",")
         tensor, pipeline, context = map(int, sizes)
         destroy_groups()
-        layout = ParallelConfig(
-            tensor=tensor,
-            pipeline=pipeline,
-            context=context,
-            vision="images" if "i" in letters else "tensor",
-        )
-        groups = make_groups(layout, device)
+        groups = make_groups(layout_of(tensor, pipeline, context, letters), device)
         for case in cases:
             losses, gradients, encoded, wanted = measure(case, groups, letters, is_shared=True)
             gap, name = worst_relative_gap(gradients, expected[case][1])
@@ -104,9 +99,7 @@ def main():
             ]
             num_checked += 1
     print("\n".join(problems) or f"SAME {num_checked} layouts of models", flush=True)
-    dist.barrier()
-    stop_distributed()
-    sys.exit(bool(problems))
+    leave(problems)
 
 
 if __name__ == "__main__":

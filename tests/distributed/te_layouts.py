@@ -8,12 +8,11 @@ import functools
 import sys
 from pathlib import Path
 
-import torch.distributed as dist
 import transformer_engine
 
 from megatron_sr1.config import ParallelConfig
 from megatron_sr1.model import build, specs
-from megatron_sr1.runtime.device import select_device, start_distributed, stop_distributed
+from megatron_sr1.runtime.device import select_device, start_distributed
 from megatron_sr1.runtime.groups import destroy_groups, make_groups
 from tests.distributed import model_layouts
 
@@ -41,9 +40,7 @@ def main():
             bad = {what: gap for what, gap in gaps.items() if not gap < model_layouts.TOLERANCE}
             problems += [f"{case.name} {tensor},{pipeline},{letters}: {bad}"] if bad else []
     print("\n".join(problems) or f"SAME {len(cases) * len(layouts)} models", flush=True)
-    dist.barrier()
-    stop_distributed()
-    sys.exit(bool(problems))
+    model_layouts.leave(problems)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from megatron_sr1.trainer.actor import Reference, make_actor  # noqa: E402
 from megatron_sr1.trainer.objective import grpo_loss  # noqa: E402
 from megatron_sr1.trainer.setup import load_actor_model  # noqa: E402
 from megatron_sr1.trainer.step import sample_logprobs, update  # noqa: E402
+from tools.layout_parts import random_images  # noqa: E402
 
 WIDE = {"gspo_clip_low": 0.02, "gspo_clip_high": 0.03}
 OBJECTIVES = {
@@ -56,13 +57,7 @@ def make_samples(processor: Processor) -> tuple[list[TrainSample], dict[int, lis
     samples, pictures = [], {}
     for index in range(11):
         sizes = [(84, 28), (56, 112), (140, 84)][: index % 3]
-        images = [
-            Image.fromarray(rng.integers(0, 255, (h, w, 3), dtype=np.uint8)) for w, h in sizes
-        ]
-        grids = tuple(processor.grid(image) for image in images)
-        tokens = [1]
-        for t, h, w in grids:
-            tokens += [3, *([processor.image_pad_id] * (t * h * w // 4)), 4]
+        images, grids, tokens = random_images(rng, sizes, processor)
         num_prompt = len(tokens) + 3
         num_text = 3 + int(rng.integers(4, 30)) if index != 9 else 64
         tokens += rng.integers(10, 300, size=num_text).tolist()
