@@ -46,13 +46,13 @@ def groups():
 
     from megatron_sr1.config import ParallelConfig
     from megatron_sr1.runtime.device import select_device, start_distributed
-    from megatron_sr1.runtime.groups import make_groups
+    from megatron_sr1.runtime.groups import destroy_groups, make_groups
 
     device = select_device("cpu")
     start_distributed(device)
-    parallel_state.destroy_model_parallel()
+    parallel_state.destroy_model_parallel()  # of whoever did not
     yield make_groups(ParallelConfig(), device)
-    parallel_state.destroy_model_parallel()
+    destroy_groups()
 
 
 @pytest.fixture(scope="session")
