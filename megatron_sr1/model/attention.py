@@ -38,16 +38,15 @@ class SequenceBatch:
 
     Attributes:
         num_sequences: in the batch.
-        rows: [num_sequences * queries] int64, the row of each slot; a padding slot repeats its
-            sequence's first row. None: the slots are the whole row in order.
-        key_rows: [num_sequences * keys] int64 or None, the same for keys and values.
+        num_queries: slots of each.
+        key_rows: [num_sequences * keys] int64, the row of each key; None: the queries' slots.
         mask: [num_sequences, 1, queries, keys] bool, True where a query sees a key; None: as the
             plan says, with as many queries as keys.
     """
 
     num_sequences: int
-    rows: torch.Tensor | None
-    key_rows: torch.Tensor | None
+    num_queries: int
+    key_rows: torch.Tensor | None = None
     mask: torch.Tensor | None = None
 
 
@@ -57,16 +56,30 @@ class AttentionPlan:
 
     Attributes:
         batches: all sequences, each in one batch.
-        slots: [T] int64, where each token's result lies in the batches' results, one behind the
-            other; None: they are in order.
+        slots: where tokens lie in the batches; None: in order, without padding.
         num_tokens: T, tokens that this rank holds.
         is_causal: a token sees itself and what is before it, else its whole sequence.
     """
 
     batches: tuple[SequenceBatch, ...]
-    slots: torch.Tensor | None
+    slots: Slots | None
     num_tokens: int
     is_causal: bool
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Places of tokens in the batches, one behind the other.
+
+    Attributes:
+        rows: [slots] int64, the token in each slot; a padding slot repeats its sequence's first.
+        places: [T] int64, each token's slot.
+        padding: [padding slots] int64.
+    """
+
+    rows: torch.Tensor
+    places: torch.Tensor
+    padding: torch.Tensor
 
 
 @dataclass
@@ -97,31 +110,30 @@ def plan_attention(
     """
     total = sum(segment.num_queries for segment in segments)
     if places is None and len({segment.num_keys for segment in segments}) == 1:
-        return AttentionPlan((SequenceBatch(len(segments), None, None),), None, total, is_causal)
-    batches, slots, offset = [], torch.empty(total, dtype=torch.int64), 0
+        batch = SequenceBatch(len(segments), segments[0].num_queries)
+        return AttentionPlan((batch,), None, total, is_causal)
+    batches, all_rows, are_tokens = [], [], []
     for members in _group_by_length(segments, is_causal):
         counts = [segment.num_queries for segment in members]
         rows, is_token = _slots([segment.first_query for segment in members], counts)
-        slots[rows[is_token]] = offset + torch.arange(rows.numel()).view_as(rows)[is_token]
-        offset += rows.numel()
+        all_rows.append(rows.flatten())
+        are_tokens.append(is_token.flatten())
         if places is None:
-            own_rows = rows.flatten().to(device)
-            batches.append(SequenceBatch(len(members), own_rows, own_rows))
+            batches.append(SequenceBatch(len(members), max(counts)))
             continue
         num_keys = [segment.num_keys for segment in members]
         keys, _ = _slots([segment.first_key for segment in members], num_keys)
         seen = torch.tensor(num_keys)[:, None] - torch.tensor(counts)[:, None]
         seen = seen + torch.arange(rows.shape[1])  # the last key that each query sees
         mask = torch.arange(keys.shape[1]) <= seen[:, None, :, None]
-        batches.append(
-            SequenceBatch(
-                len(members),
-                rows.flatten().to(device),
-                places[keys.flatten().to(device)],
-                mask.to(device),
-            )
-        )
-    return AttentionPlan(tuple(batches), slots.to(device), total, is_causal)
+        key_rows = places[keys.flatten().to(device)]
+        batches.append(SequenceBatch(len(members), max(counts), key_rows, mask.to(device)))
+    rows, is_token = torch.cat(all_rows), torch.cat(are_tokens)
+    token_slots = is_token.nonzero()[:, 0]
+    token_places = torch.empty(total, dtype=torch.int64)
+    token_places[rows[token_slots]] = token_slots
+    found = (rows, token_places, (~is_token).nonzero()[:, 0])
+    return AttentionPlan(tuple(batches), Slots(*(t.to(device) for t in found)), total, is_causal)
 
 
 def pack_row(
@@ -180,16 +192,15 @@ def attend(
     assert query.shape[0] == plan.num_tokens, (
         f"cu_seqlens end at {plan.num_tokens}, the row has {query.shape[0]} tokens"
     )
+    queries = _batches_of(query, plan)
+    keys, values = (_batches_of(tensor, plan, are_keys=True) for tensor in (key, value))
     results = []
-    for batch in plan.batches:
-        parts = []
-        for tensor, rows in ((query, batch.rows), (key, batch.key_rows), (value, batch.key_rows)):
-            taken = tensor if rows is None else tensor.index_select(0, rows)
-            parts.append(taken.unflatten(0, (batch.num_sequences, -1)).transpose(1, 2))
+    for batch, *parts in zip(plan.batches, queries, keys, values, strict=True):
+        q, k, v = (t.unflatten(0, (batch.num_sequences, -1)).transpose(1, 2) for t in parts)
         context = F.scaled_dot_product_attention(
-            parts[0],
-            parts[1],
-            parts[2],
+            q,
+            k,
+            v,
             attn_mask=batch.mask,
             is_causal=plan.is_causal and batch.mask is None,
             scale=softmax_scale,
@@ -197,7 +208,46 @@ def attend(
         )
         results.append(context.transpose(1, 2).flatten(0, 1).flatten(1))
     joined = results[0] if len(results) == 1 else torch.cat(results)
-    return joined if plan.slots is None else joined.index_select(0, plan.slots)
+    return joined if plan.slots is None else _Collect.apply(joined, plan.slots)
+
+
+def _batches_of(
+    tensor: torch.Tensor, plan: AttentionPlan, *, are_keys: bool = False
+) -> Sequence[torch.Tensor]:
+    """What each batch takes of queries, or of keys or values: [slots, heads, width]."""
+    places = [batch.key_rows for batch in plan.batches if batch.key_rows is not None]
+    if are_keys and places:  # chunks of a sequence see the same keys
+        return [tensor.index_select(0, rows) for rows in places]
+    if plan.slots is not None:
+        tensor = _Spread.apply(tensor, plan.slots)
+    return tensor.split([batch.num_sequences * batch.num_queries for batch in plan.batches])
+
+
+class _Spread(torch.autograd.Function):
+    """Tokens [T, ...] to slots. Nobody looks at padding, so its gradient is 0 and not added."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: torch.Tensor, slots: Slots) -> torch.Tensor:
+        ctx.slots = slots
+        return tokens.index_select(0, slots.rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient.index_select(0, ctx.slots.places), None
+
+
+class _Collect(torch.autograd.Function):
+    """Slots [slots, ...] to tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, results: torch.Tensor, slots: Slots) -> torch.Tensor:
+        ctx.slots = slots
+        return results.index_select(0, slots.places)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        spread = gradient.index_select(0, ctx.slots.rows)
+        return spread.index_fill_(0, ctx.slots.padding, 0), None
 
 
 class PackedAttention(MegatronModule):

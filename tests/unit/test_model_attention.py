@@ -61,26 +61,26 @@ def test_packed_attention_and_its_gradients_equal_each_sequence_alone(lengths, i
 
 def test_sequences_of_like_length_share_a_batch_and_others_do_not():
     plan = plan_whole(RAGGED, is_causal=True)
-    batches = sorted((b.num_sequences, len(b.rows) // b.num_sequences) for b in plan.batches)
+    batches = sorted((b.num_sequences, b.num_queries) for b in plan.batches)
     assert batches == [(1, 200), (3, 17), (4, 60)]
 
 
 def test_padding_of_long_causal_sequences_stays_bounded():
     lengths = [4000, 3100, 2900, 1000]
     plan = plan_whole(lengths, is_causal=True)
-    padded = sum(len(b.rows) for b in plan.batches)
+    padded = len(plan.slots.rows)
     assert padded <= sum(lengths) / MIN_FILL
     assert len(plan.batches) == 3
 
 
 def test_sequences_that_see_both_ways_are_never_padded():
     plan = plan_whole(RAGGED, is_causal=False)
-    assert sum(len(b.rows) for b in plan.batches) == sum(RAGGED)
+    assert len(plan.slots.rows) == sum(RAGGED)
 
 
 def test_equal_lengths_need_no_copies():
     plan = plan_whole([12] * 5, is_causal=True)
-    assert plan.slots is None and plan.batches[0].rows is None
+    assert plan.slots is None
 
 
 def test_a_row_longer_than_its_borders_is_refused():
