@@ -64,6 +64,7 @@ class Samples:
         self._pass2_order = pass2_order
         self._examples: dict[int, Example] = {}
         self._prompts: dict[int, Prompt] = {}
+        self._images: dict[int, Sequence[Image.Image]] = {}
         self._pixels: dict[int, VisionInputs] = {}
         self.readings: dict[tuple[int, str], tuple[int, ...]] = {}
 
@@ -86,7 +87,7 @@ class Samples:
     def images(self, index: int) -> Sequence[Image.Image]:
         """Decoded RGB images of a sample."""
         kept = self._prompts.get(index)
-        return kept.images if kept else self.reader.images(index)
+        return kept.images if kept else self._images.get(index) or self.reader.images(index)
 
     def vision(self, index: int) -> VisionInputs | None:
         """Pixels of a sample's images, None if it has none."""
@@ -148,13 +149,14 @@ class Samples:
     def conversation(self, index: int) -> TrainSample:
         """A supervised sample: the conversation, with its assistant turns as targets."""
         example = self.example(index)
-        images = self.reader.images(index)
+        self._images[index] = images = self.reader.images(index)
         return self.processor.encode_conversation(example, images, self._limit)
 
     def forget(self) -> None:
         """Let go of what was read: after a step it is not asked for again for long."""
         self._examples.clear()
         self._prompts.clear()
+        self._images.clear()
         self._pixels.clear()
         self.readings.clear()
 
@@ -170,4 +172,6 @@ class Samples:
         return prompt
 
     def _read_pixels(self, index: int) -> VisionInputs:
-        return self.processor.vision(self.images(index))
+        pixels = self.processor.vision(self.images(index))
+        self._images.pop(index, None)  # the pixels are kept instead
+        return pixels
