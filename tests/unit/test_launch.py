@@ -88,7 +88,15 @@ def test_ranks_and_threads_are_shared_out():
     assert torchrun.num_processes(LaunchConfig(device="cpu", num_processes=3)) == 3
     cores = len(os.sched_getaffinity(0))
     shared = torchrun.rank_environment(LaunchConfig(), 2)
-    assert shared == {"OMP_NUM_THREADS": str(max(cores // 2, 1))}
+    assert shared["OMP_NUM_THREADS"] == str(max(cores // 2, 1))
+    assert torchrun.rank_environment(LaunchConfig(threads=1), 2) == {"OMP_NUM_THREADS": "1"}
+
+
+def test_threads_of_a_rank_wait_awake_unless_the_user_says_otherwise(monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    expected = {"OMP_NUM_THREADS": "5", "OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "300000"}
+    assert torchrun.rank_environment(LaunchConfig(threads=5), 2) == expected
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
     assert torchrun.rank_environment(LaunchConfig(threads=5), 2) == {"OMP_NUM_THREADS": "5"}
 
 
