@@ -1,8 +1,9 @@
 """Logprobs and entropy of labels from hidden states, over a vocabulary split across ranks.
 
 In: hidden states, this rank's rows of the output layer, labels. Out: one float32 number a token.
-Logits exist for one chunk of tokens at a time and are made again in the backward pass, which looks
-only at tokens with a gradient: prompts and images cost nothing there.
+Logits exist for one chunk of tokens at a time and are made again in the backward pass. Tokens that
+nobody asks for, and on the way back those without a gradient, have none: prompts and images cost
+nothing.
 
 With l the logits over the temperature, p = softmax(l) and H the entropy,
     d logprob(y) / d l_j = [j = y] - p_j,      d H / d l_j = -p_j (log p_j + H).
@@ -46,6 +47,7 @@ def label_logprobs(
     *,
     group: Group,
     vocab_size: int,
+    wanted: torch.Tensor | None = None,
     temperature: float = 1.0,
     chunk_tokens: int = 1024,
     sequence_parallel: bool = False,
@@ -59,20 +61,23 @@ def label_logprobs(
         labels: [1, T] int64.
         group: tensor-parallel ranks.
         vocab_size: ids there are, without padding.
+        wanted: [1, T] bool, the tokens to look at; None for all.
         temperature: divides the logits, > 0.
         chunk_tokens: tokens whose logits exist at a time.
         sequence_parallel: whether `hidden` is split over the ranks.
         with_entropy: whether to return the entropy too; it is differentiable as well.
 
     Returns:
-        logprobs [1, T] float32 nats and entropy [1, T] float32 nats or None; equal on all ranks.
+        logprobs [1, T] float32 nats and entropy [1, T] float32 nats or None; equal on all ranks. 0
+        at tokens that are not wanted.
     """
     whole = gather_hidden(hidden, group, sequence_parallel)
     rows, tokens = whole.shape[0], labels.numel()
     assert rows == tokens, f"{rows} hidden states and {tokens} labels"
     first, num_ids = vocabulary_rows(vocab_size, weight.shape[0], group.rank)
+    used = None if wanted is None else torch.nonzero(wanted[0])[:, 0]
     logprobs, entropy = _LabelLogprobs.apply(
-        whole[:, 0], weight, labels[0], first, num_ids, group, temperature, chunk_tokens,
+        whole[:, 0], weight, labels[0], used, first, num_ids, group, temperature, chunk_tokens,
         with_entropy,
     )  # fmt: skip
     return logprobs[None], entropy[None] if with_entropy else None
@@ -120,6 +125,7 @@ class _LabelLogprobs(torch.autograd.Function):
         hidden: torch.Tensor,
         weight: torch.Tensor,
         labels: torch.Tensor,
+        used: torch.Tensor | None,
         first: int,
         num_ids: int,
         group: Group,
@@ -128,39 +134,50 @@ class _LabelLogprobs(torch.autograd.Function):
         with_entropy: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         own = weight[:num_ids]
+        rows = (
+            hidden.split(chunk_tokens)
+            if used is None
+            else [hidden.index_select(0, part) for part in used.split(chunk_tokens)]
+        )
+        own_labels = labels - first if used is None else labels[used] - first
         parts = [
-            _shard_sums(_logits(part, own, temperature), part_labels - first, with_entropy)
-            for part, part_labels in zip(
-                hidden.split(chunk_tokens), labels.split(chunk_tokens), strict=True
-            )
+            _shard_sums(_logits(part, own, temperature), part_labels, with_entropy)
+            for part, part_labels in zip(rows, own_labels.split(chunk_tokens), strict=True)
         ]
         largest, sums, targets, moments = (torch.cat(column) for column in zip(*parts, strict=True))
         if group.size > 1:
-            is_own = _own_labels(labels - first, num_ids)[1][:, 0]
+            is_own = _own_labels(own_labels, num_ids)[1][:, 0]
             largest, sums, targets, moments = _over_ranks(
                 largest, sums, targets, moments, is_own, group
             )
         log_sums = sums.log()
-        entropy = log_sums - moments / sums
-        ctx.save_for_backward(hidden, weight, labels - first, largest + log_sums, entropy)
+        found = targets - log_sums, log_sums - moments / sums, largest + log_sums
+        if used is not None:
+            found = tuple(f.new_zeros(len(labels)).index_copy_(0, used, f) for f in found)
+        logprobs, entropy, normalisers = found
+        ctx.save_for_backward(hidden, weight, labels - first, normalisers, entropy, used)
         ctx.num_ids, ctx.temperature, ctx.chunk_tokens = num_ids, temperature, chunk_tokens
         ctx.with_entropy = with_entropy
         if not with_entropy:
             ctx.mark_non_differentiable(entropy)
-        return targets - log_sums, entropy
+        return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
-        hidden, weight, local_labels, normalisers, entropy = ctx.saved_tensors
+        hidden, weight, local_labels, normalisers, entropy, used = ctx.saved_tensors
         logprob_gradient, entropy_gradient = gradients
-        used = logprob_gradient != 0
+        has_gradient = logprob_gradient != 0
         if ctx.with_entropy:
-            used = used | (entropy_gradient != 0)
+            has_gradient = has_gradient | (entropy_gradient != 0)
+        if used is None:
+            used = torch.nonzero(has_gradient)[:, 0]
+        else:
+            used = used[has_gradient[used]]
         own = weight[: ctx.num_ids]
         hidden_gradient = torch.zeros_like(hidden)
         # Chunks are summed in float32, whatever the weight's type.
         weight_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        for rows in torch.nonzero(used)[:, 0].split(ctx.chunk_tokens):
+        for rows in used.split(ctx.chunk_tokens):
             inputs = hidden.index_select(0, rows)
             log_p = _logits(inputs, own, ctx.temperature).sub_(normalisers[rows][:, None])
             g = logprob_gradient[rows][:, None]
@@ -178,7 +195,7 @@ class _LabelLogprobs(torch.autograd.Function):
                 _add_product(weight_gradient[: ctx.num_ids], change, inputs)
             del log_p, change  # not beside the next chunk's
         answer = weight_gradient.to(weight.dtype) if ctx.needs_input_grad[1] else None
-        return hidden_gradient, answer, None, None, None, None, None, None, None
+        return hidden_gradient, answer, *[None] * 8
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:

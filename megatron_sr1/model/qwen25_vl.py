@@ -123,6 +123,7 @@ class Qwen25VL(MegatronModule):
         max_seqlen: int | None = None,
         vision: VisionInputs | None = None,
         labels: torch.Tensor | None = None,
+        wanted: torch.Tensor | None = None,
         temperature: float = 1.0,
         with_entropy: bool = False,
     ) -> Any:
@@ -137,6 +138,7 @@ class Qwen25VL(MegatronModule):
             max_seqlen: longest sequence, tokens; counted if None.
             vision: the row's images in order, None if there are none.
             labels: [1, T] int64, the token after each position; None asks for logits.
+            wanted: [1, T] bool, positions whose logprobs are looked at, 0 elsewhere; None for all.
             temperature: divides the logits of logprobs, > 0.
             with_entropy: also return the entropy of each position's distribution.
 
@@ -179,6 +181,7 @@ class Qwen25VL(MegatronModule):
             hidden,
             weight,
             split.take(labels, dim=1),
+            wanted=None if wanted is None else split.take(wanted, dim=1),
             temperature=temperature,
             chunk_tokens=self.logprob_chunk_tokens,
             with_entropy=with_entropy,

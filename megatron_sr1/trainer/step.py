@@ -56,7 +56,7 @@ def sample_logprobs(
     batches: Sequence[PackedBatch],
     temperature: float,
 ) -> list[np.ndarray]:
-    """Logprobs of every sample's tokens under the actor's present weights, without gradients.
+    """Logprobs of every sample's targets under the actor's present weights, without gradients.
 
     Args:
         actor: the model; all ranks of a replica call this with the same batches.
@@ -65,7 +65,7 @@ def sample_logprobs(
         temperature: logits are divided by it.
 
     Returns:
-        per sample [tokens] float32, entry t is the logprob of token t, 0 at token 0.
+        per sample [tokens] float32, entry t is the logprob of token t, 0 where it is no target.
     """
     logprobs: list[torch.Tensor] = []
 
@@ -203,6 +203,7 @@ def _run(
             max_seqlen=batch.max_seqlen,
             vision=batch.vision,
             labels=batch.labels,
+            wanted=batch.loss_mask != 0,
             temperature=temperature,
         )
         return output, loss_of(batch) if batch.sample_ids else _no_loss

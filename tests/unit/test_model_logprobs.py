@@ -73,6 +73,28 @@ def test_values_and_gradients_equal_log_softmax(group, chunk_tokens, temperature
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("chunk_tokens", [2, 1000])
+@pytest.mark.parametrize("places", [[], [0, 3, 4, TOKENS - 1]])
+def test_tokens_that_are_not_wanted_have_no_logits_and_no_gradient(group, chunk_tokens, places):
+    wanted = torch.zeros(1, TOKENS, dtype=torch.bool)
+    wanted[0, places] = True
+    hidden, weight, labels = inputs()
+    with _LargestTensor() as seen:
+        logprobs, entropy = label_logprobs(
+            hidden, weight, labels, group=group, vocab_size=IDS, wanted=wanted,
+            chunk_tokens=chunk_tokens, with_entropy=True,
+        )  # fmt: skip
+        (2 * logprobs + entropy).sum().backward()
+    assert seen.numel == max(weight.numel(), hidden.numel(), len(places) * IDS)
+    again = inputs()
+    expected = expected_values(*again, 1.0)
+    ((2 * expected[0] + expected[1]) * wanted).sum().backward()
+    for found, value in zip((logprobs, entropy), expected, strict=True):
+        torch.testing.assert_close(found, value * wanted)
+    torch.testing.assert_close(hidden.grad, again[0].grad)
+    torch.testing.assert_close(weight.grad, again[1].grad)
+
+
 def test_padding_rows_of_the_vocabulary_have_no_probability_and_no_gradient(group):
     hidden, weight, labels = inputs(num_rows=IDS + 3)
     logprobs, _ = label_logprobs(hidden, weight, labels, group=group, vocab_size=IDS)
