@@ -10,6 +10,7 @@ import re
 import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 
 MAX_NUMBER_CHARACTERS = 60
 _SYMBOLS = str.maketrans(
@@ -63,6 +64,7 @@ _KEY_REWRITES = tuple(
 )
 
 
+@lru_cache(maxsize=1024)  # the responses of a group say much the same
 def clean(text: str) -> str:
     """An answer without its dress: delimiters, text commands, emphasis, quotes, end punctuation."""
     text = unicodedata.normalize("NFKC", text.translate(_SYMBOLS))
@@ -82,6 +84,7 @@ def clean(text: str) -> str:
     return text
 
 
+@lru_cache(maxsize=1024)
 def text_key(cleaned: str) -> str:
     """Texts that differ in case, articles, hyphens, blank space or a date's order share a key.
 

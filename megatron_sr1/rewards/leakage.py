@@ -10,6 +10,7 @@ for such a sentence stands in leak_phrases.py.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 from megatron_sr1.rewards import leak_phrases as say
 from megatron_sr1.rewards.accuracy import bare_gold, gold_label
@@ -28,6 +29,7 @@ _LOOK_ALIKES = str.maketrans(
 """Cyrillic and Greek letters that look Latin; read so inside words with Latin letters."""
 
 
+@lru_cache(maxsize=1024)  # the responses of a group say much the same
 def states_answer(description: str, gold: str, question: str) -> bool:
     """Whether a description gives the answer away as a verdict.
 
