@@ -43,6 +43,7 @@ setup(
         # upper bound.
         "slurm": ["nemo-run==0.11.1", "leptonai>=0.26.6,<0.28", "omegaconf>=2.3"],
         "dev": [
+            "dashscope>=2",  # for Qwen's vocabulary, a file of it; never imported
             "pytest>=9",
             "hypothesis>=6.150",
             "ruff>=0.14",

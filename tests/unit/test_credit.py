@@ -167,3 +167,16 @@ def test_merged_marks_and_split_characters_are_found_where_they_were_sampled(ins
     through = f"{before}<description>{inside}</description>\n\n"
     assert behind == len(tokenizer.encode(through).ids)
     assert tokenizer.decode(ids[first:behind]) == f"<description>{inside}</description>\n\n"
+
+
+@pytest.mark.parametrize("inside", ["a cat.", "(a)", "ein Kätzchen 猫 sitzt 🐈", "x = 1"])
+@pytest.mark.parametrize("behind", ["\n\n<think>", "<think>", " \\boxed{1}", "\\boxed{1}"])
+def test_the_span_is_found_in_qwens_own_vocabulary(qwen_tokenizer, inside, behind):
+    """It merges the marks with what stands beside them: `.</`, `>\\n\\n`, `>\\`."""
+    span = f"<description>{inside}</description>"
+    text = f"猫 {span}{behind}"
+    encoded = qwen_tokenizer(text, return_offsets_mapping=True)
+    pieces = [qwen_tokenizer.decode([token]) for token in encoded["input_ids"]]
+    start, end = 2, 2 + len(span)
+    inner = [n for n, (a, b) in enumerate(encoded["offset_mapping"]) if a < end and b > start]
+    assert description_tokens(pieces) == (inner[0], inner[-1] + 1)
