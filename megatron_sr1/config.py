@@ -131,6 +131,9 @@ class RolloutConfig:
     """Key/value cache on a CPU, GiB."""
     sleep_level: int = 2
     """Engine sleep between rollouts (CUDA): 0 stays awake | 1 | 2."""
+    make_room: str = "gradients"
+    """What of the actor's leaves the device while the engine is awake: none | gradients (they are
+    made anew) | optimizer (the gradients, and the state to host memory and back)."""
     enforce_eager: bool = False
     """No CUDA graphs."""
     mismatch_bound: float = 0.0

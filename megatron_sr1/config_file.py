@@ -34,6 +34,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "rollout.pass2": ("fork", "barrier"),
     "rollout.pass2_order": ("question_first", "description_first"),
     "rollout.pass2_mode": ("generate", "likelihood"),
+    "rollout.make_room": ("none", "gradients", "optimizer"),
     "reward.likelihood": ("per_token", "probability", "linear"),
     "reward.recipe": ("vision_sr1", "see_think", "vision_r1"),
     "algorithm.advantage": ("grpo", "dr_grpo", "rloo"),
@@ -219,6 +220,15 @@ def _validate_memory(config: Config) -> None:
         raise ConfigError(
             f"optimizer.state={optimizer.state}, optimizer.offload={optimizer.offload}: only the "
             "distributed optimizer holds its state so; set parallel.distributed_optimizer=true"
+        )
+    if config.rollout.make_room == "optimizer" and (
+        config.model.dtype == "float32" or optimizer.state == "bfloat16" or optimizer.offload
+    ):
+        raise ConfigError(
+            f"rollout.make_room=optimizer with model.dtype={config.model.dtype}, "
+            f"optimizer.state={optimizer.state}, optimizer.offload={optimizer.offload}: it moves "
+            "float32 state beside bfloat16 weights; set rollout.make_room=gradients, or "
+            "optimizer.offload=true to hold the state in host memory always"
         )
     if optimizer.state == "bfloat16" and optimizer.beta2 > LARGEST_BETA2:
         raise ConfigError(

@@ -9,19 +9,35 @@ from megatron_sr1.checkpoint.saving import save_checkpoint
 from megatron_sr1.config_file import load_config
 from megatron_sr1.model.build import build_model
 from megatron_sr1.model.hf_config import read_hf_config
+from megatron_sr1.records import PackedBatch
 from megatron_sr1.runtime import cpu
 from megatron_sr1.trainer.actor import make_actor
 
 
-def make_run(directory, groups):
+def make_run(directory, groups, dtype="float32"):
     """An actor with its optimizer, from a model directory."""
-    config = load_config(None, [f"model.path={directory}", "model.dtype=float32"])
+    config = load_config(None, [f"model.path={directory}", f"model.dtype={dtype}"])
     source = resolve_model(directory)
     hf_config = read_hf_config(source.hf_files)
     with cpu.megatron_mode():
-        chunks = build_model(hf_config, groups, dtype=torch.float32)
+        chunks = build_model(hf_config, groups, dtype=getattr(torch, dtype))
         load_model(chunks, source, hf_config, groups)
     return make_actor(config, chunks, hf_config, source, groups, num_updates=10)
+
+
+def text_row(num_tokens=16):
+    """A micro-batch of one sequence without images, all of it target."""
+    ids = torch.arange(10, 10 + num_tokens)[None]
+    return PackedBatch(
+        sample_ids=(0,),
+        input_ids=ids,
+        labels=ids + 1,
+        loss_mask=torch.ones(1, num_tokens),
+        position_ids=torch.arange(num_tokens).expand(3, 1, -1),
+        cu_seqlens=torch.tensor([0, num_tokens], dtype=torch.int32),
+        max_seqlen=num_tokens,
+        vision=None,
+    )
 
 
 @torch.no_grad()

@@ -91,10 +91,12 @@ def _tower_sum_seconds(actor: Actor) -> float:
 
 
 def _optimizer_seconds(actor: Actor, held: StaticMemory) -> float:
-    """State read and written, gradients read; over PCIe both ways where it is offloaded."""
+    """State read and written, gradients read; over PCIe both ways where it is in host memory."""
     gpu, state = actor.gpu, held.optimizer + held.host
     seconds = (2 * state + held.gradients) / (gpu.memory_rate * MEMORY_SHARE)
-    return seconds + 2 * held.host / (gpu.host_rate * LINK_SHARE)
+    config = actor.config
+    moves = config.stage == "grpo" and config.rollout.make_room == "optimizer"
+    return seconds + 2 * (state if moves else held.host) / (gpu.host_rate * LINK_SHARE)
 
 
 def kernels_of(config: Config) -> Kernels:

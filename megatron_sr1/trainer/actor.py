@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -51,10 +51,36 @@ class Actor:
     source: ModelSource
     groups: Groups
     frozen: frozenset[str] = frozenset()
+    _given: set[str] = field(default_factory=set, init=False, compare=False)
 
     def weights(self, left_out: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
         """Full weights under their published names, one at a time; collective over all ranks."""
         return export_weights(self.chunks, self.hf_config, self.groups, left_out)
+
+    def make_room(self, what: str) -> None:
+        """Free memory of the device until `take_room`.
+
+        Args:
+            what: none | gradients, which are 0 then | optimizer, its state to host memory as well;
+                of that nothing happens on a CPU.
+        """
+        if what == "none" or self._given:
+            return
+        for wrapped in self.wrapped:
+            wrapped.offload_grad_buffers()
+        if what == "optimizer" and self.first_device.type == "cuda":
+            self.optimizer.offload_to_cpu()
+        self._given.add(what)
+
+    def take_room(self) -> None:
+        """Undo `make_room`, if it was done; `update` asks for it by itself."""
+        if not self._given:
+            return
+        for wrapped in self.wrapped:
+            wrapped.restore_grad_buffers()
+        if "optimizer" in self._given and self.first_device.type == "cuda":
+            self.optimizer.restore_from_cpu()
+        self._given.clear()
 
     def save_hf(self, directory: Path) -> None:
         """Write the weights as the source's Hugging Face directory has them; collective."""

@@ -88,6 +88,7 @@ def sync(context: Context, actor: Actor, engine: Engine, version: int, again: bo
     """
     with context.phase("sync"):
         left_out = actor.frozen if again and engine.keeps_weights else frozenset[str]()
+        actor.make_room(context.config.rollout.make_room)
         engine.wake()
         engine.sync(actor.weights(left_out), version, whole=not left_out)
 

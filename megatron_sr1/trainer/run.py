@@ -137,6 +137,7 @@ def rating(
         name = f"step_{context.step}"
         rates = evaluate(context, engine, samples, scorer, name, temperature=0.0, indices=indices)
         engine.sleep()
+        actor.take_room()  # what is saved next is where a save looks for it
         samples.forget()
         if metric not in rates:
             raise ConfigError(

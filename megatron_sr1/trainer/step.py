@@ -128,6 +128,7 @@ def update(
         counted = denominator if actor.groups.counts_tokens else torch.zeros_like(denominator)
         return loss_sum, counted.int(), {}
 
+    actor.take_room()
     for wrapped in actor.wrapped:
         wrapped.zero_grad_buffer()
     actor.optimizer.zero_grad()
