@@ -136,6 +136,9 @@ class RolloutConfig:
     made anew) | optimizer (the gradients, and the state to host memory and back)."""
     enforce_eager: bool = False
     """No CUDA graphs."""
+    quantization: str | None = None
+    """Of the engine's linear layers: fp8_per_channel | fp8_per_tensor (CUDA), anew with each sync;
+    needs bfloat16 weights, and a correction of the mismatch (algorithm.importance_sampling)."""
     mismatch_bound: float = 0.0
     """Largest |engine - actor| logprob among a step's sampled tokens, nats; beyond it the run
     stops. 1e-3 suits float32 on a CPU; 0 turns it off."""

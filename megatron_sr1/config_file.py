@@ -34,6 +34,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "rollout.pass2": ("fork", "barrier"),
     "rollout.pass2_order": ("question_first", "description_first"),
     "rollout.pass2_mode": ("generate", "likelihood"),
+    "rollout.quantization": (None, "fp8_per_channel", "fp8_per_tensor"),
     "rollout.make_room": ("none", "gradients", "optimizer"),
     "reward.likelihood": ("per_token", "probability", "linear"),
     "reward.recipe": ("vision_sr1", "see_think", "vision_r1"),
@@ -206,8 +207,13 @@ def validate(config: Config) -> None:
 
 
 def _validate_memory(config: Config) -> None:
-    """Settings of the optimizer that need others."""
+    """Settings of what is held in memory that need others."""
     optimizer = config.optimizer
+    if config.rollout.quantization and config.model.dtype != "bfloat16":
+        raise ConfigError(
+            f"rollout.quantization={config.rollout.quantization} is for weights in bfloat16, "
+            f"model.dtype is {config.model.dtype}; set model.dtype=bfloat16"
+        )
     for name in ("state", "gradients"):
         if getattr(optimizer, name) == "bfloat16" and config.model.dtype != "bfloat16":
             raise ConfigError(

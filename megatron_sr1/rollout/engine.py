@@ -63,6 +63,7 @@ class Engine:
         kv_cache_gib: int = 1,
         gpu_memory_utilization: float = 0.5,
         enforce_eager: bool = False,
+        quantization: str | None = None,
         sleep_level: int = 0,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
@@ -82,6 +83,7 @@ class Engine:
             gpu_memory_utilization: share of a GPU's memory for the engine.
             enforce_eager: no CUDA graphs; always so on a CPU, where compiling takes longer than
                 it saves.
+            quantization: of linear layers, made by vLLM as their weights come; None: as `dtype`.
             sleep_level: on CUDA, what `sleep` frees: 0 nothing | 1 moves weights to the host |
                 2 drops them. Nothing on a CPU.
             min_pixels: smallest image area, pixels.
@@ -124,6 +126,7 @@ class Engine:
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             seed=seed,
+            quantization=quantization,
             **arguments,
         )
         self._core = self._llm.llm_engine

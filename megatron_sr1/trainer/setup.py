@@ -134,6 +134,7 @@ def make_engine(config: Config, directory: Path, processor: Processor, device: D
         kv_cache_gib=rollout.kv_cache_gib,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         enforce_eager=rollout.enforce_eager,
+        quantization=rollout.quantization,
         sleep_level=rollout.sleep_level,
         min_pixels=config.data.min_pixels,
         max_pixels=config.data.max_pixels,
