@@ -72,7 +72,7 @@ class Throughput:
             if not sample.loss_mask.any():
                 continue
             tokens = len(sample.token_ids)
-            text = text_work(self._hf_config, tokens, tokens).total
+            text = text_work(self._hf_config, tokens, int(sample.loss_mask.sum())).total
             tower = tower_work(self._hf_config, sample.image_grid_thw).total
             if learns:
                 text, tower = TRAINED * text, self._tower_factor * tower

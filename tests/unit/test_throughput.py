@@ -29,9 +29,9 @@ TOWER = (
 )
 
 
-def sequence(tokens):
-    """Forward pass of a sequence, each token meeting half of it."""
-    return tokens * TOKEN + tokens * tokens / 2 * PAIR + tokens * LOGITS
+def sequence(tokens, targets):
+    """Forward pass of a sequence, each token meeting half of it; targets have logits."""
+    return tokens * TOKEN + tokens * tokens / 2 * PAIR + targets * LOGITS
 
 
 def sample(tokens, grids=(), targets=1):
@@ -47,8 +47,8 @@ def take(counter, **seconds):
 
 def test_an_update_is_three_forward_passes_over_text_and_images():
     counter = Throughput(HF_CONFIG, [], num_ranks=2, peak_flops=1e9)
-    counter.count_samples("update", [sample(20, (GRID,)), sample(10), sample(30, targets=0)])
-    work = 3 * (sequence(20) + TOWER + sequence(10))
+    counter.count_samples("update", [sample(20, (GRID,), 7), sample(10), sample(30, targets=0)])
+    work = 3 * (sequence(20, 7) + TOWER + sequence(10, 1))
     assert take(counter, update=0.5, step=2.0) == pytest.approx(
         {
             "perf/update_tokens_per_second": 2 * 30 / 0.5,
@@ -68,7 +68,7 @@ def test_a_frozen_tower_goes_forward_once_and_logprobs_are_a_forward_pass():
     for phase in ("old_logprobs", "reference", "update"):
         counter.count_samples(phase, [sample(20, (GRID,))])
     told = take(counter, old_logprobs=1.0, reference=4.0, update=1.0, step=10.0)
-    forward, update = sequence(20) + TOWER, 3 * sequence(20) + TOWER
+    forward, update = sequence(20, 1) + TOWER, 3 * sequence(20, 1) + TOWER
     assert told["perf/old_logprobs_mfu"] == pytest.approx(forward / 1e9)
     assert told["perf/reference_mfu"] == pytest.approx(forward / 4e9)
     assert told["perf/update_mfu"] == pytest.approx(update / 1e9)
