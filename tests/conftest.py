@@ -58,15 +58,13 @@ def qwen_tokenizer():
 @pytest.fixture(scope="module")
 def groups():
     """Groups of a world of one, in this process."""
-    from megatron.core import parallel_state
-
     from megatron_sr1.config import ParallelConfig
     from megatron_sr1.runtime.device import select_device, start_distributed
     from megatron_sr1.runtime.groups import destroy_groups, make_groups
 
     device = select_device("cpu")
     start_distributed(device)
-    parallel_state.destroy_model_parallel()  # of whoever did not
+    destroy_groups()  # of whoever did not
     yield make_groups(ParallelConfig(), device)
     destroy_groups()
 

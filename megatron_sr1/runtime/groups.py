@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import gc
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
 from megatron_sr1.config import ParallelConfig
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.runtime import cpu, orphans
 from megatron_sr1.runtime.device import Device
-
-_made: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()  # by `make_groups`, not by others
 
 
 @dataclass(frozen=True)
@@ -121,7 +117,6 @@ def make_groups(parallel: ParallelConfig, device: Device, *, on_host: bool = Tru
             f"context={parallel.context} = {model_size} does not divide the {world_size} ranks; "
             "change the layout or launch.num_processes"
         )
-    others = _all_groups()
     with cpu.megatron_mode():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
@@ -138,9 +133,9 @@ def make_groups(parallel: ParallelConfig, device: Device, *, on_host: bool = Tru
     tower, images = tensor, context
     if parallel.vision == "images" and tensor.size > 1:
         # Made by its one member: no meeting of the world, which would be one a rank.
-        tower = Group.of(dist.new_group([dist.get_rank()], use_local_synchronization=True))
+        alone = [dist.get_rank()]
+        tower = Group.of(parallel_state.create_group(alone, use_local_synchronization=True))
         images = Group.of(parallel_state.get_tensor_and_context_parallel_group())
-    _made.update(_all_groups() - others)
     return Groups(
         tensor=tensor,
         pipeline=Group.of(parallel_state.get_pipeline_model_parallel_group()),
@@ -164,16 +159,11 @@ def destroy_groups() -> None:
     from megatron.core import parallel_state
 
     dist.barrier()
+    for group in parallel_state._global_process_group_list or []:
+        if group is not None:  # which stands for the world
+            dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
-    for group in _all_groups() & set(_made):
-        dist.destroy_process_group(group)
-    _made.clear()
     gc.collect()  # models and optimizers refer to their groups in circles
-
-
-def _all_groups() -> set[dist.ProcessGroup]:
-    """All groups of this process; torch lists them nowhere public."""
-    return set(distributed_c10d._world.pg_map)
 
 
 def gather_objects(value: Any, group: Group) -> list[Any]:
