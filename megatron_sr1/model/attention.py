@@ -208,7 +208,10 @@ def attend(
         )
         results.append(context.transpose(1, 2).flatten(0, 1).flatten(1))
     joined = results[0] if len(results) == 1 else torch.cat(results)
-    return joined if plan.slots is None else _Collect.apply(joined, plan.slots)
+    slots = plan.slots
+    if slots is None:
+        return joined
+    return _Gather.apply(joined, slots.places, slots.rows, slots.padding)
 
 
 def _batches_of(
@@ -219,35 +222,34 @@ def _batches_of(
     if are_keys and places:  # chunks of a sequence see the same keys
         return [tensor.index_select(0, rows) for rows in places]
     if plan.slots is not None:
-        tensor = _Spread.apply(tensor, plan.slots)
+        tensor = _Gather.apply(tensor, plan.slots.rows, plan.slots.places)
     return tensor.split([batch.num_sequences * batch.num_queries for batch in plan.batches])
 
 
-class _Spread(torch.autograd.Function):
-    """Tokens [T, ...] to slots. Nobody looks at padding, so its gradient is 0 and not added."""
+class _Gather(torch.autograd.Function):
+    """Rows of a tensor, each once, whose gradients are gathered back instead of added up.
+
+    Padding repeats a row; as nobody looks at padding, its gradient is 0, and not added. Where rows
+    are left out, which is padding again, their gradient is 0.
+    """
 
     @staticmethod
-    def forward(ctx: Any, tokens: torch.Tensor, slots: Slots) -> torch.Tensor:
-        ctx.slots = slots
-        return tokens.index_select(0, slots.rows)
+    def forward(
+        ctx: Any,
+        tensor: torch.Tensor,
+        there: torch.Tensor,
+        back: torch.Tensor,
+        left_out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        ctx.back, ctx.left_out = back, left_out
+        return tensor.index_select(0, there)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradient.index_select(0, ctx.slots.places), None
-
-
-class _Collect(torch.autograd.Function):
-    """Slots [slots, ...] to tokens."""
-
-    @staticmethod
-    def forward(ctx: Any, results: torch.Tensor, slots: Slots) -> torch.Tensor:
-        ctx.slots = slots
-        return results.index_select(0, slots.places)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        spread = gradient.index_select(0, ctx.slots.rows)
-        return spread.index_fill_(0, ctx.slots.padding, 0), None
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        found = gradient.index_select(0, ctx.back)
+        if ctx.left_out is not None:
+            found.index_fill_(0, ctx.left_out, 0)
+        return found, None, None, None
 
 
 class PackedAttention(MegatronModule):

@@ -75,7 +75,7 @@ def label_logprobs(
     rows, tokens = whole.shape[0], labels.numel()
     assert rows == tokens, f"{rows} hidden states and {tokens} labels"
     first, num_ids = vocabulary_rows(vocab_size, weight.shape[0], group.rank)
-    used = None if wanted is None else torch.nonzero(wanted[0])[:, 0]
+    used = torch.nonzero(torch.ones_like(labels[0]) if wanted is None else wanted[0])[:, 0]
     logprobs, entropy = _LabelLogprobs.apply(
         whole[:, 0], weight, labels[0], used, first, num_ids, group, temperature, chunk_tokens,
         with_entropy,
@@ -125,7 +125,7 @@ class _LabelLogprobs(torch.autograd.Function):
         hidden: torch.Tensor,
         weight: torch.Tensor,
         labels: torch.Tensor,
-        used: torch.Tensor | None,
+        used: torch.Tensor,
         first: int,
         num_ids: int,
         group: Group,
@@ -134,28 +134,27 @@ class _LabelLogprobs(torch.autograd.Function):
         with_entropy: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         own = weight[:num_ids]
-        rows = (
-            hidden.split(chunk_tokens)
-            if used is None
-            else [hidden.index_select(0, part) for part in used.split(chunk_tokens)]
-        )
-        own_labels = labels - first if used is None else labels[used] - first
+        local_labels = labels - first
         parts = [
-            _shard_sums(_logits(part, own, temperature), part_labels, with_entropy)
-            for part, part_labels in zip(rows, own_labels.split(chunk_tokens), strict=True)
+            _shard_sums(
+                _logits(hidden.index_select(0, rows), own, temperature),
+                local_labels[rows],
+                with_entropy,
+            )
+            for rows in used.split(chunk_tokens)
         ]
         largest, sums, targets, moments = (torch.cat(column) for column in zip(*parts, strict=True))
         if group.size > 1:
-            is_own = _own_labels(own_labels, num_ids)[1][:, 0]
+            is_own = _own_labels(local_labels[used], num_ids)[1][:, 0]
             largest, sums, targets, moments = _over_ranks(
                 largest, sums, targets, moments, is_own, group
             )
         log_sums = sums.log()
         found = targets - log_sums, log_sums - moments / sums, largest + log_sums
-        if used is not None:
-            found = tuple(f.new_zeros(len(labels)).index_copy_(0, used, f) for f in found)
-        logprobs, entropy, normalisers = found
-        ctx.save_for_backward(hidden, weight, labels - first, normalisers, entropy, used)
+        logprobs, entropy, normalisers = (
+            values.new_zeros(len(labels)).index_copy_(0, used, values) for values in found
+        )
+        ctx.save_for_backward(hidden, weight, local_labels, normalisers, entropy, used)
         ctx.num_ids, ctx.temperature, ctx.chunk_tokens = num_ids, temperature, chunk_tokens
         ctx.with_entropy = with_entropy
         if not with_entropy:
@@ -169,15 +168,11 @@ class _LabelLogprobs(torch.autograd.Function):
         has_gradient = logprob_gradient != 0
         if ctx.with_entropy:
             has_gradient = has_gradient | (entropy_gradient != 0)
-        if used is None:
-            used = torch.nonzero(has_gradient)[:, 0]
-        else:
-            used = used[has_gradient[used]]
         own = weight[: ctx.num_ids]
         hidden_gradient = torch.zeros_like(hidden)
         # Chunks are summed in float32, whatever the weight's type.
         weight_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        for rows in used.split(ctx.chunk_tokens):
+        for rows in used[has_gradient[used]].split(ctx.chunk_tokens):
             inputs = hidden.index_select(0, rows)
             log_p = _logits(inputs, own, ctx.temperature).sub_(normalisers[rows][:, None])
             g = logprob_gradient[rows][:, None]
