@@ -24,7 +24,7 @@ def processor(model_dir):
 
 
 @functools.cache
-def engine(model_dir):
+def engine(model_dir, **settings):
     """The engine, and whether the process's random state was the same after its start."""
     start_distributed(select_device("cpu"))
     before = torch.get_rng_state()
@@ -36,6 +36,7 @@ def engine(model_dir):
         seed=3,
         min_pixels=MIN_PIXELS,
         max_pixels=MAX_PIXELS,
+        **settings,
     )
     return started, torch.equal(before, torch.get_rng_state())
 

@@ -4,29 +4,19 @@ On a CPU with FP8 and a scale a channel; not covered: other forms, which need CU
 """
 
 import pytest
+import rollout_setup as setup
 import torch
-from rollout_setup import processor
 from safetensors.torch import load_file
 
 from megatron_sr1.config_file import load_config
 from megatron_sr1.errors import ConfigError, EngineError
-from megatron_sr1.rollout.engine import Engine
-from megatron_sr1.runtime.device import select_device, start_distributed
 
 PROMPT, RESPONSE = (1, 40, 41, 42, 43, 44, 45), (50, 61, 72, 83, 94)
 
 
 @pytest.fixture(scope="module")
 def engine(tiny_model):
-    start_distributed(select_device("cpu"))
-    return Engine(
-        tiny_model,
-        dtype="bfloat16",
-        quantization="fp8_per_channel",
-        max_model_len=64,
-        max_num_seqs=4,
-        banned_token_ids=processor(tiny_model).vision_token_ids,
-    )
+    return setup.engine(tiny_model, dtype="bfloat16", quantization="fp8_per_channel")[0]
 
 
 def weight_types(engine):
