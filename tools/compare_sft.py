@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,8 +30,8 @@ sys.path.insert(0, str(ROOT))
 
 from megatron_sr1.config import LaunchConfig  # noqa: E402
 from megatron_sr1.launch.torchrun import rank_environment  # noqa: E402
-from tools.compare_trl import trl_python  # noqa: E402
-from tools.sft_sides import SIDES, Job  # noqa: E402
+from tools.compare_trl import report, trl_python  # noqa: E402
+from tools.sft_sides import SIDES, Job, config_of  # noqa: E402
 
 WARM_UP_STEPS = 2
 
@@ -58,6 +60,22 @@ def write_conversations(directory: Path, work: Path, num_samples: int, max_turns
             yield Record(messages, None, images, {})
 
     write_shards(records(), directory)
+
+
+def padded_samples(job: Job, pad_for: str) -> int:
+    """Conversations of a padded micro-batch: as many as the budget holds, a power of two.
+
+    Args:
+        job: with the data and the budget.
+        pad_for: all are taken to be as long as the "longest" of the data or the "mean".
+    """
+    from megatron_sr1.trainer import setup
+
+    config = config_of(job)
+    samples = setup.open_samples(config, job.data, setup.make_processor(config))
+    lengths = [len(samples.conversation(index).token_ids) for index in range(len(samples))]
+    length = max(lengths) if pad_for == "longest" else statistics.mean(lengths)
+    return 2 ** int(math.log2(job.pack_tokens / length))
 
 
 def run_side(side: str, job: Job, folder: Path) -> list[tuple[int, float]]:
@@ -106,11 +124,11 @@ def main() -> int:
             data=str(folder / "data"),
             output=str(folder / "run"),
             pack_tokens=arguments.pack_tokens,
-            pad_for=arguments.pad_for,
             samples_per_step=arguments.samples,
             num_steps=num_steps,
             num_threads=arguments.threads,
         )
+        job = replace(job, padded_samples=padded_samples(job, arguments.pad_for))
         for number in range(arguments.rounds):
             for side in SIDES:
                 found[side].append(run_side(side, job, folder))
@@ -128,10 +146,7 @@ def main() -> int:
         "packed_over_by_round": ratios,
         "packed_over": {other: statistics.median(values) for other, values in ratios.items()},
     }
-    text = json.dumps(summary, indent=2)
-    if arguments.result:
-        arguments.result.write_text(text + "\n")
-    print(text)
+    report(summary, arguments.result)
     return 0
 
 

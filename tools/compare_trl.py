@@ -20,6 +20,7 @@ import tempfile
 import time
 import venv
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 TRL = "trl==1.16.0"
@@ -142,6 +143,14 @@ def run_rounds(
     return theirs, ours
 
 
+def report(found: dict[str, Any], result: Path | None) -> None:
+    """Print what was found as JSON, and write it to a file if one was asked for."""
+    text = json.dumps(found, indent=2)
+    if result:
+        result.write_text(text + "\n")
+    print(text)
+
+
 def main() -> int:
     """Let both take turns; print medians over all rounds, and each round's ratio."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -177,10 +186,7 @@ def main() -> int:
             if all(name in line for line in lines)
         },
     }
-    text = json.dumps(found, indent=2)
-    if arguments.result:
-        arguments.result.write_text(text + "\n")
-    print(text)
+    report(found, arguments.result)
     return 0
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
+
+    from megatron_sr1.config import Config
     from megatron_sr1.trainer.samples import Samples
 
 SIDES = ("packed", "padded", "trainer")
@@ -28,32 +31,25 @@ class Job:
         data: shards of conversations, as many as the steps take.
         output: run folder, replaced.
         pack_tokens: budget of a packed micro-batch, tokens.
-        pad_for: micro-batches of padded conversations fit the budget if all are this long: the
-            "longest" of the data or the "mean".
         samples_per_step: conversations an update.
         num_steps: updates.
         num_threads: of the one process.
+        padded_samples: conversations of a padded micro-batch.
     """
 
     model: str
     data: str
     output: str
     pack_tokens: int
-    pad_for: str
     samples_per_step: int
     num_steps: int
     num_threads: int
+    padded_samples: int = 1
 
 
-def run_ours(job: Job, *, pad: bool) -> list[tuple[int, float]]:
-    """This trainer, with its packed micro-batches or padded ones: tokens and seconds of steps."""
+def config_of(job: Job) -> Config:
+    """The configuration of this trainer, whose samples and pixels all sides take."""
     from megatron_sr1.config_file import load_config
-    from megatron_sr1.data.packing import pack_samples
-    from megatron_sr1.observability.metrics import read_lines
-    from megatron_sr1.records import PackedBatch, TrainSample
-    from megatron_sr1.runtime.device import stop_distributed
-    from megatron_sr1.trainer import run, setup
-    from megatron_sr1.trainer.sft import train_sft
 
     settings = {
         "stage": "sft",
@@ -72,22 +68,34 @@ def run_ours(job: Job, *, pad: bool) -> list[tuple[int, float]]:
         "launch.device": "cpu",
         "launch.threads": job.num_threads,
     }
-    config = load_config(None, [f"{key}={value}" for key, value in settings.items()])
+    return load_config(None, [f"{key}={value}" for key, value in settings.items()])
+
+
+def run_ours(job: Job, *, pad: bool) -> list[tuple[int, float]]:
+    """This trainer, with its packed micro-batches or padded ones: tokens and seconds of steps."""
+    from megatron_sr1.data.packing import pack_samples
+    from megatron_sr1.observability.metrics import read_lines
+    from megatron_sr1.records import PackedBatch, TrainSample
+    from megatron_sr1.runtime.device import stop_distributed
+    from megatron_sr1.trainer import run, setup
+    from megatron_sr1.trainer.sft import train_sft
+
+    config = config_of(job)
     _, groups = setup.start_ranks(config)
     context, samples, actor, _ = run.start(config, groups, job.num_steps)
-    pack_own, tokens, size = context.pack, [], padded_size(job, samples)
+    pack_own, tokens = context.pack, []
 
     def pack(chosen: Sequence[TrainSample], samples: Samples) -> list[PackedBatch]:
-        lengths = [len(sample.token_ids) for sample in chosen]
-        tokens.append(sum(lengths))
+        tokens.append(sum(len(sample.token_ids) for sample in chosen))
         if not pad:
             return pack_own(chosen, samples)
         batches = []
-        for at in range(0, len(chosen), size):
-            longest = max(lengths[at : at + size])
+        for at in range(0, len(chosen), job.padded_samples):
+            part = chosen[at : at + job.padded_samples]
+            longest = max(len(sample.token_ids) for sample in part)
             batches += pack_samples(
-                chosen[at : at + size],
-                longest * size,
+                part,
+                longest * len(part),
                 samples.vision,
                 image_pad_id=context.processor.image_pad_id,
                 merge_size=context.processor.merge_size,
@@ -104,12 +112,32 @@ def run_ours(job: Job, *, pad: bool) -> list[tuple[int, float]]:
     return list(zip(tokens, (line["time/step_seconds"] for line in lines), strict=True))
 
 
-def padded_size(job: Job, samples: Samples) -> int:
-    """Conversations of a padded micro-batch: as many as the budget holds, a power of two."""
-    lengths = [len(samples.conversation(index).token_ids) for index in range(len(samples))]
+def collate(samples: Samples, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+    """A padded micro-batch as transformers takes it."""
+    import torch
+
+    chosen, pad = [samples.conversation(index) for index in rows], samples.processor.image_pad_id
+    shape = len(chosen), max(len(sample.token_ids) for sample in chosen)
+    ids = torch.full(shape, samples.processor.end_token_ids[0])
+    labels, mask = torch.full(shape, -100), torch.zeros(shape, dtype=torch.int64)
+    for row, sample in enumerate(chosen):
+        count = len(sample.token_ids)
+        ids[row, :count] = torch.from_numpy(sample.token_ids)
+        mask[row, :count] = 1
+        targets = torch.from_numpy(sample.loss_mask)
+        labels[row, :count] = torch.where(targets, ids[row, :count], -100)
+    batch = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": labels,
+        "mm_token_type_ids": (ids == pad).int(),
+    }
+    images = [v for v in map(samples.vision, rows) if v is not None]
     samples.forget()
-    length = max(lengths) if job.pad_for == "longest" else sum(lengths) / len(lengths)
-    return 2 ** int(math.log2(job.pack_tokens / length))
+    if images:
+        batch["pixel_values"] = torch.cat([v.pixel_values for v in images])
+        batch["image_grid_thw"] = torch.cat([v.image_grid_thw for v in images])
+    return batch
 
 
 def run_trainer(job: Job) -> list[tuple[int, float]]:
@@ -117,11 +145,10 @@ def run_trainer(job: Job) -> list[tuple[int, float]]:
     import torch
 
     torch.set_num_threads(job.num_threads)
-    from megatron_sr1.data.processor import Processor
-    from megatron_sr1.records import TrainSample
-    from megatron_sr1.trainer.samples import Samples
+    from megatron_sr1.trainer import setup
 
-    processor = Processor(job.model, 784, 200704)
+    config = config_of(job)
+    processor = setup.make_processor(config)
     from transformers import (
         Qwen2_5_VLForConditionalGeneration,
         Trainer,
@@ -129,62 +156,31 @@ def run_trainer(job: Job) -> list[tuple[int, float]]:
         TrainingArguments,
     )
 
-    samples = Samples(
-        job.data,
-        processor,
-        recipe="vision_sr1",
-        style="brief",
-        pass2_order="description_first",
-        max_prompt_tokens=job.pack_tokens,
-    )
-    size = padded_size(job, samples)
+    samples = setup.open_samples(config, job.data, processor)
     tokens: list[int] = []
-    seconds: list[float] = []
+    ends = [0.0]
 
-    def collate(rows: list[int]) -> dict[str, torch.Tensor]:
-        chosen: list[TrainSample] = [samples.conversation(index) for index in rows]
-        longest = max(len(sample.token_ids) for sample in chosen)
-        ids = torch.full((len(chosen), longest), processor.end_token_ids[0])
-        labels = torch.full((len(chosen), longest), -100)
-        mask = torch.zeros((len(chosen), longest), dtype=torch.int64)
-        for row, sample in enumerate(chosen):
-            count = len(sample.token_ids)
-            ids[row, :count] = torch.from_numpy(sample.token_ids)
-            mask[row, :count] = 1
-            targets = torch.from_numpy(sample.loss_mask)
-            labels[row, :count] = torch.where(targets, ids[row, :count], -100)
-        tokens.append(int(mask.sum()))
-        images = [v for v in map(samples.vision, rows) if v is not None]
-        samples.forget()
-        batch = {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "labels": labels,
-            "mm_token_type_ids": (ids == processor.image_pad_id).int(),
-        }
-        if images:
-            batch["pixel_values"] = torch.cat([v.pixel_values for v in images])
-            batch["image_grid_thw"] = torch.cat([v.image_grid_thw for v in images])
+    def counted(rows: list[int]) -> dict[str, torch.Tensor]:
+        batch = collate(samples, rows)
+        tokens.append(int(batch["attention_mask"].sum()))
         return batch
 
     class Clock(TrainerCallback):
-        """Seconds from the end of one step to that of the next, as ours are counted."""
+        """When training began, and each step ended; ours are counted from end to end too."""
 
         def on_train_begin(self, *_: object, **__: object) -> None:
-            self.last = time.perf_counter()
+            ends[0] = time.perf_counter()
 
         def on_step_end(self, *_: object, **__: object) -> None:
-            now = time.perf_counter()
-            seconds.append(now - self.last)
-            self.last = now
+            ends.append(time.perf_counter())
 
-    batches_per_step = job.samples_per_step // size
+    per_step = job.samples_per_step // job.padded_samples
     trainer: Any = Trainer(
         model=Qwen2_5_VLForConditionalGeneration.from_pretrained(job.model, dtype=torch.float32),
         args=TrainingArguments(
             output_dir=job.output,
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=batches_per_step,
+            per_device_train_batch_size=job.padded_samples,
+            gradient_accumulation_steps=per_step,
             max_steps=job.num_steps,
             learning_rate=LEARNING_RATE,
             use_cpu=True,
@@ -195,12 +191,12 @@ def run_trainer(job: Job) -> list[tuple[int, float]]:
             dataloader_pin_memory=False,
         ),
         train_dataset=list(range(len(samples))),
-        data_collator=collate,
+        data_collator=counted,
         callbacks=[Clock()],
     )
     trainer.train()
-    steps = [tokens[at : at + batches_per_step] for at in range(0, len(tokens), batches_per_step)]
-    return [(sum(step), time) for step, time in zip(steps, seconds, strict=False)]
+    steps = [sum(tokens[at : at + per_step]) for at in range(0, len(tokens), per_step)]
+    return [(n, end - start) for n, (start, end) in zip(steps, pairwise(ends), strict=False)]
 
 
 def main(side: str, asked: str, told: str) -> None:
