@@ -2,7 +2,8 @@
 
 import pytest
 
-from megatron_sr1.config_file import keys, load_config, to_dict
+from megatron_sr1.config_checks import keys
+from megatron_sr1.config_file import load_config, to_dict
 from megatron_sr1.errors import ConfigError
 
 REFUSED = {

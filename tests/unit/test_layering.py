@@ -11,6 +11,7 @@ PACKAGE = ROOT / "megatron_sr1"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYER = {
     "config": 0,
+    "config_checks": 0,
     "config_file": 0,
     "records": 0,
     "errors": 0,
