@@ -205,7 +205,11 @@ def test_a_run_warned_of_its_time_limit_saves_is_queued_again_and_ends_with_the_
     hold(slurm, number, output / "metrics.jsonl")
     plain, other = queue_plain()  # it runs while this one waits
     warn(slurm, number)
-    again = slurm.wait_until(number, JOB_SECONDS, lambda job: job["Restarts"] == "1")
+    again = slurm.wait_until(
+        number,
+        JOB_SECONDS,  # counted as started again while its nodes are still being cleared
+        lambda job: job["Restarts"] == "1" and job["JobState"] != "COMPLETING",
+    )
     saved = re.search(rf"asked to leave: saved step (\d+) of {NUM_STEPS}", first_log.read_text())
     assert saved and 1 <= int(saved[1]) < NUM_STEPS
     assert len(read_lines(output / "metrics.jsonl")) == int(saved[1])
