@@ -175,14 +175,14 @@ def in_engine(fault, place):
     if place == "sync":
         real = Engine.sync
 
-        def sync(self, weights, version):
+        def sync(self, weights, *arguments, **named):
             def some(weights):
                 for number, item in enumerate(weights):
                     if number == 5:
                         fault()
                     yield item
 
-            real(self, some(weights), version)
+            real(self, some(weights), *arguments, **named)
 
         Engine.sync = sync
         return
