@@ -26,12 +26,17 @@ from megatron_sr1.runtime.seeds import seed_everything
 from megatron_sr1.trainer.optimizer import DTYPES
 from megatron_sr1.trainer.samples import Samples
 
+ONEDNN_KERNELS = 32
+"""Kept by oneDNN, instead of its 1,024: packed samples bring new shapes in every step, and host
+memory grows for hundreds of steps. A step takes as long: one layer's shapes serve all layers."""
+
 
 def start_ranks(config: Config) -> tuple[Device, Groups]:
     """Start torch.distributed and make the layout's groups."""
     device = select_device(config.launch.device)
     if device.kind == "cpu":
         torch.set_num_threads(threads_a_rank(config.launch))
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(ONEDNN_KERNELS))
     start_distributed(device, collective_timeout_seconds(config.launch))
     failure.see_others()
     groups = make_groups(config.parallel, device)
