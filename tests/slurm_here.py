@@ -40,6 +40,7 @@ MpiDefault=none
 KillWait=10
 MessageTimeout=60
 MinJobAge=3600
+SchedulerParameters=sched_interval=2,bf_interval=2
 NodeName={nodes[0]} NodeHostname={host} NodeAddr={nodes[0]} Port={ports[1]} CPUs=2
 NodeName={nodes[1]} NodeHostname={host} NodeAddr={nodes[1]} Port={ports[2]} CPUs=2
 PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP

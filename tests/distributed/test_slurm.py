@@ -34,8 +34,8 @@ NUM_STEPS = 8
 MANY = ["optimizer.num_steps=60", "checkpoint.every_steps=0"]
 TWO_TASKS = ["--nodes", "2", "--tasks-per-node", "1"]
 WARNING_SECONDS = 1500
-LONG_MINUTES, SHORT_MINUTES = 60, 26
-"""Limits: Slurm warns 30 s before it must, so after 34 minutes, and after half a minute."""
+LONG_MINUTES, SHORT_MINUTES = 60, 25
+"""Limits: Slurm warns 30 s before it must, so after 34 minutes, and at once (it looks every 30 s)."""
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +250,8 @@ def test_a_failed_job_is_not_started_again_and_takes_its_followers_with_it(
     assert done.returncode == 0, done.stdout + done.stderr
     first, second = (slurm.wait(jobs[name], JOB_SECONDS) for name in ("sft", "grpo"))
     assert (first["JobState"], first["Restarts"]) == ("FAILED", "0")
-    assert (second["JobState"], second["RunTime"]) == ("CANCELLED", "00:00:00")
+    assert second["JobState"] == "CANCELLED"
+    assert second["NodeList"] in ("", "(null)")  # never started
     assert "megatron-sr1: error: " in logs_of(first, "sft")[0].read_text()
 
 
