@@ -2,7 +2,8 @@
 
 A rank that is killed, or leaves by `os._exit`, runs no clean-up. The grading process ends with its
 standard input and Megatron's writers with their file, but the manager of Megatron's result queue
-waits for ever: it is started here with the kernel's promise to end it with its parent.
+waits for ever: it is started here with the kernel's promise to end it with its parent. It passes on
+bytes, so that it imports neither torch nor Megatron: a second and 0.2 GiB on each rank.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import ctypes
 import functools
 import multiprocessing
 import os
+import pickle
 import signal
 from multiprocessing.managers import SyncManager
 from typing import Any
@@ -35,11 +37,30 @@ def end_children() -> None:
             child.kill()
 
 
-@functools.cache
-def _result_queue() -> Any:
+class _Results:
+    """What Megatron needs of a queue: forked writers report to their rank."""
+
+    def __init__(self, queue: Any) -> None:
+        self._queue = queue
+
+    def put(self, results: Any) -> None:
+        """Report."""
+        self._queue.put(pickle.dumps(results))
+
+    def get_nowait(self) -> Any:
+        """The oldest report.
+
+        Raises:
+            queue.Empty: there is none.
+        """
+        return pickle.loads(self._queue.get_nowait())
+
+
+@functools.cache  # a writer killed while it connects leaves a manager that takes no connection more
+def _result_queue() -> _Results:
     manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
     manager.start(initializer=end_with, initargs=(os.getpid(),))
-    return manager.Queue()
+    return _Results(manager.Queue())
 
 
 def install() -> None:

@@ -35,7 +35,7 @@ MANY = ["optimizer.num_steps=60", "checkpoint.every_steps=0"]
 TWO_TASKS = ["--nodes", "2", "--tasks-per-node", "1"]
 WARNING_SECONDS = 1500
 LONG_MINUTES, SHORT_MINUTES = 60, 25
-"""Limits: Slurm warns 30 s before it must, so after 34 minutes, and at once (it looks every 30 s)."""
+"""Limits: Slurm warns 30 s before it must, so after 34 minutes, and at its next look, in 30 s."""
 
 
 @pytest.fixture(scope="module")
