@@ -17,9 +17,12 @@ from megatron_sr1.observability.metrics import read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 ONE, TWO = ("launch.num_processes=1",), ("launch.num_processes=2", "parallel.context=2")
-UNLIKE = ("stage", "time/", "memory/", "perf/")
-# Two engines take other steps than one, and each reads a description that both have got.
-UNLIKE += ("rollout/engine_steps", "rollout/distinct_readings", "rollout/reading_tokens")
+TWICE = ("rollout/distinct_readings", "rollout/reading_tokens")
+"""Counts of pass 2: of two engines each reads a description that both have got."""
+UNLIKE = (
+    *("stage", "time/", "memory/", "perf/", *TWICE),
+    "rollout/engine_steps",  # two engines take other steps than one
+)
 
 
 def train(output, *more):
@@ -102,5 +105,7 @@ def test_grpo_has_the_numbers_and_rollouts_of_one_process(cold_start, shards, tm
         before, after = (read_lines(run / f"rollouts/step_{step}.jsonl") for run in (one, two))
         assert [line["response"] for line in after] == [line["response"] for line in before]
     lines = read_lines(two / "metrics.jsonl")
+    for before, after in zip(read_lines(one / "metrics.jsonl"), lines, strict=True):
+        assert all(0 < before[name] <= after[name] <= 2 * before[name] for name in TWICE)
     assert all(line["optimizer/grad_norm"] > 1e-2 for line in lines)
     assert any(line["reward/total"] > 0 for line in lines), json.dumps(lines[0], indent=2)
