@@ -28,7 +28,7 @@ def last_step(run_dir: Path, run_id: str, step_of: Callable[[bytes], int | None]
         step_of: gives a record's step; None for records of other kinds.
     """
     found = [0]
-    for path in sorted((run_dir / "wandb").glob(f"*run-*-{run_id}/run-{run_id}.wandb")):
+    for path in sorted((run_dir / "wandb").glob(f"*run-*/run-{run_id}.wandb")):
         found += [step for step in map(step_of, records(path)) if step is not None]
     return max(found)
 
