@@ -160,18 +160,11 @@ class Engine:
             raise EngineError(f"the engine cannot sample: {self._unusable or 'it is asleep'}")
         processed: dict[tuple[Any, ...], Any] = {}
         for request in requests:
-            length = len(request.expanded_token_ids)
-            num_sampled = 1 if request.num_scored else request.max_tokens
-            if length + num_sampled > self.max_model_len:
-                raise EngineError(
-                    f"request {request.id}: a prompt of {length} tokens and up to "
-                    f"{num_sampled} sampled are more than the engine's "
-                    f"{self.max_model_len}; raise rollout.max_model_len or lower the limits"
-                )
+            request.check_length(self.max_model_len)
             key = (request.token_ids, *map(id, request.images))
             if key not in processed:
                 processed[key] = self._process(request.id, request.token_ids, request.images)
-            _compare(request, processed[key]["prompt_token_ids"])
+            request.check_expansion(processed[key]["prompt_token_ids"])
             if request.id in self._live:
                 raise EngineError(f"request {request.id} is live already; ids must differ")
             self._live[request.id] = request
@@ -392,16 +385,6 @@ def _parameters(request: Request) -> Any:
         detokenize=False,
         output_kind=kind,
         skip_clone=True,  # made for this request alone; a deep copy of each costs a tenth of it
-    )
-
-
-def _compare(request: Request, engine_token_ids: Sequence[int]) -> None:
-    if tuple(engine_token_ids) == request.expanded_token_ids:
-        return
-    raise EngineError(
-        f"request {request.id}: the engine expands the prompt to {len(engine_token_ids)} tokens, "
-        f"the trainer to {len(request.expanded_token_ids)}, or to others; pixel limits and image "
-        "processor of engine and trainer must be the same (data.min_pixels, data.max_pixels)"
     )
 
 

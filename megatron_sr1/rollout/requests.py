@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from megatron_sr1.errors import EngineError
 from megatron_sr1.records import Completion
 
 if TYPE_CHECKING:
@@ -40,6 +41,27 @@ class Request:
     with_logprobs: bool = True
     watched: bool = False
     num_scored: int = 0
+
+    def check_length(self, max_model_len: int) -> None:
+        """Raise EngineError if prompt and sampled tokens can be more than the engine's length."""
+        length = len(self.expanded_token_ids)
+        num_sampled = 1 if self.num_scored else self.max_tokens
+        if length + num_sampled > max_model_len:
+            raise EngineError(
+                f"request {self.id}: a prompt of {length} tokens and up to {num_sampled} sampled "
+                f"are more than the engine's {max_model_len}; raise rollout.max_model_len or "
+                "lower the limits"
+            )
+
+    def check_expansion(self, engine_token_ids: Sequence[int]) -> None:
+        """Raise EngineError if the engine expands the prompt otherwise than the trainer."""
+        if tuple(engine_token_ids) != self.expanded_token_ids:
+            raise EngineError(
+                f"request {self.id}: the engine expands the prompt to {len(engine_token_ids)} "
+                f"tokens, the trainer to {len(self.expanded_token_ids)}, or to others; pixel "
+                "limits and image processor of engine and trainer must be the same "
+                "(data.min_pixels, data.max_pixels)"
+            )
 
 
 @dataclass(frozen=True)
