@@ -12,7 +12,9 @@ import signal
 import threading
 import time
 
+import psutil
 import pytest
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_sr1.checkpoint import background
 from megatron_sr1.checkpoint.folders import LATEST, latest_step, steps
@@ -121,6 +123,38 @@ def test_a_writer_that_is_killed_ends_the_save_and_leaves_the_one_before(
     assert sorted(p.name for p in folder.iterdir()) == ["latest", "step_1"]
     load(actor, groups, folder)
     assert held(actor) == 1
+
+
+@pytest.mark.skipif(
+    not hasattr(filesystem_async, "_get_write_results_queue"),
+    reason="this Megatron-Core writes in threads",
+)
+def test_what_a_killed_writer_has_started_ends_with_it_and_so_does_the_save(
+    actor, groups, tmp_path, monkeypatch
+):
+    """Megatron's writer starts others, which hold its pipe and may wait for it for ever."""
+    write, there, gate = filesystem_async._write_item, tmp_path / "there", tmp_path / "gate"
+
+    def write_behind_the_gate(*arguments, **settings):
+        there.touch()
+        while not gate.exists():
+            time.sleep(0.01)
+        return write(*arguments, **settings)
+
+    monkeypatch.setattr(filesystem_async, "_write_item", write_behind_the_gate)
+    pending = begin(actor, groups, tmp_path / "checkpoints", 1)
+    writer = psutil.Process(pending.tensors._writer._process.pid)
+    while not there.exists():
+        time.sleep(0.01)
+    started = writer.children()
+    writer.kill()
+    _, alive = psutil.wait_procs(started, timeout=30)
+    gate.touch()
+    for process in alive:
+        process.kill()
+    assert started and not alive
+    with pytest.raises(CheckpointError, match=r"step_1 was not saved: .*ended by signal 9"):
+        pending.finish()
 
 
 def test_a_disk_that_gives_no_more_is_told_at_the_end_of_the_save(actor, groups, tmp_path):

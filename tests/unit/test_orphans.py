@@ -18,7 +18,8 @@ if __name__ == "__main__":
     cpu.install()
     orphans.install()
     from megatron.core.dist_checkpointing.strategies import filesystem_async
-    queue = filesystem_async._get_write_results_queue()
+    makers = vars(filesystem_async).get
+    queue = (makers("_get_write_results_queue") or makers("get_write_results_queue"))()
     queue.put(torch.Size([1]))
     assert queue.get_nowait() == torch.Size([1])
     with guard(sys.argv[1]):
