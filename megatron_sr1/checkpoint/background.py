@@ -5,9 +5,7 @@ async_utils.py). Out: the files, their sizes and digests, or why not.
 
 Forking makes the snapshot: the child sees the memory as it was at that moment. Tensors on a GPU are
 copied to the host first, and so are pinned ones, whose pages a device may write. The child takes no
-part in any collective. Megatron's own queue of results is shared by all saves of a rank, so that
-two at a time could be mixed up: here each child has a pipe, and Megatron gets its results when it
-asks for them.
+part in any collective. It tells by a pipe, whose end is its own end and that of what it started.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ import os
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -86,13 +85,6 @@ class BackgroundWriter:
         return dict(measures)
 
 
-class _Results:
-    """In the child, in place of Megatron's queue."""
-
-    def put(self, results: Any) -> None:
-        self.results = results
-
-
 def _unpinned(buckets: list[Any]) -> list[Any]:
     return [
         (path, key, (others, [(i, t.clone() if t.is_pinned() else t) for i, t in tensors]))
@@ -106,15 +98,17 @@ def _write(
     """The child: write, measure, tell."""
     end_with(parent)
     torch.set_num_threads(1)  # the threads of the parent's pool are not here
-    queue, measures, problem = _Results(), {}, None
+    given: SimpleQueue[Any] = SimpleQueue()  # Megatron's in the parent gets it in `finish`
+    results, measures, problem = None, {}, None
     try:
         with watched_writers():
-            function(rank, buckets, queue)
-        if isinstance(queue.results, Exception):
-            raise queue.results
+            function(rank, buckets, given)
+        results = given.get_nowait()
+        if isinstance(results, Exception):
+            raise results
         paths = [Path(path) for path, _, _ in buckets]
         measures = {path.name: measure(path) for path in paths}
     except Exception as error:  # told to the parent, which raises it on all ranks
         problem = reason(error)
-    telling.send((None if problem else queue.results, measures, problem))
+    telling.send((None if problem else results, measures, problem))
     telling.close()

@@ -1,10 +1,9 @@
 """No process outlives the rank that started it.
 
 A rank that is killed, or leaves by `os._exit`, runs no clean-up. The grading process ends with its
-standard input. Megatron's writers and the manager of its result queue may wait for ever for a
-parent that is gone, and a writer holds its parent's memory and pipes: here the kernel ends them
-with their parent. The manager passes on bytes, so that it imports neither torch nor Megatron: a
-second and 0.2 GiB on each rank.
+standard input. Megatron's writers may wait for ever for a parent that is gone, with its memory and
+pipes in hand: the kernel ends them with it. Megatron starts one more process, for a queue of their
+results; as the rank itself fills and empties that, a plain queue takes its place.
 """
 
 from __future__ import annotations
@@ -14,10 +13,9 @@ import ctypes
 import functools
 import multiprocessing
 import os
-import pickle
+import queue
 import signal
 from collections.abc import Callable
-from multiprocessing.managers import SyncManager
 from typing import Any
 
 import psutil
@@ -39,32 +37,6 @@ def end_children() -> None:
             child.kill()
 
 
-class _Results:
-    """What Megatron needs of a queue: forked writers report to their rank."""
-
-    def __init__(self, queue: Any) -> None:
-        self._queue = queue
-
-    def put(self, results: Any) -> None:
-        """Report."""
-        self._queue.put(pickle.dumps(results))
-
-    def get_nowait(self) -> Any:
-        """The oldest report.
-
-        Raises:
-            queue.Empty: there is none.
-        """
-        return pickle.loads(self._queue.get_nowait())
-
-
-@functools.cache  # a writer killed while it connects leaves a manager that takes no connection more
-def _result_queue() -> _Results:
-    manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-    manager.start(initializer=end_with, initargs=(os.getpid(),))
-    return _Results(manager.Queue())
-
-
 def _ending_with_its_parent(write: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(write)  # Megatron looks at its signature
     def write_until_the_parent_ends(*arguments: Any, **settings: Any) -> Any:
@@ -78,14 +50,11 @@ def _ending_with_its_parent(write: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def install() -> None:
-    """Megatron's writers, and its result queue, started at the first save, end with their parent.
-
-    For Megatron-Core 0.16.1 and 0.19.2, which differ in the name of the queue's maker.
-    """
+    """Have Megatron-Core, 0.16.1 or 0.19.2, start writers only, which end with their parent."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     older = hasattr(filesystem_async, "_get_write_results_queue")
     maker = "_get_write_results_queue" if older else "get_write_results_queue"
-    setattr(filesystem_async, maker, _result_queue)
+    setattr(filesystem_async, maker, queue.Queue)
     writer = filesystem_async.FileSystemWriterAsync
     writer.write_preloaded_data = staticmethod(_ending_with_its_parent(writer.write_preloaded_data))

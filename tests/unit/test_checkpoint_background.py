@@ -86,6 +86,13 @@ def test_what_changes_behind_the_begin_is_not_in_it_and_it_equals_a_plain_save(
     assert held(actor) == 2
 
 
+def test_a_save_leaves_no_process(actor, groups, tmp_path):
+    before = set(psutil.Process().children(recursive=True))
+    save(actor, groups, tmp_path / "checkpoints", 1)
+    begin(actor, groups, tmp_path / "checkpoints", 2).finish()
+    assert not set(psutil.Process().children(recursive=True)) - before
+
+
 def test_only_so_many_are_written_at_once_and_they_appear_in_order(actor, groups, tmp_path, gate):
     """The third waits for the first; the second is written before it and does not overtake it."""
     folder, queue = tmp_path / "checkpoints", SaveQueue(2)
