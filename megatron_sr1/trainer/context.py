@@ -37,7 +37,7 @@ from megatron_sr1.observability.sinks import Sink, make_sinks
 from megatron_sr1.planning.flops import patch_cost
 from megatron_sr1.planning.workload import row_budget
 from megatron_sr1.records import PackedBatch, TrainSample
-from megatron_sr1.runtime import failure, leaving
+from megatron_sr1.runtime import failure, host_memory, leaving
 from megatron_sr1.runtime.groups import Groups
 from megatron_sr1.trainer.actor import Actor
 from megatron_sr1.trainer.samples import Samples
@@ -306,6 +306,8 @@ class Context:
             rate: evaluates the actor before a save that is due, for `checkpoint.keep_best`.
         """
         self.step += 1
+        if self.step % host_memory.STEPS_BETWEEN == 0:
+            host_memory.give_back()
         every, last = self.config.checkpoint.every_steps, self.config.optimizer.num_steps
         is_due = self.step == last or bool(every and self.step % every == 0)
         with failure.deadline("profile", self.config.launch.phase_deadline_seconds):
