@@ -52,13 +52,7 @@ def text_transformer_config(
     extra: dict[str, Any] = {}
     if recompute == "full":
         extra = {"recompute_method": "uniform", "recompute_num_layers": 1}
-    if stage_layers:
-        extra["pipeline_model_parallel_layout"] = _stages(stage_layers)
-    if virtual_stages > 1:
-        extra["virtual_pipeline_model_parallel_size"] = virtual_stages
-        # A batch of messages between two ranks that are each other's next and previous would mix
-        # up forward and backward; apart from one another they are also hidden behind computing.
-        extra |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+    extra |= _pipeline_settings(virtual_stages, stage_layers)
     extra |= fp8_settings(
         fp8,
         fp8_recipe,
@@ -103,6 +97,19 @@ def text_transformer_config(
         recompute_modules=["mlp"],
         **extra,
     )
+
+
+def _pipeline_settings(virtual_stages: int, stage_layers: Sequence[int]) -> dict[str, Any]:
+    """What an uneven pipeline, and one of several model chunks a rank, add."""
+    settings: dict[str, Any] = {}
+    if stage_layers:
+        settings["pipeline_model_parallel_layout"] = _stages(stage_layers)
+    if virtual_stages > 1:
+        settings["virtual_pipeline_model_parallel_size"] = virtual_stages
+        # A batch of messages between two ranks that are each other's next and previous would mix
+        # up forward and backward; apart from one another they are also hidden behind computing.
+        settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+    return settings
 
 
 def _stages(stage_layers: Sequence[int]) -> list[list[str]]:
