@@ -7,7 +7,6 @@ CORE = [
     "megatron-core>=0.16.1,<0.20",
     "transformers>=5.16.1,<5.20",
     "safetensors>=0.5",
-    "webdataset>=1.0.2",
     "omegaconf>=2.3",
     "rich>=13",
     "math-verify[antlr4_13_2]>=0.8",
@@ -15,6 +14,7 @@ CORE = [
     "pyarrow>=18",
     "psutil>=6",
     "numpy>=2",
+    "packaging>=24",
     "torch-optimi>=0.3.3",
 ]
 
@@ -34,10 +34,15 @@ setup(
         "gpu": [
             "torch==2.13.0",
             "vllm==0.32.0",
-            "transformer-engine[pytorch]>=2.9,<2.21",
             "scikit-learn>=1.5",
             "wandb>=0.31",
+            "ninja",  # it and wheel: what `te` is compiled with
+            "wheel",
         ],
+        # Compiled at installation, against whatever torch the build finds: with pip's build
+        # isolation the newest one, not the one installed. Install it after `gpu`, with
+        # --no-build-isolation. torch 2.13.0 from PyPI is built for CUDA 13.
+        "te": ["transformer-engine[pytorch,core-cu13]>=2.9,<2.21"],
         # nemo-run's pins clash with vLLM's: an environment of its own, which `make launch-env`
         # makes. It imports leptonai.api.v1, which leptonai 0.47 no longer has, and asks for no
         # upper bound.
@@ -45,6 +50,7 @@ setup(
         "dev": [
             "dashscope>=2",  # for Qwen's vocabulary, a file of it; never imported
             "pytest>=9",
+            "webdataset>=1.0.2",  # a test reads our shards with it
             "hypothesis>=6.150",
             "ruff>=0.14",
             "mypy>=1.18",

