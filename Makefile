@@ -47,6 +47,7 @@ docs: env
 
 test: lint docs
 	$(BIN)/python -m pytest
+	@if ls /dev/nvidia[0-9]* > /dev/null 2>&1; then $(BIN)/python -m pytest tests/gpu; fi
 
 test-slow: env
 	$(BIN)/python -m pytest -m slow

@@ -134,10 +134,13 @@ def run_command(arguments: argparse.Namespace) -> int:
     overrides = list(arguments.overrides)
     if arguments.command != "train":
         overrides.append(f"stage={arguments.command}")
-    config = load_config(arguments.config, overrides)
-    joined = torchrun.joined(os.environ)
-    if joined is not None and not arguments.dry_run:
-        os.environ.update(joined)
+    joined = None if arguments.dry_run else torchrun.joined(os.environ)
+    os.environ.update(joined or {})
+    with torchrun.reported_once(joined is not None):
+        config = load_config(arguments.config, overrides)
+    if config.launch.device == "cpu":  # before torch is imported, here and in the ranks
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if joined is not None:
         return rank_main(config)
     if arguments.dry_run:
         from megatron_sr1.trainer.plan import dry_run
@@ -168,10 +171,12 @@ def rank_main(config: Config) -> int:
 
 
 def _with_cause(status: int, run_dir: Path, started: float) -> int:
-    """Say again why the ranks ended, below torchrun's own words; the failed rank's status."""
+    """Say again why the ranks ended, unless a user's error has just said it; return the status."""
     from megatron_sr1.runtime.failure_files import last_words, read_failure
 
     failure = read_failure(run_dir, since=started)
+    if status == 2 or failure is not None and failure["code"] == 2:
+        return 2
     if failure is None:
         lines = [f"megatron-sr1: error: the ranks ended with status {status}; see above"]
     else:

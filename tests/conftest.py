@@ -12,6 +12,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+def pytest_configure(config):
+    """Tests outside of tests/gpu run on the CPU, also next to a GPU; both do not mix."""
+    if not all("tests/gpu" in str(Path(argument).resolve()) for argument in config.args):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_report_header():
     import megatron.core
 
@@ -25,7 +31,7 @@ def pytest_collection_modifyitems(items):
         return
     for item in items:
         if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="needs CUDA; torch sees no GPU here"))
+            item.add_marker(pytest.mark.skip(reason="needs CUDA, and a run of tests/gpu alone"))
 
 
 @pytest.fixture(scope="session")

@@ -12,12 +12,15 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import FrameType
 
 from megatron_sr1.config import LaunchConfig
-from megatron_sr1.errors import ConfigError
+from megatron_sr1.errors import ConfigError, SR1Error
 
+FIRST_RANK_SECONDS = 5.0
 PORT_FIRST, PORT_SPAN = 20000, 10000
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
@@ -60,6 +63,24 @@ def joined(environment: Mapping[str, str]) -> dict[str, str] | None:
     }
 
 
+@contextmanager
+def reported_once(is_rank: bool) -> Iterator[None]:
+    """Around what fails on all ranks alike: the first rank of each machine raises, others leave.
+
+    Those wait a little, as torchrun ends a machine's ranks when one has left.
+
+    Args:
+        is_rank: this process is a rank of a launch.
+    """
+    try:
+        yield
+    except SR1Error:
+        if not is_rank or os.environ.get("LOCAL_RANK", "0") == "0":
+            raise
+        time.sleep(FIRST_RANK_SECONDS)
+        sys.exit(2)
+
+
 def first_node(nodes: str) -> str:
     """First host of Slurm's list, as `gpu003` of `gpu[003-006,009]-ib,login1` with its suffix."""
     match = re.match(r"([^\[,]*)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodes)
@@ -93,12 +114,12 @@ def rank_environment(launch: LaunchConfig, num_ranks: int) -> dict[str, str]:
 
 
 def build_command(arguments: Sequence[str], num_ranks: int) -> list[str]:
-    """The torchrun command that runs `megatron-sr1 ARGUMENTS` on each of `num_ranks` ranks.
+    """The command that runs `megatron-sr1 ARGUMENTS` on each of `num_ranks` ranks with torchrun.
 
     The rendezvous takes a free port on this machine's loopback.
     """
     return [
-        *(sys.executable, "-m", "torch.distributed.run"),
+        *(sys.executable, "-m", "megatron_sr1.launch.ranks"),
         *("--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(num_ranks)),
         *("-m", "megatron_sr1", *arguments),
     ]
@@ -113,7 +134,7 @@ def run(arguments: Sequence[str], launch: LaunchConfig, num_ranks: int) -> int:
         num_ranks: ranks to start.
 
     Returns:
-        torchrun's exit status; 128 + the signal if a signal ended it.
+        the exit status of the first rank that failed; 128 + the signal if a signal ended it.
     """
     environment = dict(os.environ, **rank_environment(launch, num_ranks))
     libc = ctypes.CDLL(None)

@@ -3,7 +3,8 @@
 Megatron names `cuda` in three ways, each answered in the narrowest place that works:
 
 - `torch.cuda.*` calls (current device, synchronize, RNG state, streams): `install` answers them
-  for the CPU, once, and only where CUDA is absent.
+  for the CPU, once, and only where torch sees no GPU: there is none, or `device.select_device`
+  has hidden it.
 - `device="cuda"`, `Tensor.cuda()` and comparisons with `Tensor.type()` strings: `megatron_mode`,
   a `TorchFunctionMode` entered around Megatron's calls. Torch's factory functions themselves are
   never replaced: torch's device contexts know them by identity, and a replaced `torch.arange`

@@ -1,4 +1,8 @@
-"""One switch between CPU with gloo and CUDA with NCCL, and the start of torch.distributed."""
+"""One switch between CPU with gloo and CUDA with NCCL, and the start of torch.distributed.
+
+`select_device` decides. Everything else, Megatron-Core and the engine included, asks
+`torch.cuda.is_available()`, which after a decision for the CPU is false.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +41,7 @@ class Device:
 
 
 def select_device(kind: str = "auto") -> Device:
-    """Pick the device of this rank (`LOCAL_RANK` chooses the GPU).
+    """Pick the device of this rank (`LOCAL_RANK` chooses the GPU); a CPU rank sees no GPU.
 
     Args:
         kind: auto | cpu | cuda.
@@ -46,6 +50,7 @@ def select_device(kind: str = "auto") -> Device:
         ConfigError: cuda was asked for and is not there, or there are fewer GPUs than local ranks.
     """
     if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
+        hide_gpus()
         return Device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError(
@@ -58,6 +63,14 @@ def select_device(kind: str = "auto") -> Device:
             "one process a GPU (launch.num_processes)"
         )
     return Device("cuda", index)
+
+
+def hide_gpus() -> None:
+    """Have this process and its children see no GPU, whoever asks torch."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if torch.cuda.is_available():  # CUDA has read the variable before
+        torch.cuda.is_available = lambda: False
+        torch.cuda.device_count = lambda: 0  # type: ignore[assignment]
 
 
 def start_distributed(device: Device, timeout_seconds: float = 1800.0) -> None:

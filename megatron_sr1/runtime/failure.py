@@ -207,8 +207,8 @@ class FailureWatch:
         self._dump(f"{cause if is_ours else f'stopped by {why}'}\nwas in {where}", trace)
         if is_ours:
             text = f"{trace if code != 2 else ''}megatron-sr1: error: {why}"
-        elif first["cause"] == cause and first["code"] == 2:
-            return  # all ranks met the same user's error: one has said it
+        elif first["code"] == 2:
+            return  # a user's error, which one rank has said; where the others were is no help
         else:
             text = f"megatron-sr1: rank {self.rank} stops in {where}, because of {why}"
         if in_main:

@@ -129,12 +129,9 @@ def last_words(run_dir: Path, failure: dict, since: float) -> list[str]:
         since: unix time of the launch; older stack files are an earlier one's.
 
     Returns:
-        the cause; below it where the ranks were, those alone in a place first. The places are left
-        out where the user is to mend something (code 2).
+        the cause; below it where the ranks were, those alone in a place first.
     """
     cause = f"megatron-sr1: error: rank {failure['rank']}: {failure['cause']}"
-    if failure["code"] == 2:
-        return [cause]
     folder = run_dir / STACKS_FOLDER
     ranks: dict[str, list[int]] = {}
     for path in folder.glob("rank_*.txt"):

@@ -78,7 +78,7 @@ def test_the_first_node_of_slurms_list(nodes, first):
 
 def test_the_command_runs_the_package_on_each_rank():
     command = torchrun.build_command(["train", "a.yaml", "seed=2"], 4)
-    assert command[:3] == [sys.executable, "-m", "torch.distributed.run"]
+    assert command[:3] == [sys.executable, "-m", "megatron_sr1.launch.ranks"]
     assert command[command.index("--nproc-per-node") + 1] == "4"
     assert command[-5:] == ["-m", "megatron_sr1", "train", "a.yaml", "seed=2"]
 
@@ -125,3 +125,45 @@ def test_sigterm_reaches_the_ranks():
     time.sleep(0.2)  # the launcher installs its handler behind the start of the ranks
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 128 + signal.SIGTERM
+
+
+@pytest.mark.field
+def test_a_rank_that_is_killed_before_it_can_speak_is_named(tmp_path):
+    program = tmp_path / "rank.py"
+    program.write_text("import os\nos.kill(os.getpid(), 9)\n")
+    command = [sys.executable, "-m", "megatron_sr1.launch.ranks", "--standalone", str(program)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.stderr == "megatron-sr1: rank 0 was ended by SIGKILL\n"
+    assert done.returncode == 128 + signal.SIGKILL
+
+
+@pytest.mark.field
+def test_what_all_ranks_would_say_the_first_of_a_machine_says(monkeypatch):
+    monkeypatch.setattr(torchrun, "FIRST_RANK_SECONDS", 0.0)
+    for local_rank, raised in (("0", ConfigError), ("3", SystemExit)):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        with pytest.raises(raised), torchrun.reported_once(is_rank=True):
+            raise ConfigError("no such file")
+    with pytest.raises(ConfigError), torchrun.reported_once(is_rank=False):
+        raise ConfigError("no such file")
+
+
+@pytest.mark.field
+def test_launch_device_cpu_hides_gpus_before_a_rank_imports_torch(tmp_path, monkeypatch):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"stage: sft\noutput: {tmp_path / 'run'}\nlaunch: {{device: cpu}}\nmodel: {{path: m}}\n"
+    )
+    rank = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    program = "import os, sys\nfrom megatron_sr1 import cli\n"
+    program += "def rank_main(config):\n"
+    program += (
+        "    assert os.environ['CUDA_VISIBLE_DEVICES'] == '' and 'torch' not in sys.modules\n"
+    )
+    program += "    return 7\n"
+    program += f"cli.rank_main = rank_main\nsys.exit(cli.main(['train', {str(config)!r}]))"
+    environment = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"} | rank
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 7, done.stderr
