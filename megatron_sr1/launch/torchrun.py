@@ -64,21 +64,20 @@ def joined(environment: Mapping[str, str]) -> dict[str, str] | None:
 
 
 @contextmanager
-def reported_once(is_rank: bool) -> Iterator[None]:
-    """Around what fails on all ranks alike: the first rank of each machine raises, others leave.
+def first_rank_first(environment: Mapping[str, str]) -> Iterator[None]:
+    """Around what fails on all ranks alike: those of a machine leave its first rank time to say it.
 
-    Those wait a little, as torchrun ends a machine's ranks when one has left.
+    torchrun, and srun with --kill-on-bad-exit, end the others when that one has left.
 
     Args:
-        is_rank: this process is a rank of a launch.
+        environment: of this process.
     """
     try:
         yield
     except SR1Error:
-        if not is_rank or os.environ.get("LOCAL_RANK", "0") == "0":
-            raise
-        time.sleep(FIRST_RANK_SECONDS)
-        sys.exit(2)
+        if environment.get("LOCAL_RANK", "0") != "0":
+            time.sleep(FIRST_RANK_SECONDS)
+        raise
 
 
 def first_node(nodes: str) -> str:

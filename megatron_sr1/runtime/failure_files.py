@@ -47,7 +47,7 @@ def read_failure(run_dir: Path, since: float) -> dict | None:
     """
     try:
         failure = json.loads((run_dir / FAILURE_FILE).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
         return None
     # The clock behind a process's start is coarse and machines differ a little.
     return failure if failure["time"] >= since - 1.0 else None

@@ -37,18 +37,27 @@ class Presence:
         """Open and lock the file.
 
         Raises:
-            ConfigError: another process is this rank of the same run directory.
+            ConfigError: another process is this rank of the same run directory, or the directory
+                cannot be made or written to.
         """
         self._next = (rank + 1) % world_size if world_size > 1 else None
         self._folder, self._seen = folder, False
         path, until = folder / f"rank_{rank}.txt", time.monotonic() + PATIENCE_SECONDS
         while True:
-            folder.mkdir(parents=True, exist_ok=True)
             try:
+                folder.mkdir(parents=True, exist_ok=True)
                 self.file: TextIO = open(path, "a")  # noqa: SIM115
+            except OSError as error:
+                # Another rank takes the folder away at its end.
+                if isinstance(error, FileNotFoundError) and time.monotonic() < until:
+                    time.sleep(0.01)
+                    continue
+                raise ConfigError(
+                    f"output={folder.parent} cannot be written to ({error.strerror}: "
+                    f"{error.filename}); name another directory, or free this one"
+                ) from None
+            try:
                 fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except FileNotFoundError:  # another rank took the folder away at its end
-                continue
             except BlockingIOError:
                 self.file.close()
                 if time.monotonic() > until:

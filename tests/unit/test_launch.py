@@ -138,14 +138,16 @@ def test_a_rank_that_is_killed_before_it_can_speak_is_named(tmp_path):
 
 
 @pytest.mark.field
-def test_what_all_ranks_would_say_the_first_of_a_machine_says(monkeypatch):
-    monkeypatch.setattr(torchrun, "FIRST_RANK_SECONDS", 0.0)
-    for local_rank, raised in (("0", ConfigError), ("3", SystemExit)):
-        monkeypatch.setenv("LOCAL_RANK", local_rank)
-        with pytest.raises(raised), torchrun.reported_once(is_rank=True):
-            raise ConfigError("no such file")
-    with pytest.raises(ConfigError), torchrun.reported_once(is_rank=False):
-        raise ConfigError("no such file")
+def test_what_all_ranks_would_say_the_first_of_a_machine_says(tmp_path):
+    ranks = tmp_path / "ranks.py"
+    program = "import sys\nfrom megatron_sr1 import cli\n"
+    ranks.write_text(program + "sys.exit(cli.main(['train', 'not_there.yaml']))\n")
+    command = [sys.executable, "-m", "megatron_sr1.launch.ranks", "--standalone"]
+    done = subprocess.run(
+        [*command, "--nproc-per-node", "3", str(ranks)], capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 2
+    assert done.stderr == "megatron-sr1: error: not_there.yaml: no such configuration file\n"
 
 
 @pytest.mark.field
