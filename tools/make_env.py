@@ -157,7 +157,16 @@ def main() -> int:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (base / "complete").exists():
             print(f"make_env: making {base} (some minutes, once)", flush=True)
-            install(base)
+            try:
+                install(base)
+            except subprocess.CalledProcessError as error:
+                failed = " ".join(map(str, error.cmd))
+                raise SystemExit(
+                    f"make_env: this failed, see above: {failed}\n"
+                    "Expected: Linux on x86-64, Python with venv and ensurepip (Debian's package "
+                    "python3-venv), a package index that can be reached and 10 GB of disk. Then "
+                    "start it again."
+                ) from None
             (base / "complete").touch()
     link(base)
     print(f"make_env: .venv is ready, over {base}")

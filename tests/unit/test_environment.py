@@ -34,6 +34,36 @@ def test_an_exported_model_loads_with_the_guides_lines_of_transformers(tiny_mode
     assert "Which digits?" in done.stdout and done.stdout.count("<|image_pad|>") == 6
 
 
+def fake_environment(folder: Path, fails: str) -> tuple[str, Path]:
+    """An interpreter whose torchvision fails with these words until a module of it is empty."""
+    package = folder / "lib" / "python3.11" / "site-packages" / "torchvision"
+    package.mkdir(parents=True)
+    for name in ("_meta_registrations", "_autograd_registrations"):
+        (package / f"{name}.py").write_text("needs_compiled_operators()\n")
+    (folder / "bin").mkdir()
+    python = folder / "bin" / "python"
+    meta = package / "_meta_registrations.py"
+    test = f"grep -q needs {meta}" if fails else "false"
+    python.write_text(f"#!/bin/sh\nif {test}; then echo '{fails}' >&2; exit 1; fi\n")
+    python.chmod(0o755)
+    return str(python), meta
+
+
+@pytest.mark.parametrize(
+    ("fails", "emptied"),
+    [
+        ("", False),
+        ("RuntimeError: operator torchvision::nms does not exist", True),
+        ("ImportError: libjpeg.so.8: cannot open shared object file", False),
+    ],
+)
+def test_torchvision_is_patched_only_where_its_operators_are_missing(tmp_path, fails, emptied):
+    python, module = fake_environment(tmp_path, fails)
+    program = f"import make_env; make_env.patch_torchvision({python!r})"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT / "tools", check=True)
+    assert ("needs" not in module.read_text()) == emptied
+
+
 IN_AN_ENVIRONMENT_MADE_BY_PIP = """
 import sys
 class Fail:
