@@ -33,7 +33,7 @@ def check_paths(config: Config, has_model: bool = True) -> None:
 def _check_model(path: Path) -> None:
     if not path.exists():
         raise CheckpointError(
-            f"model.path={path}: no such folder; give a Hugging Face directory or a checkpoint"
+            f"model.path={path}: {_absent(path)}; give a Hugging Face directory or a checkpoint"
         )
     is_published = (path / "config.json").is_file() and any(path.glob("*.safetensors"))
     is_ours = (path / "latest").exists() or (path / ".metadata").exists()
@@ -43,6 +43,13 @@ def _check_model(path: Path) -> None:
             "*.safetensors (Hugging Face), or one that a run or tools/convert_checkpoint.py wrote"
             f"{_seen(path)}"
         )
+
+
+def _absent(path: Path) -> str:
+    """Say that a folder is not there, where it was looked for, and what would have made it."""
+    where = "" if path.is_absolute() else f" in {Path.cwd()}"
+    made = ", which make demo makes" if path.parts[:2] == ("runs", "demo") else ""
+    return f"no such folder{where}{made}"
 
 
 def _seen(path: Path) -> str:
@@ -79,7 +86,7 @@ def _check_shards(key: str, folder: str, needed: bool) -> None:
     if path.is_file():
         raise DataError(f"{key}={folder} is a file; name the folder of its shards ({advice})")
     if not path.is_dir():
-        raise DataError(f"{key}={folder}: no such folder ({advice})")
+        raise DataError(f"{key}={folder}: {_absent(path)} ({advice})")
     if not any(path.glob("*.tar")):
         below = sorted({str(shard.parent) for shard in path.glob("*/*.tar")})
         nearest = f"; there are some in {', '.join(below[:5])}" if below else f" ({advice})"

@@ -81,6 +81,20 @@ def test_a_path_that_holds_no_shards_says_where_there_are_some(folder, train, to
     assert told.format(folder) in str(error.value)
 
 
+def test_a_relative_path_says_from_where_and_the_demos_what_makes_it(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    absent = config(folder)
+    for path, told in (
+        ("runs/demo/cold_start/hf", f"no such folder in {folder}, which make demo makes; give"),
+        ("models/qwen", f"no such folder in {folder}; give"),
+    ):
+        with pytest.raises(CheckpointError) as error:
+            check_paths(
+                dataclasses.replace(absent, model=dataclasses.replace(absent.model, path=path))
+            )
+        assert told in str(error.value)
+
+
 def test_a_rank_that_cannot_make_its_run_directory_says_so_in_one_line(folder):
     with (
         pytest.raises(ConfigError, match=r"cannot be written to \(Not a directory: .*; name anoth"),
