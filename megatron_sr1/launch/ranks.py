@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
         rank, failure = error.get_first_failure()
         if failure.exitcode >= 0:
             return failure.exitcode
-        print(f"megatron-sr1: rank {rank} was ended by {failure.signal_name()}", file=sys.stderr)
+        sys.stderr.write(f"megatron-sr1: rank {rank} was ended by {failure.signal_name()}\n")
         return 128 - failure.exitcode
     except SignalException as error:
         return 128 + error.sigval
