@@ -9,6 +9,7 @@ accepted.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any
@@ -54,6 +55,7 @@ def validate(config: Config) -> None:
         raise ConfigError(
             "parallel.virtual and parallel.stage_layers need parallel.pipeline of 2 or more"
         )
+    _validate_freeze(config.model.freeze)
     _validate_fp8(config)
     _validate_memory(config)
     _validate_profile(config)
@@ -133,6 +135,17 @@ def _validate_memory(config: Config) -> None:
             f"optimizer.beta2={optimizer.beta2} with optimizer.state=bfloat16: a second moment in "
             f"bfloat16 cannot shrink by less than 2^-8 of itself; set {LARGEST_BETA2} or less"
         )
+
+
+def _validate_freeze(patterns: list[str]) -> None:
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(
+                f"model.freeze: {pattern!r} is no regular expression: {error}; a published name, "
+                "with its dots as [.], matches itself"
+            ) from None
 
 
 def _validate_fp8(config: Config) -> None:

@@ -114,6 +114,9 @@ def run(arguments: Sequence[str], launch: LaunchConfig, num_ranks: int) -> int:
 
     Returns:
         torchrun's exit status; 128 + the signal if a signal ended it.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C has ended the ranks.
     """
     environment = dict(os.environ, **rank_environment(launch, num_ranks))
     libc = ctypes.CDLL(None)
@@ -127,12 +130,15 @@ def run(arguments: Sequence[str], launch: LaunchConfig, num_ranks: int) -> int:
     def forward(number: int, frame: FrameType | None) -> None:
         ranks.send_signal(number)
 
+    interrupts: list[int] = []
     before = signal.signal(signal.SIGTERM, forward)
     # A terminal sends Ctrl-C to the ranks as well; we only wait for them to end.
-    before_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before_interrupt = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
     try:
         status = ranks.wait()
     finally:
         signal.signal(signal.SIGTERM, before)
         signal.signal(signal.SIGINT, before_interrupt)
+    if interrupts and status:
+        raise KeyboardInterrupt
     return status if status >= 0 else 128 - status
