@@ -1,5 +1,6 @@
 """A start and a dry run refuse the same things, before any process starts, in one line."""
 
+import json
 import os
 import signal
 import subprocess
@@ -130,6 +131,27 @@ def test_an_output_that_holds_another_run(refused, made, tmp_path):
         output, "stage=eval", f"data.eval={made / 'questions'}"
     )
     assert "up to step 2" in refused(output, "checkpoint.resume=false")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        (None, b"[]", "expected a JSON object, got list"),
+        (None, b"\xff", "not JSON"),
+        ("model_type", "llama", "only 'qwen2_5_vl' is supported"),
+        ("hidden_size", "wide", "a value of the wrong kind"),
+        ("num_attention_heads", 0, "a value of the wrong kind"),
+        ("rope_scaling", [1], "a value of the wrong kind"),
+        ("vision_config", 5, "a value of the wrong kind"),
+    ],
+)
+def test_a_config_json_that_describes_no_model(refused, tmp_path, key, value, said):
+    raw = json.loads(PUBLISHED.read_text())
+    (tmp_path / "model.safetensors").touch()
+    data = value if key is None else json.dumps(raw | {key: value}).encode()
+    (tmp_path / "config.json").write_bytes(data)
+    line = refused(f"model.path={tmp_path}")
+    assert line.startswith(f"{tmp_path / 'config.json'}: ") and said in line
 
 
 def test_a_damaged_first_sample_is_a_warning_and_the_run_starts(made, tmp_path, capsys, started):
