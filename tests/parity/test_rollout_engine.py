@@ -69,12 +69,13 @@ def test_sampled_logprobs_are_of_the_whole_softmax_at_the_temperature(
 @pytest.mark.field
 def test_the_configuration_takes_the_temperatures_that_vllm_takes_as_they_are(engine):
     from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
 
     limits = {field.name: field.metadata for field in fields(RolloutConfig)}["temperature"]
     for temperature in (limits["at_least"], limits["at_most"]):
         assert SamplingParams(temperature=temperature).temperature == temperature
     assert SamplingParams(temperature=limits["at_least"] / 2).temperature == limits["at_least"]
-    with pytest.raises(ValueError, match="temperature"):
+    with pytest.raises(VLLMValidationError, match="temperature"):
         SamplingParams(temperature=limits["at_most"] + 0.01)
 
 
