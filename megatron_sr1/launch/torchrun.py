@@ -114,9 +114,6 @@ def run(arguments: Sequence[str], launch: LaunchConfig, num_ranks: int) -> int:
 
     Returns:
         torchrun's exit status; 128 + the signal if a signal ended it.
-
-    Raises:
-        KeyboardInterrupt: Ctrl-C has ended the ranks.
     """
     environment = dict(os.environ, **rank_environment(launch, num_ranks))
     libc = ctypes.CDLL(None)
@@ -132,7 +129,7 @@ def run(arguments: Sequence[str], launch: LaunchConfig, num_ranks: int) -> int:
 
     interrupts: list[int] = []
     before = signal.signal(signal.SIGTERM, forward)
-    # A terminal sends Ctrl-C to the ranks as well; we only wait for them to end.
+    # A terminal sends Ctrl-C to the ranks as well; we wait for them to end before we raise it.
     before_interrupt = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
     try:
         status = ranks.wait()
