@@ -34,6 +34,8 @@ from megatron_sr1.errors import ConfigError
 BASE = "base"
 """Key of a file that names the one it builds on."""
 MAX_YAML_BYTES = 2**18
+MAX_SHOWN = 200
+"""Characters of a key or value that a message quotes."""
 NODES: dict[Any, Any] = {int: IntegerNode, float: FloatNode, bool: BooleanNode}
 WORDS: dict[Any, tuple[str, Any, str]] = {
     int: ("an integer", 1, "integers"),
@@ -186,17 +188,20 @@ def _check_types(layer: DictConfig, group: Any, name: str, prefix: str = "") -> 
             layer[key] = "off"
         elif is_dataclass(default) or not _fits(value, kinds[str(key)]):
             plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-            shown = json.dumps(plain, default=str)[:200]
+            shown = json.dumps(plain, default=str)[:MAX_SHOWN]
             expected = _expected(known[str(key)], kinds[str(key)], default, plain)
             raise ConfigError(f"{name}: {full} is {shown}; expected {expected}")
 
 
 def _first_key(layer: DictConfig, key: Any) -> str:
     """Dotted key of the first setting at or below a key."""
+    parts = [str(key)]
     value = None if OmegaConf.is_missing(layer, key) else layer[key]
-    if not isinstance(value, DictConfig) or not value:
-        return str(key)
-    return f"{key}.{_first_key(value, next(iter(value)))}"
+    while isinstance(value, DictConfig) and value:
+        inner = next(iter(value))
+        parts.append(str(inner))
+        value = None if OmegaConf.is_missing(value, inner) else value[inner]
+    return ".".join(parts)[:MAX_SHOWN]
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -226,7 +231,8 @@ def _expected(setting: Field[Any], kind: Any, default: Any, value: Any) -> str:
         return accepted(setting)
     if get_origin(kind) is list:
         (item,) = get_args(kind)
-        example = [value] if _fits(value, item) else [WORDS[item][1]]
+        is_item = _fits(value, item) and len(str(value)) < MAX_SHOWN
+        example = [value] if is_item else [WORDS[item][1]]
         return f"a list of {WORDS[item][2]}, for example {json.dumps(example)}"
     word, example, _ = WORDS[kind]
     return f"{word}, for example {json.dumps(default if default not in (MISSING, '') else example)}"
