@@ -1,5 +1,7 @@
 """A configuration is refused with one clear sentence, or it is what the file and overrides say."""
 
+import ast
+import inspect
 import json
 import math
 import re
@@ -7,6 +9,7 @@ from dataclasses import fields, is_dataclass
 
 import pytest
 
+from megatron_sr1 import config as config_module
 from megatron_sr1.config import Config
 from megatron_sr1.config_checks import accepted, keys, settings, validate
 from megatron_sr1.config_file import load_config, to_dict
@@ -171,6 +174,18 @@ def test_every_number_has_a_range_and_every_field_is_seen():
         assert accepted(field), key
     groups = [field.name for field in fields(Config) if is_dataclass(getattr(Config(), field.name))]
     assert {key.partition(".")[0] for key in keys() if "." in key} == set(groups)
+
+
+def test_a_field_whose_docstring_lists_values_is_a_choice():
+    found = 0
+    for group in ast.parse(inspect.getsource(config_module)).body:
+        body = group.body if isinstance(group, ast.ClassDef) else []
+        for field, text in zip(body, body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                if "str" in ast.unparse(field.annotation) and " | " in ast.literal_eval(text.value):
+                    assert ast.unparse(field.value).startswith("choice("), field.target.id
+                    found += 1
+    assert found > 20
 
 
 def outside(field):
