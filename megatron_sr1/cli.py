@@ -22,6 +22,8 @@ from megatron_sr1.errors import ConfigError, SR1Error
 if TYPE_CHECKING:
     from megatron_sr1.config import Config
 
+VERSION = "0.1.0"
+"""The same as in setup.py."""
 RUN_COMMANDS = {
     "train": "run the stage that the configuration names (sft, grpo or eval)",
     "sft": "supervised fine-tuning: train with stage=sft",
@@ -42,10 +44,20 @@ def build_parser() -> argparse.ArgumentParser:
         description="Self-rewarding reinforcement learning of vision-language models (Vision-SR1) "
         "on Megatron-Core, on GPUs or on a CPU.",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    demo = commands.add_parser("demo", help="learn to read digits from scratch, on a CPU")
-    demo.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="DIR")
-    demo.add_argument("--seed", type=int, default=1, metavar="N")
+    demo = commands.add_parser(
+        "demo",
+        help="learn to read digits from scratch, on a CPU",
+        description="Make handwritten digits and a small model with random weights, train a cold "
+        "start and from it two models with GRPO, with and without the self-reward, and compare "
+        "them in DIR/report.html and DIR/summary.json. Takes minutes; started again after a stop, "
+        "it continues.",
+    )
+    demo.add_argument(
+        "--output", type=Path, default=Path("runs/demo"), metavar="DIR", help="run directory"
+    )
+    demo.add_argument("--seed", type=int, default=1, metavar="N", help="of data and model")
     for name, text in RUN_COMMANDS.items():
         run = commands.add_parser(
             name,
@@ -68,9 +80,20 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--gpu", required=True, metavar="NAME", help="a100 | h100 | h200 | b200")
     for name, text in LENGTHS.items():
         plan.add_argument(f"--{name}-tokens", type=float, metavar="N", help=f"mean {text}")
-    report = commands.add_parser("report", help="write a run's HTML report again")
-    report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    doctor = commands.add_parser("doctor", help="what is installed, what would run, what to do")
+    report = commands.add_parser(
+        "report",
+        help="write a run's HTML report again",
+        description="Write RUN_DIR/report.html from the files of a run, finished or not: curves of "
+        "metrics.jsonl, samples of rollouts/ and eval/, with their images where the run's shards "
+        "are still there. Prints the path of the page.",
+    )
+    report.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="directory of a run")
+    doctor = commands.add_parser(
+        "doctor",
+        help="what is installed, what would run, what to do",
+        description="Say what is installed, which devices and kernels a run would use, and what "
+        "to do about what is missing. Exits with 1 if training could not run.",
+    )
     doctor.add_argument(
         "--distributed",
         action="store_true",
@@ -121,6 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"megatron-sr1: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        if "RANK" not in os.environ:  # a rank's launcher says it
+            print("\nmegatron-sr1: interrupted", file=sys.stderr)
         return 130
 
 
@@ -144,18 +169,62 @@ def run_command(arguments: argparse.Namespace) -> int:
     if joined is not None:
         return rank_main(config)
     if arguments.dry_run:
-        from megatron_sr1.trainer.plan import dry_run
+        return dry_run_command(config)
+    from megatron_sr1.trainer.checks import check_run
 
-        print(dry_run(config))
-        return 0
     preflight.check_paths(config)
     num_ranks = torchrun.num_processes(config.launch)
-    if num_ranks == 1:
-        os.environ.update(torchrun.rank_environment(config.launch, num_ranks))
-        return rank_main(config)
-    started = time.time()
-    status = torchrun.run(["train", str(arguments.config), *overrides], config.launch, num_ranks)
+    warn(*check_run(config, num_ranks), preflight.crowded(config.launch, num_ranks))
+    try:
+        if num_ranks == 1:
+            os.environ.update(torchrun.rank_environment(config.launch, num_ranks))
+            return rank_main(config)
+        started, own = time.time(), ["train", str(arguments.config), *overrides]
+        status = torchrun.run(own, config.launch, num_ranks)
+    except KeyboardInterrupt:
+        print(f"\nmegatron-sr1: interrupted; {how_to_continue(config)}", file=sys.stderr)
+        return 130
     return _with_cause(status, Path(config.output), started) if status else 0
+
+
+def how_to_continue(config: Config) -> str:
+    """What an interrupted run has saved, and what to start next."""
+    if config.stage == "eval":
+        return "an evaluation saves nothing on the way, the same command starts it again"
+    checkpoints = Path(config.output) / "checkpoints"
+    if not (checkpoints / "latest").is_file():
+        return (
+            f"nothing was saved yet (checkpoint.every_steps={config.checkpoint.every_steps}), the "
+            "same command starts from the beginning"
+        )
+    saved = checkpoints / (checkpoints / "latest").read_text().strip()
+    more = "" if config.checkpoint.resume else " with checkpoint.resume=true"
+    return f"{saved} is saved, the same command{more} continues from it"
+
+
+def dry_run_command(config: Config) -> int:
+    """`train --dry-run`: the checks of a start, then a description, then warnings."""
+    from megatron_sr1.launch import preflight
+    from megatron_sr1.trainer.checks import check_run
+    from megatron_sr1.trainer.plan import dry_run, has_weights
+
+    preflight.check_paths(config, is_dry_run=True)
+    warnings = check_run(config, config.launch.num_processes)
+    print(dry_run(config))
+    absent = preflight.absent_paths(config)
+    for key, path in absent.items():
+        warn(f"{key}={path} does not exist: nothing of it was checked, and a run would be refused")
+    if "model.path" not in absent and not has_weights(config.model.path):
+        warn(f"model.path={config.model.path} holds no weights (*.safetensors); a run needs them")
+    warn(*warnings, preflight.crowded(config.launch, config.launch.num_processes))
+    return 0
+
+
+def warn(*texts: str) -> None:
+    """Say on stderr what is suspicious, a line each; "" is nothing."""
+    sys.stdout.flush()
+    for text in filter(None, texts):
+        print(f"megatron-sr1: warning: {text}", file=sys.stderr)
 
 
 def rank_main(config: Config) -> int:

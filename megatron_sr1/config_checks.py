@@ -1,4 +1,6 @@
-"""What a configuration's types do not say: accepted values, ranges, settings that need others.
+"""What a configuration's types do not say: ranges, choices, settings that need others.
+
+Ranges and choices are in the metadata of the fields (config.py), and are only read here.
 
 In: a resolved configuration. Out: nothing, or a `ConfigError` that names key, value and what is
 accepted.
@@ -7,98 +9,33 @@ accepted.
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any
-
-from omegaconf import DictConfig, OmegaConf
 
 from megatron_sr1.config import Config
 from megatron_sr1.errors import ConfigError
 
-CHOICES: dict[str, tuple[str | None, ...]] = {
-    "stage": ("sft", "grpo", "eval"),
-    "model.dtype": ("float32", "bfloat16"),
-    "model.spec": ("local", "transformer_engine"),
-    "model.fp8": (None, "hybrid", "e4m3"),
-    "model.fp8_recipe": ("delayed", "current", "blockwise", "mxfp8"),
-    "parallel.vision": ("tensor", "images"),
-    "model.recompute": ("none", "selective", "full"),
-    "data.prompt_style": ("full", "brief"),
-    "rollout.pass2": ("fork", "barrier"),
-    "rollout.pass2_order": ("question_first", "description_first"),
-    "rollout.pass2_mode": ("generate", "likelihood"),
-    "rollout.quantization": (None, "fp8_per_channel", "fp8_per_tensor"),
-    "rollout.make_room": ("none", "gradients", "optimizer"),
-    "reward.likelihood": ("per_token", "probability", "linear"),
-    "reward.recipe": ("vision_sr1", "see_think", "vision_r1"),
-    "algorithm.advantage": ("grpo", "dr_grpo", "rloo"),
-    "algorithm.credit": ("scalar", "component", "span"),
-    "algorithm.loss": ("token_mean", "sequence_mean", "dr_grpo", "gspo"),
-    "algorithm.importance_sampling": ("off", "token", "sequence"),
-    "optimizer.schedule": ("constant", "linear", "cosine"),
-    "optimizer.state": ("float32", "bfloat16"),
-    "optimizer.gradients": ("float32", "bfloat16"),
-    "checkpoint.best_by": (
-        *("max accuracy", "max self_reward", "max description_exact", "min shortcut_rate"),
-    ),
-    "logging.level": ("debug", "info", "warning"),
-    "logging.wandb": ("off", "offline", "online"),
-    "launch.device": ("auto", "cpu", "cuda"),
-}
-AT_LEAST_ONE = (
-    "parallel.tensor",
-    "parallel.pipeline",
-    "parallel.context",
-    "parallel.virtual",
-    "data.prompts_per_step",
-    "data.pack_tokens",
-    "rollout.tensor_parallel",
-    "rollout.samples_per_prompt",
-    "rollout.max_response_tokens",
-    "rollout.max_reading_tokens",
-    "rollout.pass2_samples",
-    "algorithm.prompts_per_update",
-    "algorithm.importance_cap",
-    "algorithm.max_refills",
-    "model.logprob_chunk_tokens",
-    "checkpoint.max_in_flight",
-)
-
 LARGEST_BETA2 = 0.995
 """Of a second moment in bfloat16: with 8 bits, v * beta2 rounds back to v beyond 1 - 2^-8."""
-
-ABOVE_ZERO = (
-    "rollout.temperature",
-    "algorithm.std_floor",
-    "algorithm.answer_weight",
-    "algorithm.visual_weight",
-    "reward.grader_timeout_seconds",
-    "reward.likelihood_nats",
-    "optimizer.learning_rate",
-)
-NOT_NEGATIVE = (
-    "algorithm.format_share",
-    "algorithm.mask_beyond_nats",
-    "algorithm.gspo_clip_low",
-    "algorithm.gspo_clip_high",
-)
 
 LARGEST_INTEGER = 2**63 - 1
 
 
 def keys() -> list[str]:
     """All dotted keys that a configuration may set."""
-    found: list[str] = []
+    return [key for key, _, _ in settings(Config())]
 
-    def walk(node: DictConfig, prefix: str) -> None:
-        for key in node:
-            name = prefix + str(key)
-            if not OmegaConf.is_missing(node, key) and isinstance(node[key], DictConfig):
-                walk(node[key], name + ".")
-            else:
-                found.append(name)
 
-    walk(OmegaConf.structured(Config), "")
-    return found
+def settings(config: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any]]:
+    """Yield each setting of a configuration: its dotted key, its field, its value."""
+    for each in fields(config):
+        value = getattr(config, each.name)
+        if is_dataclass(value):
+            yield from settings(value, f"{prefix}{each.name}.")
+        else:
+            yield prefix + each.name, each, value
 
 
 def validate(config: Config) -> None:
@@ -107,15 +44,9 @@ def validate(config: Config) -> None:
     Raises:
         ConfigError: naming key, value and what is accepted.
     """
-    for key, accepted in CHOICES.items():
-        value = _get(config, key)
-        if value not in accepted:
-            shown = " | ".join(str(a) for a in accepted)
-            raise ConfigError(f"{key} is {value!r}; expected {shown}")
+    for key, each, value in settings(config):
+        _validate_setting(key, each, value)
     _validate_numbers(config)
-    for key in AT_LEAST_ONE:
-        if _get(config, key) < 1:
-            raise ConfigError(f"{key} is {_get(config, key)}; expected 1 or more")
     if config.parallel.sequence and config.parallel.tensor == 1:
         raise ConfigError("parallel.sequence=true needs parallel.tensor of 2 or more")
     if config.parallel.pipeline == 1 and (
@@ -124,18 +55,49 @@ def validate(config: Config) -> None:
         raise ConfigError(
             "parallel.virtual and parallel.stage_layers need parallel.pipeline of 2 or more"
         )
+    _validate_freeze(config.model.freeze)
     _validate_fp8(config)
-    for key in ABOVE_ZERO:
-        if _get(config, key) <= 0:
-            raise ConfigError(f"{key} is {_get(config, key)}; expected more than 0")
-    for key in NOT_NEGATIVE:
-        if _get(config, key) < 0:
-            raise ConfigError(f"{key} is {_get(config, key)}; expected 0 or more")
     _validate_memory(config)
     _validate_profile(config)
     _validate_keep_best(config)
     if config.stage != "sft":
         _validate_rollout(config)
+
+
+def accepted(setting: Field[Any]) -> str:
+    """Describe the values of a field in words, from its metadata; "" where any value will do."""
+    limits = setting.metadata
+    if "choices" in limits:
+        return " | ".join("null" if one is None else str(one) for one in limits["choices"])
+    if "at_least" in limits and "at_most" in limits:
+        return f"{limits['at_least']} to {limits['at_most']}"
+    words = {"above": "more than {}", "below": "less than {}", "at_most": "at most {}"}
+    words = {"at_least": "{} or more"} | words
+    return " and ".join(words[name].format(limits[name]) for name in words if name in limits)
+
+
+def _validate_setting(key: str, setting: Field[Any], value: Any) -> None:
+    """Hold a value, or each value of a list, against its field's metadata."""
+    expected = ("numbers, each " if isinstance(value, list) else "") + accepted(setting)
+    if setting.default is not MISSING and "choices" not in setting.metadata:
+        expected += f", for example {setting.default}"
+    for one in value if isinstance(value, list) else [value]:
+        if not _is_accepted(one, setting.metadata):
+            raise ConfigError(f"{key} is {value!r}; expected {expected}")
+        if type(one) is int and one > LARGEST_INTEGER:
+            raise ConfigError(f"{key} is {value}; expected at most {LARGEST_INTEGER}")
+
+
+def _is_accepted(value: Any, limits: Mapping[str, Any]) -> bool:
+    if "choices" in limits:
+        return value in limits["choices"]
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return True
+    return (
+        math.isfinite(value)
+        and limits.get("at_least", value) <= value <= limits.get("at_most", value)
+        and limits.get("above", -math.inf) < value < limits.get("below", math.inf)
+    )
 
 
 def _validate_memory(config: Config) -> None:
@@ -173,6 +135,17 @@ def _validate_memory(config: Config) -> None:
             f"optimizer.beta2={optimizer.beta2} with optimizer.state=bfloat16: a second moment in "
             f"bfloat16 cannot shrink by less than 2^-8 of itself; set {LARGEST_BETA2} or less"
         )
+
+
+def _validate_freeze(patterns: list[str]) -> None:
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(
+                f"model.freeze: {pattern!r} is no regular expression: {error}; a published name, "
+                "with its dots as [.], matches itself"
+            ) from None
 
 
 def _validate_fp8(config: Config) -> None:
@@ -226,17 +199,16 @@ def _validate_keep_best(config: Config) -> None:
 
 
 def _validate_numbers(config: Config) -> None:
-    """No field takes a count below zero, nor a number that is none."""
-    for key in keys():
-        value = _get(config, key)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{key} is {value}; expected a finite number")
-        if type(value) is int and not 0 <= value <= LARGEST_INTEGER:
-            raise ConfigError(f"{key} is {value}; expected 0 to {LARGEST_INTEGER}")
-    if config.data.min_pixels > config.data.max_pixels:
+    """Numbers that limit each other."""
+    data, optimizer = config.data, config.optimizer
+    if data.min_pixels > data.max_pixels:
         raise ConfigError(
-            f"data.min_pixels={config.data.min_pixels} is more than data.max_pixels="
-            f"{config.data.max_pixels}"
+            f"data.min_pixels={data.min_pixels} is more than data.max_pixels={data.max_pixels}"
+        )
+    if optimizer.schedule != "constant" and optimizer.min_learning_rate > optimizer.learning_rate:
+        raise ConfigError(
+            f"optimizer.min_learning_rate={optimizer.min_learning_rate} is more than "
+            f"optimizer.learning_rate={optimizer.learning_rate}; a decay ends below its peak"
         )
 
 
@@ -245,8 +217,6 @@ def _validate_pass2(config: Config) -> None:
     rollout = config.rollout
     told = f"rollout.pass2_samples={rollout.pass2_samples}"
     heat = f"rollout.pass2_temperature={rollout.pass2_temperature}"
-    if rollout.pass2_temperature < 0:
-        raise ConfigError(f"{heat}; expected 0 (greedy) or more")
     if rollout.pass2_mode == "likelihood":
         if rollout.pass2_samples > 1 or rollout.pass2_temperature > 0:
             raise ConfigError(
@@ -270,10 +240,6 @@ def _validate_pass2(config: Config) -> None:
 
 def _validate_rollout(config: Config) -> None:
     _validate_pass2(config)
-    if config.rollout.canary_bound < 0:
-        raise ConfigError(
-            f"rollout.canary_bound is {config.rollout.canary_bound}; expected 0 or more"
-        )
     if config.rollout.top_p != 1.0 or config.rollout.top_k != 0:
         raise ConfigError(
             f"rollout.top_p={config.rollout.top_p}, rollout.top_k={config.rollout.top_k}: training "
@@ -292,6 +258,12 @@ def _validate_rollout(config: Config) -> None:
 
 def _validate_algorithm(config: Config) -> None:
     credit, recipe = config.algorithm.credit, config.reward.recipe
+    if config.rollout.samples_per_prompt < 2:
+        raise ConfigError(
+            f"rollout.samples_per_prompt={config.rollout.samples_per_prompt} with stage=grpo: a "
+            "response is judged by the others of its prompt, and alone it would teach nothing; "
+            "set 2 or more, for example 8"
+        )
     if credit != "scalar" and recipe != "vision_sr1":
         raise ConfigError(
             f"algorithm.credit={credit} shares out the self-reward, and reward.recipe={recipe} has "
@@ -302,10 +274,3 @@ def _validate_algorithm(config: Config) -> None:
             f"algorithm.prompts_per_update={config.algorithm.prompts_per_update} does not divide "
             f"data.prompts_per_step={config.data.prompts_per_step}"
         )
-
-
-def _get(config: Config, key: str) -> Any:
-    value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value

@@ -12,19 +12,40 @@ import difflib
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf import (
+    MISSING,
+    BooleanNode,
+    DictConfig,
+    FloatNode,
+    IntegerNode,
+    ListConfig,
+    OmegaConf,
+)
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
 from megatron_sr1.config import Config
-from megatron_sr1.config_checks import keys, validate
+from megatron_sr1.config_checks import accepted, keys, validate
 from megatron_sr1.errors import ConfigError
 
 BASE = "base"
 """Key of a file that names the one it builds on."""
 MAX_YAML_BYTES = 2**18
+MAX_SHOWN = 200
+"""Characters of a key or value that a message quotes."""
+NODES: dict[Any, Any] = {int: IntegerNode, float: FloatNode, bool: BooleanNode}
+WORDS: dict[Any, tuple[str, Any, str]] = {
+    int: ("an integer", 1, "integers"),
+    float: ("a number", 0.5, "numbers"),
+    bool: ("true or false", True, "booleans"),
+    str: ("a string", "name", "strings"),
+}
+"""Type of a field -> its name, an example, its plural."""
+NEAR = 0.6
+"""Least similarity of an unknown key, and of its last part, to a key that is offered for it."""
 _ENVIRONMENT = re.compile(r"\$\{oc\.env:[A-Za-z_][A-Za-z0-9_]*(,[^${}]*)?\}")
 
 
@@ -51,9 +72,8 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
     for name, layer in layers:
         _check_interpolations(layer, name)
         try:
+            _check_types(layer, Config(), name)
             config = OmegaConf.merge(config, layer)
-        except ConfigKeyError as error:
-            raise ConfigError(f"{name}: {_unknown(error.full_key or str(error.key))}") from None
         except OmegaConfBaseException as error:
             where = "" if error.full_key is None else f"key {error.full_key!r}: "
             raise ConfigError(f"{name}: {where}{_reason(error)}") from None
@@ -149,6 +169,75 @@ def _check_interpolations(layer: DictConfig, name: str) -> None:
             )
 
 
+def _check_types(layer: DictConfig, group: Any, name: str, prefix: str = "") -> None:
+    """Check that keys are known and that values have their types, in words of our own.
+
+    YAML reads an unquoted `off` as false; where a field has the choice off, false means that.
+    """
+    known, kinds = {each.name: each for each in fields(group)}, get_type_hints(type(group))
+    for key in layer:
+        full = prefix + str(key)
+        if key not in known:
+            raise ConfigError(f"{name}: {_unknown(prefix + _first_key(layer, key))}")
+        if OmegaConf.is_missing(layer, key):
+            continue
+        value, default = layer[key], getattr(group, str(key))
+        if is_dataclass(default) and isinstance(value, DictConfig):
+            _check_types(value, default, name, f"{full}.")
+        elif value is False and "off" in known[str(key)].metadata.get("choices", ()):
+            layer[key] = "off"
+        elif is_dataclass(default) or not _fits(value, kinds[str(key)]):
+            plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+            shown = json.dumps(plain, default=str)[:MAX_SHOWN]
+            expected = _expected(known[str(key)], kinds[str(key)], default, plain)
+            raise ConfigError(f"{name}: {full} is {shown}; expected {expected}")
+
+
+def _first_key(layer: DictConfig, key: Any) -> str:
+    """Dotted key of the first setting at or below a key."""
+    parts = [str(key)]
+    value = None if OmegaConf.is_missing(layer, key) else layer[key]
+    while isinstance(value, DictConfig) and value:
+        inner = next(iter(value))
+        parts.append(str(inner))
+        value = None if OmegaConf.is_missing(value, inner) else value[inner]
+    return ".".join(parts)[:MAX_SHOWN]
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Return True if a value has a field's type, or is text or a number that says it."""
+    if get_origin(kind) is list:
+        (item,) = get_args(kind)
+        return isinstance(value, ListConfig) and all(_fits(one, item) for one in value)
+    if type(None) in get_args(kind):
+        return value is None or _fits(value, get_args(kind)[0])
+    if kind is str:
+        return isinstance(value, (str, int)) and not isinstance(value, bool)
+    if value is None or (kind is bool and isinstance(value, int) and value not in (0, 1)):
+        return False
+    try:
+        NODES[kind](value)
+    except (ValidationError, OverflowError):
+        return False
+    return True
+
+
+def _expected(setting: Field[Any], kind: Any, default: Any, value: Any) -> str:
+    """What a field takes, and an example of it that comes close to a wrong value."""
+    if is_dataclass(default):
+        inner = next(e for e in fields(default) if getattr(default, e.name) not in (MISSING, ""))
+        return f"a mapping, for example {{{inner.name}: {getattr(default, inner.name)}}}"
+    if "choices" in setting.metadata:
+        return accepted(setting)
+    if get_origin(kind) is list:
+        (item,) = get_args(kind)
+        is_item = _fits(value, item) and len(str(value)) < MAX_SHOWN
+        example = [value] if is_item else [WORDS[item][1]]
+        return f"a list of {WORDS[item][2]}, for example {json.dumps(example)}"
+    word, example, _ = WORDS[kind]
+    return f"{word}, for example {json.dumps(default if default not in (MISSING, '') else example)}"
+
+
 def _reason(error: Exception) -> str:
     """An error in one line; of yaml's, what is wrong and where."""
     problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
@@ -159,5 +248,18 @@ def _reason(error: Exception) -> str:
 
 
 def _unknown(key: str) -> str:
-    near = difflib.get_close_matches(key, keys(), n=1, cutoff=0.0)
-    return f"unknown key {key!r}; the nearest is {near[0]!r}"
+    """Offer the key that was probably meant: another group's, or one that is spelt like it."""
+    group, _, last = key.rpartition(".")
+    leaves = {known: known.rpartition(".")[2] for known in keys()}
+    near = [known for known, leaf in leaves.items() if leaf == last]
+    near += [
+        known
+        for known in difflib.get_close_matches(key, leaves, n=3, cutoff=NEAR)
+        if difflib.SequenceMatcher(None, last, leaves[known]).ratio() >= NEAR
+    ]
+    if near:
+        return f"unknown key {key!r}; the nearest is {near[0]!r}"
+    inside = [known.removeprefix(f"{group}.") for known in keys() if known.startswith(f"{group}.")]
+    names = inside or list(dict.fromkeys(known.partition(".")[0] for known in keys()))
+    where = f"{group} has" if inside else "expected one of"
+    return f"unknown key {key!r} and none like it; {where} {', '.join(names)}"

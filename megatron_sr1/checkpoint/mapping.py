@@ -9,8 +9,10 @@ is in transforms.py.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_sr1.errors import ConfigError
 from megatron_sr1.model.hf_config import HFConfig
 
 EMBEDDING = "language_model.embedding.word_embeddings.weight"
@@ -167,3 +169,32 @@ def canonical_hf_name(name: str) -> str:
         if name.startswith(inner):
             return published + name.removeprefix(inner)
     return name
+
+
+def matched_entries(config: HFConfig, patterns: Sequence[str]) -> set[str]:
+    """Names of the parameters that model.freeze takes out of training.
+
+    Args:
+        config: shape of the model.
+        patterns: regular expressions, searched for in published names.
+
+    Raises:
+        ConfigError: a pattern that matches nothing, or only a part of a fused parameter.
+    """
+    found = set()
+    for pattern in patterns:
+        matched = False
+        for entry in entries(config):
+            hits = [bool(re.search(pattern, name)) for name in entry.hf_names]
+            if any(hits) and not all(hits):
+                raise ConfigError(
+                    f"model.freeze: {pattern!r} matches some of {', '.join(entry.hf_names)}, which "
+                    "are one parameter here; match all of them or none"
+                )
+            if all(hits):
+                matched = True
+                found.add(entry.name)
+        if not matched:
+            some = ", ".join(entry.hf_names[0] for entry in entries(config)[:3])
+            raise ConfigError(f"model.freeze: {pattern!r} matches no parameter, as {some}, …")
+    return found

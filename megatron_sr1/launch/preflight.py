@@ -2,32 +2,78 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from megatron_sr1.config import Config
+from megatron_sr1.config import Config, LaunchConfig
 from megatron_sr1.errors import CheckpointError, ConfigError, DataError
 
+LONGEST_NAME = 255
+"""Bytes of a file's name on Linux."""
 
-def check_paths(config: Config, has_model: bool = True) -> None:
+
+def absent_paths(config: Config) -> dict[str, str]:
+    """Paths of model and data that the stage needs and that do not exist, by their keys."""
+    named = {"model.path": config.model.path, "data.eval": config.data.eval}
+    if config.stage != "eval":
+        named["data.train"] = config.data.train
+    return {key: path for key, path in named.items() if path and not Path(path).exists()}
+
+
+def check_paths(config: Config, has_model: bool = True, is_dry_run: bool = False) -> None:
     """Check that model, data and output can be what the stage needs.
 
     Args:
         config: of the run.
         has_model: false where another run will have written the model by then.
+        is_dry_run: model and data need not exist yet, and config.json alone is a model.
 
     Raises:
         CheckpointError: model.path is absent or holds no checkpoint.
         DataError: a shard folder that the stage needs is not named, absent or without shards.
-        ConfigError: output names a file, or reward.function an absent one.
+        ConfigError: output cannot be a directory, or reward.function names an absent file.
     """
-    if has_model:
+    absent = absent_paths(config) if is_dry_run else {}
+    has_shape = is_dry_run and (Path(config.model.path) / "config.json").is_file()
+    if has_model and not has_shape and "model.path" not in absent:
         _check_model(Path(config.model.path))
-    if config.stage in ("sft", "grpo"):
+    if config.stage != "eval" and "data.train" not in absent:
         _check_shards("data.train", config.data.train, needed=True)
-    _check_shards("data.eval", config.data.eval, needed=config.stage == "eval")
+    if "data.eval" not in absent:
+        _check_shards("data.eval", config.data.eval, needed=config.stage == "eval")
     _check_function(config.reward.function)
-    if Path(config.output).exists() and not Path(config.output).is_dir():
-        raise ConfigError(f"output={config.output} is a file; name a folder for the run")
+    check_output(config.output)
+
+
+def check_output(output: str) -> None:
+    """Check, without making it, that a run directory can be made or written to.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    path = Path(output).absolute()
+    if "\0" in output or any(len(os.fsencode(part)) > LONGEST_NAME for part in path.parts):
+        raise ConfigError(f"output={output[:80]!r}… is no name that a directory can have")
+    there = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
+    if not there.is_dir():
+        below = "" if there == path else f" lies below {there}, which"
+        raise ConfigError(f"output={output}{below} is a file; name a directory for the run")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"output={output}: {there} cannot be written to (read-only, or another user's); name "
+            "another directory"
+        )
+
+
+def crowded(launch: LaunchConfig, num_ranks: int) -> str:
+    """Warn of more ranks on this machine than it has cores; "" where there are enough."""
+    cores = len(os.sched_getaffinity(0))
+    if launch.device == "cuda" or num_ranks <= cores:
+        return ""
+    return (
+        f"launch.num_processes={num_ranks}, but this machine has {cores} cores: the ranks wait "
+        f"for one another; {cores} or fewer are faster"
+    )
 
 
 def _check_model(path: Path) -> None:

@@ -147,12 +147,15 @@ def run(arguments: Sequence[str], launch: LaunchConfig, num_ranks: int) -> int:
     def forward(number: int, frame: FrameType | None) -> None:
         ranks.send_signal(number)
 
+    interrupts: list[int] = []
     before = signal.signal(signal.SIGTERM, forward)
-    # A terminal sends Ctrl-C to the ranks as well; we only wait for them to end.
-    before_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A terminal sends Ctrl-C to the ranks as well; we wait for them to end before we raise it.
+    before_interrupt = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
     try:
         status = ranks.wait()
     finally:
         signal.signal(signal.SIGTERM, before)
         signal.signal(signal.SIGINT, before_interrupt)
+    if interrupts and status:
+        raise KeyboardInterrupt
     return status if status >= 0 else 128 - status

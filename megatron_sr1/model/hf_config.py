@@ -141,8 +141,10 @@ def read_hf_config(directory: str | Path) -> HFConfig:
         raise CheckpointError(f"{path}: no such file; expected a Hugging Face model directory")
     try:
         raw = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: not JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(raw).__name__}")
     if raw.get("model_type") != "qwen2_5_vl":
         raise CheckpointError(
             f"{path}: model_type is {raw.get('model_type')!r}; only 'qwen2_5_vl' is supported"
@@ -151,6 +153,8 @@ def read_hf_config(directory: str | Path) -> HFConfig:
         return parse_hf_config(raw)
     except KeyError as error:
         raise CheckpointError(f"{path}: key {error} is missing") from None
+    except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{path}: a value of the wrong kind: {error}") from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 

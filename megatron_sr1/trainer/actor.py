@@ -8,7 +8,6 @@ memory, exchanged with the live weights for its forward pass.
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,10 +17,9 @@ from typing import Any
 import torch
 
 from megatron_sr1.checkpoint.hf import export_weights, local_parameters, save_hf
-from megatron_sr1.checkpoint.mapping import entries
+from megatron_sr1.checkpoint.mapping import entries, matched_entries
 from megatron_sr1.checkpoint.model_source import ModelSource
 from megatron_sr1.config import Config
-from megatron_sr1.errors import ConfigError
 from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.groups import Groups
@@ -130,22 +128,7 @@ def freeze(chunks: list[Any], hf_config: HFConfig, patterns: Sequence[str]) -> f
     Raises:
         ConfigError: a pattern that matches nothing, or only a part of a fused parameter.
     """
-    frozen = set()
-    for pattern in patterns:
-        matched = False
-        for entry in entries(hf_config):
-            hits = [bool(re.search(pattern, name)) for name in entry.hf_names]
-            if any(hits) and not all(hits):
-                raise ConfigError(
-                    f"model.freeze: {pattern!r} matches some of {', '.join(entry.hf_names)}, which "
-                    "are one parameter here; match all of them or none"
-                )
-            if all(hits):
-                matched = True
-                frozen.add(entry.name)
-        if not matched:
-            some = ", ".join(entry.hf_names[0] for entry in entries(hf_config)[:3])
-            raise ConfigError(f"model.freeze: {pattern!r} matches no parameter, as {some}, …")
+    frozen = matched_entries(hf_config, patterns)
     for entry, parameter in local_parameters(chunks, hf_config):
         parameter.requires_grad_(entry.name not in frozen)
     learning = {n for e in entries(hf_config) if e.name not in frozen for n in e.hf_names}

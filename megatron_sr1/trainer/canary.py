@@ -16,12 +16,10 @@ from megatron_sr1.errors import ConfigError, DataError, EngineError
 from megatron_sr1.records import TrainSample
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.trainer.actor import Actor
+from megatron_sr1.trainer.checks import NUM_LOOKED_AT
 from megatron_sr1.trainer.context import Context
 from megatron_sr1.trainer.samples import Samples
 from megatron_sr1.trainer.step import sample_logprobs
-
-LOOK_AT = 100
-"""So many samples are looked at for one with an image."""
 
 
 class Canary:
@@ -78,7 +76,7 @@ class Canary:
 
 
 def _first_with_image(samples: Samples) -> int:
-    for index in range(min(len(samples), LOOK_AT)):
+    for index in range(min(len(samples), NUM_LOOKED_AT)):
         if not samples.example(index).num_images:
             continue
         try:
@@ -87,6 +85,6 @@ def _first_with_image(samples: Samples) -> int:
             continue
         return index
     raise ConfigError(
-        f"rollout.canary_bound needs a sample with an image among the first {LOOK_AT} of "
+        f"rollout.canary_bound needs a sample with an image among the first {NUM_LOOKED_AT} of "
         "data.train; set it to 0"
     )

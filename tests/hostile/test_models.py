@@ -115,7 +115,10 @@ CONFIGURATIONS = {
     "a key twice": ("seed: 1\nseed: 2", "YAML"),
     "nested 2,000 deep": ("seed: " + "[" * 2000, "YAML|deep"),
     "not text": ("\x00\x01", "YAML"),
-    "a string where a group belongs": ("model: x", "str is not a subclass of ModelConfig"),
+    "a string where a group belongs": ("model: x", 'model is "x"; expected a mapping'),
+    "a long key": ("k" * 900 + ": 1", "unknown key"),
+    "a long value": (f"model: {{freeze: {'x' * 9000}}}", "expected a list of strings"),
+    "unknown groups, 40 deep": ("{a: " * 40 + "1" + "}" * 40, "unknown key"),
 }
 
 

@@ -6,12 +6,13 @@ key/value cache per prompt.
 
 import gc
 import weakref
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import rollout_setup as setup
 import torch
 
+from megatron_sr1.config import RolloutConfig
 from megatron_sr1.errors import EngineError
 from megatron_sr1.rollout.engine import Engine
 
@@ -63,6 +64,19 @@ def test_sampled_logprobs_are_of_the_whole_softmax_at_the_temperature(
     for prompt, found in zip(prompts, engine.generate(requests), strict=True):
         expected = setup.reference_logprobs(tiny_model, prompt, found.token_ids, temperature)
         assert_close(found.logprobs, expected)
+
+
+@pytest.mark.field
+def test_the_configuration_takes_the_temperatures_that_vllm_takes_as_they_are(engine):
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    limits = {field.name: field.metadata for field in fields(RolloutConfig)}["temperature"]
+    for temperature in (limits["at_least"], limits["at_most"]):
+        assert SamplingParams(temperature=temperature).temperature == temperature
+    assert SamplingParams(temperature=limits["at_least"] / 2).temperature == limits["at_least"]
+    with pytest.raises(VLLMValidationError, match="temperature"):
+        SamplingParams(temperature=limits["at_most"] + 0.01)
 
 
 def test_banned_ids_are_never_drawn(tiny_model, engine):

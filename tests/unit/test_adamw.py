@@ -4,12 +4,15 @@ Not covered here: shards, clipping and checkpoints (tests/distributed/test_low_m
 kernel that runs on a GPU (tests/gpu/test_low_memory_gpu.py).
 """
 
+import math
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_sr1.config import OptimizerConfig
 from megatron_sr1.config_file import load_config
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.trainer.adamw import ShardAdamW
@@ -64,6 +67,22 @@ def test_float32_state_is_torch_adamw_bitwise(dtype, offload):
     assert torch.equal(state["master_param"], expected)
     assert torch.equal(weights, expected.to(dtype))
     assert not torch.equal(expected, start())
+
+
+@pytest.mark.field
+@pytest.mark.parametrize("state", [F32, BF16])
+def test_the_ends_of_the_configurations_ranges_keep_weights_finite(state):
+    """Where no gradient comes, 0 / epsilon must be 0; torch's own checks must pass."""
+    limits = {field.name: field.metadata for field in fields(OptimizerConfig)}
+    largest = math.nextafter(limits["beta1"]["below"], 0)
+    ends = {"eps": limits["epsilon"]["at_least"], "lr": limits["learning_rate"]["at_most"]}
+    none, some = torch.zeros(NUM), gradients(2)
+    for betas in ((0.0, 0.0), (largest, largest)):
+        weights = start().to(state)
+        train(shard_adamw(weights, state, betas=betas, **ends), [none, *some, none])
+        assert weights.isfinite().all()
+        expected = train_torch(start(), [none, *some, none], betas=betas, **ends)
+        assert expected.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])

@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 
 from megatron_sr1.cli import main, parse
+from megatron_sr1.data.examples import Record
+from megatron_sr1.data.shards import write_shards
+from megatron_sr1.records import Message
 
+PUBLISHED = Path(__file__).resolve().parents[1] / "published"
+ONE_CPU = ("launch.device=cpu", "data.prompts_per_step=2", "algorithm.prompts_per_update=2")
 HEAVY = ("torch", "transformers", "megatron", "vllm", "wandb", "omegaconf", "numpy")
 
 
@@ -164,12 +169,15 @@ def test_report_writes_the_page_and_says_where(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_rank_error_is_told_again_below_torchruns_words(tmp_path, checkpoint, shards):
-    # Both ranks start, read the model folder, and find that its config.json says nothing.
+    # What is known beforehand is right. Both ranks start, and find that there is no tokenizer.
+    (checkpoint / "config.json").write_text((PUBLISHED / "qwen25vl_3b.json").read_text())
+    (shards / "shard-000000.tar").unlink()
+    write_shards([Record((Message("user", "?"),), "7", (), {})] * 2, shards)
     config = write_config(tmp_path, checkpoint, shards)
     command = [sys.executable, "-m", "megatron_sr1", "train", config, "launch.num_processes=2"]
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     done = subprocess.run(
-        [*command, "launch.device=cpu"],
+        [*command, *ONE_CPU],
         env=environment,
         capture_output=True,
         text=True,

@@ -50,7 +50,7 @@ def test_outside_of_the_window_nothing_is_written(tmp_path, window, done):
     ("value", "message"),
     [
         ("[3]", "expected .first, last."),
-        ("[0,2]", "from 1"),
+        ("[0,2]", "each 1 or more"),
         ("[3,2]", "expected"),
         ("[8,9]", "begins after the last step, optimizer.num_steps=5"),
     ],
