@@ -104,7 +104,7 @@ def test_bad_samples_are_named_skipped_and_counted(tmp_path):
         {"problem": "also good", "answer": "2"},
     )
     done = make(source, tmp_path / "out", "--max-skipped", 4)
-    assert done.stdout.endswith("2 samples, 4 skipped\n")
+    assert done.stdout.splitlines()[0].endswith("2 samples, 4 skipped")
     for line, reason in ((2, "not JSON"), (3, "no gold"), (4, "does not decode"), (5, "object")):
         assert any(f"a.jsonl line {line}" in t and reason in t for t in done.stderr.splitlines())
     assert questions(ShardReader(tmp_path / "out")) == ["good", "also good"]
@@ -113,7 +113,8 @@ def test_bad_samples_are_named_skipped_and_counted(tmp_path):
 def test_too_many_bad_samples_end_the_run_and_leave_nothing_usable(tmp_path):
     source = lines(tmp_path / "a.jsonl", {"problem": "good", "answer": "1"}, "{\n", "{\n")
     done = make(source, tmp_path / "out", "--max-skipped", 1, status=1)
-    assert done.stderr.splitlines()[-1].startswith("make_shards: 2 bad samples, --max-skipped is 1")
+    told = "make_shards: 2 of 3 rows (66.7%) cannot be used, --max-skipped is 1; correct"
+    assert done.stderr.splitlines()[-1].startswith(told)
     with pytest.raises(Exception, match="cut short|no .tar shards"):
         ShardReader(tmp_path / "out")
     make(source, tmp_path / "out", "--max-skipped", 2)
