@@ -131,6 +131,18 @@ def test_a_prompt_that_is_too_long_leaves_the_others_order(processor, tmp_path, 
     assert not [r for r in caplog.records if r.levelno > logging.WARNING]
 
 
+def test_the_likelihood_is_of_the_first_gold_answer_out_of_its_box(processor, tmp_path):
+    asked = (Message("user", "q"),)
+    records = [
+        Record(asked, "7", other_answers=("8",)),
+        Record(asked, "So it is \\boxed{7}"),
+    ]
+    samples = samples_of(tmp_path, records, processor)
+    found = [samples.gold_answer(samples.prompt(index)) for index in range(2)]
+    decode = processor.tokenizer.decode
+    assert [decode((*lead, *ids)) for lead, ids in found] == ["\\boxed{7}"] * 2
+
+
 def test_files_beside_the_weights_come_through_byte_for_byte(tiny_model, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(tiny_model, source)

@@ -5,12 +5,14 @@ The rows are those of public bug reports of trainers and data tools, and their s
 
 import base64
 import io
+from types import SimpleNamespace as Of
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from megatron_sr1.data.examples import Record, example_from_stored, stored
+from megatron_sr1.data.images import decode_image
 from megatron_sr1.data.marks import ESCAPED_MARK, IMAGE_MARK, count_marks
 from megatron_sr1.data.prompts import (
     chat_messages,
@@ -22,7 +24,8 @@ from megatron_sr1.data.prompts import (
 from megatron_sr1.data.rows import record_from_row
 from megatron_sr1.data.shards import ShardReader, write_shards
 from megatron_sr1.errors import DataError
-from megatron_sr1.records import Message
+from megatron_sr1.observability.gallery import question_card
+from megatron_sr1.records import Completion, Message, Reward, Rollout
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.trainer.scoring import rollout_line
 
@@ -154,10 +157,6 @@ def test_any_of_several_gold_answers_is_right_and_leaks(read, tmp_path):
 
 
 def test_saved_lines_name_further_gold_answers_only_where_there_are(read):
-    from types import SimpleNamespace as Of
-
-    from megatron_sr1.records import Completion, Reward, Rollout
-
     rollout = Rollout(0, 0, (), Completion((), (), "x", "stop"), None, None, 0)
     scored = Of(rollout=rollout, reward=Reward(0, 0, None, False, 0, None, None))
     for answer, wanted in ((["1", "2"], ["2"]), ("1", None)):
@@ -165,6 +164,15 @@ def test_saved_lines_name_further_gold_answers_only_where_there_are(read):
         example = example_from_stored(stored(record), index=0, key="k", shard="s.tar")
         line = rollout_line(1, scored, example, 0.0)
         assert line["gold"] == "1" and line.get("other_golds") == wanted
+
+
+def test_the_report_shows_all_gold_answers_and_marks_that_are_text():
+    line = {"index": 0, "question": "<image>Is \\<image> a tag?", "gold": "<1>"}
+    line |= {"other_golds": ["2"], "response": "x", "description": None, "reading": None}
+    line |= {"accuracy": 1, "self_reward": None, "description_exact": None}
+    card = question_card("one", {"run": line}, None)
+    assert "<dd>&lt;1&gt; or 2</dd>" in card
+    assert "<dd>Is \\&lt;image&gt; a tag?</dd>" in card
 
 
 def test_shards_of_before_are_read_as_they_were():
@@ -205,8 +213,6 @@ def test_an_image_of_pillow_keeps_its_values(read, mode):
     image = Image.fromarray((values * (257 if mode == "I;16" else 1)).astype(dtype))
     image = image if image.mode == mode else image.convert(mode)
     (data,) = read({"problem": "q", "answer": "1", "image": image}).images
-    from megatron_sr1.data.images import decode_image
-
     grey = np.asarray(decode_image(data, "x"))[..., 0].astype(int)
     assert np.abs(grey - values).max() <= 1
 
