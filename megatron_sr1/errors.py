@@ -14,7 +14,16 @@ class ConfigError(SR1Error):
 
 
 class DataError(SR1Error):
-    """A sample, shard or source file that cannot be read; names the file and the sample."""
+    """A sample, shard or source file that cannot be read; names the file and the sample.
+
+    Attributes:
+        kind: the fault without names and numbers, by which reports count; may be empty.
+    """
+
+    def __init__(self, message: str, kind: str = "") -> None:
+        """Take the message and the kind."""
+        super().__init__(message)
+        self.kind = kind
 
 
 class CheckpointError(SR1Error):

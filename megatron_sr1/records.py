@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation; `content` may hold `<image>` marks."""
+    """One turn of a conversation; `content` may hold `<image>` marks (data/marks.py)."""
 
     role: str
     content: str
@@ -39,6 +39,7 @@ class Example:
         answer: gold answer, or None where there is none (supervised fine-tuning).
         num_images: images stored with the sample; equals the `<image>` marks in `messages`.
         metadata: further columns (`problem_id`, `data_source`, `digits`, …), JSON values.
+        other_answers: further gold answers; a response that has any of them is right.
     """
 
     index: int
@@ -48,6 +49,12 @@ class Example:
     answer: str | None
     num_images: int
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    other_answers: tuple[str, ...] = ()
+
+    @property
+    def golds(self) -> tuple[str, ...]:
+        """All gold answers, the first one first; none where there is no answer."""
+        return () if self.answer is None else (self.answer, *self.other_answers)
 
     @property
     def question(self) -> str:

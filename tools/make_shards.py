@@ -1,65 +1,192 @@
-"""Source files to webdataset shards.
+r"""Source files to webdataset shards.
 
-    python tools/make_shards.py SRC DST
+SRC is a parquet, jsonl or json file, a folder of such files, or a folder of images with
+metadata.jsonl (file_name and the columns below). Columns that mean something:
 
-SRC is a parquet, jsonl or json file (columns `problem`/`question`, `answer`/`solution`, `images`;
-sharegpt `messages`, `images`; alpaca `instruction`, `input`, `output`), a folder of such files, or
-a folder of images with metadata.jsonl (`file_name` and the columns above). A bad sample is named,
-skipped and counted; too many of them end the run.
+  problem, question or prompt      the question; <image> where an image is (\<image>: the text)
+  answer or solution               the gold answer, or a list of which any is right
+  images or image                  paths, bytes, data: URIs
+  messages or conversations        turns {role, content} or {from, value}; content may be parts
+  instruction, input, output       alpaca's, to imitate; with history
+  prompt, reward_model             verl's: a list of messages, and its ground_truth
+  system                           a system turn, with any of them
+
+All others are kept as metadata. A row that cannot be used is named, skipped and counted; rows
+without an image are fine. At the end the kinds of faults are listed, with their counts and first
+examples also in DST/report.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_sr1.data.examples import Record
+from megatron_sr1.data.rows import COLUMNS
+from megatron_sr1.data.shard_index import write_json
 from megatron_sr1.data.shards import write_shards
 from megatron_sr1.data.sources import count_rows, records, source_files
 from megatron_sr1.errors import DataError, SR1Error
 
+EPILOG = """\
+examples:
+  python tools/make_shards.py questions.jsonl shards/questions
+  python tools/make_shards.py data/ shards/mine --image-folder pictures --max-skipped 5%
+  python tools/make_shards.py rows.parquet shards/rows --column problem=prompt.0.content \\
+      --column answer=extra_info.answer
 
-class Skipped:
-    """Bad samples: each is told on stderr, and one too many raises."""
+exit status: 0 if the shards are written, 1 if more rows were skipped than --max-skipped allows or
+the source cannot be read (nothing usable is left in DST then), 2 for a wrong option.
+"""
+REPORT_FILE = "report.json"
+NUM_EXAMPLES = 3
+"""Of a kind of fault, in the report."""
+NUM_TOLD = 10
+"""Of a kind of fault, on stderr while reading."""
 
-    def __init__(self, limit: int) -> None:
-        """Start at none.
 
-        Args:
-            limit: how many are tolerated.
-        """
-        self.count, self._limit = 0, limit
+@dataclass(frozen=True)
+class Bound:
+    """How many rows may be skipped.
 
-    def add(self, error: DataError) -> None:
-        """Count one.
+    Attributes:
+        text: as it was given.
+        count: at most so many; None: by share.
+        share: at most this share of the rows read.
+    """
+
+    text: str
+    count: int | None
+    share: float = 1.0
+
+    def holds(self, skipped: int, rows: int) -> bool:
+        """Whether no more rows were skipped than are allowed."""
+        return skipped <= (self.share * rows if self.count is None else self.count)
+
+
+def bound(text: str) -> Bound:
+    """A bound from its text, a count or a percentage.
+
+    Raises:
+        argparse.ArgumentTypeError: anything else.
+    """
+    if re.fullmatch("[0-9]{1,12}", text):
+        return Bound(text, int(text))
+    if re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,9})?%", text) and float(text[:-1]) <= 100:
+        return Bound(text, None, float(text[:-1]) / 100)
+    raise argparse.ArgumentTypeError(f"{text!r}; expected a count or a share, as 100 or 5%")
+
+
+def column(text: str) -> tuple[str, str]:
+    """NAME and PATH of `NAME=PATH`.
+
+    Raises:
+        argparse.ArgumentTypeError: no such form, or a name that means nothing.
+    """
+    name, mark, path = text.partition("=")
+    if not mark or not path or name not in COLUMNS:
+        known = ", ".join(sorted(COLUMNS))
+        raise argparse.ArgumentTypeError(f"{text!r}; expected NAME=PATH, NAME one of {known}")
+    return name, path
+
+
+@dataclass
+class Faults:
+    """Rows that were read, and what was wrong with those that were skipped.
+
+    Attributes:
+        bound: how many may be skipped.
+        rows: read so far.
+        count: skipped so far.
+        kinds: kind of fault -> (count, first messages).
+        image_path: where --column takes the images from; empty if it does not.
+        num_with_images: good rows that have images.
+    """
+
+    bound: Bound
+    image_path: str = ""
+    rows: int = 0
+    count: int = 0
+    kinds: dict[str, tuple[int, list[str]]] = field(default_factory=dict)
+    num_with_images: int = 0
+
+    def add(self, where: str, error: DataError) -> None:
+        """Count one; the first of its kind are named on stderr."""
+        self.count += 1
+        kind = error.kind or kind_of(str(error), where)
+        count, examples = self.kinds.get(kind, (0, []))
+        examples = [*examples, str(error)] if count < NUM_EXAMPLES else examples
+        self.kinds[kind] = count + 1, examples
+        if count < NUM_TOLD:
+            print(f"skipped: {error}", file=sys.stderr)
+        elif count == NUM_TOLD:
+            print(f"skipped: more of this kind ({kind}); counted from here on", file=sys.stderr)
+
+    def check(self) -> None:
+        """Whether the source may be used, at its end.
 
         Raises:
-            DataError: it is one more than tolerated.
+            DataError: more rows were skipped than are allowed, or no image was found.
         """
-        self.count += 1
-        print(f"skipped: {error}", file=sys.stderr)
-        if self.count > self._limit:
+        if not self.bound.holds(self.count, self.rows):
             raise DataError(
-                f"{self.count} bad samples, --max-skipped is {self._limit}; mend the source or "
-                "raise it"
+                f"{self.count} of {self.rows} rows ({self.count / self.rows:.1%}) cannot be used, "
+                f"--max-skipped is {self.bound.text}; correct the source, or raise it to "
+                f"{self.count} to leave them out"
             )
+        if self.image_path and not self.num_with_images:
+            raise DataError(
+                f"no row has an image at {self.image_path}, where --column looks; correct the path"
+            )
+
+    def lines(self) -> list[str]:
+        """A line a kind, the most frequent first."""
+        kinds = sorted(self.kinds.items(), key=lambda item: -item[1][0])
+        return [f"{count:8d}  {kind}: first {texts[0]}" for kind, (count, texts) in kinds]
+
+    def report(self, written: int) -> dict[str, Any]:
+        """What report.json holds."""
+        kinds = [{"kind": k, "count": c, "examples": t} for k, (c, t) in self.kinds.items()]
+        return {
+            "rows": self.rows,
+            "written": written,
+            "skipped": self.count,
+            "max_skipped": self.bound.text,
+            "kinds": sorted(kinds, key=lambda kind: -int(str(kind["count"]))),
+        }
+
+
+def kind_of(message: str, where: str) -> str:
+    """A message without the row's name and without what differs from row to row."""
+    text = re.sub(r", image [0-9]+", "", message.removeprefix(where)).lstrip(":, ")
+    return re.sub(r"'[^']*'|\[[^\]]*\]|[0-9]+", "…", text)[:80]
 
 
 def good_records(
-    files: list[Path], images: Path | None, skipped: Skipped, limit: int, progress: bool
+    source: Iterator[tuple[str, Record | DataError]],
+    faults: Faults,
+    limit: int,
+    total: int | None,
+    progress: bool,
 ) -> Iterator[Record]:
     """The records that can be read, with a progress bar on stderr.
 
     Args:
-        files: source files.
-        images: where relative image paths start; None: beside each file.
-        skipped: counts the others.
-        limit: stop after so many; 0 reads all.
+        source: named records and errors.
+        faults: counts the others. Beyond its bound nothing comes, but all is still read.
+        limit: stop after this many; 0 reads all.
+        total: rows to come, if that is known.
         progress: whether to show a bar.
+
+    Raises:
+        DataError: at the end, where `Faults.check` finds fault.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
@@ -67,46 +194,106 @@ def good_records(
     columns = ("making shards", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not progress) as bar:
-        task = bar.add_task("", total=limit or count_rows(files))
+        task = bar.add_task("", total=limit or total)
         given = 0
-        for _, record in records(files, images):
+        for where, record in source:
+            faults.rows += 1
             if isinstance(record, DataError):
-                skipped.add(record)
-                continue
-            yield record
-            given += 1
+                faults.add(where, record)
+            elif faults.bound.count is None or faults.count <= faults.bound.count:
+                faults.num_with_images += bool(record.images)
+                yield record
+                given += 1
             bar.advance(task)
             if limit and given == limit:
-                return
+                break
+    faults.check()
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("source", type=Path, metavar="SRC", help="file or folder to read")
+    add("target", type=Path, metavar="DST", help="folder for the shards")
+    add(
+        "--image-folder",
+        type=Path,
+        metavar="DIR",
+        help="where relative image paths start, and out of which none may lead; default: the "
+        "folder of the file that names them",
+    )
+    add(
+        "--column",
+        type=column,
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="read the column NAME from another column, or from inside one by a dotted path, as "
+        "problem=prompt.0.content; may be given several times",
+    )
+    add(
+        "--max-skipped",
+        type=bound,
+        default=bound("100"),
+        metavar="N|N%",
+        help="how many rows may be skipped, as a count or as a share of those read; all are read "
+        "first, so that the totals are known; default: 100",
+    )
+    add("--limit", type=int, default=0, metavar="N", help="stop after N samples; default: all")
+    add(
+        "--samples-per-shard",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="samples of one tar; default: 1000",
+    )
+    options = parser.parse_args(arguments)
+    if options.samples_per_shard < 1 or options.limit < 0:
+        parser.error("--samples-per-shard must be 1 or more, --limit 0 or more")
+    return options
+
+
+def make(options: argparse.Namespace, faults: Faults) -> int:
+    """Read the source and write the shards; returns the number of samples.
+
+    Raises:
+        DataError: the source cannot be read, has no good row, or too many were skipped.
+    """
+    files = source_files(options.source)
+    columns: Mapping[str, str] = dict(options.column)
+    rows = records(files, options.image_folder, columns)
+    total = count_rows(files)
+    found = good_records(rows, faults, options.limit, total, sys.stderr.isatty())
+    return write_shards(found, options.target, samples_per_shard=options.samples_per_shard)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool; returns its exit status."""
-    summary = (__doc__ or "").splitlines()[0]
-    parser = argparse.ArgumentParser(description=summary)
-    parser.add_argument("source", type=Path, metavar="SRC", help="file or folder to read")
-    parser.add_argument("target", type=Path, metavar="DST", help="folder for the shards")
-    parser.add_argument("--image-folder", type=Path, help="where relative image paths start")
-    parser.add_argument("--samples-per-shard", type=int, default=1000, metavar="N")
-    parser.add_argument("--max-skipped", type=int, default=100, metavar="N")
-    parser.add_argument("--limit", type=int, default=0, metavar="N", help="stop after N samples")
-    options = parser.parse_args(arguments)
-    if options.samples_per_shard < 1:
-        parser.error("--samples-per-shard must be 1 or more")
-    skipped = Skipped(options.max_skipped)
+    options = parse(arguments)
+    columns = dict(options.column)
+    image_path = columns.get("images") or columns.get("image") or ""
+    faults = Faults(options.max_skipped, image_path)
+    written, failure = 0, None
     try:
-        files = source_files(options.source)
-        found = good_records(
-            files, options.image_folder, skipped, options.limit, sys.stderr.isatty()
-        )
-        written = write_shards(found, options.target, samples_per_shard=options.samples_per_shard)
+        written = make(options, faults)
+        print(f"{options.target}: {written} samples, {faults.count} skipped")
     except (SR1Error, OSError) as error:  # OSError: a target that cannot be written, a full disk
-        print(f"make_shards: {error}", file=sys.stderr)
-        return 1
+        failure = error
     except KeyboardInterrupt:
         return 130
-    print(f"{options.target}: {written} samples, {skipped.count} skipped")
-    return 0
+    try:
+        if faults.rows:
+            write_json(options.target / REPORT_FILE, faults.report(written))
+    except OSError as error:
+        failure = failure or error
+    if faults.count:
+        print(*faults.lines(), f"{'':10}more in {options.target / REPORT_FILE}", sep="\n")
+    if failure:
+        print(f"make_shards: {failure}", file=sys.stderr)
+    return int(failure is not None)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ from megatron_sr1.checkpoint.hf import save_hf
 from megatron_sr1.checkpoint.model_source import ModelSource, load_model
 from megatron_sr1.checkpoint.untrusted import stored_dtype
 from megatron_sr1.config import ParallelConfig
-from megatron_sr1.data.examples import decode_image
+from megatron_sr1.data.images import decode_image
 from megatron_sr1.data.packing import pack_samples
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.errors import DataError
@@ -128,6 +127,7 @@ def vllm(
             max_num_seqs=4,
             min_pixels=processor.min_pixels,
             max_pixels=processor.max_pixels,
+            max_image_tokens=processor.max_image_tokens,
         )
     found = []
     for line in lines:
@@ -172,12 +172,7 @@ def huggingface_directory(source: ModelSource, device: Device) -> Iterator[Path]
 
 def make_processor(arguments: argparse.Namespace, source: ModelSource) -> Processor:
     """Tokenizer and image processor, with the model's own pixel limits unless told otherwise."""
-    path = source.hf_files / "preprocessor_config.json"
-    own = json.loads(path.read_text()) if path.is_file() else {}
-    size = own.get("size") or {}
-    least = arguments.min_pixels or own.get("min_pixels") or size.get("shortest_edge") or 3136
-    most = arguments.max_pixels or own.get("max_pixels") or size.get("longest_edge") or 12845056
-    return Processor(source.hf_files, least, most)
+    return Processor(source.hf_files, arguments.min_pixels, arguments.max_pixels)
 
 
 def train_sample(

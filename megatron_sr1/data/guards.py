@@ -39,7 +39,9 @@ def read_file(path: Path, max_bytes: int, where: str) -> bytes:
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:  # ValueError: a NUL or half a character in the name
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise DataError(f"{where}: {printable(str(path))}: {reason}") from None
+        raise DataError(
+            f"{where}: {printable(str(path))}: {reason}", kind=f"file: {reason}"
+        ) from None
     try:
         status = os.fstat(file)
         if not stat.S_ISREG(status.st_mode):
@@ -63,7 +65,10 @@ def inside(folder: Path, name: str | Path, where: str) -> Path:
         DataError: it is a URL, leads out of the folder, or cannot be a path.
     """
     if "://" in str(name) or str(name).startswith(("file:", "data:", "~")):
-        raise DataError(f"{where}: {shown(str(name))} is a URL; expected a path in {folder}")
+        raise DataError(
+            f"{where}: {shown(str(name))} is a URL; expected a path in {folder}",
+            kind="a URL in place of a file",
+        )
     try:
         found = (folder / name).resolve()
         if found.is_relative_to(folder.resolve()):
@@ -71,7 +76,9 @@ def inside(folder: Path, name: str | Path, where: str) -> Path:
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links in a circle
         reason = printable(str(error), 200)
         raise DataError(f"{where}: {shown(str(name))} is no path: {reason}") from None
-    raise DataError(f"{where}: {shown(str(name))} leads out of {folder}")
+    raise DataError(
+        f"{where}: {shown(str(name))} leads out of {folder}", kind="a path out of the folder"
+    )
 
 
 def parse_json(data: bytes, where: str) -> Any:

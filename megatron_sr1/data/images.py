@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import TiffImageFile
 
 from megatron_sr1.data.guards import MAX_IMAGE_BYTES, printable
 from megatron_sr1.errors import DataError
@@ -25,6 +28,15 @@ MAX_ASPECT_RATIO = 200
 """Qwen2-VL's image processor refuses a longer side more than so many times the shorter one."""
 MAX_JPEG_SCANS = 100
 """A progressive JPEG has about ten; each one more is another pass over all pixels."""
+_GREY_STEPS = {"L;2": 85, "L;4": 17}
+"""Of PNGs of 2 and 4 bits: Pillow scales their pixels to 8 bits, but not the transparent value."""
+_INTEGER_WHITES = (255.0, 1023.0, 4095.0, 16383.0, 65535.0)
+"""Of 8, 10, 12, 14 and 16 bits, in TIFFs of 32 bits, which do not say how many they use."""
+_FLOAT_WHITES = (1.0, 255.0)
+_SLACK = 0.02
+_DARKEST_WHITE = 8.0
+"""Floating point values up to here are neither a picture of 0 to 1 nor one of 0 to 255."""
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 
 
 def image_format(data: bytes, where: str) -> str:
@@ -54,20 +66,75 @@ def decode_image(data: bytes, where: str) -> Image.Image:
                 return _to_rgb(image)
         except Exception as error:  # a broken file ends in almost any error of Pillow's decoders
             reason = printable(str(error))[:200] or type(error).__name__
-            raise DataError(f"{where}: the image does not decode: {reason}") from None
+            raise DataError(
+                f"{where}: the image does not decode: {reason}", kind="an image does not decode"
+            ) from None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    tiles = getattr(image, "tile", ())
+    raw_mode = tiles[0].args if image.format == "PNG" and tiles else ""
     image.load()
+    transparent = image.info.get("transparency")
+    if raw_mode in _GREY_STEPS and isinstance(transparent, int):
+        image.info["transparency"] = transparent * _GREY_STEPS[raw_mode]
+    elif raw_mode == "RGB;16B" and isinstance(transparent, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
     upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I"):  # 16 bits: Pillow would clip them at 255
-        deep = np.asarray(upright).astype(np.int64)
-        upright = Image.fromarray((deep.clip(0, 65535) // 257).astype(np.uint8))
+    if upright.mode == "F" or upright.mode.startswith("I"):  # Pillow would clip them at 255
+        tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
+        upright = _to_eight_bits(upright, tags)
+    if upright.mode == "La":  # known to one conversion only
+        upright = upright.convert("LA")
     if upright.has_transparency_data:
         layer = upright.convert("RGBA")
         white = Image.new("RGBA", layer.size, "white")
         return Image.alpha_composite(white, layer).convert("RGB")
     return upright.convert("RGB")
+
+
+def _to_eight_bits(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
+    """Grey values of more than 8 bits, or of floating point, scaled to 8 bits.
+
+    Args:
+        image: of mode F, I or I;16.
+        tags: of the file, if it is a TIFF.
+
+    Raises:
+        ValueError: values in a range that says nothing about black and white.
+    """
+    deep = np.asarray(image).astype(np.float64)
+    if not np.isfinite(deep).all():
+        raise ValueError("pixels that are infinite or no numbers; convert it to 8 bits")
+    white = _white(image.mode, tags, float(deep.min()), float(deep.max()))
+    grey = deep.clip(0, white) * 255 / white
+    grey = np.rint(grey) if image.mode == "F" else np.floor(grey)
+    if tags.get(_PHOTOMETRIC) == 0:  # white is zero
+        grey = 255 - grey
+    layers = [Image.fromarray(grey.astype(np.uint8))]
+    if isinstance(image.info.get("transparency"), int):
+        shown = deep != image.info["transparency"]
+        layers.append(Image.fromarray((shown * 255).astype(np.uint8)))
+    return Image.merge("LA", layers) if len(layers) == 2 else layers[0]
+
+
+def _white(mode: str, tags: Mapping[int, Any], least: float, most: float) -> float:
+    """The value that is white: by the file's depth, else the smallest usual one that holds all."""
+    bits = tags.get(_BITS_PER_SAMPLE, (16,))[0]
+    if mode != "F" and bits <= 16:
+        is_signed = tags.get(_SAMPLE_FORMAT, (1,))[0] == 2
+        if least < 0:
+            raise ValueError(f"values from {least:g} on; expected none below 0")
+        return float(2 ** (bits - is_signed) - 1)
+    slack = _SLACK if mode == "F" else 0.0  # of a resampling filter, which overshoots
+    usual = _FLOAT_WHITES if mode == "F" else _INTEGER_WHITES
+    white = next((w for w in usual if least >= -slack * w and most <= w * (1 + slack)), None)
+    if white is None or (white > 1.0 and mode == "F" and most < _DARKEST_WHITE):
+        raise ValueError(
+            f"values from {least:g} to {most:g}; expected 0 to one of "
+            f"{', '.join(f'{w:g}' for w in usual)}; convert it to 8 bits"
+        )
+    return white
 
 
 def _open(data: bytes, where: str) -> Image.Image:
@@ -86,16 +153,19 @@ def _open(data: bytes, where: str) -> Image.Image:
         reason = printable(str(error))[:120] or type(error).__name__
         raise DataError(
             f"{where}: not an image that can be read as {', '.join(FORMATS)} ({len(data)} bytes, "
-            f"{reason})"
+            f"{reason})",
+            kind="a file is not an image that can be read",
         ) from None
     width, height = image.size
     if width * height > MAX_IMAGE_PIXELS:
         raise DataError(
-            f"{where}: {width} x {height} pixels, more than {MAX_IMAGE_PIXELS}; scale it down"
+            f"{where}: {width} x {height} pixels, more than {MAX_IMAGE_PIXELS}; scale it down",
+            kind="an image is too large",
         )
     if max(width, height) > MAX_ASPECT_RATIO * max(1, min(width, height)):
         raise DataError(
             f"{where}: {width} x {height} pixels; the model takes a longer side of at most "
-            f"{MAX_ASPECT_RATIO} times the shorter one"
+            f"{MAX_ASPECT_RATIO} times the shorter one",
+            kind="an image is too long for its width",
         )
     return image

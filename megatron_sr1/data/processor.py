@@ -21,6 +21,7 @@ from megatron_sr1.data.guards import (
     read_file,
     shown,
 )
+from megatron_sr1.data.image_limits import check_limits, largest_pixels
 from megatron_sr1.data.prompts import ChatMessage, chat_messages
 from megatron_sr1.errors import DataError
 from megatron_sr1.records import Example, Prompt, TrainSample, VisionInputs
@@ -35,28 +36,36 @@ VISION_TOKENS = (
     "<|video_pad|>",
 )
 Grid = tuple[int, int, int]
+_SETTINGS = "image processor (preprocessor_config.json or processor_config.json)"
 
 
 class Processor:
     """Tokenizer, chat template and image processor of a model directory."""
 
-    def __init__(self, model_dir: str | Path, min_pixels: int, max_pixels: int) -> None:
+    def __init__(
+        self, model_dir: str | Path, min_pixels: int | None = None, max_pixels: int | None = None
+    ) -> None:
         """Read a Hugging Face directory.
 
         Args:
-            model_dir: with tokenizer, chat template and preprocessor_config.json.
-            min_pixels: smallest image area after resizing, pixels.
-            max_pixels: largest image area after resizing, pixels.
+            model_dir: with tokenizer, chat template and the image processor's configuration, in
+                preprocessor_config.json or, as transformers 5 saves it, processor_config.json.
+            min_pixels: smallest image area after resizing, pixels; None: the model's own.
+            max_pixels: largest one, before sides are rounded to patches; None: the model's own.
 
         Raises:
+            ConfigError: pixel limits that leave a small image without a patch.
             DataError: files that cannot be read or want to run code of the directory's own, no
                 chat template, or no image token in the vocabulary.
         """
         self.model_dir = Path(model_dir)
         self.tokenizer, self.image_processor = _load(self.model_dir, min_pixels, max_pixels)
-        self.min_pixels, self.max_pixels = min_pixels, max_pixels
+        size = self.image_processor.size
+        self.min_pixels = _pixels(size, "shortest_edge", self.model_dir)
+        self.max_pixels = _pixels(size, "longest_edge", self.model_dir)
         self.merge_size = _size(self.image_processor, "merge_size", self.model_dir)
         self.patch_size = _size(self.image_processor, "patch_size", self.model_dir)
+        check_limits(self.min_pixels, self.max_pixels, self.patch_size * self.merge_size)
         self._pieces: dict[int, str] = {}
         self._chat = ChatTemplate(self.model_dir, self.tokenizer)
         special = self._chat.special
@@ -68,6 +77,12 @@ class Processor:
         self.image_pad_id = special[IMAGE_PAD]
         self.vision_token_ids = tuple(special[t] for t in VISION_TOKENS if t in special)
         self.end_token_ids = _end_token_ids(self.model_dir, self.tokenizer)
+
+    @property
+    def max_image_tokens(self) -> int:
+        """Tokens of the largest image, which may be more than `max_pixels` has."""
+        side = self.patch_size * self.merge_size
+        return largest_pixels(self.min_pixels, self.max_pixels, side) // side**2
 
     def encode_prompt(
         self,
@@ -222,15 +237,16 @@ class Processor:
         return counts
 
 
-def _load(directory: Path, min_pixels: int, max_pixels: int) -> tuple[Any, Any]:
+def _load(directory: Path, min_pixels: int | None, max_pixels: int | None) -> tuple[Any, Any]:
     """Tokenizer and image processor; Python files in the directory are never imported."""
     mend_torchvision()
     from transformers import AutoTokenizer, Qwen2VLImageProcessor
 
+    limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         return tokenizer, Qwen2VLImageProcessor.from_pretrained(
-            directory, min_pixels=min_pixels, max_pixels=max_pixels
+            directory, **{name: value for name, value in limits.items() if value is not None}
         )
     except Exception as error:  # the tokenizers library raises bare Exceptions
         reason = printable(" ".join(str(error).split()))[:300]
@@ -243,8 +259,16 @@ def _load(directory: Path, min_pixels: int, max_pixels: int) -> tuple[Any, Any]:
 def _size(image_processor: Any, name: str, directory: Path) -> int:
     value = getattr(image_processor, name)
     if type(value) is not int or not 1 <= value <= 256:
+        raise DataError(f"{directory}: {_SETTINGS}: {name} is {shown(value)}; expected 1 to 256")
+    return value
+
+
+def _pixels(size: Any, name: str, directory: Path) -> int:
+    value = getattr(size, name, None)
+    if type(value) is not int:
         raise DataError(
-            f"{directory}/preprocessor_config.json: {name} is {shown(value)}; expected 1 to 256"
+            f"{directory}: {_SETTINGS}: {name} of size is {shown(value)}; expected pixels, or give "
+            "the limits"
         )
     return value
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_sr1.data.examples import IMAGE_MARK
+from megatron_sr1.data.marks import ESCAPED_MARK, IMAGE_MARK, escape_marks, split_at_marks
 from megatron_sr1.errors import ConfigError, DataError
 from megatron_sr1.records import Example, Message
 
@@ -119,27 +119,33 @@ def pass2_messages(
 
 def chat_messages(turns: Sequence[Message]) -> list[ChatMessage]:
     """Turns with `<image>` marks as chat messages with image parts."""
-    return [{"role": turn.role, "content": _parts(turn.content)} for turn in turns]
+    return [{"role": turn.role, "content": _parts(turn)} for turn in turns]
 
 
 def strip_image_marks(question: str) -> str:
-    """A question without its image marks and without the blank space that they leave."""
+    """A question without its image marks and the blank space that they leave, escapes resolved."""
     mark = rf"(?:{re.escape(IMAGE_MARK)}[ \t]*)+"
     without = re.sub(rf"(?m)^[ \t]*{mark}\n?", "", question)
-    # Only where blanks begin: tried at each of a million, the pattern takes quadratic time.
-    return re.sub(rf"(?<![ \t])[ \t]*{mark}", " ", without).strip()
+    # Only where blanks or backslashes begin: tried at each of a million it takes quadratic time.
+    before = r"(?:(?<![ \t])[ \t]+|(?<![ \t\\])((?:\\\\)*))"
+    without = re.sub(before + mark, lambda found: f"{found[1] or ''} ", without)
+    return without.replace(ESCAPED_MARK, IMAGE_MARK).strip()
 
 
 def flat_text(message: ChatMessage) -> str:
     """A chat message's content as one text with `<image>` marks, the inverse of `chat_messages`."""
+    is_assistant = message["role"] == "assistant"
     return "".join(
-        IMAGE_MARK if part["type"] == "image" else part["text"] for part in message["content"]
+        IMAGE_MARK
+        if part["type"] == "image"
+        else (part["text"] if is_assistant else escape_marks(part["text"]))
+        for part in message["content"]
     )
 
 
-def _parts(content: str) -> list[dict[str, str]]:
+def _parts(turn: Message) -> list[dict[str, str]]:
     parts: list[dict[str, str]] = []
-    for number, text in enumerate(content.split(IMAGE_MARK)):
+    for number, text in enumerate(split_at_marks(turn)):
         if number:
             parts.append({"type": "image"})
         if text:

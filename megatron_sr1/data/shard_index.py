@@ -2,8 +2,8 @@
 
 `shard-000000.index.json` beside `shard-000000.tar` holds the tar's size and, for each sample, its
 key and the offset and size of its JSON and of its images. It is as good as the tar's headers,
-which it is read from when it is missing, older than the tar, about a tar of another size, or says
-what cannot be.
+which it is read from when it is missing, older than the tar, about a tar of another size, of an
+earlier version of this file, or says what cannot be.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from megatron_sr1.errors import DataError
 logger = logging.getLogger(__name__)
 IMAGE_EXTENSIONS = frozenset("bmp gif jpeg jpg mpo png ppm tif tiff webp".split())
 MAX_INDEX_BYTES = 2**30
+VERSION = 2
+"""Of the index; up to 1, image names with a number behind text were not ordered by that number."""
 _NAME_BYTES = 90
 """Longer names, and those not of ASCII, may stand cut short in the header before the data."""
 
@@ -61,11 +64,24 @@ def scan(tar: Path) -> list[Place]:
         found[extension] = (member.offset, member.size)
     places = []
     for key, found in samples.items():
-        if "json" not in found:
-            raise DataError(f"{tar} sample {key}: no {key}.json; it holds {shown(sorted(found))}")
+        _check_members(found, key, f"{tar} sample {key}")
         images = sorted(filter(_is_image, found), key=_image_order)
         places.append(Place(key, found["json"], tuple(found[e] for e in images)))
     return sorted(places, key=_begin)
+
+
+def _check_members(found: Mapping[str, object], key: str, where: str) -> None:
+    """One sample's members have one JSON; several are samples that a point in their keys joins."""
+    texts = sorted(e for e in found if e.split(".")[-1] == "json")
+    if texts == ["json"]:
+        return
+    told = f"no {key}.json" if "json" not in found else f"{len(texts)} JSON files"
+    points = (
+        "; a key ends at the first point of a name, so that all of these are one sample: rename "
+        "members so that only what follows the key has points, as in v1_0.json and v1_0.0.png"
+    )
+    held = [f"{key}.{e}" for e in sorted(found)]
+    raise DataError(f"{where}: {told}; it holds {shown(held, 200)}{points if texts else ''}")
 
 
 def read_index(tar: Path) -> list[Place]:
@@ -106,6 +122,8 @@ def check_header(block: bytes, place: Place, span: tuple[int, int], where: str) 
 def _usable(value: Any, tar: Path) -> list[Place]:
     """The places of an index that fits its tar; ValueError and the like where it does not."""
     rows, size = value["samples"], tar.stat().st_size
+    if value["version"] != VERSION:
+        raise ValueError("an earlier version")
     if value["tar_bytes"] != size or value["crc32"] != _checksum(rows):
         raise ValueError("another tar, or damaged")
     places = [Place(k, _span(t), tuple(map(_span, i))) for k, t, i in rows]
@@ -135,9 +153,13 @@ def _is_image(extension: str) -> bool:
     return extension.split(".")[-1] in IMAGE_EXTENSIONS
 
 
-def _image_order(extension: str) -> tuple[int, str]:
-    number = extension.split(".")[0]
-    return (int(number) if re.fullmatch("[0-9]{1,9}", number) else 0), extension
+def _image_order(extension: str) -> tuple[list[str | tuple[int, str]], str]:
+    """By the numbers in a name, wherever they are: image_2 before image_10."""
+    parts: list[str | tuple[int, str]] = [*re.split("([0-9]+)", extension)]
+    for place in range(1, len(parts), 2):
+        digits = str(parts[place]).lstrip("0")
+        parts[place] = len(digits), digits
+    return parts, extension
 
 
 def _checksum(rows: Any) -> int:
@@ -149,7 +171,12 @@ def write_index(tar: Path, places: list[Place]) -> None:
     rows = [(p.key, p.text, p.images) for p in places]
     write_json(
         index_path(tar),
-        {"tar_bytes": tar.stat().st_size, "crc32": _checksum(rows), "samples": rows},
+        {
+            "version": VERSION,
+            "tar_bytes": tar.stat().st_size,
+            "crc32": _checksum(rows),
+            "samples": rows,
+        },
     )
 
 

@@ -7,12 +7,13 @@ of the stream can count it and go on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_sr1.data.examples import Record, record_from_row
+from megatron_sr1.data.examples import Record
 from megatron_sr1.data.guards import MAX_JSON_BYTES, parse_json, printable, read_file, shown
+from megatron_sr1.data.rows import record_from_row
 from megatron_sr1.errors import DataError
 
 METADATA_FILE = "metadata.jsonl"
@@ -60,13 +61,16 @@ def count_rows(files: list[Path]) -> int | None:
 
 
 def records(
-    files: list[Path], image_folder: Path | None = None
+    files: list[Path],
+    image_folder: Path | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[str, Record | DataError]]:
     """Records of source files, or the error in a record's place.
 
     Args:
         files: as `source_files` found them.
         image_folder: relative image paths start here; None: in each file's own folder.
+        columns: name -> column or dotted path in a row, for columns of other names.
 
     Yields:
         (name of the row, the record or what is wrong with it).
@@ -83,7 +87,7 @@ def records(
                 folder = image_folder or path.parent
                 if path.name == METADATA_FILE:
                     row = _with_image(row, where)
-                yield where, record_from_row(row, folder=folder, where=where)
+                yield where, record_from_row(row, folder=folder, where=where, columns=columns)
             except DataError as error:
                 yield where, error
 
@@ -176,6 +180,8 @@ def _with_image(row: dict[str, Any], where: str) -> dict[str, Any]:
     names = row.pop("file_names", None) or row.pop("file_name", None)
     if names is None:
         return row
+    if row.get("images") or row.get("image"):
+        raise DataError(f"{where}: both file_name and an image column; keep one of them")
     if not isinstance(names, str) and not (
         isinstance(names, list) and all(isinstance(name, str) for name in names)
     ):

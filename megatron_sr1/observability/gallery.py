@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -88,10 +89,9 @@ def rollout_card(lines: Sequence[Line], images: Images | None) -> str:
 
 def _card(line: Line, rule: str, images: Images | None, said: str) -> str:
     shown = _pictures(line["index"], images) if images is not None else ""
-    question = text(str(line["question"]).replace("<image>", "").strip())
-    facts = (
-        f"<dl><dt>question</dt><dd>{question}</dd><dt>gold</dt><dd>{text(line['gold'])}</dd></dl>"
-    )
+    question = text(re.sub(r"(?<!\\)<image>", "", str(line["question"])).strip())
+    golds = " or ".join(text(gold) for gold in (line["gold"], *line.get("other_golds", ())))
+    facts = f"<dl><dt>question</dt><dd>{question}</dd><dt>gold</dt><dd>{golds}</dd></dl>"
     note = f'<span class="note">no. {int(line["index"])}, {escape(rule)}</span>'
     head = f"<header>{shown}<div>{facts}{note}</div></header>"
     return f'<article class="card sample">{head}{said}</article>'

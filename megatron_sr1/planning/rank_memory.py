@@ -6,8 +6,10 @@ of the pipeline's schedule.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from megatron_sr1.data.image_limits import largest_pixels
 from megatron_sr1.planning import activations
 from megatron_sr1.planning.engine_time import Replica
 from megatron_sr1.planning.hardware import ENGINE_RESERVED_BYTES, RESERVED_BYTES
@@ -101,6 +103,8 @@ def _patches(actor: Actor) -> float:
     if not work.image_tokens:
         return 0.0
     row = row_tokens(config)
-    largest = min(config.data.max_pixels / pixels_per_token(actor.hf_config), row)
+    per_token = pixels_per_token(actor.hf_config)
+    limits = config.data.min_pixels, config.data.max_pixels
+    largest = min(largest_pixels(*limits, math.isqrt(per_token)) / per_token, row)
     expected = row * work.image_tokens / work.sequence_tokens
     return max(expected / actor.layout.images, largest) * work.patches_per_token

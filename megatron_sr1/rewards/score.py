@@ -77,6 +77,7 @@ class Scorer:
         has_image: bool,
         question_only: Reading | None = None,
         metadata: Mapping[str, Any] | None = None,
+        other_golds: Sequence[str] = (),
     ) -> Reward:
         """Judge one rollout.
 
@@ -96,13 +97,23 @@ class Scorer:
             has_image: whether the sample has images; without, there is nothing to describe.
             question_only: pass 2 of the question alone, whose worth is taken off; None: nothing is.
             metadata: further columns of the sample, for a function of the user's.
+            other_golds: further gold answers: what is right by any of them is right, and a
+                description leaks that states any.
 
         Raises:
             GradingLimit: a comparison ran out of time or memory.
             GradingError: no gold answer, or the grader broke.
         """
+        golds = (gold, *other_golds)
 
         def judge(text: str) -> float:
+            best = 0.0
+            for each in golds:
+                if best < 1:
+                    best = max(best, judge_by(each, text))
+            return best
+
+        def judge_by(gold: str, text: str) -> float:
             if self._own is None:
                 return float(is_right(text, gold, question, compare))
             return self._own(
@@ -127,7 +138,9 @@ class Scorer:
                 if question_only is not None:
                     alone = self._worth(question_only, judge)
                     self_reward = max(self_reward - alone, 0.0)
-            leak = description is not None and states_answer(description, gold, question)
+            leak = description is not None and any(
+                states_answer(description, each, question) for each in golds
+            )
         except GradingError as error:
             named = str(error).startswith(sample_name)
             message = str(error) if named else f"{sample_name}: {error}"

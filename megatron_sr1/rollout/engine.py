@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _CPU_STEP_TOKENS = 32768  # prompt tokens that a step on a CPU may prefill, at least one prompt
+_STEP_TOKENS = 8192  # of vLLM's own limits of a step on GPUs, the smallest
 _CPU_BLOCK_TOKENS = 32  # short prompts share a prefix only if blocks are short
 
 
@@ -67,6 +68,7 @@ class Engine:
         sleep_level: int = 0,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        max_image_tokens: int = 0,
     ) -> None:
         """Load the model; collective over the world, torch.distributed must have started.
 
@@ -88,6 +90,8 @@ class Engine:
                 2 drops them. Nothing on a CPU.
             min_pixels: smallest image area, pixels.
             max_pixels: largest image area, pixels; None: both limits are the directory's.
+            max_image_tokens: tokens of the largest image after rounding, which vLLM's own limits,
+                made for max_pixels, may refuse; 0: not known.
 
         Raises:
             EngineError: no process group, a layout that does not divide the world, or a vLLM that
@@ -114,6 +118,8 @@ class Engine:
                 "max_num_batched_tokens": max(max_model_len, _CPU_STEP_TOKENS),
                 "block_size": _CPU_BLOCK_TOKENS,
             }
+        elif min(max_image_tokens, max_model_len) > _STEP_TOKENS:  # it limits the encoder too
+            arguments["max_num_batched_tokens"] = min(max_image_tokens, max_model_len)
         if max_pixels is not None:
             size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
             arguments["mm_processor_kwargs"] = {"size": size}

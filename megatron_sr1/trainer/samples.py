@@ -18,6 +18,7 @@ from megatron_sr1.data.prompts import pass1_messages, pass2_messages
 from megatron_sr1.data.shards import ShardReader
 from megatron_sr1.errors import ConfigError, DataError
 from megatron_sr1.records import Example, Prompt, Rollout, TrainSample, VisionInputs
+from megatron_sr1.rewards.accuracy import bare_gold
 from megatron_sr1.trainer.credit import description_tokens
 
 if TYPE_CHECKING:
@@ -107,8 +108,8 @@ class Samples:
         return self.readings[told]
 
     def gold_answer(self, prompt: Prompt) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        r"""Token ids of `\boxed{`, and of the gold answer with its closing brace."""
-        return self.processor.encode_answer("\\boxed{", prompt.example.answer or "", "}")
+        r"""Token ids of `\boxed{`, and of the (first) gold answer with its closing brace."""
+        return self.processor.encode_answer("\\boxed{", bare_gold(prompt.example.answer or ""), "}")
 
     def train_sample(
         self, rollout: Rollout, advantage: float, description_advantage: float | None = None
@@ -167,7 +168,8 @@ class Samples:
         if len(prompt.token_ids) > self._limit:
             raise DataError(
                 f"{example.shard} sample {example.key}: prompt of {len(prompt.token_ids)} tokens, "
-                f"at most {self._limit}; raise data.max_prompt_tokens or lower data.max_pixels"
+                f"at most {self._limit}; raise data.max_prompt_tokens or lower data.max_pixels "
+                "(and data.min_pixels, to which images are enlarged)"
             )
         return prompt
 

@@ -71,6 +71,7 @@ def score(rollouts: Iterable[Rollout], samples: Samples, scorer: Scorer) -> Grad
                 question_only=rollout.question_only,
                 has_image=example.num_images > 0,
                 metadata=example.metadata,
+                other_golds=example.other_answers,
             )
         except GradingLimit as error:
             log.warning("left out with its group: %s", error)
@@ -106,6 +107,7 @@ def rollout_line(step: int, scored: Scored, example: Example, advantage: float) 
         "sample": rollout.sample,
         "question": example.question,
         "gold": example.answer,
+        **_other_golds(example),
         "response": rollout.completion.text,
         "description": rollout.description,
         "reading": read_text(rollout),
@@ -142,6 +144,7 @@ def evaluation_line(scored: Scored, example: Example) -> dict[str, Any]:
         "index": rollout.index,
         "question": example.question,
         "gold": example.answer,
+        **_other_golds(example),
         "response": rollout.completion.text,
         "description": rollout.description,
         "reading": read_text(rollout),
@@ -150,6 +153,11 @@ def evaluation_line(scored: Scored, example: Example) -> dict[str, Any]:
         "description_exact": exact,
         "shortcut": shortcut,
     }
+
+
+def _other_golds(example: Example) -> dict[str, list[str]]:
+    """Further gold answers, where there are several."""
+    return {"other_golds": list(example.other_answers)} if example.other_answers else {}
 
 
 def _short(verdict: float) -> float:

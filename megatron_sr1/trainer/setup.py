@@ -143,6 +143,7 @@ def make_engine(config: Config, directory: Path, processor: Processor, device: D
         sleep_level=rollout.sleep_level,
         min_pixels=config.data.min_pixels,
         max_pixels=config.data.max_pixels,
+        max_image_tokens=processor.max_image_tokens,
     )
 
 

@@ -18,11 +18,13 @@ import numpy as np
 from hypothesis import strategies as st
 
 from megatron_sr1.data.balance import cost, plan_rows, size_of
-from megatron_sr1.data.examples import IMAGE_MARK, Record, example_from_stored, record_from_row
+from megatron_sr1.data.examples import Record, example_from_stored
 from megatron_sr1.data.guards import is_json
 from megatron_sr1.data.images import MAX_ASPECT_RATIO, MAX_IMAGE_PIXELS, decode_image
+from megatron_sr1.data.marks import ESCAPED_MARK, IMAGE_MARK, count_marks
 from megatron_sr1.data.packing import PER_TOKEN, pack_samples
 from megatron_sr1.data.prompts import strip_image_marks
+from megatron_sr1.data.rows import record_from_row
 from megatron_sr1.data.shard_index import index_path
 from megatron_sr1.data.shards import ShardReader, write_shards
 from megatron_sr1.errors import DataError
@@ -93,7 +95,7 @@ def check_parsing(text):
     if any(forms.values()):
         assert answer is not None
         assert description is not None or not (forms["vision_sr1"] or forms["see_think"])
-    assert IMAGE_MARK not in without or "<<" in text or ">>" in text or "<image" in text
+    assert IMAGE_MARK not in without or ESCAPED_MARK in text or "<image<image>" in text
     for cut in (len(text) // 3, len(text) // 2, len(text) - 1):
         earlier = find_description(text[: max(cut, 0)])
         assert earlier is None or earlier == description, "a description changed as the text grew"
@@ -209,7 +211,8 @@ NAMES = st.sampled_from(
     [
         *("problem", "question", "answer", "solution", "images", "image", "messages", "metadata"),
         *("conversations", "instruction", "input", "output", "role", "content", "from", "value"),
-        *("bytes", "path", "num_images", "x"),
+        *("bytes", "path", "num_images", "x", "system", "history", "prompt", "reward_model"),
+        *("ground_truth", "type", "text", "url", "image_url", "other_answers"),
     ]
 )
 VALUES = st.recursive(
@@ -236,6 +239,12 @@ USUAL = [
     },
     {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
     {"messages": [{"role": "user", "content": "<image>q"}], "num_images": 1, "images": ["a.png"]},
+    {
+        "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "q"}]}],
+        "reward_model": {"ground_truth": ["1", "2"]},
+        "images": ["a.png"],
+    },
+    {"instruction": "i", "output": "o", "system": "s", "history": [["q", "a"]]},
 ]
 ROWS = st.one_of(
     st.tuples(st.sampled_from(USUAL), st.dictionaries(NAMES, LEAVES, max_size=1)).map(
@@ -266,6 +275,7 @@ def check_example(row):
             example = reader.example(0)
             _check_example(example)
             assert (example.messages, example.answer) == (record.messages, record.answer)
+            assert example.other_answers == record.other_answers
             assert reader.image_files(0) == list(record.images)
             assert len(reader.images(0)) == example.num_images
     with refused_or_right(), in_time("a stored sample"):
@@ -275,7 +285,7 @@ def check_example(row):
 def _check_example(example):
     assert all(type(m.content) is str and m.content.encode() is not None for m in example.messages)
     assert {m.role for m in example.messages} <= {"system", "user", "assistant"}
-    assert sum(m.content.count(IMAGE_MARK) for m in example.messages) == example.num_images
+    assert count_marks(example.messages) == example.num_images
     assert example.answer is None or type(example.answer) is str
     assert is_json(dict(example.metadata)) and "user" in {m.role for m in example.messages}
 

@@ -59,7 +59,11 @@ ROWS = {
     "question a list": (q(problem=[["x"]]), "problem is .*; expected a string"),
     "question null": (q(problem=None), "columns .*; expected problem or question"),
     "answer null": (q(answer=None), "no gold answer"),
-    "answer a list": (q(answer=["1"]), "the answer is .'1'.; expected a string or a number"),
+    "answer a list of lists": (
+        q(answer=[["1"]]),
+        "the answer is .'1'.; expected a string",
+    ),
+    "65 answers": (q(answer=list(range(65))), "65 gold answers, at most 64"),
     "answer an object": (q(answer={"a": 1}), "the answer is dict; expected"),
     "answer true": (q(answer=True), "the answer is True; expected"),
     "answer NaN": (b'{"problem": "q", "answer": NaN}', "the answer is nan; expected"),
@@ -74,8 +78,10 @@ ROWS = {
     "images of images": (q(images={"bytes": {"bytes": {"bytes": "x"}}}), "image 0: a dict; exp"),
     "image base64": (
         q(image="data:image/png;base64," + base64.b64encode(b"x" * 99).decode()),
-        "is a URL; expected a path in",
+        "image 0: not an image that can be read",
     ),
+    "image not base64": (q(image="data:image/png;base64,%%%"), "expected data:image/…;base64"),
+    "image data: of text": (q(image="data:text/html,<b>"), "expected data:image/…;base64"),
     "image a URL": (q(image="http://192.0.2.1/a.png"), "'http://192.0.2.1/a.png' is a URL"),
     "image file://": (q(image="file:///etc/hostname"), "'file:///etc/hostname' is a URL"),
     "image absolute": (q(image="/etc/hostname"), "'/etc/hostname' leads out of"),
@@ -106,9 +112,15 @@ ROWS = {
     "messages a text": (q(messages="hi"), "messages is 'hi'; expected a list of turns"),
     "messages a number": (q(messages=3), "messages is 3; expected a list of turns"),
     "messages an object": (q(messages={"role": "user"}), "messages is dict; expected a list"),
-    "messages empty": (turns(), "expected system, user, assistant with at least one user turn"),
+    "messages empty": (turns(), "columns .'messages'.; expected problem or question"),
     "turn a list": (turns(["user", "x"]), "expected {role, content} as strings"),
-    "content a list": (turns({"role": "user", "content": [{"type": "text"}]}), "as strings"),
+    "part without text": (turns({"role": "user", "content": [{"type": "text"}]}), "a part of type"),
+    "part a text": (turns({"role": "user", "content": ["x"]}), "a part 'x' in a content; expected"),
+    "content an empty list": (turns({"role": "user", "content": []}), "as strings, or content as"),
+    "part a video": (
+        turns({"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}),
+        "a part of type 'video' in a content; expected",
+    ),
     "role with a new line": (
         turns({"role": "user\n<|im_start|>system", "content": "x"}),
         r"roles .'user\\n<|im_start|>system'.; expected system",
@@ -172,11 +184,12 @@ def test_a_line_of_100_mb_is_passed_over_without_being_held(make, tmp_path):
     assert said[0].endswith("2 samples, 1 skipped")
 
 
-def test_one_bad_row_too_many_ends_the_making(make, tmp_path):
+def test_one_bad_row_too_many_leaves_nothing_usable(make, tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(GOOD + b"".join(d + b"\n" for d, _ in ROWS.values()))
     status, errors, _ = make(tmp_path / "rows.jsonl", "--max-skipped", 3)
-    assert status == 1 and len(errors) == 5
-    assert errors[-1].startswith("make_shards: 4 bad samples, --max-skipped is 3")
+    assert status == 1 and len(errors) == len(ROWS) + 1
+    count = f"{len(ROWS)} of {len(ROWS) + 1} rows"
+    assert errors[-1].startswith(f"make_shards: {count} (98.") and "-skipped is 3" in errors[-1]
     with pytest.raises(DataError, match="no .tar shards|cut short"):
         ShardReader(tmp_path / "out")
 
@@ -229,7 +242,7 @@ def test_a_hostile_file_is_refused_in_one_line(name, make, tmp_path):
     assert status == 1 and name in errors[0]
     assert re.search(reason, errors[0]), errors[0]
     assert all(e.isprintable() and len(e) < 1000 for e in errors)
-    assert errors[-1].startswith("make_shards: ") and len(errors) <= 2
+    assert errors[-1].startswith("make_shards: ") and len(errors) <= 3
     assert not list(tmp_path.glob("**/*.tar")) and not os.path.exists("executed")
 
 

@@ -244,3 +244,68 @@ def test_headers_are_built_right():
     assert struct.calcsize("512s") == len(header(b"a", 0))
     with tarfile.open(fileobj=io.BytesIO(GOOD + END)) as tar:
         assert tar.getnames() == ["a.json"]
+
+
+# Keys with points, and numbers in names
+
+
+def webdataset_tar(path, names):
+    text = json.dumps({"messages": [{"role": "user", "content": "q"}], "num_images": 0}).encode()
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name in names:
+            data = text if name.endswith("json") else name.encode()
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+@pytest.mark.field
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["v1.0/img.1.json", "v1.0/img.1.0.png", "v1.0/img.2.json"], "no v1.0/img.json; it"),
+        (["s0.5.json"], "no s0.json; it holds .'s0.5.json'."),
+        (["s.json", "s.5.json"], "2 JSON files; it holds"),
+        (["a.json", "a.1.json", "a.1.png"], "2 JSON files"),
+    ],
+)
+def test_a_point_in_a_key_is_refused_with_the_rule(tmp_path, names, told):
+    webdataset_tar(tmp_path / "s.tar", names)
+    with pytest.raises(DataError, match=told) as error:
+        len(ShardReader(tmp_path))
+    rule = "a key ends at the first point of a name, so that all of these are one sample"
+    assert rule in str(error.value)
+    assert "s.tar sample " in str(error.value)
+
+
+@pytest.mark.field
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["image_1", "image_2", "image_10"],
+        ["a1", "a9", "a11"],
+        ["0", "1", "2", "10"],
+        ["page1_2", "page1_10", "page2_1"],
+        ["x007", "x8", "x09", "x10"],
+        ["1" * 30, "2" * 30],
+    ],
+)
+def test_images_come_in_the_order_of_the_numbers_in_their_names(tmp_path, names):
+    members = [f"s1.{name}.png" for name in names]
+    for number, order in enumerate((sorted(members), sorted(members, reverse=True))):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        webdataset_tar(folder / "s.tar", ["s1.json", *order])
+        assert [f.decode() for f in ShardReader(folder).image_files(0)] == members
+
+
+@pytest.mark.field
+def test_an_index_of_an_earlier_version_is_made_again(tmp_path):
+    webdataset_tar(tmp_path / "s.tar", ["s1.json", "s1.image_10.png", "s1.image_2.png"])
+    assert ShardReader(tmp_path).image_files(0) == [b"s1.image_2.png", b"s1.image_10.png"]
+    value = json.loads(index_path(tmp_path / "s.tar").read_text())
+    value["samples"][0][2].reverse()
+    del value["version"]
+    value["crc32"] = zlib.crc32(json.dumps(value["samples"]).encode())
+    index_path(tmp_path / "s.tar").write_text(json.dumps(value))
+    assert ShardReader(tmp_path).image_files(0) == [b"s1.image_2.png", b"s1.image_10.png"]

@@ -55,15 +55,21 @@ def prompt(ours):
     return ours.encode_prompt(example, images, pass1_messages(example, "vision_sr1"))
 
 
+def apply(processor, prompt):
+    """What vLLM's processor makes of a collapsed prompt."""
+    from vllm.multimodal.processing import ProcessorInputs, TimingContext
+
+    items = processor.info.parse_mm_data({"image": list(prompt.images)})
+    inputs = ProcessorInputs(list(prompt.engine_token_ids), mm_data_items=items)
+    return processor.apply(inputs, TimingContext(enabled=False))
+
+
 def through_vllm(config, prompt):
     """(token ids, pixels, grids) of a collapsed prompt as vLLM expands it, and its processor."""
     from vllm.multimodal import MULTIMODAL_REGISTRY
-    from vllm.multimodal.processing import ProcessorInputs, TimingContext
 
     processor = MULTIMODAL_REGISTRY.create_processor(config)
-    items = processor.info.parse_mm_data({"image": list(prompt.images)})
-    inputs = ProcessorInputs(list(prompt.engine_token_ids), mm_data_items=items)
-    got = processor.apply(inputs, TimingContext(enabled=False))
+    got = apply(processor, prompt)
     data = got["mm_kwargs"].get_data()
     pixels, grids = data["pixel_values"], data["image_grid_thw"]
     pixels = torch.cat(list(pixels)) if isinstance(pixels, list) else pixels
@@ -98,3 +104,19 @@ def test_pixels_normalised_on_the_device_are_ours_but_for_rounding(vllm_config, 
         normalised = build_mm_input_norm(config).forward_native(pixels, torch.float32)
     wanted = ours.vision(prompt.images).pixel_values
     assert (normalised - wanted).abs().max() < 1e-6
+
+
+@pytest.mark.field
+def test_images_of_equal_bytes_and_other_shapes_do_not_share_a_cache_entry(vllm_config, ours):
+    """120 x 80 and 80 x 120 pixels of one buffer, after the same question."""
+    noise = np.random.default_rng(0).integers(256, size=120 * 80 * 3, dtype=np.uint8).tobytes()
+    example = Example(0, "k", "s", (Message("user", "<image>Which?"),), None, 1)
+    messages = pass1_messages(example, "vision_sr1")
+    hashes = []
+    for size, grid in (((120, 80), (1, 6, 8)), ((80, 120), (1, 8, 6))):
+        asked = ours.encode_prompt(example, [Image.frombytes("RGB", size, noise)], messages)
+        ids, _, grids, processor = through_vllm(vllm_config(), asked)
+        assert asked.image_grid_thw == tuple(map(tuple, grids.tolist())) == (grid,)
+        assert ids == asked.token_ids
+        hashes += apply(processor, asked)["mm_hashes"]["image"]
+    assert len(set(hashes)) == 2

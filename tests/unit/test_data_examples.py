@@ -9,11 +9,11 @@ from megatron_sr1.data import images as image_module
 from megatron_sr1.data.examples import (
     Record,
     example_from_stored,
-    place_marks,
-    record_from_row,
     stored,
 )
 from megatron_sr1.data.images import decode_image
+from megatron_sr1.data.marks import place_marks
+from megatron_sr1.data.rows import record_from_row
 from megatron_sr1.errors import DataError
 from megatron_sr1.records import Message
 
@@ -66,9 +66,7 @@ def test_alpaca_rows_become_two_turns():
 
 def test_answer_tags_around_a_whole_solution_are_taken_off():
     assert read({"problem": "?", "solution": "<answer> 3 </answer>"}).answer == "3"
-    assert read({"problem": "?", "solution": "see <answer>3</answer>!"}).answer == (
-        "see <answer>3</answer>!"
-    )
+    assert read({"problem": "?", "solution": "see <answer>3</answer>!"}).answer == "3"
 
 
 def test_marks_are_put_in_front_only_where_there_are_none():

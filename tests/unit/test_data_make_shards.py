@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from megatron_sr1.data.shards import ShardReader
+from tools.make_shards import parse
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "make_shards.py"
 
@@ -104,7 +106,7 @@ def test_bad_samples_are_named_skipped_and_counted(tmp_path):
         {"problem": "also good", "answer": "2"},
     )
     done = make(source, tmp_path / "out", "--max-skipped", 4)
-    assert done.stdout.endswith("2 samples, 4 skipped\n")
+    assert done.stdout.splitlines()[0].endswith("2 samples, 4 skipped")
     for line, reason in ((2, "not JSON"), (3, "no gold"), (4, "does not decode"), (5, "object")):
         assert any(f"a.jsonl line {line}" in t and reason in t for t in done.stderr.splitlines())
     assert questions(ShardReader(tmp_path / "out")) == ["good", "also good"]
@@ -113,7 +115,8 @@ def test_bad_samples_are_named_skipped_and_counted(tmp_path):
 def test_too_many_bad_samples_end_the_run_and_leave_nothing_usable(tmp_path):
     source = lines(tmp_path / "a.jsonl", {"problem": "good", "answer": "1"}, "{\n", "{\n")
     done = make(source, tmp_path / "out", "--max-skipped", 1, status=1)
-    assert done.stderr.splitlines()[-1].startswith("make_shards: 2 bad samples, --max-skipped is 1")
+    told = "make_shards: 2 of 3 rows (66.7%) cannot be used, --max-skipped is 1; correct"
+    assert done.stderr.splitlines()[-1].startswith(told)
     with pytest.raises(Exception, match="cut short|no .tar shards"):
         ShardReader(tmp_path / "out")
     make(source, tmp_path / "out", "--max-skipped", 2)
@@ -145,3 +148,110 @@ def test_file_names_that_lead_out_of_the_image_folder_are_refused(tmp_path):
     lines(source / "metadata.jsonl", {"file_name": "../secret.png", "problem": "q", "answer": "1"})
     done = make(source, tmp_path / "out", "--max-skipped", 0, status=1)
     assert "metadata.jsonl line 1, image 0: '../secret.png' leads out of" in done.stderr
+
+
+@pytest.mark.field
+def test_all_rows_are_read_so_that_the_totals_are_known(tmp_path):
+    """300 rows of which 150 name a missing file, as in the published cold-start set."""
+    (tmp_path / "a.png").write_bytes(png())
+    rows = [
+        {"problem": f"q{i}", "answer": "1", "image": "a.png" if i % 2 else f"absent_{i}.png"}
+        for i in range(300)
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    done = make(tmp_path / "rows.json", tmp_path / "out", status=1)
+    assert done.stderr.splitlines()[-1] == (
+        "make_shards: 150 of 300 rows (50.0%) cannot be used, --max-skipped is 100; correct the "
+        "source, or raise it to 150 to leave them out"
+    )
+    assert 10 < len(done.stderr.splitlines()) < 20
+    assert "     150  file: No such file or directory: first rows.json sample 0" in done.stdout
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    (kind,) = report.pop("kinds")
+    assert report == {"rows": 300, "written": 0, "skipped": 150, "max_skipped": "100"}
+    assert (kind["kind"], kind["count"]) == ("file: No such file or directory", 150)
+    assert len(kind["examples"]) == 3 and "absent_4.png" in kind["examples"][2]
+    with pytest.raises(Exception, match="cut short|no .tar shards"):
+        ShardReader(tmp_path / "out")
+    for bound, status in (("49.9%", 1), ("50%", 0)):
+        make(tmp_path / "rows.json", tmp_path / "out", "--max-skipped", bound, status=status)
+    assert len(ShardReader(tmp_path / "out")) == 150
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["written"] == 150
+
+
+@pytest.mark.field
+def test_kinds_of_faults_are_counted_apart(tmp_path):
+    source = lines(
+        tmp_path / "a.jsonl",
+        *({"problem": "q", "answer": "1", "image": f"absent {i}.png"} for i in range(3)),
+        *({"problem": "q", "answer": "1", "image": f"http://192.0.2.1/{i}.png"} for i in range(4)),
+        *({"problem": f"q{i}"} for i in range(5)),
+        *({"problem": i, "answer": "1"} for i in range(2)),
+        {"problem": "good", "answer": "1"},
+    )
+    done = make(source, tmp_path / "out")
+    assert [line.split(": first")[0].split(None, 1) for line in done.stdout.splitlines()[1:-1]] == [
+        ["5", "no gold answer"],
+        ["4", "a URL in place of a file"],
+        ["3", "file: No such file or directory"],
+        ["2", "problem is …; expected a string"],
+    ]
+    assert done.stdout.splitlines()[0].endswith("1 samples, 14 skipped")
+    assert done.stdout.splitlines()[-1].endswith("report.json")
+
+
+@pytest.mark.field
+def test_columns_are_mapped_by_dotted_paths(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    row = {"prompt": [{"content": "<image>q"}], "gold": [1, 2], "media": {"file": "a.png"}}
+    source = lines(tmp_path / "a.jsonl", row, {**row, "gold": 3})
+    paths = ["--column", "problem=prompt.0.content", "--column", "answer=gold"]
+    make(source, tmp_path / "out", *paths, "--column", "image=media.file")
+    reader = ShardReader(tmp_path / "out")
+    assert [reader.example(i).golds for i in range(2)] == [("1", "2"), ("3",)]
+    assert reader.example(0).question == "<image>q" and reader.image_files(0) == [png()]
+    lines(source, {**row, "prompt": [{"content": "q"}]})
+    done = make(source, tmp_path / "other", *paths, "--column", "image=media.fiel", status=1)
+    assert "no row has an image at media.fiel, where --column looks" in done.stderr
+    with pytest.raises(Exception, match="cut short|no .tar shards"):
+        ShardReader(tmp_path / "other")
+
+
+@pytest.mark.field
+@pytest.mark.parametrize(
+    ("option", "value", "reason"),
+    [
+        ("--max-skipped", "101%", "expected a count or a share, as 100 or 5%"),
+        ("--max-skipped", "-1", "expected a count or a share|expected one argument"),
+        ("--max-skipped", "0.5", "expected a count or a share"),
+        ("--column", "problem", "expected NAME=PATH"),
+        ("--column", "probelm=prompt", "expected NAME=PATH, NAME one of answer, conversations"),
+        ("--limit", "-1", "--limit 0 or more|expected one argument"),
+    ],
+)
+def test_a_wrong_option_is_told_with_what_is_right(option, value, reason, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(["a", "b", option, value])
+    assert end.value.code == 2
+    assert re.search(reason, " ".join(capsys.readouterr().err.split()))
+
+
+@pytest.mark.field
+def test_help_says_what_the_columns_and_the_bound_are(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    told = capsys.readouterr().out
+    for what in ("reward_model", "history", "report.json", "exit status", "prompt.0.content", "5%"):
+        assert what in told
+    assert "rows\nwithout an image are fine" in told
+
+
+@pytest.mark.field
+def test_a_folder_image_and_an_image_column_are_not_both_taken(tmp_path):
+    source = tmp_path / "folder"
+    source.mkdir()
+    (source / "a.png").write_bytes(png())
+    row = {"file_name": "a.png", "image": "b.png", "problem": "q", "answer": "1"}
+    lines(source / "metadata.jsonl", row)
+    done = make(source, tmp_path / "out", "--max-skipped", 0, status=1)
+    assert "metadata.jsonl line 1: both file_name and an image column" in done.stderr

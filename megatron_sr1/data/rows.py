@@ -1,0 +1,242 @@
+"""Source rows to records: the columns of the usual kinds of data sets.
+
+In: a row of a source. For reinforcement learning `problem`/`question`/`prompt`, `answer`/`solution`
+and `images`/`image`, or verl's `prompt` of messages with `reward_model`; for supervised fine-tuning
+sharegpt's `messages`/`conversations`, or alpaca's `instruction`, `input`, `output`; `system` and
+`history` with either. Out: a `Record`. A column that is empty counts as absent; one that would be
+lost is refused. Every error is a `DataError` that names the row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_sr1.data.examples import Record, checked_turns
+from megatron_sr1.data.golds import gold_answers
+from megatron_sr1.data.guards import is_json, shown
+from megatron_sr1.data.images import decode_image
+from megatron_sr1.data.marks import place_marks
+from megatron_sr1.data.row_images import image_files
+from megatron_sr1.data.turns import read_turns
+from megatron_sr1.errors import DataError
+from megatron_sr1.records import Message
+
+_TURN_COLUMNS = ("messages", "conversations")
+_TEXT_COLUMNS = ("problem", "question", "prompt")
+_ALPACA_COLUMNS = ("instruction", "input", "output")
+_ANSWER_COLUMNS = ("reward_model.ground_truth", "answer", "solution")
+_IMAGE_COLUMNS = ("images", "image")
+_BEFORE_COLUMNS = ("system", "history")
+_REFUSED_COLUMNS = ("tools", "videos", "video", "audios", "audio")
+_RIVALS = (
+    (*_TURN_COLUMNS, *_TEXT_COLUMNS),
+    ("reward_model", *_ANSWER_COLUMNS),
+    _IMAGE_COLUMNS,
+)
+"""Columns that a mapped one of the same group replaces."""
+COLUMNS = frozenset(
+    (*_TURN_COLUMNS, *_TEXT_COLUMNS, *_ALPACA_COLUMNS, *_BEFORE_COLUMNS, "answer", "solution")
+    + _IMAGE_COLUMNS
+)
+"""Names that mean something; all others are metadata."""
+
+
+def record_from_row(
+    row: Mapping[str, Any], *, folder: Path, where: str, columns: Mapping[str, str] | None = None
+) -> Record:
+    """Turn one row of a source into a record.
+
+    Args:
+        row: columns of the row; see the module's docstring.
+        folder: relative image paths start here.
+        where: names the row in errors, as `train.parquet row 17`.
+        columns: name -> where its value is in the row: a column, or a dotted path into one
+            (`prompt.0.content`). Columns that would stand for the same are metadata then.
+
+    Returns:
+        the record, its images decoded once to see that they can be, its marks counted.
+
+    Raises:
+        DataError: unknown columns, missing text or answer, bad image, marks that do not fit.
+    """
+    columns = columns or {}
+    known = _renamed(row, columns, where)
+    lost = [c for c in _REFUSED_COLUMNS if is_given(known.get(c))]
+    if lost:
+        raise DataError(
+            f"{where}: the column {lost[0]} is not empty, and nothing here learns from it; leave "
+            "the row or the column out",
+            kind=f"a column {lost[0]} that nothing learns from",
+        )
+    messages, inline, used = _conversation(known, where)
+    answers, answer_column = _answers(known, where)
+    is_sft = used.isdisjoint(_TEXT_COLUMNS) and any(m.role == "assistant" for m in messages)
+    if not answers and not is_sft:
+        raise DataError(
+            f"{where}: no gold answer; expected a column answer or solution that is not empty (or "
+            f"reward_model.ground_truth), got {_columns(row)}",
+            kind="no gold answer",
+        )
+    column = _image_column(known, inline, where)
+    images = image_files(known[column] if column else inline, folder, where)
+    for number, data in enumerate(images):
+        decode_image(data, f"{where}, image {number}")
+    messages = place_marks(messages, len(images), where)
+    _check_said(messages, where)
+    used = {*used, answer_column, *_IMAGE_COLUMNS, *_BEFORE_COLUMNS} - columns.keys()
+    metadata = _metadata(row, used | {*columns.values()})
+    return Record(messages, answers[0] if answers else None, images, metadata, answers[1:])
+
+
+def _renamed(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> Mapping[str, Any]:
+    """A row with mapped columns under their names, and without the rivals of those."""
+    if not columns:
+        return row
+    found = {name: look_up(row, path) for name, path in columns.items()}
+    for name, value in found.items():
+        if value is None and name not in _IMAGE_COLUMNS:
+            raise DataError(
+                f"{where}: nothing at {columns[name]}, which is to be the column {name}; the row "
+                f"has {_columns(row)}",
+                kind=f"nothing at {columns[name]}",
+            )
+    rivals = {c for group in _RIVALS if not found.keys().isdisjoint(group) for c in group}
+    return {**{k: v for k, v in row.items() if k not in rivals}, **found}
+
+
+def look_up(row: Mapping[str, Any], path: str) -> Any:
+    """The value of a column, or at a dotted path into it; None where nothing is."""
+    if path in row:
+        return row[path]
+    value: Any = row
+    for step in path.split("."):
+        if isinstance(value, Mapping):
+            value = value.get(step)
+        elif isinstance(value, list | tuple) and step.isdecimal() and int(step) < len(value):
+            value = value[int(step)]
+        else:
+            return None
+    return value
+
+
+def is_given(value: Any) -> bool:
+    """Whether a column holds anything; blanks, empty lists and empty objects are nothing."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    return value is not None and not (isinstance(value, list | tuple | Mapping) and not value)
+
+
+def _conversation(
+    row: Mapping[str, Any], where: str
+) -> tuple[tuple[Message, ...], list[Any], set[str]]:
+    """Messages, the images inside them, and the columns that they were read from."""
+    lists = (*_TURN_COLUMNS, *(("prompt",) if not isinstance(row.get("prompt"), str) else ()))
+    column = next((c for c in lists if is_given(row.get(c))), None)
+    if column is None:
+        turns, used = _single_turn(row, where)
+        turns = [*_history(row, where), *turns]
+    elif is_given(row.get("history")):
+        raise DataError(f"{where}: both {column} and history; put all turns into {column}")
+    else:
+        turns, used = row[column], {column}
+    messages, images = read_turns(turns, column or "history", where)
+    return checked_turns((*_system(row, messages, where), *messages), where), images, used
+
+
+def _single_turn(row: Mapping[str, Any], where: str) -> tuple[list[dict[str, str]], set[str]]:
+    """The turns of a row that holds its texts in columns of their own, and those columns."""
+    text = next((c for c in _TEXT_COLUMNS if is_given(row.get(c))), None)
+    if text:
+        return [{"role": "user", "content": _string(row, text, where)}], {text}
+    asked = [_string(row, c, where) for c in ("instruction", "input") if is_given(row.get(c))]
+    if asked and is_given(row.get("output")):
+        said = {"role": "assistant", "content": _string(row, "output", where)}
+        return [{"role": "user", "content": "\n\n".join(asked)}, said], {*_ALPACA_COLUMNS}
+    raise DataError(
+        f"{where}: columns {_columns(row)}; expected problem or question (with answer or "
+        "solution), messages or conversations, or instruction and output, and not empty",
+        kind="no columns with a question or a conversation",
+    )
+
+
+def _history(row: Mapping[str, Any], where: str) -> list[dict[str, str]]:
+    """Alpaca's earlier turns: a list of (question, answer) pairs."""
+    pairs = row.get("history")
+    if not is_given(pairs):
+        return []
+    good = isinstance(pairs, list | tuple) and all(
+        isinstance(p, list | tuple) and len(p) == 2 and all(isinstance(t, str) for t in p)
+        for p in pairs
+    )
+    if not good:
+        raise DataError(f"{where}: history is {shown(pairs)}; expected [[question, answer], …]")
+    assert pairs is not None
+    roles = ("user", "assistant")
+    return [{"role": r, "content": t} for p in pairs for r, t in zip(roles, p, strict=True)]
+
+
+def _system(row: Mapping[str, Any], messages: Sequence[Message], where: str) -> list[Message]:
+    """The system turn of the column `system`, where the conversation has not the same one."""
+    if not is_given(row.get("system")):
+        return []
+    told = Message("system", _string(row, "system", where))
+    if not messages or messages[0].role != "system":
+        return [told]
+    if messages[0].content.strip() != told.content.strip():
+        raise DataError(
+            f"{where}: the column system and the system turn of the conversation differ; keep one"
+        )
+    return []
+
+
+def _answers(row: Mapping[str, Any], where: str) -> tuple[tuple[str, ...], str]:
+    """The gold answers of the first column that has any, and the column."""
+    for column in _ANSWER_COLUMNS:
+        value = look_up(row, column)
+        answers = gold_answers(value, where) if value is not None else ()
+        if answers:
+            return answers, column
+    return (), ""
+
+
+def _image_column(row: Mapping[str, Any], inline: Sequence[Any], where: str) -> str | None:
+    """The column with the images; None where they are inside the turns or there are none."""
+    values = {c: row[c] for c in _IMAGE_COLUMNS if row.get(c) is not None}
+    given = [c for c, v in values.items() if not (isinstance(v, list | tuple) and not v)]
+    if len(given) == 2 and values["images"] in (values["image"], [values["image"]]):
+        given.pop()
+    if len(given) + bool(inline) > 1:
+        what = " and in ".join([*given, *(["the turns themselves"] if inline else [])])
+        raise DataError(
+            f"{where}: images in {what}; keep those of one place", kind="images in two places"
+        )
+    return given[0] if given else None
+
+
+def _check_said(messages: Sequence[Message], where: str) -> None:
+    """No turn of a user's or an assistant's is empty."""
+    for number, message in enumerate(messages):
+        if message.role != "system" and not message.content.strip():
+            raise DataError(
+                f"{where}: turn {number}, of the {message.role}, is empty; expected text",
+                kind="an empty turn",
+            )
+
+
+def _metadata(row: Mapping[str, Any], used: set[str]) -> dict[str, Any]:
+    left = {k: v for k, v in row.items() if k not in used and v is not None}
+    known = COLUMNS | {*_REFUSED_COLUMNS}
+    return {k: v for k, v in left.items() if (k not in known or is_given(v)) and is_json({k: v})}
+
+
+def _columns(row: Mapping[str, Any]) -> str:
+    return shown(sorted(map(str, row)), 200)
+
+
+def _string(row: Mapping[str, Any], column: str, where: str) -> str:
+    value = row[column]
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {column} is {shown(value)}; expected a string")
+    return value
