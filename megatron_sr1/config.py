@@ -120,7 +120,7 @@ class DataConfig:
     min_pixels: int = number(262144, at_least=784, at_most=2**27)
     """Smallest image area, pixels; a token of the language model is 28 x 28."""
     max_pixels: int = number(4194304, at_least=784, at_most=2**27)
-    """Largest image area, pixels."""
+    """Largest image area, pixels; rounding to patches may exceed it (docs/data.md)."""
 
 
 @dataclass
