@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from megatron_sr1.model import flops
 from megatron_sr1.model.hf_config import HFConfig
-from megatron_sr1.planning import flops
 from megatron_sr1.planning.hardware import (
     COLLECTIVE_SECONDS,
     ENGINE_RESERVED_BYTES,

@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_sr1.config import Config
+from megatron_sr1.model import flops
 from megatron_sr1.model.hf_config import HFConfig
-from megatron_sr1.planning import flops
 from megatron_sr1.planning.activations import Kernels, text_layer_bytes, vision_bytes
 from megatron_sr1.planning.engine_time import compute_seconds
 from megatron_sr1.planning.hardware import (

@@ -8,8 +8,8 @@ the optimizer.
 from __future__ import annotations
 
 from megatron_sr1.config import Config
+from megatron_sr1.model import flops
 from megatron_sr1.model.hf_config import HFConfig
-from megatron_sr1.planning import flops
 from megatron_sr1.planning.activations import Kernels
 from megatron_sr1.planning.hardware import (
     LINK_SHARE,

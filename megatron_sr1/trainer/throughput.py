@@ -4,7 +4,7 @@ In: what each rank worked on, and the step's times. Out: metrics; docs/observing
 
 Source: MFU as in PaLM (arXiv 2204.02311, appendix B): the operations that the model needs, whatever
 was recomputed or padded, over those of the devices' peak in that time. Operations are counted by
-planning/flops.py.
+model/flops.py.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from megatron_sr1.model import flops
+from megatron_sr1.model.flops import CAUSAL_SHARE, Work
 from megatron_sr1.model.hf_config import HFConfig
-from megatron_sr1.planning import flops
-from megatron_sr1.planning.flops import CAUSAL_SHARE, Work
 from megatron_sr1.planning.hardware import peak_of
 from megatron_sr1.planning.memory import is_tower_frozen
 from megatron_sr1.records import Prompt, Rollout, TrainSample

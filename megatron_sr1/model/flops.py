@@ -2,7 +2,7 @@
 
 In: a model's shape, tokens, patches. Out: `Work`: of dense products and of attention apart, as GPUs
 do them at different rates. Norms, rotary embedding and the optimizer are not counted: memory bounds
-them. tests/unit/test_planning_flops.py counts the same on the real model.
+them. tests/unit/test_flops.py counts the same on the real model.
 """
 
 from __future__ import annotations

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_sr1.model import flops
 from megatron_sr1.model.build import build_model
 from megatron_sr1.model.hf_config import parse_hf_config
-from megatron_sr1.planning import flops
 from megatron_sr1.runtime import cpu
 from tests.planned_models import fill, make_row, raw_config
 
