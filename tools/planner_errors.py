@@ -14,9 +14,9 @@ from pathlib import Path
 from megatron_sr1.config_file import load_config
 from megatron_sr1.model.hf_config import HFConfig, parse_hf_config
 from megatron_sr1.planning.estimate import Estimate, estimate
-from megatron_sr1.planning.hardware import find_gpu
 from megatron_sr1.planning.layout import Layout
 from megatron_sr1.planning.workload import Workload, workload
+from megatron_sr1.runtime.gpus import find_gpu
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "qwen25vl_7b.yaml"

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 from megatron_sr1.model import flops
 from megatron_sr1.model.hf_config import HFConfig
-from megatron_sr1.planning.hardware import (
+from megatron_sr1.planning.static_memory import num_parameters
+from megatron_sr1.planning.workload import DESCRIPTION_SHARE, Workload
+from megatron_sr1.runtime.gpus import (
     COLLECTIVE_SECONDS,
     ENGINE_RESERVED_BYTES,
     ENGINE_SEQUENCE_SECONDS,
@@ -23,8 +25,6 @@ from megatron_sr1.planning.hardware import (
     Gpu,
     all_reduce_seconds,
 )
-from megatron_sr1.planning.memory import num_parameters
-from megatron_sr1.planning.workload import DESCRIPTION_SHARE, Workload
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from megatron_sr1.config import Config
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.planning import engine_time, train_time
+from megatron_sr1.planning.actor_time import Actor, balanced_layers
 from megatron_sr1.planning.engine_time import Replica
-from megatron_sr1.planning.hardware import GPUS_PER_NODE, Gpu
 from megatron_sr1.planning.layout import Layout, candidates, engine_sizes
-from megatron_sr1.planning.memory import DTYPE_BYTES, StaticMemory, is_tower_frozen
 from megatron_sr1.planning.rank_memory import Memory, rank_memory
-from megatron_sr1.planning.stage_time import Actor, balanced_layers
+from megatron_sr1.planning.static_memory import DTYPE_BYTES, StaticMemory, is_tower_frozen
 from megatron_sr1.planning.workload import Workload
+from megatron_sr1.runtime.gpus import GPUS_PER_NODE, Gpu
 
 NEARLY = 0.1
 """Layouts whose times differ by so much are held to be equally fast."""

@@ -14,7 +14,7 @@ from megatron_sr1.config import Config, ParallelConfig
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.model.layout_checks import check_layout
-from megatron_sr1.planning.hardware import GPUS_PER_NODE
+from megatron_sr1.runtime.gpus import GPUS_PER_NODE
 
 LARGEST_CONTEXT = 8
 

@@ -18,10 +18,10 @@ from megatron_sr1.planning.estimate import (
     nothing_fits,
     variants,
 )
-from megatron_sr1.planning.hardware import RESERVED_BYTES, Gpu
 from megatron_sr1.planning.layout import check, configured, cut_keys
-from megatron_sr1.planning.memory import num_parameters
+from megatron_sr1.planning.static_memory import num_parameters
 from megatron_sr1.planning.workload import Workload
+from megatron_sr1.runtime.gpus import RESERVED_BYTES, Gpu
 
 NUM_SHOWN = 8
 

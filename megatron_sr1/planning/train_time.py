@@ -11,16 +11,16 @@ from megatron_sr1.config import Config
 from megatron_sr1.model import flops
 from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.planning.activations import Kernels
-from megatron_sr1.planning.hardware import (
+from megatron_sr1.planning.actor_time import Actor, rank_seconds
+from megatron_sr1.planning.schedule import num_slots
+from megatron_sr1.planning.static_memory import DTYPE_BYTES, TOWER, StaticMemory, num_parameters
+from megatron_sr1.planning.workload import Workload
+from megatron_sr1.runtime.gpus import (
     LINK_SHARE,
     MEMORY_SHARE,
     all_reduce_seconds,
     gather_seconds,
 )
-from megatron_sr1.planning.memory import DTYPE_BYTES, TOWER, StaticMemory, num_parameters
-from megatron_sr1.planning.schedule import num_slots
-from megatron_sr1.planning.stage_time import Actor, rank_seconds
-from megatron_sr1.planning.workload import Workload
 
 
 def num_micro_batches(actor: Actor, sequences: float) -> float:

@@ -13,7 +13,7 @@ from megatron_sr1.data.shards import ShardReader
 from megatron_sr1.errors import SR1Error
 from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.planning.layout import check, configured
-from megatron_sr1.planning.memory import static_memory
+from megatron_sr1.planning.static_memory import static_memory
 from megatron_sr1.rewards.own import OwnReward
 
 

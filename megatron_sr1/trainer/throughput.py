@@ -16,10 +16,10 @@ import torch
 from megatron_sr1.model import flops
 from megatron_sr1.model.flops import CAUSAL_SHARE, Work
 from megatron_sr1.model.hf_config import HFConfig
-from megatron_sr1.planning.hardware import peak_of
-from megatron_sr1.planning.memory import is_tower_frozen
+from megatron_sr1.planning.static_memory import is_tower_frozen
 from megatron_sr1.records import Prompt, Rollout, TrainSample
 from megatron_sr1.runtime.device import Device
+from megatron_sr1.runtime.gpus import peak_of
 
 PHASES = {
     "rollout": ("pass1", "pass2"),

@@ -28,12 +28,12 @@ from megatron_sr1.planning.activations import (  # noqa: E402
     vision_bytes,
 )
 from megatron_sr1.planning.layout import check, configured  # noqa: E402
-from megatron_sr1.planning.memory import (  # noqa: E402
+from megatron_sr1.planning.schedule import in_flight  # noqa: E402
+from megatron_sr1.planning.static_memory import (  # noqa: E402
     DTYPE_BYTES,
     is_tower_frozen,
     static_memory,
 )
-from megatron_sr1.planning.schedule import in_flight  # noqa: E402
 from megatron_sr1.records import PackedBatch  # noqa: E402
 from megatron_sr1.runtime.device import select_device, start_distributed  # noqa: E402
 from megatron_sr1.runtime.groups import destroy_groups, make_groups  # noqa: E402

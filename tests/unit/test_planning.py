@@ -14,9 +14,9 @@ from megatron_sr1.config_file import load_config
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.model.hf_config import parse_hf_config
 from megatron_sr1.planning.activations import Kernels, vision_bytes
+from megatron_sr1.planning.actor_time import Actor, tower
 from megatron_sr1.planning.engine_time import Replica, decode_seconds, pass_seconds
 from megatron_sr1.planning.estimate import choose, estimate, estimates, variants
-from megatron_sr1.planning.hardware import GPUS, find_gpu
 from megatron_sr1.planning.layout import (
     Layout,
     balanced_stages,
@@ -24,9 +24,9 @@ from megatron_sr1.planning.layout import (
     configured,
     cut_keys,
 )
-from megatron_sr1.planning.memory import TOWER, num_parameters, static_memory
-from megatron_sr1.planning.stage_time import Actor, tower
+from megatron_sr1.planning.static_memory import TOWER, num_parameters, static_memory
 from megatron_sr1.planning.workload import row_budget, workload
+from megatron_sr1.runtime.gpus import GPUS, find_gpu
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = ROOT / "tests" / "published"

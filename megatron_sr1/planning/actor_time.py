@@ -14,7 +14,9 @@ from megatron_sr1.model import flops
 from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.planning.activations import Kernels, text_layer_bytes, vision_bytes
 from megatron_sr1.planning.engine_time import compute_seconds
-from megatron_sr1.planning.hardware import (
+from megatron_sr1.planning.layout import Layout, balanced_stages
+from megatron_sr1.planning.workload import Workload, row_budget
+from megatron_sr1.runtime.gpus import (
     GPUS_PER_NODE,
     LINK_SHARE,
     MEMORY_SHARE,
@@ -22,8 +24,6 @@ from megatron_sr1.planning.hardware import (
     all_reduce_seconds,
     gather_seconds,
 )
-from megatron_sr1.planning.layout import Layout, balanced_stages
-from megatron_sr1.planning.workload import Workload, row_budget
 
 
 @dataclass(frozen=True)
