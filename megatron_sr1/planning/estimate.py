@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from megatron_sr1.checkpoint.mapping import is_tower_frozen
 from megatron_sr1.config import Config
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.model.hf_config import HFConfig
@@ -18,7 +19,7 @@ from megatron_sr1.planning.actor_time import Actor, balanced_layers
 from megatron_sr1.planning.engine_time import Replica
 from megatron_sr1.planning.layout import Layout, candidates, engine_sizes
 from megatron_sr1.planning.rank_memory import Memory, rank_memory
-from megatron_sr1.planning.static_memory import DTYPE_BYTES, StaticMemory, is_tower_frozen
+from megatron_sr1.planning.static_memory import DTYPE_BYTES, StaticMemory
 from megatron_sr1.planning.workload import Workload
 from megatron_sr1.runtime.gpus import GPUS_PER_NODE, Gpu
 

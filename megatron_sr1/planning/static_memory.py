@@ -18,15 +18,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from megatron_sr1.checkpoint.mapping import EMBEDDING, OUTPUT, Entry, entries
+from megatron_sr1.checkpoint.mapping import EMBEDDING, OUTPUT, TOWER, Entry, entries, is_frozen
 from megatron_sr1.config import Config
-from megatron_sr1.model.hf_config import HFConfig, TextConfig, VisionConfig
+from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.planning.layout import Layout
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 PARAMETER_ALIGNMENT = 64
 BUCKET_ALIGNMENT = 128
-TOWER = "vision_model."
 _LAYER = re.compile(r"language_model\.decoder\.layers\.(\d+)\.")
 
 
@@ -73,44 +72,30 @@ def stage_parameters(
         stage: from 0, virtual stages counted.
         freeze: patterns of `model.freeze`.
     """
-    layers = layout.layers(hf_config.text.num_layers)
-    ends = stage == 0, stage == len(layers) - 1
-    return _cut(hf_config.text, hf_config.vision, hf_config.tie_word_embeddings, layout.tensor,
-                layout.tower, layers[stage], *ends, tuple(freeze))  # fmt: skip
+    layers = layout.layers(hf_config.text.num_layers)[stage]
+    return _cut(hf_config, layout.tensor, layout.tower, layers, tuple(freeze))
 
 
 @lru_cache(maxsize=1024)
 def _cut(
-    text: TextConfig,
-    vision: VisionConfig,
-    is_tied: bool,
-    tensor: int,
-    tower: int,
-    layers: range,
-    is_first: bool,
-    is_last: bool,
-    freeze: tuple[str, ...],
+    hf_config: HFConfig, tensor: int, tower: int, layers: range, freeze: tuple[str, ...]
 ) -> tuple[Parameter, ...]:
+    is_first, is_last = layers.start == 0, layers.stop == hf_config.text.num_layers
     found = []
-    for entry in _entries(text, vision, is_tied):
+    for entry in entries(hf_config):
         layer, is_vision = _LAYER.match(entry.name), entry.name.startswith(TOWER)
         if layer:
             is_here = int(layer[1]) in layers
         else:
             is_here = is_first if is_vision or entry.name == EMBEDDING else is_last
         numel = _own_numel(entry, tower if is_vision else tensor)
-        made = Parameter(entry.name, numel, not _is_frozen(entry, freeze))
-        if entry.name == EMBEDDING and is_tied and not (is_first and is_last):
+        made = Parameter(entry.name, numel, not is_frozen(entry, freeze))
+        if entry.name == EMBEDDING and hf_config.tie_word_embeddings and not (is_first and is_last):
             made = replace(made, is_shared=True)
             found += [replace(made, name=OUTPUT)] if is_last else []
         if is_here:
             found.append(made)
     return tuple(sorted(found, key=_model_order))
-
-
-@lru_cache(maxsize=8)
-def _entries(text: TextConfig, vision: VisionConfig, is_tied: bool) -> tuple[Entry, ...]:
-    return entries(HFConfig(text, vision, -1, -1, -1, -1, is_tied, {}))
 
 
 def static_memory(
@@ -150,22 +135,10 @@ def state_bytes(config: Config) -> int:
     return 2 * held if config.model.dtype == "float32" else 3 * held
 
 
-def is_tower_frozen(hf_config: HFConfig, freeze: Sequence[str]) -> bool:
-    """Whether nothing of the tower learns, so that its activations go at once."""
-    model = _entries(hf_config.text, hf_config.vision, hf_config.tie_word_embeddings)
-    tower = [e for e in model if e.name.startswith(TOWER)]
-    return all(_is_frozen(entry, freeze) for entry in tower)
-
-
 def num_parameters(hf_config: HFConfig, part: str = "") -> int:
     """Of the model as published, or of the part whose names start so."""
-    model = _entries(hf_config.text, hf_config.vision, hf_config.tie_word_embeddings)
-    part_of = [entry for entry in model if entry.name.startswith(part)]
+    part_of = [entry for entry in entries(hf_config) if entry.name.startswith(part)]
     return sum(math.prod(shape) for entry in part_of for shape in entry.hf_shapes)
-
-
-def _is_frozen(entry: Entry, freeze: Sequence[str]) -> bool:
-    return any(all(re.search(p, name) for name in entry.hf_names) for p in freeze)
 
 
 def _own_numel(entry: Entry, tensor: int) -> int:

@@ -7,13 +7,14 @@ the optimizer.
 
 from __future__ import annotations
 
+from megatron_sr1.checkpoint.mapping import TOWER
 from megatron_sr1.config import Config
 from megatron_sr1.model import flops
 from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.planning.activations import Kernels
 from megatron_sr1.planning.actor_time import Actor, rank_seconds
 from megatron_sr1.planning.schedule import num_slots
-from megatron_sr1.planning.static_memory import DTYPE_BYTES, TOWER, StaticMemory, num_parameters
+from megatron_sr1.planning.static_memory import DTYPE_BYTES, StaticMemory, num_parameters
 from megatron_sr1.planning.workload import Workload
 from megatron_sr1.runtime.gpus import (
     LINK_SHARE,

@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from megatron_sr1.checkpoint.mapping import is_tower_frozen
 from megatron_sr1.model import flops
 from megatron_sr1.model.flops import CAUSAL_SHARE, Work
 from megatron_sr1.model.hf_config import HFConfig
-from megatron_sr1.planning.static_memory import is_tower_frozen
 from megatron_sr1.records import Prompt, Rollout, TrainSample
 from megatron_sr1.runtime.device import Device
 from megatron_sr1.runtime.gpus import peak_of
