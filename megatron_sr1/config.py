@@ -59,6 +59,11 @@ class ParallelConfig:
     distributed_optimizer: bool = True
     """Shard optimizer state over data-parallel ranks."""
 
+    @property
+    def replica_size(self) -> int:
+        """Ranks that hold one copy of the actor between them."""
+        return self.tensor * self.pipeline * self.context
+
 
 @dataclass
 class DataConfig:
@@ -89,6 +94,11 @@ class DataConfig:
     """Smallest image area, pixels."""
     max_pixels: int = 4194304
     """Largest image area, pixels."""
+
+    @property
+    def row_budget(self) -> int:
+        """Budget of a micro-batch, tokens; 0 if each sequence has a micro-batch of its own."""
+        return self.pack_tokens if self.packing else 0
 
 
 @dataclass

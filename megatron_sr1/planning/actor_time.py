@@ -15,7 +15,7 @@ from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.planning.activations import Kernels, text_layer_bytes, vision_bytes
 from megatron_sr1.planning.engine_time import compute_seconds
 from megatron_sr1.planning.layout import Layout, balanced_stages
-from megatron_sr1.planning.workload import Workload, row_budget
+from megatron_sr1.planning.workload import Workload
 from megatron_sr1.runtime.gpus import (
     GPUS_PER_NODE,
     LINK_SHARE,
@@ -51,7 +51,7 @@ class Actor:
     @property
     def row_tokens(self) -> float:
         """Of a micro-batch, on all context-parallel ranks."""
-        return max(row_budget(self.config), self.work.sequence_tokens)
+        return max(self.config.data.row_budget, self.work.sequence_tokens)
 
     @property
     def tokens(self) -> float:

@@ -126,14 +126,13 @@ def cut_keys(layout: Layout | ParallelConfig) -> dict[str, str]:
 def configured(config: Config, num_gpus: int) -> Layout | None:
     """The layout that a configuration names; None if it does not divide the GPUs."""
     parallel = config.parallel
-    model_size = parallel.tensor * parallel.pipeline * parallel.context
-    if num_gpus % model_size or num_gpus % config.rollout.tensor_parallel:
+    if num_gpus % parallel.replica_size or num_gpus % config.rollout.tensor_parallel:
         return None
     return Layout(
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
         context=parallel.context,
-        data=num_gpus // model_size,
+        data=num_gpus // parallel.replica_size,
         sequence=parallel.sequence,
         recompute=config.model.recompute,
         engine=config.rollout.tensor_parallel,

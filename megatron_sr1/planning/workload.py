@@ -145,9 +145,4 @@ def row_tokens(config: Config) -> int:
     longest = config.data.max_prompt_tokens
     if config.stage != "sft":
         longest += config.rollout.max_response_tokens
-    return max(row_budget(config), longest)
-
-
-def row_budget(config: Config) -> int:
-    """Of a micro-batch, tokens; 0 where each sequence has its own."""
-    return config.data.pack_tokens if config.data.packing else 0
+    return max(config.data.row_budget, longest)

@@ -86,7 +86,7 @@ def _layout(config: Config) -> str:
     parallel = config.parallel
     text = f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context}"
     text += ", sequence parallel" if parallel.sequence else ""
-    model_size = parallel.tensor * parallel.pipeline * parallel.context
+    model_size = parallel.replica_size
     ranks = config.launch.num_processes
     if not ranks:
         return f"{text} = {model_size} ranks a replica; data parallel is what the launch brings"
@@ -97,9 +97,7 @@ def _layout(config: Config) -> str:
 
 def _num_ranks(config: Config) -> int:
     """As configured, or of one replica."""
-    parallel = config.parallel
-    replica = parallel.tensor * parallel.pipeline * parallel.context
-    return config.launch.num_processes or replica
+    return config.launch.num_processes or config.parallel.replica_size
 
 
 def _parameters(config: Config) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sr1.checkpoint.mapping import TOWER
 from megatron_sr1.cli import main
 from megatron_sr1.config_file import load_config
 from megatron_sr1.errors import ConfigError
@@ -24,8 +25,8 @@ from megatron_sr1.planning.layout import (
     configured,
     cut_keys,
 )
-from megatron_sr1.planning.static_memory import TOWER, num_parameters, static_memory
-from megatron_sr1.planning.workload import row_budget, workload
+from megatron_sr1.planning.static_memory import num_parameters, static_memory
+from megatron_sr1.planning.workload import workload
 from megatron_sr1.runtime.gpus import GPUS, find_gpu
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -326,5 +327,5 @@ def test_the_documentation_has_the_table_of_errors_as_it_is_computed():
 
 
 def test_without_packing_a_row_is_a_sequence():
-    assert row_budget(load_config(SEVEN, [])) == 8192
-    assert row_budget(load_config(SEVEN, ["data.packing=false"])) == 0
+    assert load_config(SEVEN, []).data.row_budget == 8192
+    assert load_config(SEVEN, ["data.packing=false"]).data.row_budget == 0
