@@ -23,8 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_sr1.planning.costs import ENGINE_STEP_SECONDS
 from megatron_sr1.rollout.recording import EngineStep
-from megatron_sr1.runtime.gpus import ENGINE_STEP_SECONDS, Gpu, find_gpu
+from megatron_sr1.runtime.gpus import Gpu, find_gpu
 
 WEIGHT_BYTES = 2  # bfloat16
 

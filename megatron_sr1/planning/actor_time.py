@@ -13,17 +13,17 @@ from megatron_sr1.config import Config
 from megatron_sr1.model import flops
 from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.planning.activations import Kernels, text_layer_bytes, vision_bytes
-from megatron_sr1.planning.engine_time import compute_seconds
-from megatron_sr1.planning.layout import Layout, balanced_stages
-from megatron_sr1.planning.workload import Workload
-from megatron_sr1.runtime.gpus import (
-    GPUS_PER_NODE,
-    LINK_SHARE,
-    MEMORY_SHARE,
-    Gpu,
+from megatron_sr1.planning.costs import (
     all_reduce_seconds,
+    compute_seconds,
     gather_seconds,
+    memory_seconds,
+    transfer_seconds,
 )
+from megatron_sr1.planning.layout import Layout
+from megatron_sr1.planning.schedule import balanced_stages
+from megatron_sr1.planning.workload import Workload
+from megatron_sr1.runtime.gpus import GPUS_PER_NODE, Gpu
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Part:
         What a layer keeps is written and read on the way forward; backward reads it and writes as
         much of gradients, and reads those.
         """
-        moves = self.traffic / (gpu.memory_rate * MEMORY_SHARE)
+        moves = memory_seconds(self.traffic, gpu)
         if not (with_backward and self.learns):
             return compute_seconds(self.work, gpu) / self.ranks + 2 * moves + self.joins
         everything = self.work + flops.backward(self.work) + self.again
@@ -191,4 +191,4 @@ def _send_seconds(actor: Actor) -> float:
     layout, gpu = actor.layout, actor.gpu
     rate = gpu.network_rate if layout.num_ranks > GPUS_PER_NODE else gpu.nvlink_rate
     split = layout.tensor if layout.sequence else 1
-    return actor.row_bytes / split / (rate * LINK_SHARE)
+    return transfer_seconds(actor.row_bytes / split, rate)

@@ -13,18 +13,18 @@ from dataclasses import dataclass
 
 from megatron_sr1.model import flops
 from megatron_sr1.model.hf_config import HFConfig
-from megatron_sr1.planning.static_memory import num_parameters
-from megatron_sr1.planning.workload import DESCRIPTION_SHARE, Workload
-from megatron_sr1.runtime.gpus import (
+from megatron_sr1.planning.costs import (
     COLLECTIVE_SECONDS,
     ENGINE_RESERVED_BYTES,
     ENGINE_SEQUENCE_SECONDS,
     ENGINE_STEP_SECONDS,
-    LINK_SHARE,
-    MEMORY_SHARE,
-    Gpu,
     all_reduce_seconds,
+    memory_seconds,
+    transfer_seconds,
 )
+from megatron_sr1.planning.static_memory import num_parameters
+from megatron_sr1.planning.workload import DESCRIPTION_SHARE, Workload
+from megatron_sr1.runtime.gpus import Gpu
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Replica:
         work = layer.times(text.num_layers) + flops.head(self.hf_config, running)
         weights = work.dense / (2 * running) * self.dtype_bytes / self.ranks
         traffic = weights + running * context_tokens * self.token_bytes
-        reading = traffic / (gpu.memory_rate * MEMORY_SHARE)
+        reading = memory_seconds(traffic, gpu)
         computing = work.dense / self.ranks / (gpu.peak_flops * gpu.matmul_share)
         joining = 0.0
         if self.ranks > 1:
@@ -176,12 +176,6 @@ def sync_seconds(replica: Replica, world: int) -> float:
     """Every rank gets the whole weights and writes its share of them into the engine."""
     num_bytes = num_parameters(replica.hf_config) * replica.dtype_bytes
     gpu = replica.gpu
-    moving = 0.0 if world == 1 else num_bytes / (gpu.nvlink_rate * LINK_SHARE)
+    moving = 0.0 if world == 1 else transfer_seconds(num_bytes, gpu.nvlink_rate)
     # Read, joined and written on the way; then written and read once more by the engine.
-    return moving + 4 * num_bytes / (gpu.memory_rate * MEMORY_SHARE)
-
-
-def compute_seconds(work: flops.Work, gpu: Gpu) -> float:
-    """On one GPU."""
-    dense = work.dense / (gpu.peak_flops * gpu.matmul_share)
-    return dense + work.attention / (gpu.peak_flops * gpu.attention_share)
+    return moving + memory_seconds(4 * num_bytes, gpu)

@@ -16,6 +16,7 @@ from megatron_sr1.errors import ConfigError
 from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.planning import engine_time, train_time
 from megatron_sr1.planning.actor_time import Actor, balanced_layers
+from megatron_sr1.planning.costs import compute_seconds
 from megatron_sr1.planning.engine_time import Replica
 from megatron_sr1.planning.layout import Layout, candidates, engine_sizes
 from megatron_sr1.planning.rank_memory import Memory, rank_memory
@@ -213,7 +214,7 @@ def _phases(
         pass1, pass2 = engine_time.pass_seconds(replica, work, replicas)
         prefill = engine_time.prefill_work(hf_config, work)
         done["sync"] = engine_time.sync_seconds(replica, world), 0.0
-        done["prefill"] = engine_time.compute_seconds(prefill, gpu) / world, prefill.total
+        done["prefill"] = compute_seconds(prefill, gpu) / world, prefill.total
         done["pass1"] = pass1, first.total
         if work.reading_tokens:
             done["pass2"] = pass2, second.total

@@ -199,27 +199,3 @@ def engine_sizes(hf_config: HFConfig, num_gpus: int) -> list[int]:
         for size in range(1, min(GPUS_PER_NODE, num_gpus) + 1)
         if num_gpus % size == 0 and not any(h % size for h in heads)
     ]
-
-
-def balanced_stages(
-    layout: Layout, num_layers: int, first_work: float, layer_work: float, last_work: float
-) -> tuple[int, ...]:
-    """Layers of each stage so that the busiest rank of the pipeline has the least to do.
-
-    Args:
-        layout: names ranks and stages.
-        num_layers: to deal out; each stage gets one at least.
-        first_work: of the first stage beside its layers (the tower).
-        layer_work: of a layer, in the same unit.
-        last_work: of the last stage beside its layers (the logits).
-    """
-    layers = [1] * (layout.pipeline * layout.virtual)
-    beside = [first_work, *[0.0] * (len(layers) - 2), last_work]
-
-    def work(stage: int) -> float:
-        return beside[stage] + layers[stage] * layer_work
-
-    for _ in range(num_layers - len(layers)):
-        rank = min(range(layout.pipeline), key=lambda r: sum(map(work, layout.stages(r))))
-        layers[min(layout.stages(rank), key=work)] += 1
-    return tuple(layers)

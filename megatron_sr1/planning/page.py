@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from megatron_sr1.config import Config
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.model.hf_config import HFConfig
+from megatron_sr1.planning.costs import RESERVED_BYTES
 from megatron_sr1.planning.estimate import (
     Estimate,
     choose,
@@ -21,7 +22,7 @@ from megatron_sr1.planning.estimate import (
 from megatron_sr1.planning.layout import check, configured, cut_keys
 from megatron_sr1.planning.static_memory import num_parameters
 from megatron_sr1.planning.workload import Workload
-from megatron_sr1.runtime.gpus import RESERVED_BYTES, Gpu
+from megatron_sr1.runtime.gpus import Gpu
 
 NUM_SHOWN = 8
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from megatron_sr1.planning import activations
 from megatron_sr1.planning.actor_time import Actor
+from megatron_sr1.planning.costs import ENGINE_RESERVED_BYTES, RESERVED_BYTES
 from megatron_sr1.planning.engine_time import Replica
 from megatron_sr1.planning.schedule import in_flight
 from megatron_sr1.planning.static_memory import StaticMemory, static_memory
 from megatron_sr1.planning.workload import pixels_per_token, row_tokens
-from megatron_sr1.runtime.gpus import ENGINE_RESERVED_BYTES, RESERVED_BYTES
 
 
 @dataclass(frozen=True)

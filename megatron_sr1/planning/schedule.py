@@ -60,3 +60,27 @@ def num_slots(layout: Layout, rows: float) -> float:
     ranks = layout.pipeline
     before = (math.ceil(rows / ranks - 1e-9) - 1) * ranks
     return before + ranks + (rows - before - 1) / layout.virtual
+
+
+def balanced_stages(
+    layout: Layout, num_layers: int, first_work: float, layer_work: float, last_work: float
+) -> tuple[int, ...]:
+    """Layers of each stage so that the busiest rank of the pipeline has the least to do.
+
+    Args:
+        layout: names ranks and stages.
+        num_layers: to deal out; each stage gets one at least.
+        first_work: of the first stage beside its layers (the tower).
+        layer_work: of a layer, in the same unit.
+        last_work: of the last stage beside its layers (the logits).
+    """
+    layers = [1] * (layout.pipeline * layout.virtual)
+    beside = [first_work, *[0.0] * (len(layers) - 2), last_work]
+
+    def work(stage: int) -> float:
+        return beside[stage] + layers[stage] * layer_work
+
+    for _ in range(num_layers - len(layers)):
+        rank = min(range(layout.pipeline), key=lambda r: sum(map(work, layout.stages(r))))
+        layers[min(layout.stages(rank), key=work)] += 1
+    return tuple(layers)

@@ -13,15 +13,15 @@ from megatron_sr1.model import flops
 from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.planning.activations import Kernels
 from megatron_sr1.planning.actor_time import Actor, rank_seconds
+from megatron_sr1.planning.costs import (
+    all_reduce_seconds,
+    gather_seconds,
+    memory_seconds,
+    transfer_seconds,
+)
 from megatron_sr1.planning.schedule import num_slots
 from megatron_sr1.planning.static_memory import DTYPE_BYTES, StaticMemory, num_parameters
 from megatron_sr1.planning.workload import Workload
-from megatron_sr1.runtime.gpus import (
-    LINK_SHARE,
-    MEMORY_SHARE,
-    all_reduce_seconds,
-    gather_seconds,
-)
 
 
 def num_micro_batches(actor: Actor, sequences: float) -> float:
@@ -37,7 +37,7 @@ def forward_seconds(actor: Actor) -> float:
 
 def reference_seconds(actor: Actor, held: StaticMemory) -> float:
     """The same with the reference's weights: two copies to the host, two back."""
-    return forward_seconds(actor) + 4 * held.weights / (actor.gpu.host_rate * LINK_SHARE)
+    return forward_seconds(actor) + transfer_seconds(4 * held.weights, actor.gpu.host_rate)
 
 
 def update_seconds(actor: Actor, held: StaticMemory) -> float:
@@ -94,10 +94,10 @@ def _tower_sum_seconds(actor: Actor) -> float:
 def _optimizer_seconds(actor: Actor, held: StaticMemory) -> float:
     """State read and written, gradients read; over PCIe both ways where it is in host memory."""
     gpu, state = actor.gpu, held.optimizer + held.host
-    seconds = (2 * state + held.gradients) / (gpu.memory_rate * MEMORY_SHARE)
+    seconds = memory_seconds(2 * state + held.gradients, gpu)
     config = actor.config
     moves = config.stage == "grpo" and config.rollout.make_room == "optimizer"
-    return seconds + 2 * (state if moves else held.host) / (gpu.host_rate * LINK_SHARE)
+    return seconds + transfer_seconds(2 * (state if moves else held.host), gpu.host_rate)
 
 
 def kernels_of(config: Config) -> Kernels:

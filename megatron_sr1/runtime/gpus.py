@@ -61,22 +61,6 @@ DEVICE_NAMES = {
     "NVIDIA B200": "b200",
 }
 """What CUDA calls a GPU -> its name above. Others of the same family, as PCIe cards, are slower."""
-MEMORY_SHARE = 0.85
-"""Assumption: of the memory's rate that streaming kernels reach."""
-LINK_SHARE = 0.8
-"""Assumption: of NVLink's, the network's and PCIe's rate that collectives and copies reach."""
-COLLECTIVE_SECONDS = 10e-6
-"""Assumption: least time of a collective inside a machine."""
-ENGINE_STEP_SECONDS = 3e-3
-"""Of the engine beside its kernels, a step: vLLM 0.23 on an A100 40 GB, Llama 3.1 8B in bfloat16,
-one sequence, 75 tokens/s (a sweep by J. Musgrave, johnmusgrave.com) are 13.3 ms a step, of which
-its weights at 1,555 GB/s take 10.3."""
-ENGINE_SEQUENCE_SECONDS = 10e-6
-"""Assumption: of the engine beside its kernels, a step and sequence."""
-RESERVED_BYTES = 3e9
-"""Assumption: CUDA's context, NCCL's buffers, fragments of the allocator."""
-ENGINE_RESERVED_BYTES = 3e9
-"""Assumption: the engine's own activations and CUDA graphs, inside its share of the memory."""
 
 
 def find_gpu(name: str) -> Gpu:
@@ -95,17 +79,3 @@ def peak_of(device_name: str) -> float | None:
     """Peak of a GPU by what CUDA calls it, operations a second; None if it is not known."""
     name = DEVICE_NAMES.get(device_name)
     return None if name is None else GPUS[name].peak_flops
-
-
-def all_reduce_seconds(num_bytes: float, ranks: int, rate: float) -> float:
-    """Ring: each rank sends 2 (ranks - 1) / ranks of the bytes."""
-    if ranks == 1:
-        return 0.0
-    return COLLECTIVE_SECONDS + 2 * num_bytes * (ranks - 1) / ranks / (rate * LINK_SHARE)
-
-
-def gather_seconds(num_bytes: float, ranks: int, rate: float) -> float:
-    """Ring, for an all-gather to `num_bytes` or a reduce-scatter from them: half of the above."""
-    if ranks == 1:
-        return 0.0
-    return COLLECTIVE_SECONDS + num_bytes * (ranks - 1) / ranks / (rate * LINK_SHARE)

@@ -20,11 +20,11 @@ from megatron_sr1.planning.engine_time import Replica, decode_seconds, pass_seco
 from megatron_sr1.planning.estimate import choose, estimate, estimates, variants
 from megatron_sr1.planning.layout import (
     Layout,
-    balanced_stages,
     check,
     configured,
     cut_keys,
 )
+from megatron_sr1.planning.schedule import balanced_stages
 from megatron_sr1.planning.static_memory import num_parameters, static_memory
 from megatron_sr1.planning.workload import workload
 from megatron_sr1.runtime.gpus import GPUS, find_gpu
