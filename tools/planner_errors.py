@@ -15,7 +15,7 @@ from megatron_sr1.config_file import load_config
 from megatron_sr1.model.hf_config import HFConfig, parse_hf_config
 from megatron_sr1.planning.estimate import Estimate, estimate
 from megatron_sr1.planning.layout import Layout
-from megatron_sr1.planning.workload import Workload, workload
+from megatron_sr1.planning.workload import PlannedRun, Workload, workload
 from megatron_sr1.runtime.gpus import find_gpu
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,7 +81,7 @@ def easyr1_rows(line: EasyR1) -> list[str]:
     )
     layout = Layout(data=NUM_GPUS, recompute="full", engine=line.engine)
     gpu = find_gpu("h100")
-    found = estimate(config, hf_config, layout, gpu, work)
+    found = estimate(PlannedRun(config, hf_config, gpu, work), layout)
     flops = text_flops(hf_config, work)
     mfu = flops / (found.seconds["update"] * NUM_GPUS * gpu.peak_flops)
     rate = work.step_tokens / found.step_seconds / NUM_GPUS
@@ -98,7 +98,8 @@ def example(gpu: str, size: str = "7b", engine: int = 1, tensor: int = 4) -> Est
     config = load_config(EXAMPLE, ["rollout.pass2=barrier"])
     hf_config = read_published(size)
     layout = Layout(tensor, data=NUM_GPUS // tensor, sequence=True, recompute="full", engine=engine)
-    return estimate(config, hf_config, layout, find_gpu(gpu), workload(config, hf_config))
+    run = PlannedRun(config, hf_config, find_gpu(gpu), workload(config, hf_config))
+    return estimate(run, layout)
 
 
 def row(name: str, published: float, planned: float) -> str:

@@ -1,18 +1,18 @@
-"""How long one micro-batch takes on one rank of a pipeline.
+"""Time of the actor's phases: logprobs (forward passes) and updates.
 
-In: a model's shape, a layout, a GPU, mean lengths. Out: seconds of a layer, of the tower, of the
-logits, and their sum over the stages of a rank. Each takes its products, its traffic of activations
-and its collectives, none of which overlap here; between stages rows are sent on.
+In: a run and a layout. Out: seconds. The slowest rank of the pipeline sets the time of a
+micro-batch, and the schedule adds its bubble. On a rank the products, the memory traffic of the
+activations and the collectives of its layers, the tower and the logits add up: none of them overlap
+here. An update ends with the gradient reduction over data-parallel ranks and the optimizer.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_sr1.config import Config
+from megatron_sr1.checkpoint.mapping import TOWER
 from megatron_sr1.model import flops
 from megatron_sr1.model.hf_config import HFConfig
-from megatron_sr1.planning.activations import Kernels, text_layer_bytes, vision_bytes
 from megatron_sr1.planning.costs import (
     all_reduce_seconds,
     compute_seconds,
@@ -21,174 +21,222 @@ from megatron_sr1.planning.costs import (
     transfer_seconds,
 )
 from megatron_sr1.planning.layout import Layout
-from megatron_sr1.planning.schedule import balanced_stages
-from megatron_sr1.planning.workload import Workload
+from megatron_sr1.planning.rank_memory import kernels_of, text_layer_bytes, vision_bytes
+from megatron_sr1.planning.schedule import balanced_stages, num_slots
+from megatron_sr1.planning.static_memory import DTYPE_BYTES, StaticMemory, num_parameters
+from megatron_sr1.planning.workload import PlannedRun, Workload
 from megatron_sr1.runtime.gpus import GPUS_PER_NODE, Gpu
 
 
 @dataclass(frozen=True)
-class Actor:
-    """The trained model on a cluster, and what it learns from.
+class PartCost:
+    """Cost of one micro-batch in a part of a stage: a layer, the tower or the logits.
 
     Attributes:
-        config: of the run.
-        hf_config: shape of the model.
-        layout: of its ranks.
-        gpu: of its ranks.
-        kernels: of its layers.
-        trains_tower: whether anything of the tower learns.
-        work: a step's sequences, by their means.
-    """
-
-    config: Config
-    hf_config: HFConfig
-    layout: Layout
-    gpu: Gpu
-    kernels: Kernels
-    trains_tower: bool
-    work: Workload
-
-    @property
-    def row_tokens(self) -> float:
-        """Of a micro-batch, on all context-parallel ranks."""
-        return max(self.config.data.row_budget, self.work.sequence_tokens)
-
-    @property
-    def tokens(self) -> float:
-        """Of the rank's share of the row."""
-        return self.row_tokens / self.layout.context
-
-    @property
-    def row_bytes(self) -> float:
-        """Of the share's hidden states, whole over tensor-parallel ranks."""
-        return self.tokens * self.hf_config.text.hidden_size * self.kernels.dtype_bytes
-
-    @property
-    def patches(self) -> float:
-        """That a rank encodes of a row: its share, but at least an image, as that stays whole."""
-        row = self.row_tokens * self.work.image_patches / self.work.sequence_tokens
-        return max(row / self.layout.images, self.work.image_patches)
-
-
-@dataclass(frozen=True)
-class Part:
-    """What a micro-batch asks of a part of a stage.
-
-    Attributes:
-        work: operations of the forward pass, of all ranks that split it.
-        ranks: that split it.
-        again: operations that the backward pass does again.
-        traffic: bytes that the forward pass leaves behind without recomputation.
-        joins: seconds of a pass's collectives.
-        is_repeated: whether recomputation moves and joins everything again.
-        learns: whether there is a backward pass.
+        work: operations of the forward pass, all ranks that share the part together.
+        ranks: that share the part.
+        recomputed: operations that the backward pass repeats.
+        traffic: activations of a forward pass without recomputation, bytes.
+        collective_seconds: of one pass.
+        is_repeated: recomputation repeats the traffic and the collectives too.
+        is_trained: there is a backward pass.
     """
 
     work: flops.Work
     ranks: int
-    again: flops.Work
+    recomputed: flops.Work
     traffic: float = 0.0
-    joins: float = 0.0
+    collective_seconds: float = 0.0
     is_repeated: bool = False
-    learns: bool = True
+    is_trained: bool = True
 
     def seconds(self, gpu: Gpu, with_backward: bool) -> float:
-        """Of the forward pass, or of both.
+        """Return the time of the forward pass, or of forward and backward pass.
 
-        What a layer keeps is written and read on the way forward; backward reads it and writes as
-        much of gradients, and reads those.
+        A forward pass writes and reads the activations; a backward pass reads them, and writes and
+        reads as many bytes of gradients.
         """
-        moves = memory_seconds(self.traffic, gpu)
-        if not (with_backward and self.learns):
-            return compute_seconds(self.work, gpu) / self.ranks + 2 * moves + self.joins
-        everything = self.work + flops.backward(self.work) + self.again
+        moving, collectives = memory_seconds(self.traffic, gpu), self.collective_seconds
+        if not (with_backward and self.is_trained):
+            return compute_seconds(self.work, gpu) / self.ranks + 2 * moving + collectives
+        everything = self.work + flops.backward(self.work) + self.recomputed
         forwards = 2 if self.is_repeated else 1
         computing = compute_seconds(everything, gpu) / self.ranks
-        return computing + (2 * forwards + 3) * moves + (forwards + 1) * self.joins
+        return computing + (2 * forwards + 3) * moving + (forwards + 1) * collectives
 
 
-def text_layer(actor: Actor) -> Part:
-    """A decoder layer."""
-    layout, hf_config, tokens = actor.layout, actor.hf_config, actor.tokens
-    layer = flops.text_layer(hf_config, tokens, actor.work.sequence_tokens * flops.CAUSAL_SHARE)
-    again = {"none": flops.Work(), "selective": flops.text_mlp(hf_config, tokens), "full": layer}
-    joins = _join_seconds(actor, actor.row_bytes, layout.tensor) + _context_seconds(actor)
-    return Part(
-        layer,
-        layout.tensor,
-        again[layout.recompute],
-        tokens * text_layer_bytes(hf_config, layout, actor.kernels, "none"),
-        joins,
-        is_repeated=layout.recompute == "full",
-    )
+@dataclass(frozen=True)
+class ActorCost:
+    """Times of a run's actor in one layout."""
+
+    run: PlannedRun
+    layout: Layout
+
+    @property
+    def tokens(self) -> float:
+        """Tokens of a rank's share of a row."""
+        return self.run.row_tokens / self.layout.context
+
+    @property
+    def row_bytes(self) -> float:
+        """Hidden states of the share, not split over tensor-parallel ranks."""
+        return self.tokens * self.run.hf_config.text.hidden_size * self.run.dtype_bytes
+
+    @property
+    def patches(self) -> float:
+        """Patches of a row that a rank encodes: its share, but at least one whole image."""
+        work = self.run.work
+        row = self.run.row_tokens * work.image_patches / work.sequence_tokens
+        return max(row / self.layout.images, work.image_patches)
+
+    def text_layer(self) -> PartCost:
+        """Return the cost of a decoder layer."""
+        run, layout, tokens = self.run, self.layout, self.tokens
+        layer = flops.text_layer(
+            run.hf_config, tokens, run.work.sequence_tokens * flops.CAUSAL_SHARE
+        )
+        mlp = flops.text_mlp(run.hf_config, tokens)
+        kept = text_layer_bytes(run.hf_config, layout, kernels_of(run), "none")
+        return PartCost(
+            layer,
+            layout.tensor,
+            {"none": flops.Work(), "selective": mlp, "full": layer}[layout.recompute],
+            tokens * kept,
+            self._all_reduces_seconds(self.row_bytes, layout.tensor) + self._context_seconds(),
+            is_repeated=layout.recompute == "full",
+        )
+
+    def tower(self) -> PartCost:
+        """Return the cost of the tower; any recomputation repeats it."""
+        run, layout, patches = self.run, self.layout, self.patches
+        vision = run.hf_config.vision
+        whole = flops.vision(run.hf_config, patches, run.work.image_patches)
+        is_repeated = layout.recompute != "none"
+        hidden_bytes = patches * (vision.hidden_size * run.dtype_bytes)
+        collectives = vision.depth * self._all_reduces_seconds(hidden_bytes, layout.tower)
+        image_share = run.work.image_tokens / run.work.sequence_tokens
+        features = image_share * self.row_bytes * layout.context
+        collectives += gather_seconds(features, layout.images, run.gpu.nvlink_rate)
+        return PartCost(
+            whole,
+            layout.tower,
+            whole if is_repeated else flops.Work(),
+            patches * vision_bytes(run.hf_config, layout, kernels_of(run), "none"),
+            collectives,
+            is_repeated,
+            is_trained=run.trains_tower,
+        )
+
+    def logits(self) -> PartCost:
+        """Return the cost of the output layer; the backward pass recomputes its logits."""
+        head = flops.head(self.run.hf_config, self.tokens)
+        return PartCost(head, self.layout.tensor, head)
+
+    def rank_seconds(self, pipeline_rank: int, with_backward: bool) -> float:
+        """Return the time of a micro-batch in all stages of a rank."""
+        layout, gpu = self.layout, self.run.gpu
+        stages = layout.layers(self.run.hf_config.text.num_layers)
+        layer, seconds = self.text_layer().seconds(gpu, with_backward), 0.0
+        for stage in layout.stages(pipeline_rank):
+            seconds += len(stages[stage]) * layer
+            if stage == 0 and self.run.work.image_tokens:
+                seconds += self.tower().seconds(gpu, with_backward)
+            if stage == len(stages) - 1:
+                seconds += self.logits().seconds(gpu, with_backward)
+            else:
+                seconds += self._send_seconds() * (2 if with_backward else 1)
+        return seconds
+
+    def balanced_layers(self) -> tuple[int, ...]:
+        """Return the layers per stage that minimize the time of the slowest rank."""
+        gpu, has_images = self.run.gpu, self.run.work.image_tokens
+        first = self.tower().seconds(gpu, True) if has_images else 0.0
+        layer, last = (part.seconds(gpu, True) for part in (self.text_layer(), self.logits()))
+        return balanced_stages(self.layout, self.run.hf_config.text.num_layers, first, layer, last)
+
+    def forward_seconds(self) -> float:
+        """Return the time to compute the logprobs of all sequences of a step."""
+        return self._pipeline_seconds(self.run.work.num_sequences, with_backward=False)
+
+    def reference_seconds(self, held: StaticMemory) -> float:
+        """Return the same with the reference's weights, which are swapped in and out.
+
+        Four copies of the weights cross PCIe: both models' to the host and to the GPU.
+        """
+        copies = transfer_seconds(4 * held.weights, self.run.gpu.host_rate)
+        return self.forward_seconds() + copies
+
+    def update_seconds(self, held: StaticMemory) -> float:
+        """Return the time of all updates of a step on ranks that hold `held`."""
+        work = self.run.work
+        share = work.num_sequences / work.num_updates
+        once = self._pipeline_seconds(share, with_backward=True)
+        reduced = self._reduce_seconds(held) + self._tower_reduce_seconds()
+        return work.num_updates * (once + reduced + self._optimizer_seconds(held))
+
+    def update_flops(self) -> float:
+        """Return the operations of a step's updates; a frozen tower has no backward pass."""
+        work, hf_config = self.run.work, self.run.hf_config
+        total = 3 * forward_work(hf_config, work).total
+        if self.run.trains_tower or not work.image_tokens:
+            return total
+        tower = flops.vision(hf_config, work.image_patches, work.image_patches)
+        return total - 2 * tower.total * work.num_sequences
+
+    def _pipeline_seconds(self, sequences: float, with_backward: bool) -> float:
+        """Time of `sequences` over all data-parallel ranks, at least one row each."""
+        tokens = sequences * self.run.work.sequence_tokens / self.layout.data
+        rows = max(1.0, tokens / self.run.row_tokens)
+        slowest = max(self.rank_seconds(rank, with_backward) for rank in self.layout.ends)
+        return slowest * num_slots(self.layout, rows)
+
+    def _all_reduces_seconds(self, num_bytes: float, ranks: int) -> float:
+        """Time of a layer's two all-reduces, or of the equivalent under sequence parallelism."""
+        return 2 * all_reduce_seconds(num_bytes, ranks, self.run.gpu.nvlink_rate)
+
+    def _context_seconds(self) -> float:
+        """Time to gather a layer's keys and values over context-parallel ranks."""
+        text, layout = self.run.hf_config.text, self.layout
+        width = 2 * text.num_key_value_heads * text.head_dim / layout.tensor
+        num_bytes = self.run.row_tokens * width * self.run.dtype_bytes
+        return gather_seconds(num_bytes, layout.context, self.run.gpu.nvlink_rate)
+
+    def _send_seconds(self) -> float:
+        """Time to send hidden states to the next stage, on another node if there is one."""
+        layout, gpu = self.layout, self.run.gpu
+        rate = gpu.network_rate if layout.num_ranks > GPUS_PER_NODE else gpu.nvlink_rate
+        return transfer_seconds(self.row_bytes / layout.sequence_split, rate)
+
+    def _reduce_seconds(self, held: StaticMemory) -> float:
+        """Time to reduce gradients over the ranks that share the state, and to gather weights."""
+        layout, gpu = self.layout, self.run.gpu
+        rate = gpu.network_rate if layout.data_spans_nodes else gpu.nvlink_rate
+        if not self.run.config.parallel.distributed_optimizer:
+            return all_reduce_seconds(held.gradients, layout.num_sharing, rate)
+        reduced = gather_seconds(held.gradients, layout.num_sharing, rate)
+        return reduced + gather_seconds(held.weights, layout.num_sharing, rate)
+
+    def _tower_reduce_seconds(self) -> float:
+        """Time to reduce the gradients of a tower that each tensor-parallel rank holds whole."""
+        run, layout = self.run, self.layout
+        if layout.tower == layout.tensor or not run.trains_tower:
+            return 0.0
+        gradient_bytes = DTYPE_BYTES[run.config.optimizer.gradients]
+        held = gradient_bytes * num_parameters(run.hf_config, TOWER)
+        return all_reduce_seconds(held, layout.tensor, run.gpu.nvlink_rate)
+
+    def _optimizer_seconds(self, held: StaticMemory) -> float:
+        """Time to read gradients and to update the state, which may cross PCIe both ways."""
+        config, gpu, state = self.run.config, self.run.gpu, held.optimizer + held.host
+        seconds = memory_seconds(2 * state + held.gradients, gpu)
+        moves_all = self.run.has_rollouts and config.rollout.make_room == "optimizer"
+        moved = state if moves_all else held.host
+        return seconds + transfer_seconds(2 * moved, gpu.host_rate)
 
 
-def tower(actor: Actor) -> Part:
-    """The tower on the images of a rank; any recomputation does it again."""
-    layout, hf_config, patches = actor.layout, actor.hf_config, actor.patches
-    whole = flops.vision(hf_config, patches, actor.work.image_patches)
-    is_repeated = layout.recompute != "none"
-    width = hf_config.vision.hidden_size * actor.kernels.dtype_bytes
-    joins = hf_config.vision.depth * _join_seconds(actor, patches * width, layout.tower)
-    image_share = actor.work.image_tokens / actor.work.sequence_tokens
-    features = image_share * actor.row_bytes * layout.context
-    joins += gather_seconds(features, layout.images, actor.gpu.nvlink_rate)
-    return Part(
-        whole,
-        layout.tower,
-        whole if is_repeated else flops.Work(),
-        patches * vision_bytes(hf_config, layout, actor.kernels, "none"),
-        joins,
-        is_repeated,
-        learns=actor.trains_tower,
-    )
-
-
-def logits(actor: Actor) -> Part:
-    """The output layer, whose logits are made again in the backward pass."""
-    head = flops.head(actor.hf_config, actor.tokens)
-    return Part(head, actor.layout.tensor, head)
-
-
-def rank_seconds(actor: Actor, pipeline_rank: int, with_backward: bool) -> float:
-    """A micro-batch on all stages of a rank."""
-    layout, gpu = actor.layout, actor.gpu
-    stages = layout.layers(actor.hf_config.text.num_layers)
-    layer, seconds = text_layer(actor).seconds(gpu, with_backward), 0.0
-    for stage in layout.stages(pipeline_rank):
-        seconds += len(stages[stage]) * layer
-        if stage == 0 and actor.work.image_tokens:
-            seconds += tower(actor).seconds(gpu, with_backward)
-        if stage == len(stages) - 1:
-            seconds += logits(actor).seconds(gpu, with_backward)
-        else:
-            seconds += _send_seconds(actor) * (2 if with_backward else 1)
-    return seconds
-
-
-def balanced_layers(actor: Actor) -> tuple[int, ...]:
-    """Text layers of each stage so that the slowest rank is through with a row soonest."""
-    first = tower(actor).seconds(actor.gpu, True) if actor.work.image_tokens else 0.0
-    layer, last = (part(actor).seconds(actor.gpu, True) for part in (text_layer, logits))
-    return balanced_stages(actor.layout, actor.hf_config.text.num_layers, first, layer, last)
-
-
-def _join_seconds(actor: Actor, num_bytes: float, ranks: int) -> float:
-    """A layer's two all-reduces over tensor-parallel ranks (or their halves, under sequence)."""
-    return 2 * all_reduce_seconds(num_bytes, ranks, actor.gpu.nvlink_rate)
-
-
-def _context_seconds(actor: Actor) -> float:
-    """Keys and values of a layer, gathered over context-parallel ranks."""
-    text, layout = actor.hf_config.text, actor.layout
-    width = 2 * text.num_key_value_heads * text.head_dim / layout.tensor
-    num_bytes = actor.row_tokens * width * actor.kernels.dtype_bytes
-    return gather_seconds(num_bytes, layout.context, actor.gpu.nvlink_rate)
-
-
-def _send_seconds(actor: Actor) -> float:
-    """Hidden states to the next stage; pipeline ranks are the farthest of all."""
-    layout, gpu = actor.layout, actor.gpu
-    rate = gpu.network_rate if layout.num_ranks > GPUS_PER_NODE else gpu.nvlink_rate
-    split = layout.tensor if layout.sequence else 1
-    return transfer_seconds(actor.row_bytes / split, rate)
+def forward_work(hf_config: HFConfig, work: Workload) -> flops.Work:
+    """Return the model's operations in a forward pass over a step's sequences."""
+    patches = work.image_patches
+    keys = work.sequence_tokens * flops.CAUSAL_SHARE
+    once = flops.forward(hf_config, work.sequence_tokens, keys, patches, patches)
+    return once.times(work.num_sequences)

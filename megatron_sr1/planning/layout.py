@@ -63,6 +63,11 @@ class Layout:
         return self.tensor * self.context * self.data > GPUS_PER_NODE
 
     @property
+    def sequence_split(self) -> int:
+        """Ranks that share a row's tokens outside the tensor-parallel products."""
+        return self.tensor if self.sequence else 1
+
+    @property
     def tower(self) -> int:
         """Ranks that share each layer of the tower."""
         return 1 if self.vision == "images" else self.tensor

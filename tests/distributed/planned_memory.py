@@ -22,13 +22,13 @@ from megatron_sr1.checkpoint.mapping import is_tower_frozen  # noqa: E402
 from megatron_sr1.config_file import load_config  # noqa: E402
 from megatron_sr1.model.build import build_model  # noqa: E402
 from megatron_sr1.model.hf_config import read_hf_config  # noqa: E402
-from megatron_sr1.planning.activations import (  # noqa: E402
+from megatron_sr1.planning.layout import check, configured  # noqa: E402
+from megatron_sr1.planning.rank_memory import (  # noqa: E402
     Kernels,
     text_ends_bytes,
     text_layer_bytes,
     vision_bytes,
 )
-from megatron_sr1.planning.layout import check, configured  # noqa: E402
 from megatron_sr1.planning.schedule import in_flight  # noqa: E402
 from megatron_sr1.planning.static_memory import (  # noqa: E402
     DTYPE_BYTES,

@@ -14,9 +14,8 @@ from megatron_sr1.cli import main
 from megatron_sr1.config_file import load_config
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.model.hf_config import parse_hf_config
-from megatron_sr1.planning.activations import Kernels, vision_bytes
-from megatron_sr1.planning.actor_time import Actor, tower
-from megatron_sr1.planning.engine_time import Replica, decode_seconds, pass_seconds
+from megatron_sr1.planning.actor_time import ActorCost
+from megatron_sr1.planning.engine_time import Replica
 from megatron_sr1.planning.estimate import choose, estimate, estimates, variants
 from megatron_sr1.planning.layout import (
     Layout,
@@ -24,9 +23,10 @@ from megatron_sr1.planning.layout import (
     configured,
     cut_keys,
 )
+from megatron_sr1.planning.rank_memory import Kernels, vision_bytes
 from megatron_sr1.planning.schedule import balanced_stages
 from megatron_sr1.planning.static_memory import num_parameters, static_memory
-from megatron_sr1.planning.workload import workload
+from megatron_sr1.planning.workload import PlannedRun, workload
 from megatron_sr1.runtime.gpus import GPUS, find_gpu
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,15 +53,15 @@ def model(tmp_path):
 def planned(size, *keys, path=SEVEN):
     num_gpus, name = ENOUGH[size]
     config, hf_config, gpu = load_config(path, list(keys)), published(size), find_gpu(name)
-    work = workload(config, hf_config)
-    return config, hf_config, gpu, work, estimates(config, hf_config, gpu, num_gpus, work)
+    run = PlannedRun(config, hf_config, gpu, workload(config, hf_config))
+    return run, estimates(run, num_gpus)
 
 
 @pytest.mark.parametrize("size", ENOUGH)
 def test_the_proposed_layout_of_a_published_model_divides_it_and_fits(size):
-    config, hf_config, gpu, _, found = planned(size)
-    best = choose(found)
-    assert best is not None and best.memory.most <= gpu.memory_bytes
+    run, found = planned(size)
+    config, hf_config, best = run.config, run.hf_config, choose(found)
+    assert best is not None and best.memory.peak <= run.gpu.memory_bytes
     assert best.layout.num_ranks == ENOUGH[size][0]
     check(hf_config, best.layout)
     for heads in (hf_config.text.num_attention_heads, hf_config.vision.num_heads):
@@ -77,8 +77,8 @@ def test_the_examples_own_layout_fits_the_machine_that_it_names(size, gpu):
     config = load_config(ROOT / "examples" / f"qwen25vl_{size}.yaml")
     hf_config = published(size)
     layout = configured(config, 8)
-    own = estimate(config, hf_config, layout, gpu, workload(config, hf_config))
-    assert own.fits and own.memory.most < gpu.memory_bytes
+    own = estimate(PlannedRun(config, hf_config, gpu, workload(config, hf_config)), layout)
+    assert own.fits and own.memory.peak < gpu.memory_bytes
 
 
 def test_a_layout_of_the_7b_holds_what_the_documentation_of_memory_says():
@@ -93,15 +93,15 @@ def test_a_layout_of_the_7b_holds_what_the_documentation_of_memory_says():
 
 
 def test_layouts_that_fit_come_first_and_the_fastest_of_them_first():
-    _, _, gpu, _, found = planned("7b")
+    run, found = planned("7b")
     fitting = [e for e in found if e.fits]
     assert found[: len(fitting)] == fitting and 0 < len(fitting) < len(found)
     assert fitting == sorted(fitting, key=lambda e: e.step_seconds)
-    assert all(e.memory.most > gpu.memory_bytes for e in found[len(fitting) :])
+    assert all(e.memory.peak > run.gpu.memory_bytes for e in found[len(fitting) :])
 
 
 def test_of_layouts_nearly_as_fast_the_one_that_cuts_least_is_proposed():
-    *_, found = planned("72b")
+    _, found = planned("72b")
     fastest, best = found[0], choose(found)
     assert fastest.layout.context > 1 and best.layout.context == 1
     assert best.step_seconds < 1.1 * fastest.step_seconds
@@ -111,8 +111,8 @@ def test_a_frozen_tower_leaves_no_activations_and_learns_faster():
     keys = ["stage=sft"]
     trained = choose(planned("7b", *keys)[-1])
     frozen_keys = [*keys, "model.freeze=['^visual[.]']"]
-    config, hf_config, gpu, work, _ = planned("7b", *frozen_keys)
-    frozen = estimate(config, hf_config, trained.layout, gpu, work)
+    run, _ = planned("7b", *frozen_keys)
+    frozen = estimate(run, trained.layout)
     assert trained.memory.vision > 0 == frozen.memory.vision
     assert frozen.seconds["update"] < trained.seconds["update"]
     assert set(frozen.seconds) == {"update"}
@@ -133,10 +133,10 @@ def test_virtual_stages_balance_ranks_and_not_stages():
 
 
 def test_stages_that_take_equally_long_are_faster_and_are_proposed():
-    config, hf_config, gpu, work, found = planned("72b")
+    run, found = planned("72b")
     best = choose(found).layout
     assert sum(best.stage_layers) == 80 and best.stage_layers[0] == min(best.stage_layers)
-    even = estimate(config, hf_config, replace(best, stage_layers=()), gpu, work)
+    even = estimate(run, replace(best, stage_layers=()))
     assert choose(found).seconds["update"] < even.seconds["update"]
     assert choose(found).memory.text != even.memory.text
 
@@ -164,17 +164,18 @@ def test_layouts_that_the_model_refuses_are_refused():
 
 
 def test_more_stages_a_rank_shorten_the_bubble_and_hold_more():
-    config, hf_config, gpu, work, _ = planned("32b")
-    few = replace(work, num_prompts=25, num_updates=1)
+    run, _ = planned("32b")
+    few = replace(run, work=replace(run.work, num_prompts=25, num_updates=1))
     one = Layout(tensor=4, pipeline=4, data=2, sequence=True)
     two = replace(one, virtual=2)
-    first, second = (estimate(config, hf_config, layout, gpu, few) for layout in (one, two))
+    first, second = (estimate(few, layout) for layout in (one, two))
     assert second.seconds["update"] < first.seconds["update"]
     assert second.memory.text > first.memory.text
 
 
 def test_a_tower_by_images_is_whole_joins_nothing_and_shares_patches():
-    config, hf_config, gpu, work, _ = planned("7b")
+    run, _ = planned("7b")
+    config, hf_config = run.config, run.hf_config
     split = Layout(tensor=4, data=2, sequence=True)
     whole = replace(split, vision="images")
     first, second = (static_memory(config, hf_config, layout, 0) for layout in (split, whole))
@@ -182,36 +183,34 @@ def test_a_tower_by_images_is_whole_joins_nothing_and_shares_patches():
     kernels = Kernels()
     held = [vision_bytes(hf_config, layout, kernels, "none") for layout in (split, whole)]
     assert held[1] > 1.5 * held[0]
-    many = replace(work, image_tokens=64.0)  # many small images a row
-    actors = [Actor(config, hf_config, layout, gpu, kernels, True, many)
-              for layout in (split, whole)]  # fmt: skip
+    many = replace(run, work=replace(run.work, image_tokens=64.0))  # many small images a row
+    actors = [ActorCost(many, layout) for layout in (split, whole)]
     assert actors[1].patches == pytest.approx(actors[0].patches / 4)
-    assert tower(actors[1]).joins < tower(actors[0]).joins / 10
-    one_image = replace(actors[1], work=replace(work, image_tokens=8000.0))
-    assert one_image.patches == one_image.work.image_patches
+    assert actors[1].tower().collective_seconds < actors[0].tower().collective_seconds / 10
+    one_image = ActorCost(replace(run, work=replace(run.work, image_tokens=8000.0)), whole)
+    assert one_image.patches == one_image.run.work.image_patches
 
 
 def test_a_proposal_comes_with_its_variants_as_keys():
-    config, hf_config, gpu, work, found = planned("32b")
-    best = choose(found).layout
-    others = variants(config, hf_config, best, gpu, work)
+    run, found = planned("32b")
+    others = variants(run, choose(found).layout)
     cuts = [cut_keys(other.layout) for other in others]
     assert [cut["parallel.virtual"] for cut in cuts] == ["1", "2", "4", "1"]
     assert cuts[0]["parallel.stage_layers"] == "[]" and cuts[3]["parallel.vision"] == "images"
     for other in others:
-        check(hf_config, other.layout)
+        check(run.hf_config, other.layout)
 
 
 def test_the_engine_is_slower_with_more_to_do():
     config, hf_config = load_config(SEVEN), published("7b")
     work = workload(config, hf_config)
     replica = Replica(hf_config, GPUS["h100"], 1, 40e9, 2, 512)
-    one = decode_seconds(replica, 100, 500, 2048, 1000)
-    assert one < decode_seconds(replica, 200, 500, 2048, 1000)
-    assert one < decode_seconds(replica, 100, 600, 2048, 1000)
-    assert one < decode_seconds(replace(replica, gpu=GPUS["a100"]), 100, 500, 2048, 1000)
-    forked = pass_seconds(replica, work, 8)
-    barrier = pass_seconds(replica, replace(work, is_forked=False), 8)
+    one = replica.decode_seconds(100, 500, 2048, 1000)
+    assert one < replica.decode_seconds(200, 500, 2048, 1000)
+    assert one < replica.decode_seconds(100, 600, 2048, 1000)
+    assert one < replace(replica, gpu=GPUS["a100"]).decode_seconds(100, 500, 2048, 1000)
+    forked = replica.pass_seconds(work, 8)
+    barrier = replica.pass_seconds(replace(work, is_forked=False), 8)
     assert forked[0] == barrier[0] and 0 < forked[1] < barrier[1]
 
 

@@ -10,14 +10,14 @@ import torch
 from megatron_sr1.model.build import build_model
 from megatron_sr1.model.hf_config import parse_hf_config
 from megatron_sr1.model.logprobs import label_logprobs
-from megatron_sr1.planning.activations import (
+from megatron_sr1.planning.layout import Layout
+from megatron_sr1.planning.rank_memory import (
     Kernels,
     logits_bytes,
     text_ends_bytes,
     text_layer_bytes,
     vision_bytes,
 )
-from megatron_sr1.planning.layout import Layout
 from tests.planned_models import fill, make_row, raw_config, saved_bytes
 
 HF_CONFIG = parse_hf_config(raw_config())
