@@ -70,6 +70,19 @@ def head(hf_config: HFConfig, tokens: float) -> Work:
     return Work(2 * tokens * hf_config.text.hidden_size * hf_config.text.vocab_size)
 
 
+def text(hf_config: HFConfig, tokens: float, logits: float, before: float = 0) -> Work:
+    """Return the forward pass of the language model over the last tokens of a sequence.
+
+    Args:
+        hf_config: shape of the model.
+        tokens: that are computed.
+        logits: tokens among them whose logits are computed.
+        before: earlier tokens, whose keys and values are cached.
+    """
+    layer = text_layer(hf_config, tokens, before + tokens * CAUSAL_SHARE)
+    return layer.times(hf_config.text.num_layers) + head(hf_config, logits)
+
+
 def vision_blocks(hf_config: HFConfig, patches: float, image_patches: float) -> Work:
     """Forward pass of the tower's blocks.
 
@@ -106,19 +119,9 @@ def vision(hf_config: HFConfig, patches: float, image_patches: float) -> Work:
     return work + merger(hf_config, patches)
 
 
-def forward(
-    hf_config: HFConfig, tokens: float, keys: float, patches: float, image_patches: float
-) -> Work:
-    """Forward pass of the whole model, logits of all tokens included."""
-    layers = text_layer(hf_config, tokens, keys).times(hf_config.text.num_layers)
-    tower = vision(hf_config, patches, image_patches) if patches else Work()
-    return layers + head(hf_config, tokens) + tower
-
-
 def patch_cost(hf_config: HFConfig) -> float:
     """What a patch takes in the tower over what a token takes behind it, attention left out."""
-    token = text_layer(hf_config, 1, 0).times(hf_config.text.num_layers) + head(hf_config, 1)
-    return vision(hf_config, 1, 0).dense / token.dense
+    return vision(hf_config, 1, 0).dense / text(hf_config, 1, 1).dense
 
 
 def backward(work: Work) -> Work:

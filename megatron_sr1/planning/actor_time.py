@@ -236,7 +236,6 @@ class ActorCost:
 
 def forward_work(hf_config: HFConfig, work: Workload) -> flops.Work:
     """Return the model's operations in a forward pass over a step's sequences."""
-    patches = work.image_patches
-    keys = work.sequence_tokens * flops.CAUSAL_SHARE
-    once = flops.forward(hf_config, work.sequence_tokens, keys, patches, patches)
+    tokens, patches = work.sequence_tokens, work.image_patches
+    once = flops.text(hf_config, tokens, tokens) + flops.vision(hf_config, patches, patches)
     return once.times(work.num_sequences)

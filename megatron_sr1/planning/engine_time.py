@@ -168,18 +168,10 @@ def prefill_work(hf_config: HFConfig, work: Workload) -> flops.Work:
     Each prompt and its image count once, as its samples share them; pass 2 has a prompt per
     rollout. Logits, which are computed for the last token only, are not counted.
     """
-    length, patches = work.prompt_tokens, work.image_patches
-    layers = hf_config.text.num_layers
-    total = flops.text_layer(hf_config, length, length * flops.CAUSAL_SHARE).times(layers)
-    total = (total + flops.vision(hf_config, patches, patches)).times(work.num_prompts)
+    prompt = flops.text(hf_config, work.prompt_tokens, 0)
+    prompt += flops.vision(hf_config, work.image_patches, work.image_patches)
+    total = prompt.times(work.num_prompts)
     if work.reading_tokens:
-        length = work.reading_prompt_tokens
-        reading = flops.text_layer(hf_config, length, length * flops.CAUSAL_SHARE)
-        total += reading.times(layers * work.num_sequences)
+        reading = flops.text(hf_config, work.reading_prompt_tokens, 0)
+        total += reading.times(work.num_sequences)
     return total
-
-
-def decode_work(hf_config: HFConfig, prompt: float, length: float) -> flops.Work:
-    """Return the operations to decode `length` tokens after a prompt, with their logits."""
-    layer = flops.text_layer(hf_config, length, prompt + length / 2)
-    return layer.times(hf_config.text.num_layers) + flops.head(hf_config, length)

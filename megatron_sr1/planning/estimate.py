@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from megatron_sr1.errors import ConfigError
+from megatron_sr1.model import flops
 from megatron_sr1.planning.actor_time import ActorCost, forward_work
 from megatron_sr1.planning.costs import compute_seconds
-from megatron_sr1.planning.engine_time import Replica, decode_work, prefill_work
+from megatron_sr1.planning.engine_time import Replica, prefill_work
 from megatron_sr1.planning.layout import Layout, candidates, engine_sizes
 from megatron_sr1.planning.rank_memory import Memory, rank_memory
 from megatron_sr1.planning.static_memory import StaticMemory
@@ -181,13 +182,14 @@ def _phases(
     phases: dict[str, tuple[float, float]] = {}
     if replica is not None:
         prefill = prefill_work(hf_config, work)
-        responses = decode_work(hf_config, work.prompt_tokens, work.response_tokens)
-        readings = decode_work(hf_config, work.reading_prompt_tokens, work.reading_tokens)
+        response, reading = work.response_tokens, work.reading_tokens
+        responses = flops.text(hf_config, response, response, work.prompt_tokens)
+        readings = flops.text(hf_config, reading, reading, work.reading_prompt_tokens)
         pass1, pass2 = replica.pass_seconds(work, world // replica.ranks)
         phases["sync"] = replica.sync_seconds(world), 0.0
         phases["prefill"] = compute_seconds(prefill, run.gpu) / world, prefill.total
         phases["pass1"] = pass1, responses.total * work.num_sequences
-        if work.reading_tokens:
+        if reading:
             phases["pass2"] = pass2, readings.total * work.num_sequences
         if work.num_updates > 1:
             phases["old_logprobs"] = actor.forward_seconds(), forward
@@ -195,6 +197,6 @@ def _phases(
             phases["reference"] = actor.reference_seconds(held), forward
     phases["update"] = actor.update_seconds(held), actor.update_flops()
     seconds = {name: time for name, (time, _) in phases.items()}
-    mfu = {name: flops / (max(time, 1e-9) * peak) for name, (time, flops) in phases.items()}
-    mfu["step"] = sum(flops for _, flops in phases.values()) / (sum(seconds.values()) * peak)
+    mfu = {name: done / (max(time, 1e-9) * peak) for name, (time, done) in phases.items()}
+    mfu["step"] = sum(done for _, done in phases.values()) / (sum(seconds.values()) * peak)
     return seconds, mfu

@@ -94,12 +94,14 @@ def test_formulas_count_what_torch_counts(groups, size, recompute, grids):
 def test_the_whole_forward_pass_is_the_sum_of_its_parts():
     hf_config = parse_hf_config(raw_config())
     patches = GRID[0] * GRID[1]
-    whole = flops.forward(hf_config, TOKENS, TOKENS, patches, patches)
+    whole = flops.text(hf_config, TOKENS, TOKENS, before=TOKENS / 2)  # all keys, as planned()
+    whole += flops.vision(hf_config, patches, patches)
     assert whole.total == planned(hf_config, patches, "none")[0]
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_patch_costs_what_it_adds_to_a_forward_pass(size):
     hf_config = parse_hf_config(raw_config(**SIZES[size]))
-    without, patches, with_one = (flops.forward(hf_config, 1, 0, n, 0).dense for n in (0, 8, 9))
+    token = flops.text(hf_config, 1, 1)
+    without, patches, with_one = ((token + flops.vision(hf_config, n, 0)).dense for n in (0, 8, 9))
     assert flops.patch_cost(hf_config) == pytest.approx((with_one - patches) / without)
