@@ -39,20 +39,13 @@ def memory_seconds(num_bytes: float, gpu: Gpu) -> float:
 
 
 def transfer_seconds(num_bytes: float, rate: float) -> float:
-    """Time to send bytes over a link.
-
-    Args:
-        num_bytes: to send.
-        rate: of the link in one direction, bytes a second, as on the datasheet.
-    """
+    """Time to send bytes over a link of a datasheet rate, bytes a second in one direction."""
     return num_bytes / (rate * LINK_SHARE)
 
 
 def all_reduce_seconds(num_bytes: float, ranks: int, rate: float) -> float:
     """Time of a ring all-reduce: each rank sends 2 (ranks - 1) / ranks of the bytes."""
-    if ranks == 1:
-        return 0.0
-    return COLLECTIVE_SECONDS + transfer_seconds(2 * num_bytes * (ranks - 1) / ranks, rate)
+    return gather_seconds(2 * num_bytes, ranks, rate)
 
 
 def gather_seconds(num_bytes: float, ranks: int, rate: float) -> float:

@@ -24,14 +24,7 @@ NUM_SHOWN = 8
 
 
 def plan_page(config: Config, hf_config: HFConfig, gpu: Gpu, num_gpus: int, work: Workload) -> str:
-    """Return the whole plan.
-
-    Args:
-        config: of the run.
-        hf_config: shape of the model.
-        gpu: type of GPU.
-        num_gpus: GPUs, all of which are used.
-        work: one step's sequences.
+    """Return the plan of a run on `num_gpus` GPUs, all of which are used.
 
     Raises:
         ConfigError: nothing fits, nothing is trained, or the GPUs are not whole nodes.

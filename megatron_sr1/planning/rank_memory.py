@@ -19,7 +19,7 @@ from megatron_sr1.planning.engine_time import Replica
 from megatron_sr1.planning.layout import Layout
 from megatron_sr1.planning.schedule import in_flight
 from megatron_sr1.planning.static_memory import StaticMemory, static_memory
-from megatron_sr1.planning.workload import PlannedRun
+from megatron_sr1.planning.workload import PlannedRun, pixels_per_token
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,7 @@ class Memory:
 def rank_memory(
     run: PlannedRun, layout: Layout, pipeline_rank: int, replica: Replica | None
 ) -> Memory:
-    """Return the memory of one rank.
-
-    Args:
-        run: to plan.
-        layout: of the actor.
-        pipeline_rank: of the rank, from 0.
-        replica: of the engine; None if nothing is sampled.
-    """
+    """Return the memory of a pipeline rank, with `replica` unless nothing is sampled."""
     config, hf_config, kernels = run.config, run.hf_config, kernels_of(run)
     static = static_memory(config, hf_config, layout, pipeline_rank)
     tokens = run.max_row_tokens / layout.context
@@ -131,7 +124,9 @@ def _max_patches(run: PlannedRun, layout: Layout) -> float:
     if not work.image_tokens:
         return 0.0
     expected = run.max_row_tokens * work.image_tokens / work.sequence_tokens
-    return max(expected / layout.images, run.max_image_tokens) * work.patches_per_token
+    largest = run.config.data.max_pixels / pixels_per_token(run.hf_config)
+    largest = min(largest, run.max_row_tokens)
+    return max(expected / layout.images, largest) * work.patches_per_token
 
 
 def text_layer_bytes(

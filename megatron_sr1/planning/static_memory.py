@@ -1,13 +1,13 @@
 """Bytes of weights, gradients and optimizer state on each rank, exactly as they are allocated.
 
-In: a model's shape, a layout, the settings of docs/memory.md. Out: bytes, from the same table of
-parameters that checkpoints are read by, cut as Megatron cuts it and padded as its buffers are
+In: a model's shape, a layout, the settings of docs/memory.md. Out: bytes. The parameters are those
+of the checkpoints' name mapping, split as Megatron splits them and padded as its buffers are
 (megatron/core/distributed/param_and_grad_buffer.py): with the distributed optimizer each parameter
-starts at a multiple of 64 values and a bucket ends at a multiple of lcm(ranks, 128); a tied
-embedding in a pipeline has a bucket of its own, and each virtual stage a buffer of its own.
+starts at a multiple of 64 elements and each bucket ends at a multiple of lcm(ranks, 128); a tied
+embedding of a pipeline has a bucket of its own, each virtual stage a buffer of its own.
 
-With Transformer Engine's fused layers parameters come in another order, which moves padding by a
-few values.
+Transformer Engine's fused layers order the parameters differently, which changes the padding by a
+few elements.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _LAYER = re.compile(r"language_model\.decoder\.layers\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter as a rank holds it: its values, whether it learns, whether it is tied."""
+    """A rank's part of a parameter, in elements; `is_shared` marks the two tied copies."""
 
     name: str
     numel: int
@@ -41,12 +41,12 @@ class Parameter:
 
 @dataclass(frozen=True)
 class StaticMemory:
-    """What a rank holds from the first step to the last, bytes.
+    """Memory that a rank holds during the whole run, bytes.
 
     Attributes:
         weights: with the padding of their buffer.
-        gradients: sums of gradients.
-        optimizer: state on the device.
+        gradients: of the whole buffer.
+        optimizer: state on the GPU.
         host: state in host memory.
     """
 
@@ -57,19 +57,19 @@ class StaticMemory:
 
     @property
     def device(self) -> int:
-        """All that lies on the GPU."""
+        """Total on the GPU."""
         return self.weights + self.gradients + self.optimizer
 
 
 def stage_parameters(
     hf_config: HFConfig, layout: Layout, stage: int, freeze: Sequence[str] = ()
 ) -> tuple[Parameter, ...]:
-    """Parameters of a rank's part of a stage, in the model's order.
+    """Return a rank's part of the parameters of a stage, in the order of the model.
 
     Args:
         hf_config: shape of the model.
         layout: of the actor.
-        stage: from 0, virtual stages counted.
+        stage: number of the stage from 0, virtual stages included.
         freeze: patterns of `model.freeze`.
     """
     layers = layout.layers(hf_config.text.num_layers)[stage]
@@ -101,14 +101,14 @@ def _cut(
 def static_memory(
     config: Config, hf_config: HFConfig, layout: Layout, pipeline_rank: int, data_rank: int = 0
 ) -> StaticMemory:
-    """Weights, gradients and optimizer state of one rank.
+    """Return the static memory of one rank.
 
     Args:
-        config: for data types, the optimizer's settings, frozen parameters.
+        config: of the run.
         hf_config: shape of the model.
         layout: of the actor.
         pipeline_rank: of the rank, from 0.
-        data_rank: of the rank among those that share the state; the first holds the most.
+        data_rank: of the rank among those that share the state; rank 0 holds the most.
     """
     frozen = buffer = own = 0
     for stage in layout.stages(pipeline_rank):
@@ -130,29 +130,31 @@ def static_memory(
 
 
 def state_bytes(config: Config) -> int:
-    """Of the optimizer's state a parameter; float32 weights are their own master weights."""
+    """Return the optimizer state per parameter; float32 weights are their own master weights."""
     held = DTYPE_BYTES[config.optimizer.state]
     return 2 * held if config.model.dtype == "float32" else 3 * held
 
 
 def num_parameters(hf_config: HFConfig, part: str = "") -> int:
-    """Of the model as published, or of the part whose names start so."""
-    part_of = [entry for entry in entries(hf_config) if entry.name.startswith(part)]
-    return sum(math.prod(shape) for entry in part_of for shape in entry.hf_shapes)
+    """Return the parameters of the published model, or of the part with a name prefix."""
+    return sum(_numel(entry) for entry in entries(hf_config) if entry.name.startswith(part))
+
+
+def _numel(entry: Entry) -> int:
+    return sum(math.prod(shape) for shape in entry.hf_shapes)
 
 
 def _own_numel(entry: Entry, tensor: int) -> int:
-    numel = sum(math.prod(shape) for shape in entry.hf_shapes)
     if entry.shard_dim is None:
-        return numel
+        return _numel(entry)
     if entry.form == "vocabulary":
         rows, width = entry.hf_shapes[0]
         return -(-rows // tensor) * width
-    return numel // tensor
+    return _numel(entry) // tensor
 
 
 def _model_order(parameter: Parameter) -> tuple[int, int, int]:
-    """The language model before the tower; in a layer, the projection before q, k and v."""
+    """Sort key: the language model before the tower; in a layer, linear_proj before linear_qkv."""
     name = parameter.name
     layer = re.search(r"decoder\.layers\.(\d+)\.", name)
     if name.startswith(TOWER):
@@ -165,12 +167,12 @@ def _model_order(parameter: Parameter) -> tuple[int, int, int]:
 
 
 def _sharded(parameters: Sequence[Parameter], ranks: int, rank: int) -> tuple[int, int]:
-    """Values of the padded buffer, and those whose state a rank keeps.
+    """Return the elements of the padded buffer, and those whose state a rank keeps.
 
     Args:
-        parameters: trained, in the model's order; the buffer has them in reverse.
+        parameters: trained ones in the order of the model; the buffer has them in reverse.
         ranks: that share each bucket.
-        rank: one of them.
+        rank: among them.
     """
     start, own = 0, 0
     for bucket in _buckets(parameters):
@@ -190,11 +192,10 @@ def _sharded(parameters: Sequence[Parameter], ranks: int, rank: int) -> tuple[in
 def _buckets(parameters: Sequence[Parameter]) -> list[list[Parameter]]:
     buckets: list[list[Parameter]] = [[]]
     for parameter in reversed(parameters):
-        if parameter.is_shared and buckets[-1]:
-            buckets.append([])
-        buckets[-1].append(parameter)
         if parameter.is_shared:
-            buckets.append([])
+            buckets += [[parameter], []]
+        else:
+            buckets[-1].append(parameter)
     return [bucket for bucket in buckets if bucket]
 
 

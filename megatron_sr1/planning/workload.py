@@ -132,12 +132,6 @@ class PlannedRun:
             longest += self.config.rollout.max_response_tokens
         return max(self.config.data.row_budget, longest)
 
-    @property
-    def max_image_tokens(self) -> float:
-        """Merged tokens of the largest image admitted."""
-        largest = self.config.data.max_pixels / pixels_per_token(self.hf_config)
-        return min(largest, self.max_row_tokens)
-
 
 def workload(
     config: Config,
@@ -154,10 +148,9 @@ def workload(
         config: of the run.
         hf_config: shape of the model.
         text_tokens: mean length of a prompt's text; None assumes `PROMPT_TEXT_TOKENS`.
-        image_tokens: mean length of a prompt's image; None assumes the geometric mean of the pixel
-            limits.
-        response_tokens: mean length of a pass-1 response; None assumes half of its limit.
-        reading_tokens: mean length of a pass-2 response; None assumes half of its limit.
+        image_tokens: of its image; None assumes the geometric mean of the pixel limits.
+        response_tokens: of a pass-1 response; None assumes `SHARE_OF_LIMIT` of its limit.
+        reading_tokens: of a pass-2 response; None likewise.
     """
     data, rollout = config.data, config.rollout
     is_sft = config.stage == "sft"
@@ -168,7 +161,8 @@ def workload(
         response_tokens = SHARE_OF_LIMIT * rollout.max_response_tokens
     if reading_tokens is None:
         reading_tokens = SHARE_OF_LIMIT * rollout.max_reading_tokens
-    has_reading = not is_sft and config.reward.recipe == "vision_sr1"
+    if is_sft or config.reward.recipe != "vision_sr1":
+        reading_tokens = 0.0
     return Workload(
         num_prompts=data.prompts_per_step,
         samples_per_prompt=1 if is_sft else rollout.samples_per_prompt,
@@ -177,7 +171,7 @@ def workload(
         image_tokens=image_tokens,
         patches_per_token=hf_config.vision.spatial_merge_size**2,
         response_tokens=response_tokens,
-        reading_tokens=reading_tokens if has_reading else 0.0,
+        reading_tokens=reading_tokens,
         max_response_tokens=rollout.max_response_tokens,
         max_reading_tokens=rollout.max_reading_tokens,
         has_reference=not is_sft and config.algorithm.kl_coefficient > 0,
