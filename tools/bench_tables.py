@@ -27,7 +27,7 @@ VARIANTS: dict[str, tuple[DeclaredWorkload, dict[str, Any]]] = {
     "no fixed time a step": (DeclaredWorkload(), {"step_overhead_seconds": 0.0}),
     "half of the peak": (DeclaredWorkload(), {"gpu": replace(H100, matmul_share=0.5)}),
 }
-"""Name -> workload, and what is different about the replica."""
+"""Name -> workload, changed fields of the replica."""
 
 Gpu = dict[str, dict[str, dict[str, float]]]
 """Model -> sequences a GPU -> schedule -> seconds."""

@@ -110,8 +110,8 @@ def check_gpus(num_gpus: int) -> None:
     if num_gpus < 1 or (num_gpus > GPUS_PER_NODE and num_gpus % GPUS_PER_NODE):
         near = max(1, num_gpus // GPUS_PER_NODE) * GPUS_PER_NODE
         raise ConfigError(
-            f"--gpus {num_gpus}: expected 1 to {GPUS_PER_NODE}, or whole machines of "
-            f"{GPUS_PER_NODE}, as {near} or {near + GPUS_PER_NODE}"
+            f"--gpus {num_gpus}: expected 1 to {GPUS_PER_NODE}, or a multiple of "
+            f"{GPUS_PER_NODE}, e.g. {near} or {near + GPUS_PER_NODE}"
         )
 
 
@@ -135,15 +135,15 @@ def nothing_fits(run: PlannedRun, num_gpus: int, found: list[Estimate]) -> Confi
     """Return the error that names the smallest layout and a sufficient number of GPUs."""
     nearest = "no layout divides the model"
     if found:
-        least = found[0]
-        nearest = f"the least is {least.memory.peak / 1e9:.1f} GB a GPU ({least.layout})"
-    advice = "nor on more: lower data.pack_tokens or data.max_pixels"
+        smallest, gigabytes = found[0].layout, found[0].memory.peak / 1e9
+        nearest = f"the smallest layout needs {gigabytes:.1f} GB per GPU ({smallest})"
+    advice = "nor on more GPUs: lower data.pack_tokens or data.max_pixels"
     more = num_gpus
     while more < MAX_GPUS:
         more = more * 2 if more < GPUS_PER_NODE else more + GPUS_PER_NODE * (1 + more // 64)
         chosen = choose(estimates(run, more))
         if chosen is not None:
-            advice = f"{more} would do ({chosen.layout}), or settings of docs/memory.md"
+            advice = f"use {more} GPUs ({chosen.layout}) or the settings in docs/memory.md"
             break
     return ConfigError(
         f"nothing fits on {num_gpus} {run.gpu.name} of {run.gpu.memory_bytes / 1e9:.0f} GB: "

@@ -41,7 +41,7 @@ def plan_page(config: Config, hf_config: HFConfig, gpu: Gpu, num_gpus: int, work
         f"model     {config.model.path}, {num_parameters(hf_config):,} parameters, "
         f"{config.model.dtype}",
         f"cluster   {num_gpus} x {gpu.name}, {gpu.memory_bytes / 1e9:.0f} GB each",
-        f"a step    {work} (assumed; --help tells how to set lengths)",
+        f"a step    {work} (assumed; --help lists the options that set lengths)",
         "",
         *_own_lines(run, num_gpus),
         f"layouts   {len(fitting)} of {len(found)} fit, the fastest:",
@@ -50,7 +50,7 @@ def plan_page(config: Config, hf_config: HFConfig, gpu: Gpu, num_gpus: int, work
         f"proposed: {best.layout}, engine {best.layout.engine}; GB on the fullest GPU:",
         *_memory_lines(best),
         "",
-        "its step by phase (reading data and grading are not in it):",
+        "time of a step by phase (without reading data and grading):",
         *_phase_lines(best),
         *_variant_lines(run, best),
         "",
@@ -72,13 +72,13 @@ def _memory_lines(found: Estimate) -> list[str]:
         "recomputed layer": memory.recomputed,
         "logits": memory.logits,
         "reserved": RESERVED_BYTES,
-        "in all, training": memory.training,
+        "total, training": memory.training,
     }
     if memory.rollout:
         kinds |= {
             "engine weights": memory.engine_weights,
             "engine KV cache": memory.cache,
-            "in all, rollout": memory.rollout,
+            "total, rollout": memory.rollout,
         }
     if memory.static.host:
         kinds["optimizer in host memory"] = memory.static.host
@@ -120,4 +120,4 @@ def _variant_lines(run: PlannedRun, best: Estimate) -> list[str]:
     for other in variants(run, best.layout):
         keys = [f"{k}={v}" for k, v in cut_keys(other.layout).items() if v != proposed[k]]
         lines.append(f"  {_line(other, ' '.join(keys))}")
-    return ["", "the same with other keys (no time: does not fit):", *lines] if lines else []
+    return ["", "the same layout with other keys (no time: does not fit):", *lines] if lines else []

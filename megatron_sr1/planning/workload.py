@@ -91,7 +91,7 @@ class Workload:
         """Summarize in one line."""
         text = f"{self.num_prompts} x {self.samples_per_prompt} sequences of {self.text_tokens:.0f}"
         text += f" text + {self.image_tokens:.0f} image + {self.response_tokens:.0f} response"
-        reading = f", {self.reading_tokens:.0f} read" if self.reading_tokens else ""
+        reading = f", readings of {self.reading_tokens:.0f}" if self.reading_tokens else ""
         return f"{text} tokens{reading}, {self.num_updates} updates"
 
 

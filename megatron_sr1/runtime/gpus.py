@@ -67,7 +67,7 @@ def find_gpu(name: str) -> Gpu:
     """Return a GPU by its name, in upper or lower case; raise a ConfigError if it is unknown."""
     gpu = GPUS.get(name.lower())
     if gpu is None:
-        raise ConfigError(f"--gpu {name[:40]!a} is not known; one of {', '.join(GPUS)}")
+        raise ConfigError(f"--gpu {name[:40]!a} is unknown; expected one of {', '.join(GPUS)}")
     return gpu
 
 

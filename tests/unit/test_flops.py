@@ -1,8 +1,7 @@
-"""Formulas of operations against torch's counter on the real model.
+"""Formulas of operations compared with torch's counter on the real model.
 
-The counter takes the whole square of a causal sequence, so the comparison does, too: `keys` is the
-sequence's length here. It does not know the CPU's attention kernel, nor a product that is added in
-place; both are told to it.
+The counter counts the whole square of a causal sequence, so `keys` is the sequence's length here.
+It knows neither the CPU's attention kernel nor in-place addition of a product; UNKNOWN adds both.
 """
 
 import pytest
@@ -49,7 +48,7 @@ UNKNOWN = {
 
 
 def counted(hf_config, groups, row, recompute):
-    """Operations of a forward pass and of the backward pass after it."""
+    """Return the operations of a forward pass and of its backward pass."""
     (chunk,) = build_model(
         hf_config, groups, dtype=torch.float32, recompute=recompute, logprob_chunk_tokens=64
     )
@@ -63,7 +62,7 @@ def counted(hf_config, groups, row, recompute):
 
 
 def planned(hf_config, patches, recompute):
-    """The same by the formulas."""
+    """Return the same by the formulas."""
     layers = flops.text_layer(hf_config, TOKENS, TOKENS).times(hf_config.text.num_layers)
     head = flops.head(hf_config, TOKENS)
     there, back = layers + head, flops.backward(layers) + flops.backward(head) + head
@@ -100,7 +99,7 @@ def test_the_whole_forward_pass_is_the_sum_of_its_parts():
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_patch_costs_what_it_adds_to_a_forward_pass(size):
+def test_patch_cost_is_what_a_patch_adds_to_a_forward_pass(size):
     hf_config = parse_hf_config(raw_config(**SIZES[size]))
     token = flops.text(hf_config, 1, 1)
     without, patches, with_one = ((token + flops.vision(hf_config, n, 0)).dense for n in (0, 8, 9))

@@ -1,7 +1,7 @@
-"""Planned activations against what autograd keeps on a CPU, where MLPs are not fused.
+"""Planned activations compared with what autograd keeps on a CPU, where MLPs are not fused.
 
-Not covered: what a GPU's fused kernels keep, which is reckoned by the same terms less the MLP's
-intermediate steps.
+Not covered: what a GPU's fused kernels keep, which the plan computes from the same terms without
+the MLP's intermediate results.
 """
 
 import pytest
@@ -74,8 +74,8 @@ def test_vision_activations_are_planned_within_8_percent(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_logits_at_their_worst_moment_are_planned_within_8_percent(groups, dtype):
-    """The peak of live memory in the backward pass, by torch's own count of allocations."""
+def test_the_peak_of_logits_is_planned_within_8_percent(groups, dtype):
+    """Peak of live memory in the backward pass, by torch's count of allocations."""
     vocab, width, tokens, chunk = 5000, 64, 700, 256
     hidden = torch.randn(tokens, 1, width, dtype=dtype, requires_grad=True)
     weight = torch.randn(vocab, width, dtype=dtype, requires_grad=True)

@@ -79,7 +79,7 @@ def test_a_barrier_reads_after_the_last_response():
     assert steps[4:] == [EngineStep(4, 2, 0, 4), EngineStep(0, 0, 2, 6)]
 
 
-def test_a_fork_reads_from_the_step_behind_the_closing_tag():
+def test_a_fork_reads_from_the_step_after_the_closing_tag():
     assert simulate(JOBS, "forked", WIDE) == [
         EngineStep(6, 2, 0, 6),
         EngineStep(2, 1, 2, 10),
