@@ -154,24 +154,22 @@ def workload(
     """
     data, rollout = config.data, config.rollout
     is_sft = config.stage == "sft"
-    if image_tokens is None:
-        middle = math.sqrt(data.min_pixels * data.max_pixels)
-        image_tokens = middle / pixels_per_token(hf_config)
-    if response_tokens is None:
-        response_tokens = SHARE_OF_LIMIT * rollout.max_response_tokens
-    if reading_tokens is None:
-        reading_tokens = SHARE_OF_LIMIT * rollout.max_reading_tokens
+    mean_pixels = math.sqrt(data.min_pixels * data.max_pixels)
     if is_sft or config.reward.recipe != "vision_sr1":
         reading_tokens = 0.0
+
+    def known(given: float | None, assumed: float) -> float:
+        return assumed if given is None else given
+
     return Workload(
         num_prompts=data.prompts_per_step,
         samples_per_prompt=1 if is_sft else rollout.samples_per_prompt,
         num_updates=1 if is_sft else data.prompts_per_step // config.algorithm.prompts_per_update,
-        text_tokens=PROMPT_TEXT_TOKENS if text_tokens is None else text_tokens,
-        image_tokens=image_tokens,
+        text_tokens=known(text_tokens, PROMPT_TEXT_TOKENS),
+        image_tokens=known(image_tokens, mean_pixels / pixels_per_token(hf_config)),
         patches_per_token=hf_config.vision.spatial_merge_size**2,
-        response_tokens=response_tokens,
-        reading_tokens=reading_tokens,
+        response_tokens=known(response_tokens, SHARE_OF_LIMIT * rollout.max_response_tokens),
+        reading_tokens=known(reading_tokens, SHARE_OF_LIMIT * rollout.max_reading_tokens),
         max_response_tokens=rollout.max_response_tokens,
         max_reading_tokens=rollout.max_reading_tokens,
         has_reference=not is_sft and config.algorithm.kl_coefficient > 0,
