@@ -289,9 +289,9 @@ def plan_command(arguments: argparse.Namespace) -> int:
     """`plan`: needs the model's shape only, no weights and no torch."""
     from megatron_sr1.config_file import load_config
     from megatron_sr1.model.hf_config import read_hf_config
-    from megatron_sr1.planning.hardware import find_gpu
     from megatron_sr1.planning.page import plan_page
     from megatron_sr1.planning.workload import workload
+    from megatron_sr1.runtime.gpus import find_gpu
 
     gpu = find_gpu(arguments.gpu)
     config = load_config(arguments.config, list(arguments.overrides))

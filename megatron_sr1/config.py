@@ -91,6 +91,11 @@ class ParallelConfig:
     distributed_optimizer: bool = True
     """Shard optimizer state over data-parallel ranks."""
 
+    @property
+    def replica_size(self) -> int:
+        """Ranks that hold one copy of the actor between them."""
+        return self.tensor * self.pipeline * self.context
+
 
 @dataclass
 class DataConfig:
@@ -121,6 +126,11 @@ class DataConfig:
     """Smallest image area, pixels; a token of the language model is 28 x 28."""
     max_pixels: int = number(4194304, at_least=784, at_most=2**27)
     """Largest image area, pixels; rounding to patches may exceed it (docs/data.md)."""
+
+    @property
+    def row_budget(self) -> int:
+        """Budget of a micro-batch, tokens; 0 if each sequence has a micro-batch of its own."""
+        return self.pack_tokens if self.packing else 0
 
 
 @dataclass

@@ -8,26 +8,26 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+from megatron_sr1.planning.engine_time import Replica
 from megatron_sr1.rollout.recording import EngineStep
-from tools.roofline import H100, Hardware, Shape, read_shape, replay_seconds
-from tools.schedules import SCHEDULES, Limits, Workload, simulate
+from tools.roofline import H100, read_published, replay_seconds, whole_gpu
+from tools.schedules import SCHEDULES, DeclaredWorkload, Limits, simulate
 
-PUBLISHED = Path(__file__).resolve().parent.parent / "tests" / "published"
 MODELS = ("3b", "7b")
 SEQUENCES = (64, 128, 256, 512)
 SEEDS = (1, 2, 3)
 STEP_TOKENS, BLOCK_TOKENS = 16384, 16  # vLLM's defaults on an H100
-VARIANTS: dict[str, tuple[Workload, Hardware]] = {
-    "declared": (Workload(), H100),
-    "description a quarter": (Workload(description_share=0.25), H100),
-    "description 60 %": (Workload(description_share=0.6), H100),
-    "longer tail, sigma 0.9": (Workload(response_sigma=0.9), H100),
-    "no fixed time a step": (Workload(), replace(H100, step_overhead_seconds=0.0)),
-    "half of the peak": (Workload(), replace(H100, flops_share=0.5)),
+VARIANTS: dict[str, tuple[DeclaredWorkload, dict[str, Any]]] = {
+    "declared": (DeclaredWorkload(), {}),
+    "description a quarter": (DeclaredWorkload(description_share=0.25), {}),
+    "description 60 %": (DeclaredWorkload(description_share=0.6), {}),
+    "longer tail, sigma 0.9": (DeclaredWorkload(response_sigma=0.9), {}),
+    "no fixed time a step": (DeclaredWorkload(), {"step_overhead_seconds": 0.0}),
+    "half of the peak": (DeclaredWorkload(), {"gpu": replace(H100, matmul_share=0.5)}),
 }
+"""Name -> workload, changed fields of the replica."""
 
 Gpu = dict[str, dict[str, dict[str, float]]]
 """Model -> sequences a GPU -> schedule -> seconds."""
@@ -35,36 +35,36 @@ Gpu = dict[str, dict[str, dict[str, float]]]
 
 def gpu_seconds() -> dict[str, Gpu]:
     """Seconds of a step's rollouts on the modelled GPU, by variant; means over workload seeds."""
-    shapes = {model: read_shape(PUBLISHED / f"qwen25vl_{model}.json") for model in MODELS}
-    simulated: dict[tuple[Workload, int], dict[str, list[list[EngineStep]]]] = {}
+    replicas = {model: whole_gpu(read_published(model)) for model in MODELS}
+    simulated: dict[tuple[DeclaredWorkload, int], dict[str, list[list[EngineStep]]]] = {}
     found: dict[str, Gpu] = {}
-    for name, (workload, hardware) in VARIANTS.items():
+    for name, (workload, changes) in VARIANTS.items():
         found[name] = {model: {} for model in MODELS}
         for num in SEQUENCES:
             if (workload, num) not in simulated:
                 simulated[workload, num] = _simulated(workload, num)
             runs = simulated[workload, num]
-            for model, shape in shapes.items():
-                _check_memory(runs, shape, hardware)
+            for model, plain in replicas.items():
+                replica = replace(plain, **changes)
+                _check_memory(runs, replica)
                 found[name][model][str(num)] = {
-                    schedule: statistics.mean(replay_seconds(s, shape, hardware) for s in steps)
+                    schedule: statistics.mean(replay_seconds(s, replica) for s in steps)
                     for schedule, steps in runs.items()
                 }
     return found
 
 
-def _simulated(workload: Workload, num: int) -> dict[str, list[list[EngineStep]]]:
+def _simulated(workload: DeclaredWorkload, num: int) -> dict[str, list[list[EngineStep]]]:
     limits = Limits(2 * num, STEP_TOKENS, BLOCK_TOKENS, chunked=True)
     drawn = [workload.draw(num, seed) for seed in SEEDS]
     return {s: [simulate(jobs, s, limits) for jobs in drawn] for s in SCHEDULES}
 
 
-def _check_memory(
-    runs: dict[str, list[list[EngineStep]]], shape: Shape, hardware: Hardware
-) -> None:
+def _check_memory(runs: dict[str, list[list[EngineStep]]], replica: Replica) -> None:
     """No step may need more keys and values than fit beside the weights."""
     most = max(step.context_tokens for steps in runs.values() for s in steps for step in s)
-    assert most * shape.kv_bytes + shape.weight_bytes < hardware.memory_bytes, most
+    weights = replica.dtype_bytes * (replica.layer_weights + replica.output_weights)
+    assert most * replica.token_bytes + weights < replica.memory_bytes, most
 
 
 def share(seconds: dict[str, float]) -> float:

@@ -1,8 +1,8 @@
-"""The planner's times against published figures: prints the table of docs/planner.md.
+"""Print the table of docs/planner.md that compares the planner with published figures.
 
 Usage: python tools/planner_errors.py
-The figures are of other systems; what is not published about them (lengths, layouts) is assumed
-here, before the comparison, and nothing is adjusted after it.
+The figures are those of other systems. Lengths and layouts that are not published were assumed
+before the comparison, and nothing was adjusted after it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pathlib import Path
 from megatron_sr1.config_file import load_config
 from megatron_sr1.model.hf_config import HFConfig, parse_hf_config
 from megatron_sr1.planning.estimate import Estimate, estimate
-from megatron_sr1.planning.hardware import find_gpu
 from megatron_sr1.planning.layout import Layout
-from megatron_sr1.planning.workload import Workload, workload
+from megatron_sr1.planning.workload import PlannedRun, Workload, workload
+from megatron_sr1.runtime.gpus import find_gpu
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "qwen25vl_7b.yaml"
@@ -27,7 +27,7 @@ TEXT_TOKENS = 100.0  # assumption: question and format prompt
 
 @dataclass(frozen=True)
 class EasyR1:
-    """A published line: Qwen2.5-VL on Geometry3k, 512 x 5 rollouts, 8 H100, FSDP."""
+    """A published result: Qwen2.5-VL on Geometry3k, 512 x 5 rollouts, 8 H100, FSDP."""
 
     size: str
     engine: int
@@ -37,7 +37,7 @@ class EasyR1:
 
     @property
     def sequence_tokens(self) -> float:
-        """Prompt and response, by the published rate and time."""
+        """Mean length of prompt and response, from the published rate and time."""
         return self.token_rate * NUM_GPUS * self.step_seconds / (512 * 5)
 
 
@@ -49,13 +49,15 @@ EASYR1 = (
 
 
 def read_published(size: str) -> HFConfig:
-    """Shape of a published model."""
+    """Return the shape of a published model."""
     path = ROOT / "tests" / "published" / f"qwen25vl_{size}.json"
     return parse_hf_config(json.loads(path.read_text()))
 
 
 def text_flops(hf_config: HFConfig, work: Workload) -> float:
-    """Of a step's updates as EasyR1 counts them: no tower, both vocabulary matrices, whole squares.
+    """Return a step's operations as EasyR1 counts them.
+
+    It counts no tower, both vocabulary matrices and the whole squares of attention.
 
     Source: verl/utils/flops_counter.py of EasyR1.
     """
@@ -68,7 +70,7 @@ def text_flops(hf_config: HFConfig, work: Workload) -> float:
 
 
 def easyr1_rows(line: EasyR1) -> list[str]:
-    """Our data-parallel layout with full recomputation stands for FSDP."""
+    """Return the rows of a result; a data-parallel layout with full recomputation models FSDP."""
     hf_config = read_published(line.size)
     keys = ["rollout.samples_per_prompt=5", "reward.recipe=vision_r1", "model.recompute=full"]
     config = load_config(EXAMPLE, [*keys, "rollout.gpu_memory_utilization=0.6"])
@@ -81,7 +83,7 @@ def easyr1_rows(line: EasyR1) -> list[str]:
     )
     layout = Layout(data=NUM_GPUS, recompute="full", engine=line.engine)
     gpu = find_gpu("h100")
-    found = estimate(config, hf_config, layout, gpu, work)
+    found = estimate(PlannedRun(config, hf_config, gpu, work), layout)
     flops = text_flops(hf_config, work)
     mfu = flops / (found.seconds["update"] * NUM_GPUS * gpu.peak_flops)
     rate = work.step_tokens / found.step_seconds / NUM_GPUS
@@ -94,27 +96,28 @@ def easyr1_rows(line: EasyR1) -> list[str]:
 
 
 def example(gpu: str, size: str = "7b", engine: int = 1, tensor: int = 4) -> Estimate:
-    """The 7B example's layout with assumed lengths; upstream's pass 2 waits for all of pass 1."""
+    """Estimate the 7B example with assumed lengths; pass 2 waits for pass 1, as upstream."""
     config = load_config(EXAMPLE, ["rollout.pass2=barrier"])
     hf_config = read_published(size)
     layout = Layout(tensor, data=NUM_GPUS // tensor, sequence=True, recompute="full", engine=engine)
-    return estimate(config, hf_config, layout, find_gpu(gpu), workload(config, hf_config))
+    run = PlannedRun(config, hf_config, find_gpu(gpu), workload(config, hf_config))
+    return estimate(run, layout)
 
 
 def row(name: str, published: float, planned: float) -> str:
-    """A line of the table."""
+    """Return a line of the table."""
     error = 100 * (planned - published) / published
     return f"| {name} | {published:.4g} | {planned:.3g} | {error:+.0f} % |"
 
 
 def range_row(name: str, low: float, high: float, planned: float) -> str:
-    """A line whose published figure is a range."""
+    """Return a line whose published figure is a range."""
     where = "inside" if low <= planned <= high else "outside"
     return f"| {name} | {low:g} to {high:g} | {planned:.2g} | {where} |"
 
 
 def table() -> str:
-    """All of it."""
+    """Return the whole table."""
     lines = ["| figure | published | planned | error |", "|---|---|---|---|"]
     for line in EASYR1:
         lines += easyr1_rows(line)

@@ -1,124 +1,63 @@
-"""A written-down cost model of an engine step on a GPU: what the memory and the arithmetic allow.
+"""Time of recorded engine steps on the planner's model of a GPU (planning/engine_time.py).
 
-In: records of engine steps and a model's published config.json. Out: seconds. A step is, one behind
-the other, the decoder's matrices, the output layer and attention, each at the larger of its bytes
-over the bandwidth and its operations over the stated share of the peak, plus a fixed time:
+In: records of engine steps and a replica. Out: seconds. The planner times a mean decoding step; a
+recorded step has its own prompts, so each of its parts has a time: the decoder's matrices, the
+output layer and attention, one after the other, plus the replica's fixed time a step:
 
     matrices   max(2 N / B,  2 N tokens / F)
     output     max(2 V / B,  2 V sequences / F)
     attention  K context / B
-    step       their sum + overhead
 
-N: weights of the decoder's matrices, V: of the output layer, 2 bytes each; K: bytes of keys and
-values a token. Left out: attention's own operations (under 3 % of a prompt's at 1,000 tokens, and
-far below the bandwidth's time when decoding), activations, norms and the vision tower, which runs
-once an image and the same under every schedule.
+N and V are the weights of the decoder's matrices and of the output layer, 2 bytes each, K the bytes
+of a token's keys and values, B the bandwidth, F the reachable share of the peak. Left out:
+attention's own operations (under 3 % of a prompt's at 1,000 tokens, and far below the time of its
+traffic when decoding), activations, norms and the vision tower, which runs once an image and is the
+same under every schedule.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from megatron_sr1.planning.hardware import ENGINE_STEP_SECONDS, Gpu, find_gpu
+from megatron_sr1.model.hf_config import HFConfig, parse_hf_config
+from megatron_sr1.planning.engine_time import Replica
 from megatron_sr1.rollout.recording import EngineStep
+from megatron_sr1.runtime.gpus import find_gpu
 
-WEIGHT_BYTES = 2  # bfloat16
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """A GPU and the engine that drives it.
-
-    Attributes:
-        bytes_per_second: of its memory.
-        flops_per_second: peak of dense bfloat16.
-        flops_share: of that peak which matrices reach.
-        step_overhead_seconds: of a step beside its kernels: scheduling, launches, sampling.
-        memory_bytes: of its memory.
-    """
-
-    bytes_per_second: float
-    flops_per_second: float
-    flops_share: float
-    step_overhead_seconds: float
-    memory_bytes: float
+PUBLISHED = Path(__file__).resolve().parent.parent / "tests" / "published"
+H100 = find_gpu("h100")
 
 
-def hardware_of(gpu: Gpu) -> Hardware:
-    """What the planner's table says of a GPU."""
-    return Hardware(
-        bytes_per_second=gpu.memory_rate,
-        flops_per_second=gpu.peak_flops,
-        flops_share=gpu.matmul_share,
-        step_overhead_seconds=ENGINE_STEP_SECONDS,
-        memory_bytes=gpu.memory_bytes,
-    )
+def read_published(size: str) -> HFConfig:
+    """Return the shape of a published model, e.g. "7b"."""
+    return parse_hf_config(json.loads((PUBLISHED / f"qwen25vl_{size}.json").read_text()))
 
 
-H100 = hardware_of(find_gpu("h100"))
+def whole_gpu(hf_config: HFConfig) -> Replica:
+    """Return a bfloat16 replica that has one H100 to itself."""
+    return Replica(hf_config, H100, 1, H100.memory_bytes, dtype_bytes=2, max_num_seqs=512)
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What a language model moves and computes.
+def step_seconds(step: EngineStep, replica: Replica) -> float:
+    """Return the time of one engine step on a replica of one rank."""
+    gpu = replica.gpu
+    bandwidth, flops = gpu.memory_rate, gpu.peak_flops * gpu.matmul_share
 
-    Attributes:
-        matrix_weights: of the decoder's matrices (N).
-        output_weights: of the output layer (V).
-        kv_bytes: keys and values of a token in all layers (K).
-    """
-
-    matrix_weights: int
-    output_weights: int
-    kv_bytes: int
-
-    @property
-    def weight_bytes(self) -> int:
-        """Read in every step."""
-        return WEIGHT_BYTES * (self.matrix_weights + self.output_weights)
-
-
-def read_shape(path: Path) -> Shape:
-    """The shape in a published config.json."""
-    return shape_of(json.loads(path.read_text()))
-
-
-def shape_of(config: Mapping[str, Any]) -> Shape:
-    """The shape of a configuration with the text model's keys at its top."""
-    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
-    head_dim = hidden // config["num_attention_heads"]
-    kv_width = config["num_key_value_heads"] * head_dim
-    attention = 2 * hidden * hidden + 2 * hidden * kv_width  # query and output; key and value
-    mlp = 3 * hidden * config["intermediate_size"]  # gate, up and down
-    return Shape(
-        matrix_weights=layers * (attention + mlp),
-        output_weights=config["vocab_size"] * hidden,
-        kv_bytes=WEIGHT_BYTES * 2 * layers * kv_width,
-    )
-
-
-def step_seconds(step: EngineStep, shape: Shape, hardware: Hardware = H100) -> float:
-    """Time of one engine step."""
-    bandwidth = hardware.bytes_per_second
-    flops = hardware.flops_per_second * hardware.flops_share
-
-    def matrix_seconds(weights: int, rows: int) -> float:
-        return max(WEIGHT_BYTES * weights / bandwidth, 2 * weights * rows / flops)
+    def matrix_seconds(weights: float, rows: int) -> float:
+        return max(replica.dtype_bytes * weights / bandwidth, 2 * weights * rows / flops)
 
     tokens = step.prefill_tokens + step.decoding_sequences
     sequences = step.prefill_sequences + step.decoding_sequences
     return (
-        matrix_seconds(shape.matrix_weights, tokens)
-        + matrix_seconds(shape.output_weights, sequences)
-        + shape.kv_bytes * step.context_tokens / bandwidth
-        + hardware.step_overhead_seconds
+        matrix_seconds(replica.layer_weights, tokens)
+        + matrix_seconds(replica.output_weights, sequences)
+        + replica.token_bytes * step.context_tokens / bandwidth
+        + replica.step_overhead_seconds
     )
 
 
-def replay_seconds(steps: Iterable[EngineStep], shape: Shape, hardware: Hardware = H100) -> float:
-    """Time of a whole schedule."""
-    return sum(step_seconds(step, shape, hardware) for step in steps)
+def replay_seconds(steps: Iterable[EngineStep], replica: Replica) -> float:
+    """Return the time of a whole schedule."""
+    return sum(step_seconds(step, replica) for step in steps)

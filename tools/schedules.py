@@ -172,7 +172,7 @@ def _step(
 
 
 @dataclass(frozen=True)
-class Workload:
+class DeclaredWorkload:
     """Declared lengths of a vision-language step; log-normal ones are cut at `longest_tokens`.
 
     Attributes:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.model.hf_config import HFConfig
@@ -19,6 +20,8 @@ EMBEDDING = "language_model.embedding.word_embeddings.weight"
 OUTPUT = "language_model.output_layer.weight"
 HF_EMBEDDING = "model.embed_tokens.weight"
 HF_OUTPUT = "lm_head.weight"
+TOWER = "vision_model."
+"""Prefix of the vision tower's parameters."""
 
 COLUMN, ROW, WHOLE = 0, 1, None  # the dimension that is split over tensor-parallel ranks
 
@@ -89,6 +92,7 @@ _MERGER: tuple[_Row, ...] = (
 )
 
 
+@lru_cache(maxsize=8)
 def entries(config: HFConfig) -> tuple[Entry, ...]:
     """Every parameter of a model, in the order of computation.
 
@@ -143,6 +147,16 @@ def _entry(row: _Row, prefix: str, hf_prefix: str, dims: dict[str, int], groups:
         num_groups=groups if grouped else 1,
         num_parts=3 // len(hf_names) if grouped else 1,
     )
+
+
+def is_frozen(entry: Entry, patterns: Sequence[str]) -> bool:
+    """Return True if a pattern of `model.freeze` matches every tensor of a parameter."""
+    return any(all(re.search(p, name) for name in entry.hf_names) for p in patterns)
+
+
+def is_tower_frozen(config: HFConfig, patterns: Sequence[str]) -> bool:
+    """Return True if nothing of the vision tower is trained."""
+    return all(is_frozen(e, patterns) for e in entries(config) if e.name.startswith(TOWER))
 
 
 def canonical_parameter(name: str, first_layer: int = 0) -> str:

@@ -123,7 +123,7 @@ def _based(config: Config, workdir: Path) -> Config:
 
 def _check_layout(cluster: Cluster, name: str, config: Config) -> None:
     num_ranks = cluster.nodes * cluster.ranks_per_node
-    parts = config.parallel.tensor * config.parallel.pipeline * config.parallel.context
+    parts = config.parallel.replica_size
     if num_ranks % parts:
         raise ConfigError(
             f"{name}: {cluster.nodes} x {cluster.ranks_per_node} ranks do not divide into model "

@@ -120,7 +120,7 @@ class HFConfig:
     vision_start_token_id: int
     vision_end_token_id: int
     tie_word_embeddings: bool
-    raw: Mapping[str, Any] = field(repr=False)
+    raw: Mapping[str, Any] = field(repr=False, hash=False)
 
 
 def read_hf_config(directory: str | Path) -> HFConfig:

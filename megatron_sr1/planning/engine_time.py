@@ -1,9 +1,9 @@
-"""How long the engine takes: prefill of the prompts, decoding of both passes, the weight sync.
+"""Time of the engine's phases: weight sync, prefill, decoding of both passes.
 
-In: a model's shape, a GPU, a replica's share of the step. Out: seconds. A step of the engine reads
-all weights and the running sequences' keys and values, or is bound by its products, whichever takes
-longer. Lengths are drawn as if every token could be the last (memoryless), up to their limit: slots
-stay full while requests wait, then the running ones die out by halves.
+In: an engine replica and a workload. Out: seconds. An engine step takes the longer of its memory
+traffic (all weights, the keys and values of the running sequences) and its products. Lengths are
+memoryless, each token being equally likely to be the last, up to their limit: the slots stay full
+while requests wait, then the number of running sequences halves again and again.
 """
 
 from __future__ import annotations
@@ -11,33 +11,34 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from megatron_sr1.model import flops
 from megatron_sr1.model.hf_config import HFConfig
-from megatron_sr1.planning import flops
-from megatron_sr1.planning.hardware import (
+from megatron_sr1.planning.costs import (
     COLLECTIVE_SECONDS,
     ENGINE_RESERVED_BYTES,
     ENGINE_SEQUENCE_SECONDS,
     ENGINE_STEP_SECONDS,
-    LINK_SHARE,
-    MEMORY_SHARE,
-    Gpu,
     all_reduce_seconds,
+    memory_seconds,
+    transfer_seconds,
 )
-from megatron_sr1.planning.memory import num_parameters
+from megatron_sr1.planning.static_memory import num_parameters
 from megatron_sr1.planning.workload import DESCRIPTION_SHARE, Workload
+from megatron_sr1.runtime.gpus import Gpu
 
 
 @dataclass(frozen=True)
 class Replica:
-    """One engine replica.
+    """An engine replica.
 
     Attributes:
         hf_config: shape of the model.
-        gpu: of its ranks.
-        ranks: that it spans.
-        memory_bytes: that it may take of each GPU.
-        dtype_bytes: of weights, keys and values.
+        gpu: type of its ranks.
+        ranks: tensor-parallel ranks that it spans.
+        memory_bytes: its share of each GPU's memory.
+        dtype_bytes: size of a weight, key or value.
         max_num_seqs: slots.
+        step_overhead_seconds: time of a step outside its kernels: scheduling, launches, sampling.
     """
 
     hf_config: HFConfig
@@ -46,142 +47,131 @@ class Replica:
     memory_bytes: float
     dtype_bytes: int
     max_num_seqs: int
+    step_overhead_seconds: float = ENGINE_STEP_SECONDS
 
     @property
     def weight_bytes(self) -> float:
-        """On each rank."""
+        """All weights on each rank."""
         return num_parameters(self.hf_config) * self.dtype_bytes / self.ranks
 
     @property
+    def layer_weights(self) -> float:
+        """Weights of the decoder layers' products, all ranks together; a step reads them once."""
+        return flops.text_layer(self.hf_config, 1, 0).dense / 2 * self.hf_config.text.num_layers
+
+    @property
+    def output_weights(self) -> float:
+        """Weights of the output layer, all ranks together; a step reads them once."""
+        return flops.head(self.hf_config, 1).dense / 2
+
+    @property
     def cache_bytes(self) -> float:
-        """Left for keys and values on each rank."""
+        """Memory left for keys and values on each rank."""
         return self.memory_bytes - self.weight_bytes - ENGINE_RESERVED_BYTES
 
     @property
     def cache_tokens(self) -> float:
-        """That the cache holds."""
+        """Tokens whose keys and values fit."""
         return self.cache_bytes / self.token_bytes
 
     @property
     def token_bytes(self) -> float:
-        """Keys and values of a token on each rank; heads fewer than ranks are repeated."""
+        """Keys and values of a token on each rank; with fewer heads than ranks, heads repeat."""
         text = self.hf_config.text
         heads = max(text.num_key_value_heads / self.ranks, 1)
         return 2 * text.num_layers * heads * text.head_dim * self.dtype_bytes
 
     def slots(self, context_tokens: float) -> float:
-        """Sequences that run at a time."""
+        """Return how many sequences of a length run at a time."""
         return max(1.0, min(self.max_num_seqs, self.cache_tokens / context_tokens))
 
     def step_seconds(self, running: float, context_tokens: float) -> float:
-        """One step: a token for each of the running sequences."""
+        """Return the time of a decoding step: one token for each running sequence.
+
+        Args:
+            running: sequences.
+            context_tokens: tokens before the new one, mean over the sequences.
+        """
         text, gpu = self.hf_config.text, self.gpu
-        layer = flops.text_layer(self.hf_config, running, context_tokens)
-        work = layer.times(text.num_layers) + flops.head(self.hf_config, running)
-        weights = work.dense / (2 * running) * self.dtype_bytes / self.ranks
-        traffic = weights + running * context_tokens * self.token_bytes
-        reading = traffic / (gpu.memory_rate * MEMORY_SHARE)
-        computing = work.dense / self.ranks / (gpu.peak_flops * gpu.matmul_share)
-        joining = 0.0
+        weights = self.layer_weights + self.output_weights
+        traffic = weights * self.dtype_bytes / self.ranks
+        traffic += running * context_tokens * self.token_bytes
+        products = 2 * running * weights / self.ranks / (gpu.peak_flops * gpu.matmul_share)
+        collectives = 0.0
         if self.ranks > 1:
             row = running * text.hidden_size * self.dtype_bytes
             once = all_reduce_seconds(row, self.ranks, gpu.nvlink_rate)
-            joining = 2 * text.num_layers * max(once, COLLECTIVE_SECONDS)
-        return (
-            max(reading, computing)
-            + joining
-            + ENGINE_STEP_SECONDS
-            + ENGINE_SEQUENCE_SECONDS * running
-        )
+            collectives = 2 * text.num_layers * max(once, COLLECTIVE_SECONDS)
+        overhead = self.step_overhead_seconds + ENGINE_SEQUENCE_SECONDS * running
+        return max(memory_seconds(traffic, gpu), products) + collectives + overhead
 
+    def decode_seconds(
+        self, requests: float, mean: float, limit: float, context: float, load: float = 1.0
+    ) -> float:
+        """Return the time until all requests have finished.
 
-def decode_seconds(
-    replica: Replica, requests: float, mean: float, limit: float, context: float, load: float = 1.0
-) -> float:
-    """Until all requests have ended.
+        Args:
+            requests: of this replica.
+            mean: steps that a request holds its slot.
+            limit: most steps of a request.
+            context: tokens before the new one of a running sequence, mean.
+            load: sequences that run per slot, mean.
+        """
+        if requests <= 0 or mean <= 0:
+            return 0.0
+        slots = min(requests, self.slots(context) / load)
+        seconds = (requests - slots) * mean / slots * self.step_seconds(slots * load, context)
+        running, steps_left = slots, limit
+        while running > 1 and steps_left > 0:
+            steps = min(mean * math.log(2), steps_left)
+            average = running * (1 / (2 * math.log(2)))
+            seconds += steps * self.step_seconds(max(average, 1) * load, context)
+            running, steps_left = running / 2, steps_left - steps
+        return seconds + min(mean, steps_left) * self.step_seconds(load, context)
 
-    Args:
-        replica: that they run on.
-        requests: of the replica.
-        mean: steps that a request holds its slot.
-        limit: most steps of a request.
-        context: tokens that a running sequence has before it, on average.
-        load: sequences that run for each slot, on average.
-    """
-    if requests <= 0 or mean <= 0:
-        return 0.0
-    slots = min(requests, replica.slots(context) / load)
-    seconds = (requests - slots) * mean / slots * replica.step_seconds(slots * load, context)
-    running, steps_left = slots, limit
-    while running > 1 and steps_left > 0:
-        steps = min(mean * math.log(2), steps_left)
-        average = running * (1 / (2 * math.log(2)))
-        seconds += steps * replica.step_seconds(max(average, 1) * load, context)
-        running, steps_left = running / 2, steps_left - steps
-    return seconds + min(mean, steps_left) * replica.step_seconds(load, context)
+    def pass_seconds(self, work: Workload, replicas: int) -> tuple[float, float]:
+        """Return the decoding time of pass 1, and what pass 2 adds to it.
 
+        Args:
+            work: of the whole step.
+            replicas: that share the step.
+        """
+        requests = work.num_sequences / replicas
+        first, limit = work.response_tokens, work.max_response_tokens
+        second, second_limit = work.reading_tokens, work.max_reading_tokens
+        context = work.prompt_tokens + first / 2
+        alone = self.decode_seconds(requests, first, limit, context)
+        if not second:
+            return alone, 0.0
+        second_context = work.reading_prompt_tokens + second / 2
+        if not work.is_forked:
+            return alone, self.decode_seconds(requests, second, second_limit, second_context)
+        # A rollout ends with its response or its reading, which starts when the description ends.
+        chain = max(first, DESCRIPTION_SHARE * first + second)
+        longest = max(limit, DESCRIPTION_SHARE * limit + second_limit)
+        mixed = (first * context + second * second_context) / (first + second)
+        load = (first + second) / chain
+        both = self.decode_seconds(requests, chain, longest, mixed, load)
+        return alone, max(both - alone, 0.0)
 
-def pass_seconds(replica: Replica, work: Workload, replicas: int) -> tuple[float, float]:
-    """Decoding of pass 1, and what pass 2 adds to it."""
-    requests = work.num_sequences / replicas
-    first, limit = work.response_tokens, work.most_response_tokens
-    second, second_limit = work.reading_tokens, work.most_reading_tokens
-    context = work.prompt_tokens + first / 2
-    alone = decode_seconds(replica, requests, first, limit, context)
-    if not second:
-        return alone, 0.0
-    second_context = work.reading_prompt_tokens + second / 2
-    if not work.is_forked:
-        return alone, decode_seconds(replica, requests, second, second_limit, second_context)
-    # A rollout ends with its response or with its reading, which starts at the description's end.
-    chain = max(first, DESCRIPTION_SHARE * first + second)
-    longest = max(limit, DESCRIPTION_SHARE * limit + second_limit)
-    mixed = (first * context + second * second_context) / (first + second)
-    load = (first + second) / chain
-    both = decode_seconds(replica, requests, chain, longest, mixed, load)
-    return alone, max(both - alone, 0.0)
+    def sync_seconds(self, world: int) -> float:
+        """Return the time of a weight sync from `world` ranks."""
+        num_bytes = num_parameters(self.hf_config) * self.dtype_bytes
+        moving = 0.0 if world == 1 else transfer_seconds(num_bytes, self.gpu.nvlink_rate)
+        # Read and written to be gathered, then written and read once more by the engine.
+        return moving + memory_seconds(4 * num_bytes, self.gpu)
 
 
 def prefill_work(hf_config: HFConfig, work: Workload) -> flops.Work:
-    """Prompts once each (samples share them), images too; pass 2's prompts one a rollout.
+    """Return the operations of a step's prefill.
 
-    Logits are made of the last token only, and not counted.
+    Each prompt and its image count once, as its samples share them; pass 2 has a prompt per
+    rollout. Logits, which are computed for the last token only, are not counted.
     """
-    length, patches = work.prompt_tokens, work.image_patches
-    layers = hf_config.text.num_layers
-    total = flops.text_layer(hf_config, length, length * flops.CAUSAL_SHARE).times(layers)
-    total = (total + flops.vision(hf_config, patches, patches)).times(work.num_prompts)
+    prompt = flops.text(hf_config, work.prompt_tokens, 0)
+    prompt += flops.vision(hf_config, work.image_patches, work.image_patches)
+    total = prompt.times(work.num_prompts)
     if work.reading_tokens:
-        length = work.reading_prompt_tokens
-        reading = flops.text_layer(hf_config, length, length * flops.CAUSAL_SHARE)
-        total += reading.times(layers * work.num_sequences)
+        reading = flops.text(hf_config, work.reading_prompt_tokens, 0)
+        total += reading.times(work.num_sequences)
     return total
-
-
-def decode_work(hf_config: HFConfig, work: Workload) -> tuple[flops.Work, flops.Work]:
-    """Of pass 1 and of pass 2: every token once through the layers and the logits."""
-    both = []
-    pairs = (
-        (work.response_tokens, work.prompt_tokens),
-        (work.reading_tokens, work.reading_prompt_tokens),
-    )
-    for length, prompt in pairs:
-        layer = flops.text_layer(hf_config, length, prompt + length / 2)
-        once = layer.times(hf_config.text.num_layers) + flops.head(hf_config, length)
-        both.append(once.times(work.num_sequences))
-    return both[0], both[1]
-
-
-def sync_seconds(replica: Replica, world: int) -> float:
-    """Every rank gets the whole weights and writes its share of them into the engine."""
-    num_bytes = num_parameters(replica.hf_config) * replica.dtype_bytes
-    gpu = replica.gpu
-    moving = 0.0 if world == 1 else num_bytes / (gpu.nvlink_rate * LINK_SHARE)
-    # Read, joined and written on the way; then written and read once more by the engine.
-    return moving + 4 * num_bytes / (gpu.memory_rate * MEMORY_SHARE)
-
-
-def compute_seconds(work: flops.Work, gpu: Gpu) -> float:
-    """On one GPU."""
-    dense = work.dense / (gpu.peak_flops * gpu.matmul_share)
-    return dense + work.attention / (gpu.peak_flops * gpu.attention_share)

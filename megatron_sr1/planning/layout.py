@@ -1,7 +1,7 @@
 """A layout of the actor over ranks, and the layouts that a model allows.
 
-In: a model's shape and a number of GPUs. Out: `Layout`s that pass the checks which the model
-itself makes (model/layout_checks.py).
+In: a model's shape and a number of GPUs. Out: `Layout`s that pass the model's own checks
+(model/layout_checks.py).
 """
 
 from __future__ import annotations
@@ -14,26 +14,18 @@ from megatron_sr1.config import Config, ParallelConfig
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.model.layout_checks import check_layout
-from megatron_sr1.planning.hardware import GPUS_PER_NODE
+from megatron_sr1.runtime.gpus import GPUS_PER_NODE
 
-LARGEST_CONTEXT = 8
+CONTEXT_SIZES = (1, 2, 4, 8)
+"""Context-parallel sizes that are tried."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the actor lies over ranks.
+    """A layout of the actor, with the size of an engine replica.
 
-    Attributes:
-        tensor: tensor-parallel ranks, neighbours.
-        pipeline: ranks that hold the stages, in turn.
-        context: context-parallel ranks.
-        data: data-parallel ranks.
-        sequence: sequence parallelism.
-        recompute: none | selective | full.
-        engine: ranks of an engine replica.
-        virtual: stages of each pipeline rank.
-        stage_layers: text layers of each stage; empty for equally many.
-        vision: tensor | images.
+    Fields have the names and values of `ParallelConfig`; besides, `data` is the number of
+    data-parallel ranks, `recompute` that of `ModelConfig`, `engine` the ranks of an engine replica.
     """
 
     tensor: int = 1
@@ -49,18 +41,23 @@ class Layout:
 
     @property
     def num_ranks(self) -> int:
-        """Of the world."""
+        """World size."""
         return self.tensor * self.pipeline * self.context * self.data
 
     @property
     def num_sharing(self) -> int:
-        """Ranks over which gradients are summed and the optimizer's state is shared out."""
+        """Ranks that reduce gradients together and partition the optimizer state."""
         return self.data * self.context
 
     @property
     def data_spans_nodes(self) -> bool:
-        """Whether gradients cross the network: neighbours are tensor, then context, then data."""
+        """True if gradients cross the network; ranks are ordered tensor, context, data."""
         return self.tensor * self.context * self.data > GPUS_PER_NODE
+
+    @property
+    def sequence_split(self) -> int:
+        """Ranks that share a row's tokens outside the tensor-parallel products."""
+        return self.tensor if self.sequence else 1
 
     @property
     def tower(self) -> int:
@@ -69,26 +66,26 @@ class Layout:
 
     @property
     def images(self) -> int:
-        """Ranks that share out a row's images."""
+        """Ranks that share the images of a row."""
         return self.context * self.tensor // self.tower
 
     @property
     def ends(self) -> list[int]:
-        """Pipeline ranks among which the fullest and the slowest are; in between all are alike."""
+        """Pipeline ranks to examine: first and last, or all if their stages differ."""
         return list(range(self.pipeline)) if self.stage_layers else sorted({0, self.pipeline - 1})
 
     def stages(self, pipeline_rank: int) -> range:
-        """Numbers of the stages that a rank of the pipeline holds."""
+        """Return the numbers of a pipeline rank's stages."""
         return range(pipeline_rank, self.pipeline * self.virtual, self.pipeline)
 
     def layers(self, num_layers: int) -> list[range]:
-        """Text layers of each stage."""
+        """Return the text layers of each stage."""
         num_stages = self.pipeline * self.virtual
         counts = self.stage_layers or (num_layers // num_stages,) * num_stages
         return [range(end - own, end) for own, end in zip(counts, accumulate(counts), strict=True)]
 
     def overrides(self, config: Config) -> list[str]:
-        """As keys, `group.key=value`, that make a configuration one of this layout."""
+        """Return the overrides, `group.key=value`, that give a configuration this layout."""
         shown = {
             "parallel.tensor": self.tensor,
             "parallel.pipeline": self.pipeline,
@@ -104,7 +101,7 @@ class Layout:
         return [f"{key}={value}" for key, value in shown.items()]
 
     def __str__(self) -> str:
-        """In a line."""
+        """Describe in one line."""
         parts = [f"tensor {self.tensor}{'+sp' if self.sequence else ''}"]
         parts += [f"pipeline {self.pipeline}{f' x {self.virtual}' if self.virtual > 1 else ''}"]
         parts += [f"layers {'+'.join(map(str, self.stage_layers))}"] if self.stage_layers else []
@@ -115,7 +112,7 @@ class Layout:
 
 
 def cut_keys(layout: Layout | ParallelConfig) -> dict[str, str]:
-    """Configuration keys of how layers and tower are cut, beside the numbers of ranks."""
+    """Return the keys that split layers and tower, other than numbers of ranks."""
     return {
         "parallel.virtual": str(layout.virtual),
         "parallel.stage_layers": f"[{','.join(map(str, layout.stage_layers))}]",
@@ -124,19 +121,18 @@ def cut_keys(layout: Layout | ParallelConfig) -> dict[str, str]:
 
 
 def configured(config: Config, num_gpus: int) -> Layout | None:
-    """The layout that a configuration names; None if it does not divide the GPUs."""
-    parallel = config.parallel
-    model_size = parallel.tensor * parallel.pipeline * parallel.context
-    if num_gpus % model_size or num_gpus % config.rollout.tensor_parallel:
+    """Return the layout of a configuration, or None if it does not divide the GPUs."""
+    parallel, engine = config.parallel, config.rollout.tensor_parallel
+    if num_gpus % parallel.replica_size or num_gpus % engine:
         return None
     return Layout(
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
         context=parallel.context,
-        data=num_gpus // model_size,
+        data=num_gpus // parallel.replica_size,
         sequence=parallel.sequence,
         recompute=config.model.recompute,
-        engine=config.rollout.tensor_parallel,
+        engine=engine,
         virtual=parallel.virtual,
         stage_layers=tuple(parallel.stage_layers),
         vision=parallel.vision,
@@ -144,11 +140,7 @@ def configured(config: Config, num_gpus: int) -> Layout | None:
 
 
 def check(hf_config: HFConfig, layout: Layout) -> None:
-    """Refuse what the model refuses.
-
-    Raises:
-        ConfigError: the layout does not divide the model.
-    """
+    """Raise a ConfigError if the layout does not divide the model."""
     check_layout(
         hf_config,
         tensor=layout.tensor,
@@ -160,40 +152,30 @@ def check(hf_config: HFConfig, layout: Layout) -> None:
     )
 
 
-def divides(hf_config: HFConfig, layout: Layout) -> bool:
-    """Whether a model can be cut so."""
-    try:
-        check(hf_config, layout)
-    except ConfigError:
-        return False
-    return True
-
-
-def candidates(hf_config: HFConfig, num_gpus: int, most_data: int) -> Iterator[Layout]:
-    """Layouts of the actor over some GPUs; tensor parallelism stays inside a machine.
+def candidates(hf_config: HFConfig, num_gpus: int, max_data: int) -> Iterator[Layout]:
+    """Yield the layouts that use all GPUs, with tensor parallelism within a node.
 
     Args:
         hf_config: shape of the model.
-        num_gpus: all of them are used.
-        most_data: data-parallel ranks beyond it would have nothing to do.
+        num_gpus: GPUs.
+        max_data: data-parallel ranks that an update has work for.
     """
     for tensor in range(1, min(GPUS_PER_NODE, num_gpus) + 1):
         for pipeline in range(1, hf_config.text.num_layers + 1):
+            rest, remainder = divmod(num_gpus, tensor * pipeline)
             layout = Layout(tensor, pipeline, sequence=tensor > 1)
-            if num_gpus % (tensor * pipeline) or not divides(hf_config, layout):
+            if remainder or not _divides(hf_config, layout):
                 continue
-            rest = num_gpus // (tensor * pipeline)
-            for context in (1, 2, 4, LARGEST_CONTEXT):
-                if rest % context or rest // context > most_data:
+            for context in CONTEXT_SIZES:
+                if rest % context or rest // context > max_data:
                     continue
+                split = replace(layout, context=context, data=rest // context)
                 for recompute in ("none", "selective", "full"):
-                    yield replace(
-                        layout, context=context, data=rest // context, recompute=recompute
-                    )
+                    yield replace(split, recompute=recompute)
 
 
 def engine_sizes(hf_config: HFConfig, num_gpus: int) -> list[int]:
-    """Ranks that an engine replica may span: a divisor of all heads, inside a machine."""
+    """Return the possible sizes of an engine replica: divisors of all heads, within a node."""
     heads = hf_config.text.num_attention_heads, hf_config.vision.num_heads
     return [
         size
@@ -202,25 +184,9 @@ def engine_sizes(hf_config: HFConfig, num_gpus: int) -> list[int]:
     ]
 
 
-def balanced_stages(
-    layout: Layout, num_layers: int, first_work: float, layer_work: float, last_work: float
-) -> tuple[int, ...]:
-    """Layers of each stage so that the busiest rank of the pipeline has the least to do.
-
-    Args:
-        layout: names ranks and stages.
-        num_layers: to deal out; each stage gets one at least.
-        first_work: of the first stage beside its layers (the tower).
-        layer_work: of a layer, in the same unit.
-        last_work: of the last stage beside its layers (the logits).
-    """
-    layers = [1] * (layout.pipeline * layout.virtual)
-    beside = [first_work, *[0.0] * (len(layers) - 2), last_work]
-
-    def work(stage: int) -> float:
-        return beside[stage] + layers[stage] * layer_work
-
-    for _ in range(num_layers - len(layers)):
-        rank = min(range(layout.pipeline), key=lambda r: sum(map(work, layout.stages(r))))
-        layers[min(layout.stages(rank), key=work)] += 1
-    return tuple(layers)
+def _divides(hf_config: HFConfig, layout: Layout) -> bool:
+    try:
+        check(hf_config, layout)
+    except ConfigError:
+        return False
+    return True

@@ -1,42 +1,47 @@
-"""What a step has to do: how many sequences, of which lengths. A configuration gives limits only.
+"""What is planned: a configured run on a type of GPU, and the sequences of one of its steps.
 
-In: a configuration and, where the user knows better, mean lengths. Out: a `Workload`, which the
-plan prints, as every time depends on it.
+In: a configuration, a model's shape, a GPU and, where the user knows them, mean lengths. Out: a
+`PlannedRun` with its `Workload`. A configuration has limits of lengths only, so lengths that are
+not given are assumed; the plan prints them, as every time depends on them.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
+from megatron_sr1.checkpoint.mapping import is_tower_frozen
 from megatron_sr1.config import Config
 from megatron_sr1.model.hf_config import HFConfig
+from megatron_sr1.planning.static_memory import DTYPE_BYTES
+from megatron_sr1.runtime.gpus import Gpu
 
 PROMPT_TEXT_TOKENS = 250
-"""Assumption: instructions and question."""
+"""Assumption: mean length of instructions and question."""
 SHARE_OF_LIMIT = 0.5
-"""Assumption: a mean response or reading is half of its limit."""
+"""Assumption: mean length of a response or reading over its limit."""
 DESCRIPTION_SHARE = 0.5
-"""Assumption: the description is the first half of a response."""
+"""Assumption: share of a response that is generated when its description ends."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A step's sequences, by their means.
+    """The sequences of one step, by their mean lengths.
 
     Attributes:
-        num_prompts: a step; in SFT sequences.
-        samples_per_prompt: responses of each.
-        num_updates: optimizer updates a step.
-        text_tokens: of a prompt, without images.
-        image_tokens: of a prompt, merged.
-        patches_per_token: of an image.
-        response_tokens: of pass 1; in SFT of the target.
-        reading_tokens: of pass 2; 0 where there is none.
-        most_response_tokens: limit of pass 1.
-        most_reading_tokens: limit of pass 2.
-        has_reference: whether a KL term needs the reference's logprobs.
-        is_forked: pass 2 starts as soon as a description closes.
+        num_prompts: prompts per step; sequences per step in SFT.
+        samples_per_prompt: responses to each prompt.
+        num_updates: optimizer updates per step.
+        text_tokens: length of a prompt without its image.
+        image_tokens: merged tokens of a prompt's image.
+        patches_per_token: image patches that are merged into one token.
+        response_tokens: length of a pass-1 response; in SFT of the target.
+        reading_tokens: length of a pass-2 response; 0 without pass 2.
+        max_response_tokens: limit of pass 1.
+        max_reading_tokens: limit of pass 2.
+        has_reference: the KL term needs the reference's logprobs.
+        is_forked: pass 2 of a response starts when its description ends, not after pass 1.
     """
 
     num_prompts: int
@@ -47,47 +52,85 @@ class Workload:
     patches_per_token: int
     response_tokens: float
     reading_tokens: float
-    most_response_tokens: int
-    most_reading_tokens: int
+    max_response_tokens: int
+    max_reading_tokens: int
     has_reference: bool
     is_forked: bool
 
     @property
     def num_sequences(self) -> int:
-        """Of a step."""
+        """Sequences per step."""
         return self.num_prompts * self.samples_per_prompt
 
     @property
     def image_patches(self) -> float:
-        """Of a prompt's image."""
+        """Patches of a prompt's image."""
         return self.image_tokens * self.patches_per_token
 
     @property
     def prompt_tokens(self) -> float:
-        """With the image."""
+        """Length of a pass-1 prompt with its image."""
         return self.text_tokens + self.image_tokens
 
     @property
     def sequence_tokens(self) -> float:
-        """Prompt and response."""
+        """Length of prompt and response."""
         return self.prompt_tokens + self.response_tokens
 
     @property
     def step_tokens(self) -> float:
-        """That a step trains on, prompts included."""
+        """Tokens that a step trains on, prompts included."""
         return self.num_sequences * self.sequence_tokens
 
     @property
     def reading_prompt_tokens(self) -> float:
-        """Of pass 2: instructions, question and the description."""
+        """Length of a pass-2 prompt: instructions, question and description."""
         return self.text_tokens + DESCRIPTION_SHARE * self.response_tokens
 
     def __str__(self) -> str:
-        """In a line."""
+        """Summarize in one line."""
         text = f"{self.num_prompts} x {self.samples_per_prompt} sequences of {self.text_tokens:.0f}"
         text += f" text + {self.image_tokens:.0f} image + {self.response_tokens:.0f} response"
-        reading = f", {self.reading_tokens:.0f} read" if self.reading_tokens else ""
+        reading = f", readings of {self.reading_tokens:.0f}" if self.reading_tokens else ""
         return f"{text} tokens{reading}, {self.num_updates} updates"
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A configured run on a type of GPU; `work` is one step of it."""
+
+    config: Config
+    hf_config: HFConfig
+    gpu: Gpu
+    work: Workload
+
+    @property
+    def has_rollouts(self) -> bool:
+        """True if an engine samples responses."""
+        return self.config.stage != "sft"
+
+    @property
+    def dtype_bytes(self) -> int:
+        """Bytes of a weight or an activation."""
+        return DTYPE_BYTES[self.config.model.dtype]
+
+    @cached_property
+    def trains_tower(self) -> bool:
+        """True if any parameter of the vision tower is trained."""
+        return not is_tower_frozen(self.hf_config, self.config.model.freeze)
+
+    @property
+    def row_tokens(self) -> float:
+        """Expected length of a packed row: the budget, or a mean sequence that exceeds it."""
+        return max(self.config.data.row_budget, self.work.sequence_tokens)
+
+    @property
+    def max_row_tokens(self) -> int:
+        """Maximum length of a packed row: the budget, or the longest sequence admitted."""
+        longest = self.config.data.max_prompt_tokens
+        if self.has_rollouts:
+            longest += self.config.rollout.max_response_tokens
+        return max(self.config.data.row_budget, longest)
 
 
 def workload(
@@ -99,55 +142,41 @@ def workload(
     response_tokens: float | None = None,
     reading_tokens: float | None = None,
 ) -> Workload:
-    """A step under a configuration; lengths that are None are assumed.
+    """Return the workload of one step of a configuration.
 
     Args:
         config: of the run.
-        hf_config: gives the pixels of a token.
-        text_tokens: mean of a prompt's text.
-        image_tokens: mean of a prompt's image; assumed: of the middle of the pixel limits.
-        response_tokens: mean of pass 1.
-        reading_tokens: mean of pass 2.
+        hf_config: shape of the model.
+        text_tokens: mean length of a prompt's text; None assumes `PROMPT_TEXT_TOKENS`.
+        image_tokens: of its image; None assumes the geometric mean of the pixel limits.
+        response_tokens: of a pass-1 response; None assumes `SHARE_OF_LIMIT` of its limit.
+        reading_tokens: of a pass-2 response; None likewise.
     """
     data, rollout = config.data, config.rollout
     is_sft = config.stage == "sft"
-    if image_tokens is None:
-        middle = math.sqrt(data.min_pixels * data.max_pixels)
-        image_tokens = middle / pixels_per_token(hf_config)
-    if response_tokens is None:
-        response_tokens = SHARE_OF_LIMIT * rollout.max_response_tokens
-    if reading_tokens is None:
-        reading_tokens = SHARE_OF_LIMIT * rollout.max_reading_tokens
-    has_reading = not is_sft and config.reward.recipe == "vision_sr1"
+    mean_pixels = math.sqrt(data.min_pixels * data.max_pixels)
+    if is_sft or config.reward.recipe != "vision_sr1":
+        reading_tokens = 0.0
+
+    def known(given: float | None, assumed: float) -> float:
+        return assumed if given is None else given
+
     return Workload(
         num_prompts=data.prompts_per_step,
         samples_per_prompt=1 if is_sft else rollout.samples_per_prompt,
         num_updates=1 if is_sft else data.prompts_per_step // config.algorithm.prompts_per_update,
-        text_tokens=PROMPT_TEXT_TOKENS if text_tokens is None else text_tokens,
-        image_tokens=image_tokens,
+        text_tokens=known(text_tokens, PROMPT_TEXT_TOKENS),
+        image_tokens=known(image_tokens, mean_pixels / pixels_per_token(hf_config)),
         patches_per_token=hf_config.vision.spatial_merge_size**2,
-        response_tokens=response_tokens,
-        reading_tokens=reading_tokens if has_reading else 0.0,
-        most_response_tokens=rollout.max_response_tokens,
-        most_reading_tokens=rollout.max_reading_tokens,
+        response_tokens=known(response_tokens, SHARE_OF_LIMIT * rollout.max_response_tokens),
+        reading_tokens=known(reading_tokens, SHARE_OF_LIMIT * rollout.max_reading_tokens),
+        max_response_tokens=rollout.max_response_tokens,
+        max_reading_tokens=rollout.max_reading_tokens,
         has_reference=not is_sft and config.algorithm.kl_coefficient > 0,
         is_forked=rollout.pass2 == "fork",
     )
 
 
 def pixels_per_token(hf_config: HFConfig) -> int:
-    """Area of an image that becomes one merged token."""
+    """Return the image area that becomes one merged token, pixels."""
     return (hf_config.vision.patch_size * hf_config.vision.spatial_merge_size) ** 2
-
-
-def row_tokens(config: Config) -> int:
-    """Longest row of a micro-batch: the budget, or the longest sequence that is let in."""
-    longest = config.data.max_prompt_tokens
-    if config.stage != "sft":
-        longest += config.rollout.max_response_tokens
-    return max(row_budget(config), longest)
-
-
-def row_budget(config: Config) -> int:
-    """Of a micro-batch, tokens; 0 where each sequence has its own."""
-    return config.data.pack_tokens if config.data.packing else 0

@@ -110,12 +110,11 @@ def make_groups(parallel: ParallelConfig, device: Device, *, on_host: bool = Tru
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     world_size = dist.get_world_size()
-    model_size = parallel.tensor * parallel.pipeline * parallel.context
-    if world_size % model_size:
+    if world_size % parallel.replica_size:
         raise ConfigError(
             f"parallel.tensor={parallel.tensor} x pipeline={parallel.pipeline} x "
-            f"context={parallel.context} = {model_size} does not divide the {world_size} ranks; "
-            "change the layout or launch.num_processes"
+            f"context={parallel.context} = {parallel.replica_size} does not divide the "
+            f"{world_size} ranks; change the layout or launch.num_processes"
         )
     with cpu.megatron_mode():
         parallel_state.initialize_model_parallel(

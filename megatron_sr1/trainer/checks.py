@@ -38,7 +38,7 @@ def check_run(config: Config, num_ranks: int) -> list[str]:
         SR1Error: the run would end with it.
     """
     _check_output(config)
-    replica = num_ranks_of_replica(config)
+    replica = config.parallel.replica_size
     if num_ranks % replica:
         raise ConfigError(
             f"the layout needs a multiple of {replica} ranks (parallel.tensor x pipeline x "
@@ -56,11 +56,6 @@ def check_run(config: Config, num_ranks: int) -> list[str]:
         if config.reward.function:
             OwnReward(config.reward.function)
     return [*_check_data(config, "train"), *_check_data(config, "eval")]
-
-
-def num_ranks_of_replica(config: Config) -> int:
-    """Ranks that hold the actor once."""
-    return config.parallel.tensor * config.parallel.pipeline * config.parallel.context
 
 
 def model_shape(path: str) -> HFConfig | None:

@@ -27,6 +27,7 @@ from megatron_sr1.data.loader import Loader
 from megatron_sr1.data.packing import pack_samples
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.errors import ConfigError, DataError, GradingError
+from megatron_sr1.model.flops import patch_cost
 from megatron_sr1.model.fp8 import fp8_row_multiple
 from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.model.row_split import sequence_multiple
@@ -34,8 +35,6 @@ from megatron_sr1.observability.memory import PeakMemory
 from megatron_sr1.observability.metrics import MetricsFile, PhaseTimer
 from megatron_sr1.observability.profiler import StepProfiler
 from megatron_sr1.observability.sinks import Sink, make_sinks
-from megatron_sr1.planning.flops import patch_cost
-from megatron_sr1.planning.workload import row_budget
 from megatron_sr1.records import PackedBatch, TrainSample
 from megatron_sr1.runtime import failure, host_memory, leaving
 from megatron_sr1.runtime.groups import Groups
@@ -137,7 +136,7 @@ class Context:
         multiple = sequence_multiple(parallel.context)
         return pack_samples(
             chosen,
-            row_budget(self.config),
+            self.config.data.row_budget,
             samples.vision if self.groups.is_first_stage else None,
             image_pad_id=self.processor.image_pad_id,
             merge_size=self.processor.merge_size,

@@ -16,8 +16,8 @@ from megatron_sr1.config import Config
 from megatron_sr1.data.shards import ShardReader
 from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.planning.layout import configured
-from megatron_sr1.planning.memory import stage_parameters, static_memory
-from megatron_sr1.trainer.checks import NUM_READ, model_shape, num_ranks_of_replica
+from megatron_sr1.planning.static_memory import stage_parameters, static_memory
+from megatron_sr1.trainer.checks import NUM_READ, model_shape
 
 
 def dry_run(config: Config) -> str:
@@ -87,7 +87,7 @@ def _layout(config: Config) -> str:
     parallel = config.parallel
     text = f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context}"
     text += ", sequence parallel" if parallel.sequence else ""
-    model_size = num_ranks_of_replica(config)
+    model_size = config.parallel.replica_size
     ranks = config.launch.num_processes
     if not ranks:
         return f"{text} = {model_size} ranks a replica; data parallel is what the launch brings"
@@ -96,7 +96,7 @@ def _layout(config: Config) -> str:
 
 def _num_ranks(config: Config) -> int:
     """As configured, or of one replica."""
-    return config.launch.num_processes or num_ranks_of_replica(config)
+    return config.launch.num_processes or config.parallel.replica_size
 
 
 def _parameters(config: Config, hf_config: HFConfig | None) -> str:

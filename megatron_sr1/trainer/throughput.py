@@ -4,7 +4,7 @@ In: what each rank worked on, and the step's times. Out: metrics; docs/observing
 
 Source: MFU as in PaLM (arXiv 2204.02311, appendix B): the operations that the model needs, whatever
 was recomputed or padded, over those of the devices' peak in that time. Operations are counted by
-planning/flops.py.
+model/flops.py.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from megatron_sr1.checkpoint.mapping import is_tower_frozen
+from megatron_sr1.model import flops
+from megatron_sr1.model.flops import Work
 from megatron_sr1.model.hf_config import HFConfig
-from megatron_sr1.planning import flops
-from megatron_sr1.planning.flops import CAUSAL_SHARE, Work
-from megatron_sr1.planning.hardware import peak_of
-from megatron_sr1.planning.memory import is_tower_frozen
 from megatron_sr1.records import Prompt, Rollout, TrainSample
 from megatron_sr1.runtime.device import Device
+from megatron_sr1.runtime.gpus import peak_of
 
 PHASES = {
     "rollout": ("pass1", "pass2"),
@@ -72,7 +72,7 @@ class Throughput:
             if not sample.loss_mask.any():
                 continue
             tokens = len(sample.token_ids)
-            text = text_work(self._hf_config, tokens, int(sample.loss_mask.sum())).total
+            text = flops.text(self._hf_config, tokens, int(sample.loss_mask.sum())).total
             tower = tower_work(self._hf_config, sample.image_grid_thw).total
             if learns:
                 text, tower = TRAINED * text, self._tower_factor * tower
@@ -117,19 +117,6 @@ class Throughput:
         self._counted = {f"{phase}/{kind}": 0.0 for phase in PHASES for kind in ("work", "tokens")}
 
 
-def text_work(hf_config: HFConfig, tokens: int, logits: int, before: int = 0) -> Work:
-    """Forward pass of the language model over a sequence's last tokens.
-
-    Args:
-        hf_config: shape of the model.
-        tokens: that go through.
-        logits: how many of them have logits made.
-        before: tokens of the sequence whose keys and values are there already.
-    """
-    layer = flops.text_layer(hf_config, tokens, before + tokens * CAUSAL_SHARE)
-    return layer.times(hf_config.text.num_layers) + flops.head(hf_config, logits)
-
-
 def tower_work(hf_config: HFConfig, grids: Grids) -> Work:
     """Forward pass of the vision tower over images.
 
@@ -163,16 +150,16 @@ def rollout_work(
     work, num_sampled = Work(), 0
     for prompt in prompts:
         work += tower_work(hf_config, prompt.image_grid_thw)
-        work += text_work(hf_config, len(prompt.token_ids), 0)
+        work += flops.text(hf_config, len(prompt.token_ids), 0)
     sampled = [(len(r.prompt_token_ids), r.completion) for r in rollouts]
     read = {readings[r.index, r.description or ""]: r.reading for r in rollouts if r.reading}
     read |= {readings[r.index, ""]: r.question_only for r in rollouts if r.question_only}
     for token_ids, reading in read.items():
-        work += text_work(hf_config, len(token_ids), 0)
+        work += flops.text(hf_config, len(token_ids), 0)
         sampled += [(len(token_ids), answer) for answer in reading.answers]
     for before, completion in sampled:
         tokens = len(completion.token_ids)
-        work += text_work(hf_config, tokens, tokens, before)
+        work += flops.text(hf_config, tokens, tokens, before)
         num_sampled += tokens
     return work, num_sampled
 

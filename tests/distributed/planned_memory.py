@@ -18,22 +18,22 @@ cpu.install()
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
+from megatron_sr1.checkpoint.mapping import is_tower_frozen  # noqa: E402
 from megatron_sr1.config_file import load_config  # noqa: E402
 from megatron_sr1.model.build import build_model  # noqa: E402
 from megatron_sr1.model.hf_config import read_hf_config  # noqa: E402
-from megatron_sr1.planning.activations import (  # noqa: E402
+from megatron_sr1.planning.layout import check, configured  # noqa: E402
+from megatron_sr1.planning.rank_memory import (  # noqa: E402
     Kernels,
     text_ends_bytes,
     text_layer_bytes,
     vision_bytes,
 )
-from megatron_sr1.planning.layout import check, configured  # noqa: E402
-from megatron_sr1.planning.memory import (  # noqa: E402
+from megatron_sr1.planning.schedule import in_flight  # noqa: E402
+from megatron_sr1.planning.static_memory import (  # noqa: E402
     DTYPE_BYTES,
-    is_tower_frozen,
     static_memory,
 )
-from megatron_sr1.planning.schedule import in_flight  # noqa: E402
 from megatron_sr1.records import PackedBatch  # noqa: E402
 from megatron_sr1.runtime.device import select_device, start_distributed  # noqa: E402
 from megatron_sr1.runtime.groups import destroy_groups, make_groups  # noqa: E402

@@ -15,12 +15,10 @@ from megatron_sr1.data.image_limits import largest_pixels
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.errors import ConfigError, DataError, EngineError
 from megatron_sr1.model.hf_config import parse_hf_config
-from megatron_sr1.planning.activations import Kernels
-from megatron_sr1.planning.hardware import GPUS
 from megatron_sr1.planning.layout import Layout
-from megatron_sr1.planning.rank_memory import _patches
-from megatron_sr1.planning.stage_time import Actor
-from megatron_sr1.planning.workload import workload
+from megatron_sr1.planning.rank_memory import _max_patches
+from megatron_sr1.planning.workload import PlannedRun, workload
+from megatron_sr1.runtime.gpus import GPUS
 from megatron_sr1.rollout import engine as engine_module
 from tools import scoring_backends
 
@@ -176,8 +174,8 @@ def test_the_planner_reckons_with_the_largest_image_after_rounding():
     hf_config = parse_hf_config(json.loads(published.read_text()))
     work = replace(workload(config, hf_config), image_tokens=1.0)
     layout = Layout(tensor=4, data=2, sequence=True, vision="images")
-    actor = Actor(config, hf_config, layout, GPUS["h100"], Kernels(), True, work)
-    assert _patches(actor) == 4 * largest_pixels(262144, 262144, 28) / 784 == 4 * 518
+    run = PlannedRun(config, hf_config, GPUS["h100"], work)
+    assert _max_patches(run, layout) == 4 * largest_pixels(262144, 262144, 28) / 784 == 4 * 518
 
 
 def test_the_engines_step_holds_the_largest_image_after_rounding(monkeypatch):

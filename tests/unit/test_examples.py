@@ -88,7 +88,7 @@ def test_every_layout_divides_the_published_model_and_the_gpus(path):
         assert model.text.num_key_value_heads % parallel == model.vision.num_heads % parallel == 0
     assert model.text.num_layers % config.parallel.pipeline == 0
     num_gpus = 8 * NUM_MACHINES.get(path.stem.removeprefix("qwen25vl_").removesuffix("_fp8"), 1)
-    assert num_gpus % (tensor * config.parallel.pipeline * config.parallel.context) == 0
+    assert num_gpus % config.parallel.replica_size == 0
     assert (
         num_gpus % config.rollout.tensor_parallel == 0 and 8 % config.rollout.tensor_parallel == 0
     )

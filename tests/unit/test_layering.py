@@ -111,6 +111,18 @@ def test_a_right_import_is_not_a_problem(room, source):
     assert problems_of_layers(room, source) == []
 
 
+def test_the_trainer_does_not_import_the_planner():
+    """But for the dry run, which prints a part of the plan."""
+    trainer = [path for path in FILES if room_of(path) == "trainer"]
+    planned = {
+        shown(path)
+        for path in trainer
+        for name, _ in imports(ast.parse(path.read_text()))
+        if name.startswith("megatron_sr1.planning")
+    }
+    assert planned <= {"trainer/plan.py"}
+
+
 def test_heavy_libraries_are_imported_lazily_in_their_files_only():
     found: dict[str, set[str]] = {library: set() for library in LAZY}
     for path in FILES:

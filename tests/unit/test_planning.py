@@ -1,4 +1,4 @@
-"""The plan as a whole: published models, the examples, and what is said when nothing fits."""
+"""The whole plan: published models, the examples, and the error if nothing fits."""
 
 import json
 import re
@@ -9,24 +9,25 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sr1.checkpoint.mapping import TOWER
 from megatron_sr1.cli import main
 from megatron_sr1.config_file import load_config
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.model.hf_config import parse_hf_config
-from megatron_sr1.planning.activations import Kernels, vision_bytes
-from megatron_sr1.planning.engine_time import Replica, decode_seconds, pass_seconds
+from megatron_sr1.planning.actor_time import ActorCost
+from megatron_sr1.planning.engine_time import Replica
 from megatron_sr1.planning.estimate import choose, estimate, estimates, variants
-from megatron_sr1.planning.hardware import GPUS, find_gpu
 from megatron_sr1.planning.layout import (
     Layout,
-    balanced_stages,
     check,
     configured,
     cut_keys,
 )
-from megatron_sr1.planning.memory import TOWER, num_parameters, static_memory
-from megatron_sr1.planning.stage_time import Actor, tower
-from megatron_sr1.planning.workload import row_budget, workload
+from megatron_sr1.planning.rank_memory import Kernels, vision_bytes
+from megatron_sr1.planning.schedule import balanced_stages
+from megatron_sr1.planning.static_memory import num_parameters, static_memory
+from megatron_sr1.planning.workload import PlannedRun, workload
+from megatron_sr1.runtime.gpus import GPUS, find_gpu
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = ROOT / "tests" / "published"
@@ -52,15 +53,15 @@ def model(tmp_path):
 def planned(size, *keys, path=SEVEN):
     num_gpus, name = ENOUGH[size]
     config, hf_config, gpu = load_config(path, list(keys)), published(size), find_gpu(name)
-    work = workload(config, hf_config)
-    return config, hf_config, gpu, work, estimates(config, hf_config, gpu, num_gpus, work)
+    run = PlannedRun(config, hf_config, gpu, workload(config, hf_config))
+    return run, estimates(run, num_gpus)
 
 
 @pytest.mark.parametrize("size", ENOUGH)
 def test_the_proposed_layout_of_a_published_model_divides_it_and_fits(size):
-    config, hf_config, gpu, _, found = planned(size)
-    best = choose(found)
-    assert best is not None and best.memory.most <= gpu.memory_bytes
+    run, found = planned(size)
+    config, hf_config, best = run.config, run.hf_config, choose(found)
+    assert best is not None and best.memory.peak <= run.gpu.memory_bytes
     assert best.layout.num_ranks == ENOUGH[size][0]
     check(hf_config, best.layout)
     for heads in (hf_config.text.num_attention_heads, hf_config.vision.num_heads):
@@ -72,15 +73,15 @@ def test_the_proposed_layout_of_a_published_model_divides_it_and_fits(size):
 
 @pytest.mark.parametrize(("size", "gpu"), [("3b", replace(GPUS["a100"], memory_bytes=40e9)),
                                            ("7b", GPUS["h100"]), ("7b", GPUS["a100"])])  # fmt: skip
-def test_the_examples_own_layout_fits_the_machine_that_it_names(size, gpu):
+def test_the_layout_of_an_example_fits_the_machine_that_it_names(size, gpu):
     config = load_config(ROOT / "examples" / f"qwen25vl_{size}.yaml")
     hf_config = published(size)
     layout = configured(config, 8)
-    own = estimate(config, hf_config, layout, gpu, workload(config, hf_config))
-    assert own.fits and own.memory.most < gpu.memory_bytes
+    own = estimate(PlannedRun(config, hf_config, gpu, workload(config, hf_config)), layout)
+    assert own.fits and own.memory.peak < gpu.memory_bytes
 
 
-def test_a_layout_of_the_7b_holds_what_the_documentation_of_memory_says():
+def test_static_memory_of_the_7b_is_that_of_docs_memory():
     """docs/memory.md: 74.6 GB with four data-parallel ranks, 39.4 in bfloat16 with eight."""
     config, hf_config = load_config(SEVEN), published("7b")
     assert static_memory(config, hf_config, Layout(data=4), 0).device / 1e9 == pytest.approx(
@@ -92,26 +93,26 @@ def test_a_layout_of_the_7b_holds_what_the_documentation_of_memory_says():
 
 
 def test_layouts_that_fit_come_first_and_the_fastest_of_them_first():
-    _, _, gpu, _, found = planned("7b")
+    run, found = planned("7b")
     fitting = [e for e in found if e.fits]
     assert found[: len(fitting)] == fitting and 0 < len(fitting) < len(found)
     assert fitting == sorted(fitting, key=lambda e: e.step_seconds)
-    assert all(e.memory.most > gpu.memory_bytes for e in found[len(fitting) :])
+    assert all(e.memory.peak > run.gpu.memory_bytes for e in found[len(fitting) :])
 
 
-def test_of_layouts_nearly_as_fast_the_one_that_cuts_least_is_proposed():
-    *_, found = planned("72b")
+def test_among_nearly_equal_times_the_least_split_layout_is_proposed():
+    _, found = planned("72b")
     fastest, best = found[0], choose(found)
     assert fastest.layout.context > 1 and best.layout.context == 1
     assert best.step_seconds < 1.1 * fastest.step_seconds
 
 
-def test_a_frozen_tower_leaves_no_activations_and_learns_faster():
+def test_a_frozen_tower_keeps_no_activations_and_updates_faster():
     keys = ["stage=sft"]
     trained = choose(planned("7b", *keys)[-1])
     frozen_keys = [*keys, "model.freeze=['^visual[.]']"]
-    config, hf_config, gpu, work, _ = planned("7b", *frozen_keys)
-    frozen = estimate(config, hf_config, trained.layout, gpu, work)
+    run, _ = planned("7b", *frozen_keys)
+    frozen = estimate(run, trained.layout)
     assert trained.memory.vision > 0 == frozen.memory.vision
     assert frozen.seconds["update"] < trained.seconds["update"]
     assert set(frozen.seconds) == {"update"}
@@ -125,22 +126,22 @@ def test_stages_are_balanced_by_work():
 
 
 def test_virtual_stages_balance_ranks_and_not_stages():
-    """The tower weighs as much as 3 layers: its rank gets 3 fewer in all, its stage one alone."""
+    """The tower takes as long as 3 layers: its rank gets 3 fewer, its stage only one."""
     layout = Layout(pipeline=2, virtual=2)
     layers = balanced_stages(layout, 11, 3, 1, 0)
     assert layers == (1, 4, 3, 3)
 
 
-def test_stages_that_take_equally_long_are_faster_and_are_proposed():
-    config, hf_config, gpu, work, found = planned("72b")
+def test_balanced_stages_are_faster_and_are_proposed():
+    run, found = planned("72b")
     best = choose(found).layout
     assert sum(best.stage_layers) == 80 and best.stage_layers[0] == min(best.stage_layers)
-    even = estimate(config, hf_config, replace(best, stage_layers=()), gpu, work)
+    even = estimate(run, replace(best, stage_layers=()))
     assert choose(found).seconds["update"] < even.seconds["update"]
     assert choose(found).memory.text != even.memory.text
 
 
-def test_a_proposal_undoes_what_the_configuration_cuts_otherwise():
+def test_overrides_reset_the_splits_that_a_configuration_sets():
     keys = ["parallel.pipeline=2", "parallel.virtual=2", "parallel.vision=images"]
     config = load_config(SEVEN, [*keys, "parallel.stage_layers=[7,7,8,6]"])
     own = configured(config, 8)
@@ -162,18 +163,19 @@ def test_layouts_that_the_model_refuses_are_refused():
     check(published("7b"), Layout(pipeline=3, stage_layers=(8, 10, 10)))
 
 
-def test_more_stages_a_rank_shorten_the_bubble_and_hold_more():
-    config, hf_config, gpu, work, _ = planned("32b")
-    few = replace(work, num_prompts=25, num_updates=1)
+def test_more_stages_per_rank_shorten_the_bubble_and_need_more_memory():
+    run, _ = planned("32b")
+    few = replace(run, work=replace(run.work, num_prompts=25, num_updates=1))
     one = Layout(tensor=4, pipeline=4, data=2, sequence=True)
     two = replace(one, virtual=2)
-    first, second = (estimate(config, hf_config, layout, gpu, few) for layout in (one, two))
+    first, second = (estimate(few, layout) for layout in (one, two))
     assert second.seconds["update"] < first.seconds["update"]
     assert second.memory.text > first.memory.text
 
 
-def test_a_tower_by_images_is_whole_joins_nothing_and_shares_patches():
-    config, hf_config, gpu, work, _ = planned("7b")
+def test_a_tower_split_by_images_is_whole_and_shares_patches_without_all_reduces():
+    run, _ = planned("7b")
+    config, hf_config = run.config, run.hf_config
     split = Layout(tensor=4, data=2, sequence=True)
     whole = replace(split, vision="images")
     first, second = (static_memory(config, hf_config, layout, 0) for layout in (split, whole))
@@ -181,40 +183,38 @@ def test_a_tower_by_images_is_whole_joins_nothing_and_shares_patches():
     kernels = Kernels()
     held = [vision_bytes(hf_config, layout, kernels, "none") for layout in (split, whole)]
     assert held[1] > 1.5 * held[0]
-    many = replace(work, image_tokens=64.0)  # many small images a row
-    actors = [Actor(config, hf_config, layout, gpu, kernels, True, many)
-              for layout in (split, whole)]  # fmt: skip
+    many = replace(run, work=replace(run.work, image_tokens=64.0))  # many small images a row
+    actors = [ActorCost(many, layout) for layout in (split, whole)]
     assert actors[1].patches == pytest.approx(actors[0].patches / 4)
-    assert tower(actors[1]).joins < tower(actors[0]).joins / 10
-    one_image = replace(actors[1], work=replace(work, image_tokens=8000.0))
-    assert one_image.patches == one_image.work.image_patches
+    assert actors[1].tower().collective_seconds < actors[0].tower().collective_seconds / 10
+    one_image = ActorCost(replace(run, work=replace(run.work, image_tokens=8000.0)), whole)
+    assert one_image.patches == one_image.run.work.image_patches
 
 
 def test_a_proposal_comes_with_its_variants_as_keys():
-    config, hf_config, gpu, work, found = planned("32b")
-    best = choose(found).layout
-    others = variants(config, hf_config, best, gpu, work)
+    run, found = planned("32b")
+    others = variants(run, choose(found).layout)
     cuts = [cut_keys(other.layout) for other in others]
     assert [cut["parallel.virtual"] for cut in cuts] == ["1", "2", "4", "1"]
     assert cuts[0]["parallel.stage_layers"] == "[]" and cuts[3]["parallel.vision"] == "images"
     for other in others:
-        check(hf_config, other.layout)
+        check(run.hf_config, other.layout)
 
 
 def test_the_engine_is_slower_with_more_to_do():
     config, hf_config = load_config(SEVEN), published("7b")
     work = workload(config, hf_config)
     replica = Replica(hf_config, GPUS["h100"], 1, 40e9, 2, 512)
-    one = decode_seconds(replica, 100, 500, 2048, 1000)
-    assert one < decode_seconds(replica, 200, 500, 2048, 1000)
-    assert one < decode_seconds(replica, 100, 600, 2048, 1000)
-    assert one < decode_seconds(replace(replica, gpu=GPUS["a100"]), 100, 500, 2048, 1000)
-    forked = pass_seconds(replica, work, 8)
-    barrier = pass_seconds(replica, replace(work, is_forked=False), 8)
+    one = replica.decode_seconds(100, 500, 2048, 1000)
+    assert one < replica.decode_seconds(200, 500, 2048, 1000)
+    assert one < replica.decode_seconds(100, 600, 2048, 1000)
+    assert one < replace(replica, gpu=GPUS["a100"]).decode_seconds(100, 500, 2048, 1000)
+    forked = replica.pass_seconds(work, 8)
+    barrier = replica.pass_seconds(replace(work, is_forked=False), 8)
     assert forked[0] == barrier[0] and 0 < forked[1] < barrier[1]
 
 
-def test_one_running_sequence_is_bound_by_reading_the_weights():
+def test_one_running_sequence_is_limited_by_reading_the_weights():
     """7.6e9 text parameters less the embedding, 15 GB at 85 % of 3.35 TB/s, and 3 ms."""
     replica = Replica(published("7b"), GPUS["h100"], 1, 40e9, 2, 512)
     assert replica.step_seconds(1, 1) == pytest.approx(14.14e9 / (0.85 * 3.35e12) + 3e-3, rel=0.01)
@@ -238,10 +238,10 @@ def test_the_page_has_memory_layouts_phases_and_keys(model, capsys):
     load_config(SEVEN, keys)
 
 
-def test_lengths_that_the_user_knows_are_used(model, capsys):
+def test_given_lengths_are_used(model, capsys):
     lengths = ["--response-tokens", "300", "--image-tokens=0", "--reading-tokens", "50"]
     _, told = plan(capsys, f"model.path={model}", "--gpus", 8, "--gpu", "h100", *lengths)
-    assert "250 text + 0 image + 300 response tokens, 50 read" in told.out
+    assert "250 text + 0 image + 300 response tokens, readings of 50" in told.out
 
 
 def test_a_dry_run_knows_uneven_and_virtual_stages(model):
@@ -275,24 +275,27 @@ def test_a_plan_needs_no_torch(model):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--gpus", 8, "--gpu", "h101"], "'h101' is not known; one of a100, h100, h200, b200"),
-        (["--gpus", 12, "--gpu", "h100"], "whole machines of 8, as 8 or 16"),
+        (
+            ["--gpus", 8, "--gpu", "h101"],
+            "'h101' is unknown; expected one of a100, h100, h200, b200",
+        ),
+        (["--gpus", 12, "--gpu", "h100"], "a multiple of 8, e.g. 8 or 16"),
         (["stage=eval", "--gpus", 8, "--gpu", "h100"], "stage=eval trains nothing"),
         (["--gpus", 0, "--gpu", "h100"], "--gpus 0: expected 1 to 8"),
         (
             ["--gpus", 1, "--gpu", "a100"],
-            r"nothing fits on 1 a100 of 80 GB: the least is \d+\.\d GB a GPU \(.*\); 8 would do",
+            r"nothing fits on 1 a100 of 80 GB: .* needs \d+\.\d GB per GPU \(.*\); use 8 GPUs",
         ),
     ],
 )
-def test_what_cannot_be_planned_is_said_in_a_line(model, capsys, arguments, words):
+def test_an_impossible_plan_fails_with_one_line(model, capsys, arguments, words):
     status, told = plan(capsys, f"model.path={model}", *arguments)
     assert status == 2 and told.out == ""
     (line,) = told.err.splitlines()
     assert line.startswith("megatron-sr1: error: ") and re.search(words, line)
 
 
-def test_a_layout_of_the_configuration_that_does_not_divide_is_said(model, capsys):
+def test_a_configured_layout_that_does_not_divide_is_reported(model, capsys):
     keys = [f"model.path={model}", "parallel.tensor=3"]
     _, told = plan(capsys, *keys, "--gpus", 8, "--gpu", "h100")
     assert "the configuration's own layout does not divide these GPUs" in told.out
@@ -311,13 +314,13 @@ def test_the_page_has_the_keys_of_uneven_stages(model, capsys):
     assert re.search(r" GB  parallel.stage_layers=\[\]$", variants_part, re.MULTILINE)
 
 
-def test_every_gpu_is_found_in_any_case():
+def test_every_gpu_is_found_in_upper_and_lower_case():
     assert [find_gpu(name.upper()).name for name in GPUS] == list(GPUS)
     with pytest.raises(ConfigError):
         find_gpu("")
 
 
-def test_the_documentation_has_the_table_of_errors_as_it_is_computed():
+def test_docs_planner_has_the_table_that_planner_errors_prints():
     done = subprocess.run(
         [sys.executable, "tools/planner_errors.py"], capture_output=True, text=True, cwd=ROOT
     )
@@ -326,5 +329,5 @@ def test_the_documentation_has_the_table_of_errors_as_it_is_computed():
 
 
 def test_without_packing_a_row_is_a_sequence():
-    assert row_budget(load_config(SEVEN, [])) == 8192
-    assert row_budget(load_config(SEVEN, ["data.packing=false"])) == 0
+    assert load_config(SEVEN, []).data.row_budget == 8192
+    assert load_config(SEVEN, ["data.packing=false"]).data.row_budget == 0

@@ -1,7 +1,7 @@
-"""Planned activations against what autograd keeps on a CPU, where MLPs are not fused.
+"""Planned activations compared with what autograd keeps on a CPU, where MLPs are not fused.
 
-Not covered: what a GPU's fused kernels keep, which is reckoned by the same terms less the MLP's
-intermediate steps.
+Not covered: what a GPU's fused kernels keep, which the plan computes from the same terms without
+the MLP's intermediate results.
 """
 
 import pytest
@@ -10,14 +10,14 @@ import torch
 from megatron_sr1.model.build import build_model
 from megatron_sr1.model.hf_config import parse_hf_config
 from megatron_sr1.model.logprobs import label_logprobs
-from megatron_sr1.planning.activations import (
+from megatron_sr1.planning.layout import Layout
+from megatron_sr1.planning.rank_memory import (
     Kernels,
     logits_bytes,
     text_ends_bytes,
     text_layer_bytes,
     vision_bytes,
 )
-from megatron_sr1.planning.layout import Layout
 from tests.planned_models import fill, make_row, raw_config, saved_bytes
 
 HF_CONFIG = parse_hf_config(raw_config())
@@ -74,8 +74,8 @@ def test_vision_activations_are_planned_within_8_percent(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_logits_at_their_worst_moment_are_planned_within_8_percent(groups, dtype):
-    """The peak of live memory in the backward pass, by torch's own count of allocations."""
+def test_the_peak_of_logits_is_planned_within_8_percent(groups, dtype):
+    """Peak of live memory in the backward pass, by torch's count of allocations."""
     vocab, width, tokens, chunk = 5000, 64, 700, 256
     hidden = torch.randn(tokens, 1, width, dtype=dtype, requires_grad=True)
     weight = torch.randn(vocab, width, dtype=dtype, requires_grad=True)

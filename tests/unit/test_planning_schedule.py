@@ -1,4 +1,4 @@
-"""Formulas of the pipeline's schedule against the schedule, step by step.
+"""Formulas of the pipeline's schedule compared with the schedule, step by step.
 
 What Megatron's schedule holds at a time is measured in tests/distributed/test_planned_memory.py.
 """
@@ -15,7 +15,7 @@ BACKWARD = 2  # times as long as the forward pass
 
 
 def steps_of(layout, rank, rows, with_backward):
-    """(is forward, row, stage of the rank) in the order of a rank."""
+    """Return (is forward, row, stage of the rank) in the order of a rank."""
     table = get_schedule_table(rows, layout.virtual, layout.pipeline)
     forward = [(True, row, stage) for row, stage in table]
     if not with_backward:
@@ -27,7 +27,7 @@ def steps_of(layout, rank, rows, with_backward):
 
 
 def slots(layout, rows, with_backward):
-    """Time of all rows, in that of a row on a rank; rows that fill up the last group take none."""
+    """Return the time of all rows, in rows on a rank; rows that pad the last group take none."""
     filled = rows if layout.virtual == 1 else math.ceil(rows / layout.pipeline) * layout.pipeline
     todo = [steps_of(layout, rank, filled, with_backward) for rank in range(layout.pipeline)]
     last = layout.pipeline * layout.virtual - 1
@@ -54,7 +54,7 @@ def slots(layout, rows, with_backward):
 @pytest.mark.parametrize("pipeline", [2, 4, 8])
 @pytest.mark.parametrize("rows", [1, 3, 8, 9, 16, 21])
 def test_slots_are_those_of_the_schedule(pipeline, virtual, rows):
-    """To the digit forward, and both ways where rows fill up groups; else up to 12 % too long."""
+    """Exact forward, and both ways if rows fill their groups; otherwise up to 12 % too long."""
     layout = Layout(pipeline=pipeline, virtual=virtual)
     planned = num_slots(layout, rows)
     assert planned == pytest.approx(slots(layout, rows, with_backward=False))
@@ -77,7 +77,7 @@ def test_micro_batches_in_flight_are_those_of_the_schedule(virtual, rank):
         assert sum(n * weight for n, weight in zip(planned, weights, strict=True)) == most
 
 
-def test_of_one_stage_a_rank_as_many_are_in_flight_as_stages_are_to_come():
+def test_with_one_stage_per_rank_one_micro_batch_is_in_flight_for_each_stage_to_come():
     layout = Layout(pipeline=3)
     assert [in_flight(layout, rank, [1.0]) for rank in range(3)] == [[3], [2], [1]]
     assert in_flight(Layout(pipeline=2, virtual=2), 0, [1.0, 1.0]) == [3, 2]

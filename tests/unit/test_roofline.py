@@ -4,49 +4,45 @@ That a simulated schedule equals the real engine's is what `make bench` and a pa
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
+from megatron_sr1.planning.engine_time import Replica
 from megatron_sr1.rollout.recording import EngineStep
-from tools.roofline import (
-    H100,
-    Hardware,
-    Shape,
-    read_shape,
-    replay_seconds,
-    shape_of,
-    step_seconds,
-)
-from tools.schedules import Job, Limits, Workload, simulate
+from tools.roofline import H100, read_published, replay_seconds, step_seconds, whole_gpu
+from tools.schedules import DeclaredWorkload, Job, Limits, simulate
 
-PUBLISHED = Path(__file__).resolve().parents[1] / "published"
-SLOW = Hardware(100.0, 1000.0, 0.5, 0.25, 1e9)
-TOY = {
-    "hidden_size": 4,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "intermediate_size": 8,
-    "vocab_size": 10,
-}
+SEVEN = read_published("7b")
+TEXT = replace(
+    SEVEN.text,
+    hidden_size=4,
+    num_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    intermediate_size=8,
+    vocab_size=10,
+)
+SLOW = replace(H100, peak_flops=1000.0, matmul_share=0.5, memory_rate=100.0)
+TOY = Replica(replace(SEVEN, text=TEXT), SLOW, 1, 1e9, 2, 1, step_overhead_seconds=0.25)
 WIDE = Limits(max_num_seqs=8, max_step_tokens=100, block_tokens=16, chunked=True)
 JOBS = [Job(0, 3, 4, 2, 0, 2, 2), Job(1, 3, 2, 1, 1, 2, 2)]
 
 
 def test_shape_counts_what_a_step_moves():
     # Attention 2 x 16 + 2 x 4 x 2 = 48, MLP 3 x 32 = 96, two layers; 2 x 2 bytes x 2 layers x 2.
-    assert shape_of(TOY) == Shape(matrix_weights=288, output_weights=40, kv_bytes=16)
+    assert (TOY.layer_weights, TOY.output_weights, TOY.token_bytes) == (288, 40, 16)
 
 
 def test_shapes_of_the_published_models():
-    assert read_shape(PUBLISHED / "qwen25vl_3b.json") == Shape(2774532096, 311164928, 36864)
-    assert read_shape(PUBLISHED / "qwen25vl_7b.json") == Shape(6525288448, 544997376, 57344)
+    three, seven = whole_gpu(read_published("3b")), whole_gpu(SEVEN)
+    assert (three.layer_weights, three.output_weights) == (2774532096, 311164928)
+    assert (seven.layer_weights, seven.output_weights) == (6525288448, 544997376)
+    assert (three.token_bytes, seven.token_bytes) == (36864, 57344)
 
 
 def test_a_decoding_step_takes_what_its_bytes_take():
     # 576 / 100 + 80 / 100 + 16 x 5 / 100 + 0.25; the operations would take 576 / 500 and 80 / 500.
-    assert step_seconds(EngineStep(0, 0, 1, 5), shape_of(TOY), SLOW) == pytest.approx(7.61)
+    assert step_seconds(EngineStep(0, 0, 1, 5), TOY) == pytest.approx(7.61)
 
 
 def test_a_prompt_takes_what_its_operations_take():
@@ -54,17 +50,17 @@ def test_a_prompt_takes_what_its_operations_take():
     step = EngineStep(
         prefill_tokens=10, prefill_sequences=1, decoding_sequences=0, context_tokens=10
     )
-    assert step_seconds(step, shape_of(TOY), SLOW) == pytest.approx(11.52 + 0.8 + 1.6 + 0.25)
+    assert step_seconds(step, TOY) == pytest.approx(11.52 + 0.8 + 1.6 + 0.25)
     mixed = EngineStep(10, 1, 12, 10)
     # 22 rows of the matrices, 13 of the output layer: 25.344 and max(0.8, 1040 / 500).
-    assert step_seconds(mixed, shape_of(TOY), SLOW) == pytest.approx(25.344 + 2.08 + 1.6 + 0.25)
-    both = replay_seconds([step, mixed], shape_of(TOY), SLOW)
+    assert step_seconds(mixed, TOY) == pytest.approx(25.344 + 2.08 + 1.6 + 0.25)
+    both = replay_seconds([step, mixed], TOY)
     assert both == pytest.approx(14.17 + 29.274)
 
 
 def test_a_single_sequence_of_7b_decodes_at_the_bandwidth():
-    shape = read_shape(PUBLISHED / "qwen25vl_7b.json")
-    alone = step_seconds(EngineStep(0, 0, 1, 0), shape, replace(H100, step_overhead_seconds=0.0))
+    replica = replace(whole_gpu(SEVEN), step_overhead_seconds=0.0)
+    alone = step_seconds(EngineStep(0, 0, 1, 0), replica)
     assert alone == pytest.approx(2 * 7070285824 / 3.35e12)  # 4.2 ms
 
 
@@ -83,7 +79,7 @@ def test_a_barrier_reads_after_the_last_response():
     assert steps[4:] == [EngineStep(4, 2, 0, 4), EngineStep(0, 0, 2, 6)]
 
 
-def test_a_fork_reads_from_the_step_behind_the_closing_tag():
+def test_a_fork_reads_from_the_step_after_the_closing_tag():
     assert simulate(JOBS, "forked", WIDE) == [
         EngineStep(6, 2, 0, 6),
         EngineStep(2, 1, 2, 10),
@@ -118,24 +114,24 @@ def test_samples_of_a_prompt_share_its_full_blocks():
 
 
 def test_drawn_lengths_have_the_stated_mean_and_tail():
-    workload = Workload(longest_tokens=10**6)
+    workload = DeclaredWorkload(longest_tokens=10**6)
     lengths = sorted(job.response_tokens for job in workload.draw(40_000, seed=1))
     assert sum(lengths) / len(lengths) == pytest.approx(500, rel=0.02)
     assert lengths[int(0.99 * len(lengths))] == pytest.approx(workload.tail_tokens(), rel=0.04)
     readings = [job.reading_tokens for job in workload.draw(40_000, seed=1)]
     assert sum(readings) / len(readings) == pytest.approx(300, rel=0.02)
-    assert max(job.response_tokens for job in Workload().draw(4000, seed=1)) == 2048
+    assert max(job.response_tokens for job in DeclaredWorkload().draw(4000, seed=1)) == 2048
 
 
 @pytest.mark.parametrize("model", ["3b", "7b"])
 @pytest.mark.parametrize("num_sequences", [64, 128])
 def test_a_fork_costs_at_most_half_of_what_a_barrier_costs(model, num_sequences):
     """For the declared workload; `make bench` gives the larger numbers of sequences."""
-    shape = read_shape(PUBLISHED / f"qwen25vl_{model}.json")
+    replica = whole_gpu(read_published(model))
     limits = Limits(2 * num_sequences, 16384, 16, True)
-    jobs = Workload().draw(num_sequences, seed=1)
+    jobs = DeclaredWorkload().draw(num_sequences, seed=1)
     one, barrier, forked = (
-        replay_seconds(simulate(jobs, schedule, limits), shape)
+        replay_seconds(simulate(jobs, schedule, limits), replica)
         for schedule in ("one", "barrier", "forked")
     )
     assert 0 < forked - one <= 0.5 * (barrier - one)

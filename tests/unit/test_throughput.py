@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from megatron_sr1.model.hf_config import parse_hf_config
-from megatron_sr1.planning.hardware import DEVICE_NAMES, GPUS, peak_of
 from megatron_sr1.records import Completion, Example, Message, Prompt, Reading, Rollout, TrainSample
 from megatron_sr1.runtime.device import Device
+from megatron_sr1.runtime.gpus import DEVICE_NAMES, GPUS, peak_of
 from megatron_sr1.trainer.throughput import Throughput, peak_flops
 from tests.planned_models import raw_config
 

@@ -1,13 +1,13 @@
 """Bytes of weights, gradients and optimizer state on each rank, exactly as they are allocated.
 
-In: a model's shape, a layout, the settings of docs/memory.md. Out: bytes, from the same table of
-parameters that checkpoints are read by, cut as Megatron cuts it and padded as its buffers are
+In: a model's shape, a layout, the settings of docs/memory.md. Out: bytes. The parameters are those
+of the checkpoints' name mapping, split as Megatron splits them and padded as its buffers are
 (megatron/core/distributed/param_and_grad_buffer.py): with the distributed optimizer each parameter
-starts at a multiple of 64 values and a bucket ends at a multiple of lcm(ranks, 128); a tied
-embedding in a pipeline has a bucket of its own, and each virtual stage a buffer of its own.
+starts at a multiple of 64 elements and each bucket ends at a multiple of lcm(ranks, 128); a tied
+embedding of a pipeline has a bucket of its own, each virtual stage a buffer of its own.
 
-With Transformer Engine's fused layers parameters come in another order, which moves padding by a
-few values.
+Transformer Engine's fused layers order the parameters differently, which changes the padding by a
+few elements.
 """
 
 from __future__ import annotations
@@ -18,21 +18,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from megatron_sr1.checkpoint.mapping import EMBEDDING, OUTPUT, Entry, entries
+from megatron_sr1.checkpoint.mapping import EMBEDDING, OUTPUT, TOWER, Entry, entries, is_frozen
 from megatron_sr1.config import Config
-from megatron_sr1.model.hf_config import HFConfig, TextConfig, VisionConfig
+from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.planning.layout import Layout
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 PARAMETER_ALIGNMENT = 64
 BUCKET_ALIGNMENT = 128
-TOWER = "vision_model."
 _LAYER = re.compile(r"language_model\.decoder\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter as a rank holds it: its values, whether it learns, whether it is tied."""
+    """A rank's part of a parameter, in elements; `is_shared` marks the two tied copies."""
 
     name: str
     numel: int
@@ -42,12 +41,12 @@ class Parameter:
 
 @dataclass(frozen=True)
 class StaticMemory:
-    """What a rank holds from the first step to the last, bytes.
+    """Memory that a rank holds during the whole run, bytes.
 
     Attributes:
         weights: with the padding of their buffer.
-        gradients: sums of gradients.
-        optimizer: state on the device.
+        gradients: of the whole buffer.
+        optimizer: state on the GPU.
         host: state in host memory.
     """
 
@@ -58,49 +57,40 @@ class StaticMemory:
 
     @property
     def device(self) -> int:
-        """All that lies on the GPU."""
+        """Total on the GPU."""
         return self.weights + self.gradients + self.optimizer
 
 
 def stage_parameters(
     hf_config: HFConfig, layout: Layout, stage: int, freeze: Sequence[str] = ()
 ) -> tuple[Parameter, ...]:
-    """Parameters of a rank's part of a stage, in the model's order.
+    """Return a rank's part of the parameters of a stage, in the order of the model.
 
     Args:
         hf_config: shape of the model.
         layout: of the actor.
-        stage: from 0, virtual stages counted.
+        stage: number of the stage from 0, virtual stages included.
         freeze: patterns of `model.freeze`.
     """
-    layers = layout.layers(hf_config.text.num_layers)
-    ends = stage == 0, stage == len(layers) - 1
-    return _cut(hf_config.text, hf_config.vision, hf_config.tie_word_embeddings, layout.tensor,
-                layout.tower, layers[stage], *ends, tuple(freeze))  # fmt: skip
+    layers = layout.layers(hf_config.text.num_layers)[stage]
+    return _cut(hf_config, layout.tensor, layout.tower, layers, tuple(freeze))
 
 
 @lru_cache(maxsize=1024)
 def _cut(
-    text: TextConfig,
-    vision: VisionConfig,
-    is_tied: bool,
-    tensor: int,
-    tower: int,
-    layers: range,
-    is_first: bool,
-    is_last: bool,
-    freeze: tuple[str, ...],
+    hf_config: HFConfig, tensor: int, tower: int, layers: range, freeze: tuple[str, ...]
 ) -> tuple[Parameter, ...]:
+    is_first, is_last = layers.start == 0, layers.stop == hf_config.text.num_layers
     found = []
-    for entry in _entries(text, vision, is_tied):
+    for entry in entries(hf_config):
         layer, is_vision = _LAYER.match(entry.name), entry.name.startswith(TOWER)
         if layer:
             is_here = int(layer[1]) in layers
         else:
             is_here = is_first if is_vision or entry.name == EMBEDDING else is_last
         numel = _own_numel(entry, tower if is_vision else tensor)
-        made = Parameter(entry.name, numel, not _is_frozen(entry, freeze))
-        if entry.name == EMBEDDING and is_tied and not (is_first and is_last):
+        made = Parameter(entry.name, numel, not is_frozen(entry, freeze))
+        if entry.name == EMBEDDING and hf_config.tie_word_embeddings and not (is_first and is_last):
             made = replace(made, is_shared=True)
             found += [replace(made, name=OUTPUT)] if is_last else []
         if is_here:
@@ -108,22 +98,17 @@ def _cut(
     return tuple(sorted(found, key=_model_order))
 
 
-@lru_cache(maxsize=8)
-def _entries(text: TextConfig, vision: VisionConfig, is_tied: bool) -> tuple[Entry, ...]:
-    return entries(HFConfig(text, vision, -1, -1, -1, -1, is_tied, {}))
-
-
 def static_memory(
     config: Config, hf_config: HFConfig, layout: Layout, pipeline_rank: int, data_rank: int = 0
 ) -> StaticMemory:
-    """Weights, gradients and optimizer state of one rank.
+    """Return the static memory of one rank.
 
     Args:
-        config: for data types, the optimizer's settings, frozen parameters.
+        config: of the run.
         hf_config: shape of the model.
         layout: of the actor.
         pipeline_rank: of the rank, from 0.
-        data_rank: of the rank among those that share the state; the first holds the most.
+        data_rank: of the rank among those that share the state; rank 0 holds the most.
     """
     frozen = buffer = own = 0
     for stage in layout.stages(pipeline_rank):
@@ -145,41 +130,31 @@ def static_memory(
 
 
 def state_bytes(config: Config) -> int:
-    """Of the optimizer's state a parameter; float32 weights are their own master weights."""
+    """Return the optimizer state per parameter; float32 weights are their own master weights."""
     held = DTYPE_BYTES[config.optimizer.state]
     return 2 * held if config.model.dtype == "float32" else 3 * held
 
 
-def is_tower_frozen(hf_config: HFConfig, freeze: Sequence[str]) -> bool:
-    """Whether nothing of the tower learns, so that its activations go at once."""
-    model = _entries(hf_config.text, hf_config.vision, hf_config.tie_word_embeddings)
-    tower = [e for e in model if e.name.startswith(TOWER)]
-    return all(_is_frozen(entry, freeze) for entry in tower)
-
-
 def num_parameters(hf_config: HFConfig, part: str = "") -> int:
-    """Of the model as published, or of the part whose names start so."""
-    model = _entries(hf_config.text, hf_config.vision, hf_config.tie_word_embeddings)
-    part_of = [entry for entry in model if entry.name.startswith(part)]
-    return sum(math.prod(shape) for entry in part_of for shape in entry.hf_shapes)
+    """Return the parameters of the published model, or of the part with a name prefix."""
+    return sum(_numel(entry) for entry in entries(hf_config) if entry.name.startswith(part))
 
 
-def _is_frozen(entry: Entry, freeze: Sequence[str]) -> bool:
-    return any(all(re.search(p, name) for name in entry.hf_names) for p in freeze)
+def _numel(entry: Entry) -> int:
+    return sum(math.prod(shape) for shape in entry.hf_shapes)
 
 
 def _own_numel(entry: Entry, tensor: int) -> int:
-    numel = sum(math.prod(shape) for shape in entry.hf_shapes)
     if entry.shard_dim is None:
-        return numel
+        return _numel(entry)
     if entry.form == "vocabulary":
         rows, width = entry.hf_shapes[0]
         return -(-rows // tensor) * width
-    return numel // tensor
+    return _numel(entry) // tensor
 
 
 def _model_order(parameter: Parameter) -> tuple[int, int, int]:
-    """The language model before the tower; in a layer, the projection before q, k and v."""
+    """Sort key: the language model before the tower; in a layer, linear_proj before linear_qkv."""
     name = parameter.name
     layer = re.search(r"decoder\.layers\.(\d+)\.", name)
     if name.startswith(TOWER):
@@ -192,12 +167,12 @@ def _model_order(parameter: Parameter) -> tuple[int, int, int]:
 
 
 def _sharded(parameters: Sequence[Parameter], ranks: int, rank: int) -> tuple[int, int]:
-    """Values of the padded buffer, and those whose state a rank keeps.
+    """Return the elements of the padded buffer, and those whose state a rank keeps.
 
     Args:
-        parameters: trained, in the model's order; the buffer has them in reverse.
+        parameters: trained ones in the order of the model; the buffer has them in reverse.
         ranks: that share each bucket.
-        rank: one of them.
+        rank: among them.
     """
     start, own = 0, 0
     for bucket in _buckets(parameters):
@@ -217,11 +192,10 @@ def _sharded(parameters: Sequence[Parameter], ranks: int, rank: int) -> tuple[in
 def _buckets(parameters: Sequence[Parameter]) -> list[list[Parameter]]:
     buckets: list[list[Parameter]] = [[]]
     for parameter in reversed(parameters):
-        if parameter.is_shared and buckets[-1]:
-            buckets.append([])
-        buckets[-1].append(parameter)
         if parameter.is_shared:
-            buckets.append([])
+            buckets += [[parameter], []]
+        else:
+            buckets[-1].append(parameter)
     return [bucket for bucket in buckets if bucket]
 
 

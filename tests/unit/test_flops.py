@@ -1,17 +1,16 @@
-"""Formulas of operations against torch's counter on the real model.
+"""Formulas of operations compared with torch's counter on the real model.
 
-The counter takes the whole square of a causal sequence, so the comparison does, too: `keys` is the
-sequence's length here. It does not know the CPU's attention kernel, nor a product that is added in
-place; both are told to it.
+The counter counts the whole square of a causal sequence, so `keys` is the sequence's length here.
+It knows neither the CPU's attention kernel nor in-place addition of a product; UNKNOWN adds both.
 """
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_sr1.model import flops
 from megatron_sr1.model.build import build_model
 from megatron_sr1.model.hf_config import parse_hf_config
-from megatron_sr1.planning import flops
 from megatron_sr1.runtime import cpu
 from tests.planned_models import fill, make_row, raw_config
 
@@ -49,7 +48,7 @@ UNKNOWN = {
 
 
 def counted(hf_config, groups, row, recompute):
-    """Operations of a forward pass and of the backward pass after it."""
+    """Return the operations of a forward pass and of its backward pass."""
     (chunk,) = build_model(
         hf_config, groups, dtype=torch.float32, recompute=recompute, logprob_chunk_tokens=64
     )
@@ -63,7 +62,7 @@ def counted(hf_config, groups, row, recompute):
 
 
 def planned(hf_config, patches, recompute):
-    """The same by the formulas."""
+    """Return the same by the formulas."""
     layers = flops.text_layer(hf_config, TOKENS, TOKENS).times(hf_config.text.num_layers)
     head = flops.head(hf_config, TOKENS)
     there, back = layers + head, flops.backward(layers) + flops.backward(head) + head
@@ -94,12 +93,14 @@ def test_formulas_count_what_torch_counts(groups, size, recompute, grids):
 def test_the_whole_forward_pass_is_the_sum_of_its_parts():
     hf_config = parse_hf_config(raw_config())
     patches = GRID[0] * GRID[1]
-    whole = flops.forward(hf_config, TOKENS, TOKENS, patches, patches)
+    whole = flops.text(hf_config, TOKENS, TOKENS, before=TOKENS / 2)  # all keys, as planned()
+    whole += flops.vision(hf_config, patches, patches)
     assert whole.total == planned(hf_config, patches, "none")[0]
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_patch_costs_what_it_adds_to_a_forward_pass(size):
+def test_patch_cost_is_what_a_patch_adds_to_a_forward_pass(size):
     hf_config = parse_hf_config(raw_config(**SIZES[size]))
-    without, patches, with_one = (flops.forward(hf_config, 1, 0, n, 0).dense for n in (0, 8, 9))
+    token = flops.text(hf_config, 1, 1)
+    without, patches, with_one = ((token + flops.vision(hf_config, n, 0)).dense for n in (0, 8, 9))
     assert flops.patch_cost(hf_config) == pytest.approx((with_one - patches) / without)

@@ -1,0 +1,241 @@
+"""Time of the actor's phases: logprobs (forward passes) and updates.
+
+In: a run and a layout. Out: seconds. The slowest rank of the pipeline sets the time of a
+micro-batch, and the schedule adds its bubble. On a rank the products, the memory traffic of the
+activations and the collectives of its layers, the tower and the logits add up: none of them overlap
+here. An update ends with the gradient reduction over data-parallel ranks and the optimizer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_sr1.checkpoint.mapping import TOWER
+from megatron_sr1.model import flops
+from megatron_sr1.model.hf_config import HFConfig
+from megatron_sr1.planning.costs import (
+    all_reduce_seconds,
+    compute_seconds,
+    gather_seconds,
+    memory_seconds,
+    transfer_seconds,
+)
+from megatron_sr1.planning.layout import Layout
+from megatron_sr1.planning.rank_memory import kernels_of, text_layer_bytes, vision_bytes
+from megatron_sr1.planning.schedule import balanced_stages, num_slots
+from megatron_sr1.planning.static_memory import DTYPE_BYTES, StaticMemory, num_parameters
+from megatron_sr1.planning.workload import PlannedRun, Workload
+from megatron_sr1.runtime.gpus import GPUS_PER_NODE, Gpu
+
+
+@dataclass(frozen=True)
+class PartCost:
+    """Cost of one micro-batch in a part of a stage: a layer, the tower or the logits.
+
+    Attributes:
+        work: operations of the forward pass, all ranks that share the part together.
+        ranks: that share the part.
+        recomputed: operations that the backward pass repeats.
+        traffic: activations of a forward pass without recomputation, bytes.
+        collective_seconds: of one pass.
+        is_repeated: recomputation repeats the traffic and the collectives too.
+        is_trained: there is a backward pass.
+    """
+
+    work: flops.Work
+    ranks: int
+    recomputed: flops.Work
+    traffic: float = 0.0
+    collective_seconds: float = 0.0
+    is_repeated: bool = False
+    is_trained: bool = True
+
+    def seconds(self, gpu: Gpu, with_backward: bool) -> float:
+        """Return the time of the forward pass, or of forward and backward pass.
+
+        A forward pass writes and reads the activations; a backward pass reads them, and writes and
+        reads as many bytes of gradients.
+        """
+        moving, collectives = memory_seconds(self.traffic, gpu), self.collective_seconds
+        if not (with_backward and self.is_trained):
+            return compute_seconds(self.work, gpu) / self.ranks + 2 * moving + collectives
+        everything = self.work + flops.backward(self.work) + self.recomputed
+        forwards = 2 if self.is_repeated else 1
+        computing = compute_seconds(everything, gpu) / self.ranks
+        return computing + (2 * forwards + 3) * moving + (forwards + 1) * collectives
+
+
+@dataclass(frozen=True)
+class ActorCost:
+    """Times of a run's actor in one layout."""
+
+    run: PlannedRun
+    layout: Layout
+
+    @property
+    def tokens(self) -> float:
+        """Tokens of a rank's share of a row."""
+        return self.run.row_tokens / self.layout.context
+
+    @property
+    def row_bytes(self) -> float:
+        """Hidden states of the share, not split over tensor-parallel ranks."""
+        return self.tokens * self.run.hf_config.text.hidden_size * self.run.dtype_bytes
+
+    @property
+    def patches(self) -> float:
+        """Patches of a row that a rank encodes: its share, but at least one whole image."""
+        work = self.run.work
+        row = self.run.row_tokens * work.image_patches / work.sequence_tokens
+        return max(row / self.layout.images, work.image_patches)
+
+    def text_layer(self) -> PartCost:
+        """Return the cost of a decoder layer."""
+        run, layout, tokens = self.run, self.layout, self.tokens
+        layer = flops.text_layer(
+            run.hf_config, tokens, run.work.sequence_tokens * flops.CAUSAL_SHARE
+        )
+        mlp = flops.text_mlp(run.hf_config, tokens)
+        kept = text_layer_bytes(run.hf_config, layout, kernels_of(run), "none")
+        return PartCost(
+            layer,
+            layout.tensor,
+            {"none": flops.Work(), "selective": mlp, "full": layer}[layout.recompute],
+            tokens * kept,
+            self._all_reduces_seconds(self.row_bytes, layout.tensor) + self._context_seconds(),
+            is_repeated=layout.recompute == "full",
+        )
+
+    def tower(self) -> PartCost:
+        """Return the cost of the tower; any recomputation repeats it."""
+        run, layout, patches = self.run, self.layout, self.patches
+        vision = run.hf_config.vision
+        whole = flops.vision(run.hf_config, patches, run.work.image_patches)
+        is_repeated = layout.recompute != "none"
+        hidden_bytes = patches * (vision.hidden_size * run.dtype_bytes)
+        collectives = vision.depth * self._all_reduces_seconds(hidden_bytes, layout.tower)
+        image_share = run.work.image_tokens / run.work.sequence_tokens
+        features = image_share * self.row_bytes * layout.context
+        collectives += gather_seconds(features, layout.images, run.gpu.nvlink_rate)
+        return PartCost(
+            whole,
+            layout.tower,
+            whole if is_repeated else flops.Work(),
+            patches * vision_bytes(run.hf_config, layout, kernels_of(run), "none"),
+            collectives,
+            is_repeated,
+            is_trained=run.trains_tower,
+        )
+
+    def logits(self) -> PartCost:
+        """Return the cost of the output layer; the backward pass recomputes its logits."""
+        head = flops.head(self.run.hf_config, self.tokens)
+        return PartCost(head, self.layout.tensor, head)
+
+    def rank_seconds(self, pipeline_rank: int, with_backward: bool) -> float:
+        """Return the time of a micro-batch in all stages of a rank."""
+        layout, gpu = self.layout, self.run.gpu
+        stages = layout.layers(self.run.hf_config.text.num_layers)
+        layer, seconds = self.text_layer().seconds(gpu, with_backward), 0.0
+        for stage in layout.stages(pipeline_rank):
+            seconds += len(stages[stage]) * layer
+            if stage == 0 and self.run.work.image_tokens:
+                seconds += self.tower().seconds(gpu, with_backward)
+            if stage == len(stages) - 1:
+                seconds += self.logits().seconds(gpu, with_backward)
+            else:
+                seconds += self._send_seconds() * (2 if with_backward else 1)
+        return seconds
+
+    def balanced_layers(self) -> tuple[int, ...]:
+        """Return the layers per stage that minimize the time of the slowest rank."""
+        gpu, has_images = self.run.gpu, self.run.work.image_tokens
+        first = self.tower().seconds(gpu, True) if has_images else 0.0
+        layer, last = (part.seconds(gpu, True) for part in (self.text_layer(), self.logits()))
+        return balanced_stages(self.layout, self.run.hf_config.text.num_layers, first, layer, last)
+
+    def forward_seconds(self) -> float:
+        """Return the time to compute the logprobs of all sequences of a step."""
+        return self._pipeline_seconds(self.run.work.num_sequences, with_backward=False)
+
+    def reference_seconds(self, held: StaticMemory) -> float:
+        """Return the same with the reference's weights, which are swapped in and out.
+
+        Four copies of the weights cross PCIe: both models' to the host and to the GPU.
+        """
+        copies = transfer_seconds(4 * held.weights, self.run.gpu.host_rate)
+        return self.forward_seconds() + copies
+
+    def update_seconds(self, held: StaticMemory) -> float:
+        """Return the time of all updates of a step on ranks that hold `held`."""
+        work = self.run.work
+        share = work.num_sequences / work.num_updates
+        once = self._pipeline_seconds(share, with_backward=True)
+        reduced = self._reduce_seconds(held) + self._tower_reduce_seconds()
+        return work.num_updates * (once + reduced + self._optimizer_seconds(held))
+
+    def update_flops(self) -> float:
+        """Return the operations of a step's updates; a frozen tower has no backward pass."""
+        work, hf_config = self.run.work, self.run.hf_config
+        total = 3 * forward_work(hf_config, work).total
+        if self.run.trains_tower or not work.image_tokens:
+            return total
+        tower = flops.vision(hf_config, work.image_patches, work.image_patches)
+        return total - 2 * tower.total * work.num_sequences
+
+    def _pipeline_seconds(self, sequences: float, with_backward: bool) -> float:
+        """Time of `sequences` over all data-parallel ranks, at least one row each."""
+        tokens = sequences * self.run.work.sequence_tokens / self.layout.data
+        rows = max(1.0, tokens / self.run.row_tokens)
+        slowest = max(self.rank_seconds(rank, with_backward) for rank in self.layout.ends)
+        return slowest * num_slots(self.layout, rows)
+
+    def _all_reduces_seconds(self, num_bytes: float, ranks: int) -> float:
+        """Time of a layer's two all-reduces, or of the equivalent under sequence parallelism."""
+        return 2 * all_reduce_seconds(num_bytes, ranks, self.run.gpu.nvlink_rate)
+
+    def _context_seconds(self) -> float:
+        """Time to gather a layer's keys and values over context-parallel ranks."""
+        text, layout = self.run.hf_config.text, self.layout
+        width = 2 * text.num_key_value_heads * text.head_dim / layout.tensor
+        num_bytes = self.run.row_tokens * width * self.run.dtype_bytes
+        return gather_seconds(num_bytes, layout.context, self.run.gpu.nvlink_rate)
+
+    def _send_seconds(self) -> float:
+        """Time to send hidden states to the next stage, on another node if there is one."""
+        layout, gpu = self.layout, self.run.gpu
+        rate = gpu.network_rate if layout.num_ranks > GPUS_PER_NODE else gpu.nvlink_rate
+        return transfer_seconds(self.row_bytes / layout.sequence_split, rate)
+
+    def _reduce_seconds(self, held: StaticMemory) -> float:
+        """Time to reduce gradients over the ranks that share the state, and to gather weights."""
+        layout, gpu = self.layout, self.run.gpu
+        rate = gpu.network_rate if layout.data_spans_nodes else gpu.nvlink_rate
+        if not self.run.config.parallel.distributed_optimizer:
+            return all_reduce_seconds(held.gradients, layout.num_sharing, rate)
+        reduced = gather_seconds(held.gradients, layout.num_sharing, rate)
+        return reduced + gather_seconds(held.weights, layout.num_sharing, rate)
+
+    def _tower_reduce_seconds(self) -> float:
+        """Time to reduce the gradients of a tower that each tensor-parallel rank holds whole."""
+        run, layout = self.run, self.layout
+        if layout.tower == layout.tensor or not run.trains_tower:
+            return 0.0
+        gradient_bytes = DTYPE_BYTES[run.config.optimizer.gradients]
+        held = gradient_bytes * num_parameters(run.hf_config, TOWER)
+        return all_reduce_seconds(held, layout.tensor, run.gpu.nvlink_rate)
+
+    def _optimizer_seconds(self, held: StaticMemory) -> float:
+        """Time to read gradients and to update the state, which may cross PCIe both ways."""
+        config, gpu, state = self.run.config, self.run.gpu, held.optimizer + held.host
+        seconds = memory_seconds(2 * state + held.gradients, gpu)
+        moves_all = self.run.has_rollouts and config.rollout.make_room == "optimizer"
+        moved = state if moves_all else held.host
+        return seconds + transfer_seconds(2 * moved, gpu.host_rate)
+
+
+def forward_work(hf_config: HFConfig, work: Workload) -> flops.Work:
+    """Return the model's operations in a forward pass over a step's sequences."""
+    tokens, patches = work.sequence_tokens, work.image_patches
+    once = flops.text(hf_config, tokens, tokens) + flops.vision(hf_config, patches, patches)
+    return once.times(work.num_sequences)
