@@ -257,7 +257,8 @@ class Context:
             self.step, self.skipped = state["step"], state["skipped"]
             self.ungraded = state.get("ungraded", 0)
             self.loader.load_state_dict(state["loader"])
-            if change := schedule_change(state.get("schedule"), self._schedule(actor)):
+            change = schedule_change(state.get("schedule"), self._schedule(actor))
+            if change and self.is_writer:
                 log.warning("the learning-rate schedule is not the checkpoint's: %s", change)
             log.info("resumed from step %d in %s", self.step, self.checkpoints)
         self.open()
