@@ -19,8 +19,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_sr1.checkpoint.hf import save_hf
+from megatron_sr1.checkpoint.hf import check_tensors, save_hf
 from megatron_sr1.checkpoint.model_source import ModelSource, load_model
+from megatron_sr1.checkpoint.source import HFSource
 from megatron_sr1.checkpoint.untrusted import stored_dtype
 from megatron_sr1.config import ParallelConfig
 from megatron_sr1.data.images import decode_image
@@ -153,6 +154,7 @@ def loaded(
 def huggingface_directory(source: ModelSource, device: Device) -> Iterator[Path]:
     """A Hugging Face directory of the model: its own, or an export that lives while in use."""
     if source.kind == "huggingface":
+        check_tensors(HFSource(source.weights), read_hf_config(source.hf_files))
         yield source.weights
         return
     groups = make_groups(ParallelConfig(), device)

@@ -17,8 +17,9 @@ files are compared with the manifest first.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from megatron_sr1.errors import CheckpointError
 from megatron_sr1.runtime.groups import Groups
 
 log = logging.getLogger(__name__)
+SETTINGS = ("max_lr", "min_lr", "betas", "eps")
 
 
 def load_checkpoint(
@@ -56,7 +58,8 @@ def load_checkpoint(
         directory: folder of the run's checkpoints.
         chunks: the model, wrapped for training or not.
         optimizer: Megatron's optimizer, or None to load the model alone.
-        scheduler: its learning-rate schedule as it was made, or None.
+        scheduler: its learning-rate schedule as it was made, or None; its place is loaded, while
+            learning rates, betas and epsilon stay as this run configures them.
         groups: the layout.
         step: which checkpoint; None takes the latest.
         verify: compare the files' digests, not only their sizes.
@@ -77,7 +80,8 @@ def load_checkpoint(
     if record["step"] != step:
         raise CheckpointError(f"{folder / STATE}: it is the state of step_{record['step']}")
     verify_folder(folder, groups, verify, record["format"])
-    load_tensors(folder, chunks, optimizer)
+    with _own_settings(optimizer):
+        load_tensors(folder, chunks, optimizer)
     if scheduler is not None and record["scheduler"] is not None:
         try:
             scheduler.load_state_dict(record["scheduler"])
@@ -88,6 +92,16 @@ def load_checkpoint(
     else:
         log.info("%s: saved under %s, resumed under another layout", folder, record["layout"])
     return dict(record["state"])
+
+
+@contextlib.contextmanager
+def _own_settings(optimizer: Any) -> Iterator[None]:
+    """Keep what this run configures; loading brings the settings of the saved run along."""
+    groups = [] if optimizer is None else optimizer.param_groups
+    own = [{name: group[name] for name in SETTINGS if name in group} for group in groups]
+    yield
+    for number, settings in enumerate(own):
+        optimizer.param_groups[number].update(settings)
 
 
 def _load_rng(path: Path) -> None:

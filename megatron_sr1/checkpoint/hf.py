@@ -7,6 +7,7 @@ a directory like the source's, with the chunks' weights.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,14 @@ from megatron_sr1.checkpoint.mapping import (
 )
 from megatron_sr1.checkpoint.sharded import unwrap
 from megatron_sr1.checkpoint.source import HFSource
-from megatron_sr1.checkpoint.transforms import join, publish, slices
+from megatron_sr1.checkpoint.transforms import Slice, join, publish, slices
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.runtime.groups import Group, Groups, gather_objects
 
+log = logging.getLogger(__name__)
 NUM_NAMED = 12  # tensors that an error names
+NUM_ROWS = 8192  # of the vocabulary, compared at a time
 
 
 def load_hf(
@@ -73,7 +76,8 @@ def check_tensors(source: HFSource, hf_config: HFConfig) -> None:
     """Compare a source's tensors with what the configuration asks for.
 
     Raises:
-        CheckpointError: naming the tensors that are missing, unexpected or of the wrong shape.
+        CheckpointError: naming the tensors that are missing, unexpected or of the wrong shape, or
+            saying that the output layer is not the embedding that it is tied to.
     """
     expected = {
         name: shape
@@ -82,9 +86,10 @@ def check_tensors(source: HFSource, hf_config: HFConfig) -> None:
     }
     found = source.tensors
     missing = [f"{name} {list(shape)}" for name, shape in expected.items() if name not in found]
-    # Some publishers write a tied output layer all the same.
-    known = {*expected, HF_OUTPUT} if hf_config.tie_word_embeddings else set(expected)
-    unexpected = [f"{t.name} (in {t.file})" for name, t in found.items() if name not in known]
+    if hf_config.tie_word_embeddings and HF_OUTPUT in found:
+        # Some publishers write a tied output layer all the same.
+        expected[HF_OUTPUT] = expected[HF_EMBEDDING]
+    unexpected = [f"{t.name} (in {t.file})" for name, t in found.items() if name not in expected]
     wrong = [
         f"{found[name].name} (in {found[name].file}): {list(found[name].shape)}, expected "
         f"{list(shape)}"
@@ -102,6 +107,39 @@ def check_tensors(source: HFSource, hf_config: HFConfig) -> None:
             f"{source.directory}: the weights are not those that config.json describes; tensors "
             + "; ".join(problems)
         )
+    if hf_config.tie_word_embeddings and HF_OUTPUT in found:
+        _check_tied(source, hf_config)
+
+
+def _check_tied(source: HFSource, hf_config: HFConfig) -> None:
+    """Refuse an output layer that would be lost, because the model has its embedding there.
+
+    Raises:
+        CheckpointError: the two tensors differ.
+    """
+    flags = hf_config.tie_flags
+    said = " and ".join(f"{name}={str(flag).lower()}" for name, flag in flags.items())
+    if not source.has_weights:
+        if len(set(flags.values())) > 1:
+            log.warning(
+                "%s: config.json has %s; %s is taken for a copy of the embedding, which cannot be "
+                "checked here, without the published weights",
+                *(source.directory, said, HF_OUTPUT),
+            )
+        return
+    dtype, num_rows = source.tensors[HF_OUTPUT].dtype, hf_config.text.vocab_size
+    for first in range(0, num_rows, NUM_ROWS):
+        rows = first, min(first + NUM_ROWS, num_rows)
+        output = source.read(Slice(HF_OUTPUT, rows))
+        embedding = source.read(Slice(HF_EMBEDDING, rows)).to(dtype)
+        if not torch.equal(output.view(torch.uint8), embedding.view(torch.uint8)):
+            gap = (output.float() - embedding.float()).abs().max().item()
+            raise CheckpointError(
+                f"{source.directory}: config.json has {said}, so that the output layer is the "
+                f"embedding, but {HF_OUTPUT} differs from {HF_EMBEDDING} (by up to {gap:.2g} in "
+                f"rows {rows[0]} to {rows[1] - 1}); if it is an output layer of its own, set "
+                "tie_word_embeddings to false in every place; if not, remove the tensor"
+            )
 
 
 def local_parameters(

@@ -15,12 +15,14 @@ from typing import Any
 from megatron_sr1.checkpoint.files import DIGEST
 from megatron_sr1.checkpoint.folders import LATEST, STATE, latest_step
 from megatron_sr1.checkpoint.hf import load_hf
+from megatron_sr1.checkpoint.mapping import OUTPUT
 from megatron_sr1.checkpoint.sharded import load_tensors
 from megatron_sr1.checkpoint.source import INDEX, SINGLE
 from megatron_sr1.checkpoint.state import read_state
+from megatron_sr1.checkpoint.untrusted import check_folder
 from megatron_sr1.checkpoint.verify import verify_folder
 from megatron_sr1.errors import CheckpointError
-from megatron_sr1.model.hf_config import HFConfig
+from megatron_sr1.model.hf_config import HFConfig, read_hf_config
 from megatron_sr1.runtime.groups import Groups
 
 HF_FILES = "hf_files"
@@ -106,11 +108,18 @@ def verify_source(source: ModelSource, groups: Groups, digests: bool) -> None:
     """Compare a Megatron checkpoint with its manifest; collective over all ranks.
 
     Raises:
-        CheckpointError: on all ranks: a file is not as it was saved.
+        CheckpointError: on all ranks: a file is not as it was saved, or the checkpoint has an
+            output layer that its configuration would have replaced by the embedding.
     """
     has_state = (source.weights / STATE).is_file()
     saved_with = read_state(source.weights)["format"] if has_state else 0
     verify_folder(source.weights, groups, digests, saved_with)
+    config = read_hf_config(source.hf_files)
+    if config.tie_word_embeddings and OUTPUT in check_folder(source.weights).state_dict_metadata:
+        raise CheckpointError(
+            f"{source.weights} holds an output layer of its own, but {source.hf_files}/config.json "
+            "has tie_word_embeddings=true; set it to false in every place"
+        )
 
 
 def fingerprint(source: ModelSource) -> str:

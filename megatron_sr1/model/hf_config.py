@@ -109,7 +109,7 @@ class HFConfig:
         video_token_id: the same for video; never accepted here.
         vision_start_token_id: opens an image.
         vision_end_token_id: closes an image.
-        tie_word_embeddings: the output layer is the embedding.
+        tie_word_embeddings: the output layer is the embedding; true where any of `tie_flags` is.
         raw: the whole file.
     """
 
@@ -121,6 +121,11 @@ class HFConfig:
     vision_end_token_id: int
     tie_word_embeddings: bool
     raw: Mapping[str, Any] = field(repr=False, hash=False)
+
+    @property
+    def tie_flags(self) -> dict[str, bool]:
+        """Values of `tie_word_embeddings` in the file, by the place where each was found."""
+        return _tie_flags(self.raw)
 
 
 def read_hf_config(directory: str | Path) -> HFConfig:
@@ -181,11 +186,15 @@ def parse_hf_config(raw: Mapping[str, Any]) -> HFConfig:
         video_token_id=raw.get("video_token_id", -1),
         vision_start_token_id=raw.get("vision_start_token_id", -1),
         vision_end_token_id=raw.get("vision_end_token_id", -1),
-        tie_word_embeddings=bool(
-            raw.get("tie_word_embeddings", False) or text_raw.get("tie_word_embeddings", False)
-        ),
+        tie_word_embeddings=any(_tie_flags(raw).values()),
         raw=dict(raw),
     )
+
+
+def _tie_flags(raw: Mapping[str, Any]) -> dict[str, bool]:
+    places = {"": raw, "text_config.": raw.get("text_config") or {}}
+    key = "tie_word_embeddings"
+    return {place + key: bool(found[key]) for place, found in places.items() if key in found}
 
 
 def _parse_text(raw: Mapping[str, Any]) -> TextConfig:

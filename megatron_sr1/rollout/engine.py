@@ -87,7 +87,7 @@ class Engine:
                 it saves.
             quantization: of linear layers, made by vLLM as their weights come; None: as `dtype`.
             sleep_level: on CUDA, what `sleep` frees: 0 nothing | 1 moves weights to the host |
-                2 drops them. Nothing on a CPU.
+                2 drops them; on a CPU 0. Images that were encoded are dropped at any level.
             min_pixels: smallest image area, pixels.
             max_pixels: largest image area, pixels; None: both limits are the directory's.
             max_image_tokens: tokens of the largest image after rounding, which vLLM's own limits,
@@ -285,10 +285,13 @@ class Engine:
         self.weight_version, self._unusable = version, ""
 
     def sleep(self) -> None:
-        """Give GPU memory back between rollouts, as the sleep level says."""
-        if self._sleep_level == 0 or self._asleep:
+        """Give memory back between rollouts: encoded images, and the GPU's as the level says."""
+        if self._asleep:
             return
         assert not self._live, "sleep between rollouts"
+        self._core.reset_encoder_cache()  # vLLM's own sleep does so too, but for level 0
+        if self._sleep_level == 0:
+            return
         self._llm.sleep(level=self._sleep_level)
         self._asleep = True
         if self._sleep_level == 2:

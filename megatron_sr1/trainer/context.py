@@ -39,6 +39,7 @@ from megatron_sr1.records import PackedBatch, TrainSample
 from megatron_sr1.runtime import failure, host_memory, leaving
 from megatron_sr1.runtime.groups import Groups
 from megatron_sr1.trainer.actor import Actor
+from megatron_sr1.trainer.optimizer import schedule_change, schedule_facts
 from megatron_sr1.trainer.samples import Samples
 from megatron_sr1.trainer.throughput import Throughput, peak_flops
 
@@ -255,6 +256,9 @@ class Context:
             self.step, self.skipped = state["step"], state["skipped"]
             self.ungraded = state.get("ungraded", 0)
             self.loader.load_state_dict(state["loader"])
+            change = schedule_change(state.get("schedule"), self._schedule(actor))
+            if change and self.is_writer:
+                log.warning("the learning-rate schedule is not the checkpoint's: %s", change)
             log.info("resumed from step %d in %s", self.step, self.checkpoints)
         self.open()
         self.throughput = Throughput(
@@ -279,6 +283,10 @@ class Context:
                     f"{self.checkpoints} has {key}={state.get(key)}, now it is {value}; give the "
                     "former, or another output"
                 )
+
+    def _schedule(self, actor: Actor) -> dict[str, Any]:
+        """What the place in the learning-rate schedule means."""
+        return schedule_facts(self.config, actor.optimizer, actor.scheduler, self.step)
 
     def open(self) -> None:
         """Make the run directory and write the resolved configuration; on the writer only."""
@@ -363,6 +371,7 @@ class Context:
             "skipped": self.skipped,
             "ungraded": self.ungraded,
             "loader": self.loader.state_dict(),
+            "schedule": self._schedule(actor),
             **({EVALUATION: dict(rates)} if rates else {}),
             **self._origin,
         }

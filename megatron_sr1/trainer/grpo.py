@@ -25,7 +25,7 @@ from megatron_sr1.trainer.credit import Credit
 from megatron_sr1.trainer.objective import grpo_loss
 from megatron_sr1.trainer.samples import Samples
 from megatron_sr1.trainer.sampling import credit_of, roll_out_step
-from megatron_sr1.trainer.step import sample_logprobs, update
+from megatron_sr1.trainer.step import named, sample_logprobs, update
 
 
 def train_grpo(
@@ -184,7 +184,7 @@ def learn(
                 config.algorithm, config.rollout.mismatch_bound, config.rollout.max_response_tokens
             )
             measured.append(update(actor, batches, objective, temperature))
-    return _named(measured)
+    return named(measured)
 
 
 def _with_logprobs(
@@ -201,16 +201,3 @@ def _with_logprobs(
         changes: list[dict[str, Any]] = [{field: row} for row in logprobs]
         filled.append([replace(s, **c) for s, c in zip(chosen, changes, strict=True)])
     return filled
-
-
-def _named(measured: list[dict[str, float]]) -> dict[str, float]:
-    """Means over the updates of a step (maxima of maxima), under their names in metrics.jsonl."""
-    named: dict[str, float] = {}
-    for name in measured[0]:
-        values = [m[name] for m in measured]
-        group = "" if "/" in name else "optimizer/" if name in _OPTIMIZER else "actor/"
-        named[group + name] = max(values) if name.endswith("_max") else sum(values) / len(values)
-    return named
-
-
-_OPTIMIZER = ("grad_norm", "learning_rate")

@@ -1,7 +1,9 @@
 """The objective of a GRPO update, as configured, for one micro-batch.
 
 In: the policy's logprobs and a packed batch. Out: a weighted sum over target tokens, its part of
-the denominator, and sums to report; trainer/step.py adds both up over micro-batches and ranks.
+the denominator, and sums to report, each with the number of tokens that it is over: `mismatch/…`
+all that were sampled, the rest those in the loss, which `mask_beyond_nats` makes fewer. trainer/
+step.py adds all of them up over micro-batches and ranks.
 docs/algorithms.md says which values make which published algorithm.
 """
 
@@ -38,36 +40,53 @@ def grpo_loss(
         if old is None:
             old = policy_logprobs.detach()
         assert batch.engine_logprobs is not None
+        sampled = batch.loss_mask.sum()
         gaps = correction.mismatch_sums(batch.engine_logprobs, old, batch.loss_mask)
         _check_gap(float(gaps["mismatch/abs_max"]), mismatch_bound)
-        batch, corrected = _correct(batch, old, algorithm)
-        loss_sum, denominator, reported = _policy_loss(
+        batch, masked = _without_far(batch, old, algorithm)
+        batch, weighted = _weighted(batch, old, algorithm)
+        loss_sum, denominator, losses = _policy_loss(
             policy_logprobs, old, batch, algorithm, max_response_tokens
         )
-        return loss_sum, denominator, {**reported, **gaps, **corrected}
+        in_loss = batch.loss_mask.sum()
+        sums = {name: (value, sampled) for name, value in {**gaps, **masked}.items()}
+        sums |= {name: (value, in_loss) for name, value in {**losses, **weighted}.items()}
+        return loss_sum, denominator, sums
 
     return loss
 
 
-def _correct(
+def _without_far(
     batch: PackedBatch, old: torch.Tensor, algorithm: AlgorithmConfig
-) -> tuple[PackedBatch, Sums]:
-    """Advantages by importance weights, and far sequences out of the mask, as configured."""
+) -> tuple[PackedBatch, dict[str, torch.Tensor]]:
+    """Far sequences out of the mask, if configured, and sums over the sampled tokens."""
+    if algorithm.mask_beyond_nats == 0:
+        return batch, {}
+    assert batch.engine_logprobs is not None
+    kept, reported = correction.near_sequences(
+        batch.engine_logprobs,
+        old,
+        batch.loss_mask,
+        batch.cu_seqlens,
+        algorithm.mask_beyond_nats,
+    )
+    return replace(batch, loss_mask=kept), reported
+
+
+def _weighted(
+    batch: PackedBatch, old: torch.Tensor, algorithm: AlgorithmConfig
+) -> tuple[PackedBatch, dict[str, torch.Tensor]]:
+    """Advantages by importance weights, if configured, and sums over the tokens in the loss."""
     engine, level = batch.engine_logprobs, algorithm.importance_sampling
     assert engine is not None and batch.advantages is not None
-    reported: Sums = {}
-    if algorithm.mask_beyond_nats > 0:
-        kept, reported = correction.near_sequences(
-            engine, old, batch.loss_mask, batch.cu_seqlens, algorithm.mask_beyond_nats
-        )
-        batch = replace(batch, loss_mask=kept)
+    reported: dict[str, torch.Tensor] = {}
     if level != "off":
         cap = algorithm.importance_cap
         borders = batch.cu_seqlens if level == "sequence" else None
         weights = correction.truncated_importance_weights(
             engine, old, batch.loss_mask, cap, borders
         )
-        reported |= correction.weight_sums(weights, batch.loss_mask, cap)
+        reported = correction.weight_sums(weights, batch.loss_mask, cap)
         batch = replace(batch, advantages=batch.advantages * weights)
     return batch, reported
 
@@ -78,7 +97,7 @@ def _policy_loss(
     batch: PackedBatch,
     algorithm: AlgorithmConfig,
     max_response_tokens: int,
-) -> tuple[torch.Tensor, torch.Tensor, Sums]:
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     assert batch.advantages is not None
     mask, borders = batch.loss_mask, batch.cu_seqlens
     weights, denominator = reduction(algorithm.loss, mask, borders, max_response_tokens)

@@ -14,6 +14,7 @@ import torch
 from megatron_sr1.config import Config, OptimizerConfig
 from megatron_sr1.trainer.adamw import ShardAdamW
 
+RATES = ("learning rate of the next update", "learning rate of the last update")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -80,3 +81,60 @@ def make_scheduler(chosen: OptimizerConfig, optimizer: Any, num_updates: int) ->
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )
+
+
+def updates_per_step(config: Config) -> int:
+    """Optimizer updates that a step makes; with `algorithm.filter_groups` the most."""
+    if config.stage == "sft":
+        return 1
+    return config.data.prompts_per_step // config.algorithm.prompts_per_update
+
+
+def schedule_facts(config: Config, optimizer: Any, scheduler: Any, step: int) -> dict[str, Any]:
+    """What a place in the schedule means, to be kept with a checkpoint.
+
+    Args:
+        config: of the run.
+        optimizer: Megatron's.
+        scheduler: of the learning rate, at its place after `step`.
+        step: steps done.
+
+    Returns:
+        by name the settings that the schedule is made of, and the learning rates that follow.
+    """
+    chosen, per_step = config.optimizer, updates_per_step(config)
+    names = ("num_steps", "learning_rate", "min_learning_rate", "warmup_steps", "schedule")
+    here = scheduler.num_steps
+    end = here + (chosen.num_steps - step) * per_step
+    rates = []
+    for place in (here, max(end - 1, 0)):
+        scheduler.num_steps = place
+        rates.append(float(scheduler.get_lr(optimizer.param_groups[0])))
+    scheduler.num_steps = here
+    return {
+        **{f"optimizer.{name}": getattr(chosen, name) for name in names},
+        "updates a step": per_step,
+        "updates in all": per_step * chosen.num_steps,
+        **dict(zip(RATES, rates, strict=True)),
+    }
+
+
+def schedule_change(saved: Any, now: dict[str, Any]) -> str:
+    """Say how the schedule of a checkpoint differs from the one of this run.
+
+    Args:
+        saved: `schedule_facts` as a checkpoint keeps them, or None where an older one has none.
+        now: those of this run at the same place.
+
+    Returns:
+        each difference as `name old -> new`; empty where no setting differs.
+    """
+    known = saved if isinstance(saved, dict) else {}
+    differ = [name for name, value in now.items() if name in known and known[name] != value]
+    if all(name in RATES for name in differ):
+        return ""
+    return ", ".join(f"{name} {_short(known[name])} -> {_short(now[name])}" for name in differ)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)[:40]

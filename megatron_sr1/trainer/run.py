@@ -20,6 +20,7 @@ from megatron_sr1.trainer.actor import Actor, Reference, make_actor
 from megatron_sr1.trainer.context import Context
 from megatron_sr1.trainer.evaluate import evaluate
 from megatron_sr1.trainer.grpo import sync, train_grpo
+from megatron_sr1.trainer.optimizer import updates_per_step
 from megatron_sr1.trainer.samples import Samples
 from megatron_sr1.trainer.sft import train_sft
 
@@ -56,10 +57,9 @@ def run_grpo(config: Config, device: Device, groups: Groups) -> None:
 
     The engine starts from `model.path` too and is synced before it samples.
     """
-    per_step = config.data.prompts_per_step // config.algorithm.prompts_per_update
     scorer, judging = setup.make_scorer(config), judging_scorer(config)  # before minutes of loading
     context, samples, actor, reference = start(
-        config, groups, per_step * config.optimizer.num_steps
+        config, groups, updates_per_step(config) * config.optimizer.num_steps
     )
     with context.phase("setup"):
         directory = setup.engine_directory(config, groups)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_sr1.checkpoint.hf import save_hf
+from megatron_sr1.checkpoint.hf import check_tensors, save_hf
 from megatron_sr1.checkpoint.model_source import ModelSource, load_model, resolve_model
+from megatron_sr1.checkpoint.source import HFSource
 from megatron_sr1.config import Config, LaunchConfig
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.model.build import build_model
@@ -93,9 +94,13 @@ def engine_directory(config: Config, groups: Groups) -> Path:
     """A Hugging Face directory with the weights of `model.path`, for the engine to start from.
 
     A Megatron checkpoint is exported into the run directory, once a checkpoint.
+
+    Raises:
+        CheckpointError: the weights are not those that its config.json describes.
     """
     source = resolve_model(config.model.path)
     if source.kind == "huggingface":
+        check_tensors(HFSource(source.weights), read_hf_config(source.hf_files))
         return source.weights
     name = hashlib.blake2b(str(source.weights.resolve()).encode(), digest_size=6).hexdigest()
     target = Path(config.output) / "engine_start" / name

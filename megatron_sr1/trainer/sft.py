@@ -16,7 +16,7 @@ from megatron_sr1.runtime.groups import gather_objects
 from megatron_sr1.trainer.actor import Actor
 from megatron_sr1.trainer.context import Context
 from megatron_sr1.trainer.samples import Samples
-from megatron_sr1.trainer.step import update
+from megatron_sr1.trainer.step import named, update
 
 
 def train_sft(context: Context, actor: Actor, samples: Samples) -> None:
@@ -36,12 +36,7 @@ def train_sft(context: Context, actor: Actor, samples: Samples) -> None:
             measured = update(actor, batches, _token_loss, temperature=1.0)
         if context.groups.speaks_for_samples:
             context.throughput.count_samples("update", chosen)
-        values = {
-            "actor/loss": measured["loss"],
-            "actor/num_tokens": measured["num_tokens"],
-            "optimizer/grad_norm": measured["grad_norm"],
-            "optimizer/learning_rate": measured["learning_rate"],
-        }
+        values = named([measured])
         samples.forget()
         context.finish_step("sft", values, actor)
 

@@ -9,6 +9,7 @@ and each goes back from it to its own tokens.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -24,13 +25,17 @@ from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.groups import Groups
 from megatron_sr1.trainer.actor import Actor
 
-Sums = dict[str, torch.Tensor]
+log = logging.getLogger(__name__)
+_OPTIMIZER = ("grad_norm", "learning_rate")  # by their group in metrics.jsonl
+Sums = dict[str, tuple[torch.Tensor, torch.Tensor]]
+"""Name -> (sum over tokens of a micro-batch, number of these tokens), scalars.
+
+What is reported of an update is the sum divided by the number, each summed over all micro-batches
+and ranks; of a name that ends in `_max`, the maximum; of a number (`num_…`), the sum itself. Where
+there are no tokens, there is no mean and no maximum: the name is absent."""
 TokenLoss = Callable[[torch.Tensor, PackedBatch], tuple[torch.Tensor, torch.Tensor, Sums]]
 """(policy_logprobs [1, T], batch) -> (loss summed over its target tokens, its part of the loss's
-denominator, sums to report).
-
-A name that ends in `_max` is reduced by maximum, any other by sum; and sums are divided by the
-target tokens of the update, unless they are named a number (`num_…`)."""
+denominator, what to report)."""
 
 
 def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
@@ -99,32 +104,28 @@ def update(
         temperature: logits are divided by it.
 
     Returns:
-        `loss`, divided by its denominator over the whole update, `grad_norm`, `learning_rate`,
-        `num_tokens`, and the reported sums, each divided by the number of target tokens of the
-        whole update (maxima and numbers are not), equal on all ranks.
+        equal on all ranks: `loss`, divided by its denominator over the whole update, `grad_norm`,
+        `learning_rate`, `num_tokens` (targets, masked by the loss or not), what the loss reports
+        as `Sums` says, and `skipped_updates`: 1 where no token of any rank is in the loss. Then
+        weights, moments and schedule stay as they are, and there is no `loss` and no `grad_norm`.
 
     Raises:
         SR1Error: the loss is not finite; nothing was updated.
     """
-    sums: Sums = {}
+    sums: dict[str, torch.Tensor] = {}
 
     def reduce(batch: PackedBatch, output: torch.Tensor) -> tuple[torch.Tensor, Any, Any]:
         loss_sum, denominator, reported = loss(output, batch)
+        num_tokens = batch.loss_mask.sum()
         values = {
-            "loss": loss_sum,
-            "denominator": denominator,
-            "num_tokens": batch.loss_mask.sum(),
+            "loss": (loss_sum, denominator),
+            "num_tokens": (num_tokens, num_tokens),
             **reported,
         }
-        for name, value in values.items():
-            value = value.detach().double()
-            if name in sums:
-                value = (
-                    torch.maximum(sums[name], value)
-                    if name.endswith("_max")
-                    else sums[name] + value
-                )
-            sums[name] = value
+        for name, pair in values.items():
+            found = torch.stack([value.detach().double() for value in pair])
+            add = torch.maximum if name.endswith("_max") else torch.add
+            sums[name] = add(sums[name], found) if name in sums else found
         counted = denominator if actor.groups.counts_tokens else torch.zeros_like(denominator)
         return loss_sum, counted.int(), {}
 
@@ -134,32 +135,60 @@ def update(
     actor.optimizer.zero_grad()
     learning_rate = actor.optimizer.param_groups[0]["lr"]
     _run(actor.wrapped, actor, batches, temperature, lambda b: partial(reduce, b))
-    totals = reduce_sums(sums, actor.groups)
-    if not np.isfinite(totals["loss"]):
+    measured = _measured(reduce_sums(sums, actor.groups))
+    measured |= {"learning_rate": float(learning_rate), "skipped_updates": 0.0}
+    if "loss" not in measured:  # the same on all ranks
+        if actor.groups.world.rank == 0:
+            log.warning(
+                "update skipped: none of its %d target tokens is in the loss (see "
+                "algorithm.mask_beyond_nats); weights, moments and learning rate stay as they are",
+                measured["num_tokens"],
+            )
+        return {**measured, "skipped_updates": 1.0}
+    if not np.isfinite(measured["loss"]):
         raise SR1Error("the loss is not finite; nothing was updated: lower the learning rate")
     with cpu.megatron_mode():
         success, grad_norm, _ = actor.optimizer.step()
     assert success
     actor.scheduler.step(increment=1)
-    num_tokens = max(totals.pop("num_tokens"), 1.0)
-    loss_mean = totals.pop("loss") / max(totals.pop("denominator"), 1.0)
-    means = {n: v if _is_whole(n) else v / num_tokens for n, v in totals.items()}
-    return {
-        "loss": loss_mean,
-        **means,
-        "num_tokens": num_tokens,
-        "grad_norm": float(grad_norm),
-        "learning_rate": float(learning_rate),
-    }
+    return {**measured, "grad_norm": float(grad_norm)}
 
 
-def _is_whole(name: str) -> bool:
-    """Whether what is reported under a name is no sum over tokens."""
-    return name.endswith("_max") or name.rpartition("/")[2].startswith("num_")
+def _measured(totals: dict[str, tuple[float, float]]) -> dict[str, float]:
+    """Means, maxima and numbers of an update; only of those that are over some tokens."""
+    measured = {}
+    for name, (total, num_tokens) in totals.items():
+        if name.rpartition("/")[2].startswith("num_"):
+            measured[name] = total
+        elif num_tokens > 0:
+            measured[name] = total if name.endswith("_max") else total / num_tokens
+    return measured
 
 
-def reduce_sums(sums: Sums, groups: Groups) -> dict[str, float]:
-    """Totals over the world of what each pipeline's last stage counted, equal on all ranks."""
+def named(measured: list[dict[str, float]]) -> dict[str, float]:
+    """What a step's updates measured, under the names in metrics.jsonl.
+
+    Means over the updates that have the name, of a maximum the largest, of the skipped the sum.
+    """
+    named: dict[str, float] = {}
+    for name in dict.fromkeys(name for m in measured for name in m):
+        values = [m[name] for m in measured if name in m]
+        group = "" if "/" in name else "optimizer/" if name in _OPTIMIZER else "actor/"
+        if name.endswith("_max"):
+            named[group + name] = max(values)
+        else:
+            count = 1 if name == "skipped_updates" else len(values)
+            named[group + name] = sum(values) / count
+    return named
+
+
+def reduce_sums(sums: dict[str, torch.Tensor], groups: Groups) -> dict[str, tuple[float, float]]:
+    """Totals over the world of what each pipeline's last stage counted, equal on all ranks.
+
+    Args:
+        sums: by name [2], a sum or a maximum, and the number of tokens that it is over.
+        groups: the layout.
+    """
     counted = groups.is_last_stage and groups.tensor.rank == 0 and groups.counts_tokens
     names: list[Any] = [sorted(sums)]
     if groups.pipeline.size > 1:
@@ -167,7 +196,7 @@ def reduce_sums(sums: Sums, groups: Groups) -> dict[str, float]:
             names, src=groups.pipeline.ranks[-1], group=groups.pipeline.process_group
         )
     device = groups.device.torch
-    values = torch.zeros(len(names[0]), dtype=torch.float64, device=device)
+    values = torch.zeros(len(names[0]), 2, dtype=torch.float64, device=device)
     if counted:
         values = torch.stack([sums[name].to(device) for name in names[0]])
     largest = values.clone()
@@ -175,7 +204,7 @@ def reduce_sums(sums: Sums, groups: Groups) -> dict[str, float]:
         dist.all_reduce(values)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     pairs = zip(names[0], values.tolist(), largest.tolist(), strict=True)
-    return {name: high if name.endswith("_max") else total for name, total, high in pairs}
+    return {name: tuple(high if name.endswith("_max") else total) for name, total, high in pairs}
 
 
 def _run(

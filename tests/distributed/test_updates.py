@@ -21,6 +21,8 @@ OF_ONE = [f"{ONE}:{name}" for name in OBJECTIVES]
 # Data parallel, six samples against five in several rows a rank; context parallel; two stages.
 OF_TWO = [f"1x1x{context}@64:{name}" for context in (1, 2) for name in OBJECTIVES]
 OF_TWO += ["1x2x1@64:gspo_corrected"]
+ALL_MASKED = ["1x1x1@64:all_masked", "1x2x1@64:all_masked"]
+EVEN_MASKED = "1x1x1@64:even_masked"  # the first of two data-parallel ranks has nothing left
 # Under virtual stages eight rows, then one, which is filled up to two.
 TWO_RANKS = ["1x1x1@64", "2x1x1@64", "2x1x1s@64", "2x1x1si@64", "1x2x1@64", "1x2x1u@64"]
 TWO_RANKS += ["1x2x1v@64", "1x2x1v@4096", "1x1x2@64", "1x1x2@4096", "1x1x2@0"]
@@ -38,8 +40,11 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def found(model, run_ranks, tmp_path_factory):
     out = tmp_path_factory.mktemp("updates")
-    run_ranks(SCRIPT, 1, model, out / "one.json", ONE, SPLIT, ALONE, FROZEN, *OF_ONE)
-    run_ranks(SCRIPT, 2, model, out / "two.json", *TWO_RANKS, *FROZEN_OTHERS, *OF_TWO)
+    run_ranks(
+        SCRIPT, 1, model, out / "one.json", ONE, SPLIT, ALONE, FROZEN, *OF_ONE, f"{ONE}:even_masked"
+    )
+    masked = [*ALL_MASKED, EVEN_MASKED]
+    run_ranks(SCRIPT, 2, model, out / "two.json", *TWO_RANKS, *FROZEN_OTHERS, *OF_TWO, *masked)
     one, two = (json.loads((out / f"{n}.json").read_text()) for n in ("one", "two"))
     one["initial"] = {"weights": initial_weights(model)}
     return {**one, **{f"2 ranks {name}": value for name, value in two.items()}}
@@ -85,6 +90,27 @@ def test_each_objective_is_that_of_one_process(found, layout):
     check_weights(two, one)
 
 
+@pytest.mark.field
+@pytest.mark.parametrize("layout", ALL_MASKED)
+def test_an_update_with_every_token_masked_is_skipped_by_all_ranks(found, layout):
+    values = found[f"2 ranks {layout}"]
+    assert values["weights"] == found["initial"]["weights"]
+    assert values["after"] == values["before"]
+    for update in values["updates"]:
+        assert (update["skipped_updates"], update["mismatch/masked_share"]) == (1, 1)
+        assert "loss" not in update and "grad_norm" not in update and "reference_kl" not in update
+
+
+@pytest.mark.field
+def test_a_rank_with_every_token_masked_takes_part_in_the_others_update(found):
+    one, two = found[f"{ONE}:even_masked"], found[f"2 ranks {EVEN_MASKED}"]
+    check_numbers(two, one)
+    check_weights(two, one)
+    first = two["updates"][0]
+    assert (first["mismatch/num_masked_sequences"], first["skipped_updates"]) == (6, 0)
+    assert two["weights"] != found["initial"]["weights"]
+
+
 def test_objectives_differ_and_their_parts_are_at_work(found):
     first = {name: found[f"{ONE}:{name}"]["updates"][0] for name in OBJECTIVES}
     first["token_mean"] = found[ONE]["updates"][0]
@@ -119,7 +145,7 @@ def test_four_ranks_give_what_one_does(found, model, run_ranks, tmp_path):
 
 def test_updates_change_the_logprobs_and_the_reference_keeps_the_old_ones(found):
     for layout, values in found.items():
-        if layout == "initial":
+        if layout == "initial" or layout.endswith("all_masked"):
             continue
         moved = np.concatenate(values["after"]) - np.concatenate(values["before"])
         assert np.abs(moved).max() > 1e-2, layout

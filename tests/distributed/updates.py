@@ -44,6 +44,8 @@ OBJECTIVES = {
     "gspo_corrected": {"loss": "gspo", **WIDE, "importance_sampling": "sequence"}
     | {"mask_beyond_nats": 0.03},
     "token_corrected": {"importance_sampling": "token", "mask_beyond_nats": 0.03},
+    "all_masked": {"mask_beyond_nats": 1e-12},
+    "even_masked": {"mask_beyond_nats": 0.5},
 }
 
 
@@ -114,6 +116,12 @@ def run_layout(layout: str, model_dir: str, processor: Processor) -> dict:
     config.model.freeze = ["^visual[.]"] if frozen else []
     actor = make_actor(config, chunks, hf_config, source, groups, num_updates=2)
     samples, pictures = make_samples(processor)
+    if objective == "even_masked":  # of two data-parallel ranks the first has nothing left
+        far = [np.float32(number % 2 == 0) for number in range(len(samples))]
+        samples = [
+            replace(s, engine_logprobs=s.old_logprobs + gap)
+            for s, gap in zip(samples, far, strict=True)
+        ]
     own = samples[groups.data.rank :: groups.data.size]
     multiple = sequence_multiple(int(context))
     batches = pack_samples(

@@ -5,6 +5,8 @@ key/value cache per prompt.
 """
 
 import gc
+import json
+import shutil
 import weakref
 from dataclasses import fields, replace
 
@@ -151,6 +153,21 @@ def test_sleep_and_wake_change_nothing_on_a_cpu(tiny_model, engine):
     assert engine.generate([request]) == before
 
 
+@pytest.mark.field
+def test_encoded_images_are_dropped_when_the_engine_goes_to_sleep(tiny_model, engine):
+    """hiyouga/EasyR1#11002: they stayed while the actor learned."""
+    core = engine._core.engine_core.engine_core
+    cache = core.model_executor.driver_worker.model_runner.encoder_cache
+    prompts = [setup.prompt(tiny_model, 40 + k, num_images=2) for k in range(3)]
+    requests = [setup.request(p, str(k), max_tokens=4, seed=k) for k, p in enumerate(prompts)]
+    before = engine.generate(requests)
+    assert len(cache) >= 6
+    engine.sleep()
+    assert not cache and not engine.scheduler.encoder_cache_manager.cached
+    engine.wake()
+    assert engine.generate(requests) == before
+
+
 def perturbed(tiny_model):
     """Change every tensor of the transformers model; its state afterwards, as the actor exports it:
     an output layer that is tied to the embedding has no tensor of its own."""
@@ -195,13 +212,44 @@ def test_sync_holds_a_layer_of_the_stream_at_a_time(tiny_model, engine):
     assert len(alive) > 50 and most <= 7, most  # q, k and v with their biases, and the next one
 
 
-def test_a_collected_engine_leaves_the_others_and_the_process_group_alone(tiny_model, engine):
+@pytest.fixture(scope="module")
+def second(tiny_model, engine, tmp_path_factory):
+    """A list with another engine, whose model has two end tokens, as the published ones have."""
+    directory = tmp_path_factory.mktemp("two_ends") / "model"
+    shutil.copytree(tiny_model, directory)
+    path = directory / "generation_config.json"
+    config = json.loads(path.read_text())
+    config["eos_token_id"] = [config["eos_token_id"], config["pad_token_id"]]
+    path.write_text(json.dumps(config))
+    return [Engine(directory, max_model_len=256, max_num_seqs=128)], config["eos_token_id"]
+
+
+@pytest.mark.field
+def test_a_second_end_token_ends_a_response_that_does_not_count_as_truncated(tiny_model, second):
+    """huggingface/trl#7039."""
+    (other,), ends = second
+    prompt = setup.prompt(tiny_model, 0, num_images=0)
+    requests = [setup.request(prompt, str(k), max_tokens=64, seed=k) for k in range(120)]
+    completions = other.generate(requests)
+    last = [c.token_ids[-1] for c in completions if c.finish_reason == "stop"]
+    assert set(last) == set(ends)
+    for found in completions:
+        assert len(found.logprobs) == len(found.token_ids)
+        assert not set(found.token_ids[:-1]) & set(ends)  # the end is a token of the response
+        assert (found.finish_reason == "length") == (found.token_ids[-1] not in ends)
+
+
+def test_a_collected_engine_leaves_the_others_and_the_process_group_alone(
+    tiny_model, engine, second
+):
     request = setup.request(setup.prompt(tiny_model, 0), "a", seed=1)
     (before,) = engine.generate([request])
-    second = Engine(tiny_model, max_model_len=256, max_num_seqs=8)
-    second.generate([replace(request, images=(), token_ids=(30,), expanded_token_ids=(30,))])
-    del second
+    collected = second[0].pop()
+    collected.generate([replace(request, images=(), token_ids=(30,), expanded_token_ids=(30,))])
+    alive = weakref.ref(collected)
+    del collected
     gc.collect()
+    assert alive() is None
     assert torch.distributed.is_initialized()
     assert engine.generate([request])[0].token_ids == before.token_ids
 

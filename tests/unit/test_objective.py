@@ -28,8 +28,16 @@ def row(values, elsewhere=float("nan")):
     return out
 
 
-def run(ratios, advantages, *, actor_over_engine=(1.0,) * 5, reference=None, bound=0.0, **chosen):
-    """Loss sum, denominator, gradients by the policy's logprobs at the targets, and reports."""
+def run(ratios, advantages, **options):
+    """Loss sum, denominator, gradients by the policy's logprobs at the targets, and sums."""
+    *found, reported = run_pairs(ratios, advantages, **options)
+    return *found, {name: value for name, (value, _) in reported.items()}
+
+
+def run_pairs(
+    ratios, advantages, *, actor_over_engine=(1.0,) * 5, reference=None, bound=0.0, **chosen
+):
+    """The same; what is reported with the number of tokens that it is over."""
     logs = torch.tensor(ratios).log()
     policy = row((logs - 1.0).tolist(), elsewhere=-7.0).requires_grad_()
     engine = -1.0 - torch.tensor(actor_over_engine).log()
@@ -55,7 +63,7 @@ def run(ratios, advantages, *, actor_over_engine=(1.0,) * 5, reference=None, bou
         loss.item(),
         denominator.item(),
         policy.grad[0, TARGETS].tolist(),
-        {name: value.item() for name, value in reported.items()},
+        {name: (value.item(), count.item()) for name, (value, count) in reported.items()},
     )
 
 
@@ -200,6 +208,49 @@ def test_all_sequences_beyond_the_bound_teach_nothing():
     )
     assert (got, count, grads) == (0.0, 0, [0.0] * 5)
     assert reported["mismatch/num_masked_sequences"] == 2
+
+
+OVER_SAMPLED = {"mismatch/k1", "mismatch/kl", "mismatch/far_share", "mismatch/masked_share"}
+
+
+@pytest.mark.field
+@pytest.mark.parametrize("kind", ["token_mean", "sequence_mean", "dr_grpo", "gspo"])
+def test_what_is_reported_of_the_loss_is_over_the_tokens_that_are_in_it(kind):
+    """B is masked: means are those of a row of A alone, and only the mismatch is over both."""
+    options = {"loss": kind, "kl_coefficient": 0.5, "importance_sampling": "token"}
+    reference = [-1.5, -0.5, 3.0, 3.0, 3.0]
+    *_, masked = run_pairs(
+        RATIOS,
+        ADVANTAGES,
+        actor_over_engine=GAPS,
+        reference=reference,
+        mask_beyond_nats=0.4,
+        **options,
+    )
+    *_, whole = run_pairs(
+        RATIOS[:2] + [1.0] * 3,
+        ADVANTAGES,
+        actor_over_engine=GAPS[:2] + (1.0,) * 3,
+        reference=reference[:2] + [-1.0] * 3,
+        **options,
+    )
+    for name, (value, count) in masked.items():
+        if name in OVER_SAMPLED | {"mismatch/abs_max", "mismatch/num_masked_sequences"}:
+            assert count == 5, name
+            continue
+        assert count == 2, name
+        # Of B's tokens in the whole row the ratio, the weight and the KL say nothing: 1, 1 and 0.
+        neutral = 3.0 if name == "importance/weight" else 0.0
+        assert whole[name] == (pytest.approx(value + neutral, rel=1e-6), 5), name
+    assert masked["reference_kl"][0] > 0.1 and masked["importance/weight"][0] != 2
+
+
+@pytest.mark.field
+def test_nothing_is_over_no_tokens_where_all_are_masked():
+    *_, reported = run_pairs(RATIOS, ADVANTAGES, actor_over_engine=GAPS, mask_beyond_nats=1e-12)
+    counts = {name: count for name, (_, count) in reported.items()}
+    assert counts["clipped_share"] == counts["old_kl"] == counts["ratio_max"] == 0
+    assert counts["mismatch/kl"] == counts["mismatch/masked_share"] == 5
 
 
 def test_a_gap_beyond_the_runs_bound_stops_it_whatever_is_masked():
