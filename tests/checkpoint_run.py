@@ -2,9 +2,9 @@
 
 import torch
 
-from megatron_sr1.checkpoint.distributed import load_checkpoint
-from megatron_sr1.checkpoint.keeping import Keep
-from megatron_sr1.checkpoint.model_source import load_model, resolve_model
+from megatron_sr1.checkpoint.folders import resolve_model
+from megatron_sr1.checkpoint.loading import load_checkpoint, load_model
+from megatron_sr1.checkpoint.retention import Keep
 from megatron_sr1.checkpoint.saving import save_checkpoint
 from megatron_sr1.config_file import load_config
 from megatron_sr1.model.build import build_model

@@ -20,8 +20,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_sr1.checkpoint.folders import ModelSource
 from megatron_sr1.checkpoint.hf import save_hf
-from megatron_sr1.checkpoint.model_source import ModelSource, load_model
+from megatron_sr1.checkpoint.loading import load_model
 from megatron_sr1.checkpoint.untrusted import stored_dtype
 from megatron_sr1.config import ParallelConfig
 from megatron_sr1.data.examples import decode_image

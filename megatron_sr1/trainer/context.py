@@ -15,10 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_sr1.checkpoint.distributed import load_checkpoint
-from megatron_sr1.checkpoint.folders import latest_step
-from megatron_sr1.checkpoint.keeping import EVALUATION, Keep
-from megatron_sr1.checkpoint.model_source import fingerprint
+from megatron_sr1.checkpoint.folders import fingerprint, latest_step
+from megatron_sr1.checkpoint.loading import load_checkpoint
+from megatron_sr1.checkpoint.retention import EVALUATION, Keep
 from megatron_sr1.checkpoint.saving import SaveQueue
 from megatron_sr1.config import Config
 from megatron_sr1.config_file import save_config

@@ -5,9 +5,8 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from megatron_sr1.checkpoint.folders import latest_step
+from megatron_sr1.checkpoint.folders import latest_step, resolve_model
 from megatron_sr1.checkpoint.mapping import entries
-from megatron_sr1.checkpoint.model_source import resolve_model
 from megatron_sr1.config import Config
 from megatron_sr1.data.shards import ShardReader
 from megatron_sr1.errors import SR1Error

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_sr1.checkpoint.folders import ModelSource, resolve_model
 from megatron_sr1.checkpoint.hf import save_hf
-from megatron_sr1.checkpoint.model_source import ModelSource, load_model, resolve_model
+from megatron_sr1.checkpoint.loading import load_model
 from megatron_sr1.config import Config, LaunchConfig
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.model.build import build_model
@@ -22,7 +23,7 @@ from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.runtime import cpu, failure
 from megatron_sr1.runtime.device import Device, select_device, start_distributed
 from megatron_sr1.runtime.groups import Groups, make_groups
-from megatron_sr1.runtime.seeds import seed_everything
+from megatron_sr1.runtime.rng import seed_everything
 from megatron_sr1.trainer.optimizer import DTYPES
 from megatron_sr1.trainer.samples import Samples
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_sr1.checkpoint.model_source import resolve_model
-from megatron_sr1.checkpoint.sharded import METADATA, unwrap
-from megatron_sr1.checkpoint.to_hf import megatron_to_hf
-from megatron_sr1.checkpoint.to_megatron import hf_to_megatron
-from megatron_sr1.checkpoint.unit_reader import UnitReader
-from megatron_sr1.checkpoint.units import units
+from megatron_sr1.checkpoint.folders import resolve_model
+from megatron_sr1.checkpoint.tensors import METADATA, unwrap
+from megatron_sr1.conversion.reader import UnitReader
+from megatron_sr1.conversion.to_hf import megatron_to_hf
+from megatron_sr1.conversion.to_megatron import hf_to_megatron
+from megatron_sr1.conversion.units import units
 from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.runtime import cpu
 from tests.checkpoint_files import files_of, write_two_files

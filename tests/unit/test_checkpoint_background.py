@@ -16,7 +16,7 @@ import psutil
 import pytest
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from megatron_sr1.checkpoint import background
+from megatron_sr1.checkpoint import writers
 from megatron_sr1.checkpoint.folders import LATEST, latest_step, steps
 from megatron_sr1.checkpoint.manifest import read_manifest
 from megatron_sr1.checkpoint.saving import SaveQueue, begin_save
@@ -35,7 +35,7 @@ def actor(tiny_model, groups):
 @pytest.fixture
 def gate(tmp_path, monkeypatch):
     """Folder in which a file `step_N` lets the writer of that step go on from its last deed."""
-    folder, measure = tmp_path / "gate", background.measure
+    folder, measure = tmp_path / "gate", writers.measure
     folder.mkdir()
 
     def measure_behind_the_gate(path):
@@ -44,7 +44,7 @@ def gate(tmp_path, monkeypatch):
             time.sleep(0.01)
         return measure(path)
 
-    monkeypatch.setattr(background, "measure", measure_behind_the_gate)
+    monkeypatch.setattr(writers, "measure", measure_behind_the_gate)
     yield folder
     shutil.rmtree(folder)  # lets go whom a failed test has left waiting
 
