@@ -20,7 +20,7 @@ def make_run(directory, groups, dtype="float32"):
     source = resolve_model(directory)
     hf_config = read_hf_config(source.hf_files)
     with cpu.megatron_mode():
-        chunks = build_model(hf_config, groups, dtype=getattr(torch, dtype))
+        chunks = build_model(hf_config, groups, config.model, config.parallel)
         load_model(chunks, source, hf_config, groups)
     return make_actor(config, chunks, hf_config, source, groups, num_updates=10)
 

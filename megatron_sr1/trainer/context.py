@@ -26,9 +26,9 @@ from megatron_sr1.data.loader import Loader
 from megatron_sr1.data.packing import pack_samples
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.errors import ConfigError, DataError, GradingError
-from megatron_sr1.model.fp8 import fp8_row_multiple
 from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.model.row_split import sequence_multiple
+from megatron_sr1.model.transformer_config import fp8_row_multiple
 from megatron_sr1.observability.memory import PeakMemory
 from megatron_sr1.observability.metrics import MetricsFile, PhaseTimer
 from megatron_sr1.observability.profiler import StepProfiler

@@ -24,7 +24,6 @@ from megatron_sr1.runtime import cpu, failure
 from megatron_sr1.runtime.device import Device, select_device, start_distributed
 from megatron_sr1.runtime.groups import Groups, make_groups
 from megatron_sr1.runtime.rng import seed_everything
-from megatron_sr1.trainer.optimizer import DTYPES
 from megatron_sr1.trainer.samples import Samples
 
 ONEDNN_KERNELS = 32
@@ -70,22 +69,8 @@ def load_actor_model(config: Config, groups: Groups) -> tuple[list[Any], HFConfi
     """
     source = resolve_model(config.model.path)
     hf_config = read_hf_config(source.hf_files)
-    model = config.model
     with cpu.megatron_mode():
-        chunks = build_model(
-            hf_config,
-            groups,
-            dtype=DTYPES[model.dtype],
-            spec=model.spec,
-            sequence_parallel=config.parallel.sequence,
-            virtual_stages=config.parallel.virtual,
-            stage_layers=config.parallel.stage_layers,
-            recompute=model.recompute,
-            fp8=model.fp8,
-            fp8_recipe=model.fp8_recipe,
-            bf16_layers=(model.bf16_layers_at_start, model.bf16_layers_at_end),
-            logprob_chunk_tokens=model.logprob_chunk_tokens,
-        )
+        chunks = build_model(hf_config, groups, config.model, config.parallel)
         load_model(chunks, source, hf_config, groups, config.checkpoint.verify)
     return chunks, hf_config, source
 

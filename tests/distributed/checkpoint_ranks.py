@@ -76,14 +76,7 @@ def load(config, groups):
     source = resolve_model(config.model.path)
     hf_config = read_hf_config(source.hf_files)
     with cpu.megatron_mode():
-        chunks = build_model(
-            hf_config,
-            groups,
-            dtype=getattr(torch, config.model.dtype),
-            sequence_parallel=config.parallel.sequence,
-            virtual_stages=config.parallel.virtual,
-            stage_layers=config.parallel.stage_layers,
-        )
+        chunks = build_model(hf_config, groups, config.model, config.parallel)
     load_model(chunks, source, hf_config, groups)
     return chunks, hf_config, source
 

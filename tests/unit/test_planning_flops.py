@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_sr1.config import ModelConfig, ParallelConfig
 from megatron_sr1.model.build import build_model
 from megatron_sr1.model.hf_config import parse_hf_config
 from megatron_sr1.planning import flops
@@ -50,9 +51,8 @@ UNKNOWN = {
 
 def counted(hf_config, groups, row, recompute):
     """Operations of a forward pass and of the backward pass after it."""
-    (chunk,) = build_model(
-        hf_config, groups, dtype=torch.float32, recompute=recompute, logprob_chunk_tokens=64
-    )
+    model = ModelConfig(dtype="float32", recompute=recompute, logprob_chunk_tokens=64)
+    (chunk,) = build_model(hf_config, groups, model, ParallelConfig())
     fill(chunk)
     counter = FlopCounterMode(display=False, custom_mapping=UNKNOWN)
     with cpu.megatron_mode(), counter:
