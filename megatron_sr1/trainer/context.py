@@ -36,7 +36,7 @@ from megatron_sr1.observability.sinks import Sink, make_sinks
 from megatron_sr1.planning.flops import patch_cost
 from megatron_sr1.planning.workload import row_budget
 from megatron_sr1.records import PackedBatch, TrainSample
-from megatron_sr1.runtime import failure, host_memory, leaving
+from megatron_sr1.runtime import failure, host_memory, stop_signal
 from megatron_sr1.runtime.groups import Groups
 from megatron_sr1.trainer.actor import Actor
 from megatron_sr1.trainer.samples import Samples
@@ -330,7 +330,7 @@ class Context:
     def _save_and_ask(self, actor: Actor, rates: Mapping[str, float], is_due: bool) -> bool:
         """Save where it is due, publish what has been written; whether a rank is to leave."""
         with failure.deadline("ask", self.config.launch.phase_deadline_seconds):
-            states = {"asked": leaving.is_asked(), "writing": self._saves.is_writing}
+            states = {"asked": stop_signal.stop_requested(), "writing": self._saves.is_writing}
             told = self.sum_over_ranks({name: float(is_so) for name, is_so in states.items()})
         asked = told["asked"] > 0
         if self._saves and not told["writing"]:
@@ -353,7 +353,7 @@ class Context:
                 self.step,
                 self.config.optimizer.num_steps,
             )
-            leaving.tell_unfinished()
+            stop_signal.mark_unfinished()
 
     def save(self, actor: Actor, rates: Mapping[str, float]) -> None:
         """Save, or begin to, everything that a resumed run needs, with what an evaluation gave."""

@@ -176,7 +176,7 @@ def finish(context: Context, samples: Samples) -> None:
     """Write the report, with pictures of the training set."""
     context.close()
     if context.is_writer:
-        from megatron_sr1.observability.report import write_report
+        from megatron_sr1.report.report import write_report
 
         with context.phase("report"):
             log.info("report: %s", write_report(context.run_dir, samples.reader.images))

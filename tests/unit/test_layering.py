@@ -20,6 +20,7 @@ LAYER = {
     "rollout": 4,
     "planning": 4,
     "conversion": 4,
+    "report": 4,
 }
 LAYER |= dict.fromkeys(("model", "data", "rewards", "algorithm", "observability"), 2)
 LAYER |= dict.fromkeys(("cli", "__main__", "doctor", "doctor_distributed", "launch"), 6) | {
