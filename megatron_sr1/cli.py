@@ -151,9 +151,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_command(arguments: argparse.Namespace) -> int:
     """`train`, `sft` and `eval`: check, then start the ranks, or be one of them."""
-    from megatron_sr1.runtime import leaving
+    from megatron_sr1.runtime import stop_signal
 
-    leaving.listen()  # at once, and for torchrun too: unblocked, the signal ends a process
+    stop_signal.listen()  # at once, and for torchrun too: unblocked, the signal ends a process
     from megatron_sr1.config_file import load_config
     from megatron_sr1.launch import preflight, torchrun
 
@@ -230,10 +230,10 @@ def warn(*texts: str) -> None:
 def rank_main(config: Config) -> int:
     """One rank of a run; its failure ends the others."""
     from megatron_sr1.launch import torchrun
-    from megatron_sr1.runtime import leaving
+    from megatron_sr1.runtime import stop_signal
     from megatron_sr1.runtime.failure import guard
 
-    leaving.listen(config.launch.save_on_sigterm)
+    stop_signal.listen(config.launch.save_on_sigterm)
     configure_logging(config.logging.level)
     with ExitStack() as stack:
         with torchrun.first_rank_first(os.environ):
@@ -306,7 +306,7 @@ def report_command(run_dir: Path) -> int:
     """`report`: with pictures where the run's shards are still there."""
     if not run_dir.is_dir():
         raise ConfigError(f"{run_dir}: no such run folder")
-    from megatron_sr1.observability.report import shards_of, write_report
+    from megatron_sr1.report.report import shards_of, write_report
 
     shards = shards_of(run_dir)
     images = None

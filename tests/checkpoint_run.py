@@ -2,9 +2,9 @@
 
 import torch
 
-from megatron_sr1.checkpoint.distributed import load_checkpoint
-from megatron_sr1.checkpoint.keeping import Keep
-from megatron_sr1.checkpoint.model_source import load_model, resolve_model
+from megatron_sr1.checkpoint.folders import resolve_model
+from megatron_sr1.checkpoint.loading import load_checkpoint, load_model
+from megatron_sr1.checkpoint.retention import Keep
 from megatron_sr1.checkpoint.saving import save_checkpoint
 from megatron_sr1.config_file import load_config
 from megatron_sr1.model.build import build_model
@@ -20,7 +20,7 @@ def make_run(directory, groups, dtype="float32"):
     source = resolve_model(directory)
     hf_config = read_hf_config(source.hf_files)
     with cpu.megatron_mode():
-        chunks = build_model(hf_config, groups, dtype=getattr(torch, dtype))
+        chunks = build_model(hf_config, groups, config.model, config.parallel)
         load_model(chunks, source, hf_config, groups)
     return make_actor(config, chunks, hf_config, source, groups, num_updates=10)
 

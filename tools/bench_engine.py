@@ -79,7 +79,7 @@ class Bench:
         from megatron_sr1.rewards.parsing import find_description
         from megatron_sr1.rollout.readings import Pass2
         from megatron_sr1.rollout.two_pass import roll_out
-        from megatron_sr1.runtime.seeds import request_seed
+        from megatron_sr1.runtime.rng import request_seed
 
         first = (seed - 1) * NUM_PROMPTS
         prompts = [self.samples.prompt(index) for index in range(first, first + NUM_PROMPTS)]

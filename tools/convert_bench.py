@@ -125,7 +125,7 @@ def run_watched(command: list[str]) -> tuple[float, int]:
 
 def copy_files(source: Path, target: Path) -> float:
     """Copy a folder's files to the disk and remove the copy; returns the copying's seconds."""
-    from megatron_sr1.checkpoint.files import forget_pages
+    from megatron_sr1.checkpoint.disk import forget_pages
 
     forget(source)
     started = time.monotonic()
@@ -141,7 +141,7 @@ def copy_files(source: Path, target: Path) -> float:
 
 def forget(folder: Path) -> None:
     """Drop a folder's files from memory."""
-    from megatron_sr1.checkpoint.files import forget_pages
+    from megatron_sr1.checkpoint.disk import forget_pages
 
     for path in files_under(folder):
         forget_pages(path)

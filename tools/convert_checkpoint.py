@@ -99,10 +99,9 @@ def from_hf(arguments: argparse.Namespace, report: Progress) -> None:
     """
     import torch
 
-    from megatron_sr1.checkpoint.conversion_plan import plan_to_megatron, rows
-    from megatron_sr1.checkpoint.folders import LATEST
-    from megatron_sr1.checkpoint.model_source import resolve_model
-    from megatron_sr1.checkpoint.to_megatron import compare_with_hf, hf_to_megatron
+    from megatron_sr1.checkpoint.folders import LATEST, resolve_model
+    from megatron_sr1.conversion.plan import plan_to_megatron, rows
+    from megatron_sr1.conversion.to_megatron import compare_with_hf, hf_to_megatron
     from megatron_sr1.errors import CheckpointError
 
     source, target = arguments.source, arguments.target
@@ -124,9 +123,9 @@ def from_megatron(arguments: argparse.Namespace, report: Progress) -> None:
     Raises:
         CheckpointError: the source is no such checkpoint, or the target is something else.
     """
-    from megatron_sr1.checkpoint.conversion_plan import plan_to_hf, rows
-    from megatron_sr1.checkpoint.model_source import resolve_model
-    from megatron_sr1.checkpoint.to_hf import compare_with_megatron, megatron_to_hf
+    from megatron_sr1.checkpoint.folders import resolve_model
+    from megatron_sr1.conversion.plan import plan_to_hf, rows
+    from megatron_sr1.conversion.to_hf import compare_with_megatron, megatron_to_hf
     from megatron_sr1.errors import CheckpointError
 
     source, target = arguments.source, arguments.target
@@ -152,7 +151,7 @@ class Progress:
 
     def __call__(self, what: str, done_bytes: int, total_bytes: int) -> None:
         """Show how far it is."""
-        from megatron_sr1.checkpoint.files import size_text
+        from megatron_sr1.checkpoint.disk import size_text
 
         now = time.monotonic()
         if what != self.what:

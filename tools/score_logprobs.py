@@ -162,7 +162,7 @@ def score(arguments: argparse.Namespace, lines: list[Line]) -> int:
     """Score all lines on this rank; the first rank writes the output."""
     from scoring_backends import BACKENDS
 
-    from megatron_sr1.checkpoint.model_source import resolve_model
+    from megatron_sr1.checkpoint.folders import resolve_model
     from megatron_sr1.runtime.device import select_device, start_distributed, stop_distributed
 
     source = resolve_model(arguments.model)

@@ -19,11 +19,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_sr1.checkpoint.folders import ModelSource
 from megatron_sr1.checkpoint.hf import check_tensors, save_hf
-from megatron_sr1.checkpoint.model_source import ModelSource, load_model
-from megatron_sr1.checkpoint.source import HFSource
+from megatron_sr1.checkpoint.hf_files import HFSource
+from megatron_sr1.checkpoint.loading import load_model
 from megatron_sr1.checkpoint.untrusted import stored_dtype
-from megatron_sr1.config import ParallelConfig
+from megatron_sr1.config import ModelConfig, ParallelConfig
 from megatron_sr1.data.images import decode_image
 from megatron_sr1.data.packing import pack_samples
 from megatron_sr1.data.processor import Processor
@@ -53,8 +54,8 @@ def megatron(
         context=arguments.context_parallel,
     )
     groups = make_groups(layout, device)
-    dtype = getattr(torch, arguments.dtype)
-    chunks, hf_config = loaded(source, groups, dtype, arguments.spec)
+    model = ModelConfig(dtype=arguments.dtype, spec=arguments.spec)
+    chunks, hf_config = loaded(source, groups, model)
     processor = make_processor(arguments, source)
     images = [open_images(line) for line in lines]
     samples = [
@@ -139,13 +140,11 @@ def vllm(
     return found
 
 
-def loaded(
-    source: ModelSource, groups: Groups, dtype: torch.dtype, spec: str = "local"
-) -> tuple[list[Any], Any]:
+def loaded(source: ModelSource, groups: Groups, model: ModelConfig) -> tuple[list[Any], Any]:
     """A model with the source's weights, and its configuration."""
     hf_config = read_hf_config(source.hf_files)
     with cpu.megatron_mode():
-        chunks = build_model(hf_config, groups, dtype=dtype, spec=spec)
+        chunks = build_model(hf_config, groups, model, ParallelConfig())
         load_model(chunks, source, hf_config, groups)
     return chunks, hf_config
 
@@ -162,7 +161,8 @@ def huggingface_directory(source: ModelSource, device: Device) -> Iterator[Path]
     dist.broadcast_object_list(names)
     folder = Path(str(names[0]))
     try:
-        chunks, hf_config = loaded(source, groups, stored_dtype(source.weights))
+        stored = ModelConfig(dtype=str(stored_dtype(source.weights)).removeprefix("torch."))
+        chunks, hf_config = loaded(source, groups, stored)
         save_hf(chunks, hf_config, groups, source.hf_files, folder / "hf")
         del chunks
         yield folder / "hf"

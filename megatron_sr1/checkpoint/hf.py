@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_sr1.checkpoint.hf_writer import check_target, write_like
+from megatron_sr1.checkpoint.hf_files import HFSource, check_target, write_like
 from megatron_sr1.checkpoint.mapping import (
     EMBEDDING,
     HF_EMBEDDING,
@@ -25,8 +25,7 @@ from megatron_sr1.checkpoint.mapping import (
     canonical_parameter,
     entries,
 )
-from megatron_sr1.checkpoint.sharded import unwrap
-from megatron_sr1.checkpoint.source import HFSource
+from megatron_sr1.checkpoint.tensors import unwrap
 from megatron_sr1.checkpoint.transforms import Slice, join, publish, slices
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.model.hf_config import HFConfig

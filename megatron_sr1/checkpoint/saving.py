@@ -1,6 +1,6 @@
 """Saves of a run: whole or not at all, at once or in the background.
 
-In: model, optimizer, schedule and a JSON state. Out: the folder that distributed.py describes. A
+In: model, optimizer, schedule and a JSON state. Out: the directory that loading.py describes. A
 save has three parts: `begin_save` notes what was there when it was called and has the tensors
 written, by a process of each rank if it is to go on in the background; `Save.finish`, when all
 ranks have written, lists and publishes the folder. Both are collective and in the main thread, so
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -21,19 +22,17 @@ from typing import Any
 
 import torch
 
-from megatron_sr1.checkpoint.files import sync_directory, write_text
-from megatron_sr1.checkpoint.folders import LATEST, latest_step, remove_remains
-from megatron_sr1.checkpoint.hf_writer import replace_directory
-from megatron_sr1.checkpoint.keeping import Keep, remove_old
-from megatron_sr1.checkpoint.manifest import write_manifest
-from megatron_sr1.checkpoint.model_source import HF_FILES
-from megatron_sr1.checkpoint.rng import rng_state
-from megatron_sr1.checkpoint.sharded import PendingTensors, begin_tensors, save_tensors
-from megatron_sr1.checkpoint.source import HFSource
+from megatron_sr1.checkpoint.disk import DIGEST, Measure, measure, sync_directory, write_text
+from megatron_sr1.checkpoint.folders import HF_FILES, LATEST, latest_step, remove_remains
+from megatron_sr1.checkpoint.hf_files import HFSource, replace_directory
+from megatron_sr1.checkpoint.manifest import FORMAT, MANIFEST
+from megatron_sr1.checkpoint.retention import Keep, remove_old
 from megatron_sr1.checkpoint.state import layout_of, write_state
-from megatron_sr1.checkpoint.together import on_writer, together
+from megatron_sr1.checkpoint.tensors import PendingTensors, begin_tensors, save_tensors
 from megatron_sr1.errors import CheckpointError
+from megatron_sr1.runtime.collectives import on_all_ranks, on_writer
 from megatron_sr1.runtime.groups import Groups
+from megatron_sr1.runtime.rng import rng_state
 
 log = logging.getLogger(__name__)
 KEEP_ALL = Keep()
@@ -131,7 +130,7 @@ def begin_save(
             tensors = begin_tensors(partial, chunks, optimizer, groups)
         else:
             save_tensors(partial, chunks, optimizer, groups)
-        together(groups, lambda: _save_rng(partial / f"rng_{groups.world.rank}.pt"))
+        on_all_ranks(groups, lambda: _save_rng(partial / f"rng_{groups.world.rank}.pt"))
 
         def describe() -> None:
             if source_directory is not None:
@@ -214,6 +213,49 @@ def _save_rng(path: Path) -> None:
     held = io.BytesIO()
     torch.save(rng_state(), held)
     path.write_bytes(held.getvalue())  # torch's own writer does not say that a disk is full
+
+
+def write_manifest(
+    folder: Path, groups: Groups, known: Mapping[str, Measure] | None = None
+) -> None:
+    """Measure all files of a folder and bring them to the disk; collective over all ranks.
+
+    Args:
+        folder: that all ranks have written to.
+        groups: the layout.
+        known: files of this rank that are on the disk and measured already.
+
+    Raises:
+        CheckpointError: on all ranks, if a file cannot be read or the disk is full.
+    """
+    rank = groups.world.rank
+
+    def own() -> dict[str, Measure]:
+        # Megatron-Core names a rank's files so; what is named otherwise is left to rank 0.
+        mine = (f"__{rank}_*", f"rng_{rank}.pt")
+        names = sorted(p.name for pattern in mine for p in folder.glob(pattern))
+        new = {name: measure(folder / name, sync=True) for name in names if name not in found}
+        return {**found, **new}
+
+    found: dict[str, Measure] = dict(known or {})
+    for part in on_all_ranks(groups, own):
+        found.update(part)
+
+    def write() -> None:
+        for name in _names(folder):
+            if name not in found:
+                found[name] = measure(folder / name, sync=True)
+        files = {n: {"bytes": m.num_bytes, "digest": m.digest} for n, m in sorted(found.items())}
+        record = {"format": FORMAT, "digest": DIGEST, "files": files}
+        write_text(folder / MANIFEST, json.dumps(record, indent=1) + "\n")
+
+    on_writer(groups, write)
+
+
+def _names(folder: Path) -> list[str]:
+    """All files of a folder but its manifest."""
+    names = (p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file())
+    return [name for name in names if name != MANIFEST]
 
 
 def publish_folder(partial: Path, target: Path, keep: Keep, busy: Collection[str] = ()) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_sr1.checkpoint.files import size_text, write_text
+from megatron_sr1.checkpoint.disk import size_text, write_text
 from megatron_sr1.checkpoint.folders import STATE, step_names, whole_steps
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.runtime.groups import Groups

@@ -1,7 +1,7 @@
 """Who works on what: samples shared out over rows and over data-parallel ranks by what they cost.
 
 In: the sizes of samples, the same on all ranks. Out: rows within a budget, or a share for each
-rank, whose parts go largest first (runtime/shares.py). Samples of a prompt have the same images,
+rank, whose parts go largest first (runtime/partition.py). Samples of a prompt have the same images,
 which a row encodes once: they are one part as far as the limit lets them.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 from megatron_sr1.records import TrainSample
-from megatron_sr1.runtime.shares import share_out
+from megatron_sr1.runtime.partition import share_out
 
 
 @dataclass(frozen=True)

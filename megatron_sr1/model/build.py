@@ -1,13 +1,12 @@
-"""From a shape and a layout to this rank's share of the model.
+"""Build this rank's share of the model.
 
-In: a model's shape, the groups, kernels. Out: `Qwen25VL` chunks without weights, one a virtual
-stage.
+In: the model's shape, process groups, and the configuration of model and layout. Out: `Qwen25VL`
+chunks without weights, one per virtual stage.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 
 import torch
 from megatron.core.tensor_parallel.random import (
@@ -15,6 +14,7 @@ from megatron.core.tensor_parallel.random import (
     model_parallel_cuda_manual_seed,
 )
 
+from megatron_sr1.config import ModelConfig, ParallelConfig
 from megatron_sr1.model import specs
 from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.model.layout_checks import check_layout
@@ -26,38 +26,18 @@ from megatron_sr1.runtime.groups import Groups
 
 
 def build_model(
-    hf_config: HFConfig,
-    groups: Groups,
-    *,
-    dtype: torch.dtype,
-    spec: str = "local",
-    sequence_parallel: bool = False,
-    virtual_stages: int = 1,
-    stage_layers: Sequence[int] = (),
-    recompute: str = "none",
-    fp8: str | None = None,
-    fp8_recipe: str = "delayed",
-    bf16_layers: tuple[int, int] = (0, 0),
-    logprob_chunk_tokens: int = 1024,
+    hf_config: HFConfig, groups: Groups, model: ModelConfig, parallel: ParallelConfig
 ) -> list[Qwen25VL]:
-    """Build this rank's share of the model, its weights not yet loaded: they are NaN.
+    """Build this rank's share of the model. Its weights are NaN until they are loaded.
 
     Args:
         hf_config: shape of the model.
-        groups: the layout.
-        dtype: of parameters and activations.
-        spec: kernels: local | transformer_engine.
-        sequence_parallel: split rows over the tensor-parallel ranks between layers.
-        virtual_stages: of each pipeline rank.
-        stage_layers: layers of each of the stages, in order; empty for equally many.
-        recompute: none | selective (MLPs of the language model, blocks of the tower) | full.
-        fp8: Transformer Engine's FP8 format, or None.
-        fp8_recipe: its scaling.
-        bf16_layers: with FP8, so many first and last layers of the language model without it.
-        logprob_chunk_tokens: tokens whose logits exist at a time.
+        groups: process groups of the layout.
+        model: dtype, kernels, recomputation and FP8; `path` and `freeze` are not used here.
+        parallel: sequence parallelism and stages; the ranks are those of `groups`.
 
     Returns:
-        a chunk for each virtual stage of this rank.
+        A chunk for each virtual stage of this rank.
 
     Raises:
         ConfigError: the layout does not divide the model, or the kernels cannot run here.
@@ -67,24 +47,13 @@ def build_model(
         tensor=groups.tensor.size,
         tower=groups.tower.size,
         pipeline=groups.pipeline.size,
-        virtual_stages=virtual_stages,
-        stage_layers=stage_layers,
-        sequence_parallel=sequence_parallel,
+        virtual_stages=parallel.virtual,
+        stage_layers=parallel.stage_layers,
+        sequence_parallel=parallel.sequence,
     )
-    if spec == "transformer_engine":
+    if model.spec == "transformer_engine":
         specs.require_transformer_engine()
-    config = text_transformer_config(
-        hf_config,
-        groups,
-        dtype=dtype,
-        sequence_parallel=sequence_parallel,
-        virtual_stages=virtual_stages,
-        stage_layers=stage_layers,
-        recompute=recompute,
-        fp8=fp8,
-        fp8_recipe=fp8_recipe,
-        bf16_layers=bf16_layers,
-    )
+    config = text_transformer_config(hf_config, groups, model, parallel)
     with cpu.megatron_mode():
         if not get_cuda_rng_tracker().is_initialized():
             model_parallel_cuda_manual_seed(1)
@@ -93,11 +62,11 @@ def build_model(
                 config,
                 hf_config,
                 groups,
-                kernels=spec,
+                kernels=model.spec,
                 virtual_stage=number,
-                logprob_chunk_tokens=logprob_chunk_tokens,
+                logprob_chunk_tokens=model.logprob_chunk_tokens,
             )
-            for number in range(virtual_stages)
+            for number in range(parallel.virtual)
         ]
     for chunk in chunks:
         _mark_unloaded(chunk, hf_config, groups)
@@ -106,7 +75,7 @@ def build_model(
 
 @torch.no_grad()
 def _mark_unloaded(chunk: Qwen25VL, hf_config: HFConfig, groups: Groups) -> None:
-    """NaN everywhere, so that a weight that nobody loads is loud; zero in padding rows."""
+    """Fill with NaN, so that a weight that nobody loads is noticed; padding rows with 0."""
     for parameter in chunk.parameters():
         parameter.fill_(float("nan"))
     for layer in ("embedding.word_embeddings", "output_layer"):

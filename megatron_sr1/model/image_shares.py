@@ -22,7 +22,7 @@ from megatron_sr1.model.transformer_config import vision_transformer_config
 from megatron_sr1.model.vision import VisionModel, check_patches
 from megatron_sr1.records import VisionInputs
 from megatron_sr1.runtime.groups import Group, Groups
-from megatron_sr1.runtime.shares import share_out
+from megatron_sr1.runtime.partition import share_out
 
 
 def make_tower(

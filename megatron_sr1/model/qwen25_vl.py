@@ -31,8 +31,8 @@ from megatron_sr1.model import specs
 from megatron_sr1.model.attention import pack_row
 from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.model.image_shares import encode_by_turns, make_tower
+from megatron_sr1.model.layers import text_angles
 from megatron_sr1.model.logprobs import full_logits, label_logprobs
-from megatron_sr1.model.rotary import text_angles
 from megatron_sr1.model.row_split import RowSplit, split_row
 from megatron_sr1.model.transformer_config import padded_vocab_size
 from megatron_sr1.model.vision import feature_numbers

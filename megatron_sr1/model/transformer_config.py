@@ -12,54 +12,37 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.enums import Fp8Recipe
+from megatron.core.fp8_utils import get_fp8_align_size
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_sr1.model.fp8 import fp8_settings
+from megatron_sr1.config import ModelConfig, ParallelConfig
+from megatron_sr1.errors import ConfigError
 from megatron_sr1.model.hf_config import HFConfig, VisionConfig
 from megatron_sr1.runtime.groups import Groups
 
 VISION_NORM_EPS = 1e-6
+FP8_RECIPES = {
+    "delayed": Fp8Recipe.delayed,
+    "current": Fp8Recipe.tensorwise,
+    "blockwise": Fp8Recipe.blockwise,
+    "mxfp8": Fp8Recipe.mxfp8,
+}
+"""`model.fp8_recipe` to Megatron's name. In Transformer Engine these are DelayedScaling,
+Float8CurrentScaling, Float8BlockScaling and MXFP8BlockScaling."""
 
 
 def text_transformer_config(
-    hf_config: HFConfig,
-    groups: Groups,
-    *,
-    dtype: torch.dtype,
-    sequence_parallel: bool,
-    virtual_stages: int,
-    stage_layers: Sequence[int],
-    recompute: str,
-    fp8: str | None,
-    fp8_recipe: str,
-    bf16_layers: tuple[int, int],
+    hf_config: HFConfig, groups: Groups, model: ModelConfig, parallel: ParallelConfig
 ) -> TransformerConfig:
-    """Megatron's configuration of the language model.
-
-    Args:
-        hf_config: shape of the model.
-        groups: the layout.
-        dtype: of parameters and activations.
-        sequence_parallel: as `build_model`.
-        virtual_stages: as `build_model`.
-        stage_layers: as `build_model`.
-        recompute: as `build_model`.
-        fp8: as `build_model`.
-        fp8_recipe: as `build_model`.
-        bf16_layers: as `build_model`.
-    """
+    """Return Megatron's configuration of the language model; arguments as `build_model`'s."""
     text, on_cpu = hf_config.text, groups.device.kind == "cpu"
+    dtype = getattr(torch, model.dtype)
     extra: dict[str, Any] = {}
-    if recompute == "full":
+    if model.recompute == "full":
         extra = {"recompute_method": "uniform", "recompute_num_layers": 1}
-    extra |= _pipeline_settings(virtual_stages, stage_layers)
-    extra |= fp8_settings(
-        fp8,
-        fp8_recipe,
-        bf16_layers,
-        num_layers=text.num_layers,
-        num_stages=groups.pipeline.size,
-    )
+    extra |= _pipeline_settings(parallel.virtual, parallel.stage_layers)
+    extra |= _fp8_settings(model, text.num_layers // groups.pipeline.size)
     return TransformerConfig(
         num_layers=text.num_layers,
         hidden_size=text.hidden_size,
@@ -82,7 +65,7 @@ def text_transformer_config(
         tensor_model_parallel_size=groups.tensor.size,
         pipeline_model_parallel_size=groups.pipeline.size,
         context_parallel_size=groups.context.size,
-        sequence_parallel=sequence_parallel and groups.tensor.size > 1,
+        sequence_parallel=parallel.sequence and groups.tensor.size > 1,
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # variable lengths ask for it, experts or none
         calculate_per_token_loss=True,
@@ -93,7 +76,7 @@ def text_transformer_config(
         # The fused forms are compiled, which costs more than it brings on a CPU.
         bias_activation_fusion=not on_cpu,
         bias_dropout_fusion=not on_cpu,
-        recompute_granularity=None if recompute == "none" else recompute,
+        recompute_granularity=None if model.recompute == "none" else model.recompute,
         recompute_modules=["mlp"],
         **extra,
     )
@@ -169,3 +152,39 @@ def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
 def _leave(weight: torch.Tensor) -> torch.Tensor:
     """Weights are loaded; drawing random ones first would take minutes."""
     return weight
+
+
+def _fp8_settings(model: ModelConfig, stage_layers: int) -> dict[str, Any]:
+    """Return the FP8 fields of Megatron's configuration.
+
+    They concern the linear layers of the language model; the tower, the embedding and the output
+    layer stay in the activations' dtype. Megatron turns the recipe into one of Transformer Engine's
+    (megatron/core/fp8_utils.py).
+
+    Args:
+        model: the FP8 format, its recipe, and the layers without it.
+        stage_layers: layers of a pipeline stage.
+
+    Raises:
+        ConfigError: more layers in bfloat16 than Megatron takes.
+    """
+    if model.fp8 is None:
+        return {}
+    at_start, at_end = model.bf16_layers_at_start, model.bf16_layers_at_end
+    if max(at_start, at_end) > stage_layers:
+        raise ConfigError(
+            f"model.bf16_layers_at_start={at_start}, bf16_layers_at_end={at_end}: each at most the "
+            f"{stage_layers} layers of a pipeline stage"
+        )
+    return {
+        "fp8": model.fp8,
+        "fp8_recipe": FP8_RECIPES[model.fp8_recipe],
+        "first_last_layers_bf16": at_start > 0 or at_end > 0,
+        "num_layers_at_start_in_bf16": at_start,
+        "num_layers_at_end_in_bf16": at_end,
+    }
+
+
+def fp8_row_multiple(recipe: str) -> int:
+    """Tokens that a rank's rows are to be a multiple of, for FP8's products."""
+    return get_fp8_align_size(FP8_RECIPES[recipe])

@@ -19,7 +19,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlock,
     TransformerBlockSubmodules,
@@ -30,7 +33,7 @@ from megatron_sr1.errors import DataError
 from megatron_sr1.model import specs
 from megatron_sr1.model.attention import PackedRow, pack_row
 from megatron_sr1.model.hf_config import VisionConfig
-from megatron_sr1.model.rotary import vision_angles
+from megatron_sr1.model.layers import vision_angles
 from megatron_sr1.model.transformer_config import VISION_NORM_EPS
 from megatron_sr1.records import VisionInputs
 
@@ -136,6 +139,52 @@ def row_layout(
     )
 
 
+class VisionSelfAttention(SelfAttention):
+    """Self-attention of a vision block: over its window, or in some blocks over the image."""
+
+    def __init__(self, *args: Any, full_attention_blocks: tuple[int, ...], **kwargs: Any) -> None:
+        """Make Megatron's self-attention.
+
+        Args:
+            args: as Megatron's.
+            full_attention_blocks: numbers, from 0, of the blocks that attend over the image.
+            kwargs: as Megatron's.
+        """
+        super().__init__(*args, **kwargs)
+        self.is_full = self.layer_number - 1 in full_attention_blocks
+
+    def forward(  # type: ignore[override]
+        self, *args: Any, packed_seq_params: tuple[PackedRow, PackedRow], **kwargs: Any
+    ) -> Any:
+        """Attend with the block's own borders.
+
+        Args:
+            args: as Megatron's.
+            packed_seq_params: the row cut into windows, and cut into images.
+            kwargs: as Megatron's.
+        """
+        windows, images = packed_seq_params
+        row = images if self.is_full else windows
+        return super().forward(*args, packed_seq_params=row, **kwargs)
+
+
+def vision_layer(kernels: str, full_attention_blocks: tuple[int, ...]) -> ModuleSpec:
+    """Spec of a vision block.
+
+    Args:
+        kernels: local | transformer_engine.
+        full_attention_blocks: numbers, from 0, of the blocks that attend over the whole image.
+    """
+    spec = specs.text_layer(kernels)
+    attention = spec.submodules.self_attention
+    attention.module = VisionSelfAttention
+    attention.params = {
+        "attn_mask_type": AttnMaskType.no_mask,
+        "full_attention_blocks": full_attention_blocks,
+    }
+    return spec
+
+
 class PatchMerger(MegatronModule):
     """Norm, then an MLP over the patches of each merged token."""
 
@@ -212,7 +261,7 @@ class VisionModel(MegatronModule):
             dtype=config.params_dtype,
             device=device,
         )
-        layer = specs.vision_layer(kernels, vision.full_attention_blocks)
+        layer = vision_layer(kernels, vision.full_attention_blocks)
         self.decoder = TransformerBlock(
             config=config,
             spec=TransformerBlockSubmodules(layer_specs=[layer] * vision.depth, layer_norm=None),

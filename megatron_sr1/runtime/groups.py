@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_sr1.config import ParallelConfig
 from megatron_sr1.errors import ConfigError
-from megatron_sr1.runtime import cpu, orphans
+from megatron_sr1.runtime import child_processes, cpu
 from megatron_sr1.runtime.device import Device
 
 
@@ -105,7 +105,7 @@ def make_groups(parallel: ParallelConfig, device: Device, *, on_host: bool = Tru
         ConfigError: the layout does not divide the number of ranks.
     """
     cpu.install()
-    orphans.install()
+    child_processes.install()
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from megatron_sr1.checkpoint.folders import ModelSource
 from megatron_sr1.checkpoint.hf import export_weights, local_parameters, save_hf
 from megatron_sr1.checkpoint.mapping import entries, matched_entries
-from megatron_sr1.checkpoint.model_source import ModelSource
 from megatron_sr1.config import Config
 from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.runtime import cpu

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_sr1.checkpoint.folders import latest_step, resolve_model
 from megatron_sr1.checkpoint.mapping import matched_entries
 from megatron_sr1.config import Config
 from megatron_sr1.data.shards import ShardReader
@@ -68,8 +69,6 @@ def model_shape(path: str) -> HFConfig | None:
         return None
     if (Path(path) / "config.json").is_file():
         return read_hf_config(path)
-    from megatron_sr1.checkpoint.model_source import resolve_model  # imports torch
-
     return read_hf_config(resolve_model(path).hf_files)
 
 
@@ -83,8 +82,6 @@ def _check_output(config: Config) -> None:
             f"{config.output} holds a training run, whose files an evaluation would replace; give "
             "another output"
         )
-    from megatron_sr1.checkpoint.folders import latest_step  # imports torch
-
     step = latest_step(checkpoints)
     if step is not None and not config.checkpoint.resume:
         raise ConfigError(

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_sr1.checkpoint.distributed import load_checkpoint
-from megatron_sr1.checkpoint.folders import latest_step
-from megatron_sr1.checkpoint.keeping import EVALUATION, Keep
-from megatron_sr1.checkpoint.model_source import fingerprint
+from megatron_sr1.checkpoint.folders import fingerprint, latest_step
+from megatron_sr1.checkpoint.loading import load_checkpoint
+from megatron_sr1.checkpoint.retention import EVALUATION, Keep
 from megatron_sr1.checkpoint.saving import SaveQueue
 from megatron_sr1.config import Config
 from megatron_sr1.config_file import save_config
@@ -28,15 +27,15 @@ from megatron_sr1.data.packing import pack_samples
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.errors import ConfigError, DataError, GradingError
 from megatron_sr1.model.flops import patch_cost
-from megatron_sr1.model.fp8 import fp8_row_multiple
 from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.model.row_split import sequence_multiple
+from megatron_sr1.model.transformer_config import fp8_row_multiple
 from megatron_sr1.observability.memory import PeakMemory
 from megatron_sr1.observability.metrics import MetricsFile, PhaseTimer
 from megatron_sr1.observability.profiler import StepProfiler
 from megatron_sr1.observability.sinks import Sink, make_sinks
 from megatron_sr1.records import PackedBatch, TrainSample
-from megatron_sr1.runtime import failure, host_memory, leaving
+from megatron_sr1.runtime import failure, host_memory, stop_signal
 from megatron_sr1.runtime.groups import Groups
 from megatron_sr1.trainer.actor import Actor
 from megatron_sr1.trainer.optimizer import schedule_change, schedule_facts
@@ -338,7 +337,7 @@ class Context:
     def _save_and_ask(self, actor: Actor, rates: Mapping[str, float], is_due: bool) -> bool:
         """Save where it is due, publish what has been written; whether a rank is to leave."""
         with failure.deadline("ask", self.config.launch.phase_deadline_seconds):
-            states = {"asked": leaving.is_asked(), "writing": self._saves.is_writing}
+            states = {"asked": stop_signal.stop_requested(), "writing": self._saves.is_writing}
             told = self.sum_over_ranks({name: float(is_so) for name, is_so in states.items()})
         asked = told["asked"] > 0
         if self._saves and not told["writing"]:
@@ -361,7 +360,7 @@ class Context:
                 self.step,
                 self.config.optimizer.num_steps,
             )
-            leaving.tell_unfinished()
+            stop_signal.mark_unfinished()
 
     def save(self, actor: Actor, rates: Mapping[str, float]) -> None:
         """Save, or begin to, everything that a resumed run needs, with what an evaluation gave."""

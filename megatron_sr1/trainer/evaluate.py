@@ -11,7 +11,7 @@ from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.rollout.readings import Pass2
 from megatron_sr1.rollout.two_pass import roll_out
-from megatron_sr1.runtime.seeds import request_seed
+from megatron_sr1.runtime.rng import request_seed
 from megatron_sr1.trainer import scoring
 from megatron_sr1.trainer.context import Context
 from megatron_sr1.trainer.samples import Samples

@@ -11,6 +11,7 @@ import warnings
 from math import prod
 from pathlib import Path
 
+from megatron_sr1.checkpoint.folders import latest_step
 from megatron_sr1.checkpoint.mapping import entries
 from megatron_sr1.config import Config
 from megatron_sr1.data.shards import ShardReader
@@ -49,8 +50,6 @@ def _resumed(config: Config) -> str:
     checkpoints = Path(config.output) / "checkpoints"
     if not config.checkpoint.resume or not checkpoints.is_dir():
         return ""
-    from megatron_sr1.checkpoint.folders import latest_step  # imports torch
-
     step = latest_step(checkpoints)
     return "" if step is None else f", resumed from step {step}"
 

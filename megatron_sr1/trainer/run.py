@@ -7,7 +7,6 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_sr1.checkpoint.rng import kept_rng
 from megatron_sr1.config import Config
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.rewards.score import Scorer
@@ -15,6 +14,7 @@ from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.runtime import failure
 from megatron_sr1.runtime.device import Device, stop_distributed
 from megatron_sr1.runtime.groups import Groups
+from megatron_sr1.runtime.rng import kept_rng
 from megatron_sr1.trainer import setup
 from megatron_sr1.trainer.actor import Actor, Reference, make_actor
 from megatron_sr1.trainer.context import Context
@@ -176,7 +176,7 @@ def finish(context: Context, samples: Samples) -> None:
     """Write the report, with pictures of the training set."""
     context.close()
     if context.is_writer:
-        from megatron_sr1.observability.report import write_report
+        from megatron_sr1.report.report import write_report
 
         with context.phase("report"):
             log.info("report: %s", write_report(context.run_dir, samples.reader.images))

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_sr1.checkpoint.folders import ModelSource, resolve_model
 from megatron_sr1.checkpoint.hf import check_tensors, save_hf
-from megatron_sr1.checkpoint.model_source import ModelSource, load_model, resolve_model
-from megatron_sr1.checkpoint.source import HFSource
+from megatron_sr1.checkpoint.hf_files import HFSource
+from megatron_sr1.checkpoint.loading import load_model
 from megatron_sr1.config import Config, LaunchConfig
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.model.build import build_model
@@ -23,8 +24,7 @@ from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.runtime import cpu, failure
 from megatron_sr1.runtime.device import Device, select_device, start_distributed
 from megatron_sr1.runtime.groups import Groups, make_groups
-from megatron_sr1.runtime.seeds import seed_everything
-from megatron_sr1.trainer.optimizer import DTYPES
+from megatron_sr1.runtime.rng import seed_everything
 from megatron_sr1.trainer.samples import Samples
 
 ONEDNN_KERNELS = 32
@@ -70,22 +70,8 @@ def load_actor_model(config: Config, groups: Groups) -> tuple[list[Any], HFConfi
     """
     source = resolve_model(config.model.path)
     hf_config = read_hf_config(source.hf_files)
-    model = config.model
     with cpu.megatron_mode():
-        chunks = build_model(
-            hf_config,
-            groups,
-            dtype=DTYPES[model.dtype],
-            spec=model.spec,
-            sequence_parallel=config.parallel.sequence,
-            virtual_stages=config.parallel.virtual,
-            stage_layers=config.parallel.stage_layers,
-            recompute=model.recompute,
-            fp8=model.fp8,
-            fp8_recipe=model.fp8_recipe,
-            bf16_layers=(model.bf16_layers_at_start, model.bf16_layers_at_end),
-            logprob_chunk_tokens=model.logprob_chunk_tokens,
-        )
+        chunks = build_model(hf_config, groups, config.model, config.parallel)
         load_model(chunks, source, hf_config, groups, config.checkpoint.verify)
     return chunks, hf_config, source
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,6 @@ from megatron_sr1.model.build import build_model
 from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.runtime.device import Device, stop_distributed
 from megatron_sr1.runtime.groups import Groups, make_groups
-from megatron_sr1.trainer.optimizer import DTYPES
 
 
 def num_parameters_on(config: Config, hf_config: HFConfig, rank: int, num_ranks: int) -> int:
@@ -38,15 +38,8 @@ def num_parameters_on(config: Config, hf_config: HFConfig, rank: int, num_ranks:
         ConfigError: the layout does not divide the model or the ranks.
     """
     with _alone_in_a_world(config.parallel, rank, num_ranks) as groups, torch.device("meta"):
-        chunks = build_model(
-            hf_config,
-            groups,
-            dtype=DTYPES[config.model.dtype],
-            sequence_parallel=config.parallel.sequence,
-            virtual_stages=config.parallel.virtual,
-            stage_layers=config.parallel.stage_layers,
-            recompute=config.model.recompute,
-        )
+        shape = replace(config.model, spec="local", fp8=None)
+        chunks = build_model(hf_config, groups, shape, config.parallel)
         return sum(p.numel() for chunk in chunks for p in chunk.parameters())
 
 

@@ -16,9 +16,9 @@ cpu.install()
 
 import torch.distributed as dist  # noqa: E402
 
-from megatron_sr1.checkpoint import background  # noqa: E402
-from megatron_sr1.checkpoint.distributed import load_checkpoint  # noqa: E402
+from megatron_sr1.checkpoint import writers  # noqa: E402
 from megatron_sr1.checkpoint.folders import steps  # noqa: E402
+from megatron_sr1.checkpoint.loading import load_checkpoint  # noqa: E402
 from megatron_sr1.checkpoint.saving import begin_save, save_checkpoint  # noqa: E402
 from megatron_sr1.data.processor import Processor  # noqa: E402
 from megatron_sr1.errors import CheckpointError  # noqa: E402
@@ -30,14 +30,14 @@ LAYOUT = "2x1"
 
 def hold_rank_1(gate):
     """From now on the writer of rank 1 waits for a file before its last deed."""
-    measure, rank = background.measure, dist.get_rank()
+    measure, rank = writers.measure, dist.get_rank()
 
     def measure_behind_the_gate(path):
         while rank == 1 and not gate.exists():
             time.sleep(0.01)
         return measure(path)
 
-    background.measure = measure_behind_the_gate
+    writers.measure = measure_behind_the_gate
 
 
 def main():

@@ -25,10 +25,10 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from megatron_sr1.checkpoint.distributed import load_checkpoint  # noqa: E402
+from megatron_sr1.checkpoint.folders import resolve_model  # noqa: E402
 from megatron_sr1.checkpoint.hf import save_hf  # noqa: E402
-from megatron_sr1.checkpoint.keeping import Keep  # noqa: E402
-from megatron_sr1.checkpoint.model_source import load_model, resolve_model  # noqa: E402
+from megatron_sr1.checkpoint.loading import load_checkpoint, load_model  # noqa: E402
+from megatron_sr1.checkpoint.retention import Keep  # noqa: E402
 from megatron_sr1.checkpoint.saving import save_checkpoint  # noqa: E402
 from megatron_sr1.config_file import load_config  # noqa: E402
 from megatron_sr1.data.packing import pack_samples  # noqa: E402
@@ -39,7 +39,7 @@ from megatron_sr1.model.row_split import sequence_multiple  # noqa: E402
 from megatron_sr1.records import TrainSample  # noqa: E402
 from megatron_sr1.runtime.device import select_device, start_distributed  # noqa: E402
 from megatron_sr1.runtime.groups import destroy_groups, make_groups  # noqa: E402
-from megatron_sr1.runtime.seeds import seed_everything  # noqa: E402
+from megatron_sr1.runtime.rng import seed_everything  # noqa: E402
 from megatron_sr1.trainer.actor import make_actor  # noqa: E402
 from megatron_sr1.trainer.step import update  # noqa: E402
 
@@ -76,14 +76,7 @@ def load(config, groups):
     source = resolve_model(config.model.path)
     hf_config = read_hf_config(source.hf_files)
     with cpu.megatron_mode():
-        chunks = build_model(
-            hf_config,
-            groups,
-            dtype=getattr(torch, config.model.dtype),
-            sequence_parallel=config.parallel.sequence,
-            virtual_stages=config.parallel.virtual,
-            stage_layers=config.parallel.stage_layers,
-        )
+        chunks = build_model(hf_config, groups, config.model, config.parallel)
     load_model(chunks, source, hf_config, groups)
     return chunks, hf_config, source
 

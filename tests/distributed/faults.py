@@ -334,7 +334,7 @@ def import_all(with_engine):
     cpu.install()
     for name in ("distributed", "optimizer", "dist_checkpointing", "pipeline_parallel"):
         importlib.import_module(f"megatron.core.{name}")
-    for name in ("trainer.run", "observability.report"):
+    for name in ("trainer.run", "report.report"):
         importlib.import_module(f"megatron_sr1.{name}")
     transformers = importlib.import_module("transformers")
     assert transformers.AutoTokenizer and transformers.Qwen2VLImageProcessor

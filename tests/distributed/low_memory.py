@@ -20,7 +20,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from checkpoint_ranks import make_samples, nll  # noqa: E402
 
-from megatron_sr1.checkpoint.distributed import load_checkpoint  # noqa: E402
+from megatron_sr1.checkpoint.loading import load_checkpoint  # noqa: E402
 from megatron_sr1.checkpoint.saving import save_checkpoint  # noqa: E402
 from megatron_sr1.config_file import load_config  # noqa: E402
 from megatron_sr1.data.packing import pack_samples  # noqa: E402
@@ -28,7 +28,7 @@ from megatron_sr1.data.processor import Processor  # noqa: E402
 from megatron_sr1.errors import CheckpointError  # noqa: E402
 from megatron_sr1.runtime.device import select_device, start_distributed  # noqa: E402
 from megatron_sr1.runtime.groups import destroy_groups, make_groups  # noqa: E402
-from megatron_sr1.runtime.seeds import seed_everything  # noqa: E402
+from megatron_sr1.runtime.rng import seed_everything  # noqa: E402
 from megatron_sr1.trainer.actor import make_actor  # noqa: E402
 from megatron_sr1.trainer.setup import load_actor_model  # noqa: E402
 from megatron_sr1.trainer.step import update  # noqa: E402

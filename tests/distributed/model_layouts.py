@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sr1.checkpoint.hf import load_hf
-from megatron_sr1.config import ParallelConfig
+from megatron_sr1.config import ModelConfig, ParallelConfig
 from megatron_sr1.model.build import build_model
 from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.model.row_split import sequence_multiple
@@ -88,7 +88,7 @@ def stages_of(num_layers, groups, letters):
     return virtual, [1] * (num_stages - 1) + [1 + rest] if "u" in letters else []
 
 
-def measure(directory, groups, letters=""):
+def measure(directory, groups, letters="", spec="local"):
     """Logits, losses (None off the last stage) and published gradients of a model."""
     hf_config = read_hf_config(directory)
     stages = stages_of(hf_config.text.num_layers, groups, letters)
@@ -97,11 +97,8 @@ def measure(directory, groups, letters=""):
     chunks = build_model(
         hf_config,
         groups,
-        dtype=torch.float32,
-        sequence_parallel="s" in letters,
-        virtual_stages=stages[0],
-        stage_layers=stages[1],
-        logprob_chunk_tokens=9,
+        ModelConfig(dtype="float32", spec=spec, logprob_chunk_tokens=9),
+        ParallelConfig(sequence="s" in letters, virtual=stages[0], stage_layers=stages[1]),
     )
     load_hf(chunks, directory, hf_config, groups)
     multiple = sequence_multiple(groups.context.size)

@@ -38,7 +38,6 @@ from megatron_sr1.records import PackedBatch  # noqa: E402
 from megatron_sr1.runtime.device import select_device, start_distributed  # noqa: E402
 from megatron_sr1.runtime.groups import destroy_groups, make_groups  # noqa: E402
 from megatron_sr1.trainer.actor import make_actor  # noqa: E402
-from megatron_sr1.trainer.optimizer import DTYPES  # noqa: E402
 from megatron_sr1.trainer.step import update  # noqa: E402
 from tests.planned_models import SavedBytes, make_row  # noqa: E402
 
@@ -92,14 +91,7 @@ def loss(logprobs, batch):
 def measure(config, hf_config, groups):
     """What the real classes hold after one update, and what autograd kept at most during it."""
     parallel = config.parallel
-    chunks = build_model(
-        hf_config,
-        groups,
-        dtype=DTYPES[config.model.dtype],
-        sequence_parallel=parallel.sequence,
-        virtual_stages=parallel.virtual,
-        stage_layers=parallel.stage_layers,
-    )
+    chunks = build_model(hf_config, groups, config.model, parallel)
     weights = [parameter for chunk in chunks for parameter in chunk.parameters()]
     with torch.no_grad():
         for parameter in weights:

@@ -23,7 +23,7 @@ from megatron_sr1.config_file import load_config  # noqa: E402
 from megatron_sr1.observability.metrics import read_lines  # noqa: E402
 from megatron_sr1.runtime.device import select_device, start_distributed  # noqa: E402
 from megatron_sr1.runtime.groups import destroy_groups, gather_objects, make_groups  # noqa: E402
-from megatron_sr1.runtime.seeds import seed_everything  # noqa: E402
+from megatron_sr1.runtime.rng import seed_everything  # noqa: E402
 from megatron_sr1.trainer.context import Context  # noqa: E402
 from megatron_sr1.trainer.run import start  # noqa: E402
 from megatron_sr1.trainer.sft import train_sft  # noqa: E402

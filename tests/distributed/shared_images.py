@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sr1.checkpoint.hf import load_hf
-from megatron_sr1.config import ParallelConfig
+from megatron_sr1.config import ModelConfig, ParallelConfig
 from megatron_sr1.model.build import build_model
 from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.model.row_split import sequence_multiple
@@ -52,9 +52,8 @@ def measure(directory, groups, letters, is_shared):
     chunks = build_model(
         hf_config,
         groups,
-        dtype=torch.float32,
-        sequence_parallel="s" in letters,
-        logprob_chunk_tokens=9,
+        ModelConfig(dtype="float32", logprob_chunk_tokens=9),
+        ParallelConfig(sequence="s" in letters),
     )
     load_hf(chunks, directory, hf_config, groups)
     rows, num_patches = make_rows(directory, groups, is_shared)

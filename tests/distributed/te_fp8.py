@@ -13,10 +13,11 @@ import transformer_engine.pytorch as te
 from transformer_engine.pytorch.fp8 import STATE
 
 from megatron_sr1.checkpoint.hf import load_hf
-from megatron_sr1.config import ParallelConfig
+from megatron_sr1.config import ModelConfig, ParallelConfig
 from megatron_sr1.errors import ConfigError
-from megatron_sr1.model import build, fp8, specs
+from megatron_sr1.model import build, specs
 from megatron_sr1.model.hf_config import read_hf_config
+from megatron_sr1.model.transformer_config import FP8_RECIPES
 from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.device import select_device, start_distributed, stop_distributed
 from megatron_sr1.runtime.groups import make_groups
@@ -36,15 +37,15 @@ def run(directory, groups, format_, recipe, kept):
     """Logits, and for each linear layer of the model the recipe that it was called under."""
     hf_config = read_hf_config(directory)
     assert hf_config.text.num_layers == NUM_LAYERS
-    (chunk,) = build.build_model(
-        hf_config,
-        groups,
-        dtype=torch.float32,
+    model = ModelConfig(
+        dtype="float32",
         spec="transformer_engine",
         fp8=format_,
         fp8_recipe=recipe,
-        bf16_layers=kept,
+        bf16_layers_at_start=kept[0],
+        bf16_layers_at_end=kept[1],
     )
+    (chunk,) = build.build_model(hf_config, groups, model, ParallelConfig())
     load_hf([chunk], directory, hf_config, groups)
     seen = {}
     for name, module in chunk.named_modules():
@@ -85,7 +86,7 @@ def main():
     specs.require_transformer_engine = lambda: None  # it asks for CUDA
     plain, _ = run(directory, groups, None, "delayed", (0, 0))
     num_runs = 0
-    for recipe in fp8.RECIPES:
+    for recipe in FP8_RECIPES:
         for format_ in ("hybrid", "e4m3"):
             for kept in ((0, 0), (1, 0), (1, 2)) if recipe != "delayed" else ((0, 0),):
                 logits, seen = run(directory, groups, format_, recipe, kept)

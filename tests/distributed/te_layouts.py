@@ -4,14 +4,13 @@ Run as `te_layouts.py CASES LAYOUT…` with the double on the path; a layout is 
 pipeline,letters: s sequence parallel. What is expected comes from local layers in one process.
 """
 
-import functools
 import sys
 from pathlib import Path
 
 import transformer_engine
 
 from megatron_sr1.config import ParallelConfig
-from megatron_sr1.model import build, specs
+from megatron_sr1.model import specs
 from megatron_sr1.runtime.device import select_device, start_distributed
 from megatron_sr1.runtime.groups import destroy_groups, make_groups
 from tests.distributed import model_layouts
@@ -28,14 +27,13 @@ def main():
     alone = make_groups(ParallelConfig(), device)
     expected = {case: model_layouts.measure(case, alone) for case in cases}
     specs.require_transformer_engine = lambda: None  # it asks for CUDA
-    model_layouts.build_model = functools.partial(build.build_model, spec="transformer_engine")
     problems = []
     for tensor, pipeline, letters in layouts:
         destroy_groups()
         layout = ParallelConfig(tensor=int(tensor), pipeline=int(pipeline))
         groups = make_groups(layout, device)
         for case in cases:
-            found = model_layouts.measure(case, groups, letters)
+            found = model_layouts.measure(case, groups, letters, spec="transformer_engine")
             gaps = model_layouts.compare(found, expected[case], case)
             bad = {what: gap for what, gap in gaps.items() if not gap < model_layouts.TOLERANCE}
             problems += [f"{case.name} {tensor},{pipeline},{letters}: {bad}"] if bad else []

@@ -7,14 +7,14 @@ tests/distributed/test_te_double.py), context parallelism, which splits no weigh
 from pathlib import Path
 
 import pytest
-import torch
 
-from megatron_sr1.checkpoint.model_source import resolve_model
-from megatron_sr1.checkpoint.sharded import METADATA, unwrap
-from megatron_sr1.checkpoint.to_hf import megatron_to_hf
-from megatron_sr1.checkpoint.to_megatron import hf_to_megatron
-from megatron_sr1.checkpoint.unit_reader import UnitReader
-from megatron_sr1.checkpoint.units import units
+from megatron_sr1.checkpoint.folders import resolve_model
+from megatron_sr1.checkpoint.tensors import METADATA, unwrap
+from megatron_sr1.config import ModelConfig, ParallelConfig
+from megatron_sr1.conversion.reader import UnitReader
+from megatron_sr1.conversion.to_hf import megatron_to_hf
+from megatron_sr1.conversion.to_megatron import hf_to_megatron
+from megatron_sr1.conversion.units import units
 from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.runtime import cpu
 from tests.checkpoint_files import files_of, write_two_files
@@ -46,7 +46,9 @@ def described_by_megatron(directory, groups):
     from megatron_sr1.model.build import build_model
 
     with cpu.megatron_mode():
-        (chunk,) = build_model(read_hf_config(directory), groups, dtype=torch.float32)
+        (chunk,) = build_model(
+            read_hf_config(directory), groups, ModelConfig(dtype="float32"), ParallelConfig()
+        )
         state = unwrap(chunk).sharded_state_dict(prefix="", metadata=dict(METADATA))
         apply_factories(state)
     shards = [s for s in nested_values(state) if isinstance(s, ShardedTensor)]

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.gpu
 def test_transformer_engine_equals_local_layers_in_bfloat16(seed, tmp_path):
     pytest.importorskip("transformer_engine.pytorch")
     from megatron_sr1.checkpoint.hf import load_hf
-    from megatron_sr1.config import ParallelConfig
+    from megatron_sr1.config import ModelConfig, ParallelConfig
     from megatron_sr1.model.build import build_model
     from megatron_sr1.model.hf_config import read_hf_config
     from megatron_sr1.records import VisionInputs
@@ -29,7 +29,7 @@ def test_transformer_engine_equals_local_layers_in_bfloat16(seed, tmp_path):
     inputs = {n: v.cuda() if torch.is_tensor(v) else v for n, v in row.inputs.items()}
     logits = []
     for spec in ("local", "transformer_engine"):
-        chunks = build_model(hf_config, groups, dtype=torch.bfloat16, spec=spec)
+        chunks = build_model(hf_config, groups, ModelConfig(spec=spec), ParallelConfig())
         load_hf(chunks, tmp_path, hf_config, groups)
         with torch.no_grad():
             logits.append(chunks[0](**{**inputs, "vision": vision}))

@@ -8,6 +8,7 @@ import torch
 
 from megatron_sr1.checkpoint.hf import load_hf
 from megatron_sr1.checkpoint.mapping import canonical_hf_name
+from megatron_sr1.config import ModelConfig, ParallelConfig
 from megatron_sr1.errors import DataError
 from megatron_sr1.model.build import build_model
 from megatron_sr1.model.hf_config import read_hf_config
@@ -21,7 +22,8 @@ NUM_CASES = 20
 
 def build(directory, groups, **options):
     hf_config = read_hf_config(directory)
-    chunks = build_model(hf_config, groups, dtype=torch.float32, **options)
+    model = ModelConfig(**{"dtype": "float32", **options})
+    chunks = build_model(hf_config, groups, model, ParallelConfig())
     load_hf(chunks, directory, hf_config, groups)
     return chunks[0]
 
@@ -106,9 +108,9 @@ def test_recomputation_leaves_gradients_as_they_are(recompute, frozen, tmp_path,
 def test_bfloat16_stays_near_float32_and_has_gradients_everywhere(tmp_path, groups):
     _, rows = write_case(tmp_path, 16)
     row, found = make_row(rows[0]), []
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in ("float32", "bfloat16"):
         hf_config = read_hf_config(tmp_path)
-        chunks = build_model(hf_config, groups, dtype=dtype)
+        chunks = build_model(hf_config, groups, ModelConfig(dtype=dtype), ParallelConfig())
         load_hf(chunks, tmp_path, hf_config, groups)
         with cpu.megatron_mode():
             found.append(chunks[0](**row.inputs, labels=row.labels))
@@ -122,7 +124,7 @@ def test_bfloat16_stays_near_float32_and_has_gradients_everywhere(tmp_path, grou
 def test_a_weight_that_was_not_loaded_makes_the_numbers_nan(tmp_path, groups):
     _, rows = write_case(tmp_path, 1)
     model = build(tmp_path, groups)
-    fresh = build_model(model.hf_config, groups, dtype=torch.float32)[0]
+    fresh = build_model(model.hf_config, groups, ModelConfig(dtype="float32"), ParallelConfig())[0]
     for name in (
         "vision_model.merger.norm.weight",
         "language_model.decoder.layers.0.mlp.linear_fc2.weight",

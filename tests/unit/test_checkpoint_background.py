@@ -16,13 +16,13 @@ import psutil
 import pytest
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from megatron_sr1.checkpoint import background
+from megatron_sr1.checkpoint import writers
 from megatron_sr1.checkpoint.folders import LATEST, latest_step, steps
 from megatron_sr1.checkpoint.manifest import read_manifest
 from megatron_sr1.checkpoint.saving import SaveQueue, begin_save
 from megatron_sr1.config_file import load_config
 from megatron_sr1.errors import CheckpointError
-from megatron_sr1.runtime import leaving
+from megatron_sr1.runtime import stop_signal
 from megatron_sr1.trainer.context import Context
 from tests.checkpoint_run import fill, held, load, make_run, save
 
@@ -35,7 +35,7 @@ def actor(tiny_model, groups):
 @pytest.fixture
 def gate(tmp_path, monkeypatch):
     """Folder in which a file `step_N` lets the writer of that step go on from its last deed."""
-    folder, measure = tmp_path / "gate", background.measure
+    folder, measure = tmp_path / "gate", writers.measure
     folder.mkdir()
 
     def measure_behind_the_gate(path):
@@ -44,7 +44,7 @@ def gate(tmp_path, monkeypatch):
             time.sleep(0.01)
         return measure(path)
 
-    monkeypatch.setattr(background, "measure", measure_behind_the_gate)
+    monkeypatch.setattr(writers, "measure", measure_behind_the_gate)
     yield folder
     shutil.rmtree(folder)  # lets go whom a failed test has left waiting
 
@@ -209,7 +209,7 @@ def test_a_run_that_is_asked_to_leave_waits_for_its_saves(run, gate, monkeypatch
     context, actor = run
     context.finish_step("sft", {}, actor)
     assert steps(context.checkpoints) == []
-    monkeypatch.setattr(leaving, "is_asked", lambda: True)
+    monkeypatch.setattr(stop_signal, "stop_requested", lambda: True)
     opener = threading.Timer(0.5, lambda: [(gate / f"step_{step}").touch() for step in (1, 2)])
     opener.start()
     context.finish_step("sft", {}, actor)

@@ -19,9 +19,9 @@ import time
 import psutil
 import pytest
 
-from megatron_sr1.checkpoint import space
+from megatron_sr1.checkpoint import disk
 from megatron_sr1.checkpoint.folders import latest_step, whole_steps
-from megatron_sr1.checkpoint.manifest import check_files
+from megatron_sr1.checkpoint.loading import check_files
 from megatron_sr1.errors import CheckpointError
 from tests.checkpoint_run import fill, held, load, make_run, save
 
@@ -154,13 +154,13 @@ def check_goes_on(actor, groups, folder, make_room):
 def test_a_full_disk_is_told_and_harms_nothing(
     actor, groups, first, small_disk, monkeypatch, looks
 ):
-    disk, grow = small_disk
-    folder, size = disk / "checkpoints", size_of(first)
+    mounted, grow = small_disk
+    folder, size = mounted / "checkpoints", size_of(first)
     grow(size * 3 // 2)
     shutil.copytree(first, folder)
     if not looks:  # as a quota hides what is left
         free = [2**50]
-        monkeypatch.setattr(space, "free_bytes", lambda folder: free[0])
+        monkeypatch.setattr(disk, "free_bytes", lambda folder: free[0])
     with pytest.raises(CheckpointError) as caught:
         save(actor, groups, folder, 4)
     assert "No space left on device" in str(caught.value) and str(folder) in str(caught.value)
@@ -169,15 +169,13 @@ def test_a_full_disk_is_told_and_harms_nothing(
 
 
 def test_the_room_needed_is_estimated_closely(actor, first):
-    from megatron_sr1.checkpoint.sharded import _sharded_state
+    from megatron_sr1.checkpoint.tensors import _sharded_state
     from megatron_sr1.runtime import cpu
 
     with cpu.megatron_mode():
-        needed = space.needed_bytes(
-            _sharded_state(actor.wrapped, actor.optimizer, is_loading=False)
-        )
+        needed = disk.needed_bytes(_sharded_state(actor.wrapped, actor.optimizer, is_loading=False))
     came = size_of(first)
-    assert came <= needed + space.OTHER_BYTES < came * 1.2
+    assert came <= needed + disk.OTHER_BYTES < came * 1.2
 
 
 @pytest.mark.parametrize("limit", [100_000, 1000, 0], ids=["tensors", "common", "anything"])

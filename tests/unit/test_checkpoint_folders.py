@@ -7,9 +7,8 @@ import pickle
 import pytest
 import torch
 
-from megatron_sr1.checkpoint.folders import latest_step
-from megatron_sr1.checkpoint.keeping import Keep, remove_old
-from megatron_sr1.checkpoint.model_source import resolve_model
+from megatron_sr1.checkpoint.folders import latest_step, resolve_model
+from megatron_sr1.checkpoint.retention import Keep, remove_old
 from megatron_sr1.checkpoint.state import read_state
 from megatron_sr1.checkpoint.untrusted import check_folder
 from megatron_sr1.errors import CheckpointError

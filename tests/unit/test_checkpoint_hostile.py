@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from megatron_sr1.checkpoint.folders import latest_step
-from megatron_sr1.checkpoint.manifest import MANIFEST, write_manifest
+from megatron_sr1.checkpoint.manifest import MANIFEST
+from megatron_sr1.checkpoint.saving import write_manifest
 from megatron_sr1.checkpoint.state import MAX_BYTES, read_state
 from megatron_sr1.checkpoint.untrusted import check_folder
 from megatron_sr1.errors import CheckpointError

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megatron_sr1.checkpoint.folders import latest_step, steps
-from megatron_sr1.checkpoint.keeping import Keep, remove_old
+from megatron_sr1.checkpoint.retention import Keep, remove_old
 from megatron_sr1.checkpoint.state import read_state
 from megatron_sr1.config_file import load_config
 from megatron_sr1.errors import ConfigError

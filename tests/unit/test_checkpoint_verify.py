@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_sr1.checkpoint import files
-from megatron_sr1.checkpoint.folders import latest_step
+from megatron_sr1.checkpoint import disk
+from megatron_sr1.checkpoint.folders import fingerprint, latest_step, resolve_model
+from megatron_sr1.checkpoint.loading import load_model
 from megatron_sr1.checkpoint.manifest import read_manifest
-from megatron_sr1.checkpoint.model_source import fingerprint, load_model, resolve_model
 from megatron_sr1.errors import CheckpointError
 from tests.checkpoint_run import fill, held, load, make_run, save
 
@@ -57,7 +57,7 @@ def test_every_file_is_in_the_manifest_with_its_digest(saved):
     assert there - {"manifest.json"} == set(expected)
     assert {"state.json", "common.pt", ".metadata", "rng_0.pt"} < set(expected)
     for name, measure in expected.items():
-        assert files.measure(step / name) == measure
+        assert disk.measure(step / name) == measure
 
 
 def test_an_untouched_checkpoint_loads(actor, groups, copy):
@@ -208,7 +208,7 @@ def test_generators_stand_where_they_stood_after_others_seeded_them(actor, group
 
     import numpy as np
 
-    from megatron_sr1.checkpoint.rng import kept_rng, rng_state
+    from megatron_sr1.runtime.rng import kept_rng, rng_state
 
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     before = str(rng_state())

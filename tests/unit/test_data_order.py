@@ -10,8 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_sr1.checkpoint.hf_writer import write_like
-from megatron_sr1.checkpoint.source import HFSource
+from megatron_sr1.checkpoint.hf_files import HFSource, write_like
 from megatron_sr1.checkpoint.transforms import Slice
 from megatron_sr1.data.examples import Record
 from megatron_sr1.data.loader import Loader

@@ -11,7 +11,7 @@ NEXT_TO_A_GPU = """
 import json, os, sys
 import torch
 torch.cuda.is_available, torch.cuda.device_count = (lambda: True), (lambda: 1)
-from megatron_sr1.config import ParallelConfig
+from megatron_sr1.config import ModelConfig, ParallelConfig
 from megatron_sr1.model.build import build_model
 from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.runtime.device import select_device, start_distributed, stop_distributed
@@ -24,7 +24,8 @@ start_distributed(device, 60)
 told["world"] = [torch.distributed.get_rank(), torch.distributed.get_world_size()]
 told["added"] = sorted(set(os.environ.items()) ^ set(before.items()))
 groups = make_groups(ParallelConfig(), device)
-(chunk,) = build_model(read_hf_config(sys.argv[1]), groups, dtype=torch.float32, spec="local")
+model = ModelConfig(dtype="float32")
+(chunk,) = build_model(read_hf_config(sys.argv[1]), groups, model, ParallelConfig())
 told["devices"] = sorted({tensor.device.type for tensor in chunk.parameters()})
 stop_distributed()
 print(json.dumps(told))

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_sr1 import cli
 from megatron_sr1.errors import ConfigError
-from megatron_sr1.runtime import presence
+from megatron_sr1.runtime import liveness
 from megatron_sr1.runtime.failure import deadline, guard
 from megatron_sr1.runtime.failure_files import FAILURE_FILE, last_words, read_failure
 
@@ -196,6 +196,7 @@ with guard({str(tmp_path)!r}):
 def test_the_cause_is_the_last_line_and_the_status_is_two(tmp_path):
     code = f"""
 from megatron_sr1.errors import ConfigError
+from megatron_sr1.runtime import liveness
 with guard({str(tmp_path)!r}):
     raise ConfigError("seed is 'x';\\n  expected a number")
 """
@@ -281,7 +282,7 @@ def test_a_rank_ends_when_the_process_that_started_it_is_killed(tmp_path):
 
 
 def test_a_run_directory_takes_one_run_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(presence, "PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(liveness, "PATIENCE_SECONDS", 0.3)
     code = "import sys\nfrom megatron_sr1.runtime.failure import guard\n"
     code += "with guard(sys.argv[1]):\n    print('up', flush=True)\n    sys.stdin.read()\n"
     command = [sys.executable, "-c", code, str(tmp_path)]

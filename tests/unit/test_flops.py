@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_sr1.config import ModelConfig, ParallelConfig
 from megatron_sr1.model import flops
 from megatron_sr1.model.build import build_model
 from megatron_sr1.model.hf_config import parse_hf_config
@@ -49,9 +50,8 @@ UNKNOWN = {
 
 def counted(hf_config, groups, row, recompute):
     """Return the operations of a forward pass and of its backward pass."""
-    (chunk,) = build_model(
-        hf_config, groups, dtype=torch.float32, recompute=recompute, logprob_chunk_tokens=64
-    )
+    model = ModelConfig(dtype="float32", recompute=recompute, logprob_chunk_tokens=64)
+    (chunk,) = build_model(hf_config, groups, model, ParallelConfig())
     fill(chunk)
     counter = FlopCounterMode(display=False, custom_mapping=UNKNOWN)
     with cpu.megatron_mode(), counter:

@@ -19,6 +19,8 @@ LAYER = {
     "checkpoint": 3,
     "rollout": 4,
     "planning": 4,
+    "conversion": 4,
+    "report": 4,
 }
 LAYER |= dict.fromkeys(("model", "data", "rewards", "algorithm", "observability"), 2)
 LAYER |= dict.fromkeys(("cli", "__main__", "doctor", "doctor_distributed", "launch"), 6) | {
@@ -88,7 +90,7 @@ def test_imports_point_down_the_layers_only(path):
         ("data", "def f():\n    import megatron_sr1.rewards.score"),
         ("model", "from megatron_sr1 import algorithm"),
         ("runtime", "from megatron_sr1.model import tiny"),
-        ("records", "from megatron_sr1.runtime import seeds"),
+        ("records", "from megatron_sr1.runtime import rng"),
         ("checkpoint", "from megatron_sr1.rollout import engine"),
         ("launch", "from megatron_sr1.runtime.failure import guard"),
         ("trainer", "from megatron_sr1 import cli"),

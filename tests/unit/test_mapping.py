@@ -12,9 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_sr1.checkpoint.hf import check_tensors
-from megatron_sr1.checkpoint.hf_writer import check_target, write_like
+from megatron_sr1.checkpoint.hf_files import HFSource, check_target, write_like
 from megatron_sr1.checkpoint.mapping import canonical_hf_name, canonical_parameter, entries
-from megatron_sr1.checkpoint.source import HFSource
 from megatron_sr1.checkpoint.transforms import Slice, join, publish, slices
 from megatron_sr1.errors import CheckpointError, ConfigError
 from megatron_sr1.model.hf_config import read_hf_config

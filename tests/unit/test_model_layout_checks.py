@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_sr1.config import ModelConfig, ParallelConfig
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.model.build import build_model
 from megatron_sr1.model.layout_checks import check_layout
@@ -36,7 +37,7 @@ def test_a_layout_that_does_not_divide_the_model_is_refused(layout, message):
 def test_the_model_asks_for_the_same(groups):
     larger = replace(groups, pipeline=replace(groups.pipeline, size=5))
     with pytest.raises(ConfigError, match="do not divide over parallel.pipeline=5"):
-        build_model(HF_CONFIG, larger, dtype=torch.float32)
+        build_model(HF_CONFIG, larger, ModelConfig(dtype="float32"), ParallelConfig())
 
 
 def test_a_layout_that_divides_the_model_is_taken():
@@ -47,7 +48,7 @@ def test_a_layout_that_divides_the_model_is_taken():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without CUDA")
 def test_transformer_engine_without_cuda_is_refused_with_what_to_do(groups):
     with pytest.raises(ConfigError, match="model.spec=local"):
-        build_model(HF_CONFIG, groups, dtype=torch.float32, spec="transformer_engine")
+        build_model(HF_CONFIG, groups, ModelConfig(spec="transformer_engine"), ParallelConfig())
 
 
 def test_a_vocabulary_is_padded_only_if_it_does_not_divide():

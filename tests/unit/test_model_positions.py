@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_sr1.errors import DataError
-from megatron_sr1.model.rotary import text_angles, vision_angles
+from megatron_sr1.model.layers import text_angles, vision_angles
 from megatron_sr1.model.vision import image_layout, row_layout
 
 GRIDS = ((1, 4, 12), (1, 8, 8), (2, 6, 10), (1, 2, 2), (1, 4, 12))

@@ -7,6 +7,7 @@ the MLP's intermediate results.
 import pytest
 import torch
 
+from megatron_sr1.config import ModelConfig, ParallelConfig
 from megatron_sr1.model.build import build_model
 from megatron_sr1.model.hf_config import parse_hf_config
 from megatron_sr1.model.logprobs import label_logprobs
@@ -37,7 +38,8 @@ def kernels(dtype):
 
 
 def model(hf_config, groups, dtype, recompute):
-    (chunk,) = build_model(hf_config, groups, dtype=dtype, recompute=recompute)
+    shape = ModelConfig(dtype=str(dtype).removeprefix("torch."), recompute=recompute)
+    (chunk,) = build_model(hf_config, groups, shape, ParallelConfig())
     fill(chunk)
     return chunk
 

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from megatron_sr1.errors import DataError
-from megatron_sr1.observability.charts import Bar, Series, bar_chart, line_chart, stacked_chart
-from megatron_sr1.observability.gallery import pick_questions
-from megatron_sr1.observability.report import DEMO_RUNS, shards_of, write_report
+from megatron_sr1.report.charts import Bar, Series, bar_chart, line_chart, stacked_chart
+from megatron_sr1.report.gallery import pick_questions
+from megatron_sr1.report.report import DEMO_RUNS, shards_of, write_report
 
 EVIL = '</dd></article><script>alert(1)</script><img src=x onerror="alert(2)"> & "quoted"'
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_sr1.checkpoint.folders import resolve_model
 from megatron_sr1.checkpoint.hf import save_hf
-from megatron_sr1.checkpoint.model_source import resolve_model
+from megatron_sr1.config import ModelConfig
 from megatron_sr1.config_file import load_config
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.model.hf_config import read_hf_config
@@ -177,4 +178,4 @@ def test_a_checkpoint_with_an_output_layer_is_not_read_as_a_tied_model(
 def test_score_logprobs_refuses_it_before_it_scores(tiny_model, tmp_path, groups):
     model = make_model(tiny_model, tmp_path / "hf", True, False, last_row)
     with pytest.raises(CheckpointError, match=DIFFER):
-        loaded(resolve_model(model), groups, torch.float32)
+        loaded(resolve_model(model), groups, ModelConfig(dtype="float32"))

@@ -33,8 +33,8 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_sr1.checkpoint.files import Measure, forget_pages, measure, write_text
-from megatron_sr1.checkpoint.units import Unit
+from megatron_sr1.checkpoint.disk import Measure, forget_pages, measure, write_text
+from megatron_sr1.conversion.units import Unit
 
 FILE_BYTES = 2**30  # a conversion that was stopped begins again at the last file
 MakeUnit = Callable[[Unit], torch.Tensor]

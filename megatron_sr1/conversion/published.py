@@ -16,15 +16,15 @@ from pathlib import Path
 
 import torch
 
+from megatron_sr1.checkpoint.disk import room_text, why_not_written
 from megatron_sr1.checkpoint.hf import check_tensors, with_tied_copy
-from megatron_sr1.checkpoint.source import HFSource
-from megatron_sr1.checkpoint.space import room_text, why_not_written
-from megatron_sr1.checkpoint.together import reason
+from megatron_sr1.checkpoint.hf_files import HFSource
 from megatron_sr1.checkpoint.transforms import Slice, disassemble
-from megatron_sr1.checkpoint.unit_reader import UnitReader
-from megatron_sr1.checkpoint.units import Unit, units
+from megatron_sr1.conversion.reader import UnitReader
+from megatron_sr1.conversion.units import Unit, units
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.model.hf_config import HFConfig, read_hf_config
+from megatron_sr1.runtime.collectives import reason
 
 # What is being done ("kept", "writing", "comparing"), bytes that are done, bytes in all.
 Report = Callable[[str, int, int], None]

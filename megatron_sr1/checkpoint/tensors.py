@@ -13,16 +13,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_sr1.checkpoint import torch_adam
-from megatron_sr1.checkpoint.background import BackgroundWriter
-from megatron_sr1.checkpoint.files import Measure
-from megatron_sr1.checkpoint.optimizer_state import check_kind, named_by_kind
-from megatron_sr1.checkpoint.space import check_room, needed_bytes, room_text, why_not_written
-from megatron_sr1.checkpoint.together import agree, on_writer, reason, together
+from megatron_sr1.checkpoint import megatron_optimizer
+from megatron_sr1.checkpoint.disk import (
+    Measure,
+    check_room,
+    needed_bytes,
+    room_text,
+    why_not_written,
+)
+from megatron_sr1.checkpoint.megatron_optimizer import check_kind, named_by_kind
 from megatron_sr1.checkpoint.untrusted import COMMON_OBJECT, check_folder
-from megatron_sr1.checkpoint.writers import watched_writers
+from megatron_sr1.checkpoint.writers import BackgroundWriter, watched_writers
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.runtime import cpu
+from megatron_sr1.runtime.collectives import agree, on_all_ranks, on_writer, reason
 from megatron_sr1.runtime.groups import Groups, gather_objects
 
 METADATA = {
@@ -100,7 +104,7 @@ class PendingTensors:
             CheckpointError: on all ranks, if one of the processes could not write or was ended.
         """
         with cpu.megatron_mode(), _told(self._folder, self._needed, self._groups):
-            measures = together(self._groups, self._written)[self._groups.world.rank]
+            measures = on_all_ranks(self._groups, self._written)[self._groups.world.rank]
             for complete in self._completing:
                 complete()
         return dict(measures)
@@ -116,9 +120,9 @@ def _described(
     folder: Path, chunks: Sequence[Any], optimizer: Any, groups: Groups
 ) -> tuple[dict[str, Any], int]:
     """What to save, and bytes that all ranks need for it, which are there; collective."""
-    torch_adam.ensure_state(optimizer)
+    megatron_optimizer.ensure_state(optimizer)
     state = _sharded_state(chunks, optimizer, is_loading=False)
-    needed = sum(together(groups, lambda: needed_bytes(state)))
+    needed = sum(on_all_ranks(groups, lambda: needed_bytes(state)))
     on_writer(groups, lambda: check_room(folder, needed))
     return state, needed
 
@@ -163,7 +167,7 @@ def load_tensors(folder: Path, chunks: Sequence[Any], optimizer: Any) -> None:
     if COMMON_OBJECT in kept and hasattr(common, "TorchCommonLoadStrategy"):
         raise CheckpointError(f"{folder}: written by a newer Megatron-Core; install that one")
     check_kind(folder, kept, optimizer)
-    with cpu.megatron_mode(), torch_adam.loading(optimizer):
+    with cpu.megatron_mode(), megatron_optimizer.loading(optimizer):
         state = _sharded_state(chunks, optimizer, is_loading=True)
         try:
             loaded = dist_checkpointing.load(state, str(folder))

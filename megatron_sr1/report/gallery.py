@@ -15,8 +15,8 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from megatron_sr1.errors import SR1Error
-from megatron_sr1.observability.page import text
 from megatron_sr1.records import RIGHT_FROM
+from megatron_sr1.report.page import text
 
 if TYPE_CHECKING:
     from PIL import Image

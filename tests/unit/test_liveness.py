@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sr1.runtime.presence import Presence
+from megatron_sr1.runtime.liveness import Presence
 
 ROOT = Path(__file__).resolve().parents[2]
 RANK_1 = """
 import sys
 from pathlib import Path
-from megatron_sr1.runtime.presence import Presence
+from megatron_sr1.runtime.liveness import Presence
 presence = Presence(Path(sys.argv[1]), 1, 2)
 print("there", flush=True)
 sys.stdin.read()

@@ -16,7 +16,7 @@ from megatron_sr1.runtime.device import Device, start_distributed
 from megatron_sr1.runtime.groups import Group, Groups, gather_objects
 
 
-def alone() -> Groups:
+def single_process() -> Groups:
     """Groups of one process that works on files: without Megatron, whose import takes seconds."""
     device = Device("cpu")
     start_distributed(device)
@@ -27,7 +27,7 @@ def alone() -> Groups:
     return Groups(one, one, one, one, one, one, one, one, collection=None, device=device)
 
 
-def together(groups: Groups, work: Callable[[], Any]) -> list[Any]:
+def on_all_ranks(groups: Groups, work: Callable[[], Any]) -> list[Any]:
     """Do something on each rank; collective over all ranks, and a barrier.
 
     Args:
@@ -51,9 +51,9 @@ def together(groups: Groups, work: Callable[[], Any]) -> list[Any]:
 
 
 def on_writer(groups: Groups, work: Callable[[], Any]) -> Any:
-    """`together`, for rank 0 alone; all ranks get its result."""
+    """`on_all_ranks`, for rank 0 alone; all ranks get its result."""
     is_writer = groups.world.rank == 0
-    return together(groups, work if is_writer else lambda: None)[0]
+    return on_all_ranks(groups, work if is_writer else lambda: None)[0]
 
 
 def agree(problems: Iterable[str | None]) -> None:

@@ -16,11 +16,11 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from megatron_sr1.checkpoint.files import expect_pages
-from megatron_sr1.checkpoint.together import reason
-from megatron_sr1.checkpoint.units import Unit
+from megatron_sr1.checkpoint.disk import expect_pages
 from megatron_sr1.checkpoint.untrusted import DAMAGE, check_folder
+from megatron_sr1.conversion.units import Unit
 from megatron_sr1.errors import CheckpointError
+from megatron_sr1.runtime.collectives import reason
 
 NUM_NAMED = 6  # tensors that an error names
 

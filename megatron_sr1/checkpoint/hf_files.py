@@ -1,9 +1,9 @@
-"""A published model's directory: its safetensors files by header, and everything beside them.
+"""Hugging Face model directories: read by their safetensors headers, and written like the source.
 
 In: a directory with `model.safetensors.index.json` or a single `model.safetensors`, or the copy of
-one without weights that a Megatron checkpoint carries. Out: names, shapes and types of all
-tensors, blocks of them on demand, the files beside the weights, and files written as the source
-has them.
+one without weights that a Megatron checkpoint carries. Out: names, shapes and dtypes of all
+tensors, blocks of them on demand, and directories with the same files and other weights. A
+directory gets its name only after everything in it is on the disk.
 
 The format is a little-endian 8-byte length, a JSON header, and the tensors' bytes
 (https://github.com/huggingface/safetensors). Headers are kept as bytes: a file that is written
@@ -15,20 +15,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
-from megatron_sr1.checkpoint.files import expect_pages
+from megatron_sr1.checkpoint.disk import expect_pages
+from megatron_sr1.checkpoint.folders import INDEX, SINGLE
 from megatron_sr1.checkpoint.mapping import canonical_hf_name
 from megatron_sr1.checkpoint.transforms import Slice
 from megatron_sr1.errors import CheckpointError
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 HEADER_SUFFIX = ".header"  # of a weight file's header, where the weights are kept elsewhere
 MAX_HEADER_BYTES = 100_000_000
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
@@ -211,3 +212,82 @@ def _parse_header(path: Path, header: bytes) -> list[StoredTensor]:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{path}: its header is not that of a safetensors file") from None
     return found
+
+
+def check_target(source: HFSource, target: Path) -> None:
+    """Refuse a target that would harm something else.
+
+    Raises:
+        CheckpointError: a file, a folder that holds no model, or a folder inside the source.
+    """
+    if source.directory.resolve() in target.resolve().parents:
+        raise CheckpointError(
+            f"{target} lies inside the source {source.directory}; write elsewhere"
+        )
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise CheckpointError(f"{target} is a file; name a folder for the model")
+    if any(target.iterdir()) and not (target / "config.json").is_file():
+        raise CheckpointError(
+            f"{target} is not empty and holds no model (no config.json); name another folder"
+        )
+
+
+def write_like(source: HFSource, target: Path, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Write weights into a directory like the source's; on one rank.
+
+    Args:
+        source: gives headers and all other files.
+        target: replaced if it is there.
+        weights: (published name, whole tensor), every tensor of the source once.
+
+    Raises:
+        CheckpointError: a tensor did not come or does not fit.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    source.copy_other_files(partial)
+    awaited = dict(source.tensors)
+    with ExitStack() as stack:
+        files: dict[str, BinaryIO] = {}
+        for name, header in source.headers.items():
+            files[name] = stack.enter_context((partial / name).open("wb"))
+            files[name].write(header)
+        for name, tensor in weights:
+            stored = awaited.pop(name, None)
+            if stored is None:
+                raise CheckpointError(f"{source.directory} has no tensor {name} to be written")
+            write_tensor(files[stored.file], stored, tensor)
+        if awaited:
+            raise CheckpointError(f"{target}: no values came for {', '.join(list(awaited)[:12])}")
+        for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())
+    replace_directory(partial, target)
+
+
+def replace_directory(new: Path, target: Path) -> None:
+    """Give a finished directory its name; an older one of that name goes afterwards."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_tensor(file: BinaryIO, stored: StoredTensor, tensor: torch.Tensor) -> None:
+    """Write a tensor to its place in a weight file.
+
+    Raises:
+        CheckpointError: it is of another shape.
+    """
+    if tuple(tensor.shape) != stored.shape:
+        raise CheckpointError(
+            f"{stored.name}: {list(tensor.shape)} came, {stored.file} has {list(stored.shape)}"
+        )
+    values = tensor.detach().to("cpu", stored.dtype).contiguous()
+    file.seek(stored.begin)
+    file.write(memoryview(values.view(torch.uint8).numpy()))

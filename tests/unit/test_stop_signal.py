@@ -10,13 +10,13 @@ import pytest
 
 RANK = """
     import os, signal, subprocess, sys
-    from megatron_sr1.runtime import leaving
-    leaving.listen(on_sigterm={on_sigterm})
+    from megatron_sr1.runtime import stop_signal
+    stop_signal.listen(on_sigterm={on_sigterm})
     child = subprocess.Popen(["sleep", "60"])
-    before = leaving.is_asked()
+    before = stop_signal.stop_requested()
     print("ready", flush=True)
     sys.stdin.readline()
-    print(before, leaving.is_asked(), child.poll())
+    print(before, stop_signal.stop_requested(), child.poll())
     child.kill()
 """
 
@@ -55,10 +55,10 @@ def test_sigterm_still_ends_a_rank_that_is_not_told_to_save_on_it():
 
 
 def test_the_file_for_the_batch_script_is_made_where_one_is_named(tmp_path, monkeypatch):
-    from megatron_sr1.runtime import leaving
+    from megatron_sr1.runtime import stop_signal
 
-    monkeypatch.delenv(leaving.UNFINISHED, raising=False)
-    leaving.tell_unfinished()
-    monkeypatch.setenv(leaving.UNFINISHED, str(tmp_path / "unfinished"))
-    leaving.tell_unfinished()
+    monkeypatch.delenv(stop_signal.UNFINISHED, raising=False)
+    stop_signal.mark_unfinished()
+    monkeypatch.setenv(stop_signal.UNFINISHED, str(tmp_path / "unfinished"))
+    stop_signal.mark_unfinished()
     assert [path.name for path in tmp_path.iterdir()] == ["unfinished"]

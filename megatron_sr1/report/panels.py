@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_sr1.observability import page
-from megatron_sr1.observability.charts import Bar, Series, bar_chart, line_chart, stacked_chart
 from megatron_sr1.records import RIGHT_FROM
+from megatron_sr1.report import page
+from megatron_sr1.report.charts import Bar, Series, bar_chart, line_chart, stacked_chart
 
 Lines = list[dict[str, Any]]
 VERDICTS = {

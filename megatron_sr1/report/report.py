@@ -15,10 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_sr1.observability import gallery, page, panels
-from megatron_sr1.observability.gallery import Images
 from megatron_sr1.observability.metrics import read_lines
-from megatron_sr1.observability.panels import Lines
+from megatron_sr1.report import gallery, page, panels
+from megatron_sr1.report.gallery import Images
+from megatron_sr1.report.panels import Lines
 
 DEMO_RUNS = {
     "cold_start": "cold start",

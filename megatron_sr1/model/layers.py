@@ -1,14 +1,46 @@
-"""Rotary tables: one row of angles a token, for text (three position rows) and for vision (two).
+"""Layers of our own beside Megatron's: the RMS norm and the rotary tables.
 
-In: positions. Out: angles [tokens, 1, 1, width] as Megatron's unfused `apply_rotary_pos_emb` takes
-them. A table has one row for each token that a rank holds, in the rank's order, so packing and
-context parallelism need no further rule. Formulas: transformers,
+A rotary table has angles [tokens, 1, 1, width] as Megatron's unfused `apply_rotary_pos_emb` takes
+them: one row per token that a rank holds, in the rank's order, so packing and context parallelism
+need no further rule. Text has three position rows, vision two. Formulas: transformers,
 models/qwen2_5_vl/modeling_qwen2_5_vl.py (RoFormer, arXiv 2104.09864, with sections by axis).
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm; under sequence parallelism its gradient is summed over the ranks.
+
+    Megatron sums the gradients of parameters that carry `sequence_parallel` over the
+    tensor-parallel ranks, as each rank saw only its share of the tokens.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
+        """Make a weight of ones.
+
+        Args:
+            config: of the layer.
+            hidden_size: width.
+            eps: added to the mean square.
+        """
+        super().__init__()
+        self.eps = eps
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        weight = torch.ones(hidden_size, dtype=config.params_dtype, device=device)
+        self.weight = torch.nn.Parameter(weight)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Normalise the last dimension in float32, then scale in the hidden type."""
+        if hidden.dtype == torch.float32:
+            return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+        normal = F.rms_norm(hidden.float(), self.weight.shape, None, self.eps)
+        return self.weight * normal.to(hidden.dtype)
 
 
 def inverse_frequencies(width: int, theta: float, device: torch.device) -> torch.Tensor:

@@ -10,10 +10,10 @@ import pytest
 PROGRAM = """
 import multiprocessing, sys, time
 import psutil
-from megatron_sr1.runtime import cpu, orphans
+from megatron_sr1.runtime import cpu, child_processes
 from megatron_sr1.runtime.failure import guard
 cpu.install()
-orphans.install()
+child_processes.install()
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 with guard(sys.argv[1]):

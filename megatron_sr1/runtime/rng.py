@@ -1,8 +1,13 @@
-"""The random number generators of a rank as tensors and plain values, and back."""
+"""Random number generators: seeding, saving and restoring their state.
+
+One seed determines all randomness, and the seed of an engine request does not depend on the order
+of a batch.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +16,7 @@ import numpy as np
 import torch
 
 from megatron_sr1.runtime import cpu
+from megatron_sr1.runtime.groups import Groups
 
 
 def rng_state() -> dict[str, Any]:
@@ -57,3 +63,35 @@ def kept_rng() -> Iterator[None]:
         yield
     finally:
         restore_rng(state)
+
+
+def seed_everything(seed: int, groups: Groups) -> None:
+    """Seed Python, NumPy, torch and Megatron's tensor-parallel regions.
+
+    Pipeline stages differ; data-parallel ranks agree, as they hold the same weights.
+    """
+    stage_seed = seed + 100 * groups.pipeline.rank
+    random.seed(stage_seed)
+    np.random.seed(stage_seed % 2**32)
+    torch.manual_seed(stage_seed)
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    with cpu.megatron_mode():
+        model_parallel_cuda_manual_seed(stage_seed)
+
+
+def request_seed(seed: int, step: int, index: int, sample: int, part: int = 1) -> int:
+    """Seed of one engine request, from what it is and not from when it runs.
+
+    Args:
+        seed: of the run.
+        step: training step.
+        index: of the example.
+        sample: number k of the response.
+        part: 1 or 2, the pass.
+
+    Returns:
+        a number in [0, 2**31).
+    """
+    text = f"{seed}/{step}/{index}/{sample}/{part}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "big") >> 1

@@ -16,7 +16,13 @@ from pathlib import Path
 
 import torch
 
-from megatron_sr1.checkpoint.conversion import (
+from megatron_sr1.checkpoint.disk import TENSOR_OVERHEAD_BYTES, check_room, forget_pages
+from megatron_sr1.checkpoint.folders import HF_FILES, ModelSource
+from megatron_sr1.checkpoint.hf_files import HFSource
+from megatron_sr1.checkpoint.saving import KEEP_ALL, publish_folder, write_manifest
+from megatron_sr1.checkpoint.state import write_state
+from megatron_sr1.checkpoint.transforms import Slice, assemble
+from megatron_sr1.conversion.published import (
     Meter,
     Published,
     Report,
@@ -26,19 +32,11 @@ from megatron_sr1.checkpoint.conversion import (
     need_empty,
     told_when_full,
 )
-from megatron_sr1.checkpoint.files import forget_pages
-from megatron_sr1.checkpoint.manifest import write_manifest
-from megatron_sr1.checkpoint.model_source import HF_FILES, ModelSource
-from megatron_sr1.checkpoint.saving import KEEP_ALL, publish_folder
-from megatron_sr1.checkpoint.source import HFSource
-from megatron_sr1.checkpoint.space import TENSOR_OVERHEAD_BYTES, check_room
-from megatron_sr1.checkpoint.state import write_state
-from megatron_sr1.checkpoint.together import alone
-from megatron_sr1.checkpoint.transforms import Slice, assemble
-from megatron_sr1.checkpoint.unit_reader import UnitReader
-from megatron_sr1.checkpoint.unit_writer import FILE_BYTES, UnitWriter
-from megatron_sr1.checkpoint.units import Unit
+from megatron_sr1.conversion.reader import UnitReader
+from megatron_sr1.conversion.units import Unit
+from megatron_sr1.conversion.writer import FILE_BYTES, UnitWriter
 from megatron_sr1.errors import CheckpointError
+from megatron_sr1.runtime.collectives import single_process
 
 STEP = "step_0"
 BACKENDS = {
@@ -95,7 +93,7 @@ def hf_to_megatron(
 
         with told_when_full(partial, needed):
             writer.write(make)
-            write_manifest(partial, alone(), writer.measures)
+            write_manifest(partial, single_process(), writer.measures)
             publish_folder(partial, target / STEP, KEEP_ALL)
 
 

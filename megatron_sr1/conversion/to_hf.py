@@ -13,7 +13,12 @@ from pathlib import Path
 
 import torch
 
-from megatron_sr1.checkpoint.conversion import (
+from megatron_sr1.checkpoint.disk import check_room, forget_pages, sync_directory
+from megatron_sr1.checkpoint.folders import ModelSource
+from megatron_sr1.checkpoint.hf_files import StoredTensor, replace_directory, write_tensor
+from megatron_sr1.checkpoint.loading import verify_source
+from megatron_sr1.checkpoint.mapping import HF_EMBEDDING, HF_OUTPUT
+from megatron_sr1.conversion.published import (
     Meter,
     Published,
     Report,
@@ -23,15 +28,9 @@ from megatron_sr1.checkpoint.conversion import (
     need_empty,
     told_when_full,
 )
-from megatron_sr1.checkpoint.files import forget_pages, sync_directory
-from megatron_sr1.checkpoint.hf_writer import replace_directory, write_tensor
-from megatron_sr1.checkpoint.mapping import HF_EMBEDDING, HF_OUTPUT
-from megatron_sr1.checkpoint.model_source import ModelSource, verify_source
-from megatron_sr1.checkpoint.source import StoredTensor
-from megatron_sr1.checkpoint.space import check_room
-from megatron_sr1.checkpoint.together import alone
-from megatron_sr1.checkpoint.unit_reader import UnitReader
+from megatron_sr1.conversion.reader import UnitReader
 from megatron_sr1.errors import CheckpointError
+from megatron_sr1.runtime.collectives import single_process
 
 UNFINISHED = ".partial"
 
@@ -50,7 +49,7 @@ def megatron_to_hf(found: ModelSource, target: Path, digests: bool, report: Repo
             disk is full.
     """
     need_empty(target)
-    groups = alone()
+    groups = single_process()
     verify_source(found, groups, digests=False)
     with ThreadPoolExecutor(max_workers=1) as pool:
         checked = pool.submit(verify_source, found, groups, digests)

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import torch
 
-from megatron_sr1.checkpoint.conversion import Published
-from megatron_sr1.checkpoint.files import size_text
-from megatron_sr1.checkpoint.model_source import ModelSource
-from megatron_sr1.checkpoint.source import HEADER_SUFFIX, INDEX, SINGLE
-from megatron_sr1.checkpoint.to_megatron import source_dtype
-from megatron_sr1.checkpoint.unit_reader import UnitReader
-from megatron_sr1.checkpoint.unit_writer import FILE_BYTES, split_units
-from megatron_sr1.checkpoint.units import Unit, units
+from megatron_sr1.checkpoint.disk import size_text
+from megatron_sr1.checkpoint.folders import INDEX, SINGLE, ModelSource
+from megatron_sr1.checkpoint.hf_files import HEADER_SUFFIX
+from megatron_sr1.conversion.published import Published
+from megatron_sr1.conversion.reader import UnitReader
+from megatron_sr1.conversion.to_megatron import source_dtype
+from megatron_sr1.conversion.units import Unit, units
+from megatron_sr1.conversion.writer import FILE_BYTES, split_units
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.model.hf_config import read_hf_config
 

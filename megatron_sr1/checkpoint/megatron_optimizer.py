@@ -1,0 +1,137 @@
+"""Adapt optimizer state to Megatron's checkpoints: torch's AdamW, and state in bfloat16.
+
+Megatron-Core expects the number of updates once per parameter group, as Transformer Engine's and
+apex's Adam keep it; torch's keeps one per parameter. Where Megatron falls back to torch's, three
+things fail in `DistributedOptimizer` (0.16.1, megatron/core/optimizer/distrib_optimizer.py):
+
+- `state_dict` asserts that there is a step, which a new optimizer does not have;
+- `_set_main_param_and_optimizer_states` looks for a step among the loaded tensors: `KeyError`;
+- `load_state_dict` gives all parameters one and the same step tensor, and AdamW counts in place:
+  after one update of n parameters it would be n.
+
+`DistributedOptimizer` writes three float32 tensors per parameter: `param` and two moments. With
+`optimizer.state: bfloat16` its `param` is the compensation of the model's own weights: read as
+weights, or weights read as it, it would ruin a run silently. So it is named `compensation`, all
+three are written as the bfloat16 that they are, and a checkpoint of the other kind is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_sr1.errors import CheckpointError
+
+
+def distributed_parts(optimizer: Any) -> list[Any]:
+    """Megatron's `DistributedOptimizer`s over torch's Adam inside an optimizer; None has none."""
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [
+        part
+        for part in chained
+        if hasattr(part, "gbuf_ranges")
+        and isinstance(part.optimizer, (torch.optim.Adam, torch.optim.AdamW))
+    ]
+
+
+def ensure_state(optimizer: Any) -> None:
+    """Give parameters that were never updated the state that a first update starts from."""
+    for part in distributed_parts(optimizer):
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = part.optimizer.state[parameter]
+                if not state:
+                    state["step"] = torch.tensor(0.0)
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+
+
+@contextlib.contextmanager
+def loading(optimizer: Any) -> Iterator[None]:
+    """Around everything that loads a checkpoint into the optimizer."""
+    parts = distributed_parts(optimizer)
+    ensure_state(optimizer)
+    name = "_set_main_param_and_optimizer_states"
+    for part in parts:
+        setattr(part, name, partial(_set_with_step, part, getattr(part, name)))
+    try:
+        yield
+    finally:
+        for part in parts:
+            delattr(part, name)
+    for part in parts:
+        for state in part.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+
+def _set_with_step(part: Any, original: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+    group, order = part.model_param_group_index_map[model_param]
+    main_param = part.optimizer.param_groups[group]["params"][order]
+    original(model_param, {"step": part.optimizer.state[main_param]["step"], **tensors})
+
+
+MASTER, COMPENSATION = "optimizer.state.param.", "optimizer.state.compensation."
+
+
+def in_bfloat16(optimizer: Any) -> bool:
+    """Whether an optimizer of Megatron's holds its state in bfloat16; None does not."""
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    inner = [getattr(part, "optimizer", None) for part in chained]
+    return any(getattr(one, "dtype", None) == torch.bfloat16 for one in inner)
+
+
+def named_by_kind(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """The optimizer's sharded state dict, as it is written and read.
+
+    Args:
+        optimizer: Megatron's.
+        state: what it gave; its tensors are float32.
+
+    Returns:
+        the same where the state is float32.
+    """
+    if not in_bfloat16(optimizer) or state["param_state"] is None:
+        return state
+    kept = {
+        number: {name: _narrow(tensor) for name, tensor in tensors.items()}
+        for number, tensors in state["param_state"].items()
+    }
+    return {**state, "param_state": kept}
+
+
+def check_kind(folder: Path, names: Collection[str], optimizer: Any) -> None:
+    """Refuse optimizer state of the other kind before anything is read.
+
+    Args:
+        folder: of the checkpoint, for the message.
+        names: of its tensors.
+        optimizer: Megatron's, or None, which reads no state.
+
+    Raises:
+        CheckpointError: the folder's state is bfloat16 and the optimizer's float32, or the reverse.
+    """
+    kinds = {"float32": MASTER, "bfloat16": COMPENSATION}
+    found = [kind for kind, prefix in kinds.items() if any(n.startswith(prefix) for n in names)]
+    expected = "bfloat16" if in_bfloat16(optimizer) else "float32"
+    if optimizer is not None and found and expected not in found:
+        raise CheckpointError(
+            f"{folder}: its optimizer state is {found[0]}, this run's is {expected}; set "
+            f"optimizer.state={found[0]}, or start a new run with model.path={folder}"
+        )
+
+
+def _narrow(tensor: Any) -> Any:
+    """A sharded tensor, or a factory of some, in bfloat16; exact, as its values were."""
+    changes: dict[str, Any] = {
+        "key": tensor.key.replace(MASTER, COMPENSATION, 1),
+        "data": tensor.data.to(torch.bfloat16),
+    }
+    if hasattr(tensor, "dtype"):
+        changes["dtype"] = torch.bfloat16
+    return replace(tensor, **changes)

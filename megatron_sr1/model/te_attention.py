@@ -1,0 +1,57 @@
+"""Transformer Engine's core attention over a packed row.
+
+Imported only where Transformer Engine is installed (specs.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.extensions.transformer_engine import TEDotProductAttention
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+
+from megatron_sr1.model.attention import PackedRow
+
+
+class PackedTEAttention(TEDotProductAttention):
+    """Transformer Engine's attention in its packed layout, the row in sbhd outside of it.
+
+    Context parallelism is its own then (point to point, the one kind that takes packed rows):
+    it is given this rank's share in the order of row_split.py, and the whole row's borders.
+    """
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedRow | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """As `PackedAttention.forward`."""
+        assert packed_seq_params is not None
+        row = packed_seq_params
+        packed = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=row.cu_seqlens_q,
+            cu_seqlens_kv=row.cu_seqlens_kv,
+            cu_seqlens_q_padded=row.cu_seqlens_q_padded,
+            cu_seqlens_kv_padded=row.cu_seqlens_kv_padded,
+            max_seqlen_q=row.max_seqlen_q,
+            max_seqlen_kv=row.max_seqlen_kv,
+        )
+        context = super().forward(
+            query[:, 0],
+            key[:, 0],
+            value[:, 0],
+            None,
+            attn_mask_type=attn_mask_type,
+            packed_seq_params=packed,
+            **kwargs,
+        )
+        return context.reshape(query.shape[0], 1, -1)
