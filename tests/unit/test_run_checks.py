@@ -15,6 +15,7 @@ from megatron_sr1.cli import main
 from megatron_sr1.data.examples import Record
 from megatron_sr1.data.shards import write_shards
 from megatron_sr1.records import Message
+from megatron_sr1.runtime.device import stop_distributed
 
 pytestmark = pytest.mark.field
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,7 +35,11 @@ def records(number, answer="7", roles=("user",)):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A model's shape with a file of weights, 20 questions, 20 conversations."""
+    """A model's shape with a file of weights, 20 questions, 20 conversations.
+
+    Other modules leave a world of one in this process; the commands here start without one.
+    """
+    stop_distributed()
     folder = tmp_path_factory.mktemp("made")
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_text(PUBLISHED.read_text())
