@@ -173,10 +173,14 @@ class RewardConfig:
     what it exceeds that by."""
     pay_leaks: bool = True
     """False: a description that states the answer as a verdict earns no self-reward."""
+    grader: str = "rules"
+    """rules (text, options, units, lists, then algebra) | math_verify (that library alone, which
+    reads LaTeX and plain expressions)."""
     grader_timeout_seconds: float = 5.0
-    """One grading may take so long."""
-    max_ungraded: int = 20
-    """So many prompts whose answers took the grader too long or too much memory stop the run."""
+    """Time limit of a comparison, seconds."""
+    max_ungraded_share: float = 1.0
+    """Stop the run where more than this share of a step's prompts has an answer that took the
+    grader too long or too much memory, 0 to 1; with 1 such answers never stop it."""
 
 
 @dataclass

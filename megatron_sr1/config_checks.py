@@ -28,6 +28,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "rollout.pass2_mode": ("generate", "likelihood"),
     "rollout.quantization": (None, "fp8_per_channel", "fp8_per_tensor"),
     "rollout.make_room": ("none", "gradients", "optimizer"),
+    "reward.grader": ("rules", "math_verify"),
     "reward.likelihood": ("per_token", "probability", "linear"),
     "reward.recipe": ("vision_sr1", "see_think", "vision_r1"),
     "algorithm.advantage": ("grpo", "dr_grpo", "rloo"),
@@ -233,6 +234,10 @@ def _validate_numbers(config: Config) -> None:
             raise ConfigError(f"{key} is {value}; expected a finite number")
         if type(value) is int and not 0 <= value <= LARGEST_INTEGER:
             raise ConfigError(f"{key} is {value}; expected 0 to {LARGEST_INTEGER}")
+    if not 0 <= config.reward.max_ungraded_share <= 1:
+        raise ConfigError(
+            f"reward.max_ungraded_share is {config.reward.max_ungraded_share}; expected 0 to 1"
+        )
     if config.data.min_pixels > config.data.max_pixels:
         raise ConfigError(
             f"data.min_pixels={config.data.min_pixels} is more than data.max_pixels="

@@ -25,6 +25,8 @@ from megatron_sr1.errors import ConfigError
 BASE = "base"
 """Key of a file that names the one it builds on."""
 MAX_YAML_BYTES = 2**18
+RENAMED = {"reward.max_ungraded": "reward.max_ungraded_share, a share of each step's prompts"}
+"""Old key -> the new one and what it takes; an old one is refused by that name."""
 _ENVIRONMENT = re.compile(r"\$\{oc\.env:[A-Za-z_][A-Za-z0-9_]*(,[^${}]*)?\}")
 
 
@@ -159,5 +161,7 @@ def _reason(error: Exception) -> str:
 
 
 def _unknown(key: str) -> str:
+    if key in RENAMED:
+        return f"{key!r} is no longer a key; the new one is {RENAMED[key]}"
     near = difflib.get_close_matches(key, keys(), n=1, cutoff=0.0)
     return f"unknown key {key!r}; the nearest is {near[0]!r}"
