@@ -243,7 +243,7 @@ def is_mathematics(cleaned: str) -> bool:
     """
     if len(cleaned) > MAX_MATH_CHARACTERS or ":" in cleaned or _nesting(cleaned) > MAX_NESTING:
         return False
-    bare = _FUNCTION.sub(" ", _COMMAND.sub(" ", _ENVIRONMENT.sub("|", cleaned)))
+    bare = _FUNCTION.sub(" ", _COMMAND.sub(" | ", _ENVIRONMENT.sub("|", cleaned)))
     if re.search(r"[A-Za-z]\d|\d\s+\d", bare):  # CO2, H2O, x1: names; 7 8: two numbers
         return False
     if re.search(r"(?<![^\s,;])[A-Za-z]{2,}(?![^\s,;])", bare):  # a word by itself: prose
