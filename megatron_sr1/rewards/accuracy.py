@@ -32,8 +32,9 @@ MAX_MATH_CHARACTERS = 300
 """A longer answer is prose or runaway text, not the gold one, unless it is equal as text."""
 MAX_ANSWER_CHARACTERS = 2000
 """An answer that is so much longer than the gold one is not read at all."""
-MAX_NESTING = 20
+MAX_NESTING = 10
 """Brackets and braces inside each other; deeper text costs the grammar seconds and says nothing."""
+_BARS = re.compile(r"(?:\|\s*){3}")
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\s*\{[A-Za-z]*\}")
 _FUNCTION = re.compile(r"\b(?:sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi|arcsin|arccos|arctan)\b")
@@ -242,6 +243,8 @@ def is_mathematics(cleaned: str) -> bool:
         cleaned: what `answers.clean` returned.
     """
     if len(cleaned) > MAX_MATH_CHARACTERS or ":" in cleaned or _nesting(cleaned) > MAX_NESTING:
+        return False
+    if _BARS.search(cleaned):
         return False
     bare = _FUNCTION.sub(" ", _COMMAND.sub(" | ", _ENVIRONMENT.sub("|", cleaned)))
     if re.search(r"[A-Za-z]\d|\d\s+\d", bare):  # CO2, H2O, x1: names; 7 8: two numbers

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.grading_field import CASES, DOMAIN
+from tests.grading_raising import RAISING
 from tools.grade import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,6 +98,13 @@ def test_a_bad_line_is_named(tmp_path, capsys, line, message):
     status, _, err = run(tmp_path, capsys, {"answer": "7", "gold": "7"}, line)
     assert status == 2
     assert err.startswith("grade.py: error: ") and message in err and err.count("\n") == 1
+
+
+def test_an_answer_that_raises_is_wrong_and_says_what_it_raised(tmp_path, capsys):
+    lines = [{"answer": answer, "gold": gold} for gold, answer in RAISING]
+    status, out, _ = run(tmp_path, capsys, *lines, more=("--timeout", "60"))
+    assert status == 0 and not any(o["right"] for o in out)
+    assert all(o["because"].startswith("uncomparable: ") for o in out), out
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path, capsys):
