@@ -48,8 +48,8 @@ FRAGMENTS = r"""
 \arctan \max \gcd \binom{5}{2} \choose \bmod \pmod{5} \equiv \approx \sim \to \Rightarrow \forall
 \exists \neg \land \lor \text{or} \text{and} \text{ \mathrm{ \operatorname{ \boxed{ \$ $ $$ \( \) [
 ] ( ) \{ \} , ; : . ... \ldots \cdots | \| \lfloor \rfloor \lceil \rceil \langle \rangle ' " ` ~ *
-** // / 1e9 1e-9 1e999 0x1F 1_000 nan inf zoo oo None True lambda __class__ x y z A B C (A) x_1 x^2 2x
-\det \operatorname{tr} A^{-1} A^T \nabla \partial \frac{d}{dx} \mathrm{d}x 1/0 0/0 0^0 (-1)^{1/2}
+** // / 1e9 1e-9 1e999 0x1F 1_000 nan inf zoo oo None True lambda __class__ x y z A B C (A) x_1 x^2
+2x \det \operatorname{tr} A^{-1} A^T \nabla \partial \frac{d}{dx} \mathrm{d}x 1/0 0/0 0^0 (-1)^{1/2}
 """.split()
 CHARACTERS = (
     "≠≤≥±√π∞∑∫∈⊂∪∩≡≈→⇒∀∃¬∧∨½⅓²³₁₂°′″−–—×÷·…①ⅣＡ７　\u200b\u202e\u0301\ud800\x00\x1b\n\t🙂汉हि"
