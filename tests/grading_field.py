@@ -33,6 +33,8 @@ CASES = [
     ("x < 5", "x \\ngeq 5", PLAIN, RIGHT, "not greater or equal"),
     ("x < 5", "x \\not\\ge 5", PLAIN, RIGHT, "struck-through greater or equal"),
     ("x > 5", "x ≰ 5", PLAIN, RIGHT, "not less or equal, one character"),
+    ("x \\ge 5", "x \\nless 5", PLAIN, RIGHT, "not less"),
+    ("x > 5", "x \\nleq 5", PLAIN, RIGHT, "not less or equal"),
     ("x > 5", "x \\nless 5", PLAIN, WRONG, "not less is greater or equal"),
     ("x <= 5", "x \\leqslant 5", PLAIN, RIGHT, "as in programs, slanted"),
     ("x < 5", "x \\lt 5", PLAIN, RIGHT, "less as a command"),
@@ -181,6 +183,12 @@ CASES = [
     ("x_{ }", "x", PLAIN, RIGHT, "an index with nothing in it"),
     ("8", "2**3", PLAIN, RIGHT, "a power as in programs"),
     ("23", "2**3", PLAIN, WRONG, "a power is no pair of digits"),
+    # spellings that the rules before the algebra need
+    ("50%", "\\dfrac{1}{2}", PLAIN, RIGHT, "a large fraction as a share"),
+    ("\\left\\{1, 2\\right\\}", "1 and 2", PLAIN, RIGHT, "sized braces and a word"),
+    ("\\sqrt{12}", "√(12)", PLAIN, RIGHT, "a root sign and brackets"),
+    ("15", "7 8", PLAIN, WRONG, "two numbers are no mixed number, as the library reads them"),
+    ("5 pm", "5 mp", PLAIN, WRONG, "letters beside a number are no product"),
     # other reports
     ("f(x)=0", "\\forall x>0, f(x)=0", PLAIN, WRONG, "a condition added"),
     ("D", "Answer: **D**", Q, RIGHT, "the word answer is no A"),
