@@ -9,6 +9,9 @@ from megatron_sr1.errors import ConfigError
 REFUSED = {
     "rewrd.recipe=x": "nearest is 'reward.recipe'",
     "model.pth=x": "nearest is 'model.path'",
+    "reward.max_ungraded=5": "the new one is reward.max_ungraded_share, a share of each step",
+    "reward.max_ungraded_share=1.5": "reward.max_ungraded_share is 1.5; expected 0 to 1",
+    "reward.grader=mathruler": "reward.grader is 'mathruler'; expected rules | math_verify",
     "seed=two": "Integer",
     "stage=rl": "sft | grpo | eval",
     "parallel.tensor=0": "1 or more",
