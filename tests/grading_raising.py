@@ -11,4 +11,5 @@ RAISING = [
         "\\begin{pmatrix} 1 & 2 \\\\ 3 & 4 \\end{pmatrix}^{1000}",
     ),
     ("\\$5", "0/**0V"),
+    ("90", "9x^2-\\infty0"),
 ]

@@ -171,7 +171,7 @@ def _score(
         if reward.uncomparable is not None:
             kind = reward.uncomparable.split(":")[0]
             found.raised[kind] += 1
-            shown = {"gold": gold, "answer": answer, "raised": reward.uncomparable}
+            shown = json.loads(what) | {"raised": reward.uncomparable}
             found.examples.setdefault(kind, shown)
     except GradingLimit:
         found.limits += 1

@@ -68,7 +68,7 @@ def equal(gold: str, answer: str) -> bool:
     golds, answers = read_gold(gold), parse(answer)
     if not golds or not answers or any(_is_undone(a) for a in answers):
         return False
-    if any(_has_no_value(e) for e in (*golds, *answers)):
+    if any(_has_no_value(answer) for answer in answers):
         return False
     return _verify(golds, answers)
 
@@ -100,9 +100,10 @@ def library_gold(gold: str) -> list[Any]:
 
 
 def _checked(golds: list[Any]) -> list[Any]:
-    """The same, if they can be compared with themselves; 1/0 is a gold that nothing equals."""
-    if not any(_has_no_value(gold) for gold in golds):
-        _verify(golds, golds)
+    """The same, if they can be compared with themselves; none for 1/0, which nothing equals."""
+    if any(_has_no_value(gold) for gold in golds):
+        return []
+    _verify(golds, golds)
     return golds
 
 
