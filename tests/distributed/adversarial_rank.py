@@ -2,7 +2,7 @@
 
 Run as a script under torchrun: FILE.json, then arguments of the command. The file maps a gold
 answer to the answers that are put into boxes, in turn. Tokens, logprobs, the grader, rewards and
-the update are the real ones; the texts alone are exchanged, between the passes and the verdicts.
+the update are the real ones; the texts alone are exchanged, before the verdicts.
 """
 
 import itertools
@@ -13,20 +13,20 @@ from pathlib import Path
 
 from megatron_sr1 import cli
 from megatron_sr1.records import Completion, Reading
-from megatron_sr1.trainer import sampling
+from megatron_sr1.trainer import scoring
 
 
 def exchange(answers):
-    """Have the texts of rollouts exchanged, once they have been sampled."""
+    """Have the texts of rollouts exchanged before they are scored."""
     turns = {gold: itertools.cycle(texts) for gold, texts in answers.items()}
-    real = sampling.roll_out
+    real = scoring.score
 
-    def roll_out(engine, prompts, **settings):
-        rollouts, stats = real(engine, prompts, **settings)
-        golds = {prompt.example.index: prompt.example.answer for prompt in prompts}
-        return [written(rollout, turns[golds[rollout.index]]) for rollout in rollouts], stats
+    def score(rollouts, samples, scorer):
+        golds = (samples.example(rollout.index).answer for rollout in rollouts)
+        odd = [written(r, turns[gold]) for r, gold in zip(rollouts, golds, strict=True)]
+        return real(odd, samples, scorer)
 
-    sampling.roll_out = roll_out
+    scoring.score = score
 
 
 def written(rollout, texts):
