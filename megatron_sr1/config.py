@@ -215,10 +215,14 @@ class RewardConfig:
     what it exceeds that by."""
     pay_leaks: bool = True
     """False: a description that states the answer as a verdict earns no self-reward."""
+    grader: str = choice("rules", "rules", "math_verify")
+    """rules (text, options, units, lists, then algebra) | math_verify (that library alone, which
+    reads LaTeX and plain expressions)."""
     grader_timeout_seconds: float = number(5.0, above=0, at_most=3600)
-    """One grading may take so long."""
-    max_ungraded: int = number(20, at_least=0)
-    """So many prompts whose answers took the grader too long or too much memory stop the run."""
+    """Time limit of a comparison, seconds."""
+    max_ungraded_share: float = number(1.0, at_least=0, at_most=1)
+    """Stop the run where more than this share of a step's prompts has an answer that took the
+    grader too long or too much memory; with 1 such answers never stop it."""
 
 
 @dataclass

@@ -46,6 +46,8 @@ WORDS: dict[Any, tuple[str, Any, str]] = {
 """Type of a field -> its name, an example, its plural."""
 NEAR = 0.6
 """Least similarity of an unknown key, and of its last part, to a key that is offered for it."""
+RENAMED = {"reward.max_ungraded": "reward.max_ungraded_share, a share of each step's prompts"}
+"""Old key -> the new one and what it takes; an old one is refused by that name."""
 _ENVIRONMENT = re.compile(r"\$\{oc\.env:[A-Za-z_][A-Za-z0-9_]*(,[^${}]*)?\}")
 
 
@@ -249,6 +251,8 @@ def _reason(error: Exception) -> str:
 
 def _unknown(key: str) -> str:
     """Offer the key that was probably meant: another group's, or one that is spelt like it."""
+    if key in RENAMED:
+        return f"{key!r} is no longer a key; the new one is {RENAMED[key]}"
     group, _, last = key.rpartition(".")
     leaves = {known: known.rpartition(".")[2] for known in keys()}
     near = [known for known, leaf in leaves.items() if leaf == last]

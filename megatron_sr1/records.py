@@ -169,6 +169,8 @@ class Reward:
         answer: answer read from pass 1, None if there is none.
         reading_answer: answer read from pass 2, the first if there are several; None if there is
             none.
+        uncomparable: the exception that a library raised on an answer, which counts as wrong; None
+            if it raised none.
     """
 
     accuracy: float
@@ -178,6 +180,7 @@ class Reward:
     total: float
     answer: str | None
     reading_answer: str | None
+    uncomparable: str | None = None
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,21 @@
 r"""Whether a boxed answer is the gold one.
 
-In: a response, a gold answer, the question (for its options). Out: a verdict. In this order, the
-first rule that applies decides: equal text, option labels, yes and no, quantities with units,
-and last algebra, in another process. Text without mathematics never meets algebra: "AB" is not
-"BA", "CO2" is not "C2O" and "on" is not "no", which as symbolic products they would be.
+In: a response, a gold answer, the question (for its options). Out: a verdict and the rule that gave
+it. In this order, the first rule that applies decides: equal text, option labels, yes and no, lists
+joined by "or" and "and", quantities with units, and last algebra, in another process. Text without
+mathematics never meets algebra: "AB" is not "BA", "CO2" is not "C2O" and "on" is not "no", which as
+symbolic products they would be.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from megatron_sr1.errors import GradingError
 from megatron_sr1.rewards.answers import clean, quantity, same_quantity, split_unit, text_key
+from megatron_sr1.rewards.joined import joined, match_parts, means_the_same
 from megatron_sr1.rewards.options import (
     label_list,
     label_then_text,
@@ -29,15 +32,68 @@ MAX_MATH_CHARACTERS = 300
 """A longer answer is prose or runaway text, not the gold one, unless it is equal as text."""
 MAX_ANSWER_CHARACTERS = 2000
 """An answer that is so much longer than the gold one is not read at all."""
-MAX_NESTING = 20
+MAX_NESTING = 10
 """Brackets and braces inside each other; deeper text costs the grammar seconds and says nothing."""
+_BARS = re.compile(r"(?:\|\s*){3}")
 _COMMAND = re.compile(r"\\[A-Za-z]+")
+_ENVIRONMENT = re.compile(r"\\(?:begin|end)\s*\{[A-Za-z]*\}")
 _FUNCTION = re.compile(r"\b(?:sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi|arcsin|arccos|arctan)\b")
 _NAMED = re.compile(r"[A-Za-z∠△\\][\w\s∠△\\{}']{0,30}?\s*=\s*([^=]+)")
 _LEAD = re.compile(r"(?:the )?(?:final |correct )?answer(?: is|:)\s+(?=\S)", re.IGNORECASE)
 _DATE = re.compile(r"\d{1,4}([-/])\d{1,2}\1\d{1,4}")
 _RANGE = re.compile(r"\d+-\d+")
 _FLAT_PREFIX = re.compile(r"(yes|no|true|false)\s*[,.;:]\s+(.+)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether an answer is right; true where it is.
+
+    Attributes:
+        right: the verdict.
+        because: name of the rule that gave it, a few words.
+    """
+
+    right: bool
+    because: str
+
+    def __bool__(self) -> bool:
+        """Whether the answer is right."""
+        return self.right
+
+
+def judge_answer(answer: str | None, gold: str, question: str, compare: Compare) -> Verdict:
+    """Whether an answer, out of its box, is the gold one.
+
+    Args:
+        answer: text in the box; None where there is no box.
+        gold: as the dataset has it; may itself be boxed.
+        question: as asked, with its options.
+        compare: settles what only algebra can.
+
+    Raises:
+        GradingError: there is no gold answer, or `compare` failed.
+    """
+    wanted = clean(bare_gold(gold))
+    if not wanted:
+        raise GradingError(f"the gold answer is {gold!r}; expected some text to compare with")
+    if answer is None:
+        return Verdict(False, "no box")
+    if is_runaway(answer, gold):
+        return Verdict(False, "too long")
+    given = _LEAD.sub("", clean(answer), count=1)
+    if text_key(wanted) == text_key(given):
+        return Verdict(True, "text")
+    options = question_options(question)
+    by_label = _labels_agree(wanted, given, options, compare)
+    if by_label is not None:
+        return Verdict(bool(by_label), "option")
+    return _judge_value(wanted, given, compare)
+
+
+def same_answer(answer: str, gold: str, question: str, compare: Compare) -> bool:
+    """Whether an answer, out of its box, is the gold one; as `judge_answer`."""
+    return judge_answer(answer, gold, question, compare).right
 
 
 def is_right(response_text: str, gold: str, question: str, compare: Compare) -> bool:
@@ -48,35 +104,13 @@ def is_right(response_text: str, gold: str, question: str, compare: Compare) -> 
         gold: as the dataset has it; may itself be boxed.
         question: as asked, with its options.
         compare: settles what only algebra can.
-
-    Raises:
-        GradingError: there is no gold answer, or `compare` failed.
     """
-    answer = find_answer(response_text)
-    return answer is not None and same_answer(answer, gold, question, compare)
+    return judge_answer(find_answer(response_text), gold, question, compare).right
 
 
-def same_answer(answer: str, gold: str, question: str, compare: Compare) -> bool:
-    """Whether an answer, out of its box, is the gold one.
-
-    Args:
-        answer: text in the box.
-        gold: as the dataset has it; may itself be boxed.
-        question: as asked, with its options.
-        compare: settles what only algebra can.
-    """
-    wanted = clean(bare_gold(gold))
-    is_runaway = len(answer) > MAX_ANSWER_CHARACTERS + 2 * len(gold)
-    given = "" if is_runaway else _LEAD.sub("", clean(answer), count=1)
-    if not wanted:
-        raise GradingError(f"the gold answer is {gold!r}; expected some text to compare with")
-    if text_key(wanted) == text_key(given):
-        return True
-    options = question_options(question)
-    by_label = _labels_agree(wanted, given, options, compare)
-    if by_label is not None:
-        return by_label
-    return _same_value(wanted, given, compare)
+def is_runaway(answer: str, gold: str) -> bool:
+    """Whether an answer is so long that it is not read."""
+    return len(answer) > MAX_ANSWER_CHARACTERS + 2 * len(gold)
 
 
 def bare_gold(gold: str) -> str:
@@ -144,26 +178,46 @@ def _is_text_of(label: str, given: str, options: Mapping[str, str], compare: Com
 
 
 def _same_value(wanted: str, given: str, compare: Compare) -> bool:
-    """Equal as text, as yes or no, as quantities, or as mathematics."""
+    return _judge_value(wanted, given, compare).right
+
+
+def _judge_value(wanted: str, given: str, compare: Compare) -> Verdict:
+    """Equal as text, as yes or no, as a list, as quantities, or as mathematics."""
     gold_key, key = text_key(wanted), text_key(given)
     if gold_key == key:
-        return True
+        return Verdict(True, "text")
     if gold_key in ("yes", "no", "true", "false"):
         flat = _FLAT_PREFIX.fullmatch(given.casefold())
         opposite = {"yes": "no", "no": "yes", "true": "false", "false": "true"}[gold_key]
-        return flat is not None and flat[1] == gold_key and opposite not in flat[2].split()
+        said = flat is not None and flat[1] == gold_key and opposite not in flat[2].split()
+        return Verdict(said, "yes or no")
     if _RANGE.fullmatch(wanted) or _DATE.fullmatch(wanted) or _DATE.fullmatch(given):
-        return False  # no differences and quotients
+        return Verdict(False, "range or date")  # no differences and quotients
+    golds, answers = joined(wanted), joined(given)
+    if golds.word or answers.word:
+        if "\\pm" in wanted + given and len(golds.parts) != len(answers.parts):
+            return _judge_single(", ".join(golds.parts), ", ".join(answers.parts), compare)
+        is_same = means_the_same(golds, answers) and match_parts(
+            golds.parts, answers.parts, lambda gold, part: _same_value(gold, part, compare)
+        )
+        return Verdict(is_same, "list")
+    return _judge_single(wanted, given, compare)
+
+
+def _judge_single(wanted: str, given: str, compare: Compare) -> Verdict:
+    """Equal as quantities or as mathematics."""
     wanted, given = _without_name(wanted, given)
     gold_quantity, given_quantity = quantity(gold_key_of(wanted)), quantity(gold_key_of(given))
     if gold_quantity and given_quantity:
-        return same_quantity(gold_quantity, given_quantity)
+        return Verdict(same_quantity(gold_quantity, given_quantity), "quantity")
     if text_key(wanted) == text_key(given):
-        return True
+        return Verdict(True, "text")
     (wanted, gold_unit), (given, unit) = split_unit(wanted), split_unit(given)
     if gold_unit and unit and gold_unit != unit:
-        return False
-    return is_mathematics(wanted) and is_mathematics(given) and compare(wanted, given)
+        return Verdict(False, "unit")
+    if not is_mathematics(wanted) or not is_mathematics(given):
+        return Verdict(False, "other text")
+    return Verdict(compare(wanted, given), "algebra")
 
 
 def gold_key_of(cleaned: str) -> str:
@@ -190,7 +244,9 @@ def is_mathematics(cleaned: str) -> bool:
     """
     if len(cleaned) > MAX_MATH_CHARACTERS or ":" in cleaned or _nesting(cleaned) > MAX_NESTING:
         return False
-    bare = _FUNCTION.sub(" ", _COMMAND.sub(" ", cleaned))
+    if _BARS.search(cleaned):
+        return False
+    bare = _FUNCTION.sub(" ", _COMMAND.sub(" | ", _ENVIRONMENT.sub("|", cleaned)))
     if re.search(r"[A-Za-z]\d|\d\s+\d", bare):  # CO2, H2O, x1: names; 7 8: two numbers
         return False
     if re.search(r"(?<![^\s,;])[A-Za-z]{2,}(?![^\s,;])", bare):  # a word by itself: prose

@@ -16,6 +16,8 @@ MAX_NUMBER_CHARACTERS = 60
 _SYMBOLS = str.maketrans(
     {"−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi "}
     | {"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∞": r"\infty ", "’": "'", "‘": "'"}
+    | {"⩽": r"\le ", "⩾": r"\ge ", "≦": r"\le ", "≧": r"\ge ", "∨": r"\lor ", "∧": r"\land "}
+    | {"≮": r"\ge ", "≯": r"\le ", "≰": ">", "≱": "<", "±": r"\pm "}
     | {"“": '"', "”": '"', "º": "°", "。": ".", "∅": r"\emptyset "}
     | {sup: f"^{digit}" for digit, sup in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
     | {"½": " 1/2", "⅓": " 1/3", "⅔": " 2/3", "¼": " 1/4", "¾": " 3/4"}
@@ -25,14 +27,25 @@ _REWRITES = tuple(
     for pattern, new in (
         (r"√\s*(\d+|[A-Za-z])", r"\\sqrt{\1}"),
         (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"),
-        (r"\\[$]|(?<!\\)[$]|\\[()\[\]]", ""),  # dollar signs and math delimiters
+        (r"(?<=\\\\)\[\s*-?[\d.]+\s*[a-z]{2}\s*\]", ""),  # \\[2pt]: space below a row
+        # A backslash after another one belongs to a row's end: "\\ 2" in a matrix.
+        (r"\\[$]|(?<!\\)[$]|(?<!\\)\\[()\[\]]", ""),  # dollar signs and math delimiters
+        (r"\\(?:not\s*=|neq(?![A-Za-z]))|(?<=\s)!=", r"\\ne "),
+        (r"\\not\s*<|\\nless(?![A-Za-z])", r"\\ge "),
+        (r"\\not\s*>|\\ngtr(?![A-Za-z])", r"\\le "),
+        (r"\\not\s*\\leq?(?![A-Za-z])|\\nleq(?:slant)?(?![A-Za-z])", ">"),
+        (r"\\not\s*\\geq?(?![A-Za-z])|\\ngeq(?:slant)?(?![A-Za-z])", "<"),
+        (r"\\begin\s*\{array\}\s*(?:\[\w*\]\s*)?\{[^{}]*\}", r"\\begin{matrix}"),
+        (r"\\end\s*\{array\}", r"\\end{matrix}"),
+        (r"[\^_]\s*\{\s*\}", ""),  # an exponent or index with nothing in it
         (r"\\(?:left|right|displaystyle|textstyle)(?![A-Za-z])", ""),
         (r"(?<=\d)(?:\\,|\{,\})(?=\d{3}(?!\d))", ","),  # thousands
-        (r"\\[,;:!]|\\ |~|\\q?quad(?![A-Za-z])", " "),
+        (r"(?<!\\)\\[,;:! ]|~|\\q?quad(?![A-Za-z])", " "),
         (r"\\varnothing(?![A-Za-z])|\\\{\s*\\\}", r"\\emptyset"),
         (r"\\[dtc]frac", r"\\frac"),
         (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])", "°"),
         (r"\\%", "%"),
+        (r"(?<=\d)\*\*(?=\d)", "^"),
         (r"\*\*|__|`", ""),
     )
 )

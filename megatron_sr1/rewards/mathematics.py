@@ -1,11 +1,16 @@
-"""The process that compares two mathematical answers: `python -m megatron_sr1.rewards.mathematics`.
+"""The process that compares two mathematical answers.
 
-In: a line of JSON a question, `{"gold", "answer", "seconds"}`. Out: a line of JSON each,
-`{"equal": bool}`, `{"limit": str}` where memory or depth ran out, or `{"error": str}`; first of
-all `{"ready": true}`. math-verify does the work, with its LaTeX grammar alone: its grammar of
-plain expressions goes through sympy's `parse_expr`, which evaluates text as Python. Both of its
-own time limits (signals) are off: worker.py kills this process from outside, and a kernel timer
-ends it where nobody is left to do so.
+`python -m megatron_sr1.rewards.mathematics rules | math_verify`. In: a line of JSON a question,
+`{"gold", "answer", "seconds"}`. Out: a line of JSON each: `{"equal": bool}`,
+`{"uncomparable": str}` where reading or comparing the answer raised, `{"limit": str}` where memory
+ran out, or `{"error": str}` where gold cannot be compared even with itself; first of all
+`{"ready": true}`.
+
+math-verify does the work. With `rules` it reads LaTeX alone, and comparison.py replaces the parts
+of it that err. With `math_verify` it is called as its README does: LaTeX, then plain expressions,
+which sympy's `parse_expr` evaluates as Python, but whose pattern lets only digits and operators
+through. Both of its own time limits (signals) are off: worker.py kills this process from outside,
+and a kernel timer ends it where nobody is left to do so.
 """
 
 from __future__ import annotations
@@ -16,13 +21,18 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
+
+from megatron_sr1.rewards import comparison
 
 MAX_ADDRESS_BYTES = 4 << 30
 """For a single request that process.py, which watches the memory in use, could not see coming."""
 LARGEST_EXPONENT = 1000
 LARGEST_SYMBOLIC_EXPONENT = 100
 """(x + 1)^500 takes the algebra seconds to multiply out."""
+MAX_REASON_CHARACTERS = 200
 _WARM_UP = (("5", "6"), (r"\sqrt{8}", r"2\sqrt{2}"), ("x>5", "x<5"), ("(1,2)", r"\{1,2\}"))
 
 
@@ -50,20 +60,92 @@ def equal(gold: str, answer: str) -> bool:
 
     An answer is wrong that the grammar cannot read, that has no value (division by zero), or that
     leaves the work undone: a sum, an integral, a limit, a power or factorial beyond all bounds.
-    Such text was not refused by a broken grader; it is no answer.
 
     Args:
         gold: LaTeX or plain mathematics, without delimiters.
         answer: the same.
     """
-    from math_verify import verify
-
-    golds, answers = parse(gold), parse(answer)
+    golds, answers = read_gold(gold), parse(answer)
     if not golds or not answers or any(_is_undone(a) for a in answers):
         return False
-    if any(_has_no_value(e) for e in (*golds, *answers)):
+    if any(_has_no_value(answer) for answer in answers):
         return False
-    return bool(verify(golds, answers, timeout_seconds=None, raise_on_error=True))
+    return _verify(golds, answers)
+
+
+@lru_cache(maxsize=1024)  # the responses of a group have one gold answer
+def read_gold(gold: str) -> list[Any]:
+    """Parse a gold answer and compare it with itself: whatever that raises, the grader is broken.
+
+    Args:
+        gold: as `equal` takes it.
+    """
+    return _checked(parse(gold))
+
+
+def library_equal(gold: str, answer: str) -> bool:
+    r"""Whether an answer equals the gold one as math-verify's README asks it.
+
+    Args:
+        gold: as the dataset has it, out of its box.
+        answer: out of its box.
+    """
+    return _verify(library_gold(gold), _library_parse(rf"\boxed{{{answer}}}"))
+
+
+@lru_cache(maxsize=1024)
+def library_gold(gold: str) -> list[Any]:
+    """As `read_gold`, for `library_equal`."""
+    return _checked(_library_parse(gold if "$" in gold else f"${gold}$"))
+
+
+def _checked(golds: list[Any]) -> list[Any]:
+    """The same, if they can be compared with themselves; none for 1/0, which nothing equals."""
+    if any(_has_no_value(gold) for gold in golds):
+        return []
+    _verify(golds, golds)
+    return golds
+
+
+def _library_parse(text: str) -> list[Any]:
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig
+    from math_verify import parse as parse_text
+
+    return parse_text(
+        text,
+        extraction_config=[LatexExtractionConfig(), ExprExtractionConfig()],
+        parsing_timeout=None,
+        raise_on_error=True,
+    )
+
+
+def _verify(golds: list[Any], answers: list[Any]) -> bool:
+    """Whether any of the answers equals any of the gold ones; raises if none does and one raised.
+
+    The library stops at the first pair that raises, even if another one is equal.
+    """
+    from math_verify import verify
+
+    raised: Exception | None = None
+    for gold in golds:
+        for answer in answers:
+            try:
+                if verify(gold, answer, timeout_seconds=None, raise_on_error=True):
+                    return True
+            except MemoryError:
+                raise
+            except Exception as error:
+                raised = error
+    if raised is not None:
+        raise raised
+    return False
+
+
+GRADERS: dict[str, tuple[Callable[[str], Any], Callable[[str, str], bool]]] = {
+    "rules": (read_gold, equal),
+    "math_verify": (library_gold, library_equal),
+}
+"""What reads and checks a gold answer, and what compares an answer with it."""
 
 
 def _has_no_value(expression: Any) -> bool:
@@ -98,34 +180,40 @@ def _is_root(size: Any) -> bool:
     return bool(size.is_Pow and size.args[0].is_Integer and size.args[1] == -1)
 
 
-def serve(replies: Any) -> None:
+def serve(replies: Any, grader: str = "rules") -> None:
     """Answer questions from standard input until it ends."""
+    check_gold, compare = GRADERS[grader]
     for line in sys.stdin:
         asked = json.loads(line)
         # The default action ends the process, also inside a C loop that sees no Python signal.
         signal.setitimer(signal.ITIMER_REAL, 2 * asked["seconds"] + 1)
+        blamed = "error"
         try:
-            reply: dict[str, Any] = {"equal": equal(asked["gold"], asked["answer"])}
-        except (MemoryError, RecursionError) as error:
+            check_gold(asked["gold"])
+            blamed = "uncomparable"
+            reply: dict[str, Any] = {"equal": compare(asked["gold"], asked["answer"])}
+        except MemoryError as error:
             reply = {"limit": type(error).__name__}
         except Exception as error:
-            reply = {"error": f"{type(error).__name__}: {error}"}
+            reply = {blamed: f"{type(error).__name__}: {error}"[:MAX_REASON_CHARACTERS]}
         signal.setitimer(signal.ITIMER_REAL, 0)
         replies.write(json.dumps(reply) + "\n")
 
 
-def main() -> None:
+def main(grader: str) -> None:
     """Keep standard output for replies, load the library, warm it up, serve."""
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print must not look like a reply
     logging.disable(logging.CRITICAL)
     resource.setrlimit(resource.RLIMIT_AS, (MAX_ADDRESS_BYTES, MAX_ADDRESS_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if grader == "rules":
+        comparison.install()
     for gold, answer in _WARM_UP:
-        equal(gold, answer)
+        GRADERS[grader][1](gold, answer)
     replies.write(json.dumps({"ready": True}) + "\n")
-    serve(replies)
+    serve(replies, grader)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -4,7 +4,8 @@ In: a response, its gold answer, its description, what was read from that. Out: 
 Source: Vision-SR1 (arXiv 2508.19652 v1, section 3.2): accuracy, format and self-reward, weighted
 and added. Unlike its code, a response without a description has no second pass and no
 self-reward, a description that states the answer is flagged, and a grader that breaks raises.
-Answers are judged by the grader (accuracy.py) or by a function of the user's (own.py).
+Answers are judged by the grader (grader.py) or by a function of the user's (own.py). A user's
+function that raises stops the run; sampled text never does.
 """
 
 from __future__ import annotations
@@ -17,12 +18,11 @@ from typing import Any
 
 from megatron_sr1.errors import ConfigError, GradingError
 from megatron_sr1.records import Reading, Reward
-from megatron_sr1.rewards.accuracy import is_right
 from megatron_sr1.rewards.format import BLOCKS, has_form
+from megatron_sr1.rewards.grader import UNCOMPARABLE, Grader
 from megatron_sr1.rewards.leakage import states_answer
 from megatron_sr1.rewards.own import OwnReward
 from megatron_sr1.rewards.parsing import find_answer
-from megatron_sr1.rewards.worker import MathWorker
 
 
 class Scorer:
@@ -38,6 +38,7 @@ class Scorer:
         pay_leaks: bool = True,
         likelihood: str = "per_token",
         likelihood_nats: float = 10.0,
+        grader: str = "rules",
         grader_timeout_seconds: float = 5.0,
         own: OwnReward | None = None,
     ) -> None:
@@ -51,11 +52,12 @@ class Scorer:
             pay_leaks: False takes the self-reward from descriptions that state the answer.
             likelihood: per_token | probability | linear, where the gold answer was scored.
             likelihood_nats: of linear.
+            grader: rules | math_verify.
             grader_timeout_seconds: one comparison may take so long.
             own: judges answers in place of the grader.
 
         Raises:
-            ConfigError: unknown recipe.
+            ConfigError: unknown recipe or grader.
         """
         if recipe not in BLOCKS:
             raise ConfigError(f"reward.recipe is {recipe!r}; expected {' | '.join(BLOCKS)}")
@@ -64,7 +66,7 @@ class Scorer:
         self._self_reward_weight = self_reward_weight if recipe == "vision_sr1" else 0.0
         self._pay_leaks, self._own = pay_leaks, own
         self._of_logprobs = partial(likelihood_reward, kind=likelihood, nats=likelihood_nats)
-        self._worker = MathWorker(grader_timeout_seconds)
+        self._grader = Grader(grader, grader_timeout_seconds)
 
     def score(
         self,
@@ -102,9 +104,11 @@ class Scorer:
 
         Raises:
             GradingLimit: a comparison ran out of time or memory.
-            GradingError: no gold answer, or the grader broke.
+            GradingError: no gold answer or one that cannot be compared, the grader does not start,
+                or the user's function failed.
         """
         golds = (gold, *other_golds)
+        raised: list[str] = []
 
         def judge(text: str) -> float:
             best = 0.0
@@ -115,7 +119,10 @@ class Scorer:
 
         def judge_by(gold: str, text: str) -> float:
             if self._own is None:
-                return float(is_right(text, gold, question, compare))
+                verdict = self._grader.judge(find_answer(text), gold, question, sample_name)
+                if verdict.because.startswith(UNCOMPARABLE):
+                    raised.append(verdict.because.removeprefix(UNCOMPARABLE))
+                return float(verdict.right)
             return self._own(
                 sample_name,
                 response=text,
@@ -124,9 +131,6 @@ class Scorer:
                 description=description,
                 metadata=dict(metadata or {}),
             )
-
-        def compare(gold: str, answer: str) -> bool:
-            return self._worker.equal(gold, answer, sample_name)
 
         try:
             accuracy = judge(response_text)
@@ -138,13 +142,13 @@ class Scorer:
                 if question_only is not None:
                     alone = self._worth(question_only, judge)
                     self_reward = max(self_reward - alone, 0.0)
-            leak = description is not None and any(
-                states_answer(description, each, question) for each in golds
-            )
         except GradingError as error:
             named = str(error).startswith(sample_name)
             message = str(error) if named else f"{sample_name}: {error}"
             raise type(error)(message) from error.__cause__
+        leak = description is not None and any(
+            _leaks(description, each, question, raised) for each in golds
+        )
         form = has_form(response_text, self._recipe)
         paid = 0.0 if leak and not self._pay_leaks else self_reward or 0.0
         return Reward(
@@ -157,6 +161,24 @@ class Scorer:
             + self._self_reward_weight * paid,
             answer=find_answer(response_text),
             reading_answer=find_answer(reading.texts[0]) if reading and reading.texts else None,
+            uncomparable=raised[0] if raised else None,
+        )
+
+    def ungraded(self, response_text: str, has_image: bool) -> Reward:
+        """Verdicts on a rollout that could not be graded: it earns nothing.
+
+        Args:
+            response_text: pass 1.
+            has_image: whether the sample has images.
+        """
+        return Reward(
+            accuracy=0.0,
+            format=0.0,
+            self_reward=0.0 if has_image and self._recipe == "vision_sr1" else None,
+            leak=False,
+            total=0.0,
+            answer=find_answer(response_text),
+            reading_answer=None,
         )
 
     def _worth(self, reading: Reading, judge: Callable[[str], float]) -> float:
@@ -167,7 +189,7 @@ class Scorer:
 
     def close(self) -> None:
         """End the grading process; a later score starts a new one."""
-        self._worker.close()
+        self._grader.close()
 
     def __enter__(self) -> Scorer:
         """Itself."""
@@ -181,6 +203,15 @@ class Scorer:
     ) -> None:
         """Close."""
         self.close()
+
+
+def _leaks(description: str, gold: str, question: str, raised: list[str]) -> bool:
+    """Whether a description states the answer; one that cannot be read counts as if it did."""
+    try:
+        return states_answer(description, gold, question)
+    except Exception as error:
+        raised.append(f"{type(error).__name__}: {error}")
+        return True
 
 
 def likelihood_reward(logprobs: Sequence[float], kind: str, nats: float) -> float:

@@ -1,9 +1,10 @@
 """The grader's other half: processes that can be killed, started when first needed.
 
-In: two mathematical answers. Out: whether they are equal. math-verify can hang or take all
-memory on sampled text; so it works in a process of its own (mathematics.py), which is killed at
-the time limit. While one that is slow is waited for, a second process loads, and takes its place
-if need be: the other comparisons lose the time limit once and nothing else.
+In: two mathematical answers. Out: whether they are equal, or that the answer cannot be compared.
+math-verify can hang or take all memory on sampled text; so it works in a process of its own
+(mathematics.py), which is killed at the time limit. While one that is slow is waited for, a second
+process loads, and takes its place if need be: the other comparisons lose the time limit once and
+nothing else.
 """
 
 from __future__ import annotations
@@ -25,22 +26,33 @@ CACHE_ENTRIES = 100_000
 MAX_SHOWN_CHARACTERS = 200
 
 
+class Uncomparable(Exception):
+    """A library raised while it read or compared a sampled answer, which is therefore wrong."""
+
+
 class MathWorker:
     """Compares mathematical answers in a process of its own, and has a spare for a slow one."""
 
-    def __init__(self, timeout_seconds: float, command: tuple[str, ...] | None = None) -> None:
+    def __init__(
+        self,
+        timeout_seconds: float,
+        command: tuple[str, ...] | None = None,
+        grader: str = "rules",
+    ) -> None:
         """Remember the limits; nothing starts yet.
 
         Args:
             timeout_seconds: one comparison may take so long, > 0.
             command: the process to start instead of mathematics.py, for tests.
+            grader: rules | math_verify.
         """
         assert timeout_seconds > 0, timeout_seconds
         self._timeout_seconds = timeout_seconds
-        self._command = command or (sys.executable, "-m", "megatron_sr1.rewards.mathematics")
+        program = (sys.executable, "-m", "megatron_sr1.rewards.mathematics", grader)
+        self._command = command or program
         self._process: GraderProcess | None = None
         self._spare: GraderProcess | None = None
-        self._known: dict[tuple[str, str], bool | str] = {}
+        self._known: dict[tuple[str, str], dict[str, Any]] = {}
 
     @property
     def pid(self) -> int | None:
@@ -56,8 +68,9 @@ class MathWorker:
             sample_name: for the message.
 
         Raises:
-            GradingLimit: the comparison ran out of time or memory.
-            GradingError: the grader broke or ended. After either the process is a new one.
+            Uncomparable: reading or comparing the answer raised.
+            GradingLimit: the comparison ran out of time or memory, or ended the process.
+            GradingError: gold cannot be compared even with itself, or no grader starts.
         """
         pair = (gold, answer)
         what = f"{sample_name}: comparing answer {_shown(answer)} with gold {_shown(gold)}"
@@ -67,9 +80,11 @@ class MathWorker:
             if len(self._known) >= CACHE_ENTRIES:
                 self._known.clear()
             self._known[pair] = known
-        if isinstance(known, str):
-            raise GradingLimit(f"{what} {known}")
-        return known
+        if "limit" in known:
+            raise GradingLimit(f"{what} {known['limit']}")
+        if "uncomparable" in known:
+            raise Uncomparable(known["uncomparable"])
+        return bool(known["equal"])
 
     def close(self) -> None:
         """End both processes, whatever they are doing."""
@@ -78,30 +93,43 @@ class MathWorker:
             self._spare.end()
             self._spare = None
 
-    def _compare(self, gold: str, answer: str, what: str) -> bool | str:
-        """A verdict, or which limit was met."""
+    def _compare(self, gold: str, answer: str, what: str) -> dict[str, Any]:
+        """The reply of a process: `equal`, `uncomparable`, or `limit` with the one that was met."""
         asked = {"gold": gold, "answer": answer, "seconds": self._timeout_seconds}
         timed_out = f"took more than {self._timeout_seconds:g} s (reward.grader_timeout_seconds)"
         try:
             reply = self._ask(asked)
         except TimeoutError:
             self._drop()
-            return timed_out
+            return {"limit": timed_out}
         except MemoryError:
             self._drop()
-            return f"took more than {MEMORY_BYTES >> 20} MiB"
+            return {"limit": f"took more than {MEMORY_BYTES >> 20} MiB"}
         except (OSError, ValueError) as error:
             code = self._drop(LEAVE_SECONDS)
             # Its own timer, where this process was stopped for longer than the limit.
             if code == -signal.SIGALRM:
-                return timed_out
-            _broke(f"{what}: the grader ended (exit status {code}): {error}")
+                return {"limit": timed_out}
+            ended = f"the grader ended (exit status {code})"
+            self._check_alive(gold, f"{what}: {ended}: {error}")
+            raise GradingLimit(f"{what} failed, {ended}") from None
         if "limit" in reply:
             self._drop()
-            return f"ended with {reply['limit']}"
-        if "equal" not in reply:
+            return {"limit": f"ended with {reply['limit']}"}
+        if "equal" not in reply and "uncomparable" not in reply:
             _broke(f"{what}: the grader broke: {reply.get('error', reply)}")
-        return bool(reply["equal"])
+        return reply
+
+    def _check_alive(self, gold: str, message: str) -> None:
+        """Raise unless a new process can compare gold with gold: then the answer was to blame."""
+        asked = {"gold": gold, "answer": gold, "seconds": self._timeout_seconds}
+        try:
+            reply = self._ask(asked)
+        except (OSError, ValueError, MemoryError):
+            self._drop()
+            _broke(message)
+        if "equal" not in reply:
+            _broke(message)
 
     def _ask(self, asked: dict[str, Any]) -> dict[str, Any]:
         if self._process is None:

@@ -43,6 +43,8 @@ from megatron_sr1.trainer.samples import Samples
 from megatron_sr1.trainer.throughput import Throughput, peak_flops
 
 log = logging.getLogger(__name__)
+UNGRADED_FLOOD = 0.05
+"""Share of a step's prompts left out by the grader above which the log warns of it."""
 FINGERPRINT = "fingerprint of model.path's weights"
 
 
@@ -79,7 +81,7 @@ class Context:
             rank,
         )
         self.skipped = 0
-        self.ungraded = 0
+        self.ungraded = 0  # prompts, over the run
         self._newly_skipped = 0
         saved = config.checkpoint
         self._saves = SaveQueue(saved.max_in_flight if saved.asynchronous else 0)
@@ -178,22 +180,34 @@ class Context:
                 "above name them"
             )
 
-    def count_ungraded(self, newly: int) -> None:
-        """Add up prompts that the grader left out.
+    def count_ungraded(self, newly: Mapping[int, str], num_prompts: int) -> float:
+        """Add up prompts of a step that the grader left out, and warn where they are many.
 
         Args:
-            newly: of this step, over all replicas; equal on all ranks.
+            newly: index of each prompt -> which limit it met; equal on all ranks.
+            num_prompts: of the step.
+
+        Returns:
+            their share of the step's prompts.
 
         Raises:
-            GradingError: there are too many; all ranks raise.
+            GradingError: the share is more than `reward.max_ungraded_share`; all ranks raise.
         """
-        self.ungraded += newly
-        limit = self.config.reward.max_ungraded
-        if self.ungraded > limit:
+        self.ungraded += len(newly)
+        share, limit = len(newly) / num_prompts, self.config.reward.max_ungraded_share
+        examples = "; ".join(list(newly.values())[:3])
+        told = f"{len(newly)} of {num_prompts} prompts of this step could not be graded"
+        if share > limit:
             raise GradingError(
-                f"{self.ungraded} prompts ungraded, at most {limit} (reward.max_ungraded); the "
-                "warnings above name them"
+                f"{told}, at most a share of {limit:g} may (reward.max_ungraded_share): {examples}"
             )
+        if share > UNGRADED_FLOOD and self.is_writer:
+            log.warning(
+                "%s and are left out; reward.max_ungraded_share would stop the run: %s",
+                told,
+                examples,
+            )
+        return share
 
     def sum_over_ranks(self, values: Mapping[str, float]) -> dict[str, float]:
         """Sums over the world, equal on all ranks; all ranks have the same names."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
-from megatron_sr1.errors import GradingError
 from megatron_sr1.rewards.parsing import find_description
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rollout.engine import Engine
@@ -16,6 +16,8 @@ from megatron_sr1.trainer import scoring
 from megatron_sr1.trainer.context import Context
 from megatron_sr1.trainer.samples import Samples
 from megatron_sr1.trainer.sampling import pass2_settings, read_prompts
+
+log = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -42,7 +44,8 @@ def evaluate(
 
     Returns:
         accuracy, self_reward, description_exact and shortcut_rate, those that apply, in [0, 1],
-        over the questions that could be graded; `ungraded` counts the others.
+        over the questions that could be graded; `ungraded` counts the others. Where none could,
+        all are wrong.
     """
     config = context.config
     with_pass2 = config.reward.recipe != "vision_r1"
@@ -63,8 +66,8 @@ def evaluate(
         graded = scoring.score(rollouts if speaks else (), samples, scorer)
         graded = scoring.share(graded, indices, speaks, context.groups)
     if graded.ungraded and not graded.scored:
-        raise GradingError("no question could be graded; see the warnings above")
-    lines = [scoring.evaluation_line(s, samples.example(s.rollout.index)) for s in graded.scored]
+        log.warning("NO QUESTION COULD BE GRADED; all count as wrong, see the warnings above")
+    lines = [scoring.evaluation_line(s, samples.example(s.rollout.index)) for s in graded.usable]
     context.save_lines(f"eval/{name}.jsonl", lines)
     return {**scoring.rates(lines), "ungraded": len(graded.ungraded)}
 

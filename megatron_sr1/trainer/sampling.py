@@ -41,26 +41,27 @@ def roll_out_step(
     """
     config, wanted = context.config, context.loader.per_step
     drawn = context.loader.next_step()
-    scored, counted = roll_out_prompts(context, engine, samples, scorer, drawn, step)
+    graded, counted = roll_out_prompts(context, engine, samples, scorer, drawn, step)
     refills = 0
     while config.algorithm.filter_groups and refills < config.algorithm.max_refills:
-        missing = wanted - len(credit_of(scored, config)[0].teaching)
+        missing = wanted - len(credit_of(graded.scored, config)[0].teaching)
         further = context.loader.more(missing, drawn)
         if not further:
             break
         refills += 1
         drawn = drawn + further
         found, more = roll_out_prompts(context, engine, samples, scorer, further, step)
-        scored += found
+        graded = graded.with_more(found)
         counted = {name: value + more[name] for name, value in counted.items()}
     with context.phase("sleep"):
         engine.sleep()
-    if not scored:
+    counted["reward/ungraded_share"] = context.count_ungraded(graded.ungraded, len(drawn))
+    if not graded.usable:
         raise DataError("no prompt of this step could be used; see the warnings above")
     if config.algorithm.filter_groups:
         counted["filter/refills"] = float(refills)
         counted["filter/drawn_prompts"] = float(len(drawn))
-    return scored, counted
+    return list(graded.usable), counted
 
 
 def roll_out_prompts(
@@ -70,7 +71,7 @@ def roll_out_prompts(
     scorer: Scorer,
     indices: Sequence[int],
     step: int,
-) -> tuple[list[scoring.Scored], dict[str, float]]:
+) -> tuple[scoring.Graded, dict[str, float]]:
     """Sample and score prompts on all replicas.
 
     Returns:
@@ -104,9 +105,8 @@ def roll_out_prompts(
         graded = scoring.score(rollouts if speaks else (), samples, scorer)
     with context.phase("share"):
         graded = scoring.share(graded, indices, speaks, context.groups)
-        context.count_ungraded(len(graded.ungraded))
         counted = context.sum_over_ranks(_counts(stats) if speaks else {n: 0.0 for n in _COUNTS})
-    return list(graded.scored), counted
+    return graded, counted
 
 
 def read_prompts(

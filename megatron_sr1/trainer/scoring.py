@@ -2,14 +2,15 @@
 
 In: rollouts of this engine replica. Out: scored rollouts of all replicas on every rank, the lines
 that are saved, and the rates of pass 1 x pass 2 (METHOD: language-shortcut rate). A prompt with a
-rollout that the grader has no time or memory for is left out whole.
+rollout that the grader has no time or memory for is left out whole. An answer on which a library
+raised is wrong, and named. Nothing that a policy samples raises here.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from megatron_sr1.data.digits import described_digits
@@ -20,6 +21,10 @@ from megatron_sr1.runtime.groups import Groups, gather_objects
 from megatron_sr1.trainer.samples import Samples
 
 log = logging.getLogger(__name__)
+
+MAX_NAMED = 3
+"""Of answers that raised or met a limit, so many are named in the log of a step on each replica."""
+MAX_SHOWN_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
@@ -36,11 +41,23 @@ class Graded:
 
     Attributes:
         scored: rollouts with their verdicts; of each prompt all or none.
-        ungraded: indices of the prompts left out, as one of their rollouts met a limit.
+        ungraded: index of each prompt left out, as one of its rollouts met a limit -> which one.
+        set_aside: rollouts of those prompts, with verdicts that pay nothing.
     """
 
     scored: tuple[Scored, ...] = ()
-    ungraded: frozenset[int] = frozenset()
+    ungraded: Mapping[int, str] = field(default_factory=dict)
+    set_aside: tuple[Scored, ...] = ()
+
+    @property
+    def usable(self) -> tuple[Scored, ...]:
+        """What was graded; where nothing was, the rollouts set aside, so that a run continues."""
+        return self.scored or self.set_aside
+
+    def with_more(self, more: Graded) -> Graded:
+        """This and what was graded after it."""
+        ungraded = {**self.ungraded, **more.ungraded}
+        return Graded(self.scored + more.scored, ungraded, self.set_aside + more.set_aside)
 
 
 def score(rollouts: Iterable[Rollout], samples: Samples, scorer: Scorer) -> Graded:
@@ -52,17 +69,20 @@ def score(rollouts: Iterable[Rollout], samples: Samples, scorer: Scorer) -> Grad
         scorer: of the recipe.
 
     Raises:
-        GradingError: the grader broke. A rollout that only met its limits is named in a warning.
+        GradingError: the grader is broken, or a gold answer, or the user's function; no answer is.
     """
+    given = list(rollouts)
     scored: list[Scored] = []
-    ungraded: set[int] = set()
-    for rollout in rollouts:
+    ungraded: dict[int, str] = {}
+    raised: list[str] = []
+    for rollout in given:
         if rollout.index in ungraded:
             continue
         example = samples.example(rollout.index)
+        name = f"{example.shard} sample {example.key} rollout {rollout.sample}"
         try:
             reward = scorer.score(
-                sample_name=f"{example.shard} sample {example.key} rollout {rollout.sample}",
+                sample_name=name,
                 response_text=rollout.completion.text,
                 gold=example.answer or "",
                 question=example.question,
@@ -74,12 +94,29 @@ def score(rollouts: Iterable[Rollout], samples: Samples, scorer: Scorer) -> Grad
                 other_golds=example.other_answers,
             )
         except GradingLimit as error:
-            log.warning("left out with its group: %s", error)
-            ungraded.add(rollout.index)
-        else:
-            scored.append(Scored(rollout, reward))
+            ungraded[rollout.index] = str(error)
+            continue
+        scored.append(Scored(rollout, reward))
+        if reward.uncomparable is not None:
+            shown = repr((reward.answer or "")[:MAX_SHOWN_CHARACTERS])
+            raised.append(f"{name}: answer {shown}, gold {example.answer!r}: {reward.uncomparable}")
+    _name("left out with its group", list(ungraded.values()))
+    _name("counted as wrong, as reading or comparing it raised", raised)
+    aside = (
+        Scored(r, scorer.ungraded(r.completion.text, samples.example(r.index).num_images > 0))
+        for r in given
+        if r.index in ungraded
+    )
     whole = tuple(s for s in scored if s.rollout.index not in ungraded)
-    return Graded(whole, frozenset(ungraded))
+    return Graded(whole, ungraded, tuple(aside))
+
+
+def _name(what: str, found: Sequence[str]) -> None:
+    """Warn of the first few."""
+    for text in found[:MAX_NAMED]:
+        log.warning("%s: %s", what, text)
+    if len(found) > MAX_NAMED:
+        log.warning("%s: %d more in this step", what, len(found) - MAX_NAMED)
 
 
 def share(graded: Graded, order: Sequence[int], speaks: bool, groups: Groups) -> Graded:
@@ -93,9 +130,15 @@ def share(graded: Graded, order: Sequence[int], speaks: bool, groups: Groups) ->
     """
     place = {index: number for number, index in enumerate(order)}
     parts = gather_objects(graded if speaks else Graded(), groups.world)
-    everyone = [item for part in parts for item in part.scored]
-    everyone.sort(key=lambda s: (place[s.rollout.index], s.rollout.sample))
-    return Graded(tuple(everyone), frozenset[int]().union(*(part.ungraded for part in parts)))
+
+    def in_order(found: Iterable[Scored]) -> tuple[Scored, ...]:
+        return tuple(sorted(found, key=lambda s: (place[s.rollout.index], s.rollout.sample)))
+
+    return Graded(
+        in_order(item for part in parts for item in part.scored),
+        {index: text for part in parts for index, text in part.ungraded.items()},
+        in_order(item for part in parts for item in part.set_aside),
+    )
 
 
 def rollout_line(step: int, scored: Scored, example: Example, advantage: float) -> dict[str, Any]:
@@ -187,6 +230,7 @@ def rates(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
 def reward_means(scored: Sequence[Scored]) -> dict[str, float]:
     """Mean rewards of a step, and the four cells of pass 1 x pass 2 as shares of its samples.
 
+    `reward/uncomparable` counts the rollouts on which a library raised.
     A self-reward in between counts as right from 0.5 on.
     """
     rewards = [s.reward for s in scored]
@@ -196,6 +240,7 @@ def reward_means(scored: Sequence[Scored]) -> dict[str, float]:
         "reward/format": sum(r.format for r in rewards) / count,
         "reward/total": sum(r.total for r in rewards) / count,
         "reward/leak_rate": sum(r.leak for r in rewards) / count,
+        "reward/uncomparable": float(sum(r.uncomparable is not None for r in rewards)),
     }
     judged = [r for r in rewards if r.self_reward is not None]
     if judged:

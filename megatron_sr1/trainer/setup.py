@@ -149,6 +149,7 @@ def make_scorer(config: Config, recipe: str | None = None) -> Scorer:
         pay_leaks=reward.pay_leaks,
         likelihood=reward.likelihood,
         likelihood_nats=reward.likelihood_nats,
+        grader=reward.grader,
         grader_timeout_seconds=reward.grader_timeout_seconds,
         own=OwnReward(reward.function) if reward.function else None,
     )

@@ -211,7 +211,7 @@ def in_worker(kind):
         if done or os.environ["RANK"] != "1":
             return
         done.append(True)
-        worker = scorer._worker
+        worker = scorer._grader.worker
         assert worker.equal("x^2-1", "(x-1)(x+1)", "before")
         os.kill(worker.pid, {"stop": signal.SIGSTOP, "die": signal.SIGKILL}[kind])
         time.sleep(0.2)

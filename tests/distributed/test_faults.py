@@ -218,13 +218,13 @@ def test_an_engine_that_dies_takes_the_run_down_with_its_own_traceback(grpo, gro
 
 
 @pytest.mark.slow
-def test_a_killed_grader_ends_the_run_and_the_sample_is_named(grpo, groups):
+def test_a_killed_grader_costs_its_prompt_alone(grpo):
     run_dir = grpo.copy("worker_die")
     found = grpo.run(run_dir, "worker", "die")
-    assert not found["late"] and all(found["statuses"]), found["output"][-4000:]
-    last = found["output"].splitlines()[-1]
-    assert last.startswith("megatron-sr1: error: rank 1: a sample: ") and "exit status -9" in last
-    check_nothing_lost(grpo, run_dir, groups)
+    assert found["statuses"] == [0, 0] and not found["left"], found["output"][-4000:]
+    assert f"{LEFT_OUT} failed, the grader ended (exit status -9)" in found["output"]
+    lines = read_lines(run_dir / "metrics.jsonl")
+    assert [line["reward/ungraded"] for line in lines] == [0, 1]
 
 
 LEFT_OUT = "left out with its group: a sample: comparing answer '(x-2)(x+2)' with gold 'x^2-4'"
@@ -241,13 +241,13 @@ def test_a_grader_that_sleeps_for_ever_costs_its_prompt_alone(grpo):
 
 
 @pytest.mark.slow
-def test_a_grader_that_sleeps_too_often_ends_the_run(grpo, groups):
+def test_a_grader_that_sleeps_too_often_for_what_was_asked_ends_the_run(grpo, groups):
     run_dir = grpo.copy("worker_stop_bound")
-    found = grpo.run(run_dir, "worker", "stop", "reward.max_ungraded=0")
+    found = grpo.run(run_dir, "worker", "stop", "reward.max_ungraded_share=0")
     assert not found["late"] and all(found["statuses"]), found["output"][-4000:]
     assert LEFT_OUT in found["output"]
     last = found["output"].splitlines()[-1]
-    assert "1 prompts ungraded, at most 0 (reward.max_ungraded)" in last
+    assert "could not be graded, at most a share of 0 may (reward.max_ungraded_share)" in last
     check_nothing_lost(grpo, run_dir, groups)
 
 

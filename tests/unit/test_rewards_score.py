@@ -153,4 +153,4 @@ def test_no_process_starts_for_numbers():
     for answer in range(30):
         text = f"<think> x </think> \\boxed{{{answer}}}"
         scorer.score("s", text, "14", QUESTION, "3 5 6", read(text), True)
-    assert scorer._worker.pid is None
+    assert scorer._grader.worker.pid is None

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_sr1.errors import GradingError, GradingLimit
 from megatron_sr1.rewards import process
-from megatron_sr1.rewards.worker import MathWorker
+from megatron_sr1.rewards.worker import MathWorker, Uncomparable
 from tools.grading_rate import SLOW, measure
 
 
@@ -99,16 +99,41 @@ def test_memory_and_the_graders_own_timer_are_limits(script, message, monkeypatc
     worker.close()
 
 
-@pytest.mark.parametrize("kind", ["MemoryError", "RecursionError"])
-def test_a_limit_that_the_algebra_meets_inside_is_told_as_one(kind):
-    script = (
-        "import sys\nfrom megatron_sr1.rewards import mathematics\n"
-        f"def equal(gold, answer):\n    raise {kind}\n"
-        "mathematics.equal = equal\nmathematics.serve(sys.stdout)\n"
-    )
+RAISES = """
+import sys
+from megatron_sr1.rewards import mathematics
+def check(gold):
+    if gold == "bad": raise KeyError("gold")
+def compare(gold, answer):
+    raise {kind}("answer")
+mathematics.GRADERS["rules"] = (check, compare)
+if {ready}: print('{{"ready": true}}', flush=True)
+mathematics.serve(sys.stdout)
+"""
+
+
+def test_a_memory_limit_that_the_algebra_meets_inside_is_told_as_one():
+    script = RAISES.format(kind="MemoryError", ready=False)
     asked = b'{"gold": "1", "answer": "2", "seconds": 60}\n'
     ran = subprocess.run([sys.executable, "-c", script], input=asked, capture_output=True)
-    assert ran.stdout.decode() == f'{{"limit": "{kind}"}}\n'
+    assert ran.stdout.decode() == '{"limit": "MemoryError"}\n'
+
+
+@pytest.mark.field
+def test_what_an_answer_raises_is_no_error_and_what_gold_alone_raises_is():
+    worker = started_with(
+        RAISES.format(kind="RecursionError", ready=True).replace("\n{", "{"), 30.0
+    )
+    with pytest.raises(Uncomparable, match="RecursionError: answer"):
+        worker.equal("1", "2", "sample 7")
+    first = worker.pid
+    with pytest.raises(Uncomparable):
+        worker.equal("1", "3", "sample 7")
+    assert worker.pid == first
+    with pytest.raises(GradingError, match="sample 8: .*grader broke: KeyError: 'gold'") as caught:
+        worker.equal("bad", "2", "sample 8")
+    assert not isinstance(caught.value, GradingLimit)
+    worker.close()
 
 
 def test_one_time_out_costs_the_other_gradings_nothing():
@@ -137,17 +162,18 @@ def test_a_grader_that_breaks_raises_and_names_the_sample(script, message):
         started_with(script, 30.0).equal("1", "2", "sample 7")
 
 
-def test_a_real_grader_killed_in_between_is_replaced(worker):
+def test_a_real_grader_killed_in_between_is_a_limit_and_replaced(worker):
     assert worker.equal(r"\sqrt{18}", r"3\sqrt{2}", "s")
     os.kill(worker.pid, signal.SIGKILL)
-    with pytest.raises(GradingError, match="sample 8"):
+    # A new one compares gold with gold, so gold and grader are not to blame.
+    with pytest.raises(GradingLimit, match="sample 8: .*grader ended .exit status -9"):
         worker.equal(r"\sqrt{50}", r"5\sqrt{2}", "sample 8")
-    assert worker.equal(r"\sqrt{50}", r"5\sqrt{2}", "sample 8")
+    assert worker.equal(r"\sqrt{50}", r"\sqrt{25}\sqrt{2}", "sample 8")
 
 
 PARENT = """
 import os, sys, threading
-from megatron_sr1.rewards.worker import MathWorker
+from megatron_sr1.rewards.worker import MathWorker, Uncomparable
 threading.Thread(target=threading.Event().wait, daemon=True).start()
 worker = MathWorker(60.0)
 assert worker.equal("x+1", "1+x", "s")
@@ -179,19 +205,19 @@ def test_the_kernel_timer_ends_a_busy_grader_that_nobody_waits_for():
     script = (
         "import sys\nfrom megatron_sr1.rewards import mathematics\n"
         "def busy(gold, answer):\n    while True: pass\n"
-        "mathematics.equal = busy\nmathematics.serve(sys.stdout)\n"
+        "mathematics.GRADERS['rules'] = (str, busy)\nmathematics.serve(sys.stdout)\n"
     )
     asked = b'{"gold": "1", "answer": "2", "seconds": 0.1}\n'
     ran = subprocess.run([sys.executable, "-c", script], input=asked, timeout=60)
     assert ran.returncode == -signal.SIGALRM
 
 
-def test_answers_are_remembered_but_failures_are_not():
+def test_answers_are_remembered_but_an_ended_process_is_not():
     worker = started_with(HANG + "print('{\"equal\": true}', flush=True)", 30.0)
     assert worker.equal("1", "2", "s")
     os.kill(worker.pid, signal.SIGKILL)
     assert worker.equal("1", "2", "s")
-    with pytest.raises(GradingError) as caught:
+    with pytest.raises(GradingLimit, match="exit status -9"):
         worker.equal("1", "3", "s")
-    assert not isinstance(caught.value, GradingLimit)
+    assert ("1", "3") not in worker._known
     worker.close()

@@ -1,4 +1,4 @@
-"""Rollouts that the grader cannot judge in time: left out with their group, counted, not scored 0.
+"""Rollouts that the grader cannot judge in time are left out; those that it cannot read are wrong.
 
 Run as a script on two ranks it grades on both and writes what each rank knows.
 """
@@ -14,6 +14,7 @@ from megatron_sr1.config import Config, ModelConfig
 from megatron_sr1.errors import GradingError
 from megatron_sr1.records import Completion, Example, Message, Rollout
 from megatron_sr1.rewards.score import Scorer
+from megatron_sr1.rewards.worker import Uncomparable
 from megatron_sr1.trainer.context import Context
 from megatron_sr1.trainer.scoring import Graded, reward_means, score, share
 
@@ -48,7 +49,7 @@ def test_a_slow_rollout_takes_its_group_along_and_no_other(scorer, caplog):
     rollouts = group(0, "1+x", SLOW, "x+1") + group(1, "x+x", "3x", "2x")
     with caplog.at_level(logging.WARNING):
         graded = score(rollouts, Texts(), scorer)
-    assert graded.ungraded == {0}
+    assert set(graded.ungraded) == {0}
     assert [(s.rollout.index, s.reward.accuracy) for s in graded.scored] == [(1, 1), (1, 0), (1, 1)]
     (record,) = caplog.records
     assert "a.tar sample 000000 rollout 1: comparing answer '(x+y+z)^{99}'" in record.message
@@ -58,7 +59,7 @@ def test_a_slow_rollout_takes_its_group_along_and_no_other(scorer, caplog):
 def test_groups_come_in_any_order_and_a_limit_late_drops_what_was_scored(scorer):
     rollouts = [*group(0, "1+x"), *group(1, "x+x"), rollout(0, 1, SLOW), rollout(1, 1, "3x")]
     graded = score(rollouts, Texts(), scorer)
-    assert graded.ungraded == {0}
+    assert set(graded.ungraded) == {0}
     assert [(s.rollout.index, s.rollout.sample) for s in graded.scored] == [(1, 0), (1, 1)]
 
 
@@ -72,16 +73,59 @@ def test_a_grader_that_breaks_raises_at_once(monkeypatch):
 @pytest.fixture
 def context(tmp_path, groups):
     config = Config(stage="grpo", model=ModelConfig(path="m"), output=str(tmp_path))
-    config.reward.max_ungraded = 3
+    config.reward.max_ungraded_share = 0.5
     return Context(config, groups, None, 0)
 
 
-def test_ungraded_prompts_are_counted_up_to_the_limit(context):
-    context.count_ungraded(0)
-    context.count_ungraded(3)
+def limits(count):
+    return {index: f"sample {index} took more than 3 s" for index in range(count)}
+
+
+def test_ungraded_prompts_are_counted_and_a_flood_is_told_with_examples(context, caplog):
+    with caplog.at_level(logging.WARNING):
+        assert context.count_ungraded({}, 4) == 0
+        assert context.count_ungraded(limits(1), 40) == 0.025
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING):
+        assert context.count_ungraded(limits(2), 4) == 0.5
     assert context.ungraded == 3
-    with pytest.raises(GradingError, match="4 prompts ungraded, at most 3 .reward.max_ungraded"):
-        context.count_ungraded(1)
+    (record,) = caplog.records
+    assert "2 of 4 prompts of this step could not be graded" in record.message
+    assert "sample 0 took more than 3 s; sample 1 took" in record.message
+
+
+def test_only_a_share_above_the_one_asked_for_stops_the_run(context):
+    with pytest.raises(GradingError, match="3 of 4 prompts .* share of 0.5 may .*sample 2 took"):
+        context.count_ungraded(limits(3), 4)
+    context.config.reward.max_ungraded_share = Config(
+        stage="grpo", model=ModelConfig(path="m"), output="o"
+    ).reward.max_ungraded_share
+    assert context.count_ungraded(limits(4), 4) == 1.0
+
+
+def test_where_nothing_could_be_graded_the_rollouts_count_as_wrong(scorer):
+    graded = score(group(0, "1+x", SLOW), Texts(), scorer)
+    assert graded.scored == () and [s.rollout.sample for s in graded.usable] == [0, 1]
+    assert all(s.reward.total == 0 and s.reward.accuracy == 0 for s in graded.usable)
+    both = graded.with_more(score(group(2, "5"), Texts(), scorer))
+    assert [s.rollout.index for s in both.usable] == [2] and set(both.ungraded) == {0}
+
+
+@pytest.mark.field
+def test_answers_on_which_a_library_raises_are_wrong_counted_and_named(scorer, caplog, monkeypatch):
+    def broken(self, gold, answer, sample_name):
+        raise Uncomparable(f"KeyError: {answer}")
+
+    monkeypatch.setattr("megatron_sr1.rewards.worker.MathWorker.equal", broken)
+    with caplog.at_level(logging.WARNING):
+        graded = score(group(0, "1+x", "x+1", "2+x", "3+x", "4+x", "5+x"), Texts(), scorer)
+    assert not graded.ungraded
+    assert [s.reward.accuracy for s in graded.scored] == [0, 1, 0, 0, 0, 0]
+    assert reward_means(graded.scored)["reward/uncomparable"] == 5
+    assert [s.reward.uncomparable for s in graded.scored][:2] == ["KeyError: 1+x", None]
+    told = [record.message for record in caplog.records]
+    assert len(told) == 4 and "rollout 0: answer '1+x', gold 'x+1': KeyError: 1+x" in told[0]
+    assert told[3].endswith("2 more in this step")
 
 
 def test_share_gives_back_all_of_a_world_of_one(groups, scorer):
@@ -99,21 +143,22 @@ def main(output):
     start_distributed(device)
     groups = make_groups(ParallelConfig(), device)
     config = Config(stage="grpo", model=ModelConfig(path="m"), output=output)
-    config.reward.max_ungraded = 1
+    config.reward.max_ungraded_share = 0.5
     context = Context(config, groups, None, 0)
     rank = groups.world.rank
     with Scorer("vision_r1", grader_timeout_seconds=2.0) as scorer:
         mine = group(0, "1+x", SLOW) + group(1, "x+x", "3x") if rank else group(2, "5", "6")
         graded = score(mine, Texts(), scorer)
     everyone = share(graded, [1, 2, 0], True, groups)
-    context.count_ungraded(len(everyone.ungraded))
+    share_of_step = context.count_ungraded(everyone.ungraded, 3)
     told = {
+        "share": share_of_step,
         "kept": [(s.rollout.index, s.rollout.sample) for s in everyone.scored],
         "accuracy": reward_means(everyone.scored)["reward/accuracy"],
         "ungraded": context.ungraded,
     }
     try:
-        context.count_ungraded(len(everyone.ungraded))
+        context.count_ungraded(everyone.ungraded, 1)
     except GradingError as error:
         told["error"] = str(error)
     (Path(output) / f"{rank}.json").write_text(json.dumps(told))
@@ -127,7 +172,8 @@ def test_all_ranks_drop_the_same_groups_and_stop_together(run_ranks, tmp_path):
     assert first == second
     assert first["kept"] == [[1, 0], [1, 1], [2, 0], [2, 1]]
     assert (first["accuracy"], first["ungraded"]) == (0.5, 1)
-    assert first["error"].startswith("2 prompts ungraded, at most 1")
+    assert first["share"] == pytest.approx(1 / 3)
+    assert first["error"].startswith("1 of 1 prompts of this step could not be graded")
 
 
 if __name__ == "__main__":

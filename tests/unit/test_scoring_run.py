@@ -110,6 +110,8 @@ def test_evaluation_leaves_such_questions_out_and_tells_how_many(run):
 @pytest.mark.slow
 def test_too_many_stop_the_run_in_one_line(run):
     folder, grpo, _ = run
-    done = train(*grpo, "data.eval=", "optimizer.num_steps=5", "reward.max_ungraded=0", check=False)
+    done = train(
+        *grpo, "data.eval=", "optimizer.num_steps=5", "reward.max_ungraded_share=0", check=False
+    )
     assert done.returncode == 2
-    assert "prompts ungraded, at most 0 (reward.max_ungraded)" in done.stderr
+    assert "at most a share of 0 may (reward.max_ungraded_share)" in done.stderr
