@@ -39,7 +39,7 @@ TITLES = {
     "reward/format": "Form",
     "reward/shortcut_rate": "Language-shortcut rate",
     "actor/loss": "Loss",
-    "actor/kl": "KL to the reference",
+    "actor/reference_kl": "KL to the reference",
     "mismatch/abs_max": "Engine against trainer, largest gap, nats",
     "optimizer/grad_norm": "Gradient norm",
     "rollout/response_tokens": "Response tokens a step",

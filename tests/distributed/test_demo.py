@@ -8,6 +8,7 @@ import json
 import pytest
 
 from megatron_sr1.observability.metrics import read_lines
+from megatron_sr1.observability.panels import TITLES
 
 MODELS = ("cold_start", "see_think", "vision_sr1")
 
@@ -69,4 +70,5 @@ def test_both_recipes_had_the_same_budget_and_left_what_a_run_leaves(demo):
         rolled = read_lines(demo / name / "rollouts" / "step_1.jsonl")
         assert len(rolled) == 256
         assert (demo / name / "hf" / "config.json").is_file()
+    assert set(TITLES) <= set(steps["vision_sr1"][0]), "a title for what no step writes"
     assert (demo / "report.html").stat().st_size > 10_000
