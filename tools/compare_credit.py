@@ -22,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from megatron_sr1.observability import panels  # noqa: E402
 from megatron_sr1.observability.metrics import read_lines  # noqa: E402
 from megatron_sr1.trainer.demo import COLD_START, COMMON, GRPO, prepare  # noqa: E402
 from megatron_sr1.trainer.scoring import VERDICTS  # noqa: E402
@@ -29,8 +30,6 @@ from tools.bench_tables import table  # noqa: E402
 
 CREDITS = ("scalar", "span")
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # Student's t, two-sided, by degrees of freedom
-Lines = dict[int, dict[str, float]]
-"""Verdicts of a held-out question, by its index."""
 
 
 def train(output: Path, *overrides: str) -> None:
@@ -58,27 +57,19 @@ def run_seed(folder: Path, seed: int, more: list[str]) -> dict[str, Path]:
     return runs
 
 
-def verdicts(run: Path, way: str) -> Lines:
-    """What a run's evaluation said of each question."""
-    lines = read_lines(run / "eval" / f"{way}.jsonl")
-    return {line["index"]: {v: float(line[v]) for v in VERDICTS} for line in lines}
-
-
-def paired(first: Lines, second: Lines, verdict: str) -> tuple[float, float]:
-    """Mean of second less first over the questions of both, and half of its 95 % interval."""
-    gaps = [second[i][verdict] - first[i][verdict] for i in sorted(first.keys() & second.keys())]
-    return statistics.mean(gaps), 1.96 * statistics.stdev(gaps) / math.sqrt(len(gaps))
-
-
 def tables(found: dict[int, dict[str, Path]], way: str) -> str:
     """Rates by seed and credit, and their differences."""
-    by_run = {(s, c): verdicts(run, way) for s, runs in found.items() for c, run in runs.items()}
+    by_run = {
+        (seed, credit): read_lines(run / "eval" / f"{way}.jsonl")
+        for seed, runs in found.items()
+        for credit, run in runs.items()
+    }
     rows = []
     for (seed, credit), lines in by_run.items():
-        means = [statistics.mean(line[v] for line in lines.values()) for v in VERDICTS]
+        means = [panels.rate(lines, v) for v in VERDICTS]
         rows.append([str(seed), credit, *(f"{mean:.3f}" for mean in means)])
     differences = {
-        seed: [paired(by_run[seed, "scalar"], by_run[seed, "span"], v) for v in VERDICTS]
+        seed: [panels.paired(by_run[seed, "scalar"], by_run[seed, "span"], v) for v in VERDICTS]
         for seed in found
     }
     for seed, gaps in differences.items():

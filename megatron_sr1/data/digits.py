@@ -6,9 +6,14 @@ Asked are their sum, the largest, the smallest, the leftmost and the rightmost. 
 learnt from, the other 360 are for the held-out questions, which no seed changes.
 
 Out: shards like any other data: `train` (questions and answers), `eval` (held out) and
-`cold_start` (conversations to imitate). In the cold start's *descriptions* alone each digit is
-wrong with probability 0.28, while its thoughts and answers are right: a model that answers from
-the image and describes badly, which is what the self-reward is there to mend.
+`cold_start` (conversations to imitate). In the first and the last each digit is shifted and turned
+a little, so that a model does not learn 1,437 pictures by heart; held-out ones stay as written.
+
+The cold start is made imperfect on purpose, so that there is something to learn for GRPO. In its
+*descriptions* each digit is wrong with probability 0.33. Its thoughts name the right digits, but
+one response in ten slips: its answer is the one to three other digits. A model that imitates it
+describes badly, which only a reward for descriptions corrects, and answers well but carelessly,
+which any reward for answers corrects. Text-only readers, whom pass 2 is like, make no mistakes.
 """
 
 from __future__ import annotations
@@ -42,9 +47,18 @@ PASS2_ORDER = "description_first"
 NUM_TRAIN_DIGITS = 1437
 DIGITS_PER_IMAGE = 3
 DIGIT_PIXELS = 28
-DESCRIPTION_NOISE = 0.28
+SHIFT_PIXELS = 1
+"""Largest shift of a digit that is learnt from, in either direction, whole pixels of 28."""
+TURN_DEGREES = 10.0
+"""Largest turn of a digit that is learnt from, to either side."""
+DESCRIPTION_NOISE = 0.33
+"""Probability that a digit of a description of the cold start is another one."""
+SLIP_RATE = 0.1
+"""Probability that a response of the cold start to an image answers about other digits."""
 COLD_START_SHARES = {"vision_sr1": 0.65, "vision_r1": 0.1, "reader": 0.25}
 """Description, think, answer; think, answer; text-only reader."""
+COLD_START_KINDS = (*KINDS, "sum")
+"""Drawn from with equal probability: sums are the slowest to learn and come twice as often."""
 _EVAL_SEED = 20250827
 _SPLIT_SEED = 1797
 
@@ -75,8 +89,8 @@ def make_digits(
     root = Path(directory)
     learnt, held_out = _draw_images()
     sets = {
-        "train": _questions(learnt, np.random.default_rng([seed, 0]), num_train),
-        "eval": _questions(held_out, np.random.default_rng(_EVAL_SEED), num_eval),
+        "train": _questions(learnt, np.random.default_rng([seed, 0]), num_train, moved=True),
+        "eval": _questions(held_out, np.random.default_rng(_EVAL_SEED), num_eval, moved=False),
         "cold_start": _cold_start(learnt, np.random.default_rng([seed, 1]), num_cold_start),
     }
     for name, records in sets.items():
@@ -102,16 +116,25 @@ def answer_from_digits(kind: str, digits: Sequence[int]) -> str:
     return str(rules[kind])
 
 
-def response(kind: str, digits: Sequence[int], described: Sequence[int] | None = None) -> str:
+def response(
+    kind: str,
+    digits: Sequence[int],
+    described: Sequence[int] | None = None,
+    answered: Sequence[int] | None = None,
+) -> str:
     """The response to imitate.
 
     Args:
         kind: of the question.
-        digits: what the image shows; thought and answer are about them.
+        digits: what the thought names.
         described: what the description says; None leaves the description out.
+        answered: what the answer is about; None means `digits`.
     """
-    answer = answer_from_digits(kind, digits)
-    operation = " + ".join(map(str, digits)) if kind == "sum" else f"{kind} {_spaced(digits)}"
+    answer = answer_from_digits(kind, digits if answered is None else answered)
+    operation = f"{kind} {_spaced(digits)}"
+    if kind == "sum":  # in two steps: a table of a thousand sums takes far longer to learn
+        first, second, third = digits
+        operation = f"{first} + {second} = {first + second} + {third}"
     thought = f"<think> {operation} = {answer} </think> \\boxed{{{answer}}}"
     if described is None:
         return thought
@@ -128,7 +151,7 @@ def corpus_texts(seed: int = 0, num_texts: int = 2000) -> Iterator[str]:
     rng = np.random.default_rng([seed, 2])
     for _ in range(num_texts):
         kind, digits = _ask(rng)
-        for message in _conversation(_format(rng), kind, digits, digits):
+        for message in _conversation(_format(rng), kind, digits, digits, digits):
             yield message.content.replace(IMAGE_MARK, "")
 
 
@@ -148,29 +171,44 @@ def _draw_images() -> tuple[list[list[np.ndarray]], list[list[np.ndarray]]]:
 
 
 def _picture(
-    digits: Sequence[int], drawn: list[list[np.ndarray]], rng: np.random.Generator
+    digits: Sequence[int], drawn: list[list[np.ndarray]], rng: np.random.Generator, moved: bool
 ) -> bytes:
     """A PNG of those digits side by side, each by a hand drawn at random."""
-    row = np.hstack([drawn[d][rng.integers(len(drawn[d]))] for d in digits])
+    tiles = [drawn[d][rng.integers(len(drawn[d]))] for d in digits]
+    if moved:
+        tiles = [_moved(tile, rng) for tile in tiles]
     buffer = io.BytesIO()
-    Image.fromarray(row).save(buffer, format="PNG", compress_level=1)
+    Image.fromarray(np.hstack(tiles)).save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
 
 
-def _ask(rng: np.random.Generator) -> tuple[str, tuple[int, ...]]:
-    kind = KINDS[rng.integers(len(KINDS))]
-    return kind, tuple(int(d) for d in rng.integers(10, size=DIGITS_PER_IMAGE))
+def _moved(tile: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A digit shifted and turned at random; what enters from outside is black."""
+    across, down = rng.integers(-SHIFT_PIXELS, SHIFT_PIXELS + 1, size=2)
+    degrees = rng.uniform(-TURN_DEGREES, TURN_DEGREES)
+    image = Image.fromarray(tile)
+    moved = image.rotate(degrees, Image.Resampling.BICUBIC, translate=(int(across), int(down)))
+    return np.asarray(moved)
+
+
+def _ask(rng: np.random.Generator, kinds: tuple[str, ...] = KINDS) -> tuple[str, tuple[int, ...]]:
+    kind = kinds[rng.integers(len(kinds))]
+    return kind, _draw_digits(rng)
+
+
+def _draw_digits(rng: np.random.Generator) -> tuple[int, ...]:
+    return tuple(int(d) for d in rng.integers(10, size=DIGITS_PER_IMAGE))
 
 
 def _questions(
-    drawn: list[list[np.ndarray]], rng: np.random.Generator, count: int
+    drawn: list[list[np.ndarray]], rng: np.random.Generator, count: int, *, moved: bool
 ) -> Iterator[Record]:
     for number in range(count):
         kind, digits = _ask(rng)
         yield Record(
             messages=(Message("user", IMAGE_MARK + QUESTIONS[kind]),),
             answer=answer_from_digits(kind, digits),
-            images=(_picture(digits, drawn, rng),),
+            images=(_picture(digits, drawn, rng, moved),),
             metadata={"problem_id": number, "kind": kind, "digits": list(digits)},
         )
 
@@ -179,14 +217,17 @@ def _cold_start(
     drawn: list[list[np.ndarray]], rng: np.random.Generator, count: int
 ) -> Iterator[Record]:
     for number in range(count):
-        kind, digits = _ask(rng)
+        kind, digits = _ask(rng, COLD_START_KINDS)
         form = _format(rng)
         wrong = rng.random(DIGITS_PER_IMAGE) < DESCRIPTION_NOISE
         shift = rng.integers(1, 10, size=DIGITS_PER_IMAGE)
         described = [int(d + w * s) % 10 for d, w, s in zip(digits, wrong, shift, strict=True)]
+        slips = form != "reader" and rng.random() < SLIP_RATE
+        answered = _draw_digits(rng) if slips else digits
         metadata = {"problem_id": number, "kind": kind, "digits": list(digits), "format": form}
-        messages = _conversation(form, kind, digits, described)
-        images = () if form == "reader" else (_picture(digits, drawn, rng),)
+        metadata["answered"] = list(answered)
+        messages = _conversation(form, kind, digits, described, answered)
+        images = () if form == "reader" else (_picture(digits, drawn, rng, moved=True),)
         yield Record(messages, None, images, metadata)
 
 
@@ -196,7 +237,11 @@ def _format(rng: np.random.Generator) -> str:
 
 
 def _conversation(
-    form: str, kind: str, digits: Sequence[int], described: Sequence[int]
+    form: str,
+    kind: str,
+    digits: Sequence[int],
+    described: Sequence[int],
+    answered: Sequence[int],
 ) -> tuple[Message, ...]:
     """User and assistant turn of one of the cold start's formats."""
     if form == "reader":
@@ -207,7 +252,7 @@ def _conversation(
     shown = described if form == "vision_sr1" else None
     return (
         Message("user", flat_text(asked[0])),
-        Message("assistant", response(kind, digits, shown)),
+        Message("assistant", response(kind, digits, shown, answered)),
     )
 
 

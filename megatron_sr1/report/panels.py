@@ -5,6 +5,7 @@ In: lines as read. Out: HTML of one table or chart each, "" where the lines hold
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections import Counter
@@ -38,7 +39,7 @@ TITLES = {
     "reward/format": "Form",
     "reward/shortcut_rate": "Language-shortcut rate",
     "actor/loss": "Loss",
-    "actor/kl": "KL to the reference",
+    "actor/reference_kl": "KL to the reference",
     "mismatch/abs_max": "Engine against trainer, largest gap, nats",
     "optimizer/grad_norm": "Gradient norm",
     "rollout/response_tokens": "Response tokens a step",
@@ -75,22 +76,74 @@ def _bar(lines: Lines, verdict: str) -> Bar | None:
     return Bar(share, 1.96 * math.sqrt(share * (1 - share) / len(lines)))
 
 
-def verdict_bars(judged: Mapping[str, Lines]) -> str:
-    """A bar chart of the verdicts' rates; `judged`: name of a model -> evaluation lines."""
+def paired(first: Lines, second: Lines, verdict: str) -> tuple[float, float] | None:
+    """Difference of two models that were asked the same questions.
+
+    Args:
+        first: evaluation lines of one model.
+        second: those of the other.
+        verdict: which of VERDICTS.
+
+    Returns:
+        mean of second less first over the questions for which both have the verdict, and half the
+        width of its 95 % interval; None with fewer than two such questions.
+    """
+    before = {line["index"]: line.get(verdict) for line in first}
+    pairs = [(before.get(line["index"]), line.get(verdict)) for line in second]
+    gaps = [b - a for a, b in pairs if a is not None and b is not None]
+    if len(gaps) < 2:
+        return None
+    return statistics.fmean(gaps), 1.96 * statistics.stdev(gaps) / math.sqrt(len(gaps))
+
+
+def verdict_bars(judged: Mapping[str, Lines], way: str = "") -> str:
+    """A bar chart of the verdicts' rates.
+
+    Args:
+        judged: name of a model -> evaluation lines.
+        way: how the models answered, for the title.
+    """
     if not judged:
         return ""
     bars = {name: [_bar(lines, v) for v in VERDICTS] for name, lines in judged.items()}
-    return bar_chart("Share of held-out questions, %", list(VERDICTS.values()), bars)
+    title = ", ".join(["Share of held-out questions, %", *filter(None, [way])])
+    return bar_chart(title, list(VERDICTS.values()), bars)
 
 
 def verdict_table(title: str, judged: Mapping[str, Lines]) -> str:
-    """A table of the verdicts' rates; `judged`: name of a model -> evaluation lines."""
+    """A table of the verdicts' rates, %, with 95 % intervals.
+
+    Args:
+        title: of the column of names.
+        judged: name of a model -> evaluation lines.
+    """
     rows = []
     for name, lines in judged.items():
         if lines:
-            rates = [rate(lines, verdict) for verdict in VERDICTS]
-            rows.append([name, *("–" if r is None else f"{r:.1%}" for r in rates)])
+            bars = [_bar(lines, verdict) for verdict in VERDICTS]
+            cells = (_percent(bar.value, bar.error) if bar else "–" for bar in bars)
+            rows.append([name, *cells])
     return page.table([title, *VERDICTS.values()], rows)
+
+
+def difference_table(judged: Mapping[str, Mapping[str, Lines]]) -> str:
+    """A table of paired differences between every two models, points, with 95 % intervals.
+
+    Args:
+        judged: how the models answered -> name of a model -> evaluation lines.
+    """
+    rows = []
+    for way, models in judged.items():
+        for (one, first), (other, second) in itertools.combinations(models.items(), 2):
+            gaps = [paired(first, second, verdict) for verdict in VERDICTS]
+            if any(gaps):
+                cells = (_percent(*gap, sign="+") if gap else "–" for gap in gaps)
+                rows.append([f"{way}: {other}, less {one}", *cells])
+    return page.table(["difference, points", *VERDICTS.values()], rows)
+
+
+def _percent(value: float, error: float, sign: str = "") -> str:
+    return f"{100 * value:{sign}.1f}\u00a0±\u00a0{100 * error:.1f}"  # a cell stays on one line
 
 
 def cross(title: str, lines: Sequence[Mapping[str, Any]]) -> str:

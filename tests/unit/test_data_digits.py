@@ -1,4 +1,4 @@
-"""The digits: held-out ones are never learnt from, noise sits in descriptions only."""
+"""The digits: held-out ones are never learnt from, what is wrong is wrong by the stated share."""
 
 import re
 from collections import Counter
@@ -6,12 +6,17 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from megatron_sr1.data import digits as digits_module
 from megatron_sr1.data.digits import (
     DESCRIPTION_NOISE,
     KINDS,
     QUESTIONS,
+    SHIFT_PIXELS,
+    SLIP_RATE,
+    TURN_DEGREES,
     _cold_start,
     _draw_images,
+    _moved,
     answer_from_digits,
     corpus_texts,
     described_digits,
@@ -26,6 +31,16 @@ SIZES = {"num_train": 200, "num_eval": 60, "num_cold_start": 900}
 @pytest.fixture(scope="module")
 def readers(tmp_path_factory):
     folders = make_digits(tmp_path_factory.mktemp("digits"), 5, **SIZES)
+    return {name: ShardReader(folder) for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def unmoved(tmp_path_factory):
+    """The same sets, with digits as they were written."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digits_module, "SHIFT_PIXELS", 0)
+        patch.setattr(digits_module, "TURN_DEGREES", 0.0)
+        folders = make_digits(tmp_path_factory.mktemp("unmoved"), 5, **SIZES)
     return {name: ShardReader(folder) for name, folder in folders.items()}
 
 
@@ -49,6 +64,16 @@ def test_answers_by_hand():
     }
 
 
+def test_responses_by_hand():
+    said = {kind: response(kind, (3, 7, 1)).split(" </think>")[0] for kind in KINDS}
+    assert said["sum"] == "<think> 3 + 7 = 10 + 1 = 11"
+    assert said["largest"] == "<think> largest 3 7 1 = 7"
+    slipped = response("sum", (3, 7, 1), (3, 8, 1), (9, 9, 9))
+    assert slipped == (
+        "<description> 3 8 1 </description> <think> 3 + 7 = 10 + 1 = 27 </think> \\boxed{27}"
+    )
+
+
 def test_described_digits_need_exactly_three():
     assert described_digits(" 3 7 1 ") == (3, 7, 1)
     assert described_digits("a 3, then 71") == (3, 7, 1)
@@ -56,19 +81,47 @@ def test_described_digits_need_exactly_three():
     assert described_digits("three") is None
 
 
-def test_held_out_digits_are_never_learnt_from(readers):
+def test_held_out_digits_are_never_learnt_from(unmoved):
     learnt, held_out = ({d.tobytes() for tens in s for d in tens} for s in _draw_images())
     assert sum(map(len, _draw_images()[0])) == 1437 and sum(map(len, _draw_images()[1])) == 360
     assert not learnt & held_out
     for name, allowed in (("train", learnt), ("cold_start", learnt), ("eval", held_out)):
-        reader = readers[name]
+        reader = unmoved[name]
         seen = {t for i in range(len(reader)) for image in reader.images(i) for t in tiles(image)}
         assert seen and seen <= allowed
 
 
-def test_images_show_the_digits_of_the_metadata(readers):
+def test_digits_are_moved_where_they_are_learnt_from_and_nowhere_else(readers, unmoved):
+    written = {d.tobytes() for tens in _draw_images()[0] for d in tens}
+    for name in ("train", "cold_start"):
+        seen = [t for i in range(100) for image in readers[name].images(i) for t in tiles(image)]
+        assert sum(t in written for t in seen) < 0.01 * len(seen)
+    for i in range(SIZES["num_eval"]):
+        assert readers["eval"].image_files(i) == unmoved["eval"].image_files(i)
+
+
+def test_a_digit_is_shifted_and_turned_by_no_more_than_is_stated():
+    bar = np.zeros((28, 28), np.uint8)
+    bar[13:15, 4:24] = 255  # lies flat, in the middle
+    rows, columns = np.mgrid[:28, :28] - 13.5
+    shifts, turns = [], []
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        weights = _moved(bar, rng).astype(float)
+        weights /= weights.sum()
+        across, down = (weights * columns).sum(), (weights * rows).sum()
+        slope = (weights * (columns - across) * (rows - down)).sum()
+        slope /= (weights * (columns - across) ** 2).sum()
+        shifts += [across, down]
+        turns.append(np.degrees(np.arctan(slope)))
+    assert SHIFT_PIXELS - 0.5 < np.abs(shifts).max() < SHIFT_PIXELS + 0.5
+    assert TURN_DEGREES - 1 < np.abs(turns).max() < TURN_DEGREES + 1
+    assert abs(np.mean(shifts)) < 0.2 and abs(np.mean(turns)) < 1
+
+
+def test_images_show_the_digits_of_the_metadata(unmoved):
     of_value = [{d.tobytes() for d in tens} for tens in _draw_images()[0]]
-    reader = readers["train"]
+    reader = unmoved["train"]
     for example in examples(reader):
         (image,) = reader.images(example.index)
         assert image.size == (84, 28) and image.mode == "RGB"
@@ -103,26 +156,35 @@ def test_the_same_seed_makes_the_same_shards(readers, tmp_path):
         assert one.read_bytes() == other.read_bytes()
 
 
-def test_only_descriptions_are_wrong(readers):
+def test_only_descriptions_and_answers_are_wrong(readers):
     for example in examples(readers["cold_start"]):
         meta, text = example.metadata, example.messages[-1].content
-        right = answer_from_digits(meta["kind"], meta["digits"])
-        assert text.endswith(f"= {right} </think> \\boxed{{{right}}}")
-        thought = re.search(r"<think> (.*) =", text).group(1)
-        assert list(described_digits(thought)) == meta["digits"]
+        answer = answer_from_digits(meta["kind"], meta["answered"])
+        assert text.endswith(f"= {answer} </think> \\boxed{{{answer}}}")
+        thought = re.search(r"<think> (.*) = ", text).group(1)
+        if meta["kind"] == "sum":
+            first, second, partial, third = map(int, re.findall(r"\d+", thought))
+            assert [first, second, third] == meta["digits"] and partial == first + second
+        else:
+            assert list(described_digits(thought)) == meta["digits"]
         assert text.startswith("<description>") == (meta["format"] == "vision_sr1")
+        assert meta["format"] != "reader" or meta["answered"] == meta["digits"]
 
 
-def test_descriptions_are_wrong_by_the_stated_share():
+def test_the_cold_start_is_wrong_and_asks_for_sums_by_the_stated_shares():
     dots = [[np.zeros((1, 1), np.uint8)]] * 10  # the picture does not matter here
-    wrong = []
+    wrong, slips, sums = [], [], []
     for record in _cold_start(dots, np.random.default_rng(0), 5000):
+        sums.append(record.metadata["kind"] == "sum")
+        if record.metadata["format"] != "reader":
+            slips.append(record.metadata["answered"] != record.metadata["digits"])
         told = re.search(r"<description> (.*) </description>", record.messages[-1].content)
         if told:
             pairs = zip(described_digits(told[1]), record.metadata["digits"], strict=True)
             wrong += [a != b for a, b in pairs]
-    deviation = (DESCRIPTION_NOISE * (1 - DESCRIPTION_NOISE) / len(wrong)) ** 0.5
-    assert len(wrong) > 9000 and abs(np.mean(wrong) - DESCRIPTION_NOISE) < 3 * deviation
+    assert len(wrong) > 9000 and len(slips) > 3500
+    for found, rate in ((wrong, DESCRIPTION_NOISE), (slips, SLIP_RATE), (sums, 1 / 3)):
+        assert abs(np.mean(found) - rate) < 3 * (rate * (1 - rate) / len(found)) ** 0.5
 
 
 def test_the_reader_reads_right_descriptions_without_an_image(readers):
@@ -141,7 +203,7 @@ def test_responses_are_short_in_tokens(tiny_model):
     for kind in KINDS:
         first = tokenizer(response(kind, (9, 9, 1), (9, 9, 1)))["input_ids"]
         second = tokenizer(response(kind, (9, 9, 1)))["input_ids"]
-        assert len(first) + 1 <= 20 and len(second) + 1 <= 15, (kind, len(first), len(second))
+        assert len(first) + 1 <= 23 and len(second) + 1 <= 18, (kind, len(first), len(second))
 
 
 def test_the_corpus_holds_prompts_and_responses_but_no_image_mark():

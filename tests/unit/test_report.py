@@ -11,6 +11,7 @@ from PIL import Image
 from megatron_sr1.errors import DataError
 from megatron_sr1.report.charts import Bar, Series, bar_chart, line_chart, stacked_chart
 from megatron_sr1.report.gallery import pick_questions
+from megatron_sr1.report.panels import paired
 from megatron_sr1.report.report import DEMO_RUNS, shards_of, write_report
 
 EVIL = '</dd></article><script>alert(1)</script><img src=x onerror="alert(2)"> & "quoted"'
@@ -134,6 +135,33 @@ def test_the_demos_finding_is_computed_from_the_files(tmp_path):
     text = write_report(tmp_path).read_text()
     assert "right answer in 100% of the questions; without it in 25%" in text
     assert "Language shortcuts: 0% with, 50% without" in text
+
+
+def test_the_demos_finding_gives_greedy_answers_beside_sampled_ones(tmp_path):
+    make_demo(tmp_path)
+    lines = [verdict(i, int(i < 18), 1, "4 2 7") for i in range(20)]
+    write_lines(tmp_path / "eval" / "vision_sr1_greedy.jsonl", lines)
+    text = write_report(tmp_path).read_text()
+    assert "sampled: 75% after the cold start, 75% after GRPO paid for answers only, 75%" in text
+    assert "decoded greedily: 75%, 75%, 90%" in text
+    cells = ["90.0\u00a0±\u00a013.1", "100.0\u00a0±\u00a00.0", "–", "0.0\u00a0±\u00a00.0"]
+    row = "".join(f"<td>{cell}</td>" for cell in ["greedy: GRPO + self-reward", *cells])
+    assert row in text
+
+
+def test_differences_are_paired_by_question(tmp_path):
+    before = [verdict(i, int(i < 2), 0, "") for i in range(4)]
+    after = [verdict(i, int(i != 1), 0, "") for i in reversed(range(5))]  # 4 has no counterpart
+    # Gaps 0, -1, 1, 1: mean 1/4, deviation sqrt(11/12).
+    mean, half = paired(before, after, "accuracy")
+    assert mean == pytest.approx(0.25)
+    assert half == pytest.approx(1.96 * (11 / 12) ** 0.5 / 2)
+    assert paired(before, after, "description_exact") is None
+    make_demo(tmp_path)
+    text = write_report(tmp_path).read_text()
+    # Self-reward of 20 questions, 5 before and 20 after: 75 points, deviation sqrt(3.75 / 19).
+    row = text[text.index("sampled: GRPO + self-reward, less cold start") :]
+    assert "<td>+75.0\u00a0±\u00a019.5</td>" in row[: row.index("</tr>")]
 
 
 def test_the_last_step_by_number_is_shown_not_by_name(tmp_path):
