@@ -23,7 +23,7 @@ from megatron_sr1.data.digits import PASS2_ORDER, corpus_texts, make_digits
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.model.tiny import make_tiny_model
 from megatron_sr1.observability.metrics import read_lines
-from megatron_sr1.observability.panels import paired
+from megatron_sr1.report.panels import paired
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.runtime.device import stop_distributed
 from megatron_sr1.runtime.groups import Groups

@@ -6,9 +6,9 @@ Not covered: how long it takes, as that depends on the machine.
 import json
 
 import pytest
-from megatron_sr1.observability.panels import TITLES
 
 from megatron_sr1.observability.metrics import read_lines
+from megatron_sr1.report.panels import TITLES
 
 MODELS = ("cold_start", "see_think", "vision_sr1")
 
