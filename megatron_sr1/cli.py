@@ -261,12 +261,14 @@ def _with_cause(status: int, run_dir: Path, started: float) -> int:
 def demo_command(output: Path, seed: int) -> int:
     """`demo`: prepare, train on the demo's ranks, compare, report; or be one of its ranks."""
     from megatron_sr1.config import LaunchConfig
-    from megatron_sr1.launch import torchrun
+    from megatron_sr1.launch import preflight, torchrun
     from megatron_sr1.runtime.failure import guard
 
     configure_logging("info")
     joined = torchrun.joined(os.environ)
-    if joined is not None:
+    if joined is None:
+        preflight.check_output(str(output))
+    else:
         os.environ.update(joined)
         with guard(output):
             from megatron_sr1.trainer import demo
@@ -304,9 +306,13 @@ def plan_command(arguments: argparse.Namespace) -> int:
 
 def report_command(run_dir: Path) -> int:
     """`report`: with pictures where the run's shards are still there."""
-    if not run_dir.is_dir():
-        raise ConfigError(f"{run_dir}: no such run folder")
-    from megatron_sr1.report.report import shards_of, write_report
+    from megatron_sr1.report.report import is_run, shards_of, write_report
+
+    if not is_run(run_dir):
+        raise ConfigError(
+            f"{run_dir}: no such run; expected a directory with config.json and metrics.jsonl or "
+            "eval/, or the demo's"
+        )
 
     shards = shards_of(run_dir)
     images = None

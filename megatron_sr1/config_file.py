@@ -124,6 +124,8 @@ def _read_layers(path: Path) -> list[tuple[str, DictConfig]]:
 
 
 def _read_yaml(path: Path) -> DictConfig:
+    if path.is_dir():
+        raise ConfigError(f"{path} is a directory; expected a YAML file, such as {path}/run.yaml")
     if not path.is_file():
         raise ConfigError(f"{path}: no such configuration file")
     if path.stat().st_size > MAX_YAML_BYTES:

@@ -49,6 +49,12 @@ def write_report(run_dir: str | Path, images: Images | None = None) -> Path:
     return target
 
 
+def is_run(run_dir: Path) -> bool:
+    """Return True if a directory holds files of a run, finished or not, or of the demo."""
+    names = ("metrics.jsonl", "eval", "rollouts", "vision_sr1")
+    return any((run_dir / name).exists() for name in names)
+
+
 def shards_of(run_dir: Path) -> Path | None:
     """Folder of the shards whose images the report shows, by the run's configuration."""
     demo = run_dir / "vision_sr1" / "config.json"

@@ -156,8 +156,20 @@ def test_an_output_that_is_a_file_is_refused(tmp_path, checkpoint, shards, capsy
     assert "is a file" in line
 
 
-def test_a_report_of_no_run_folder_is_refused(capsys):
-    assert "nowhere: no such run folder" in fails_with_one_line(capsys, "report", "nowhere")
+def test_a_report_of_no_run_folder_is_refused(checkpoint, capsys):
+    assert "nowhere: no such run" in fails_with_one_line(capsys, "report", "nowhere")
+    assert "no such run" in fails_with_one_line(capsys, "report", str(checkpoint))
+    assert not (checkpoint / "report.html").exists()
+
+
+def test_a_directory_in_place_of_a_configuration_is_refused(tmp_path, capsys):
+    assert "is a directory; expected a YAML" in fails_with_one_line(capsys, "train", str(tmp_path))
+
+
+def test_a_demo_whose_output_is_a_file_is_refused_before_anything_starts(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    line = fails_with_one_line(capsys, "demo", "--output", str(tmp_path / "file"))
+    assert "is a file; name a directory" in line
 
 
 def test_report_writes_the_page_and_says_where(tmp_path, capsys):
