@@ -170,7 +170,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         return rank_main(config)
     if arguments.dry_run:
         return dry_run_command(config)
-    from megatron_sr1.trainer.checks import check_run
+    from megatron_sr1.dry_run import check_run
 
     preflight.check_paths(config)
     num_ranks = torchrun.num_processes(config.launch)
@@ -204,9 +204,8 @@ def how_to_continue(config: Config) -> str:
 
 def dry_run_command(config: Config) -> int:
     """`train --dry-run`: the checks of a start, then a description, then warnings."""
+    from megatron_sr1.dry_run import check_run, dry_run, has_weights
     from megatron_sr1.launch import preflight
-    from megatron_sr1.trainer.checks import check_run
-    from megatron_sr1.trainer.plan import dry_run, has_weights
 
     preflight.check_paths(config, is_dry_run=True)
     warnings = check_run(config, config.launch.num_processes)
@@ -238,7 +237,7 @@ def rank_main(config: Config) -> int:
     with ExitStack() as stack:
         with torchrun.first_rank_first(os.environ):
             stack.enter_context(guard(config.output))
-        from megatron_sr1.trainer.run import run_stage
+        from megatron_sr1.stages import run_stage
 
         return run_stage(config)
 
@@ -271,11 +270,11 @@ def demo_command(output: Path, seed: int) -> int:
     else:
         os.environ.update(joined)
         with guard(output):
-            from megatron_sr1.trainer import demo
+            from megatron_sr1.demo import demo
 
             demo.train(output, seed)
             return 0
-    from megatron_sr1.trainer import demo
+    from megatron_sr1.demo import demo
 
     demo.prepare(output, seed)
     started = time.time()

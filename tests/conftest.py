@@ -37,8 +37,8 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """Directory of the digits model with random weights."""
-    from megatron_sr1.data.digits import corpus_texts
-    from megatron_sr1.model.tiny import make_tiny_model
+    from megatron_sr1.demo.digits import corpus_texts
+    from megatron_sr1.demo.tiny_model import make_tiny_model
 
     directory = tmp_path_factory.mktemp("tiny_model")
     make_tiny_model(directory, corpus_texts())

@@ -72,8 +72,8 @@ def wide_cold_start(demo: Path, num_steps: int) -> Path:
     wide = demo / f"wide_{num_steps}"
     directory = wide / "cold_start" / "hf"
     if not (directory / "config.json").is_file():
-        from megatron_sr1.data.digits import corpus_texts
-        from megatron_sr1.model.tiny import make_tiny_model
+        from megatron_sr1.demo.digits import corpus_texts
+        from megatron_sr1.demo.tiny_model import make_tiny_model
 
         make_tiny_model(wide / "model", corpus_texts(), seed=1, hidden_size=WIDE_HIDDEN)
         settings = {

@@ -22,9 +22,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from megatron_sr1.demo.demo import COLD_START, COMMON, GRPO, prepare  # noqa: E402
 from megatron_sr1.observability import panels  # noqa: E402
 from megatron_sr1.observability.metrics import read_lines  # noqa: E402
-from megatron_sr1.trainer.demo import COLD_START, COMMON, GRPO, prepare  # noqa: E402
 from megatron_sr1.trainer.scoring import VERDICTS  # noqa: E402
 from tools.bench_tables import table  # noqa: E402
 

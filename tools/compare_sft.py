@@ -40,9 +40,9 @@ def write_conversations(directory: Path, work: Path, num_samples: int, max_turns
     """Shards of conversations of one to `max_turns` turns, each as often."""
     import numpy as np
 
-    from megatron_sr1.data.digits import make_digits
     from megatron_sr1.data.examples import Record
     from megatron_sr1.data.shards import ShardReader, write_shards
+    from megatron_sr1.demo.digits import make_digits
 
     rng = np.random.default_rng(0)
     num_turns = 1 + np.arange(num_samples) % max_turns
@@ -112,8 +112,8 @@ def main() -> int:
     found: dict[str, list[list[tuple[int, float]]]] = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        from megatron_sr1.data.digits import corpus_texts
-        from megatron_sr1.model.tiny import make_tiny_model
+        from megatron_sr1.demo.digits import corpus_texts
+        from megatron_sr1.demo.tiny_model import make_tiny_model
 
         make_tiny_model(folder / "model", corpus_texts(), hidden_size=arguments.hidden_size)
         num_steps = arguments.steps + WARM_UP_STEPS

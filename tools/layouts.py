@@ -22,8 +22,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from megatron_sr1.data.digits import corpus_texts  # noqa: E402
-from megatron_sr1.model.tiny import make_tiny_model  # noqa: E402
+from megatron_sr1.demo.digits import corpus_texts  # noqa: E402
+from megatron_sr1.demo.tiny_model import make_tiny_model  # noqa: E402
 
 RANKS = Path(__file__).with_name("layout_ranks.py")
 BOUND = 1e-5

@@ -73,16 +73,17 @@ def config_of(job: Job) -> Config:
 
 def run_ours(job: Job, *, pad: bool) -> list[tuple[int, float]]:
     """This trainer, with its packed micro-batches or padded ones: tokens and seconds of steps."""
+    from megatron_sr1 import stages
     from megatron_sr1.data.packing import pack_samples
     from megatron_sr1.observability.metrics import read_lines
     from megatron_sr1.records import PackedBatch, TrainSample
     from megatron_sr1.runtime.device import stop_distributed
-    from megatron_sr1.trainer import run, setup
+    from megatron_sr1.trainer import setup
     from megatron_sr1.trainer.sft import train_sft
 
     config = config_of(job)
     _, groups = setup.start_ranks(config)
-    context, samples, actor, _ = run.start(config, groups, job.num_steps)
+    context, samples, actor, _ = stages.start(config, groups, job.num_steps)
     pack_own, tokens = context.pack, []
 
     def pack(chosen: Sequence[TrainSample], samples: Samples) -> list[PackedBatch]:

@@ -45,6 +45,8 @@ from megatron_sr1.errors import DataError
 from megatron_sr1.records import Example
 
 DATASET_FILE = "dataset.json"
+NUM_SEARCHED = 100
+"""First samples that are searched for an image, where rollout.canary_bound needs one."""
 MAX_OPEN_SHARDS = 256
 
 

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from megatron_sr1.data.shards import NUM_SEARCHED
 from megatron_sr1.errors import ConfigError, DataError, EngineError
 from megatron_sr1.records import TrainSample
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.trainer.actor import Actor
-from megatron_sr1.trainer.checks import NUM_LOOKED_AT
 from megatron_sr1.trainer.context import Context
 from megatron_sr1.trainer.samples import Samples
 from megatron_sr1.trainer.step import sample_logprobs
@@ -76,7 +76,7 @@ class Canary:
 
 
 def _first_with_image(samples: Samples) -> int:
-    for index in range(min(len(samples), NUM_LOOKED_AT)):
+    for index in range(min(len(samples), NUM_SEARCHED)):
         if not samples.example(index).num_images:
             continue
         try:
@@ -85,6 +85,6 @@ def _first_with_image(samples: Samples) -> int:
             continue
         return index
     raise ConfigError(
-        f"rollout.canary_bound needs a sample with an image among the first {NUM_LOOKED_AT} of "
+        f"rollout.canary_bound needs a sample with an image among the first {NUM_SEARCHED} of "
         "data.train; set it to 0"
     )

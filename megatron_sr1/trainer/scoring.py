@@ -9,11 +9,11 @@ raised is wrong, and named. Nothing that a policy samples raises here.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from megatron_sr1.data.digits import described_digits
 from megatron_sr1.errors import GradingLimit
 from megatron_sr1.records import RIGHT_FROM, Example, Reward, Rollout
 from megatron_sr1.rewards.score import Scorer
@@ -170,16 +170,26 @@ def read_text(rollout: Rollout) -> str | None:
     return "\n".join(rollout.reading.texts)
 
 
+def is_exact(description: str, expected: Sequence[Any]) -> bool:
+    """Return True if a description names the expected items, in order and no others.
+
+    Args:
+        description: text of the span.
+        expected: words or digits; where all are digits, whatever else the text has is not compared.
+    """
+    items = [str(item).lower() for item in expected]
+    pattern = "[0-9]" if all(re.fullmatch("[0-9]", item) for item in items) else r"\w+"
+    return re.findall(pattern, description.lower()) == items
+
+
 def evaluation_line(scored: Scored, example: Example) -> dict[str, Any]:
     """A line of an evaluation file: what was said and the four verdicts, 0, 1 or null.
 
     Accuracy and self-reward are what a function of the user's gave, where there is one.
     """
     rollout, reward = scored.rollout, scored.reward
-    exact: int | None = None
-    if "digits" in example.metadata:
-        told = described_digits(rollout.description or "")
-        exact = int(told == tuple(example.metadata["digits"]))
+    expected = example.metadata.get("expected_description", example.metadata.get("digits"))
+    exact = None if expected is None else int(is_exact(rollout.description or "", expected))
     shortcut = None
     if reward.self_reward is not None:
         shortcut = int(reward.accuracy >= RIGHT_FROM > reward.self_reward)

@@ -142,18 +142,18 @@ def in_phase(fault, place):
 
 
 def in_update(fault, place):
+    from megatron_sr1 import stages
     from megatron_sr1.model.qwen25_vl import Qwen25VL
-    from megatron_sr1.trainer import run
 
     if place == "optimizer":
-        make = run.make_actor
+        make = stages.make_actor
 
         def make_actor(*arguments):
             actor = make(*arguments)
             before(actor.optimizer, "step", fault)
             return actor
 
-        run.make_actor = make_actor
+        stages.make_actor = make_actor
         return
     forward = Qwen25VL.forward
 
@@ -334,7 +334,7 @@ def import_all(with_engine):
     cpu.install()
     for name in ("distributed", "optimizer", "dist_checkpointing", "pipeline_parallel"):
         importlib.import_module(f"megatron.core.{name}")
-    for name in ("trainer.run", "report.report"):
+    for name in ("stages", "report.report"):
         importlib.import_module(f"megatron_sr1.{name}")
     transformers = importlib.import_module("transformers")
     assert transformers.AutoTokenizer and transformers.Qwen2VLImageProcessor

@@ -24,8 +24,8 @@ from megatron_sr1.observability.metrics import read_lines  # noqa: E402
 from megatron_sr1.runtime.device import select_device, start_distributed  # noqa: E402
 from megatron_sr1.runtime.groups import destroy_groups, gather_objects, make_groups  # noqa: E402
 from megatron_sr1.runtime.rng import seed_everything  # noqa: E402
+from megatron_sr1.stages import start  # noqa: E402
 from megatron_sr1.trainer.context import Context  # noqa: E402
-from megatron_sr1.trainer.run import start  # noqa: E402
 from megatron_sr1.trainer.sft import train_sft  # noqa: E402
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "digits_cpu.yaml"
@@ -107,7 +107,7 @@ def run(out, model, shards, plan):
 
 
 def main():
-    import megatron_sr1.trainer.run as stages
+    import megatron_sr1.stages as stages
 
     stages.Context = Recording
     out, model, shards, *plans = sys.argv[1:]

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sr1.data.digits import make_digits
 from megatron_sr1.data.examples import Record
 from megatron_sr1.data.shards import ShardReader, write_shards
+from megatron_sr1.demo.digits import make_digits
 from megatron_sr1.observability.metrics import read_lines
 from tests.grading_attacks import CASES as ATTACKS
 from tests.grading_field import CASES, COLUMN, CUBES, TINY, TWO_ROOTS

@@ -14,7 +14,7 @@ import pytest
 
 from megatron_sr1.checkpoint.folders import steps
 from megatron_sr1.checkpoint.manifest import read_manifest
-from megatron_sr1.data.digits import make_digits
+from megatron_sr1.demo.digits import make_digits
 from tests.distributed.test_resume import command, numbers, run_to_the_end
 
 pytestmark = pytest.mark.slow  # unit/test_checkpoint_background.py has the quick ones

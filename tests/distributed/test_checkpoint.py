@@ -24,8 +24,8 @@ CONVERT = ROOT / "tools" / "convert_checkpoint.py"
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A tied model of four layers, enough for two virtual stages on two ranks."""
-    from megatron_sr1.data.digits import corpus_texts
-    from megatron_sr1.model.tiny import make_tiny_model
+    from megatron_sr1.demo.digits import corpus_texts
+    from megatron_sr1.demo.tiny_model import make_tiny_model
 
     directory = tmp_path_factory.mktemp("tied")
     make_tiny_model(directory, corpus_texts(), num_layers=4)
@@ -35,8 +35,8 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def untied(tmp_path_factory):
     """An untied bfloat16 model in two files, its tensors named as transformers 5 does in memory."""
-    from megatron_sr1.data.digits import corpus_texts
-    from megatron_sr1.model.tiny import make_tiny_model
+    from megatron_sr1.demo.digits import corpus_texts
+    from megatron_sr1.demo.tiny_model import make_tiny_model
 
     folder = tmp_path_factory.mktemp("untied")
     make_tiny_model(folder / "one", corpus_texts(), vocab_size=383, tie_word_embeddings=False)

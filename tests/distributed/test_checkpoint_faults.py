@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sr1.data.digits import make_digits
+from megatron_sr1.demo.digits import make_digits
 from tests.distributed.test_resume import ROOT, command, numbers
 
 pytestmark = pytest.mark.slow

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sr1.data.digits import make_digits
+from megatron_sr1.demo.digits import make_digits
 from megatron_sr1.observability.metrics import read_lines
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -30,8 +30,8 @@ def quiet(what, done_bytes, total_bytes):
 @pytest.fixture(scope="module")
 def untied(tmp_path_factory):
     """An untied bfloat16 model in two files, whose vocabulary of 383 is padded on two ranks."""
-    from megatron_sr1.data.digits import corpus_texts
-    from megatron_sr1.model.tiny import make_tiny_model
+    from megatron_sr1.demo.digits import corpus_texts
+    from megatron_sr1.demo.tiny_model import make_tiny_model
 
     folder = tmp_path_factory.mktemp("untied")
     make_tiny_model(folder / "one", corpus_texts(), vocab_size=383, tie_word_embeddings=False)

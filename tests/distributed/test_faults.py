@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sr1.config_file import load_config
-from megatron_sr1.data.digits import make_digits
+from megatron_sr1.demo.digits import make_digits
 from megatron_sr1.observability.metrics import read_lines
 from megatron_sr1.runtime.failure import LINGER_SECONDS
 
@@ -140,10 +140,10 @@ def check_nothing_lost(stage, run_dir, groups):
     before = digests(stage.base / "checkpoints" / "step_1")
     assert digests(checkpoints / "step_1") == before and len(before) > 5
     assert read_lines(run_dir / "metrics.jsonl")[:1] == read_lines(stage.base / "metrics.jsonl")
-    from megatron_sr1.trainer import run
+    from megatron_sr1 import stages
 
     config = load_config(Path(stage.config), stage.overrides(run_dir))
-    context, _, actor, _ = run.start(config, groups, 2)
+    context, _, actor, _ = stages.start(config, groups, 2)
     context.close()
     assert context.step == 1 and actor.scheduler.num_steps == 1
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_sr1.data.digits import make_digits
+from megatron_sr1.demo.digits import make_digits
 from megatron_sr1.observability.metrics import read_lines
 
 SCRIPT = Path(__file__).parent / "low_memory.py"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sr1.data.digits import make_digits
+from megatron_sr1.demo.digits import make_digits
 from megatron_sr1.observability.metrics import read_lines
 from tests.distributed.resume_ranks import NUM_STEPS, PER_STEP, SAVED_STEP
 from tests.distributed.test_resume import command, numbers, run_to_the_end

@@ -17,8 +17,8 @@ def results(run_ranks, tmp_path_factory):
 
     The vocabulary is no round number, so that the engine pads it, and the output layer is its own.
     """
-    from megatron_sr1.data.digits import corpus_texts
-    from megatron_sr1.model.tiny import make_tiny_model
+    from megatron_sr1.demo.digits import corpus_texts
+    from megatron_sr1.demo.tiny_model import make_tiny_model
 
     model = tmp_path_factory.mktemp("model")
     make_tiny_model(model, corpus_texts(), vocab_size=371, tie_word_embeddings=False)

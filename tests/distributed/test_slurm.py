@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_sr1.data.digits import make_digits
+from megatron_sr1.demo.digits import make_digits
 from megatron_sr1.observability.metrics import read_lines
 from tests.slurm_here import SlurmHere, missing
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sr1.data.digits import make_digits
+from megatron_sr1.demo.digits import make_digits
 from tests.slurm_accounts import SlurmWithAccounts, unpack
 from tests.slurm_here import missing
 

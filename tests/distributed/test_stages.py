@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sr1.data.digits import make_digits
 from megatron_sr1.data.shards import ShardReader
+from megatron_sr1.demo.digits import make_digits
 from megatron_sr1.observability.metrics import read_lines
 from tests.wandb_runs import history, read_table
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sr1.data.digits import make_digits
+from megatron_sr1.demo.digits import make_digits
 
 pytestmark = pytest.mark.slow
 

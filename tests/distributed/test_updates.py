@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from megatron_sr1.data.digits import corpus_texts
-from megatron_sr1.model.tiny import make_tiny_model
+from megatron_sr1.demo.digits import corpus_texts
+from megatron_sr1.demo.tiny_model import make_tiny_model
 
 SCRIPT = Path(__file__).parent / "updates.py"
 ONE, SPLIT, ALONE = "1x1x1@4096", "1x1x1@48", "1x1x1@0"  # the last without packing

@@ -14,10 +14,11 @@ cpu.install()
 import numpy as np  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
+from megatron_sr1 import stages  # noqa: E402
 from megatron_sr1.config_file import load_config  # noqa: E402
 from megatron_sr1.records import Completion, Reward, Rollout  # noqa: E402
 from megatron_sr1.runtime.device import stop_distributed  # noqa: E402
-from megatron_sr1.trainer import grpo, run, setup  # noqa: E402
+from megatron_sr1.trainer import grpo, setup  # noqa: E402
 from megatron_sr1.trainer.credit import Credit  # noqa: E402
 from megatron_sr1.trainer.scoring import Scored  # noqa: E402
 
@@ -67,7 +68,7 @@ def invented(samples):
 
 def step(config, groups):
     """What each of the two updates measured, and sums of the weights afterwards."""
-    context, samples, actor, _ = run.start(config, groups, 2)
+    context, samples, actor, _ = stages.start(config, groups, 2)
     measured, real = [], grpo.update
 
     def update(*arguments):

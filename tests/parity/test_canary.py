@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_sr1.config_file import load_config
-from megatron_sr1.data.digits import make_digits
+from megatron_sr1.demo.digits import make_digits
 from megatron_sr1.errors import ConfigError, EngineError
 from megatron_sr1.runtime.device import select_device
 from megatron_sr1.trainer import setup

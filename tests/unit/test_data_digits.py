@@ -6,8 +6,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from megatron_sr1.data import digits as digits_module
-from megatron_sr1.data.digits import (
+from megatron_sr1.data.shards import ShardReader
+from megatron_sr1.demo import digits as digits_module
+from megatron_sr1.demo.digits import (
     DESCRIPTION_NOISE,
     KINDS,
     QUESTIONS,
@@ -19,11 +20,10 @@ from megatron_sr1.data.digits import (
     _moved,
     answer_from_digits,
     corpus_texts,
-    described_digits,
     make_digits,
     response,
 )
-from megatron_sr1.data.shards import ShardReader
+from megatron_sr1.trainer.scoring import is_exact
 
 SIZES = {"num_train": 200, "num_eval": 60, "num_cold_start": 900}
 
@@ -74,11 +74,16 @@ def test_responses_by_hand():
     )
 
 
-def test_described_digits_need_exactly_three():
-    assert described_digits(" 3 7 1 ") == (3, 7, 1)
-    assert described_digits("a 3, then 71") == (3, 7, 1)
-    assert described_digits("3 7") is None and described_digits("3 7 1 1") is None
-    assert described_digits("three") is None
+def described_digits(text):
+    return [int(digit) for digit in re.findall("[0-9]", text)]
+
+
+def test_a_description_is_exact_if_it_names_the_expected_items_in_order_and_no_others():
+    assert is_exact(" 3 7 1 ", [3, 7, 1]) and is_exact("a 3, then 71", [3, 7, 1])
+    assert not is_exact("3 7", [3, 7, 1]) and not is_exact("3 7 1 1", [3, 7, 1])
+    assert not is_exact("three", [3, 7, 1]) and not is_exact("1 7 3", [3, 7, 1])
+    assert is_exact("Red square, blue circle", ["red", "square", "blue", "circle"])
+    assert not is_exact("red square", ["red", "square", "blue", "circle"])
 
 
 def test_held_out_digits_are_never_learnt_from(unmoved):
@@ -166,7 +171,7 @@ def test_only_descriptions_and_answers_are_wrong(readers):
             first, second, partial, third = map(int, re.findall(r"\d+", thought))
             assert [first, second, third] == meta["digits"] and partial == first + second
         else:
-            assert list(described_digits(thought)) == meta["digits"]
+            assert described_digits(thought) == meta["digits"]
         assert text.startswith("<description>") == (meta["format"] == "vision_sr1")
         assert meta["format"] != "reader" or meta["answered"] == meta["digits"]
 
@@ -193,7 +198,7 @@ def test_the_reader_reads_right_descriptions_without_an_image(readers):
     for example in found:
         assert example.num_images == 0 and "<image>" not in example.question
         told = example.question.split("\n")[0]
-        assert list(described_digits(told)) == example.metadata["digits"]
+        assert described_digits(told) == example.metadata["digits"]
 
 
 def test_responses_are_short_in_tokens(tiny_model):

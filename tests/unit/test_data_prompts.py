@@ -3,7 +3,6 @@
 import pytest
 
 from megatron_sr1.config_file import load_config
-from megatron_sr1.data.digits import PASS2_ORDER, STYLE
 from megatron_sr1.data.prompts import (
     PASS1_INSTRUCTIONS,
     chat_messages,
@@ -12,6 +11,7 @@ from megatron_sr1.data.prompts import (
     pass2_messages,
     strip_image_marks,
 )
+from megatron_sr1.demo.digits import PASS2_ORDER, STYLE
 from megatron_sr1.errors import ConfigError, DataError
 from megatron_sr1.records import Example, Message
 

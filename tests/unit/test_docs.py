@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sr1.config_checks import keys
-from megatron_sr1.data.digits import make_digits
+from megatron_sr1.demo.digits import make_digits
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sr1.data.digits import make_digits
 from megatron_sr1.data.examples import Record
 from megatron_sr1.data.shards import ShardReader, write_shards
+from megatron_sr1.demo.digits import make_digits
 from megatron_sr1.observability.metrics import read_lines
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,4 +1,4 @@
-"""Evaluation on held-out questions: both passes, the four verdicts, the 2 x 2 table."""
+"""Evaluate a model on held-out questions: both passes, the four verdicts, the 2 x 2 table."""
 
 from __future__ import annotations
 
@@ -6,18 +6,59 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
+from megatron_sr1.config import Config
 from megatron_sr1.rewards.parsing import find_description
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.rollout.readings import Pass2
 from megatron_sr1.rollout.two_pass import roll_out
 from megatron_sr1.runtime.rng import request_seed
-from megatron_sr1.trainer import scoring
+from megatron_sr1.trainer import scoring, setup
 from megatron_sr1.trainer.context import Context
 from megatron_sr1.trainer.samples import Samples
 from megatron_sr1.trainer.sampling import pass2_settings, read_prompts
 
 log = logging.getLogger(__name__)
+
+
+WAYS = ("sampled", "greedy")
+
+
+class HeldOut:
+    """Evaluates what the engine holds, always on the same questions with the same seeds.
+
+    Args:
+        context: where the verdicts are saved; its configuration names the set.
+        engine: of this rank.
+        scorer: from `evaluation_scorer`.
+    """
+
+    def __init__(self, context: Context, engine: Engine, scorer: Scorer) -> None:
+        """Open `data.eval`."""
+        config = context.config
+        self._context, self._engine, self._scorer = context, engine, scorer
+        self.samples = setup.open_samples(config, config.data.eval, context.processor)
+        self._indices = range(len(self.samples))[: config.data.eval_limit or None]
+
+    def judge(self, name: str, temperature: float) -> dict[str, float]:
+        """Answer the questions and save `eval/{name}.jsonl`; returns what `evaluate` does."""
+        return evaluate(
+            self._context,
+            self._engine,
+            self.samples,
+            self._scorer,
+            name,
+            temperature=temperature,
+            indices=self._indices,
+        )
+
+
+def evaluation_scorer(config: Config) -> Scorer:
+    """Return the scorer of an evaluation.
+
+    It reads see_think's descriptions too, so that its table can be compared.
+    """
+    return setup.make_scorer(config, None if config.reward.recipe == "vision_r1" else "vision_sr1")
 
 
 def evaluate(

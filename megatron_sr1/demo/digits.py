@@ -19,7 +19,6 @@ which any reward for answers corrects. Text-only readers, whom pass 2 is like, m
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -96,12 +95,6 @@ def make_digits(
     for name, records in sets.items():
         write_shards(records, root / name, samples_per_shard=4096)
     return {name: root / name for name in sets}
-
-
-def described_digits(description: str) -> tuple[int, ...] | None:
-    """The digits that a description names, in order; None unless there are exactly three."""
-    digits = tuple(int(d) for d in re.findall(r"[0-9]", description))
-    return digits if len(digits) == DIGITS_PER_IMAGE else None
 
 
 def answer_from_digits(kind: str, digits: Sequence[int]) -> str:
@@ -209,7 +202,12 @@ def _questions(
             messages=(Message("user", IMAGE_MARK + QUESTIONS[kind]),),
             answer=answer_from_digits(kind, digits),
             images=(_picture(digits, drawn, rng, moved),),
-            metadata={"problem_id": number, "kind": kind, "digits": list(digits)},
+            metadata={
+                "problem_id": number,
+                "kind": kind,
+                "digits": list(digits),
+                "expected_description": list(digits),
+            },
         )
 
 

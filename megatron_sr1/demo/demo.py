@@ -17,19 +17,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megatron_sr1 import stages
 from megatron_sr1.config import Config
 from megatron_sr1.config_file import load_config
-from megatron_sr1.data.digits import PASS2_ORDER, corpus_texts, make_digits
+from megatron_sr1.demo.digits import PASS2_ORDER, corpus_texts, make_digits
+from megatron_sr1.demo.tiny_model import make_tiny_model
 from megatron_sr1.errors import ConfigError
-from megatron_sr1.model.tiny import make_tiny_model
+from megatron_sr1.evaluation.evaluate import HeldOut
 from megatron_sr1.observability.metrics import read_lines
 from megatron_sr1.report.panels import paired
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.runtime.device import stop_distributed
 from megatron_sr1.runtime.groups import Groups
-from megatron_sr1.trainer import run, scoring, setup
+from megatron_sr1.trainer import scoring, setup
 from megatron_sr1.trainer.context import Context
-from megatron_sr1.trainer.evaluate import evaluate
 from megatron_sr1.trainer.grpo import sync, train_grpo
 from megatron_sr1.trainer.sft import train_sft
 
@@ -101,7 +102,7 @@ def train(output: Path, seed: int) -> None:
     started = time.monotonic()
     cold = _config(output, seed, "cold_start")
     device, groups = setup.start_ranks(cold)
-    context, samples, actor, _ = run.start(cold, groups, cold.optimizer.num_steps)
+    context, samples, actor, _ = stages.start(cold, groups, cold.optimizer.num_steps)
     train_sft(context, actor, samples)
     context.close()
     directory = Path(cold.output) / "hf"
@@ -110,11 +111,15 @@ def train(output: Path, seed: int) -> None:
     judge_config = _config(output, seed, "vision_sr1", f"output={output}")
     with context.phase("setup"):
         engine = setup.make_engine(judge_config, directory, context.processor, device)
-    judged = Judge(judge_config, groups, context, engine)
-    judged.judge("cold_start")
+    judging = Context(judge_config, groups, context.processor, 0)
+    judging.open()
+    scorer = setup.make_scorer(judge_config)
+    held_out = HeldOut(judging, engine, scorer)
+    _judge(held_out, "cold_start")
     for name, config in grpo.items():
         _train_grpo(config, groups, engine)
-        judged.judge(name)
+        _judge(held_out, name)
+    scorer.close()
     if groups.world.rank == 0:
         # One line a start that came to the end; `finish` takes the first, which did the training
         # unless an earlier start was stopped on the way.
@@ -124,7 +129,7 @@ def train(output: Path, seed: int) -> None:
 
 
 def _train_grpo(config: Config, groups: Groups, engine: Engine) -> None:
-    context, samples, actor, reference = run.start(config, groups, config.optimizer.num_steps)
+    context, samples, actor, reference = stages.start(config, groups, config.optimizer.num_steps)
     scorer = setup.make_scorer(config)
     train_grpo(context, actor, engine, samples, scorer, reference)
     scorer.close()
@@ -133,31 +138,11 @@ def _train_grpo(config: Config, groups: Groups, engine: Engine) -> None:
     actor.save_hf(context.run_dir / "hf")
 
 
-class Judge:
-    """Evaluates what the engine holds, always on the same questions with the same seeds."""
-
-    def __init__(self, config: Config, groups: Groups, parent: Context, engine: Engine) -> None:
-        """Open the held-out set."""
-        self._context = Context(config, groups, parent.processor, 0)
-        self._context.open()
-        self._samples = setup.open_samples(config, config.data.eval, parent.processor)
-        self._engine = engine
-
-    def judge(self, name: str) -> None:
-        """Sample and decode greedily, and save `eval/{name}_{way}.jsonl`."""
-        scorer = setup.make_scorer(self._context.config)
-        for way, temperature in WAYS.items():
-            rates = evaluate(
-                self._context,
-                self._engine,
-                self._samples,
-                scorer,
-                f"{name}_{way}",
-                temperature=temperature,
-                indices=range(len(self._samples)),
-            )
-            log.info("%s, %s: %s", name, way, {k: round(v, 3) for k, v in rates.items()})
-        scorer.close()
+def _judge(held_out: HeldOut, name: str) -> None:
+    """Evaluate what the engine holds, sampled and greedily."""
+    for way, temperature in WAYS.items():
+        rates = held_out.judge(f"{name}_{way}", temperature)
+        log.info("%s, %s: %s", name, way, {k: round(v, 3) for k, v in rates.items()})
 
 
 def finish(output: Path) -> dict[str, Any]:

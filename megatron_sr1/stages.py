@@ -1,4 +1,4 @@
-"""One stage on one rank: put the parts together, train or evaluate, export."""
+"""The stages of a run on one rank: put the parts together, train or evaluate, export."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_sr1.config import Config
 from megatron_sr1.errors import ConfigError
+from megatron_sr1.evaluation.evaluate import WAYS, HeldOut, evaluation_scorer
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.runtime import failure
@@ -18,7 +19,6 @@ from megatron_sr1.runtime.rng import kept_rng
 from megatron_sr1.trainer import setup
 from megatron_sr1.trainer.actor import Actor, Reference, make_actor
 from megatron_sr1.trainer.context import Context
-from megatron_sr1.trainer.evaluate import evaluate
 from megatron_sr1.trainer.grpo import sync, train_grpo
 from megatron_sr1.trainer.optimizer import updates_per_step
 from megatron_sr1.trainer.samples import Samples
@@ -57,7 +57,8 @@ def run_grpo(config: Config, device: Device, groups: Groups) -> None:
 
     The engine starts from `model.path` too and is synced before it samples.
     """
-    scorer, judging = setup.make_scorer(config), judging_scorer(config)  # before minutes of loading
+    # Before minutes of loading: a reward function that does not load ends the run at once.
+    scorer, judging = setup.make_scorer(config), evaluation_scorer(config)
     context, samples, actor, reference = start(
         config, groups, updates_per_step(config) * config.optimizer.num_steps
     )
@@ -84,7 +85,7 @@ def run_eval(config: Config, device: Device, groups: Groups) -> None:
             f"{config.output} holds a training run, whose files an evaluation would replace; give "
             "another output"
         )
-    scorer = judging_scorer(config)
+    scorer = evaluation_scorer(config)
     context = Context(config, groups, setup.make_processor(config), 0)
     context.open()
     with context.phase("setup"):
@@ -118,27 +119,20 @@ def start(
     return context, samples, actor, reference
 
 
-def judging_scorer(config: Config) -> Scorer:
-    """Grader of an evaluation: see_think's descriptions are read too, to compare its table."""
-    return setup.make_scorer(config, None if config.reward.recipe == "vision_r1" else "vision_sr1")
-
-
 def rating(
     context: Context, actor: Actor, engine: Engine, scorer: Scorer
 ) -> Callable[[], dict[str, float]]:
-    """A function that evaluates the actor, by greedy answers to `data.eval`; collective."""
+    """Return a function that evaluates the actor by greedy answers to `data.eval`; collective."""
     config = context.config
-    samples = setup.open_samples(config, config.data.eval, context.processor)
-    indices = range(len(samples))[: config.data.eval_limit or None]
+    held_out = HeldOut(context, engine, scorer)
     metric = config.checkpoint.best_by.split()[1]
 
     def rate() -> dict[str, float]:
         sync(context, actor, engine, version=context.step)
-        name = f"step_{context.step}"
-        rates = evaluate(context, engine, samples, scorer, name, temperature=0.0, indices=indices)
+        rates = held_out.judge(f"step_{context.step}", temperature=0.0)
         engine.sleep()
         actor.take_room()  # what is saved next is where a save looks for it
-        samples.forget()
+        held_out.samples.forget()
         if metric not in rates:
             raise ConfigError(
                 f"checkpoint.best_by={config.checkpoint.best_by!r}: the evaluation of "
@@ -151,14 +145,9 @@ def rating(
 
 def judge(context: Context, engine: Engine, scorer: Scorer) -> None:
     """Evaluate sampled and greedy, and write the rates to summary.json."""
-    config = context.config
-    samples = setup.open_samples(config, config.data.eval, context.processor)
-    indices = range(len(samples))[: config.data.eval_limit or None]
-    summary = {}
-    for way, temperature in (("sampled", config.rollout.temperature), ("greedy", 0.0)):
-        summary[way] = evaluate(
-            context, engine, samples, scorer, way, temperature=temperature, indices=indices
-        )
+    held_out, summary = HeldOut(context, engine, scorer), {}
+    for way, temperature in zip(WAYS, (context.config.rollout.temperature, 0.0), strict=True):
+        summary[way] = held_out.judge(way, temperature)
         log.info("held-out, %s: %s", way, summary[way])
     scorer.close()
     if context.is_writer:

@@ -1,0 +1,1 @@
+"""The demo: handwritten digits and a tiny model, on a CPU."""

@@ -1,0 +1,304 @@
+"""What is known of a run before any process starts: its checks, and its description.
+
+In: a configuration and the number of ranks. Out: warnings, or the error that would stop the run
+after minutes of loading, the same for a start and for `train --dry-run`; and the text that the dry
+run prints. What is not there yet is left out.
+
+torch and Megatron-Core take seconds to import. They are imported only where there is a whole model,
+whose classes are then built as its ranks would build them; for a config.json alone the planner's
+formulas are used.
+"""
+
+from __future__ import annotations
+
+import warnings
+from math import prod
+from pathlib import Path
+
+from megatron_sr1.checkpoint.folders import latest_step, resolve_model
+from megatron_sr1.checkpoint.mapping import entries, matched_entries
+from megatron_sr1.config import Config
+from megatron_sr1.data.shards import NUM_SEARCHED, ShardReader
+from megatron_sr1.errors import ConfigError, DataError
+from megatron_sr1.model.hf_config import HFConfig, read_hf_config
+from megatron_sr1.planning.layout import check, configured
+from megatron_sr1.planning.static_memory import stage_parameters, static_memory
+from megatron_sr1.records import Example
+from megatron_sr1.rewards.own import OwnReward
+
+
+def dry_run(config: Config) -> str:
+    """Describe a run that was checked: model, data, layout, steps, and what is not there yet."""
+    hf_config = model_shape(config.model.path)
+    lines = [
+        f"stage       {config.stage}, recipe {config.reward.recipe}, seed {config.seed}",
+        f"output      {config.output}{_resumed(config)}",
+        f"model       {_model(config, hf_config)}",
+    ]
+    if config.stage != "eval":
+        lines += [f"train data  {_data(config.data.train)}", f"layout      {_layout(config)}"]
+        lines += [f"parameters  {_parameters(config, hf_config)}"]
+        lines += [f"memory      {_memory(config, hf_config)}", f"steps       {_steps(config)}"]
+    if config.stage != "sft":
+        if config.reward.function:
+            lines.append(f"reward      answers judged by {config.reward.function}, loaded")
+        lines.append(f"eval data   {_data(config.data.eval)}")
+        rollout = config.rollout
+        lines.append(
+            f"engine      tensor parallel {rollout.tensor_parallel}, "
+            f"{rollout.max_num_seqs} slots of {rollout.max_model_len} tokens, pass 2 "
+            f"{rollout.pass2}"
+        )
+    return "\n".join(lines)
+
+
+def _resumed(config: Config) -> str:
+    checkpoints = Path(config.output) / "checkpoints"
+    if not config.checkpoint.resume or not checkpoints.is_dir():
+        return ""
+    step = latest_step(checkpoints)
+    return "" if step is None else f", resumed from step {step}"
+
+
+def _model(config: Config, hf_config: HFConfig | None) -> str:
+    path = config.model.path
+    if hf_config is None:
+        return f"{path}: not there, not checked"
+    count = sum(prod(shape) for entry in entries(hf_config) for shape in entry.hf_shapes)
+    kind = "huggingface" if (Path(path) / "config.json").is_file() else "megatron"
+    kind = kind if has_weights(path) else "config.json alone"
+    return (
+        f"{path} ({kind}), {count:,} parameters, {hf_config.text.num_layers} text layers, "
+        f"{hf_config.vision.depth} vision blocks, {config.model.dtype}, {config.model.spec} kernels"
+    )
+
+
+def has_weights(path: str) -> bool:
+    """Return True unless a Hugging Face directory holds its config.json alone."""
+    folder = Path(path)
+    return not (folder / "config.json").is_file() or any(folder.glob("*.safetensors"))
+
+
+def _data(path: str) -> str:
+    if not path:
+        return "none"
+    if not Path(path).exists():
+        return f"{path}: not there, not checked"
+    reader = ShardReader(path)
+    return f"{path}, {len(reader):,} samples, first {min(len(reader), NUM_READ)} read"
+
+
+def _layout(config: Config) -> str:
+    parallel = config.parallel
+    text = f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context}"
+    text += ", sequence parallel" if parallel.sequence else ""
+    model_size = config.parallel.replica_size
+    ranks = config.launch.num_processes
+    if not ranks:
+        return f"{text} = {model_size} ranks a replica; data parallel is what the launch brings"
+    return f"{text} x data {ranks // model_size} = {ranks} ranks"
+
+
+def _num_ranks(config: Config) -> int:
+    """As configured, or of one replica."""
+    return config.launch.num_processes or config.parallel.replica_size
+
+
+def _parameters(config: Config, hf_config: HFConfig | None) -> str:
+    """Of a rank at each end of the pipeline, from the classes that would run, or by formula."""
+    if hf_config is None:
+        return "not known without the model"
+    layout = configured(config, _num_ranks(config))
+    if not has_weights(config.model.path) and layout is not None:
+        ranks = (0, layout.pipeline - 1)
+        parts = [[stage_parameters(hf_config, layout, s) for s in layout.stages(r)] for r in ranks]
+        counts = [sum(p.numel for stage in part for p in stage) for part in parts]
+    else:
+        counts = _built_parameters(config, hf_config)
+    if config.parallel.pipeline == 1:
+        return f"{counts[0]:,} on each rank"
+    return f"{counts[0]:,} on a rank of the first stage, {counts[1]:,} of the last"
+
+
+def _built_parameters(config: Config, hf_config: HFConfig) -> list[int]:
+    last = _num_ranks(config) - 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is not installed; `doctor` tells
+        from megatron_sr1.trainer.shapes import num_parameters_on  # imports Megatron-Core: seconds
+
+        return [num_parameters_on(config, hf_config, rank, last + 1) for rank in (0, last)]
+
+
+def _memory(config: Config, hf_config: HFConfig | None) -> str:
+    """Of the fullest rank from the first step to the last; `megatron-sr1 plan` tells the rest."""
+    if hf_config is None:
+        return "not known without the model"
+    layout = configured(config, _num_ranks(config))
+    if layout is None:
+        return "not known: the layout does not divide the ranks"
+    held = max(
+        (static_memory(config, hf_config, layout, rank) for rank in layout.ends),
+        key=lambda h: h.device,
+    )
+    parts = {"weights": held.weights, "gradients": held.gradients, "optimizer": held.optimizer}
+    text = " + ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+    host = f", {held.host / 1e9:.2f} GB in host memory" if held.host else ""
+    return f"{text} GB on the fullest of {layout.num_ranks} ranks{host}"
+
+
+def _steps(config: Config) -> str:
+    steps, data = config.optimizer.num_steps, config.data
+    if config.stage == "sft":
+        return f"{steps} updates of {data.prompts_per_step} sequences"
+    updates = data.prompts_per_step // config.algorithm.prompts_per_update
+    return (
+        f"{steps} of {data.prompts_per_step} prompts x {config.rollout.samples_per_prompt} "
+        f"responses, {updates} updates each"
+    )
+
+
+NUM_READ = 8
+"""First samples of a data set that are read and decoded."""
+
+
+def check_run(config: Config, num_ranks: int) -> list[str]:
+    """Check everything that the shards, the model's shape and the configuration tell.
+
+    Args:
+        config: of the run.
+        num_ranks: of the run; 0 where the launch decides.
+
+    Returns:
+        warnings, a sentence each.
+
+    Raises:
+        SR1Error: the run would end with it.
+    """
+    _check_output(config)
+    replica = config.parallel.replica_size
+    if num_ranks % replica:
+        raise ConfigError(
+            f"the layout needs a multiple of {replica} ranks (parallel.tensor x pipeline x "
+            f"context), got {num_ranks}; change the layout or launch.num_processes"
+        )
+    hf_config = model_shape(config.model.path)
+    if hf_config is not None:
+        _check_shape(config, hf_config, num_ranks or replica)
+    if config.stage != "sft":
+        if num_ranks % config.rollout.tensor_parallel:
+            raise ConfigError(
+                f"rollout.tensor_parallel={config.rollout.tensor_parallel} does not divide the "
+                f"{num_ranks} ranks; change it or launch.num_processes"
+            )
+        if config.reward.function:
+            OwnReward(config.reward.function)
+    return [*_check_data(config, "train"), *_check_data(config, "eval")]
+
+
+def model_shape(path: str) -> HFConfig | None:
+    """Shape of the model in a directory of either kind, weights or none; None if it is not there.
+
+    Raises:
+        SR1Error: the directory is no model.
+    """
+    if not Path(path).exists():
+        return None
+    if (Path(path) / "config.json").is_file():
+        return read_hf_config(path)
+    return read_hf_config(resolve_model(path).hf_files)
+
+
+def _check_output(config: Config) -> None:
+    """Refuse a run directory that holds what this run would replace."""
+    checkpoints = Path(config.output) / "checkpoints"
+    if not checkpoints.is_dir():
+        return
+    if config.stage == "eval":
+        raise ConfigError(
+            f"{config.output} holds a training run, whose files an evaluation would replace; give "
+            "another output"
+        )
+    step = latest_step(checkpoints)
+    if step is not None and not config.checkpoint.resume:
+        raise ConfigError(
+            f"{checkpoints} holds a run up to step {step}, and checkpoint.resume=false would write "
+            "over it; give another output"
+        )
+
+
+def _check_shape(config: Config, hf_config: HFConfig, num_ranks: int) -> None:
+    """Refuse settings that do not fit the model's shape."""
+    layout = configured(config, num_ranks)
+    if layout is not None:
+        check(hf_config, layout)
+    matched_entries(hf_config, config.model.freeze)
+    if config.stage == "sft":
+        return
+    rollout, text = config.rollout, hf_config.text
+    if text.num_attention_heads % rollout.tensor_parallel:
+        raise ConfigError(
+            f"num_attention_heads is {text.num_attention_heads}, which rollout.tensor_parallel="
+            f"{rollout.tensor_parallel} does not divide; use a divisor"
+        )
+    if rollout.max_model_len > text.max_position_embeddings:
+        raise ConfigError(
+            f"rollout.max_model_len={rollout.max_model_len}, but max_position_embeddings of the "
+            f"model is {text.max_position_embeddings}; lower the first"
+        )
+
+
+def _check_data(config: Config, which: str) -> list[str]:
+    """Check the shards of data.train or data.eval, as the stage uses them."""
+    folder, is_train = getattr(config.data, which), which == "train"
+    is_used = config.stage != "eval" if is_train else config.stage != "sft"
+    if not is_used or not folder or not Path(folder).exists():
+        return []
+    reader = ShardReader(folder)
+    if config.stage == "grpo" and is_train and len(reader) < config.data.prompts_per_step:
+        raise ConfigError(
+            f"data.prompts_per_step={config.data.prompts_per_step}, but {folder} has {len(reader)} "
+            f"samples; a step must not hold a prompt twice: set data.prompts_per_step={len(reader)}"
+            " or less, and algorithm.prompts_per_update to a divisor of it"
+        )
+    first = range(min(len(reader), NUM_READ))
+    faults = [fault for index in first if (fault := _fault(reader, index, config))]
+    if len(faults) == len(first):
+        reason = faults[0] if faults else "there are none"
+        raise DataError(
+            f"data.{which}={folder}: none of the first {NUM_READ} samples can be used: {reason}"
+        )
+    if config.stage == "grpo" and is_train and config.rollout.canary_bound > 0:
+        _check_canary(reader, folder)
+    return [f"{fault}; the run will skip it" for fault in faults]
+
+
+def _fault(reader: ShardReader, index: int, config: Config) -> str:
+    """Why a sample cannot be used, "" if it can."""
+    try:
+        example = reader.example(index)
+        reader.images(index)
+    except DataError as error:
+        return str(error)
+    where = f"{example.shard} sample {example.key}"
+    if config.stage != "sft" and example.answer is None:
+        return f"{where} has no gold answer to judge by"
+    if config.stage == "sft" and not _has_target(example):
+        return f"{where} has no assistant turn to learn from"
+    return ""
+
+
+def _has_target(example: Example) -> bool:
+    return any(message.role == "assistant" for message in example.messages)
+
+
+def _check_canary(reader: ShardReader, folder: str) -> None:
+    for index in range(min(len(reader), NUM_SEARCHED)):
+        try:
+            if reader.example(index).num_images:
+                return
+        except DataError:
+            continue
+    raise ConfigError(
+        f"rollout.canary_bound needs a sample with an image among the first {NUM_SEARCHED} of "
+        f"data.train, {folder} has none; set rollout.canary_bound=0"
+    )

@@ -1,0 +1,1 @@
+"""Evaluating a model on held-out questions."""
