@@ -58,11 +58,10 @@ def held(actor):
 
 def save(actor, groups, folder, step, source=None, keep_last=0):
     """Save a step whose state is {"n": step}."""
-    parts = (actor.wrapped, actor.optimizer, actor.scheduler, groups, {"n": step})
-    return save_checkpoint(folder, step, *parts, Keep(keep_last), source_directory=source)
+    keep = Keep(keep_last)
+    return save_checkpoint(folder, step, actor.trained, {"n": step}, keep, source_directory=source)
 
 
 def load(actor, groups, folder, **more):
     """Load the latest step; returns its state."""
-    parts = (actor.wrapped, actor.optimizer, actor.scheduler, groups)
-    return load_checkpoint(folder, *parts, **more)
+    return load_checkpoint(folder, actor.trained, **more)

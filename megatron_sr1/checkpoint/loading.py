@@ -37,7 +37,7 @@ from megatron_sr1.checkpoint.hf import load_hf
 from megatron_sr1.checkpoint.manifest import MANIFEST, extra_files, problem_of, read_manifest
 from megatron_sr1.checkpoint.mapping import OUTPUT
 from megatron_sr1.checkpoint.state import WITH_MANIFEST, layout_of, read_state
-from megatron_sr1.checkpoint.tensors import load_tensors
+from megatron_sr1.checkpoint.tensors import Trained, load_tensors
 from megatron_sr1.checkpoint.untrusted import DAMAGE, check_folder
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.model.hf_config import HFConfig, read_hf_config
@@ -51,23 +51,14 @@ NUM_NAMED = 6  # files that an error names
 
 
 def load_checkpoint(
-    directory: str | Path,
-    chunks: Sequence[Any],
-    optimizer: Any,
-    scheduler: Any,
-    groups: Groups,
-    step: int | None = None,
-    verify: bool = True,
+    directory: str | Path, trained: Trained, step: int | None = None, verify: bool = True
 ) -> dict[str, Any]:
     """Continue from a checkpoint, under the same layout or another; collective over all ranks.
 
     Args:
-        directory: folder of the run's checkpoints.
-        chunks: the model, wrapped for training or not.
-        optimizer: Megatron's optimizer, or None to load the model alone.
-        scheduler: its learning-rate schedule as it was made, or None; its place is loaded, while
-            learning rates, betas and epsilon stay as this run configures them.
-        groups: the layout.
+        directory: checkpoints of the run.
+        trained: is filled. Of the schedule its position is loaded, while learning rates, betas and
+            epsilon stay as this run configures them.
         step: which checkpoint; None takes the latest.
         verify: compare the files' digests, not only their sizes.
 
@@ -86,9 +77,10 @@ def load_checkpoint(
     record = read_state(folder)
     if record["step"] != step:
         raise CheckpointError(f"{folder / STATE}: it is the state of step_{record['step']}")
+    optimizer, scheduler, groups = trained.optimizer, trained.scheduler, trained.groups
     verify_folder(folder, groups, verify, record["format"])
     with _own_settings(optimizer):
-        load_tensors(folder, chunks, optimizer)
+        load_tensors(folder, trained.chunks, optimizer)
     if scheduler is not None and record["scheduler"] is not None:
         try:
             scheduler.load_state_dict(record["scheduler"])

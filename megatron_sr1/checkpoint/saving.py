@@ -15,7 +15,7 @@ import io
 import json
 import logging
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from megatron_sr1.checkpoint.hf_files import HFSource, replace_directory
 from megatron_sr1.checkpoint.manifest import FORMAT, MANIFEST
 from megatron_sr1.checkpoint.retention import Keep, remove_old
 from megatron_sr1.checkpoint.state import layout_of, write_state
-from megatron_sr1.checkpoint.tensors import PendingTensors, begin_tensors, save_tensors
+from megatron_sr1.checkpoint.tensors import PendingTensors, Trained, begin_tensors, save_tensors
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.runtime.collectives import on_all_ranks, on_writer
 from megatron_sr1.runtime.groups import Groups
@@ -91,10 +91,7 @@ def save_checkpoint(*arguments: Any, **more: Any) -> Path:
 def begin_save(
     directory: str | Path,
     step: int,
-    chunks: Sequence[Any],
-    optimizer: Any,
-    scheduler: Any,
-    groups: Groups,
+    trained: Trained,
     state: Mapping[str, Any],
     keep: Keep = KEEP_ALL,
     source_directory: str | Path | None = None,
@@ -104,38 +101,35 @@ def begin_save(
     """Begin to save everything that a resumed run needs; collective over all ranks.
 
     Args:
-        directory: folder of the run's checkpoints, seen by all ranks.
+        directory: checkpoints of the run, seen by all ranks.
         step: number of the checkpoint.
-        chunks: the model, wrapped for training or not.
-        optimizer: Megatron's optimizer, or None.
-        scheduler: its learning-rate schedule, or None.
-        groups: the layout.
-        state: JSON values to be given back by `load_checkpoint`.
+        trained: model, optimizer and schedule.
+        state: JSON values that `load_checkpoint` returns.
         keep: which checkpoints stay, this one included.
         source_directory: Hugging Face directory that the model came from (or `hf_files` of a
             checkpoint); without it the checkpoint can be resumed from, but is no model directory.
         in_background: leave the tensors to a process of each rank; they may be changed afterwards.
-        busy: names of the folders of other saves that are being written.
+        busy: names of the directories of other saves that are being written.
 
     Raises:
         CheckpointError: the disk is full, a file cannot be written, or a process that wrote ended;
             what was saved before is untouched.
     """
-    folder = Path(directory)
+    folder, groups = Path(directory), trained.groups
     target, partial = folder / f"step_{step}", folder / f".step_{step}.partial"
     with _whole_or_not(target, partial, groups):
         on_writer(groups, lambda: _make_partial(target, partial, busy))
         tensors = None
         if in_background:
-            tensors = begin_tensors(partial, chunks, optimizer, groups)
+            tensors = begin_tensors(partial, trained)
         else:
-            save_tensors(partial, chunks, optimizer, groups)
+            save_tensors(partial, trained)
         on_all_ranks(groups, lambda: _save_rng(partial / f"rng_{groups.world.rank}.pt"))
 
         def describe() -> None:
             if source_directory is not None:
                 HFSource(source_directory).copy_without_weights(partial / HF_FILES)
-            write_state(partial, step, layout_of(groups), scheduler, state)
+            write_state(partial, step, layout_of(groups), trained.scheduler, state)
 
         on_writer(groups, describe)
     return Save(target, partial, groups, keep, tensors)

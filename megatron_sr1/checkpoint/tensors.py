@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +40,25 @@ METADATA = {
 EXTRA = "_extra_state"
 
 
-def save_tensors(folder: Path, chunks: Sequence[Any], optimizer: Any, groups: Groups) -> None:
-    """Write model and optimizer into an empty folder; collective over all ranks.
+@dataclass(frozen=True)
+class Trained:
+    """What a checkpoint holds of a run beside its JSON state.
 
-    Args:
-        folder: there already, seen by all ranks.
-        chunks: the model, wrapped for training or not.
-        optimizer: Megatron's optimizer, or None.
-        groups: the layout.
+    Attributes:
+        chunks: the model, one chunk per virtual stage, wrapped for training or not.
+        optimizer: Megatron's optimizer; None to save or load the model alone.
+        scheduler: its learning-rate schedule, or None.
+        groups: process groups of the layout.
+    """
+
+    chunks: Sequence[Any]
+    optimizer: Any
+    scheduler: Any
+    groups: Groups
+
+
+def save_tensors(folder: Path, trained: Trained) -> None:
+    """Write model and optimizer into an empty directory; collective over all ranks.
 
     Raises:
         CheckpointError: the disk is full or a writing process ended. On all ranks, unless it is in
@@ -55,14 +67,12 @@ def save_tensors(folder: Path, chunks: Sequence[Any], optimizer: Any, groups: Gr
     from megatron.core import dist_checkpointing
 
     with cpu.megatron_mode():
-        state, needed = _described(folder, chunks, optimizer, groups)
-        with _told(folder, needed, groups), watched_writers():
+        state, needed = _described(folder, trained)
+        with _told(folder, needed, trained.groups), watched_writers():
             dist_checkpointing.save(state, str(folder))
 
 
-def begin_tensors(
-    folder: Path, chunks: Sequence[Any], optimizer: Any, groups: Groups
-) -> PendingTensors:
+def begin_tensors(folder: Path, trained: Trained) -> PendingTensors:
     """`save_tensors`, with the writing left to a process of each rank; collective over all ranks.
 
     What is written is what the tensors hold now. Torch's own `async_save` does not know Megatron's
@@ -74,10 +84,10 @@ def begin_tensors(
     newer = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
     way: dict[str, Any] = {"async_strategy": "mcore"} if newer else {}
     with cpu.megatron_mode():
-        state, needed = _described(folder, chunks, optimizer, groups)
-        with _told(folder, needed, groups):
+        state, needed = _described(folder, trained)
+        with _told(folder, needed, trained.groups):
             request = dist_checkpointing.save(state, str(folder), async_sharded_save=True, **way)
-            return PendingTensors(folder, needed, groups, request)
+            return PendingTensors(folder, needed, trained.groups, request)
 
 
 class PendingTensors:
@@ -116,14 +126,12 @@ class PendingTensors:
             raise CheckpointError(_cause(error, self._folder, self._needed)) from error
 
 
-def _described(
-    folder: Path, chunks: Sequence[Any], optimizer: Any, groups: Groups
-) -> tuple[dict[str, Any], int]:
-    """What to save, and bytes that all ranks need for it, which are there; collective."""
-    megatron_optimizer.ensure_state(optimizer)
-    state = _sharded_state(chunks, optimizer, is_loading=False)
-    needed = sum(on_all_ranks(groups, lambda: needed_bytes(state)))
-    on_writer(groups, lambda: check_room(folder, needed))
+def _described(folder: Path, trained: Trained) -> tuple[dict[str, Any], int]:
+    """Return what to save, and the bytes that all ranks need for it, which are free; collective."""
+    megatron_optimizer.ensure_state(trained.optimizer)
+    state = _sharded_state(trained.chunks, trained.optimizer, is_loading=False)
+    needed = sum(on_all_ranks(trained.groups, lambda: needed_bytes(state)))
+    on_writer(trained.groups, lambda: check_room(folder, needed))
     return state, needed
 
 

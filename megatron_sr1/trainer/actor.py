@@ -19,6 +19,7 @@ import torch
 from megatron_sr1.checkpoint.folders import ModelSource
 from megatron_sr1.checkpoint.hf import export_weights, local_parameters, save_hf
 from megatron_sr1.checkpoint.mapping import entries, matched_entries
+from megatron_sr1.checkpoint.tensors import Trained
 from megatron_sr1.config import Config
 from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.runtime import cpu
@@ -79,6 +80,11 @@ class Actor:
         if "optimizer" in self._given and self.first_device.type == "cuda":
             self.optimizer.restore_from_cpu()
         self._given.clear()
+
+    @property
+    def trained(self) -> Trained:
+        """What a checkpoint saves and loads."""
+        return Trained(self.wrapped, self.optimizer, self.scheduler, self.groups)
 
     def save_hf(self, directory: Path) -> None:
         """Write the weights as the source's Hugging Face directory has them; collective."""

@@ -15,17 +15,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_sr1.checkpoint.folders import fingerprint, latest_step
-from megatron_sr1.checkpoint.loading import load_checkpoint
-from megatron_sr1.checkpoint.retention import EVALUATION, Keep
-from megatron_sr1.checkpoint.saving import SaveQueue
 from megatron_sr1.config import Config
 from megatron_sr1.config_file import save_config
 from megatron_sr1.data.balance import Size, plan_ranks
 from megatron_sr1.data.loader import Loader
 from megatron_sr1.data.packing import pack_samples
 from megatron_sr1.data.processor import Processor
-from megatron_sr1.errors import ConfigError, DataError, GradingError
+from megatron_sr1.errors import DataError, GradingError
 from megatron_sr1.model.flops import patch_cost
 from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.model.row_split import sequence_multiple
@@ -39,13 +35,13 @@ from megatron_sr1.runtime import failure, host_memory, stop_signal
 from megatron_sr1.runtime.groups import Groups
 from megatron_sr1.trainer.actor import Actor
 from megatron_sr1.trainer.optimizer import schedule_change, schedule_facts
+from megatron_sr1.trainer.resume import RunCheckpoints
 from megatron_sr1.trainer.samples import Samples
 from megatron_sr1.trainer.throughput import Throughput, peak_flops
 
 log = logging.getLogger(__name__)
 UNGRADED_FLOOD = 0.05
 """Share of a step's prompts left out by the grader above which the log warns of it."""
-FINGERPRINT = "fingerprint of model.path's weights"
 
 
 class Context:
@@ -83,12 +79,10 @@ class Context:
         self.skipped = 0
         self.ungraded = 0  # prompts, over the run
         self._newly_skipped = 0
-        saved = config.checkpoint
-        self._saves = SaveQueue(saved.max_in_flight if saved.asynchronous else 0)
+        self._checkpoints = RunCheckpoints(config)
         self._started = time.monotonic()
         self._sinks: list[Sink] = []
         self._metrics: MetricsFile | None = None
-        self._origin: dict[str, str] = {}
         if num_samples:
             data = config.data
             self.loader = Loader(num_samples, data.prompts_per_step, config.seed, data.shuffle)
@@ -104,14 +98,14 @@ class Context:
         return self.groups.world.rank == 0
 
     @property
-    def goes_on(self) -> bool:
+    def has_steps_left(self) -> bool:
         """True while there are steps left to do now."""
         return self.step < self.config.optimizer.num_steps and not self.is_leaving
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of the run's checkpoints."""
-        return self.run_dir / "checkpoints"
+        """Directory of the run's checkpoints."""
+        return self._checkpoints.directory
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -228,7 +222,7 @@ class Context:
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, target)
 
-    def tell_rollouts(self, lines: Sequence[Mapping[str, Any]], samples: Samples) -> None:
+    def record_rollouts(self, lines: Sequence[Mapping[str, Any]], samples: Samples) -> None:
         """Save the rollouts of the step under way, if wanted, and show them; on the writer only."""
         step = self.step + 1
         if self.config.logging.rollouts:
@@ -245,27 +239,8 @@ class Context:
                 not to be resumed from.
             CheckpointError: it is damaged.
         """
-        self._origin = {
-            "stage": self.config.stage,
-            "model.path": self.config.model.path,
-            FINGERPRINT: fingerprint(actor.source),
-        }
-        found = latest_step(self.checkpoints)
-        if found is not None and not self.config.checkpoint.resume:
-            raise ConfigError(
-                f"{self.checkpoints} holds a run up to step {found}, and checkpoint.resume=false "
-                "would write over it; give another output"
-            )
-        if found is not None:
-            state = load_checkpoint(
-                self.checkpoints,
-                actor.wrapped,
-                actor.optimizer,
-                actor.scheduler,
-                self.groups,
-                verify=self.config.checkpoint.verify,
-            )
-            self._check_origin(state)
+        state = self._checkpoints.resume(actor)
+        if state is not None:
             self.step, self.skipped = state["step"], state["skipped"]
             self.ungraded = state.get("ungraded", 0)
             self.loader.load_state_dict(state["loader"])
@@ -285,17 +260,6 @@ class Context:
             self._metrics.keep_until(self.config.stage, self.step)
             self._sinks = make_sinks(self.config, self.run_dir, self.step)
         self._profiler.begin(self.step + 1)
-
-    def _check_origin(self, state: Mapping[str, Any]) -> None:
-        """Refuse the state of another stage or model; the KL reference is read from model.path."""
-        for key, value in self._origin.items():
-            if key not in state and key == FINGERPRINT:
-                log.warning("%s: saved without the %s; taken as the same", self.checkpoints, key)
-            elif state.get(key) != value:
-                raise ConfigError(
-                    f"{self.checkpoints} has {key}={state.get(key)}, now it is {value}; give the "
-                    "former, or another output"
-                )
 
     def _schedule(self, actor: Actor) -> dict[str, Any]:
         """What the place in the learning-rate schedule means."""
@@ -343,26 +307,31 @@ class Context:
             with failure.deadline("log", self.config.launch.phase_deadline_seconds):
                 for sink in self._sinks:
                     sink.log(self.step, told)
-        if self._save_and_ask(actor, rated, is_due):
+        if self._save_and_poll_stop(actor, rated, is_due):
             self._leave()
         else:
             self._profiler.begin(self.step + 1)
 
-    def _save_and_ask(self, actor: Actor, rates: Mapping[str, float], is_due: bool) -> bool:
-        """Save where it is due, publish what has been written; whether a rank is to leave."""
+    def _save_and_poll_stop(self, actor: Actor, rates: Mapping[str, float], is_due: bool) -> bool:
+        """Save where it is due and publish what has been written.
+
+        Returns:
+            True if any rank has received a request to stop.
+        """
+        saves = self._checkpoints.saves
         with failure.deadline("ask", self.config.launch.phase_deadline_seconds):
-            states = {"asked": stop_signal.stop_requested(), "writing": self._saves.is_writing}
-            told = self.sum_over_ranks({name: float(is_so) for name, is_so in states.items()})
-        asked = told["asked"] > 0
-        if self._saves and not told["writing"]:
+            states = {"asked": stop_signal.stop_requested(), "writing": saves.is_writing}
+            totals = self.sum_over_ranks({name: float(is_so) for name, is_so in states.items()})
+        asked = totals["asked"] > 0
+        if saves and not totals["writing"]:
             with self.phase("save"):
-                self._saves.finish_oldest()
+                saves.finish_oldest()
         if asked or is_due:
             with self.phase("save"):
-                self.save(actor, rates)
+                self._save(actor, rates)
         if asked or self.step == self.config.optimizer.num_steps:
             with self.phase("save"):
-                self._saves.finish_all()
+                saves.finish_all()
         return asked
 
     def _leave(self) -> None:
@@ -376,29 +345,15 @@ class Context:
             )
             stop_signal.mark_unfinished()
 
-    def save(self, actor: Actor, rates: Mapping[str, float]) -> None:
-        """Save, or begin to, everything that a resumed run needs, with what an evaluation gave."""
-        kept = self.config.checkpoint
+    def _save(self, actor: Actor, rates: Mapping[str, float]) -> None:
         state = {
             "step": self.step,
             "skipped": self.skipped,
             "ungraded": self.ungraded,
             "loader": self.loader.state_dict(),
             "schedule": self._schedule(actor),
-            **({EVALUATION: dict(rates)} if rates else {}),
-            **self._origin,
         }
-        self._saves.add(
-            self.checkpoints,
-            self.step,
-            actor.wrapped,
-            actor.optimizer,
-            actor.scheduler,
-            self.groups,
-            state,
-            keep=Keep.by(kept.keep_last, kept.keep_best, kept.best_by),
-            source_directory=actor.source.hf_files,
-        )
+        self._checkpoints.save(actor, self.step, state, rates)
 
     def close(self) -> None:
         """Close the sinks."""

@@ -52,7 +52,7 @@ def train_grpo(
     bound = config.rollout.canary_bound
     canary = Canary(samples, bound) if bound else None
     started_at = context.step
-    while context.goes_on:
+    while context.has_steps_left:
         step = context.step
         sync(context, actor, engine, version=step, again=step > started_at)
         agreed = canary.check(context, actor, engine) if canary else {}
@@ -71,7 +71,7 @@ def train_grpo(
         }
         values["reward/ungraded"] = float(context.ungraded)
         if context.is_writer:
-            context.tell_rollouts(rollout_lines(step + 1, samples, scored, given), samples)
+            context.record_rollouts(rollout_lines(step + 1, samples, scored, given), samples)
         samples.forget()
         context.finish_step("grpo", values, actor, rate)
 

@@ -27,7 +27,7 @@ def train_sft(context: Context, actor: Actor, samples: Samples) -> None:
         actor: with its optimizer.
         samples: conversations.
     """
-    while context.goes_on:
+    while context.has_steps_left:
         indices = context.loader.next_step()
         with context.phase("prompts"):
             chosen = _conversations(context, samples, indices)

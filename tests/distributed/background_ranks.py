@@ -46,9 +46,9 @@ def main():
     processor, gate = Processor(source, 784, 200704), out / "gate"
     run, rank = Run(LAYOUT, source, processor), dist.get_rank()
     run.updates(1)
-    save_checkpoint(out / "plain", 1, *run.parts, {})
+    save_checkpoint(out / "plain", 1, run.actor.trained, {})
     hold_rank_1(gate)
-    pending = begin_save(out / "background", 1, *run.parts, {}, in_background=True)
+    pending = begin_save(out / "background", 1, run.actor.trained, {}, in_background=True)
     seen = {"trained": run.updates(2), "before": steps(out / "background")}
     if rank == 0:
         while not pending.is_done:
@@ -61,7 +61,7 @@ def main():
 
     gate.unlink(missing_ok=True)
     dist.barrier()
-    pending = begin_save(out / "background", 2, *run.parts, {}, in_background=True)
+    pending = begin_save(out / "background", 2, run.actor.trained, {}, in_background=True)
     if rank == 1:
         os.kill(pending.tensors._writer._process.pid, signal.SIGKILL)
     try:
@@ -71,7 +71,7 @@ def main():
     seen["left"] = sorted(p.name for p in (out / "background").iterdir())
     dist.barrier()
     again = Run(LAYOUT, source, processor)
-    load_checkpoint(out / "background", *again.parts)
+    load_checkpoint(out / "background", again.actor.trained)
     seen["again"] = again.updates(2)
     (out / f"rank_{rank}.json").write_text(json.dumps(seen))
     dist.destroy_process_group()

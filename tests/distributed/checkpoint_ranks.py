@@ -30,6 +30,7 @@ from megatron_sr1.checkpoint.hf import save_hf  # noqa: E402
 from megatron_sr1.checkpoint.loading import load_checkpoint, load_model  # noqa: E402
 from megatron_sr1.checkpoint.retention import Keep  # noqa: E402
 from megatron_sr1.checkpoint.saving import save_checkpoint  # noqa: E402
+from megatron_sr1.checkpoint.tensors import Trained  # noqa: E402
 from megatron_sr1.config_file import load_config  # noqa: E402
 from megatron_sr1.data.packing import pack_samples  # noqa: E402
 from megatron_sr1.data.processor import Processor  # noqa: E402
@@ -90,8 +91,8 @@ def roundtrip(out, *plans, resave=False):
             to = out / Path(source).name / layout
             save_hf(chunks, hf_config, groups, found.hf_files, to)
             if resave:
-                to, parts = to.with_name(f"{layout}.saved"), (chunks, None, None, groups)
-                save_checkpoint(to, 0, *parts, {}, source_directory=found.hf_files)
+                to, model = to.with_name(f"{layout}.saved"), Trained(chunks, None, None, groups)
+                save_checkpoint(to, 0, model, {}, source_directory=found.hf_files)
 
 
 def resave(out, *plans):
@@ -137,10 +138,6 @@ class Run:
             sequence_multiple=multiple,
         )
 
-    @property
-    def parts(self):
-        return self.actor.wrapped, self.actor.optimizer, self.actor.scheduler, self.groups
-
     def updates(self, number):
         return [update(self.actor, self.batches, nll, 1.0) for _ in range(number)]
 
@@ -165,12 +162,17 @@ def resume(out, source, *plans):
         torch.rand(3 + dist.get_rank())  # generators that differ by rank
         for step in (1, 2):
             save_checkpoint(
-                out / saving, step, *run.parts, {"cursor": [2, 5]}, Keep(1), source_directory=source
+                out / saving,
+                step,
+                run.actor.trained,
+                {"cursor": [2, 5]},
+                Keep(1),
+                source_directory=source,
             )
         results[saving] = run.numbers()
         for layout in others.split(","):
             run = Run(layout, source, processor)
-            state = load_checkpoint(out / saving, *run.parts)
+            state = load_checkpoint(out / saving, run.actor.trained)
             results[f"{saving} to {layout}"] = {"state": state, **run.numbers()}
     if dist.get_rank() == 0:
         (out / "results.json").write_text(json.dumps(results))

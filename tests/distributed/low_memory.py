@@ -123,14 +123,14 @@ def in_order(tensors):
 def train(out, model_dir, setting):
     run = Run(setting, model_dir)
     first = run.updates(3)
-    save_checkpoint(out / "saved" / setting, 3, *run.parts, {})
+    save_checkpoint(out / "saved" / setting, 3, run.actor.trained, {})
     return run.found(out / f"{setting}.pt", first + run.updates(2))
 
 
 def resume(out, model_dir, folder, setting):
     run = Run(setting, model_dir)
     try:
-        load_checkpoint(folder, *run.parts)
+        load_checkpoint(folder, run.actor.trained)
     except CheckpointError as error:
         return {"refused": str(error)}
     return run.found(out / f"{folder.name}:{setting}.pt", run.updates(2))

@@ -50,8 +50,7 @@ def gate(tmp_path, monkeypatch):
 
 
 def arguments(actor, groups, folder, step):
-    parts = (actor.wrapped, actor.optimizer, actor.scheduler, groups)
-    return (folder, step, *parts, {"n": step})
+    return (folder, step, actor.trained, {"n": step})
 
 
 def begin(actor, groups, folder, step):
