@@ -20,12 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megatron_sr1.config import RolloutConfig
+from megatron_sr1.data.processor import Processor
 from megatron_sr1.errors import EngineError
 from megatron_sr1.records import Completion
 from megatron_sr1.rollout import weight_sync
-from megatron_sr1.rollout.process import launcher_variables, place, set_environment, undisturbed
+from megatron_sr1.rollout.process import launcher_variables, place, set_environment
 from megatron_sr1.rollout.requests import Progress, Request
 from megatron_sr1.rollout.sampler import FullVocabularySampler
+from megatron_sr1.runtime.rng import preserve_rng_and_threads
 from megatron_sr1.runtime.torchvision_mend import mend_torchvision
 
 if TYPE_CHECKING:
@@ -44,7 +47,7 @@ class Engine:
     Attributes:
         replica: number of this rank's replica.
         num_replicas: replicas in the world.
-        is_speaker: whether this rank is the first of its replica.
+        is_replica_leader: whether this rank is the first of its replica.
         weight_version: number of the last weight sync; -1 before the first.
         max_model_len: longest sequence, prompt expanded and response, tokens.
         num_steps: engine steps made so far.
@@ -53,94 +56,57 @@ class Engine:
     def __init__(
         self,
         model_dir: str | Path,
+        rollout: RolloutConfig,
+        processor: Processor | None = None,
         *,
         device_kind: str = "cpu",
         dtype: str = "float32",
-        tensor_parallel: int = 1,
-        max_model_len: int = 8192,
-        max_num_seqs: int = 512,
-        banned_token_ids: Iterable[int] = (),
         seed: int = 0,
-        kv_cache_gib: int = 1,
-        gpu_memory_utilization: float = 0.5,
-        enforce_eager: bool = False,
-        quantization: str | None = None,
-        sleep_level: int = 0,
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
-        max_image_tokens: int = 0,
     ) -> None:
         """Load the model; collective over the world, torch.distributed must have started.
 
         Args:
             model_dir: Hugging Face directory.
+            rollout: layout, limits, memory and quantisation of the engine. `sleep_level` is for
+                CUDA; on a CPU the engine always runs eagerly, as compiling takes longer than it
+                saves.
+            processor: gives the pixel limits, the size of the largest image and the vision tokens,
+                which are never sampled; None: the directory's limits, and every token is sampled.
             device_kind: cpu | cuda; the installed vLLM must be built for it.
             dtype: float32 | bfloat16.
-            tensor_parallel: ranks a replica spans; divides the world.
-            max_model_len: longest sequence, tokens.
-            max_num_seqs: sequences decoded at a time, both passes together.
-            banned_token_ids: ids that are never sampled.
-            seed: of the engine itself; requests bring theirs.
-            kv_cache_gib: key/value cache on a CPU, GiB.
-            gpu_memory_utilization: share of a GPU's memory for the engine.
-            enforce_eager: no CUDA graphs; always so on a CPU, where compiling takes longer than
-                it saves.
-            quantization: of linear layers, made by vLLM as their weights come; None: as `dtype`.
-            sleep_level: on CUDA, what `sleep` frees: 0 nothing | 1 moves weights to the host |
-                2 drops them; on a CPU 0. Images that were encoded are dropped at any level.
-            min_pixels: smallest image area, pixels.
-            max_pixels: largest image area, pixels; None: both limits are the directory's.
-            max_image_tokens: tokens of the largest image after rounding, which vLLM's own limits,
-                made for max_pixels, may refuse; 0: not known.
+            seed: of the engine itself; requests bring their own.
 
         Raises:
             EngineError: no process group, a layout that does not divide the world, or a vLLM that
                 is built for another device.
         """
-        rank, world = place(tensor_parallel)
-        self.replica, self.num_replicas = rank // tensor_parallel, world // tensor_parallel
-        self.is_speaker = rank % tensor_parallel == 0
-        self.max_model_len = max_model_len
+        rank, world = place(rollout.tensor_parallel)
+        self.replica = rank // rollout.tensor_parallel
+        self.num_replicas = world // rollout.tensor_parallel
+        self.is_replica_leader = rank % rollout.tensor_parallel == 0
+        self.max_model_len = rollout.max_model_len
         self.weight_version = -1
         self.num_steps = 0
-        self._sleep_level = sleep_level if device_kind == "cuda" else 0
+        self._sleep_level = rollout.sleep_level if device_kind == "cuda" else 0
         self._asleep, self._unusable = False, ""
-        arguments: dict[str, Any] = {
-            "enable_sleep_mode": self._sleep_level > 0,
-            "gpu_memory_utilization": gpu_memory_utilization,
-            "enforce_eager": enforce_eager,
-        }
-        if device_kind == "cpu":
-            # A seeded request whose prefill is split over steps fails on a CPU: prefill it whole.
-            arguments = {
-                "enforce_eager": True,
-                "enable_chunked_prefill": False,
-                "max_num_batched_tokens": max(max_model_len, _CPU_STEP_TOKENS),
-                "block_size": _CPU_BLOCK_TOKENS,
-            }
-        elif min(max_image_tokens, max_model_len) > _STEP_TOKENS:  # it limits the encoder too
-            arguments["max_num_batched_tokens"] = min(max_image_tokens, max_model_len)
-        if max_pixels is not None:
-            size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
-            arguments["mm_processor_kwargs"] = {"size": size}
-        set_environment(kv_cache_gib)
+        set_environment(rollout.kv_cache_gib)
         self._llm = _start(
             device_kind,
             model=str(model_dir),
             dtype=dtype,
-            tensor_parallel_size=tensor_parallel,
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
+            tensor_parallel_size=rollout.tensor_parallel,
+            max_model_len=rollout.max_model_len,
+            max_num_seqs=rollout.max_num_seqs,
             seed=seed,
-            quantization=quantization,
-            **arguments,
+            quantization=rollout.quantization,
+            **_device_arguments(device_kind, rollout, processor),
         )
         self._core = self._llm.llm_engine
         self._tokenizer = self._llm.get_tokenizer()
         # vLLM's clean-up of a collected engine destroys torch's process group, the trainer's too.
         self._core.engine_core._finalizer.detach()
         weakref.finalize(self, _shut_down, self._core.engine_core.engine_core)
-        _replace_sampler(self._core, banned_token_ids)
+        _replace_sampler(self._core, processor.vision_token_ids if processor else ())
         weight_sync.connect(self._llm)
         self._live: dict[str, Request] = {}
         self._pieces: dict[int, str] = {}
@@ -333,8 +299,35 @@ class Engine:
         return dict(engine_input)
 
 
+def _device_arguments(
+    device_kind: str, rollout: RolloutConfig, processor: Processor | None
+) -> dict[str, Any]:
+    """Arguments of vLLM that depend on the device and on the size of images."""
+    arguments: dict[str, Any] = {
+        "enable_sleep_mode": rollout.sleep_level > 0,
+        "gpu_memory_utilization": rollout.gpu_memory_utilization,
+        "enforce_eager": rollout.enforce_eager,
+    }
+    longest_image = min(processor.max_image_tokens if processor else 0, rollout.max_model_len)
+    if device_kind == "cpu":
+        # A seeded request whose prefill is split over steps fails on a CPU: prefill it whole.
+        arguments = {
+            "enforce_eager": True,
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(rollout.max_model_len, _CPU_STEP_TOKENS),
+            "block_size": _CPU_BLOCK_TOKENS,
+        }
+    elif longest_image > _STEP_TOKENS:  # it limits the encoder too
+        arguments["max_num_batched_tokens"] = longest_image
+    if processor is not None:
+        size = {"shortest_edge": processor.min_pixels, "longest_edge": processor.max_pixels}
+        arguments["mm_processor_kwargs"] = {"size": size}
+    return arguments
+
+
+@preserve_rng_and_threads()  # importing and starting vLLM changes both
 def _start(device_kind: str, **arguments: Any) -> Any:
-    """Import vLLM and start it; leaves the process's random state and threads as they were."""
+    """Import vLLM and start it."""
     mend_torchvision()
     import vllm
     from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
@@ -351,7 +344,7 @@ def _start(device_kind: str, **arguments: Any) -> Any:
     vllm.ModelRegistry.register_model(
         "Qwen2_5_VLForConditionalGeneration", Qwen2_5_VLForConditionalGeneration
     )
-    with undisturbed(), launcher_variables():
+    with launcher_variables():
         return vllm.LLM(
             distributed_executor_backend="external_launcher",
             enable_prefix_caching=True,

@@ -1,18 +1,11 @@
-"""What the engine needs of the process that it shares with the trainer: place, environment, peace.
-
-vLLM reads its environment when it is imported, seeds the process's random generators when it starts
-and takes torch's thread setter away on a CPU; the trainer wants the first done and the others
-undone.
-"""
+"""What the engine needs of the process that it shares with the trainer: rank and environment."""
 
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 
 from megatron_sr1.errors import EngineError
@@ -63,21 +56,3 @@ def launcher_variables() -> Iterator[None]:
     finally:
         for name in added:
             del os.environ[name]
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Keep random states, and torch's thread setter, which vLLM replaces on a CPU."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda)
-        torch.set_num_threads = set_num_threads
-        torch.set_num_threads(num_threads)

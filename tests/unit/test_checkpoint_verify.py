@@ -208,11 +208,11 @@ def test_generators_stand_where_they_stood_after_others_seeded_them(actor, group
 
     import numpy as np
 
-    from megatron_sr1.runtime.rng import kept_rng, rng_state
+    from megatron_sr1.runtime.rng import preserve_rng_and_threads, rng_state
 
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     before = str(rng_state())
-    with kept_rng():
+    with preserve_rng_and_threads():
         random.seed(2), np.random.seed(2), torch.manual_seed(2)
         assert str(rng_state()) != before
     assert str(rng_state()) == before

@@ -43,6 +43,27 @@ class Pass2:
     question_only: bool = False
 
 
+@dataclass(frozen=True)
+class RolloutHooks:
+    """What a rollout needs to know of the data set, the recipe and the run.
+
+    Attributes:
+        find_description: text of a response so far -> its description once that has closed.
+        reading_prompt: prompt, description -> token ids of the pass-2 prompt.
+        seed_of: seed of a pass-1 request from its example's index, its sample number and 1; of a
+            pass-2 request from -1, a number derived from its prompt, and 2 upwards.
+        gold_answer: prompt -> ids that lead up to its gold answer and the answer's own ids, which
+            the mode likelihood scores after the pass-2 prompt; the other mode needs none.
+        closing_mark: a description closes with this character; the text is searched when it comes.
+    """
+
+    find_description: Callable[[str], str | None]
+    reading_prompt: Callable[[Prompt, str], tuple[int, ...]]
+    seed_of: Callable[[int, int, int], int]
+    gold_answer: Callable[[Prompt], tuple[tuple[int, ...], tuple[int, ...]]] | None = None
+    closing_mark: str = ">"
+
+
 @dataclass
 class _Asked:
     """A pass-2 prompt under way: the names of its requests, and what is finished of them."""
@@ -55,25 +76,14 @@ class Readings:
     """Makes pass-2 requests, each distinct one once, and keeps what they bring.
 
     Args:
-        engine: for its length.
+        engine: only its maximum length is used.
         pass2: None: nothing is read.
-        reading_prompt: prompt, description -> token ids of the pass-2 prompt.
-        gold_answer: prompt -> ids that lead up to the gold answer, and its own ids.
-        seed_of: seed from three numbers; the first is -1 here.
+        hooks: `find_description` and `closing_mark` are not used here.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        pass2: Pass2 | None,
-        reading_prompt: Callable[[Prompt, str], tuple[int, ...]],
-        gold_answer: Callable[[Prompt], tuple[tuple[int, ...], tuple[int, ...]]] | None,
-        seed_of: Callable[[int, int, int], int],
-    ) -> None:
-        """Nothing is asked yet."""
-        self._engine, self._pass2 = engine, pass2
-        self._reading_prompt, self._gold_answer = reading_prompt, gold_answer
-        self._seed_of = seed_of
+    def __init__(self, engine: Engine, pass2: Pass2 | None, hooks: RolloutHooks) -> None:
+        """Start without any request."""
+        self._engine, self._pass2, self._hooks = engine, pass2, hooks
         self._asked: dict[tuple[int, ...], _Asked] = {}
         self._of_name: dict[str, _Asked] = {}
 
@@ -85,27 +95,27 @@ class Readings:
         """Refuse, before anything is sampled, a prompt whose longest reading does not fit."""
         if self._pass2 is None or not self.apply_to(prompt):
             return
-        longest = len(self._reading_prompt(prompt, "")) + longest_description_tokens
-        check_length(self._engine, prompt, longest, self._behind(prompt), "pass 2")
+        longest = len(self._hooks.reading_prompt(prompt, "")) + longest_description_tokens
+        check_prompt_fits(self._engine, prompt, longest, self._behind(prompt), "pass 2")
 
     def ask(self, prompt: Prompt, description: str) -> tuple[tuple[int, ...], list[Request]]:
         """Requests for a description ("" for the question alone), none if it was asked before.
 
         Returns:
-            the key under which `of` gives the reading, and the requests.
+            the key under which `result` gives the reading, and the requests.
         """
         assert self._pass2 is not None
-        token_ids, num_scored = self._reading_prompt(prompt, description), 0
+        token_ids, num_scored = self._hooks.reading_prompt(prompt, description), 0
         if self._pass2.mode == "likelihood":
-            assert self._gold_answer is not None
-            lead, answer = self._gold_answer(prompt)
+            assert self._hooks.gold_answer is not None
+            lead, answer = self._hooks.gold_answer(prompt)
             token_ids, num_scored = (*token_ids, *lead, *answer), len(answer)
         if token_ids in self._asked:
             return token_ids, []
         # Text tokenised anew can take more tokens than were sampled; then the answer gets fewer.
         max_tokens = 1 if num_scored else self._pass2.max_tokens
         max_tokens = min(max_tokens, self._engine.max_model_len - len(token_ids))
-        check_length(self._engine, prompt, len(token_ids), max(max_tokens, 1), "pass 2")
+        check_prompt_fits(self._engine, prompt, len(token_ids), max(max_tokens, 1), "pass 2")
         requests = [
             Request(
                 id=f"{PREFIX}{len(self._asked)}.{number}",
@@ -113,7 +123,7 @@ class Readings:
                 expanded_token_ids=token_ids,
                 temperature=self._pass2.temperature,
                 max_tokens=max_tokens,
-                seed=self._seed_of(-1, _digest(token_ids), 2 + number),
+                seed=self._hooks.seed_of(-1, _digest(token_ids), 2 + number),
                 with_logprobs=False,
                 num_scored=num_scored,
             )
@@ -128,7 +138,7 @@ class Readings:
         if progress.completion is not None:
             self._of_name[progress.id].done[progress.id] = progress.completion
 
-    def of(self, key: tuple[int, ...]) -> Reading:
+    def result(self, key: tuple[int, ...]) -> Reading:
         """The reading of a key, once all is finished."""
         asked = self._asked[key]
         return Reading(tuple(asked.done[name] for name in asked.names))
@@ -149,11 +159,11 @@ class Readings:
         assert self._pass2 is not None
         if self._pass2.mode == "generate":
             return self._pass2.max_tokens
-        assert self._gold_answer is not None
-        return sum(map(len, self._gold_answer(prompt))) + 1
+        assert self._hooks.gold_answer is not None
+        return sum(map(len, self._hooks.gold_answer(prompt))) + 1
 
 
-def check_length(
+def check_prompt_fits(
     engine: Engine, prompt: Prompt, num_prompt: int, num_sampled: int, what: str
 ) -> None:
     """Refuse a prompt that does not fit.
