@@ -89,7 +89,6 @@ class Processor:
         example: Example,
         images: Sequence[Image.Image],
         messages: Sequence[ChatMessage],
-        max_tokens: int | None = None,
     ) -> Prompt:
         """Tokenise a prompt in both spellings.
 
@@ -97,17 +96,14 @@ class Processor:
             example: where it comes from.
             images: its decoded RGB images, in order.
             messages: chat messages with one image part an image.
-            max_tokens: longest allowed prompt, images expanded; None for any.
 
         Raises:
-            DataError: image parts and images differ in number, or the prompt is too long.
+            DataError: image parts and images differ in number.
         """
         where = f"{example.shard} sample {example.key}"
         collapsed = self._chat.prompt_ids(messages)
         grids = tuple(self.grid(image, where) for image in images)
         expanded = self.expand(collapsed, grids, where)
-        if max_tokens is not None and len(expanded) > max_tokens:
-            raise DataError(f"{where}: prompt of {len(expanded)} tokens, limit {max_tokens}")
         return Prompt(example, expanded, collapsed, tuple(images), grids)
 
     def encode_text(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
@@ -208,21 +204,6 @@ class Processor:
         """
         out = self.image_processor(list(images), return_tensors="pt")
         return VisionInputs(out["pixel_values"], out["image_grid_thw"])
-
-    def vision_many(
-        self, image_lists: Sequence[Sequence[Image.Image]]
-    ) -> list[VisionInputs | None]:
-        """`vision` of many samples in one call; None for samples without images."""
-        flat = [image for images in image_lists for image in images]
-        if not flat:
-            return [None] * len(image_lists)
-        joined = self.vision(flat)
-        grids = joined.image_grid_thw.split([len(images) for images in image_lists])
-        pixels = joined.pixel_values.split([int(g.prod(-1).sum()) for g in grids])
-        return [
-            VisionInputs(p.clone(), g) if len(g) else None
-            for p, g in zip(pixels, grids, strict=True)
-        ]
 
     def _expansion(self, collapsed: Sequence[int], grids: Sequence[Grid], where: str) -> np.ndarray:
         """How often each id is repeated, [tokens] int64."""
