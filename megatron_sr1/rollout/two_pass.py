@@ -1,14 +1,13 @@
 """A step's rollouts: pass 1 sees the image, pass 2 only the description and the question.
 
-In: prompts, and functions that are handed in: where the description is in a text, what the pass-2
-prompt for it is, what the gold answer is, and the seed of each request. Out: rollouts and what they
-cost.
+In: prompts, and hooks that find a description in a text, build the pass-2 prompt for it, give the
+gold answer and the seed of each request. Out: rollouts and their cost.
 
-Source: the two passes of Vision-SR1 (arXiv 2508.19652), a description's reward being whether it
-alone leads to the answer. Here, both passes share one engine loop: with the schedule `fork` the
-second pass of a sample starts when its description closes, while it and others still decode; with
-`barrier` all wait for the last of pass 1. Each request brings its seed, so both give the same
-tokens. A closing tag may share a token with its neighbours: it is looked for in the text.
+Source: the two passes of Vision-SR1 (arXiv 2508.19652), which rewards a description if it alone
+leads to the answer. Both passes share one engine loop. With the schedule `fork`, pass 2 of a sample
+starts when its description closes, while this and other samples are still decoding; with `barrier`,
+it starts after the last response of pass 1. Each request carries its seed, so both schedules sample
+the same tokens. A closing tag may share a token with its neighbours, so it is searched in the text.
 """
 
 from __future__ import annotations
@@ -25,17 +24,17 @@ from megatron_sr1.rollout.requests import Progress, Request
 
 @dataclass(frozen=True)
 class RolloutStats:
-    """What a call of `roll_out` cost on this replica.
+    """Cost of a `roll_out` call on this replica.
 
     Attributes:
         engine_steps: steps of the engine.
         seconds: wall time.
         pass2_only_seconds: part of it in which only pass-2 requests were live.
-        pass1_tokens: sampled.
-        pass2_tokens: sampled.
-        truncated: pass-1 responses cut by their limit.
+        pass1_tokens: tokens sampled in pass 1.
+        pass2_tokens: tokens sampled in pass 2.
+        truncated: pass-1 responses that reached their token limit.
         num_pass2: rollouts whose description was read.
-        num_prompts2: distinct pass-2 prompts among them, and those of questions alone.
+        num_prompts2: distinct pass-2 prompts, including those of questions alone.
     """
 
     engine_steps: int
@@ -50,7 +49,7 @@ class RolloutStats:
 
 @dataclass
 class _Sample:
-    """A rollout in the making."""
+    """A rollout in progress."""
 
     prompt: Prompt
     number: int
@@ -58,7 +57,7 @@ class _Sample:
     completion: Completion | None = None
     description: str | None = None
     key: tuple[int, ...] | None = None
-    alone_key: tuple[int, ...] | None = None
+    question_key: tuple[int, ...] | None = None
 
 
 def roll_out(
@@ -74,19 +73,19 @@ def roll_out(
     """Sample both passes of this replica's prompts.
 
     Args:
-        engine: awake, with the weights to sample from.
-        prompts: of this replica, the same on each of its ranks.
-        samples_per_prompt: responses a prompt (n).
-        temperature: of pass 1; 0 is greedy.
-        max_response_tokens: limit of pass 1.
-        pass2: None for recipes without it; text-only samples have none either.
+        engine: must be awake.
+        prompts: this replica's prompts, the same on each of its ranks.
+        samples_per_prompt: responses per prompt (n).
+        temperature: temperature of pass 1; 0 is greedy.
+        max_response_tokens: token limit of pass 1.
+        pass2: None for recipes without it; text-only samples skip it in any case.
         hooks: the recipe's tags and prompts, and the run's seeds.
 
     Returns:
         rollouts, ordered by prompt and then by sample, and their cost.
 
     Raises:
-        EngineError: a prompt and its limits are longer than the engine's length; names the sample.
+        EngineError: a prompt and its token limits exceed the engine's length; names the sample.
     """
     started, steps_before, pass2_only = time.perf_counter(), engine.num_steps, 0.0
     readings = Readings(engine, pass2, hooks)
@@ -112,7 +111,7 @@ def roll_out(
         for name, s in samples.items()
     ]
     engine.submit(first)
-    num_open, ready = len(first), _ask_alone(samples.values(), readings, pass2)
+    num_open, ready = len(first), _ask_questions_only(samples.values(), readings, pass2)
     while engine.num_live:
         step_started, alone = time.perf_counter(), num_open == 0
         for progress in engine.step():
@@ -137,16 +136,16 @@ def roll_out(
     return rollouts, _stats(rollouts, readings, steps, seconds, pass2_only)
 
 
-def _ask_alone(
+def _ask_questions_only(
     samples: Iterable[_Sample], readings: Readings, pass2: Pass2 | None
 ) -> list[Request]:
-    """Requests for the questions without a description, if they are wanted: one a question."""
+    """Return the requests for questions without a description, one per question, if enabled."""
     requests = list[Request]()
     if pass2 is None or not pass2.question_only:
         return requests
     for sample in samples:
         if readings.apply_to(sample.prompt):
-            sample.alone_key, new = readings.ask(sample.prompt, "")
+            sample.question_key, new = readings.ask(sample.prompt, "")
             requests += new
     return requests
 
@@ -158,7 +157,7 @@ def _has_closed(
     readings: Readings,
     hooks: RolloutHooks,
 ) -> bool:
-    """Whether these are the tokens that closed the description, which is then known."""
+    """Return True if the new tokens close the description, and store it in the sample."""
     if sample.description is not None or not readings.apply_to(sample.prompt):
         return False
     new = progress.token_ids[sample.num_seen :]
@@ -183,7 +182,7 @@ def _rollout(
         description=description,
         reading=None if sample.key is None else readings.result(sample.key),
         weight_version=weight_version,
-        question_only=None if sample.alone_key is None else readings.result(sample.alone_key),
+        question_only=None if sample.question_key is None else readings.result(sample.question_key),
     )
 
 
