@@ -15,7 +15,6 @@ from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.runtime import failure
 from megatron_sr1.runtime.device import Device, stop_distributed
 from megatron_sr1.runtime.groups import Groups
-from megatron_sr1.runtime.rng import kept_rng
 from megatron_sr1.trainer import setup
 from megatron_sr1.trainer.actor import Actor, Reference, make_actor
 from megatron_sr1.trainer.context import Context
@@ -64,8 +63,7 @@ def run_grpo(config: Config, device: Device, groups: Groups) -> None:
     )
     with context.phase("setup"):
         directory = setup.engine_directory(config, groups)
-        with kept_rng():  # vLLM seeds them; a resumed run goes on with the checkpoint's
-            engine = setup.make_engine(config, directory, context.processor, device)
+        engine = setup.make_engine(config, directory, context.processor, device)
     rate = rating(context, actor, engine, judging) if config.checkpoint.keep_best else None
     train_grpo(context, actor, engine, samples, scorer, reference, rate)
     scorer.close()

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from megatron_sr1.records import Prompt, Rollout  # noqa: E402
-from megatron_sr1.rollout.recording import recorded  # noqa: E402
+from tools.recording import recorded  # noqa: E402
 from tools.schedules import SCHEDULES, Job, Limits, jobs_of, simulate  # noqa: E402
 
 NUM_PROMPTS, SAMPLES = 32, 8
@@ -77,7 +77,7 @@ class Bench:
     def roll(self, schedule: str, seed: int) -> dict[str, Any]:
         """One step's rollouts under a schedule: rollouts, statistics, recorded steps."""
         from megatron_sr1.rewards.parsing import find_description
-        from megatron_sr1.rollout.readings import Pass2
+        from megatron_sr1.rollout.pass2 import Pass2, RolloutHooks
         from megatron_sr1.rollout.two_pass import roll_out
         from megatron_sr1.runtime.rng import request_seed
 
@@ -93,9 +93,11 @@ class Bench:
                 temperature=1.0,
                 max_response_tokens=CAP_TOKENS,
                 pass2=None if kind is None else Pass2(kind, 1.0, CAP_TOKENS),
-                find_description=find_description,
-                reading_prompt=self.samples.reading_prompt,
-                seed_of=lambda index, sample, part: request_seed(seed, 0, index, sample, part),
+                hooks=RolloutHooks(
+                    find_description,
+                    self.samples.reading_prompt,
+                    lambda index, sample, part: request_seed(seed, 0, index, sample, part),
+                ),
             )
         return {"rollouts": rollouts, "stats": stats, "steps": steps, "prompts": prompts}
 

@@ -23,8 +23,8 @@ from pathlib import Path
 
 from megatron_sr1.model.hf_config import HFConfig, parse_hf_config
 from megatron_sr1.planning.engine_time import Replica
-from megatron_sr1.rollout.recording import EngineStep
 from megatron_sr1.runtime.gpus import find_gpu
+from tools.recording import EngineStep
 
 PUBLISHED = Path(__file__).resolve().parent.parent / "tests" / "published"
 H100 = find_gpu("h100")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_sr1.records import Prompt, Rollout
-from megatron_sr1.rollout.recording import EngineStep
+from tools.recording import EngineStep
 
 SCHEDULES = ("one", "barrier", "forked")
 

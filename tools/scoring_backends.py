@@ -24,7 +24,7 @@ from megatron_sr1.checkpoint.hf import check_tensors, save_hf
 from megatron_sr1.checkpoint.hf_files import HFSource
 from megatron_sr1.checkpoint.loading import load_model
 from megatron_sr1.checkpoint.untrusted import stored_dtype
-from megatron_sr1.config import ModelConfig, ParallelConfig
+from megatron_sr1.config import ModelConfig, ParallelConfig, RolloutConfig
 from megatron_sr1.data.images import decode_image
 from megatron_sr1.data.packing import pack_samples
 from megatron_sr1.data.processor import Processor
@@ -122,14 +122,15 @@ def vllm(
     with huggingface_directory(source, device) as directory:
         engine = Engine(
             directory,
+            RolloutConfig(
+                tensor_parallel=arguments.tensor_parallel,
+                max_model_len=longest + 16,
+                max_num_seqs=4,
+                sleep_level=0,
+            ),
+            processor,
             device_kind=device.kind,
             dtype=arguments.dtype,
-            tensor_parallel=arguments.tensor_parallel,
-            max_model_len=longest + 16,
-            max_num_seqs=4,
-            min_pixels=processor.min_pixels,
-            max_pixels=processor.max_pixels,
-            max_image_tokens=processor.max_image_tokens,
         )
     found = []
     for line in lines:

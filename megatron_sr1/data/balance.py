@@ -1,8 +1,8 @@
-"""Who works on what: samples shared out over rows and over data-parallel ranks by what they cost.
+"""Load balancing: partitions samples over rows and data-parallel ranks by their cost.
 
 In: the sizes of samples, the same on all ranks. Out: rows within a budget, or a share for each
-rank, whose parts go largest first (runtime/partition.py). Samples of a prompt have the same images,
-which a row encodes once: they are one part as far as the limit lets them.
+rank; parts are assigned largest first (runtime/partition.py). Samples of a prompt have the same
+images, which a row encodes once, so they stay together as far as the limit allows.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from megatron_sr1.runtime.partition import share_out
 
 @dataclass(frozen=True)
 class Size:
-    """What a sample takes.
+    """Size of a sample.
 
     Attributes:
-        tokens: of the sequence, images expanded.
-        patches: of its images, those that the tower sees.
-        prompt: samples of one prompt have the same images.
+        tokens: length of the sequence, images expanded.
+        patches: patches of its images that the vision tower computes.
+        prompt: number of the prompt; samples of one prompt have the same images.
     """
 
     tokens: int
@@ -32,17 +32,17 @@ class Size:
 
 
 def size_of(sample: TrainSample) -> Size:
-    """Size of a sequence to learn from."""
+    """Return the size of a training sample."""
     patches = sum(t * h * w for t, h, w in sample.image_grid_thw)
     return Size(len(sample.token_ids), patches, sample.index)
 
 
 def cost(sizes: Iterable[Size], patch_cost: float) -> float:
-    """What samples in one row cost together, in tokens: each image counts once.
+    """Return the cost of one row in tokens; images that samples share count once.
 
     Args:
-        sizes: of the samples.
-        patch_cost: of a patch, tokens.
+        sizes: sizes of the row's samples.
+        patch_cost: cost of a patch, tokens.
     """
     sizes = list(sizes)
     images = {s.prompt: s.patches for s in sizes}
@@ -50,16 +50,16 @@ def cost(sizes: Iterable[Size], patch_cost: float) -> float:
 
 
 def plan_rows(sizes: Sequence[Size], budget: float, patch_cost: float) -> list[list[int]]:
-    """Which samples share a row: about as few rows as the budget asks for, equally full.
+    """Assign samples to about as few rows as the budget allows, equally full.
 
     Args:
-        sizes: of the samples.
-        budget: largest cost of a row, tokens; a sample beyond it has a row of its own. With 0 each
-            sample has one.
-        patch_cost: of a patch, tokens.
+        sizes: sizes of the samples.
+        budget: largest cost of a row, tokens; a sample beyond it gets a row of its own. With 0,
+            every sample does.
+        patch_cost: cost of a patch, tokens.
 
     Returns:
-        rows of sample numbers, ascending within a row; rows by their first sample.
+        rows of sample numbers, ascending within a row; rows ordered by their first sample.
     """
     if not budget:
         return [[number] for number in range(len(sizes))]
@@ -76,15 +76,15 @@ def plan_rows(sizes: Sequence[Size], budget: float, patch_cost: float) -> list[l
 
 
 def plan_ranks(sizes: Sequence[Size], num_ranks: int, patch_cost: float) -> list[list[int]]:
-    """Which samples each data-parallel rank learns from.
+    """Assign the samples of an update to data-parallel ranks.
 
     Args:
-        sizes: of the samples of an update, of all ranks.
-        num_ranks: ranks to share them.
-        patch_cost: of a patch, tokens.
+        sizes: sizes of the samples of all ranks.
+        num_ranks: number of data-parallel ranks.
+        patch_cost: cost of a patch, tokens.
 
     Returns:
-        for each rank sample numbers, ascending; a rank may have none.
+        sample numbers of each rank, ascending; possibly none.
     """
     parts = _parts(sizes, cost(sizes, patch_cost) / num_ranks, patch_cost)
     costs = [cost((sizes[n] for n in part), patch_cost) for part in parts]
@@ -92,10 +92,10 @@ def plan_ranks(sizes: Sequence[Size], num_ranks: int, patch_cost: float) -> list
 
 
 def _parts(sizes: Sequence[Size], limit: float, patch_cost: float) -> list[list[int]]:
-    """Samples by prompt; a prompt that costs more than the limit in the fewest parts within it."""
+    """Group samples by prompt; split a prompt above the limit into the fewest parts within it."""
     prompts: dict[Hashable, list[int]] = {}
     for number, size in enumerate(sizes):
-        alone = (number,)  # text shares nothing
+        alone = (number,)  # text-only samples share no images
         prompts.setdefault(size.prompt if size.patches else alone, []).append(number)
     parts = []
     for numbers in prompts.values():

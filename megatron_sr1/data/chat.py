@@ -1,12 +1,12 @@
-"""Chat messages to token ids: the model's own template, tokenised once, text staying text.
+"""Converts chat messages to token ids with the model's own template.
 
-What the template wrote (`<|im_start|>`, one `<|image_pad|>` an image) becomes special tokens; the
-same characters inside a question, a description or an answer are tokenised as characters. So a
-data set cannot end a turn or claim an image that it does not have. Text without such names gets
-the same ids as from transformers' `apply_chat_template`.
+Markers that the template writes (`<|im_start|>`, one `<|image_pad|>` per image) become special
+tokens. The same characters inside a question, a description or an answer are tokenised as plain
+text, so a data set can neither end a turn nor refer to an image that it does not have. Other text
+gets the same ids as from transformers' `apply_chat_template`.
 
-A template is a program that came with the model: it runs in transformers' sandbox only, which
-knows no attributes of Python's objects, and within a time limit, which the sandbox has not.
+A template is a program that comes with the model. It runs in transformers' sandbox, which denies
+access to the internals of Python objects, and within a time limit, which the sandbox lacks.
 """
 
 from __future__ import annotations
@@ -31,26 +31,24 @@ from megatron_sr1.data.prompts import ChatMessage
 from megatron_sr1.errors import DataError
 
 _DEFUSE = "\ue0de"
-"""Private use: put into a special token's name, it makes it ordinary text until tokenising."""
-
-
+"""Private-use character; inserted into a special token's name, it turns the name into text."""
 TEMPLATE_SECONDS = 10.0
-"""Of the process's time, for one rendering; a template takes milliseconds."""
+"""Limit of processor time per rendering; usual templates take milliseconds."""
 MAX_RENDERED_CHARACTERS = 4 * MAX_TEXT_CHARACTERS
 
 
 class ChatTemplate:
-    """A model directory's chat template and tokenizer, joined."""
+    """The chat template and tokenizer of a model directory."""
 
     def __init__(self, directory: Path, tokenizer: Any) -> None:
         """Read the template and the names of the special tokens.
 
         Args:
-            directory: of the model; chat_template.json, which knows images, comes first.
+            directory: model directory; chat_template.json, which supports images, is preferred.
             tokenizer: a fast tokenizer of transformers.
 
         Raises:
-            DataError: no template there, or one that does not render a question.
+            DataError: no template, or one that cannot render a question.
         """
         self._tokenizer = tokenizer
         self._directory = directory
@@ -62,23 +60,23 @@ class ChatTemplate:
         self._render([{"role": "user", "content": [{"type": "text", "text": "?"}]}], generate=True)
 
     def prompt_ids(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
-        """Ids up to where the assistant begins, each image one pad."""
+        """Return the ids up to the start of the assistant's turn, one pad id per image."""
         return self._encode(self._render(messages, generate=True))
 
     def turn_ids(
         self, messages: Sequence[ChatMessage], where: str
     ) -> list[tuple[tuple[int, ...], bool]]:
-        """Ids of a whole conversation, cut before and after each assistant turn's own text.
+        """Tokenise a conversation in pieces, split before and after each assistant turn's text.
 
-        Each piece is tokenised on its own, as the engine would sample it behind its prompt.
+        Each piece is tokenised on its own, as the engine samples a response after its prompt.
 
         Args:
-            messages: with one assistant turn or more; what follows the last one is left out.
+            messages: at least one assistant turn; turns after the last one are ignored.
             where: names the sample in errors.
 
         Returns:
-            (ids, whether the assistant wrote them); the assistant's include the turn's end and
-            what the template puts behind it.
+            (ids, whether the assistant wrote them) per piece; the assistant's pieces include the
+            end of turn and what the template writes after it.
 
         Raises:
             DataError: no assistant turn, or a template that rewrites earlier turns.
@@ -103,7 +101,7 @@ class ChatTemplate:
         return pieces
 
     def _render(self, messages: Sequence[ChatMessage], generate: bool) -> str:
-        """The template's text, with special tokens inside the messages' own text defused."""
+        """Render the messages; special tokens inside their text are defused."""
         try:
             with _time_limit(TEMPLATE_SECONDS):
                 text = self._tokenizer.apply_chat_template(
@@ -112,12 +110,12 @@ class ChatTemplate:
                     tokenize=False,
                     add_generation_prompt=generate,
                 )
-        except Exception as error:  # a template may fail in any way, the sandbox's no among them
+        except Exception as error:  # a template can raise anything, as can the sandbox
             reason = printable(f"{type(error).__name__}: {error}")[:200]
             raise DataError(f"{self._directory}: the chat template fails: {reason}") from None
         if len(text) > MAX_RENDERED_CHARACTERS:
             raise DataError(
-                f"{self._directory}: the chat template writes {len(text)} characters, at most "
+                f"{self._directory}: the chat template writes {len(text)} characters; the limit is "
                 f"{MAX_RENDERED_CHARACTERS}"
             )
         return text
@@ -127,7 +125,7 @@ class ChatTemplate:
             {"type": "text", "text": self._defuse(p["text"])} if p["type"] == "text" else p
             for p in message["content"]
         ]
-        if all(p["type"] == "text" for p in parts):  # some templates know strings only
+        if all(p["type"] == "text" for p in parts):  # some templates only support strings
             return {"role": message["role"], "content": "".join(p["text"] for p in parts)}
         return {"role": message["role"], "content": parts}
 
@@ -136,7 +134,7 @@ class ChatTemplate:
         return self._pattern.sub(lambda found: found[0][0] + _DEFUSE + found[0][1:], text)
 
     def _encode(self, text: str) -> tuple[int, ...]:
-        """Ids of a rendered text: special tokens where the template wrote them, else plain text."""
+        """Tokenise rendered text: special tokens where the template wrote them, else as text."""
         pieces = self._pattern.split(text)
         plain = [piece.replace(_DEFUSE, "") for piece in pieces[::2]]
         encoded = self._tokenizer(plain, add_special_tokens=False, split_special_tokens=True)
@@ -150,23 +148,23 @@ class ChatTemplate:
 
 @contextlib.contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """TimeoutError after so much of the process's time, which no busy machine lengthens.
+    """Raise TimeoutError after this much processor time, which does not depend on machine load.
 
-    In other threads than the main one there is no limit.
+    There is no limit outside the main thread, as only that one receives signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"not done after {seconds:g} s")
+        raise TimeoutError(f"not finished after {seconds:g} s")
 
     before = signal.signal(signal.SIGPROF, stop)
     left, _ = signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_PROF, left)  # of a caller's own limit; 0 for none
+        signal.setitimer(signal.ITIMER_PROF, left)  # the caller's own timer; 0: none
         signal.signal(signal.SIGPROF, before)
 
 

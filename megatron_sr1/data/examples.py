@@ -1,7 +1,7 @@
-"""Records as shards store them, and examples made of what is stored.
+"""Conversion of samples to and from the JSON objects that shards store.
 
-In: a `Record` (text, answers, images as their original bytes), which rows.py makes of a source's
-row. Out: the JSON object that shards.py writes, and an `Example` from what it wrote. Every error is
+In: a `Record` (text, answers, the original bytes of images), which rows.py creates from a source's
+row. Out: the JSON object that shards.py writes, and the `Example` read back from it. Every error is
 a `DataError` that names the sample.
 """
 
@@ -22,14 +22,14 @@ ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class Record:
-    """A sample as it is stored.
+    """A sample to store.
 
     Attributes:
-        messages: the conversation; `<image>` marks stand for `images`, in order.
+        messages: the conversation; its `<image>` marks refer to `images`, in order.
         answer: gold answer or None.
-        images: the image files' original bytes.
+        images: original bytes of the image files.
         metadata: further columns, JSON values.
-        other_answers: further gold answers, any of which is right.
+        other_answers: further gold answers, each of which is right.
     """
 
     messages: tuple[Message, ...]
@@ -40,7 +40,7 @@ class Record:
 
 
 def stored(record: Record) -> dict[str, Any]:
-    """The JSON object of a record, without its images' bytes."""
+    """Return the JSON object of a record, without the images' bytes."""
     others = {"other_answers": list(record.other_answers)} if record.other_answers else {}
     return {
         "messages": [{"role": m.role, "content": m.content} for m in record.messages],
@@ -52,10 +52,10 @@ def stored(record: Record) -> dict[str, Any]:
 
 
 def example_from_stored(value: Any, *, index: int, key: str, shard: str) -> Example:
-    """Turn a stored JSON object into an example.
+    """Convert a stored JSON object to an example.
 
     Raises:
-        DataError: fields missing or of the wrong type; names shard and sample.
+        DataError: a field is missing or of the wrong type; names shard and sample.
     """
     where = f"{shard} sample {key}"
     try:
@@ -63,12 +63,12 @@ def example_from_stored(value: Any, *, index: int, key: str, shard: str) -> Exam
         answer, metadata = value.get("answer"), dict(value.get("metadata") or {})
         others = value.get("other_answers") or []
         if not isinstance(turns, list) or type(num_images) is not int:
-            raise TypeError("messages is no list, or num_images no whole number")
+            raise TypeError("messages is not a list, or num_images not an integer")
         if not isinstance(others, list) or len(others) >= MAX_GOLDS:
-            raise TypeError(f"other_answers is no list of fewer than {MAX_GOLDS}")
+            raise TypeError(f"other_answers is not a list of fewer than {MAX_GOLDS}")
         messages = tuple(Message(turn["role"], turn["content"]) for turn in turns)
         if not all(type(m.role) is str and type(m.content) is str for m in messages):
-            raise TypeError("a turn's role or content is no text")
+            raise TypeError("a turn's role or content is not a string")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = shown(f"{type(error).__name__}: {error}")
         raise DataError(
@@ -78,17 +78,17 @@ def example_from_stored(value: Any, *, index: int, key: str, shard: str) -> Exam
         raise DataError(f"{where}: {num_images} images, at most {MAX_IMAGES}")
     messages = place_marks(checked_turns(messages, where), num_images, where)
     golds = [gold_text(a, where) for a in (answer, *others) if a is not None]
-    golds = [gold for gold in golds if gold.strip()]  # nothing can be judged by an empty one
+    golds = [gold for gold in golds if gold.strip()]  # an empty one cannot be compared with
     metadata = {k: v for k, v in metadata.items() if is_json({k: v})}
     first = golds[0] if golds else None
     return Example(index, key, shard, messages, first, num_images, metadata, tuple(golds[1:]))
 
 
 def checked_turns(messages: tuple[Message, ...], where: str) -> tuple[Message, ...]:
-    """Turns of known roles, with text that can be tokenised.
+    """Return the turns after checking their roles and text.
 
     Raises:
-        DataError: other roles, no user turn, or a text that cannot be one.
+        DataError: unknown roles, no user turn, or text that cannot be tokenised.
     """
     roles = [m.role for m in messages]
     if any(role not in ROLES for role in roles) or "user" not in roles:

@@ -1,10 +1,10 @@
-r"""Gold answers as data sets write them, down to the answers alone.
+r"""Extraction of gold answers from the ways in which data sets write them.
 
-In: the value of a column: a text, a number, or a list of them of which any is right. A text may be
-a whole solution: what follows `</think>`, what `<answer>` encloses, or its last line behind `####`
-or "The answer is". Out: one text an answer. A solution that marks its end in none of these ways
-stays as it is (the grader takes the last `\boxed{}` of it). A text that no response can match is
-refused.
+In: the value of a column: a text, a number, or a list of them, each of which is right. A text may
+be a whole solution, whose answer follows `</think>`, is enclosed by `<answer>`, or follows `####`
+or "The answer is" in the last line. Out: one text per answer. A solution without any of these
+markers stays unchanged (the grader uses its last `\boxed{}`). A text that no response can match is
+rejected.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_sr1.data.guards import check_text, shown
 from megatron_sr1.errors import DataError
 
 MAX_GOLDS = 64
-"""Each is compared with each response."""
+"""Limit per sample; each is compared with each response."""
 _TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 _SAID = re.compile(
     r"(?:^|[.!?] )(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:final |correct )?"
@@ -30,7 +30,7 @@ _TO_DO = "write the answer alone there, or name its column with --column answer=
 
 
 def gold_answers(value: Any, where: str) -> tuple[str, ...]:
-    """The gold answers of a column, each once.
+    """Return the distinct gold answers of a column.
 
     Args:
         value: a text, a number, or a list of them.
@@ -47,7 +47,7 @@ def gold_answers(value: Any, where: str) -> tuple[str, ...]:
 
 
 def gold_text(value: Any, where: str) -> str:
-    """A gold answer as text; a number is as good."""
+    """Return a gold answer as text; numbers are accepted."""
     number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
     if isinstance(value, str) or (number and math.isfinite(value)):
         return check_text(str(value), f"{where}, answer")
@@ -58,10 +58,10 @@ def gold_text(value: Any, where: str) -> str:
 
 
 def _answer_alone(text: str, where: str) -> str:
-    """A text down to its answer.
+    """Return the answer part of a text.
 
     Raises:
-        DataError: nothing is left, or it cannot be told which part is the answer.
+        DataError: nothing is left, or it is unclear which part is the answer.
     """
     rest = text.rpartition("</think>")[2]
     found = _in_last_line(_in_tags(rest.strip(), where), where)

@@ -1,7 +1,7 @@
-"""What comes from outside is read here: files, JSON and text, each within limits.
+"""Safe reading of untrusted input: files, JSON and text, each within limits.
 
 In: a path, bytes or a value that somebody else wrote. Out: bytes, plain values and text, or a
-`DataError` of one line. Nothing here waits (on a pipe), runs, or reads without an end.
+`DataError` of one line. Nothing here blocks (on a pipe), executes input, or reads without a limit.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from typing import Any
 from megatron_sr1.errors import DataError
 
 MAX_JSON_BYTES = 16 * 2**20
-"""Of one sample: a line of jsonl, a member of a shard."""
+"""Per sample: a line of jsonl, a member of a shard."""
 MAX_TEXT_CHARACTERS = 2**20
-"""Of all turns of a sample together: four times what a context of 100,000 tokens holds."""
+"""Per sample, all turns together: four times as much as a context of 100,000 tokens holds."""
 MAX_IMAGE_BYTES = 256 * 2**20
-"""Of one image file."""
+"""Per image file."""
 MAX_IMAGES = 1024
-"""Of one sample."""
+"""Per sample."""
 
 
 def read_file(path: Path, max_bytes: int, where: str) -> bytes:
-    """Read a regular file; a pipe, a device or a folder is refused without waiting for it.
+    """Read a regular file; a pipe, a device or a directory is rejected without blocking on it.
 
     Args:
-        path: of the file; a link is followed.
-        max_bytes: larger files are refused before they are read.
+        path: path of the file; symbolic links are followed.
+        max_bytes: larger files are rejected before they are read.
         where: names the sample or the file in errors.
 
     Raises:
-        DataError: not there, not a regular file, or too large.
+        DataError: the file is missing, not a regular file, or too large.
     """
     try:
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -59,10 +59,10 @@ def read_file(path: Path, max_bytes: int, where: str) -> bytes:
 
 
 def inside(folder: Path, name: str | Path, where: str) -> Path:
-    """The path of a file that a sample names, which must lie in `folder`, links followed.
+    """Return the path of a file that a sample names, which must resolve to a place in `folder`.
 
     Raises:
-        DataError: it is a URL, leads out of the folder, or cannot be a path.
+        DataError: the name is a URL, leads out of the folder, or is not a valid path.
     """
     if "://" in str(name) or str(name).startswith(("file:", "data:", "~")):
         raise DataError(
@@ -73,7 +73,7 @@ def inside(folder: Path, name: str | Path, where: str) -> Path:
         found = (folder / name).resolve()
         if found.is_relative_to(folder.resolve()):
             return folder / name
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links in a circle
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a cycle of links
         reason = printable(str(error), 200)
         raise DataError(f"{where}: {shown(str(name))} is no path: {reason}") from None
     raise DataError(
@@ -82,10 +82,10 @@ def inside(folder: Path, name: str | Path, where: str) -> Path:
 
 
 def parse_json(data: bytes, where: str) -> Any:
-    """Parse JSON in UTF-8, a byte order mark allowed, every key once an object.
+    """Parse UTF-8 JSON with unique keys per object; a byte order mark is allowed.
 
     Raises:
-        DataError: anything else, or nested too deeply.
+        DataError: invalid input, a repeated key, or too deep nesting.
     """
     try:
         return json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique)
@@ -98,10 +98,10 @@ def parse_json(data: bytes, where: str) -> Any:
 
 
 def check_text(text: str, where: str) -> str:
-    """A text that can be written as UTF-8 and tokenised.
+    """Return the text if it can be encoded as UTF-8 and tokenised.
 
     Raises:
-        DataError: half of a surrogate pair in it, or too long.
+        DataError: the text contains half of a surrogate pair, or is too long.
     """
     if len(text) > MAX_TEXT_CHARACTERS:
         raise DataError(f"{where}: {len(text)} characters, at most {MAX_TEXT_CHARACTERS}")
@@ -115,7 +115,7 @@ def check_text(text: str, where: str) -> str:
 
 
 def is_json(value: Any) -> bool:
-    """Whether a value can be written as JSON in UTF-8, infinities and NaN left out."""
+    """Return True if a value can be written as UTF-8 JSON, without infinities and NaN."""
     try:
         json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
     except (TypeError, ValueError, RecursionError):
@@ -124,7 +124,7 @@ def is_json(value: Any) -> bool:
 
 
 def shown(value: Any, limit: int = 80) -> str:
-    """A value for an error message: one line, no longer than `limit`."""
+    """Format a value for an error message: one line of at most `limit` characters."""
     if isinstance(value, str | bytes):
         text = repr(value[:limit])
     elif isinstance(value, list | tuple):
@@ -135,7 +135,7 @@ def shown(value: Any, limit: int = 80) -> str:
 
 
 def printable(text: str, limit: int = 400) -> str:
-    """A text with what moves the cursor or breaks the line escaped, its middle left out if long."""
+    """Escape control characters and line breaks, and omit the middle of a long text."""
     if len(text) > limit:
         text = f"{text[: limit // 2]}…{text[-limit // 2 :]}"
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

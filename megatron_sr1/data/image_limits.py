@@ -1,9 +1,9 @@
-"""How large an image can be after resizing: the configured limits, and what rounding adds.
+"""Largest image after resizing: the configured limits, and what rounding adds to them.
 
 In: `data.min_pixels`, `data.max_pixels` and the side of a merged patch. Out: the largest area that
-the image processor can return. It rounds sides to whole patches after it has scaled the area, so
-`max_pixels` is no bound: an enlarged image is rounded up, and a thin one keeps one patch of width.
-Source: `smart_resize` of transformers' Qwen2-VL image processor, whose steps this follows.
+the image processor can return. It rounds sides to whole patches after scaling the area, so an image
+can exceed `max_pixels`: an enlarged one is rounded up, and a thin one keeps a width of one patch.
+Source: `smart_resize` of transformers' Qwen2-VL image processor.
 """
 
 from __future__ import annotations
@@ -15,15 +15,10 @@ from megatron_sr1.errors import ConfigError
 
 
 def check_limits(min_pixels: int, max_pixels: int, patch_side: int) -> None:
-    """Refuse limits under which an image has no patch, or that no image can meet.
-
-    Args:
-        min_pixels: smallest area, pixels.
-        max_pixels: largest area, pixels.
-        patch_side: side of a merged patch, pixels.
+    """Check pixel limits against each other and against the side of a merged patch, in pixels.
 
     Raises:
-        ConfigError: less than one patch, or the smallest above the largest.
+        ConfigError: `min_pixels` is less than one patch, or more than `max_pixels`.
     """
     if min_pixels < patch_side**2:
         raise ConfigError(
@@ -35,15 +30,15 @@ def check_limits(min_pixels: int, max_pixels: int, patch_side: int) -> None:
 
 
 def largest_pixels(min_pixels: int, max_pixels: int, patch_side: int) -> int:
-    """Largest area that an image of any size has after resizing, pixels.
+    """Return the largest area of any image after resizing, pixels.
 
     Args:
-        min_pixels: an image below is enlarged to this area, and its sides rounded up.
-        max_pixels: an image above is reduced to this area, and its sides rounded down.
+        min_pixels: a smaller image is enlarged to this area, its sides rounded up.
+        max_pixels: a larger image is reduced to this area, its sides rounded down.
         patch_side: side of a merged patch, pixels; sides are multiples of it.
     """
     area = patch_side**2
-    # Reduced: rounding down keeps the limit, other than where a side below a patch becomes one.
+    # Reduced: rounding down keeps the limit, unless a side below one patch is raised to one.
     thin = math.floor(math.sqrt(MAX_ASPECT_RATIO * max_pixels) / patch_side)
     largest = max(max_pixels // area, thin)
     # Enlarged to a x b = min_pixels / area patches, a <= b: the worst a is just above k - 1.

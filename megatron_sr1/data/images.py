@@ -1,9 +1,9 @@
 """Image files to RGB pixels, with limits checked before anything is decoded.
 
-In: the original bytes of an image file. Out: an upright RGB image of Pillow, of an animation its
-first frame. Sizes are read from the header first, so that a small file cannot unpack to gigabytes.
-Only formats that Pillow decodes by itself are read: for some others it starts programs
-(PostScript). Errors are `DataError`s that name the image.
+In: the original bytes of an image file. Out: an upright RGB image of Pillow; of an animation, the
+first frame. The size is read from the header first, so that a small file cannot unpack to
+gigabytes. Only formats that Pillow decodes by itself are accepted; for some others (PostScript) it
+starts programs. Errors are `DataError`s that name the image.
 """
 
 from __future__ import annotations
@@ -21,50 +21,50 @@ from megatron_sr1.data.guards import MAX_IMAGE_BYTES, printable
 from megatron_sr1.errors import DataError
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""JPEG includes the several pictures of MPO, of which the first is read."""
+"""JPEG includes MPO, a file of several pictures, of which the first is read."""
 MAX_IMAGE_PIXELS = 64 * 2**20
-"""Larger images are refused before they are decoded: a few kilobytes can unpack to gigabytes."""
+"""Larger images are rejected before decoding: a few kilobytes can unpack to gigabytes."""
 MAX_ASPECT_RATIO = 200
-"""Qwen2-VL's image processor refuses a longer side more than so many times the shorter one."""
+"""Largest ratio of the longer to the shorter side that Qwen2-VL's image processor accepts."""
 MAX_JPEG_SCANS = 100
-"""A progressive JPEG has about ten; each one more is another pass over all pixels."""
+"""Progressive JPEGs have about ten scans; each one is another pass over all pixels."""
 _GREY_STEPS = {"L;2": 85, "L;4": 17}
-"""Of PNGs of 2 and 4 bits: Pillow scales their pixels to 8 bits, but not the transparent value."""
+"""For PNGs of 2 and 4 bits: Pillow scales pixels to 8 bits, but not the transparent value."""
 _INTEGER_WHITES = (255.0, 1023.0, 4095.0, 16383.0, 65535.0)
-"""Of 8, 10, 12, 14 and 16 bits, in TIFFs of 32 bits, which do not say how many they use."""
+"""White at 8, 10, 12, 14 and 16 bits: a TIFF of 32 bits does not say how many it uses."""
 _FLOAT_WHITES = (1.0, 255.0)
 _SLACK = 0.02
 _DARKEST_WHITE = 8.0
-"""Floating point values up to here are neither a picture of 0 to 1 nor one of 0 to 255."""
+"""A floating-point image whose maximum is below this and above 1 has an unknown range."""
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 
 
 def image_format(data: bytes, where: str) -> str:
-    """File extension of an image's bytes, as `png` or `jpeg`.
+    """Return the file extension of an image's bytes, e.g. `png` or `jpeg`.
 
     Raises:
-        DataError: not an image that Pillow knows, or too large.
+        DataError: not an image of a supported format, or too large.
     """
     with _open(data, where) as image:
         return str(image.format).lower()
 
 
 def decode_image(data: bytes, where: str) -> Image.Image:
-    """Decode an image file to RGB, turned upright, transparency laid over white.
+    """Decode an image file to RGB, rotated upright, with transparency composited over white.
 
     Args:
         data: the file's bytes.
         where: names the image in errors.
 
     Raises:
-        DataError: not an image, truncated, too large, or too long for its width.
+        DataError: not an image, truncated, too large, or too elongated.
     """
     with _open(data, where) as image:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 return _to_rgb(image)
-        except Exception as error:  # a broken file ends in almost any error of Pillow's decoders
+        except Exception as error:  # Pillow's decoders raise almost any error on broken files
             reason = printable(str(error))[:200] or type(error).__name__
             raise DataError(
                 f"{where}: the image does not decode: {reason}", kind="an image does not decode"
@@ -84,7 +84,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if upright.mode == "F" or upright.mode.startswith("I"):  # Pillow would clip them at 255
         tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
         upright = _to_eight_bits(upright, tags)
-    if upright.mode == "La":  # known to one conversion only
+    if upright.mode == "La":  # can be converted to LA only
         upright = upright.convert("LA")
     if upright.has_transparency_data:
         layer = upright.convert("RGBA")
@@ -94,18 +94,18 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_eight_bits(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
-    """Grey values of more than 8 bits, or of floating point, scaled to 8 bits.
+    """Scale grey values of more than 8 bits, or in floating point, to 8 bits.
 
     Args:
-        image: of mode F, I or I;16.
-        tags: of the file, if it is a TIFF.
+        image: an image of mode F, I or I;16.
+        tags: tags of the file if it is a TIFF.
 
     Raises:
-        ValueError: values in a range that says nothing about black and white.
+        ValueError: the range of values does not tell which ones are black and white.
     """
     deep = np.asarray(image).astype(np.float64)
     if not np.isfinite(deep).all():
-        raise ValueError("pixels that are infinite or no numbers; convert it to 8 bits")
+        raise ValueError("pixels that are infinite or NaN; convert it to 8 bits")
     white = _white(image.mode, tags, float(deep.min()), float(deep.max()))
     grey = deep.clip(0, white) * 255 / white
     grey = np.rint(grey) if image.mode == "F" else np.floor(grey)
@@ -119,14 +119,14 @@ def _to_eight_bits(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
 
 
 def _white(mode: str, tags: Mapping[int, Any], least: float, most: float) -> float:
-    """The value that is white: by the file's depth, else the smallest usual one that holds all."""
+    """Return the value of white: by the file's bit depth, else the smallest usual one that fits."""
     bits = tags.get(_BITS_PER_SAMPLE, (16,))[0]
     if mode != "F" and bits <= 16:
         is_signed = tags.get(_SAMPLE_FORMAT, (1,))[0] == 2
         if least < 0:
             raise ValueError(f"values from {least:g} on; expected none below 0")
         return float(2 ** (bits - is_signed) - 1)
-    slack = _SLACK if mode == "F" else 0.0  # of a resampling filter, which overshoots
+    slack = _SLACK if mode == "F" else 0.0  # resampling filters overshoot
     usual = _FLOAT_WHITES if mode == "F" else _INTEGER_WHITES
     white = next((w for w in usual if least >= -slack * w and most <= w * (1 + slack)), None)
     if white is None or (white > 1.0 and mode == "F" and most < _DARKEST_WHITE):
@@ -149,7 +149,7 @@ def _open(data: bytes, where: str) -> Image.Image:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise DataError(f"{where}: refused: {error}") from None
-    except Exception as error:  # a broken header ends in almost any error of Pillow's readers
+    except Exception as error:  # Pillow's readers raise almost any error on broken headers
         reason = printable(str(error))[:120] or type(error).__name__
         raise DataError(
             f"{where}: not an image that can be read as {', '.join(FORMATS)} ({len(data)} bytes, "

@@ -1,8 +1,8 @@
-"""The order of samples: every one exactly once an epoch, the same on every layout.
+"""Order of samples: each one exactly once per epoch, the same under every layout.
 
-In: the number of samples and a seed. Out: the indices of a step, global; each data-parallel rank
-takes its share with `shard`. The state is a cursor in plain JSON; nothing in it depends on ranks,
-so a run may be resumed on another number of them.
+In: the number of samples and a seed. Out: the global indices of a step; each data-parallel rank
+takes its part with `shard`. The state is a cursor in plain JSON that does not depend on ranks, so a
+run can be resumed on another number of them.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from megatron_sr1.errors import DataError
 
 
 class Loader:
-    """Draws steps of sample indices, epoch after epoch."""
+    """Yields the sample indices of each step, epoch after epoch."""
 
     def __init__(self, num_samples: int, per_step: int, seed: int, shuffle: bool = True) -> None:
         """Start at the first sample of epoch 0.
 
         Args:
-            num_samples: samples of the dataset, 1 or more.
-            per_step: samples of a step, 1 or more. A step may reach into the next epoch.
-            seed: with the number of the epoch it gives the epoch's order.
-            shuffle: False: the order of the dataset, each epoch.
+            num_samples: samples of the dataset.
+            per_step: samples per step, 1 or more. A step may extend into the next epoch.
+            seed: determines the order of an epoch together with the epoch's number.
+            shuffle: if False, every epoch has the order of the dataset.
 
         Raises:
-            DataError: no samples.
+            DataError: the dataset has no samples.
         """
         if num_samples < 1:
             raise DataError("the dataset is empty: there is nothing to draw a step from")
@@ -36,56 +36,56 @@ class Loader:
         self.num_samples, self.per_step = num_samples, per_step
         self.seed, self.shuffle = seed, shuffle
         self.epoch, self.position = 0, 0
-        self._waiting: list[int] = []
+        self._deferred: list[int] = []
         self._order = self._order_of(0)
 
     def next_step(self) -> list[int]:
-        """The indices of the next step, and move on.
+        """Return the indices of the next step and advance.
 
-        Where a step reaches into the next epoch, a sample that it already holds waits for the
-        following step, so that no step holds a sample twice (as far as there are enough samples).
+        If a step extends into the next epoch, a sample that it already holds is deferred to the
+        following step, so that no step holds a sample twice (if there are enough samples).
         """
         return self._draw(self.per_step, set(), self.per_step <= self.num_samples)
 
     def more(self, count: int, held: Iterable[int]) -> list[int]:
-        """Further indices for a step, and move on; they are consumed as the step's own are.
+        """Return further indices for a step and advance; they count as consumed.
 
         Args:
-            count: how many, 0 or more.
-            held: what the step has drawn so far; none of it comes again in this step.
+            count: number of indices, 0 or more.
+            held: indices that the step holds already; none of them is returned again.
 
         Returns:
-            `count` indices, fewer where the dataset has no more that the step does not hold.
+            `count` indices, or fewer if the step already holds the rest of the dataset.
         """
         seen = set(held)
         return self._draw(min(count, self.num_samples - len(seen)), seen, True)
 
     def _draw(self, count: int, held: set[int], distinct: bool) -> list[int]:
         drawn: list[int] = []
-        early, self._waiting = self._waiting, []
+        early, self._deferred = self._deferred, []
         while len(drawn) < count:
             index = early.pop(0) if early else self._advance()
             if index in held and distinct:
-                self._waiting.append(index)
+                self._deferred.append(index)
             else:
                 drawn.append(index)
                 held.add(index)
-        self._waiting += early
+        self._deferred += early
         return drawn
 
     def state_dict(self) -> dict[str, Any]:
-        """The cursor, plain JSON."""
+        """Return the cursor as plain JSON."""
         return {
             "num_samples": self.num_samples,
             "seed": self.seed,
             "shuffle": self.shuffle,
             "epoch": self.epoch,
             "position": self.position,
-            "waiting": list(self._waiting),
+            "waiting": list(self._deferred),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where a cursor stood; the number of samples a step may be another.
+        """Continue from a saved cursor; the number of samples per step may differ.
 
         Raises:
             DataError: the cursor belongs to another dataset or another order.
@@ -97,7 +97,7 @@ class Loader:
                     f"{getattr(self, name)}; use the same data and seed, or start a new run"
                 )
         self.epoch, self.position = int(state["epoch"]), int(state["position"])
-        self._waiting = [int(i) for i in state["waiting"]]
+        self._deferred = [int(i) for i in state["waiting"]]
         self._order = self._order_of(self.epoch)
 
     def _advance(self) -> int:
@@ -114,12 +114,6 @@ class Loader:
 
 
 def shard(indices: Sequence[int], rank: int, size: int) -> list[int]:
-    """The share of one data-parallel rank: every `size`-th index from `rank` on.
-
-    Args:
-        indices: of the whole step.
-        rank: of this process among `size`.
-        size: number of shares; they differ by one index at most.
-    """
+    """Return every `size`-th index from `rank` on, the part of one data-parallel rank."""
     assert 0 <= rank < size, (rank, size)
     return list(indices[rank::size])

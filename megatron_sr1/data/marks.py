@@ -1,8 +1,8 @@
-r"""The `<image>` marks of a conversation: where its images are.
+r"""The `<image>` marks of a conversation, which say where its images are.
 
-In a user's or a system turn `<image>` marks an image, and `\<image>` is the text `<image>`. An even
-number of backslashes escapes nothing, so that LaTeX's line break `\\` may precede an image. What an
-assistant says is text as it is: an assistant shows no images.
+In user and system turns, `<image>` marks an image and `\<image>` is the text `<image>`. An even
+number of backslashes escapes nothing, so LaTeX's line break `\\` may precede an image. Assistant
+turns are plain text, as an assistant shows no images.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _MARK = re.compile(r"(?<!\\)((?:\\\\)*)<image>")
 
 
 def split_at_marks(turn: Message) -> list[str]:
-    """Texts around the image marks of a turn, escapes resolved; one more than it has marks."""
+    """Split a turn at its image marks and resolve escapes; returns one text more than marks."""
     if turn.role == "assistant":
         return [turn.content]
     pieces = [*_MARK.split(turn.content), ""]
@@ -28,22 +28,22 @@ def split_at_marks(turn: Message) -> list[str]:
 
 
 def count_marks(messages: Sequence[Message]) -> int:
-    """Image marks of a conversation."""
+    """Return the number of image marks in a conversation."""
     return sum(len(split_at_marks(m)) - 1 for m in messages)
 
 
 def escape_marks(text: str) -> str:
-    """A text in which nothing marks an image, for a user's or a system turn."""
+    """Escape all image marks of a text that is to be in a user or system turn."""
     return _MARK.sub(r"\1\\<image>", text)
 
 
 def place_marks(messages: Sequence[Message], num_images: int, where: str) -> tuple[Message, ...]:
     """Check the `<image>` marks of a conversation against its images.
 
-    Without any mark, marks are put in front of the first user turn, one an image.
+    If it has no marks, one per image is inserted at the start of the first user turn.
 
     Raises:
-        DataError: another number of marks than images, or no user turn to put them into.
+        DataError: marks and images differ in number, or no user turn to insert marks into.
     """
     marks = count_marks(messages)
     if marks == num_images:
@@ -52,7 +52,7 @@ def place_marks(messages: Sequence[Message], num_images: int, where: str) -> tup
     if marks or user is None:
         raise DataError(
             f"{where}: {marks} {IMAGE_MARK} marks in the text but {num_images} images; expected "
-            f"one mark an image, or none at all; write {ESCAPED_MARK} where a user's text means "
+            f"one mark per image, or none at all; write {ESCAPED_MARK} where a user's text means "
             "these characters (in an assistant turn they are never a mark)",
             kind="image marks and images differ in number",
         )

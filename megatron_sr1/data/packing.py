@@ -1,8 +1,8 @@
-"""Samples to micro-batches: sequences one behind the other in one row, nothing between them.
+"""Packs samples into micro-batches: sequences are concatenated in one row without separators.
 
-In: `TrainSample`s, aligned with their tokens. Out: `PackedBatch`es, aligned with the *predicting*
-position, with mRoPE positions that restart at each sequence (Qwen2-VL, arXiv 2409.12191, section
-2.1; equal to transformers' `get_rope_index`).
+In: `TrainSample`s, whose values are aligned with their tokens. Out: `PackedBatch`es, aligned with
+the *predicting* position, with mRoPE positions that restart at each sequence (Qwen2-VL, arXiv
+2409.12191, section 2.1; equal to transformers' `get_rope_index`).
 """
 
 from __future__ import annotations
@@ -30,23 +30,22 @@ def pack_samples(
     pad_multiple: int = 1,
     sequence_multiple: int = 1,
 ) -> list[PackedBatch]:
-    """Pack samples into rows of at most `pack_tokens`; a larger one gets its own row.
+    """Pack samples into rows of at most `pack_tokens`; a larger sample gets a row of its own.
 
     Args:
-        samples: in any order; the result depends on nothing else.
-        pack_tokens: budget of a row, tokens and patches, padding not counted; 0 gives each sample
-            a row.
-        vision_of: gives the pixels of a sample by its index; None on ranks without the tower,
-            whose batches then have no `vision`.
-        image_pad_id: id of an expanded image's tokens.
-        merge_size: patches a side that become one token.
-        patch_cost: what a patch counts in the budget, tokens.
-        pad_multiple: rows are filled up to a multiple of this by one last sequence; itself a
-            multiple of the next.
-        sequence_multiple: each sequence is filled up to a multiple of this at its end.
+        samples: samples in any order.
+        pack_tokens: budget of a row, tokens and patches without padding; 0: one row per sample.
+        vision_of: returns the pixels of a sample by its index; None on ranks without the vision
+            tower, whose batches then have no `vision`.
+        image_pad_id: token id of expanded images.
+        merge_size: patches per side that are merged into one token.
+        patch_cost: cost of a patch in the budget, tokens.
+        pad_multiple: rows are padded to a multiple of this by one last sequence; must be a multiple
+            of `sequence_multiple`.
+        sequence_multiple: each sequence is padded to a multiple of this at its end.
 
     Raises:
-        DataError: a sample whose image tokens, grids or pixels do not fit one another.
+        DataError: image tokens, grids and pixels of a sample are inconsistent.
     """
     assert pad_multiple % sequence_multiple == 0, (pad_multiple, sequence_multiple)
     sizes = [size_of(sample) for sample in samples]
@@ -64,20 +63,21 @@ def mrope_positions(
     merge_size: int,
     where: str = "sample",
 ) -> np.ndarray:
-    """Positions of one sequence: text counts on, an image spans time, height and width.
+    """Return the mRoPE positions of one sequence.
 
     Args:
         token_ids: [tokens] int64, images expanded.
-        grids: per image (t, h, w) in patches.
-        image_pad_id: id of an image's tokens.
-        merge_size: patches a side that become one token.
+        grids: (t, h, w) of each image, in patches.
+        image_pad_id: token id of images.
+        merge_size: patches per side that are merged into one token.
         where: names the sample in errors.
 
     Returns:
         [3, tokens] int64: time, height, width.
 
     Raises:
-        DataError: image tokens that are not the grids' number, or not in one run an image.
+        DataError: the number of image tokens does not match the grids, or an image's tokens are
+            not contiguous.
     """
     pads = np.flatnonzero(token_ids == image_pad_id)
     sizes = [t * (h // merge_size) * (w // merge_size) for t, h, w in grids]
@@ -118,9 +118,9 @@ def _pack(
     borders = [0, *np.cumsum(lengths).tolist()]
 
     def row(arrays: Sequence[np.ndarray], dtype: type, shift: int = 1) -> torch.Tensor:
-        """[..., T]: entry t is about token t + shift of the same sequence; 0 where there is none.
+        """Return [..., T]: entry t is the value of token t + shift of the same sequence.
 
-        At a sequence's last tokens, and in padding, there is none.
+        It is 0 in padding and, with a shift, at the last tokens of a sequence.
         """
         out: np.ndarray = np.zeros((*arrays[0].shape[:-1], borders[-1]), dtype)
         for start, sample, values in zip(borders, chosen, arrays, strict=False):
@@ -162,7 +162,7 @@ def _pack(
 def _vision(
     chosen: list[TrainSample], vision_of: Callable[[int], VisionInputs | None]
 ) -> VisionInputs | None:
-    """Pixels of a row's images, once for all samples of an example, checked against their grids."""
+    """Return the pixels of a row, one copy per example, after checking them against the grids."""
     found: dict[int, VisionInputs] = {}
     for sample in chosen:
         assert len(sample.image_grid_thw) == sample.num_images, sample.index

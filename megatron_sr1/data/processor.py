@@ -1,7 +1,9 @@
-"""Tokens and pixels: chat messages to ids in both spellings, images to what the tower takes.
+"""Converts chat messages to token ids, and images to the input of the vision tower.
 
-Ids come from chat.py. The image processor is the class that vLLM loads for the same directory
-(transformers' torchvision one), so that trainer and engine see the same pixels to the bit.
+Prompts exist in two forms: collapsed, with one image-pad id per image, for the engine; and
+expanded, with one id per merged patch, for the trainer. Ids come from chat.py. The image processor
+is the class that vLLM loads for the same directory (transformers' torchvision one), so that the
+pixels of trainer and engine are bitwise equal.
 """
 
 from __future__ import annotations
@@ -48,15 +50,17 @@ class Processor:
         """Read a Hugging Face directory.
 
         Args:
-            model_dir: with tokenizer, chat template and the image processor's configuration, in
-                preprocessor_config.json or, as transformers 5 saves it, processor_config.json.
+            model_dir: holds the tokenizer, the chat template and the image processor's
+                configuration, in preprocessor_config.json or, as transformers 5 saves it,
+                processor_config.json.
             min_pixels: smallest image area after resizing, pixels; None: the model's own.
-            max_pixels: largest one, before sides are rounded to patches; None: the model's own.
+            max_pixels: largest image area, before sides are rounded to patches; None: the model's
+                own.
 
         Raises:
-            ConfigError: pixel limits that leave a small image without a patch.
-            DataError: files that cannot be read or want to run code of the directory's own, no
-                chat template, or no image token in the vocabulary.
+            ConfigError: the pixel limits leave a small image without a patch.
+            DataError: files cannot be read or require code from the directory, or the chat template
+                or the image token is missing.
         """
         self.model_dir = Path(model_dir)
         self.tokenizer, self.image_processor = _load(self.model_dir, min_pixels, max_pixels)
@@ -80,7 +84,7 @@ class Processor:
 
     @property
     def max_image_tokens(self) -> int:
-        """Tokens of the largest image, which may be more than `max_pixels` has."""
+        """Tokens of the largest image, which rounding can make larger than `max_pixels`."""
         side = self.patch_size * self.merge_size
         return largest_pixels(self.min_pixels, self.max_pixels, side) // side**2
 
@@ -89,29 +93,25 @@ class Processor:
         example: Example,
         images: Sequence[Image.Image],
         messages: Sequence[ChatMessage],
-        max_tokens: int | None = None,
     ) -> Prompt:
-        """Tokenise a prompt in both spellings.
+        """Tokenise a prompt in both forms.
 
         Args:
-            example: where it comes from.
+            example: the example that the prompt belongs to.
             images: its decoded RGB images, in order.
-            messages: chat messages with one image part an image.
-            max_tokens: longest allowed prompt, images expanded; None for any.
+            messages: chat messages with one image part per image.
 
         Raises:
-            DataError: image parts and images differ in number, or the prompt is too long.
+            DataError: image parts and images differ in number.
         """
         where = f"{example.shard} sample {example.key}"
         collapsed = self._chat.prompt_ids(messages)
         grids = tuple(self.grid(image, where) for image in images)
         expanded = self.expand(collapsed, grids, where)
-        if max_tokens is not None and len(expanded) > max_tokens:
-            raise DataError(f"{where}: prompt of {len(expanded)} tokens, limit {max_tokens}")
         return Prompt(example, expanded, collapsed, tuple(images), grids)
 
     def encode_text(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
-        """Tokenise a prompt without images, as the second pass has it.
+        """Tokenise a prompt without images, as in pass 2.
 
         Raises:
             DataError: the messages have image parts.
@@ -121,11 +121,11 @@ class Processor:
     def encode_answer(
         self, before: str, answer: str, after: str
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Tokenise a response that is given, to score its answer.
+        """Tokenise a given response, to score its answer.
 
         Returns:
-            ids in front of the answer, and those from its first character to the end; a token
-            that holds characters of both is the answer's.
+            the ids before the answer, and the ids from its first character to the end; a token
+            with characters of both belongs to the answer.
         """
         encoded = self.tokenizer(
             before + answer + after,
@@ -140,14 +140,14 @@ class Processor:
     def encode_conversation(
         self, example: Example, images: Sequence[Image.Image], max_tokens: int | None = None
     ) -> TrainSample:
-        """Tokenise a conversation to imitate; targets are its assistant turns with their ends.
+        """Tokenise a conversation to imitate; targets are the assistant turns with their ends.
 
-        Each assistant turn is tokenised behind its prompt as the engine would sample it.
+        Each assistant turn is tokenised as the engine would sample it after its prompt.
 
         Args:
-            example: its messages hold assistant turns.
+            example: must have an assistant turn.
             images: its decoded RGB images, in order.
-            max_tokens: longest allowed sequence, images expanded; None for any.
+            max_tokens: longest allowed sequence, images expanded; None: no limit.
 
         Raises:
             DataError: no assistant turn, a template that rewrites earlier turns, or too long.
@@ -173,22 +173,22 @@ class Processor:
     def expand(
         self, collapsed: Sequence[int], grids: Sequence[Grid], where: str
     ) -> tuple[int, ...]:
-        """Ids with one pad an image to ids with one pad a merged patch.
+        """Expand one pad id per image to one per merged patch.
 
         Raises:
-            DataError: another number of pads than grids.
+            DataError: pad ids and grids differ in number.
         """
         counts = self._expansion(collapsed, grids, where)
         return tuple(np.repeat(np.asarray(collapsed, np.int64), counts).tolist())
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
-        """Text of each id by itself, special tokens empty; a part of a character is one mark."""
+        """Return the text of each id: "" for special tokens, U+FFFD for parts of a character."""
         for token in set(token_ids) - self._pieces.keys():
             self._pieces[token] = str(self.tokenizer.decode([token], skip_special_tokens=True))
         return [self._pieces[token] for token in token_ids]
 
     def grid(self, image: Image.Image, where: str = "image") -> Grid:
-        """(t, h, w) in patches of an image after resizing, without processing its pixels."""
+        """Return (t, h, w) of an image after resizing, in patches, without processing pixels."""
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
         factor = self.patch_size * self.merge_size
@@ -201,36 +201,17 @@ class Processor:
         return 1, height // self.patch_size, width // self.patch_size
 
     def vision(self, images: Sequence[Image.Image]) -> VisionInputs:
-        """Pixels of images as the vision tower takes them, in order.
-
-        Args:
-            images: RGB, one or more; those of many samples at once are cheaper than one by one.
-        """
+        """Return the input of the vision tower for one or more RGB images, in order."""
         out = self.image_processor(list(images), return_tensors="pt")
         return VisionInputs(out["pixel_values"], out["image_grid_thw"])
 
-    def vision_many(
-        self, image_lists: Sequence[Sequence[Image.Image]]
-    ) -> list[VisionInputs | None]:
-        """`vision` of many samples in one call; None for samples without images."""
-        flat = [image for images in image_lists for image in images]
-        if not flat:
-            return [None] * len(image_lists)
-        joined = self.vision(flat)
-        grids = joined.image_grid_thw.split([len(images) for images in image_lists])
-        pixels = joined.pixel_values.split([int(g.prod(-1).sum()) for g in grids])
-        return [
-            VisionInputs(p.clone(), g) if len(g) else None
-            for p, g in zip(pixels, grids, strict=True)
-        ]
-
     def _expansion(self, collapsed: Sequence[int], grids: Sequence[Grid], where: str) -> np.ndarray:
-        """How often each id is repeated, [tokens] int64."""
+        """Return how often each id is repeated, [tokens] int64."""
         pads = np.flatnonzero(np.asarray(collapsed) == self.image_pad_id)
         if len(pads) != len(grids):
             raise DataError(
                 f"{where}: {len(pads)} image places in the prompt, {len(grids)} images; the chat "
-                "template must write one image-pad token an image part"
+                "template must write one image-pad token per image part"
             )
         counts = np.ones(len(collapsed), np.int64)
         counts[pads] = [t * h * w // self.merge_size**2 for t, h, w in grids]
@@ -238,7 +219,7 @@ class Processor:
 
 
 def _load(directory: Path, min_pixels: int | None, max_pixels: int | None) -> tuple[Any, Any]:
-    """Tokenizer and image processor; Python files in the directory are never imported."""
+    """Load tokenizer and image processor; Python files in the directory are never imported."""
     mend_torchvision()
     from transformers import AutoTokenizer, Qwen2VLImageProcessor
 
@@ -274,7 +255,7 @@ def _pixels(size: Any, name: str, directory: Path) -> int:
 
 
 def _end_token_ids(directory: Path, tokenizer: Any) -> tuple[int, ...]:
-    """Ids that end a turn: the tokenizer's, then those of generation_config.json."""
+    """Return the ids that end a turn: the tokenizer's, then those of generation_config.json."""
     ids = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     path = directory / "generation_config.json"
     if path.is_file():

@@ -1,9 +1,9 @@
-"""What the policy is told: instructions by recipe, and the text-only second pass.
+"""Prompts: the instructions of each recipe, and the text-only second pass.
 
-In: an `Example`, or a question and a description. Out: chat messages as transformers' chat
-templates take them, each content a list of `{"type": "image"}` and `{"type": "text"}` parts.
-Source of the form (three spans, a self-contained description, a reader without the image):
-arXiv 2508.19652, section 3. The words are this project's own.
+In: an `Example`, or a question and a description. Out: chat messages for transformers' chat
+templates, each content a list of `{"type": "image"}` and `{"type": "text"}` parts. Source of the
+form (three spans, a self-contained description, a reader without the image): arXiv 2508.19652,
+section 3. The wording is this project's own.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PASS1_INSTRUCTIONS: Mapping[str, Mapping[str, str]] = {
         "vision_r1": "Think, answer.",
     },
 }
-"""By style and recipe: `full` for published models, `brief` for a model trained on it."""
+"""By style and recipe: `full` for published models, `brief` for a model trained with it."""
 PASS2_TEMPLATES: Mapping[str, Mapping[str, tuple[str, str, str]]] = {
     "full": {
         "question_first": (
@@ -61,23 +61,20 @@ PASS2_TEMPLATES: Mapping[str, Mapping[str, tuple[str, str, str]]] = {
         "description_first": ("Read: ", "\n", "\nThink, answer."),
     },
 }
-"""By style and order: what stands before the first of question and description, between, after."""
+"""By style and order: the text before, between and after the question and the description."""
 
 
 def pass1_messages(example: Example, recipe: str, style: str = "full") -> list[ChatMessage]:
-    """Chat messages of the first pass: the question with its images, then the instruction.
+    """Return the chat messages of pass 1: the question with its images, then the instruction.
 
     Args:
         example: its turns up to and including the last user turn are used.
         recipe: `reward.recipe`: vision_sr1 | see_think | vision_r1.
         style: full | brief.
 
-    Returns:
-        chat messages with as many image parts as the example has images.
-
     Raises:
         ConfigError: unknown recipe or style.
-        DataError: image marks behind the last user turn.
+        DataError: there are image marks after the last user turn.
     """
     instruction = _choice(_choice(PASS1_INSTRUCTIONS, style, "style"), recipe, "recipe")
     gap = "\n" if style == "brief" else "\n\n"
@@ -97,17 +94,14 @@ def pass1_messages(example: Example, recipe: str, style: str = "full") -> list[C
 def pass2_messages(
     question: str, description: str, style: str = "full", order: str = "question_first"
 ) -> list[ChatMessage]:
-    """Chat messages of the second pass, text only.
+    """Return the chat messages of pass 2: one user turn with one text part.
 
     Args:
-        question: as asked in pass 1, options included; its image marks are taken out.
-        description: the text inside the description span.
+        question: the question of pass 1 with its options; its image marks are removed.
+        description: the text inside the description span; `<image>` in it stays text.
         style: full | brief.
-        order: question_first (all that a prompt's descriptions share comes first, so that the
+        order: question_first (the part that a prompt's descriptions share comes first, so that the
             engine's prefix cache serves it) | description_first (as in arXiv 2508.19652).
-
-    Returns:
-        one user turn with one text part; an `<image>` inside the description stays text.
     """
     templates = _choice(PASS2_TEMPLATES, style, "style")
     before, between, after = _choice(templates, order, "order of pass 2")
@@ -118,22 +112,22 @@ def pass2_messages(
 
 
 def chat_messages(turns: Sequence[Message]) -> list[ChatMessage]:
-    """Turns with `<image>` marks as chat messages with image parts."""
+    """Convert turns with `<image>` marks to chat messages with image parts."""
     return [{"role": turn.role, "content": _parts(turn)} for turn in turns]
 
 
 def strip_image_marks(question: str) -> str:
-    """A question without its image marks and the blank space that they leave, escapes resolved."""
+    """Remove image marks and the blanks around them from a question, and resolve escapes."""
     mark = rf"(?:{re.escape(IMAGE_MARK)}[ \t]*)+"
     without = re.sub(rf"(?m)^[ \t]*{mark}\n?", "", question)
-    # Only where blanks or backslashes begin: tried at each of a million it takes quadratic time.
+    # Match only at the start of a run of blanks or backslashes: trying each is quadratic.
     before = r"(?:(?<![ \t])[ \t]+|(?<![ \t\\])((?:\\\\)*))"
     without = re.sub(before + mark, lambda found: f"{found[1] or ''} ", without)
     return without.replace(ESCAPED_MARK, IMAGE_MARK).strip()
 
 
 def flat_text(message: ChatMessage) -> str:
-    """A chat message's content as one text with `<image>` marks, the inverse of `chat_messages`."""
+    """Join a chat message to one text with `<image>` marks, the inverse of `chat_messages`."""
     is_assistant = message["role"] == "assistant"
     return "".join(
         IMAGE_MARK

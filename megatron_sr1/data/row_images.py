@@ -1,7 +1,7 @@
-"""The images of a row: paths, bytes, data: URIs and what data sets wrap around them.
+"""Reads the images of a row: paths, bytes, data: URIs, and the records that wrap them.
 
-In: the value of an image column, or the images inside a conversation. Out: the image files' bytes.
-Nothing is fetched: a URL is refused.
+In: the value of an image column, or the images inside a conversation. Out: the bytes of the image
+files. Nothing is downloaded: URLs are rejected.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _DATA_URI = re.compile(r"data:image/[\w.+-]+;base64,")
 
 
 def image_files(value: Any, folder: Path, where: str) -> tuple[bytes, ...]:
-    """Bytes of an image or a list of images.
+    """Return the bytes of an image or of a list of images.
 
     Args:
-        value: an image (a path, bytes, a data: URI, an image of Pillow, `{"bytes", "path"}`) or a
-            list of them.
-        folder: relative paths start here, and none may lead out of it.
+        value: an image (a path, bytes, a data: URI, a Pillow image, `{"bytes", "path"}`) or a list
+            of them.
+        folder: base of relative paths, which must not lead out of it.
         where: names the row in errors.
 
     Raises:
-        DataError: too many, or one that cannot be read.
+        DataError: too many images, or one that cannot be read.
     """
     values = value if isinstance(value, list | tuple) else [value]
     if len(values) > MAX_IMAGES:
@@ -59,7 +59,7 @@ def _image_file(value: Any, folder: Path, where: str) -> bytes:
 
 
 def _encoded(image: Image.Image, where: str) -> bytes:
-    """A file that holds the pixels as they are; PNG would clip some and has no place for others."""
+    """Encode an image losslessly; PNG would clip some modes and cannot store others."""
     buffer = io.BytesIO()
     try:
         image.save(buffer, format="PNG" if image.mode in _PNG_MODES else "TIFF")
@@ -73,6 +73,6 @@ def _decoded(uri: str, where: str) -> bytes:
     try:
         if head is not None:
             return base64.b64decode("".join(uri[head.end() :].split()), validate=True)
-    except ValueError:  # half a group, or characters that are not base64's
+    except ValueError:  # incomplete, or characters outside the alphabet
         pass
-    raise DataError(f"{where}: {shown(uri)}; expected data:image/…;base64, and base64 behind it")
+    raise DataError(f"{where}: {shown(uri)}; expected data:image/…;base64, followed by base64")

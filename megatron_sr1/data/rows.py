@@ -1,10 +1,10 @@
-"""Source rows to records: the columns of the usual kinds of data sets.
+"""Converts source rows to records, from the column layouts of common data sets.
 
-In: a row of a source. For reinforcement learning `problem`/`question`/`prompt`, `answer`/`solution`
-and `images`/`image`, or verl's `prompt` of messages with `reward_model`; for supervised fine-tuning
-sharegpt's `messages`/`conversations`, or alpaca's `instruction`, `input`, `output`; `system` and
-`history` with either. Out: a `Record`. A column that is empty counts as absent; one that would be
-lost is refused. Every error is a `DataError` that names the row.
+In: a row of a source. For reinforcement learning: `problem`/`question`/`prompt`,
+`answer`/`solution` and `images`/`image`, or verl's `prompt` of messages with `reward_model`. For
+supervised fine-tuning: sharegpt's `messages`/`conversations`, or alpaca's `instruction`, `input`,
+`output`; `system` and `history` with either. Out: a `Record`. An empty column counts as absent; a
+column whose content would be lost is rejected. Every error is a `DataError` that names the row.
 """
 
 from __future__ import annotations
@@ -30,45 +30,46 @@ _ANSWER_COLUMNS = ("reward_model.ground_truth", "answer", "solution")
 _IMAGE_COLUMNS = ("images", "image")
 _BEFORE_COLUMNS = ("system", "history")
 _REFUSED_COLUMNS = ("tools", "videos", "video", "audios", "audio")
-_RIVALS = (
+_ALTERNATIVES = (
     (*_TURN_COLUMNS, *_TEXT_COLUMNS),
     ("reward_model", *_ANSWER_COLUMNS),
     _IMAGE_COLUMNS,
 )
-"""Columns that a mapped one of the same group replaces."""
+"""Groups of alternative columns: a mapped column replaces the others of its group."""
 COLUMNS = frozenset(
     (*_TURN_COLUMNS, *_TEXT_COLUMNS, *_ALPACA_COLUMNS, *_BEFORE_COLUMNS, "answer", "solution")
     + _IMAGE_COLUMNS
 )
-"""Names that mean something; all others are metadata."""
+"""Names with a meaning; all other columns are metadata."""
 
 
 def record_from_row(
     row: Mapping[str, Any], *, folder: Path, where: str, columns: Mapping[str, str] | None = None
 ) -> Record:
-    """Turn one row of a source into a record.
+    """Convert one row of a source to a record.
 
     Args:
         row: columns of the row; see the module's docstring.
-        folder: relative image paths start here.
-        where: names the row in errors, as `train.parquet row 17`.
-        columns: name -> where its value is in the row: a column, or a dotted path into one
-            (`prompt.0.content`). Columns that would stand for the same are metadata then.
+        folder: base of relative image paths.
+        where: names the row in errors, e.g. `train.parquet row 17`.
+        columns: name -> location of its value in the row: a column, or a dotted path into one
+            (`prompt.0.content`). Alternatives of a mapped column become metadata.
 
     Returns:
-        the record, its images decoded once to see that they can be, its marks counted.
+        the record, after a trial decoding of its images and a check of its marks.
 
     Raises:
-        DataError: unknown columns, missing text or answer, bad image, marks that do not fit.
+        DataError: unknown columns, missing text or answer, a broken image, or marks and images
+            that differ in number.
     """
     columns = columns or {}
     known = _renamed(row, columns, where)
     lost = [c for c in _REFUSED_COLUMNS if is_given(known.get(c))]
     if lost:
         raise DataError(
-            f"{where}: the column {lost[0]} is not empty, and nothing here learns from it; leave "
-            "the row or the column out",
-            kind=f"a column {lost[0]} that nothing learns from",
+            f"{where}: the column {lost[0]} is not empty, but training does not support it; "
+            "remove the row or the column",
+            kind=f"a column {lost[0]} that training does not support",
         )
     messages, inline, used = _conversation(known, where)
     answers, answer_column = _answers(known, where)
@@ -84,30 +85,30 @@ def record_from_row(
     for number, data in enumerate(images):
         decode_image(data, f"{where}, image {number}")
     messages = place_marks(messages, len(images), where)
-    _check_said(messages, where)
+    _check_not_empty(messages, where)
     used = {*used, answer_column, *_IMAGE_COLUMNS, *_BEFORE_COLUMNS} - columns.keys()
     metadata = _metadata(row, used | {*columns.values()})
     return Record(messages, answers[0] if answers else None, images, metadata, answers[1:])
 
 
 def _renamed(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> Mapping[str, Any]:
-    """A row with mapped columns under their names, and without the rivals of those."""
+    """Move mapped columns to their names and remove their alternatives."""
     if not columns:
         return row
     found = {name: look_up(row, path) for name, path in columns.items()}
     for name, value in found.items():
         if value is None and name not in _IMAGE_COLUMNS:
             raise DataError(
-                f"{where}: nothing at {columns[name]}, which is to be the column {name}; the row "
-                f"has {_columns(row)}",
+                f"{where}: nothing at {columns[name]}, which is mapped to the column {name}; the "
+                f"row has {_columns(row)}",
                 kind=f"nothing at {columns[name]}",
             )
-    rivals = {c for group in _RIVALS if not found.keys().isdisjoint(group) for c in group}
-    return {**{k: v for k, v in row.items() if k not in rivals}, **found}
+    replaced = {c for group in _ALTERNATIVES if not found.keys().isdisjoint(group) for c in group}
+    return {**{k: v for k, v in row.items() if k not in replaced}, **found}
 
 
 def look_up(row: Mapping[str, Any], path: str) -> Any:
-    """The value of a column, or at a dotted path into it; None where nothing is."""
+    """Return the value of a column or at a dotted path, or None if there is nothing."""
     if path in row:
         return row[path]
     value: Any = row
@@ -122,7 +123,7 @@ def look_up(row: Mapping[str, Any], path: str) -> Any:
 
 
 def is_given(value: Any) -> bool:
-    """Whether a column holds anything; blanks, empty lists and empty objects are nothing."""
+    """Return True if a column is not empty: not None, blank, an empty list or an empty object."""
     if isinstance(value, str):
         return bool(value.strip())
     return value is not None and not (isinstance(value, list | tuple | Mapping) and not value)
@@ -131,7 +132,7 @@ def is_given(value: Any) -> bool:
 def _conversation(
     row: Mapping[str, Any], where: str
 ) -> tuple[tuple[Message, ...], list[Any], set[str]]:
-    """Messages, the images inside them, and the columns that they were read from."""
+    """Return the messages, the images inside them, and the columns they were read from."""
     lists = (*_TURN_COLUMNS, *(("prompt",) if not isinstance(row.get("prompt"), str) else ()))
     column = next((c for c in lists if is_given(row.get(c))), None)
     if column is None:
@@ -146,7 +147,7 @@ def _conversation(
 
 
 def _single_turn(row: Mapping[str, Any], where: str) -> tuple[list[dict[str, str]], set[str]]:
-    """The turns of a row that holds its texts in columns of their own, and those columns."""
+    """Return the turns of a row with separate text columns, and these columns."""
     text = next((c for c in _TEXT_COLUMNS if is_given(row.get(c))), None)
     if text:
         return [{"role": "user", "content": _string(row, text, where)}], {text}
@@ -162,7 +163,7 @@ def _single_turn(row: Mapping[str, Any], where: str) -> tuple[list[dict[str, str
 
 
 def _history(row: Mapping[str, Any], where: str) -> list[dict[str, str]]:
-    """Alpaca's earlier turns: a list of (question, answer) pairs."""
+    """Return alpaca's earlier turns, a list of (question, answer) pairs, as messages."""
     pairs = row.get("history")
     if not is_given(pairs):
         return []
@@ -178,13 +179,13 @@ def _history(row: Mapping[str, Any], where: str) -> list[dict[str, str]]:
 
 
 def _system(row: Mapping[str, Any], messages: Sequence[Message], where: str) -> list[Message]:
-    """The system turn of the column `system`, where the conversation has not the same one."""
+    """Return the system turn of the column `system`, unless the conversation has the same one."""
     if not is_given(row.get("system")):
         return []
-    told = Message("system", _string(row, "system", where))
+    turn = Message("system", _string(row, "system", where))
     if not messages or messages[0].role != "system":
-        return [told]
-    if messages[0].content.strip() != told.content.strip():
+        return [turn]
+    if messages[0].content.strip() != turn.content.strip():
         raise DataError(
             f"{where}: the column system and the system turn of the conversation differ; keep one"
         )
@@ -192,7 +193,7 @@ def _system(row: Mapping[str, Any], messages: Sequence[Message], where: str) -> 
 
 
 def _answers(row: Mapping[str, Any], where: str) -> tuple[tuple[str, ...], str]:
-    """The gold answers of the first column that has any, and the column."""
+    """Return the gold answers of the first column that has any, and the column."""
     for column in _ANSWER_COLUMNS:
         value = look_up(row, column)
         answers = gold_answers(value, where) if value is not None else ()
@@ -202,7 +203,7 @@ def _answers(row: Mapping[str, Any], where: str) -> tuple[tuple[str, ...], str]:
 
 
 def _image_column(row: Mapping[str, Any], inline: Sequence[Any], where: str) -> str | None:
-    """The column with the images; None where they are inside the turns or there are none."""
+    """Return the column with the images, or None if they are inline or there are none."""
     values = {c: row[c] for c in _IMAGE_COLUMNS if row.get(c) is not None}
     given = [c for c, v in values.items() if not (isinstance(v, list | tuple) and not v)]
     if len(given) == 2 and values["images"] in (values["image"], [values["image"]]):
@@ -210,17 +211,17 @@ def _image_column(row: Mapping[str, Any], inline: Sequence[Any], where: str) -> 
     if len(given) + bool(inline) > 1:
         what = " and in ".join([*given, *(["the turns themselves"] if inline else [])])
         raise DataError(
-            f"{where}: images in {what}; keep those of one place", kind="images in two places"
+            f"{where}: images in {what}; keep only one of them", kind="images in two places"
         )
     return given[0] if given else None
 
 
-def _check_said(messages: Sequence[Message], where: str) -> None:
-    """No turn of a user's or an assistant's is empty."""
+def _check_not_empty(messages: Sequence[Message], where: str) -> None:
+    """Raise DataError if a user or assistant turn is empty."""
     for number, message in enumerate(messages):
         if message.role != "system" and not message.content.strip():
             raise DataError(
-                f"{where}: turn {number}, of the {message.role}, is empty; expected text",
+                f"{where}: turn {number} ({message.role}) is empty; expected text",
                 kind="an empty turn",
             )
 

@@ -1,9 +1,9 @@
-"""Where every sample lies in its shard: written when shards are made, made again when stale.
+"""Index of a shard: the position of every sample in its tar file.
 
 `shard-000000.index.json` beside `shard-000000.tar` holds the tar's size and, for each sample, its
-key and the offset and size of its JSON and of its images. It is as good as the tar's headers,
-which it is read from when it is missing, older than the tar, about a tar of another size, of an
-earlier version of this file, or says what cannot be.
+key and the offset and size of its JSON and of its images. The index is rebuilt from the tar's
+headers if it is missing, inconsistent, older than the tar, for a tar of another size, or of an
+earlier version.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ logger = logging.getLogger(__name__)
 IMAGE_EXTENSIONS = frozenset("bmp gif jpeg jpg mpo png ppm tif tiff webp".split())
 MAX_INDEX_BYTES = 2**30
 VERSION = 2
-"""Of the index; up to 1, image names with a number behind text were not ordered by that number."""
+"""Version of the index; 1 did not order image names that end in a number by that number."""
 _NAME_BYTES = 90
-"""Longer names, and those not of ASCII, may stand cut short in the header before the data."""
+"""Longer names, and names that are not ASCII, may be truncated in the header before the data."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a sample lies in its tar: (offset, size) in bytes of the JSON and of each image."""
+    """Position of a sample in its tar: (offset, size) in bytes of the JSON and of each image."""
 
     key: str
     text: tuple[int, int]
@@ -41,15 +41,15 @@ class Place:
 
 
 def index_path(tar: Path) -> Path:
-    """The index file beside a shard."""
+    """Return the path of a shard's index file."""
     return tar.with_suffix(".index.json")
 
 
 def scan(tar: Path) -> list[Place]:
-    """Read a shard's headers for the places of its samples, by where each begins.
+    """Read the positions of a shard's samples from its headers, ordered by offset.
 
     Raises:
-        DataError: not a tar, or members that make no samples; names shard and member.
+        DataError: not a tar, or members that do not form samples; names shard and member.
     """
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     for member in members(tar):
@@ -60,7 +60,7 @@ def scan(tar: Path) -> list[Place]:
             )
         found = samples.setdefault(key, {})
         if extension in found:
-            raise DataError(f"{tar} sample {key}: {key}.{extension} is there twice")
+            raise DataError(f"{tar} sample {key}: {key}.{extension} occurs twice")
         found[extension] = (member.offset, member.size)
     places = []
     for key, found in samples.items():
@@ -71,21 +71,24 @@ def scan(tar: Path) -> list[Place]:
 
 
 def _check_members(found: Mapping[str, object], key: str, where: str) -> None:
-    """One sample's members have one JSON; several are samples that a point in their keys joins."""
+    """Raise DataError unless a sample has exactly one JSON member.
+
+    Several of them belong to different samples whose keys contain a dot.
+    """
     texts = sorted(e for e in found if e.split(".")[-1] == "json")
     if texts == ["json"]:
         return
-    told = f"no {key}.json" if "json" not in found else f"{len(texts)} JSON files"
-    points = (
-        "; a key ends at the first point of a name, so that all of these are one sample: rename "
-        "members so that only what follows the key has points, as in v1_0.json and v1_0.0.png"
+    problem = f"no {key}.json" if "json" not in found else f"{len(texts)} JSON files"
+    dots = (
+        "; a key ends at the first dot of a name, so all of these are one sample: rename members "
+        "so that keys contain no dots, as in v1_0.json and v1_0.0.png"
     )
     held = [f"{key}.{e}" for e in sorted(found)]
-    raise DataError(f"{where}: {told}; it holds {shown(held, 200)}{points if texts else ''}")
+    raise DataError(f"{where}: {problem}; it holds {shown(held, 200)}{dots if texts else ''}")
 
 
 def read_index(tar: Path) -> list[Place]:
-    """A shard's index; made again where it does not fit the tar."""
+    """Read a shard's index, or rebuild it if it does not match the tar."""
     path = index_path(tar)
     try:
         if path.stat().st_mtime_ns >= tar.stat().st_mtime_ns:
@@ -101,10 +104,10 @@ def read_index(tar: Path) -> list[Place]:
 
 
 def check_header(block: bytes, place: Place, span: tuple[int, int], where: str) -> str:
-    """Check the header before a span against the index; returns the member's extension.
+    """Check the header before a span against the index and return the member's extension.
 
     Raises:
-        DataError: the index points to something else.
+        DataError: the index points to another member.
     """
     header = parse_header(block, where)
     key, extension = sample_key(header.name)
@@ -114,34 +117,34 @@ def check_header(block: bytes, place: Place, span: tuple[int, int], where: str) 
     if header.size != span[1] or (exact and not fits):
         raise DataError(
             f"{where}: its place holds {shown(header.name)} of {header.size} bytes; remove "
-            f"{index_path(Path('SHARD.tar')).name} files to have them made again"
+            f"{index_path(Path('SHARD.tar')).name} files to rebuild them"
         )
     return extension
 
 
 def _usable(value: Any, tar: Path) -> list[Place]:
-    """The places of an index that fits its tar; ValueError and the like where it does not."""
+    """Return the positions of an index; raises ValueError or the like if it is not usable."""
     rows, size = value["samples"], tar.stat().st_size
     if value["version"] != VERSION:
         raise ValueError("an earlier version")
     if value["tar_bytes"] != size or value["crc32"] != _checksum(rows):
-        raise ValueError("another tar, or damaged")
+        raise ValueError("made for another tar, or damaged")
     places = [Place(k, _span(t), tuple(map(_span, i))) for k, t, i in rows]
     spans = sorted(span for p in places for span in (p.text, *p.images))
     ends = [0, *(offset + length for offset, length in spans)]
     inside = all(offset - BLOCK >= end for (offset, _), end in zip(spans, ends, strict=False))
     if not inside or ends[-1] > size:
-        raise ValueError("places outside the tar, or one over another")
+        raise ValueError("positions outside the tar, or overlapping")
     keys = [place.key for place in places]
     if len(set(keys)) != len(keys) or places != sorted(places, key=_begin):
-        raise ValueError("a key twice, or out of order")
+        raise ValueError("duplicate keys, or out of order")
     return places
 
 
 def _span(value: Any) -> tuple[int, int]:
     offset, size = value
     if type(offset) is not int or type(size) is not int or size < 0 or offset % BLOCK:
-        raise ValueError(f"{value} is no place")
+        raise ValueError(f"{value} is not a position")
     return offset, size
 
 
@@ -154,7 +157,7 @@ def _is_image(extension: str) -> bool:
 
 
 def _image_order(extension: str) -> tuple[list[str | tuple[int, str]], str]:
-    """By the numbers in a name, wherever they are: image_2 before image_10."""
+    """Return a sort key that compares numbers in a name by value: image_2 before image_10."""
     parts: list[str | tuple[int, str]] = [*re.split("([0-9]+)", extension)]
     for place in range(1, len(parts), 2):
         digits = str(parts[place]).lstrip("0")
@@ -181,7 +184,7 @@ def write_index(tar: Path, places: list[Place]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write in one step, so that another process never sees half a file."""
+    """Replace a JSON file atomically, so that another process never reads a partial file."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.write_text(json.dumps(value) + "\n")
     os.replace(part, path)

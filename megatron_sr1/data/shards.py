@@ -1,9 +1,9 @@
-"""Webdataset shards: tar files of samples, read as a stream or one sample by its number.
+"""Webdataset shards: tar files of samples with random access by sample number.
 
-A folder holds `shard-000000.tar`, … with members `KEY.json`, `KEY.0.png`, `KEY.1.jpeg`, …;
-`dataset.json` with the counts; and beside each tar its index, the place of every member, by which
-a sample is one seek and one read. Any webdataset reader can stream the same files. An index that
-is missing or older than its tar is made again. Members are never unpacked to files.
+A directory holds `shard-000000.tar`, … with members `KEY.json`, `KEY.0.png`, `KEY.1.jpeg`, …;
+`dataset.json` with the number of samples per shard; and an index of each tar, by which a member is
+read in one operation. Any webdataset reader can stream the same files. Members are never extracted
+to files.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def write_shards(
     """Write samples as numbered shards with their indices and `dataset.json`.
 
     Args:
-        samples: in the order that they are to be numbered.
-        directory: made if needed; must hold no shards, other than of a writing cut short.
-        samples_per_shard: samples of one tar.
+        samples: samples in the order of their numbers.
+        directory: created if needed; must not hold shards, except those of an interrupted call.
+        samples_per_shard: samples per tar.
 
     Returns:
         number of samples written.
@@ -69,8 +69,10 @@ def write_shards(
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     if _tars(target) or (target / DATASET_FILE).exists():
-        if not _cut_short(target):
-            raise DataError(f"{target}: already holds shards; choose another folder or remove them")
+        if not _is_incomplete(target):
+            raise DataError(
+                f"{target}: already holds shards; choose another directory or remove them"
+            )
         for leftover in [*target.glob("shard-*.tar*"), *target.glob("shard-*.index.json")]:
             leftover.unlink()
     iterator = iter(enumerate(samples))
@@ -98,22 +100,22 @@ def write_shards(
 
 
 class ShardReader:
-    """The samples of a folder of shards, by number. Safe to share over threads and forks."""
+    """Random access to a directory of shards. Safe to share between threads and forks."""
 
     def __init__(self, directory: str | Path) -> None:
-        """Open a folder of shards.
+        """Open a directory of shards.
 
         Args:
-            directory: as `write_shards` or another webdataset writer left it.
+            directory: written by `write_shards` or another webdataset writer.
 
         Raises:
-            DataError: no shards there, or `dataset.json` does not fit them.
+            DataError: no shards, or `dataset.json` does not match them.
         """
         self.directory = Path(directory)
         tars = _tars(self.directory)
         if not tars:
             raise DataError(
-                f"{self.directory}: no .tar shards there; make them with tools/make_shards.py"
+                f"{self.directory}: no .tar shards; make them with tools/make_shards.py"
             )
         self._places: dict[Path, list[Place]] = {}
         self._files: dict[Path, int] = {}
@@ -126,14 +128,14 @@ class ShardReader:
             self._ends.append(size + (self._ends[-1] if self._ends else 0))
 
     def __len__(self) -> int:
-        """Samples in all shards."""
+        """Return the number of samples in all shards."""
         return self._ends[-1]
 
     def example(self, index: int) -> Example:
-        """The sample of that number, without pixels.
+        """Read a sample without its images.
 
         Raises:
-            IndexError: no such number.
+            IndexError: no sample has this number.
             DataError: the stored sample cannot be read; names shard and sample.
         """
         tar, place = self._locate(index)
@@ -147,10 +149,10 @@ class ShardReader:
         return example
 
     def images(self, index: int) -> list[Image.Image]:
-        """The decoded RGB images of a sample, in order.
+        """Read and decode the images of a sample, in order, as RGB.
 
         Raises:
-            IndexError: no such number.
+            IndexError: no sample has this number.
             DataError: an image does not decode; names shard, sample and image.
         """
         tar, place = self._locate(index)
@@ -160,7 +162,7 @@ class ShardReader:
         ]
 
     def image_files(self, index: int) -> list[bytes]:
-        """The image files of a sample as they were stored."""
+        """Read the image files of a sample as stored."""
         tar, place = self._locate(index)
         return [self._read(tar, place, span) for span in place.images]
 
@@ -183,7 +185,7 @@ class ShardReader:
         return self._places[tar]
 
     def _read(self, tar: Path, place: Place, span: tuple[int, int]) -> bytes:
-        """The bytes of a member, its header checked: an index that lies must not be believed."""
+        """Read a member and check its header, as the index may be wrong."""
         offset, size = span
         where = f"{tar} sample {place.key}"
         limit = MAX_JSON_BYTES if span == place.text else MAX_IMAGE_BYTES
@@ -195,7 +197,7 @@ class ShardReader:
                 file = self._files.get(tar)
                 if file is None and len(self._files) < MAX_OPEN_SHARDS:
                     file = self._files[tar] = os.open(tar, os.O_RDONLY)
-            # No shared position: threads and forks may read.
+            # pread uses no shared file position, so threads and forks can read concurrently.
             data = _read_once(tar, begin, length) if file is None else os.pread(file, length, begin)
         except OSError as error:
             raise DataError(f"{where}: {error.strerror}") from None
@@ -207,7 +209,7 @@ class ShardReader:
         return data[BLOCK:]
 
     def close(self) -> None:
-        """Close the shards; reading again opens them again."""
+        """Close the files of the shards; they are reopened on the next read."""
         with self._lock:
             for file in self._files.values():
                 os.close(file)
@@ -233,8 +235,8 @@ def _dataset(directory: Path) -> Any:
     return parse_json(read_file(path, MAX_JSON_BYTES, str(directory)), str(path))
 
 
-def _cut_short(directory: Path) -> bool:
-    """Whether the shards there are what an interrupted `write_shards` left."""
+def _is_incomplete(directory: Path) -> bool:
+    """Return True if an interrupted `write_shards` left these shards."""
     try:
         value = _dataset(directory)
     except DataError:
@@ -243,12 +245,12 @@ def _cut_short(directory: Path) -> bool:
 
 
 def _counts(directory: Path, tars: list[Path]) -> list[int] | None:
-    """Samples of each shard by `dataset.json`; None if there is no such file."""
+    """Return the samples per shard from `dataset.json`, or None if there is no such file."""
     path = directory / DATASET_FILE
     if not path.is_file():
         return None
     value = _dataset(directory)
-    if _cut_short(directory):
+    if _is_incomplete(directory):
         raise DataError(f"{directory}: writing these shards was cut short; make them again")
     try:
         counts = {str(s["file"]): s["samples"] for s in value["shards"]}
@@ -258,7 +260,7 @@ def _counts(directory: Path, tars: list[Path]) -> list[int] | None:
     if set(counts) != {t.name for t in tars}:
         odd = sorted(set(counts) ^ {t.name for t in tars})
         raise DataError(f"{path}: shards listed and shards there differ: {shown(odd)}")
-    for tar in tars:  # a sample is a header and a block of JSON, at least
+    for tar in tars:  # a sample takes at least a header and a block of JSON
         count, most = counts[tar.name], tar.stat().st_size // (2 * BLOCK)
         if type(count) is not int or not 0 <= count <= most:
             raise DataError(
@@ -266,7 +268,7 @@ def _counts(directory: Path, tars: list[Path]) -> list[int] | None:
                 "remove it to count again"
             )
     total = value.get("num_samples")
-    if total != sum(counts.values()):  # a wrong count would shift the numbers of later shards
+    if total != sum(counts.values()):  # a wrong count would shift sample numbers
         raise DataError(
             f"{path}: {sum(counts.values())} samples in the shards, num_samples is {shown(total)}; "
             "remove it to count again"
@@ -275,7 +277,7 @@ def _counts(directory: Path, tars: list[Path]) -> list[int] | None:
 
 
 def _add(tar: tarfile.TarFile, number: int, record: Record) -> Place:
-    """Append a sample to a shard; returns where it went."""
+    """Append a sample to a shard and return its position."""
     key = f"{number:09d}"
     text = json.dumps(stored(record), ensure_ascii=False).encode()
     files = [(f"{key}.json", text)]

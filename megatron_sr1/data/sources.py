@@ -1,8 +1,8 @@
-"""Source files to rows: parquet, jsonl, json, or a folder of images with metadata.jsonl.
+"""Reads rows from source files: parquet, jsonl, json, or image folders with metadata.jsonl.
 
-In: a file or a folder. Out: rows with a name each ("train.parquet row 17"), read as a stream
-where the format allows it. A row that cannot be read comes out as its error, so that the reader
-of the stream can count it and go on.
+In: a file or a directory. Out: rows with a name each ("train.parquet row 17"), streamed if the
+format allows it. For a row that cannot be read, its error is yielded, so that the caller can count
+it and continue.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from megatron_sr1.errors import DataError
 METADATA_FILE = "metadata.jsonl"
 SUFFIXES = (".parquet", ".jsonl", ".json")
 MAX_SOURCE_BYTES = 4 * 2**30
-"""Of a json file, which is read as a whole; jsonl and parquet are streamed."""
+"""Limit of a json file, which is read as a whole; jsonl and parquet are streamed."""
 _PARQUET_ROWS = 64
 Row = tuple[str, "dict[str, Any] | DataError"]
 
 
 def source_files(source: Path) -> list[Path]:
-    """The files that a source consists of.
+    """Return the files of a source.
 
     Args:
-        source: one file, a folder with metadata.jsonl, or a folder of files of one kind.
+        source: a file, a directory with metadata.jsonl, or a directory of files of one kind.
 
     Raises:
-        DataError: nothing there, an unknown suffix, or files of several kinds.
+        DataError: no files, an unknown suffix, or files of several kinds.
     """
     if source.is_dir():
         if (source / METADATA_FILE).is_file():
@@ -44,17 +44,17 @@ def source_files(source: Path) -> list[Path]:
             )
         odd = [p.name for p in found if not p.is_file()]
         if odd:
-            raise DataError(f"{source}: {shown(odd)} is no regular file; move it elsewhere")
+            raise DataError(f"{source}: {shown(odd)}: not a regular file; move it elsewhere")
         return found
     if not source.is_file():
-        raise DataError(f"{source}: no such file or folder")
+        raise DataError(f"{source}: no such file or directory")
     if source.suffix not in SUFFIXES:
         raise DataError(f"{source}: suffix {source.suffix!r}; expected {', '.join(SUFFIXES)}")
     return [source]
 
 
 def count_rows(files: list[Path]) -> int | None:
-    """Rows of parquet files by their footers; None for the other kinds."""
+    """Return the number of rows according to parquet footers; None for other formats."""
     if files[0].suffix != ".parquet":
         return None
     return sum(_parquet(path).metadata.num_rows for path in files)
@@ -65,18 +65,18 @@ def records(
     image_folder: Path | None = None,
     columns: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[str, Record | DataError]]:
-    """Records of source files, or the error in a record's place.
+    """Yield the records of source files, or the error of each row that is not one.
 
     Args:
-        files: as `source_files` found them.
-        image_folder: relative image paths start here; None: in each file's own folder.
-        columns: name -> column or dotted path in a row, for columns of other names.
+        files: result of `source_files`.
+        image_folder: base of relative image paths; None: the directory of each file.
+        columns: name -> column or dotted path in a row, for columns with other names.
 
     Yields:
-        (name of the row, the record or what is wrong with it).
+        (name of the row, the record or its error).
 
     Raises:
-        DataError: a whole file that cannot be read.
+        DataError: a file cannot be read at all.
     """
     for path in files:
         for where, row in _rows(path):
@@ -117,9 +117,9 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
     while True:
         try:
             batch = next(batches, None)
-        except Exception as error:  # pyarrow's own, and those of codecs below it
+        except Exception as error:  # errors of pyarrow and of the codecs that it uses
             reason = printable(str(error))[:200]
-            raise DataError(f"{path}: row {number} or one behind it is damaged: {reason}") from None
+            raise DataError(f"{path}: row {number} or a later one is damaged: {reason}") from None
         if batch is None:
             return
         for place in range(batch.num_rows):
@@ -176,7 +176,7 @@ def _object(line: bytes, where: str) -> dict[str, Any] | DataError:
 
 
 def _with_image(row: dict[str, Any], where: str) -> dict[str, Any]:
-    """A row of metadata.jsonl with its `file_name` (or `file_names`) as images."""
+    """Move `file_name` (or `file_names`) of a row of metadata.jsonl to `images`."""
     names = row.pop("file_names", None) or row.pop("file_name", None)
     if names is None:
         return row

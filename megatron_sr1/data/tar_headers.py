@@ -1,10 +1,10 @@
-"""Headers of a tar file: where its regular members lie, and nothing else of what tar can do.
+"""Minimal tar reader: finds the regular members of a file and rejects everything else.
 
-In: a tar of the ustar, GNU or pax kind. Out: name, offset and size of each regular member.
-Python's own tarfile follows links, sparse maps and pax records of any length, some of them in
-quadratic time, and ends quietly at a broken header; here each header moves on through the file,
-every member kind that holds no sample is refused by name, and what lies behind the last member
-must be the end mark. Source: POSIX.1-2001, pax interchange format.
+In: a tar in ustar, GNU or pax format. Out: name, offset and size of each regular member. Python's
+own tarfile follows links, sparse maps and pax records of any length, some of them in quadratic
+time, and stops silently at a broken header. Here each header advances through the file, members
+that cannot hold a sample are rejected by name, and the last member must be followed by the end
+mark. Source: POSIX.1-2001, pax interchange format.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_sr1.errors import DataError
 
 BLOCK = 512
 MAX_EXTRA_BYTES = 64 * 1024
-"""Of a pax record or a GNU long name."""
+"""Limit of a pax record or a GNU long name."""
 _REGULAR = (b"0", b"\0", b"7")
 _KINDS = {
     b"1": "a hard link",
@@ -37,7 +37,7 @@ _LONG_NAME, _PAX, _PAX_GLOBAL, _FOLDER = b"L", b"x", b"g", b"5"
 
 @dataclass(frozen=True)
 class Header:
-    """One header block: `kind` is its type flag, `size` the bytes behind it."""
+    """A header block: `kind` is its type flag, `size` the number of bytes after it."""
 
     name: str
     kind: bytes
@@ -46,7 +46,7 @@ class Header:
 
 @dataclass(frozen=True)
 class Member:
-    """A regular member: its name, and where its bytes lie."""
+    """A regular member: its name, and the offset and size of its data in bytes."""
 
     name: str
     offset: int
@@ -54,13 +54,13 @@ class Member:
 
 
 def members(tar: Path) -> Iterator[Member]:
-    """The regular members of a tar file, in order; folders are passed over.
+    """Yield the regular members of a tar file, in order; directories are skipped.
 
     Raises:
-        DataError: not a tar, cut short, damaged, or with members that hold no sample.
+        DataError: not a tar, truncated, damaged, or with members that cannot hold a sample.
     """
     try:
-        if not tar.is_file():  # a pipe would be waited for
+        if not tar.is_file():  # opening a pipe would block
             raise DataError(f"{tar}: not a regular file; expected a tar")
         with open(tar, "rb") as file:
             yield from _walk(file, tar)
@@ -69,10 +69,10 @@ def members(tar: Path) -> Iterator[Member]:
 
 
 def parse_header(block: bytes, where: str) -> Header:
-    """Read a header block.
+    """Parse a header block.
 
     Raises:
-        DataError: its checksum, size or name is not one.
+        DataError: its checksum, size or name is invalid.
     """
     wanted = _octal(block[148:156], where, "checksum")
     if len(block) != BLOCK or wanted != sum(block) - sum(block[148:156]) + 8 * 32:
@@ -91,10 +91,10 @@ def _walk(file: BinaryIO, tar: Path) -> Iterator[Member]:
         block = _at(file, offset, BLOCK)
         if len(block) < BLOCK:
             what = "the file ends without tar's end mark" if offset else "no tar header"
-            raise DataError(f"{where}: not a readable tar: {what}; is it cut short?")
+            raise DataError(f"{where}: not a readable tar: {what}; is it truncated?")
         if not any(block):
             if long_name or not _only_zeros(file, offset):
-                raise DataError(f"{where}: more data behind the end mark; expected one tar")
+                raise DataError(f"{where}: more data after the end mark; expected a single tar")
             return
         header = parse_header(block, where)
         data = offset + BLOCK
@@ -115,14 +115,14 @@ def _walk(file: BinaryIO, tar: Path) -> Iterator[Member]:
 
 
 def sample_key(name: str) -> tuple[str, str]:
-    """A member's (key, extension): the name up to its first point, and what follows that."""
+    """Split a member's name at its first dot into (key, extension)."""
     folder, _, last = name.rpartition("/")
     key, _, extension = last.partition(".")
     return (f"{folder}/{key}" if folder else key), extension.lower()
 
 
 def _extra(data: bytes, header: Header, where: str) -> str:
-    """The name that a GNU long name or a pax record gives to the next member, "" if none."""
+    """Return the name that a GNU long name or pax record gives the next member, or ""."""
     if header.size > MAX_EXTRA_BYTES or len(data) < header.size:
         raise DataError(f"{where}: a header record of {header.size} bytes; the tar is damaged")
     if header.kind == _LONG_NAME:

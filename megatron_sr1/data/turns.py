@@ -1,9 +1,9 @@
-"""Turns of a source's conversation to messages, and the images that are inside them.
+"""Converts the turns of a source's conversation to messages, and extracts inline images.
 
-In: turns as `{"role", "content"}` or sharegpt's `{"from", "value"}`; a content is a text, or a list
-of parts as OpenAI's interface has them: `{"type": "text", "text"}`, `{"type": "image"}` for the
-next image of the image column, and images inside the part (`image`, `image_url`, `url`, `path`).
-Out: messages with `<image>` marks. Text of a part is text: `<image>` in it marks nothing.
+In: turns as `{"role", "content"}` or sharegpt's `{"from", "value"}`. A content is a string, or a
+list of parts as in OpenAI's API: `{"type": "text", "text"}`, `{"type": "image"}` for the next image
+of the image column, and parts that contain an image (`image`, `image_url`, `url`, `path`). Out:
+messages with `<image>` marks; `<image>` in the text of a part is not a mark.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ _IMAGE_FIELDS = ("image", "image_url", "url", "path")
 
 
 def read_turns(turns: Any, column: str, where: str) -> tuple[tuple[Message, ...], list[Any]]:
-    """Messages of a conversation, and its inline images in order.
+    """Return the messages of a conversation, and its inline images in order.
 
     Args:
         turns: a list of turns.
-        column: where they were, for errors.
+        column: names their column in errors.
         where: names the row in errors.
 
     Raises:
-        DataError: not turns, a part of an unknown kind, or an image that an assistant shows.
+        DataError: invalid turns, a part of an unknown kind, or an image in an assistant turn.
     """
     if not isinstance(turns, list | tuple):
         raise DataError(f"{where}: {column} is {shown(turns)}; expected a list of turns")
@@ -58,14 +58,14 @@ def _turn(turn: Any, images: list[Any], where: str) -> Message:
 
 
 def _part(part: Any, role: str, images: list[Any], where: str) -> str:
-    """The text of a part; an image inside it is added to `images`."""
+    """Return the text of a part; an image inside it is appended to `images`."""
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind in _TEXT_PARTS and isinstance(part.get("text"), str):
         return part["text"] if role == "assistant" else escape_marks(part["text"])
     if kind not in _IMAGE_PARTS:
         what = f"of type {shown(kind)}" if isinstance(part, Mapping) else shown(part)
         raise DataError(
-            f"{where}: a part {what} in a content; expected "
+            f"{where}: a part {what} in the content; expected "
             '{"type": "text", "text": …} or {"type": "image"}',
             kind="a part of a content that is neither text nor image",
         )

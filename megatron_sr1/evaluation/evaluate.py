@@ -10,7 +10,7 @@ from megatron_sr1.config import Config
 from megatron_sr1.rewards.parsing import find_description
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rollout.engine import Engine
-from megatron_sr1.rollout.readings import Pass2
+from megatron_sr1.rollout.pass2 import Pass2, RolloutHooks
 from megatron_sr1.rollout.two_pass import roll_out
 from megatron_sr1.runtime.rng import request_seed
 from megatron_sr1.trainer import scoring, setup
@@ -98,12 +98,14 @@ def evaluate(
             temperature=temperature,
             max_response_tokens=config.rollout.max_response_tokens,
             pass2=one_answer(pass2_settings(config)) if with_pass2 else None,
-            find_description=find_description,
-            reading_prompt=samples.reading_prompt,
-            # Every model judged meets the same randomness: comparisons are paired.
-            seed_of=lambda index, sample, part: request_seed(0, -1, index, sample, part),
+            hooks=RolloutHooks(
+                find_description,
+                samples.reading_prompt,
+                # The same seeds for every model that is judged: comparisons are paired.
+                lambda index, sample, part: request_seed(0, -1, index, sample, part),
+            ),
         )
-        speaks = engine.is_speaker
+        speaks = engine.is_replica_leader
         graded = scoring.score(rollouts if speaks else (), samples, scorer)
         graded = scoring.share(graded, indices, speaks, context.groups)
     if graded.ungraded and not graded.scored:

@@ -1,28 +1,21 @@
-"""What the engine needs of the process that it shares with the trainer: place, environment, peace.
-
-vLLM reads its environment when it is imported, seeds the process's random generators when it starts
-and takes torch's thread setter away on a CPU; the trainer wants the first done and the others
-undone.
-"""
+"""What the engine needs of the process that it shares with the trainer: rank and environment."""
 
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 
 from megatron_sr1.errors import EngineError
 
 
 def place(tensor_parallel: int) -> tuple[int, int]:
-    """Rank and size of the world.
+    """Return this process's rank and the world size.
 
     Raises:
-        EngineError: there is no process group, or replicas do not divide the world.
+        EngineError: no process group, or `tensor_parallel` does not divide the world size.
     """
     if not torch.distributed.is_initialized():
         raise EngineError(
@@ -37,7 +30,7 @@ def place(tensor_parallel: int) -> tuple[int, int]:
 
 
 def set_environment(kv_cache_gib: int) -> None:
-    """What vLLM reads from the environment, before it is imported."""
+    """Set the variables that vLLM reads when it is imported."""
     os.environ.update(
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
         VLLM_USE_V2_MODEL_RUNNER="0",
@@ -50,9 +43,9 @@ def set_environment(kv_cache_gib: int) -> None:
 
 @contextmanager
 def launcher_variables() -> Iterator[None]:
-    """A launcher's variables while the engine starts, where no launcher has set them.
+    """Set a launcher's variables while the engine starts, unless a launcher has set them.
 
-    vLLM asks the environment for the rank although the process group stands already.
+    vLLM reads the rank from the environment even if the process group is already initialized.
     """
     variables = {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     variables["RANK"] = str(torch.distributed.get_rank())
@@ -63,21 +56,3 @@ def launcher_variables() -> Iterator[None]:
     finally:
         for name in added:
             del os.environ[name]
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Keep random states, and torch's thread setter, which vLLM replaces on a CPU."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda)
-        torch.set_num_threads = set_num_threads
-        torch.set_num_threads(num_threads)

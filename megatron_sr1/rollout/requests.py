@@ -1,4 +1,4 @@
-"""Records between the engine and whoever rolls out."""
+"""Records that the engine takes and returns."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """Something to sample.
+    """A sequence to sample, or to score.
 
     Attributes:
         id: unique among the live requests, the same on all ranks of a replica.
-        token_ids: prompt for the engine: each image a single image-pad id.
-        expanded_token_ids: the same prompt as the trainer has it; the engine must agree.
+        token_ids: prompt for the engine, a single image-pad id per image.
+        expanded_token_ids: the trainer's tokens of the same prompt, which the engine's must equal.
         images: RGB images, in order.
         temperature: 0 is greedy.
-        max_tokens: most tokens to sample, the end of turn included.
-        seed: of this request's draws, in [0, 2**31).
-        with_logprobs: whether the completion brings the engine's logprobs.
-        watched: whether each step tells the tokens so far.
-        num_scored: so many tokens at the prompt's end are given and their logprobs wanted, at
-            temperature 1, by prefill alone; 0: the request samples.
+        max_tokens: maximum number of sampled tokens, including the end of turn.
+        seed: sampling seed of this request, in [0, 2**31).
+        with_logprobs: whether the completion contains the engine's logprobs.
+        watched: whether each step reports the tokens so far.
+        num_scored: number of tokens at the end of the prompt to score at temperature 1, by prefill
+            alone; 0: the request samples.
     """
 
     id: str
@@ -43,35 +43,35 @@ class Request:
     num_scored: int = 0
 
     def check_length(self, max_model_len: int) -> None:
-        """Raise EngineError if prompt and sampled tokens can be more than the engine's length."""
+        """Raise EngineError if prompt and sampled tokens can exceed `max_model_len`."""
         length = len(self.expanded_token_ids)
         num_sampled = 1 if self.num_scored else self.max_tokens
         if length + num_sampled > max_model_len:
             raise EngineError(
                 f"request {self.id}: a prompt of {length} tokens and up to {num_sampled} sampled "
-                f"are more than the engine's {max_model_len}; raise rollout.max_model_len or "
-                "lower the limits"
+                f"ones exceed the engine's {max_model_len}; raise rollout.max_model_len or lower "
+                "the token limits"
             )
 
     def check_expansion(self, engine_token_ids: Sequence[int]) -> None:
-        """Raise EngineError if the engine expands the prompt otherwise than the trainer."""
+        """Raise EngineError if the engine expands the prompt to other tokens than the trainer."""
         if tuple(engine_token_ids) != self.expanded_token_ids:
             raise EngineError(
                 f"request {self.id}: the engine expands the prompt to {len(engine_token_ids)} "
-                f"tokens, the trainer to {len(self.expanded_token_ids)}, or to others; pixel "
-                "limits and image processor of engine and trainer must be the same "
+                f"tokens, the trainer to {len(self.expanded_token_ids)}, or to different ones; "
+                "engine and trainer must use the same image processor and pixel limits "
                 "(data.min_pixels, data.max_pixels)"
             )
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a step brought for one request.
+    """State of one request after a step.
 
     Attributes:
-        id: of the request.
-        token_ids: everything sampled so far; a view, to be read before the next step.
-        completion: the whole, once it is finished.
+        id: the request's id.
+        token_ids: all tokens sampled so far; a view, valid until the next step.
+        completion: the result, once the request is finished.
     """
 
     id: str

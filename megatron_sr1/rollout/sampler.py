@@ -1,13 +1,13 @@
-"""Drawing tokens: banned ids are left out of the draw, logprobs stay those of the whole softmax.
+"""Sampling that excludes banned ids but reports logprobs of the full softmax.
 
-In: the engine's logits of one step. Out: one id a sequence and its logprob
+In: the engine's logits of one step. Out: one id per sequence and its logprob
 
-    log_softmax(logits / temperature)[id]        (temperature 1 where the draw is greedy)
+    log_softmax(logits / temperature)[id]        (temperature 1 for greedy sequences)
 
-over the whole vocabulary, so that an actor which knows nothing of bans computes the same number.
-The draw itself is from that softmax restricted to the ids that are not banned: the logprob under
-the restricted distribution would be larger by -log(1 - mass of the banned ids), the same for every
-id of a position.
+over the whole vocabulary, so that an actor that does not know the bans computes the same number.
+The id is sampled from that softmax restricted to the ids that are not banned: its logprob under the
+restricted distribution would be larger by -log(1 - mass of the banned ids), the same for every id
+of a position.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ _GREEDY_BELOW = 1e-5
 
 
 class FullVocabularySampler(torch.nn.Module):
-    """Takes the place of vLLM's sampler in its model runner.
+    """Replaces vLLM's sampler in its model runner.
 
-    Left out, as no request asks for them: penalties, stop-word bans, min-p, top-k and top-p, top
-    alternatives and ranks.
+    Not supported, as no request uses them: penalties, stop-word bans, min-p, top-k, top-p, the
+    logprobs of alternatives, and ranks.
     """
 
     logprobs_mode = "raw_logprobs"
 
     def __init__(self, draw: torch.nn.Module, outputs: Any, banned_token_ids: Iterable[int]):
-        """Wrap vLLM's draw.
+        """Wrap vLLM's sampling from a distribution.
 
         Args:
-            draw: vLLM's `TopKTopPSampler`, which knows each request's generator.
+            draw: vLLM's `TopKTopPSampler`, which uses each request's generator.
             outputs: vLLM's module of output records.
-            banned_token_ids: ids that are never drawn.
+            banned_token_ids: ids that are never sampled.
         """
         super().__init__()
         self.topk_topp_sampler = draw
@@ -49,11 +49,11 @@ class FullVocabularySampler(torch.nn.Module):
         predict_bonus_token: bool = False,
         logprobs_mode_override: str | None = None,
     ) -> Any:
-        """Draw one id for each row.
+        """Sample one id per row.
 
         Args:
             logits: [sequences, vocabulary]; overwritten.
-            sampling_metadata: vLLM's record of the rows' settings.
+            sampling_metadata: vLLM's sampling settings of the rows.
             predict_bonus_token: unused (speculative decoding).
             logprobs_mode_override: unused.
 
@@ -85,7 +85,7 @@ class FullVocabularySampler(torch.nn.Module):
         )
 
     def _draw(self, logits: torch.Tensor, generators: dict[int, torch.Generator]) -> torch.Tensor:
-        """Draw by each row's generator; the trainer's random state on the CPU stays as it is."""
+        """Sample with each row's generator; preserves the trainer's CPU random state."""
         state = torch.get_rng_state()
         drawn, _ = self.topk_topp_sampler(logits, generators, None, None)
         torch.set_rng_state(state)
@@ -93,20 +93,20 @@ class FullVocabularySampler(torch.nn.Module):
 
     @staticmethod
     def compute_logprobs(logits: torch.Tensor) -> torch.Tensor:
-        """Logprobs at prompt positions, float32; vLLM calls it for prompt logprobs."""
+        """Return float32 logprobs; vLLM calls it for prompt positions."""
         return logits.log_softmax(dim=-1, dtype=torch.float32)
 
     def gather_logprobs(
         self, logprobs: torch.Tensor, num_logprobs: int, token_ids: torch.Tensor
     ) -> Any:
-        """Pick given tokens' logprobs; vLLM calls it for prompt logprobs.
+        """Select the logprobs of given tokens; vLLM calls it for prompt positions.
 
         Args:
             logprobs: [tokens, vocabulary] float32, nats.
-            num_logprobs: alternatives beside the token; only 0 is served.
+            num_logprobs: number of alternatives per token; must be 0.
             token_ids: [tokens] int64.
         """
-        assert num_logprobs == 0, "alternatives are not served"
+        assert num_logprobs == 0, "alternatives are not supported"
         columns = token_ids.unsqueeze(1)
         return self._tensors(columns, logprobs.gather(1, columns))
 

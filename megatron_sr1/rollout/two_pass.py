@@ -1,41 +1,40 @@
 """A step's rollouts: pass 1 sees the image, pass 2 only the description and the question.
 
-In: prompts, and functions that are handed in: where the description is in a text, what the pass-2
-prompt for it is, what the gold answer is, and the seed of each request. Out: rollouts and what they
-cost.
+In: prompts, and hooks that find a description in a text, build the pass-2 prompt for it, give the
+gold answer and the seed of each request. Out: rollouts and their cost.
 
-Source: the two passes of Vision-SR1 (arXiv 2508.19652), a description's reward being whether it
-alone leads to the answer. Here, both passes share one engine loop: with the schedule `fork` the
-second pass of a sample starts when its description closes, while it and others still decode; with
-`barrier` all wait for the last of pass 1. Each request brings its seed, so both give the same
-tokens. A closing tag may share a token with its neighbours: it is looked for in the text.
+Source: the two passes of Vision-SR1 (arXiv 2508.19652), which rewards a description if it alone
+leads to the answer. Both passes share one engine loop. With the schedule `fork`, pass 2 of a sample
+starts when its description closes, while this and other samples are still decoding; with `barrier`,
+it starts after the last response of pass 1. Each request carries its seed, so both schedules sample
+the same tokens. A closing tag may share a token with its neighbours, so it is searched in the text.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from megatron_sr1.records import Completion, Prompt, Rollout
 from megatron_sr1.rollout.engine import Engine
-from megatron_sr1.rollout.readings import PREFIX, Pass2, Readings, check_length
+from megatron_sr1.rollout.pass2 import PREFIX, Pass2, Readings, RolloutHooks, check_prompt_fits
 from megatron_sr1.rollout.requests import Progress, Request
 
 
 @dataclass(frozen=True)
 class RolloutStats:
-    """What a call of `roll_out` cost on this replica.
+    """Cost of a `roll_out` call on this replica.
 
     Attributes:
         engine_steps: steps of the engine.
         seconds: wall time.
         pass2_only_seconds: part of it in which only pass-2 requests were live.
-        pass1_tokens: sampled.
-        pass2_tokens: sampled.
-        truncated: pass-1 responses cut by their limit.
+        pass1_tokens: tokens sampled in pass 1.
+        pass2_tokens: tokens sampled in pass 2.
+        truncated: pass-1 responses that reached their token limit.
         num_pass2: rollouts whose description was read.
-        num_prompts2: distinct pass-2 prompts among them, and those of questions alone.
+        num_prompts2: distinct pass-2 prompts, including those of questions alone.
     """
 
     engine_steps: int
@@ -50,7 +49,7 @@ class RolloutStats:
 
 @dataclass
 class _Sample:
-    """A rollout in the making."""
+    """A rollout in progress."""
 
     prompt: Prompt
     number: int
@@ -58,7 +57,7 @@ class _Sample:
     completion: Completion | None = None
     description: str | None = None
     key: tuple[int, ...] | None = None
-    alone_key: tuple[int, ...] | None = None
+    question_key: tuple[int, ...] | None = None
 
 
 def roll_out(
@@ -69,51 +68,50 @@ def roll_out(
     temperature: float,
     max_response_tokens: int,
     pass2: Pass2 | None,
-    find_description: Callable[[str], str | None],
-    reading_prompt: Callable[[Prompt, str], tuple[int, ...]],
-    seed_of: Callable[[int, int, int], int],
-    gold_answer: Callable[[Prompt], tuple[tuple[int, ...], tuple[int, ...]]] | None = None,
-    closing_mark: str = ">",
+    hooks: RolloutHooks,
 ) -> tuple[list[Rollout], RolloutStats]:
     """Sample both passes of this replica's prompts.
 
     Args:
-        engine: awake, with the weights to sample from.
-        prompts: of this replica, the same on each of its ranks.
-        samples_per_prompt: responses a prompt (n).
-        temperature: of pass 1; 0 is greedy.
-        max_response_tokens: limit of pass 1.
-        pass2: None for recipes without it; text-only samples have none either.
-        find_description: text of a response so far -> its description once that has closed.
-        reading_prompt: prompt, description -> token ids of the pass-2 prompt.
-        seed_of: seed of a pass-1 request from its example's index, its number and 1; of a pass-2
-            request from -1, a number that its prompt makes and 2 and upwards.
-        gold_answer: prompt -> ids that lead up to its gold answer and the answer's own ids, as the
-            mode likelihood scores them behind the pass-2 prompt; the other mode needs none.
-        closing_mark: a description closes with this character; the text is searched when it comes.
+        engine: must be awake.
+        prompts: this replica's prompts, the same on each of its ranks.
+        samples_per_prompt: responses per prompt (n).
+        temperature: temperature of pass 1; 0 is greedy.
+        max_response_tokens: token limit of pass 1.
+        pass2: None for recipes without it; text-only samples skip it in any case.
+        hooks: the recipe's tags and prompts, and the run's seeds.
 
     Returns:
         rollouts, ordered by prompt and then by sample, and their cost.
 
     Raises:
-        EngineError: a prompt and its limits are longer than the engine's length; names the sample.
+        EngineError: a prompt and its token limits exceed the engine's length; names the sample.
     """
     started, steps_before, pass2_only = time.perf_counter(), engine.num_steps, 0.0
-    readings = Readings(engine, pass2, reading_prompt, gold_answer, seed_of)
+    readings = Readings(engine, pass2, hooks)
     samples = {
         f"{position}.{number}": _Sample(prompt, number)
         for position, prompt in enumerate(prompts)
         for number in range(samples_per_prompt)
     }
     for prompt in prompts:
-        check_length(engine, prompt, len(prompt.token_ids), max_response_tokens, "pass 1")
+        check_prompt_fits(engine, prompt, len(prompt.token_ids), max_response_tokens, "pass 1")
         readings.check(prompt, max_response_tokens)
     first = [
-        _first_request(name, s, temperature, max_response_tokens, seed_of, readings)
+        Request(
+            id=name,
+            token_ids=s.prompt.engine_token_ids,
+            expanded_token_ids=s.prompt.token_ids,
+            images=s.prompt.images,
+            temperature=temperature,
+            max_tokens=max_response_tokens,
+            seed=hooks.seed_of(s.prompt.example.index, s.number, 1),
+            watched=readings.apply_to(s.prompt),
+        )
         for name, s in samples.items()
     ]
     engine.submit(first)
-    num_open, ready = len(first), _ask_alone(samples.values(), readings, pass2)
+    num_open, ready = len(first), _ask_questions_only(samples.values(), readings, pass2)
     while engine.num_live:
         step_started, alone = time.perf_counter(), num_open == 0
         for progress in engine.step():
@@ -121,7 +119,7 @@ def roll_out(
                 readings.take(progress)
                 continue
             sample = samples[progress.id]
-            if _has_closed(sample, progress, engine, readings, find_description, closing_mark):
+            if _has_closed(sample, progress, engine, readings, hooks):
                 assert sample.description is not None
                 sample.key, requests = readings.ask(sample.prompt, sample.description)
                 ready += requests
@@ -133,44 +131,21 @@ def roll_out(
             ready = []
         if alone:
             pass2_only += time.perf_counter() - step_started
-    rollouts = [
-        _rollout(s, readings, find_description, engine.weight_version) for s in samples.values()
-    ]
+    rollouts = [_rollout(s, readings, hooks, engine.weight_version) for s in samples.values()]
     seconds, steps = time.perf_counter() - started, engine.num_steps - steps_before
     return rollouts, _stats(rollouts, readings, steps, seconds, pass2_only)
 
 
-def _first_request(
-    name: str,
-    sample: _Sample,
-    temperature: float,
-    max_tokens: int,
-    seed_of: Callable[[int, int, int], int],
-    readings: Readings,
-) -> Request:
-    prompt = sample.prompt
-    return Request(
-        id=name,
-        token_ids=prompt.engine_token_ids,
-        expanded_token_ids=prompt.token_ids,
-        images=prompt.images,
-        temperature=temperature,
-        max_tokens=max_tokens,
-        seed=seed_of(prompt.example.index, sample.number, 1),
-        watched=readings.apply_to(prompt),
-    )
-
-
-def _ask_alone(
+def _ask_questions_only(
     samples: Iterable[_Sample], readings: Readings, pass2: Pass2 | None
 ) -> list[Request]:
-    """Requests for the questions without a description, if they are wanted: one a question."""
+    """Return the requests for questions without a description, one per question, if enabled."""
     requests = list[Request]()
     if pass2 is None or not pass2.question_only:
         return requests
     for sample in samples:
         if readings.apply_to(sample.prompt):
-            sample.alone_key, new = readings.ask(sample.prompt, "")
+            sample.question_key, new = readings.ask(sample.prompt, "")
             requests += new
     return requests
 
@@ -180,38 +155,34 @@ def _has_closed(
     progress: Progress,
     engine: Engine,
     readings: Readings,
-    find_description: Callable[[str], str | None],
-    closing_mark: str,
+    hooks: RolloutHooks,
 ) -> bool:
-    """Whether these are the tokens that closed the description, which is then known."""
+    """Return True if the new tokens close the description, and store it in the sample."""
     if sample.description is not None or not readings.apply_to(sample.prompt):
         return False
     new = progress.token_ids[sample.num_seen :]
     sample.num_seen += len(new)
-    if any(closing_mark in engine.piece(token) for token in new):
-        sample.description = find_description(engine.decode(progress.token_ids))
+    if any(hooks.closing_mark in engine.piece(token) for token in new):
+        sample.description = hooks.find_description(engine.decode(progress.token_ids))
     return sample.description is not None
 
 
 def _rollout(
-    sample: _Sample,
-    readings: Readings,
-    find_description: Callable[[str], str | None],
-    weight_version: int,
+    sample: _Sample, readings: Readings, hooks: RolloutHooks, weight_version: int
 ) -> Rollout:
     assert sample.completion is not None
     description = sample.description
     if description is None:
-        description = find_description(sample.completion.text)
+        description = hooks.find_description(sample.completion.text)
     return Rollout(
         index=sample.prompt.example.index,
         sample=sample.number,
         prompt_token_ids=sample.prompt.token_ids,
         completion=sample.completion,
         description=description,
-        reading=None if sample.key is None else readings.of(sample.key),
+        reading=None if sample.key is None else readings.result(sample.key),
         weight_version=weight_version,
-        question_only=None if sample.alone_key is None else readings.of(sample.alone_key),
+        question_only=None if sample.question_key is None else readings.result(sample.question_key),
     )
 
 

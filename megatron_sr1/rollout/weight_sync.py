@@ -1,13 +1,13 @@
-"""Streaming the actor's weights into the engine, in process, over vLLM's weight-transfer interface.
+"""Streams the actor's weights into the engine, in process, via vLLM's weight-transfer interface.
 
-In: an iterator of (Hugging Face name, full tensor). Out: the engine computes with them, vision
-tower included, on every rank of its tensor parallelism.
+In: an iterator of (Hugging Face name, full tensor). Out: the engine computes with them, including
+its vision tower, on every rank of its tensor parallelism.
 
-vLLM's four phases (`init`, `start`, `update`, `finish`) are kept; the payload of `update` is the
-iterator itself, as trainer and engine share the process. vLLM loads a layer as soon as the last of
-its tensors has come and lets go of them then: the source may make each tensor when asked for it,
-and the whole model never exists twice. A tensor must not be written to again before the next layer
-was asked for; a source with a buffer that it refills cuts it at layer borders.
+The four phases of vLLM (`init`, `start`, `update`, `finish`) are kept; the payload of `update` is
+the iterator itself, as trainer and engine share the process. vLLM loads a layer as soon as its last
+tensor has arrived, then releases them. The source may therefore create each tensor on request, and
+the whole model never exists twice. A tensor must not be overwritten before the next layer has been
+requested, so a source that reuses a buffer must refill it at layer boundaries.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BACKEND = "megatron_sr1_in_process"
 
 
 def register() -> str:
-    """Make the in-process transfer known to vLLM; returns the name to configure."""
+    """Register the in-process transfer with vLLM and return the backend's name."""
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
     if BACKEND not in WeightTransferEngineFactory._registry:
@@ -38,24 +38,24 @@ def register() -> str:
 
 
 def connect(llm: Any) -> None:
-    """First phase, once an engine."""
+    """Run the first phase, once per engine."""
     llm.init_weight_transfer_engine({"init_info": {}})
 
 
 def push(
     llm: Any, weights: Iterable[tuple[str, torch.Tensor]], version: int, whole: bool = True
 ) -> None:
-    """The other three phases, then drop every cache that was computed with the old weights.
+    """Run the other three phases, then drop every cache computed with the old weights.
 
     Args:
-        llm: vLLM's `LLM`, without live requests, its weights awake.
-        weights: (Hugging Face name, full tensor) of the whole model, any dtype; on each rank of an
-            engine the same. Iterated once; may be collective.
-        version: number that vLLM reports from now on.
-        whole: False: layers of which nothing comes keep what they have.
+        llm: vLLM's `LLM`, awake and without live requests.
+        weights: (Hugging Face name, full tensor) pairs of any dtype, the same on each rank of a
+            replica. Iterated once; the iteration may be collective.
+        version: number that vLLM reports afterwards.
+        whole: if False, layers that receive no tensor keep their weights.
 
     Raises:
-        EngineError: a tensor of the model did not come, or one is unknown or of another shape.
+        EngineError: a tensor is missing or unknown, or has another shape.
     """
     last = "none"
 
@@ -70,12 +70,12 @@ def push(
         llm.update_weights({"update_info": {"weights": stream(), "whole": whole}})
     except (KeyError, ValueError, AssertionError) as error:
         raise EngineError(
-            f"weight sync {version}: the engine refused a tensor, {last} or one shortly before: "
-            f"{error}; expected the names and shapes of the checkpoint that it was started from"
+            f"weight sync {version}: the engine rejected a tensor, {last} or one shortly before "
+            f"it: {error}; expected the names and shapes of the checkpoint it was started from"
         ) from error
     with contextlib.nullcontext() if whole else _quiet():
         llm.finish_weight_update(str(version))
-    # Keys and values, processed images and vision embeddings of the old weights.
+    # Keys and values, and vision embeddings, of the old weights.
     if not llm.reset_prefix_cache():
         raise EngineError(f"weight sync {version}: the prefix cache is in use and was not reset")
     llm.llm_engine.reset_mm_cache()
@@ -84,7 +84,7 @@ def push(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without vLLM's warning for each layer that kept its weights."""
+    """Suppress vLLM's warning for each layer that kept its weights."""
     logger = logging.getLogger("vllm.model_executor.model_loader.reload.layerwise")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -95,10 +95,10 @@ def _quiet() -> Iterator[None]:
 
 
 def _unfinished(model: torch.nn.Module) -> set[str]:
-    """Fused layers of which only a part came, as q without k.
+    """Return the names of fused layers that were loaded only in part, as q without k.
 
-    An embedding is padded to a round number of rows and never full; it has one tensor, so that it
-    came at all is enough.
+    An embedding is padded to a round number of rows and never counts as full. It consists of one
+    tensor, so it needs no check.
     """
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
@@ -112,10 +112,10 @@ def _unfinished(model: torch.nn.Module) -> set[str]:
 
 
 def _repack_output_layer(model: torch.nn.Module) -> None:
-    """Pack an output layer's weight again after it came.
+    """Repack the weight of the output layer after loading.
 
-    One that is tied to the embedding gets no tensor of its own, so the reload does not process it;
-    but on a CPU it computes with a packed copy, made when it was first loaded.
+    An output layer tied to the embedding receives no tensor of its own, so the reload skips it; but
+    on a CPU it computes with a packed copy, made when it was first loaded.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
@@ -135,17 +135,17 @@ def _transfer_class() -> type:
 
     @dataclass
     class Init(WeightTransferInitInfo):
-        """Nothing to agree on: one process."""
+        """No arguments: trainer and engine share one process."""
 
     @dataclass
     class Update(WeightTransferUpdateInfo):
-        """The stream itself."""
+        """The stream of weights."""
 
         weights: Iterator[tuple[str, torch.Tensor]]
         whole: bool
 
     class InProcessTransfer(WeightTransferEngine[Init, Update]):  # type: ignore[misc]
-        """Loads layer by layer what the trainer in the same process yields."""
+        """Loads the weights that the trainer in the same process yields, layer by layer."""
 
         init_info_cls = Init
         update_info_cls = Update
@@ -155,8 +155,8 @@ def _transfer_class() -> type:
 
         def start_weight_update(self) -> None:
             reload.initialize_layerwise_reload(self.model)
-            # Without the scales of quantised layers, which exist only between two syncs, and
-            # without the name of a tied layer, which exists only during one.
+            # Excludes the scales of quantised layers, which exist only between two syncs, and the
+            # name of a tied layer, which exists only during one.
             self._expected = self._held & {name for name, _ in self.model.named_parameters()}
 
         def receive_weights(self, update_info: Update) -> None:
@@ -166,8 +166,8 @@ def _transfer_class() -> type:
             missing = sorted(absent | _unfinished(self.model))
             if missing:
                 raise EngineError(
-                    f"{len(missing)} layers or tensors of the engine's did not come whole, among "
-                    f"them {', '.join(missing[:3])}; send all tensors of the checkpoint"
+                    f"{len(missing)} layers or tensors of the engine are missing or incomplete: "
+                    f"{', '.join(missing[:3])}; send all tensors of the checkpoint"
                 )
 
         def finish_weight_update(self) -> None:

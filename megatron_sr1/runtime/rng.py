@@ -56,13 +56,19 @@ def restore_rng(state: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def kept_rng() -> Iterator[None]:
-    """Around what seeds generators for itself: afterwards they stand where they stood."""
+def preserve_rng_and_threads() -> Iterator[None]:
+    """Restore all generators, and torch's number of threads and its setter, on leaving.
+
+    vLLM seeds the generators when it starts, and replaces `torch.set_num_threads` on a CPU.
+    """
     state = rng_state()
+    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
     try:
         yield
     finally:
         restore_rng(state)
+        torch.set_num_threads = set_num_threads
+        torch.set_num_threads(num_threads)
 
 
 def seed_everything(seed: int, groups: Groups) -> None:

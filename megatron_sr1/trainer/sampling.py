@@ -14,7 +14,7 @@ from megatron_sr1.records import Prompt
 from megatron_sr1.rewards.parsing import find_description
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rollout.engine import Engine
-from megatron_sr1.rollout.readings import Pass2
+from megatron_sr1.rollout.pass2 import Pass2, RolloutHooks
 from megatron_sr1.rollout.two_pass import RolloutStats, roll_out
 from megatron_sr1.runtime.rng import request_seed
 from megatron_sr1.trainer import scoring
@@ -89,19 +89,19 @@ def roll_out_prompts(
             temperature=config.rollout.temperature,
             max_response_tokens=config.rollout.max_response_tokens,
             pass2=pass2_settings(config) if config.reward.recipe == "vision_sr1" else None,
-            find_description=find_description,
-            reading_prompt=samples.reading_prompt,
-            gold_answer=samples.gold_answer,
-            seed_of=lambda index, sample, part: request_seed(
-                config.seed, step, index, sample, part
+            hooks=RolloutHooks(
+                find_description,
+                samples.reading_prompt,
+                lambda index, sample, part: request_seed(config.seed, step, index, sample, part),
+                samples.gold_answer,
             ),
         )
     context.timer.move("pass1", "pass2", stats.pass2_only_seconds)
-    if engine.is_speaker:
+    if engine.is_replica_leader:
         context.throughput.count_rollouts(prompts, rollouts, samples.readings)
     with context.phase("reward"):
         # The ranks of a replica hold the same rollouts: one of them grades.
-        speaks = engine.is_speaker
+        speaks = engine.is_replica_leader
         graded = scoring.score(rollouts if speaks else (), samples, scorer)
     with context.phase("share"):
         graded = scoring.share(graded, indices, speaks, context.groups)
@@ -122,7 +122,7 @@ def read_prompts(
             prompts.append(samples.prompt(index))
         except DataError as error:
             context.skip(error)
-    context.count_skipped(engine.is_speaker)
+    context.count_skipped(engine.is_replica_leader)
     return prompts
 
 

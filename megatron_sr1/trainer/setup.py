@@ -117,24 +117,13 @@ def open_samples(config: Config, directory: str, processor: Processor) -> Sample
 
 def make_engine(config: Config, directory: Path, processor: Processor, device: Device) -> Engine:
     """The colocated rollout engine with the weights of a Hugging Face directory."""
-    rollout = config.rollout
     return Engine(
         directory,
+        config.rollout,
+        processor,
         device_kind=device.kind,
         dtype=config.model.dtype,
-        tensor_parallel=rollout.tensor_parallel,
-        max_model_len=rollout.max_model_len,
-        max_num_seqs=rollout.max_num_seqs,
-        banned_token_ids=processor.vision_token_ids,
         seed=config.seed,
-        kv_cache_gib=rollout.kv_cache_gib,
-        gpu_memory_utilization=rollout.gpu_memory_utilization,
-        enforce_eager=rollout.enforce_eager,
-        quantization=rollout.quantization,
-        sleep_level=rollout.sleep_level,
-        min_pixels=config.data.min_pixels,
-        max_pixels=config.data.max_pixels,
-        max_image_tokens=processor.max_image_tokens,
     )
 
 

@@ -31,19 +31,16 @@ def main(model_dir, output, tensor_parallel):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "parity"))
     import rollout_setup as setup
 
+    from megatron_sr1.config import RolloutConfig
     from megatron_sr1.rollout.engine import Engine
-    from megatron_sr1.rollout.readings import Pass2
+    from megatron_sr1.rollout.pass2 import Pass2, RolloutHooks
     from megatron_sr1.rollout.two_pass import roll_out
 
     processor = setup.processor(model_dir)
     engine = Engine(
         model_dir,
-        tensor_parallel=tensor_parallel,
-        max_model_len=256,
-        max_num_seqs=64,
-        banned_token_ids=processor.vision_token_ids,
-        min_pixels=setup.MIN_PIXELS,
-        max_pixels=setup.MAX_PIXELS,
+        RolloutConfig(tensor_parallel=tensor_parallel, max_model_len=256, max_num_seqs=64),
+        processor,
     )
 
     def roll(prompts):
@@ -54,12 +51,14 @@ def main(model_dir, output, tensor_parallel):
             temperature=1.0,
             max_response_tokens=20,
             pass2=Pass2("fork", 1.0, 8, num_samples=2, question_only=True),
-            find_description=lambda text: text.split("x")[0] if "x" in text else None,
-            reading_prompt=lambda prompt, description: processor.encode_text(
-                [{"role": "user", "content": [{"type": "text", "text": f"Read {description}"}]}]
+            hooks=RolloutHooks(
+                find_description=lambda text: text.split("x")[0] if "x" in text else None,
+                reading_prompt=lambda prompt, description: processor.encode_text(
+                    [{"role": "user", "content": [{"type": "text", "text": f"Read {description}"}]}]
+                ),
+                seed_of=lambda index, sample, part: (1000 * index + 10 * sample + part) % 2**31,
+                closing_mark="x",
             ),
-            seed_of=lambda index, sample, part: (1000 * index + 10 * sample + part) % 2**31,
-            closing_mark="x",
         )
         return [
             {
@@ -86,7 +85,7 @@ def main(model_dir, output, tensor_parallel):
     result = {
         "replica": engine.replica,
         "num_replicas": engine.num_replicas,
-        "is_speaker": engine.is_speaker,
+        "is_replica_leader": engine.is_replica_leader,
         "before": before,
         "after": roll(mine),
     }

@@ -33,7 +33,7 @@ def results(run_ranks, tmp_path_factory):
 
 def test_ranks_know_their_replica(results):
     seen = {
-        tp: [(r["replica"], r["num_replicas"], r["is_speaker"]) for r in ranks]
+        tp: [(r["replica"], r["num_replicas"], r["is_replica_leader"]) for r in ranks]
         for tp, ranks in results.items()
     }
     assert seen == {1: [(0, 2, True), (1, 2, True)], 2: [(0, 1, True), (0, 1, False)]}

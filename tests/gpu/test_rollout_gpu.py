@@ -22,22 +22,23 @@ def setup():
 
 @pytest.fixture(scope="module")
 def engine(tiny_model, setup):
+    from megatron_sr1.config import RolloutConfig
     from megatron_sr1.rollout.engine import Engine
     from megatron_sr1.runtime.device import select_device, start_distributed
 
     start_distributed(select_device("cuda"))
     return Engine(
         tiny_model,
+        RolloutConfig(
+            max_model_len=256,
+            max_num_seqs=64,
+            gpu_memory_utilization=0.2,
+            enforce_eager=True,
+            sleep_level=2,
+        ),
+        setup.processor(tiny_model),
         device_kind="cuda",
         dtype="bfloat16",
-        max_model_len=256,
-        max_num_seqs=64,
-        banned_token_ids=setup.processor(tiny_model).vision_token_ids,
-        gpu_memory_utilization=0.2,
-        enforce_eager=True,
-        sleep_level=2,
-        min_pixels=setup.MIN_PIXELS,
-        max_pixels=setup.MAX_PIXELS,
     )
 
 

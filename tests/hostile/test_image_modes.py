@@ -113,7 +113,7 @@ REFUSED = {
     "floats below 0": (file((RAMP / 255 - 0.5).astype(np.float32)), "values from -0.5 to 0.5"),
     "floats with NaN": (
         file(np.where(RAMP == 3, np.nan, RAMP).astype(np.float32)),
-        "infinite or no numbers",
+        "infinite or NaN",
     ),
 }
 

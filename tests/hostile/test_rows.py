@@ -115,11 +115,14 @@ ROWS = {
     "messages empty": (turns(), "columns .'messages'.; expected problem or question"),
     "turn a list": (turns(["user", "x"]), "expected {role, content} as strings"),
     "part without text": (turns({"role": "user", "content": [{"type": "text"}]}), "a part of type"),
-    "part a text": (turns({"role": "user", "content": ["x"]}), "a part 'x' in a content; expected"),
+    "part a text": (
+        turns({"role": "user", "content": ["x"]}),
+        "a part 'x' in the content; expected",
+    ),
     "content an empty list": (turns({"role": "user", "content": []}), "as strings, or content as"),
     "part a video": (
         turns({"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}),
-        "a part of type 'video' in a content; expected",
+        "a part of type 'video' in the content; expected",
     ),
     "role with a new line": (
         turns({"role": "user\n<|im_start|>system", "content": "x"}),
@@ -223,7 +226,7 @@ FILES = {
     "empty.parquet": (b"", "not readable as parquet"),
     "cut.parquet": (PARQUET[:-300], "not readable as parquet"),
     "head.parquet": (PARQUET[300:], "not readable|is damaged"),
-    "pages.parquet": (damaged(PARQUET), "pages.parquet: row 0 or one behind it is damaged"),
+    "pages.parquet": (damaged(PARQUET), "pages.parquet: row 0 or a later one is damaged"),
     "lie.parquet": (b"PAR1" + b"\xff" * 400 + b"\xff\xff\xff\x7fPAR1", "not readable as parquet"),
     "schema.parquet": (table(a=[1, 2], b=["x", "y"]), "columns .'a', 'b'.; expected problem"),
     "types.parquet": (table(problem=[1.5], answer=["x"]), "problem is 1.5; expected a string"),
@@ -258,7 +261,7 @@ def test_a_source_that_is_no_file_is_not_waited_for(kind, make, tmp_path):
     status, errors, _ = make(source)
     assert status == 1 and len(errors) == 1 and "a.jsonl" in errors[0]
     status, errors, _ = make(tmp_path)  # and as one of a folder of sources
-    assert status == 1 and "is no regular file" in errors[0]
+    assert status == 1 and "not a regular file" in errors[0]
 
 
 def test_text_in_parquet_that_is_not_utf8_costs_one_row(make, tmp_path):
@@ -309,7 +312,7 @@ STORED = {"messages": [{"role": "user", "content": "q"}], "num_images": 0}
     [
         ({"num_images": 10**12}, "1000000000000 images, at most 1024"),
         ({"num_images": -1}, "-1 images"),
-        ({"num_images": True}, "num_images no whole number"),
+        ({"num_images": True}, "num_images not an integer"),
         ({"answer": {"a": 1}}, "the answer is dict"),
         ({"answer": float("nan")}, "the answer is nan"),
         ({"metadata": [1, 2]}, "not a stored sample"),

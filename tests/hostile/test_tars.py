@@ -61,7 +61,7 @@ HOSTILE = {
     "FIFO": (GOOD + header(b"b", 0, b"6") + END, "'b' is a FIFO"),
     "sparse member": (GOOD + member(b"b.png", b"x", b"S") + END, "'b.png' is a sparse file"),
     "unknown kind": (GOOD + header(b"b", 0, b"Z") + END, "is of type b'Z'"),
-    "duplicate name": (GOOD + GOOD + END, "sample a: a.json is there twice"),
+    "duplicate name": (GOOD + GOOD + END, "sample a: a.json occurs twice"),
     "giant size": (
         GOOD + header(b"b.json", 0, field=b"77777777777\0") + END,
         r"sample b: 1024 of 8589934591 bytes; the shard is truncated",
@@ -72,12 +72,12 @@ HOSTILE = {
     ),
     "size of 2^95": (header(b"b.json", 0, field=b"\x80" + b"\xff" * 11) + END, "not a tar header"),
     "checksum wrong in the middle": (GOOD + b"x" * 512 + END, "byte 1024: not a tar header"),
-    "cut inside a header": (GOOD + GOOD[:300], "byte 1024: .* is it cut short"),
-    "cut behind a member": (GOOD, "ends without tar's end mark; is it cut short"),
+    "cut inside a header": (GOOD + GOOD[:300], "byte 1024: .* is it truncated"),
+    "cut behind a member": (GOOD, "ends without tar's end mark; is it truncated"),
     "cut inside a member": (GOOD[:540], "sample a: 28 of 65 bytes; the shard is truncated"),
     "no bytes": (b"", "no tar header"),
     "text named tar": (b"hello" * 300, "not a tar header"),
-    "two tars in one": (GOOD + END + member(b"b.json") + END, "more data behind the end mark"),
+    "two tars in one": (GOOD + END + member(b"b.json") + END, "more data after the end mark"),
     "no text": (member(b"a.png") + END, "sample a: no a.json"),
     "pax: giant record": (
         header(b"p", 2**33 - 1, b"x") + END,
@@ -93,8 +93,8 @@ HOSTILE = {
         "a pax record that cannot be read",
     ),
     "pax: global path": (member(b"p", b"10 path=x\n", b"g") + GOOD + END, "pax record b'path'"),
-    "pax: and nothing behind": (pax((b"path", b"b.json")) + END, "more data behind the end mark"),
-    "a thousand long names": (member(b"L", b"x", b"L") * 5000 + END, "more data behind the end"),
+    "pax: and nothing behind": (pax((b"path", b"b.json")) + END, "more data after the end mark"),
+    "a thousand long names": (member(b"L", b"x", b"L") * 5000 + END, "more data after the end"),
 }
 
 
@@ -273,7 +273,7 @@ def test_a_point_in_a_key_is_refused_with_the_rule(tmp_path, names, told):
     webdataset_tar(tmp_path / "s.tar", names)
     with pytest.raises(DataError, match=told) as error:
         len(ShardReader(tmp_path))
-    rule = "a key ends at the first point of a name, so that all of these are one sample"
+    rule = "a key ends at the first dot of a name, so all of these are one sample"
     assert rule in str(error.value)
     assert "s.tar sample " in str(error.value)
 

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from megatron_sr1.config import RolloutConfig
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.records import Example, Message
 from megatron_sr1.rollout.engine import Engine
@@ -24,19 +25,16 @@ def processor(model_dir):
 
 
 @functools.cache
-def engine(model_dir, **settings):
+def engine(model_dir, dtype="float32", **settings):
     """The engine, and whether the process's random state was the same after its start."""
     start_distributed(select_device("cpu"))
     before = torch.get_rng_state()
     started = Engine(
         model_dir,
-        max_model_len=256,
-        max_num_seqs=128,
-        banned_token_ids=processor(model_dir).vision_token_ids,
+        RolloutConfig(max_model_len=256, max_num_seqs=128, **settings),
+        processor(model_dir),
+        dtype=dtype,
         seed=3,
-        min_pixels=MIN_PIXELS,
-        max_pixels=MAX_PIXELS,
-        **settings,
     )
     return started, torch.equal(before, torch.get_rng_state())
 

@@ -221,7 +221,9 @@ def second(tiny_model, engine, tmp_path_factory):
     config = json.loads(path.read_text())
     config["eos_token_id"] = [config["eos_token_id"], config["pad_token_id"]]
     path.write_text(json.dumps(config))
-    return [Engine(directory, max_model_len=256, max_num_seqs=128)], config["eos_token_id"]
+    return [Engine(directory, RolloutConfig(max_model_len=256, max_num_seqs=128))], config[
+        "eos_token_id"
+    ]
 
 
 @pytest.mark.field

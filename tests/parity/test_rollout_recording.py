@@ -9,10 +9,10 @@ import pytest
 import rollout_setup as setup
 
 from megatron_sr1.data.prompts import pass2_messages
-from megatron_sr1.rollout.readings import Pass2
-from megatron_sr1.rollout.recording import recorded
+from megatron_sr1.rollout.pass2 import Pass2, RolloutHooks
 from megatron_sr1.rollout.requests import Request
 from megatron_sr1.rollout.two_pass import roll_out
+from tools.recording import recorded
 from tools.schedules import SCHEDULES, Limits, jobs_of, simulate
 
 LIMITS = Limits(max_num_seqs=128, max_step_tokens=32768, block_tokens=32, chunked=False)
@@ -45,10 +45,12 @@ def runs(tiny_model):
                 temperature=1.0,
                 max_response_tokens=24,
                 pass2=PASS2[schedule] and Pass2(PASS2[schedule], 1.0, 10),
-                find_description=first_letters,
-                reading_prompt=reading_prompt,
-                seed_of=lambda index, sample, part: (1000 * index + 10 * sample + part) % 2**31,
-                closing_mark="e",
+                hooks=RolloutHooks(
+                    find_description=first_letters,
+                    reading_prompt=reading_prompt,
+                    seed_of=lambda index, sample, part: (1000 * index + 10 * sample + part) % 2**31,
+                    closing_mark="e",
+                ),
             )
         return rollouts, stats, steps
 

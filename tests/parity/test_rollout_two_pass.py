@@ -11,7 +11,7 @@ import rollout_setup as setup
 
 from megatron_sr1.errors import EngineError
 from megatron_sr1.rewards.parsing import find_description
-from megatron_sr1.rollout.readings import Pass2, Readings, _digest
+from megatron_sr1.rollout.pass2 import Pass2, Readings, RolloutHooks, _digest
 from megatron_sr1.rollout.requests import Progress, Request
 from megatron_sr1.rollout.two_pass import _has_closed, _Sample, roll_out
 
@@ -31,18 +31,21 @@ def roll(tiny_model, engine):
             [{"role": "user", "content": [{"type": "text", "text": text}]}]
         )
 
-    def call(prompts, end="e", schedule="fork", **changes):
+    def call(prompts, end="e", schedule="fork", early=None, **changes):
         settings = {
             "samples_per_prompt": 4,
             "temperature": 1.0,
             "max_response_tokens": 24,
             "pass2": Pass2(schedule, 1.0, 10),
-            "find_description": lambda text: text.split(end)[0] if end in text else None,
-            "reading_prompt": reading_prompt,
-            "seed_of": lambda index, sample, part: (1000 * index + 10 * sample + part) % 2**31,
-            "gold_answer": lambda prompt: processor.encode_answer("\\boxed{", "14", "}"),
-            "closing_mark": end[-1],
+            "hooks": RolloutHooks(
+                find_description=lambda text: text.split(end)[0] if end in text else None,
+                reading_prompt=reading_prompt,
+                seed_of=lambda index, sample, part: (1000 * index + 10 * sample + part) % 2**31,
+                gold_answer=lambda prompt: processor.encode_answer("\\boxed{", "14", "}"),
+                closing_mark=end[-1],
+            ),
         }
+        settings["hooks"] = replace(settings["hooks"], **(early or {}))
         return roll_out(engine, prompts, **{**settings, **changes})
 
     call.reading_prompt = reading_prompt
@@ -73,7 +76,7 @@ def test_fork_and_barrier_give_the_same_tokens_in_both_passes(
             prompts,
             temperature=first_temperature,
             pass2=Pass2(schedule=schedule, max_tokens=10, **MODES[mode]),
-            **EARLY,
+            early=EARLY,
         )[0]
         for schedule in ("fork", "barrier")
     )
@@ -165,7 +168,7 @@ def test_likelihood_of_the_gold_answer_equals_transformers(tiny_model, roll):
 def test_equal_descriptions_of_a_question_are_read_once(tiny_model, roll):
     """At temperature 0 all samples of a prompt say the same."""
     prompts = [setup.prompt(tiny_model, k) for k in range(3)]
-    rollouts, stats = roll(prompts, temperature=0.0, **EARLY)
+    rollouts, stats = roll(prompts, temperature=0.0, early=EARLY)
     assert stats.num_pass2 == len(rollouts) == 12
     descriptions = {r.description: r.reading for r in rollouts}
     assert stats.num_prompts2 == len(descriptions) <= 3  # the three ask the same question
@@ -218,15 +221,13 @@ def test_in_qwens_own_vocabulary_the_tag_closes_with_the_token_that_holds_its_en
     encoded = qwen_tokenizer(before + behind, return_offsets_mapping=True)
     ids, places = encoded["input_ids"], encoded["offset_mapping"]
     sample = _Sample(setup.prompt(tiny_model, 0), 0)
-    readings = Readings(engine, Pass2("fork", 0.0, 8), None, None, None)
+    hooks = RolloutHooks(find_description, None, None)
+    readings = Readings(engine, Pass2("fork", 0.0, 8), hooks)
     closed = [
         number
         for number in range(len(ids))
-        if _has_closed(
-            sample, Progress("0.0", ids[: number + 1], None), engine, readings,
-            find_description, ">",
-        )
-    ]  # fmt: skip
+        if _has_closed(sample, Progress("0.0", ids[: number + 1], None), engine, readings, hooks)
+    ]
     assert closed == [n for n, (a, b) in enumerate(places) if a < len(before) <= b]
     assert sample.description == inside.strip()
 

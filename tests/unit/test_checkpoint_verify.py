@@ -203,17 +203,21 @@ def test_a_save_never_replaces_what_latest_names(actor, groups, copy):
     assert held(actor) == 5
 
 
-def test_generators_stand_where_they_stood_after_others_seeded_them(actor, groups):
+def test_generators_and_threads_are_restored_after_code_that_changes_them(actor, groups):
     import random
 
     import numpy as np
 
-    from megatron_sr1.runtime.rng import kept_rng, rng_state
+    from megatron_sr1.runtime.rng import preserve_rng_and_threads, rng_state
 
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     before = str(rng_state())
-    with kept_rng():
+    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
+    with preserve_rng_and_threads():
         random.seed(2), np.random.seed(2), torch.manual_seed(2)
         assert str(rng_state()) != before
+        torch.set_num_threads(num_threads + 1)
+        torch.set_num_threads = None
     assert str(rng_state()) == before
+    assert torch.set_num_threads is set_num_threads and torch.get_num_threads() == num_threads
     assert torch.rand(1) == torch.rand(1, generator=torch.Generator().manual_seed(1))

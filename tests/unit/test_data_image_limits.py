@@ -10,6 +10,7 @@ from types import SimpleNamespace as Of
 import pytest
 from PIL import Image
 
+from megatron_sr1.config import RolloutConfig
 from megatron_sr1.config_file import load_config
 from megatron_sr1.data.image_limits import largest_pixels
 from megatron_sr1.data.processor import Processor
@@ -192,6 +193,9 @@ def test_the_engines_step_holds_the_largest_image_after_rounding(monkeypatch):
     for tokens, length in ((5349, 32768), (9000, 32768), (9000, 8192)):
         with pytest.raises(EngineError, match="far enough"):
             engine_module.Engine(
-                "m", device_kind="cuda", max_model_len=length, max_image_tokens=tokens
+                "m",
+                RolloutConfig(max_model_len=length),
+                Of(max_image_tokens=tokens, min_pixels=784, max_pixels=784 * tokens),
+                device_kind="cuda",
             )
     assert [a.get("max_num_batched_tokens") for a in given] == [None, 9000, None]

@@ -110,7 +110,7 @@ def test_a_prompt_that_is_too_long_leaves_the_others_order(processor, tmp_path, 
 
     def read(loader):
         drawn = loader.next_step()
-        engine = Of(replica=0, num_replicas=1, is_speaker=True)
+        engine = Of(replica=0, num_replicas=1, is_replica_leader=True)
         return [p.example.index for p in read_prompts(context, engine, samples, drawn)]
 
     loader = Loader(10, 4, seed=0, shuffle=False)
@@ -121,7 +121,7 @@ def test_a_prompt_that_is_too_long_leaves_the_others_order(processor, tmp_path, 
     resumed.load_state_dict(state)
     assert read(resumed) == [4, 6, 7]
     assert len(skipped) == 2 and "000000005: prompt of" in str(skipped[0])
-    halves = [Of(replica=r, num_replicas=2, is_speaker=True) for r in range(2)]
+    halves = [Of(replica=r, num_replicas=2, is_replica_leader=True) for r in range(2)]
     found = [
         [p.example.index for p in read_prompts(context, half, samples, range(10))]
         for half in halves

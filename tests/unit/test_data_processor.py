@@ -123,26 +123,12 @@ def test_what_does_not_fit_is_named(processor):
     messages = pass1_messages(asked, "vision_sr1")
     with pytest.raises(DataError, match="s.tar sample k: 1 image places in the prompt, 2 images"):
         processor.encode_prompt(asked, pictures((28, 28), (28, 28)), messages)
-    with pytest.raises(DataError, match=r"s.tar sample k: prompt of \d+ tokens, limit 5"):
-        processor.encode_prompt(asked, pictures((28, 28)), messages, max_tokens=5)
     with pytest.raises(DataError, match="1 image places"):
         processor.encode_text(messages)
     with pytest.raises(DataError, match="s.tar sample k: no assistant turn"):
         processor.encode_conversation(example(("user", "q")), [])
     with pytest.raises(DataError, match=r"s.tar sample k: \d+ tokens, limit 3"):
         processor.encode_conversation(example(("user", "q"), ("assistant", "a")), [], max_tokens=3)
-
-
-def test_pixels_of_many_samples_at_once_are_those_of_each_alone(processor):
-    lists = [pictures((84, 28)), [], pictures((60, 100), (84, 28)), pictures((500, 33))]
-    many = processor.vision_many(lists)
-    assert many[1] is None
-    for images, got in zip(lists, many, strict=True):
-        if images:
-            alone = processor.vision(images)
-            assert (got.pixel_values == alone.pixel_values).all()
-            assert (got.image_grid_thw == alone.image_grid_thw).all()
-    assert processor.vision_many([[], []]) == [None, None]
 
 
 def test_vision_and_end_tokens_are_known(processor):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_sr1.planning.engine_time import Replica
-from megatron_sr1.rollout.recording import EngineStep
+from tools.recording import EngineStep
 from tools.roofline import H100, read_published, replay_seconds, step_seconds, whole_gpu
 from tools.schedules import DeclaredWorkload, Job, Limits, simulate
 

@@ -1,7 +1,7 @@
-"""What each engine step computed: the schedule that a cost model replays.
+"""Records the work of each engine step, for a cost model to replay.
 
-In: an engine. Out: a record a step, read off vLLM's own scheduler, so that prefix-cache hits,
-token budgets and slots are what they were.
+In: an engine. Out: one record per step, read from vLLM's own scheduler, so that prefix-cache hits,
+token budgets and slots are the real ones.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ class EngineStep:
     """The work of one engine step.
 
     Attributes:
-        prefill_tokens: prompt tokens computed, cached ones left out.
-        prefill_sequences: sequences whose prompt they are.
-        decoding_sequences: sequences that gained a token behind an earlier one.
-        context_tokens: tokens whose keys and values were attended to, summed over the sequences of
-            the step; with those of the step itself.
+        prefill_tokens: prompt tokens computed, without cached ones.
+        prefill_sequences: sequences that these prompt tokens belong to.
+        decoding_sequences: sequences that continued after an earlier sampled token.
+        context_tokens: tokens attended to, including those of this step, summed over the step's
+            sequences.
     """
 
     prefill_tokens: int
@@ -34,7 +34,7 @@ class EngineStep:
 
 @contextmanager
 def recorded(engine: Engine) -> Iterator[list[EngineStep]]:
-    """Record the engine's steps while inside; steps that schedule nothing leave no record."""
+    """Record the engine's steps inside the block; steps that schedule nothing are skipped."""
     scheduler, steps = engine.scheduler, list[EngineStep]()
     schedule = scheduler.schedule
 
@@ -52,7 +52,7 @@ def recorded(engine: Engine) -> Iterator[list[EngineStep]]:
 
 
 def _step(planned: Any) -> EngineStep:
-    """A record of vLLM's SchedulerOutput."""
+    """Convert vLLM's SchedulerOutput to a record."""
     new, running = planned.scheduled_new_reqs, planned.scheduled_cached_reqs
     before = {request.req_id: request.num_computed_tokens for request in new}
     before |= dict(zip(running.req_ids, running.num_computed_tokens, strict=True))
