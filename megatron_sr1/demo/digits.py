@@ -1,19 +1,19 @@
-"""Questions about real handwritten digits: a vision task that is learnt on a CPU in minutes.
+"""Questions about real handwritten digits: a vision task that a CPU learns in minutes.
 
-scikit-learn ships 1,797 digits of 8 x 8 pixels (UCI, written by 43 people). Three of them,
-enlarged to 28 x 28 and set side by side, make an 84 x 28 image, three vision tokens of Qwen2.5-VL.
-Asked are their sum, the largest, the smallest, the leftmost and the rightmost. 1,437 digits are
-learnt from, the other 360 are for the held-out questions, which no seed changes.
+scikit-learn ships 1,797 digits of 8 x 8 pixels (UCI, written by 43 people). Three of them, enlarged
+to 28 x 28 and placed side by side, make an 84 x 28 image, three vision tokens of Qwen2.5-VL. The
+questions ask for their sum, the largest, the smallest, the leftmost or the rightmost. 1,437 digits
+are for training; the other 360 are for the held-out questions, which do not depend on the seed.
 
-Out: shards like any other data: `train` (questions and answers), `eval` (held out) and
-`cold_start` (conversations to imitate). In the first and the last each digit is shifted and turned
-a little, so that a model does not learn 1,437 pictures by heart; held-out ones stay as written.
+Out: shards like any other data: `train` (questions and answers), `eval` (held out) and `cold_start`
+(conversations to imitate). In `train` and `cold_start`, each digit is shifted and rotated a little,
+so that a model cannot memorise 1,437 pictures; held-out digits are unchanged.
 
-The cold start is made imperfect on purpose, so that there is something to learn for GRPO. In its
-*descriptions* each digit is wrong with probability 0.33. Its thoughts name the right digits, but
-one response in ten slips: its answer is the one to three other digits. A model that imitates it
-describes badly, which only a reward for descriptions corrects, and answers well but carelessly,
-which any reward for answers corrects. Text-only readers, whom pass 2 is like, make no mistakes.
+The cold start is imperfect on purpose, so that GRPO has something to learn. In its *descriptions*,
+each digit is wrong with probability 0.33. Its thoughts name the right digits, but one response in
+ten slips and gives the answer for three other digits. A model that imitates it describes badly,
+which only a reward for descriptions corrects, and answers well but carelessly, which any reward for
+answers corrects. The text-only readers, which resemble pass 2, make no mistakes.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ QUESTIONS = {
     "rightmost": "Which digit is rightmost?",
 }
 STYLE = "brief"
-"""Prompt style that the digits model is taught; hand it to prompts.py when rolling it out."""
+"""Prompt style that the digits model is trained with (`data.prompt_style`)."""
 PASS2_ORDER = "description_first"
-"""The same of the second pass: `rollout.pass2_order`."""
+"""Order of the pass-2 prompt that it is trained with (`rollout.pass2_order`)."""
 NUM_TRAIN_DIGITS = 1437
 DIGITS_PER_IMAGE = 3
 DIGIT_PIXELS = 28
 SHIFT_PIXELS = 1
-"""Largest shift of a digit that is learnt from, in either direction, whole pixels of 28."""
+"""Largest shift of a training digit, in either direction, whole pixels of 28."""
 TURN_DEGREES = 10.0
-"""Largest turn of a digit that is learnt from, to either side."""
+"""Largest rotation of a training digit, in either direction."""
 DESCRIPTION_NOISE = 0.33
-"""Probability that a digit of a description of the cold start is another one."""
+"""Probability that a digit in a description of the cold start is wrong."""
 SLIP_RATE = 0.1
-"""Probability that a response of the cold start to an image answers about other digits."""
+"""Probability that a cold-start response to an image gives the answer for other digits."""
 COLD_START_SHARES = {"vision_sr1": 0.65, "vision_r1": 0.1, "reader": 0.25}
-"""Description, think, answer; think, answer; text-only reader."""
+"""Formats: description, think, answer | think, answer | text-only reader."""
 COLD_START_KINDS = (*KINDS, "sum")
-"""Drawn from with equal probability: sums are the slowest to learn and come twice as often."""
+"""Sampled with equal probability: sums are the slowest to learn, so they occur twice as often."""
 _EVAL_SEED = 20250827
 _SPLIT_SEED = 1797
 
@@ -73,17 +73,17 @@ def make_digits(
     """Write the three sets as shards.
 
     Args:
-        directory: gets the folders train, eval and cold_start.
-        seed: of train and cold_start; eval is always the same.
+        directory: parent of the directories train, eval and cold_start.
+        seed: seed of train and cold_start; eval is always the same.
         num_train: samples for reinforcement learning.
-        num_eval: held-out questions; a smaller number is a prefix of a larger one.
+        num_eval: held-out questions; a smaller set is a prefix of a larger one.
         num_cold_start: conversations for supervised fine-tuning.
 
     Returns:
-        name of a set -> its folder.
+        name of a set -> its directory.
 
     Raises:
-        DataError: one of the folders already holds shards.
+        DataError: one of the directories already holds shards.
     """
     root = Path(directory)
     learnt, held_out = _draw_images()
@@ -98,7 +98,7 @@ def make_digits(
 
 
 def answer_from_digits(kind: str, digits: Sequence[int]) -> str:
-    """The right answer to a question of that kind about those digits."""
+    """Return the right answer to a question of this kind about these digits."""
     rules = {
         "sum": sum(digits),
         "largest": max(digits),
@@ -115,13 +115,13 @@ def response(
     described: Sequence[int] | None = None,
     answered: Sequence[int] | None = None,
 ) -> str:
-    """The response to imitate.
+    """Return the response to imitate.
 
     Args:
-        kind: of the question.
-        digits: what the thought names.
-        described: what the description says; None leaves the description out.
-        answered: what the answer is about; None means `digits`.
+        kind: kind of the question.
+        digits: digits named in the thought.
+        described: digits in the description; None: no description.
+        answered: digits that the answer is computed from; None: `digits`.
     """
     answer = answer_from_digits(kind, digits if answered is None else answered)
     operation = f"{kind} {_spaced(digits)}"
@@ -135,11 +135,11 @@ def response(
 
 
 def corpus_texts(seed: int = 0, num_texts: int = 2000) -> Iterator[str]:
-    """Texts to train a byte-pair vocabulary on: prompts and responses as the cold start has them.
+    """Yield cold-start prompts and responses, to train a byte-pair vocabulary on.
 
     Args:
-        seed: of the digits in them.
-        num_texts: conversations to draw.
+        seed: seed of the digits.
+        num_texts: number of conversations to draw.
     """
     rng = np.random.default_rng([seed, 2])
     for _ in range(num_texts):
@@ -149,7 +149,7 @@ def corpus_texts(seed: int = 0, num_texts: int = 2000) -> Iterator[str]:
 
 
 def _draw_images() -> tuple[list[list[np.ndarray]], list[list[np.ndarray]]]:
-    """Enlarged digits by their value: those to learn from and those held out, [28, 28] uint8."""
+    """Return enlarged digits by value, for training and held out, each [28, 28] uint8."""
     from sklearn.datasets import load_digits
 
     source = load_digits()
@@ -166,7 +166,7 @@ def _draw_images() -> tuple[list[list[np.ndarray]], list[list[np.ndarray]]]:
 def _picture(
     digits: Sequence[int], drawn: list[list[np.ndarray]], rng: np.random.Generator, moved: bool
 ) -> bytes:
-    """A PNG of those digits side by side, each by a hand drawn at random."""
+    """Return a PNG of these digits side by side, each one a random specimen of its value."""
     tiles = [drawn[d][rng.integers(len(drawn[d]))] for d in digits]
     if moved:
         tiles = [_moved(tile, rng) for tile in tiles]
@@ -176,7 +176,7 @@ def _picture(
 
 
 def _moved(tile: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A digit shifted and turned at random; what enters from outside is black."""
+    """Shift and rotate a digit at random; uncovered pixels are black."""
     across, down = rng.integers(-SHIFT_PIXELS, SHIFT_PIXELS + 1, size=2)
     degrees = rng.uniform(-TURN_DEGREES, TURN_DEGREES)
     image = Image.fromarray(tile)
@@ -241,7 +241,7 @@ def _conversation(
     described: Sequence[int],
     answered: Sequence[int],
 ) -> tuple[Message, ...]:
-    """User and assistant turn of one of the cold start's formats."""
+    """Return the user and assistant turns of one of the cold start's formats."""
     if form == "reader":
         asked = pass2_messages(QUESTIONS[kind], _spaced(digits), STYLE, PASS2_ORDER)
     else:
