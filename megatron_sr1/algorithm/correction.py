@@ -12,8 +12,7 @@ import math
 
 import torch
 
-from megatron_sr1.algorithm.losses import k3_divergence
-from megatron_sr1.algorithm.sequences import at_tokens, sequence_sums, target_counts
+from megatron_sr1.algorithm.losses import at_tokens, k3_divergence, sequence_sums, target_counts
 
 FAR_NATS = 0.1
 """A token whose logprobs differ by more counts as far apart."""

@@ -1,10 +1,21 @@
-"""Losses over packed tokens, as sums; the caller divides by the update's denominator.
+"""Losses over packed tokens, as sums, and what reduces them to the loss of an update.
 
-In: logprobs [1, T] float32 of the labels, numbers per token, a mask. Out: a scalar sum with
-gradients, and detached sums to report. What a token weighs in the sum and what the sum is divided
-by is reduction.py's. Sources: PPO's clipped ratio (arXiv 1707.06347, equation 7), the dual clip
-(arXiv 1912.09729, equation 5), the k3 estimator (Schulman, "Approximating KL divergence", 2020),
-as Vision-SR1 combines them (arXiv 2508.19652).
+In: logprobs [1, T] float32 of the labels, numbers per token, a mask, the borders of the sequences.
+Out: a scalar sum with gradients, and detached sums to report; a token's weight in the sum; this
+row's part of the denominator. Sums and denominators are added over all micro-batches and
+data-parallel ranks of an update, then divided (trainer/step.py); each sequence lies whole in one
+row, so nothing is summed over ranks here.
+
+Sources of the loss: PPO's clipped ratio (arXiv 1707.06347, equation 7), the dual clip (arXiv
+1912.09729, equation 5), the k3 estimator (Schulman, "Approximating KL divergence", 2020), as
+Vision-SR1 combines them (arXiv 2508.19652). Its reduction, with N sequences of |y_i| > 0 target
+tokens and l_it a token's loss:
+
+    token_mean     sum_i sum_t l_it / sum_i |y_i|      DAPO, arXiv 2503.14476, equation 8
+    sequence_mean  1/N sum_i 1/|y_i| sum_t l_it        GRPO, arXiv 2402.03300, equation 3
+    dr_grpo        1/N sum_i 1/L sum_t l_it            Dr. GRPO, arXiv 2503.20783, section 3.2
+    gspo           as sequence_mean, with a ratio per sequence: GSPO, arXiv 2507.18071, equation 5,
+                   in the form with advantages per token (GSPO-token)
 """
 
 from __future__ import annotations
@@ -102,3 +113,91 @@ def sft_loss(policy_logprobs: torch.Tensor, loss_mask: torch.Tensor) -> torch.Te
         loss_mask: [1, T] float32, 1 at target tokens.
     """
     return -torch.where(loss_mask.bool(), policy_logprobs, 0.0).sum()
+
+
+def reduction(
+    kind: str, loss_mask: torch.Tensor, cu_seqlens: torch.Tensor, max_response_tokens: int
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Weights of tokens and the denominator of a loss kind.
+
+    Args:
+        kind: token_mean | sequence_mean | dr_grpo | gspo.
+        loss_mask: [1, T] float32, 1 at target tokens.
+        cu_seqlens: [sequences + 1] int32, borders on the row.
+        max_response_tokens: L of dr_grpo, the longest response that may be sampled.
+
+    Returns:
+        weights [1, T] float32, or None where each is 1; and this row's part of the denominator, a
+        scalar: target tokens for token_mean, else sequences that have some.
+    """
+    if kind == "token_mean":
+        return None, loss_mask.sum()
+    counts = target_counts(loss_mask, cu_seqlens)
+    num_sequences = (counts > 0).sum()
+    if kind == "dr_grpo":
+        return loss_mask / max_response_tokens, num_sequences
+    assert kind in ("sequence_mean", "gspo"), kind
+    return loss_mask / at_tokens(counts.clamp(min=1), cu_seqlens), num_sequences
+
+
+def sequence_log_ratios(
+    policy_logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    loss_mask: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+) -> torch.Tensor:
+    """GSPO's ratio at every token: its value is the sequence's, its gradient the token's.
+
+    s_it = sg[s_i] pi_t / sg[pi_t] with s_i = (pi(y_i) / pi_old(y_i))^(1 / |y_i|), sg without
+    gradient. Where all tokens of a sequence have one advantage, value and gradient of the loss are
+    those of the ratio s_i; where credit goes by span, each token has its own advantage.
+
+    Args:
+        policy_logprobs: [1, T] float32 nats, with gradients.
+        old_logprobs: [1, T] float32 nats, of the weights that the batch is on-policy for.
+        loss_mask: [1, T] float32, 1 at target tokens.
+        cu_seqlens: [sequences + 1] int32, borders on the row.
+
+    Returns:
+        log s_it [1, T] float32 nats, with gradients; meaningless outside the targets.
+    """
+    policy = policy_logprobs.detach()
+    counts = target_counts(loss_mask, cu_seqlens).clamp(min=1)
+    means = sequence_sums(policy - old_logprobs, loss_mask, cu_seqlens) / counts
+    return at_tokens(means, cu_seqlens) + (policy_logprobs - policy)
+
+
+def sequence_sums(
+    values: torch.Tensor, loss_mask: torch.Tensor, cu_seqlens: torch.Tensor
+) -> torch.Tensor:
+    """Sum over each sequence's target tokens.
+
+    Args:
+        values: [1, T] float32; what stands outside the targets is not looked at.
+        loss_mask: [1, T] float32, 1 at target tokens.
+        cu_seqlens: [sequences + 1] int32, borders on the row.
+
+    Returns:
+        [sequences] float32, with gradients; 0 for a sequence without targets, as padding is.
+    """
+    chosen = torch.where(loss_mask.bool(), values, 0.0)[0]
+    # One thread a sequence adds it up: unlike scattered additions the same bits each time.
+    return torch.segment_reduce(chosen, "sum", lengths=cu_seqlens.diff().long(), initial=0.0)
+
+
+def target_counts(loss_mask: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """Target tokens of each sequence, [sequences] float32."""
+    return sequence_sums(torch.ones_like(loss_mask), loss_mask, cu_seqlens)
+
+
+def at_tokens(per_sequence: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """Each token's sequence's number.
+
+    Args:
+        per_sequence: [sequences].
+        cu_seqlens: [sequences + 1] int32, borders on the row.
+
+    Returns:
+        [1, T] of the same type.
+    """
+    return per_sequence.repeat_interleave(cu_seqlens.diff().long())[None]

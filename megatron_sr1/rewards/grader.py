@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from megatron_sr1.errors import ConfigError, GradingError
 from megatron_sr1.rewards.accuracy import Verdict, bare_gold, is_runaway, judge_answer
-from megatron_sr1.rewards.worker import MathWorker, Uncomparable
+from megatron_sr1.rewards.math_worker import MathWorker, Uncomparable
 
 GRADERS = ("rules", "math_verify")
 UNCOMPARABLE = "uncomparable: "

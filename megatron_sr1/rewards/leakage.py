@@ -12,7 +12,6 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from megatron_sr1.rewards import leak_phrases as say
 from megatron_sr1.rewards.accuracy import bare_gold, gold_label
 from megatron_sr1.rewards.answers import clean, number_spellings
 from megatron_sr1.rewards.options import question_options
@@ -27,6 +26,60 @@ _LOOK_ALIKES = str.maketrans(
     "aeopcyxisoaABEKMHOPCTXABEHIKMNOPTX",
 )
 """Cyrillic and Greek letters that look Latin; read so inside words with Latin letters."""
+_NOUN = r"answer|solution|result|conclusion"
+_IS = (
+    r"(?: is| are| would(?: of course)? be| must be| should be| will be| has to be"
+    r"|\s*(?:=|:|→|⇒|=>|->|-))"
+)
+_FOREIGN = (
+    r"(?:(?:respuesta|resposta|risposta)(?: (?:correcta|correta|corretta))?|r[ée]ponse|"
+    r"antwort|lösung|ответ)(?: (?:es|é|è|est|ist|lautet)|\s*[:=-])"
+)
+_CJK = r"(?:答案|答え|正解|选项|選項|정답|답)\s*(?:是|为|為|は|은|:|：)?"
+_CHOSEN = (
+    r"(?:correct(?: (?:option|choice|answer|label|letter|one))?"
+    r"|(?:right|best) (?:option|choice|answer))"
+)
+_ANSWER = (
+    rf"(?:\bans(?:wer)?(?: to (?:the|this) (?:question|problem))?{_IS}(?: therefore| thus)?:?"
+    rf"|\b{_CHOSEN}(?: is| would(?: of course)? be|:)|\b{_FOREIGN}|{_CJK}"
+    r"|(?:<|\[)answer(?:>|\])|####)"
+)
+"""What comes before an answer and leaves no doubt, whatever follows."""
+_FILLER = r"(?: (?:exactly|clearly|simply|equal to|that of|option|choice|the number|the|an?))*"
+_HENCE = r"(?:\b(?:so|therefore|thus|hence|consequently|accordingly|in conclusion)\b|∴)"
+_OPERATION = r"\d\s*(?:\+|-|\*|/|x|\\times|\\cdot|times|plus|minus)\s*[\d(]"
+_SUMMING = r"(?:adds?|sums?) (?:up )?to|amounts? to|comes? to|totals|total of|gives|yields|makes?"
+_LAST_WORD = r"\b(?:final|finally|sum|verdict|output)\s*[:=]|∴"
+_VALUE_BEFORE_STOP = (
+    rf"\b(?:{_NOUN})(?: to (?:the|this) (?:question|problem))?{_IS}{_FILLER} ?{{said}}",
+    rf"{{said}} (?:is|are|would be|must be) (?:the )?(?:final |correct |right )?(?:{_NOUN})",
+)
+"""Of a result or a solution, which pictures hold too: the clause has to end there."""
+_VALUE = (
+    r"\b(?:value|number|word|thing|quantity)(?: (?:that|which)(?: is| was)?)? "
+    r"(?:asked for|wanted|sought|requested|needed|in question) is {said}",
+    r"(?:^|[.!?;\n]\s*|\band )(?:write|reply|respond|say|answer|put)(?: with)? [\"']?{said}",
+    r"\b(?:please|just|then|should|must) "
+    r"(?:write|reply|respond|say|output|answer|put|return|enter|box|type)(?: with)? [\"']?{said}",
+)
+"""The value that is asked for; an order to the reader."""
+_LABEL = (
+    r"(?i:\b(?:option|choice|answer))\s+{named}(?i:(?: is| seems| must be)?(?: the)? "
+    r"(?:correct|right|true|best|matching)\b)",
+    r"(?i:\b(?:choose|select|pick|mark|go(?:ing)? with|reply|answer(?: with)?)) "
+    r"(?i:(?:option|choice|answer) )?{named}(?!\s+[a-z]+\b)",
+    r"(?i:\b(?:is|match(?:es|ing)|fits|corresponds to|points to|agrees with) "
+    r"(?:option|choice|answer)) {named}",
+    r"{named} is (?:the )?(?:correct|(?:right|best) (?:option|choice|answer|one))\b",
+    r"{named} it is\b",
+    r"选择?\s*{named}",
+)
+_PLACES = ("first", "second", "third", "fourth", "fifth", "sixth")
+_PLACE = (
+    r"\b{place} (?:option|choice|answer)(?: is| seems)?(?: the)? (?:right|correct|best|fits|match)"
+    r"|\b(?:choose|pick|select|mark) the {place}\b"
+)
 
 
 @lru_cache(maxsize=1024)  # the responses of a group say much the same
@@ -78,13 +131,13 @@ def _value_is_verdict(text: str, value: str) -> bool:
     apart = r"\s?".join(value) if value.isdigit() else said
     if re.fullmatch(rf"(?:(?:it|this|that)(?: is|'s) )?{said}\W*", text):
         return True
-    if re.search(rf"{say.ANSWER}{say.FILLER}\s*[\"'(]?(?:{said}|{apart}(?!\s?\w){ends})", text):
+    if re.search(rf"{_ANSWER}{_FILLER}\s*[\"'(]?(?:{said}|{apart}(?!\s?\w){ends})", text):
         return True
     unit = r"(?: [a-z]+| ?[°%])?"
     stop = r"\s*(?:[.,;:!?)\n]|$|because\b|since\b)"
-    if any(re.search(p.format(said=said) + unit + stop, text) for p in say.VALUE_BEFORE_STOP):
+    if any(re.search(p.format(said=said) + unit + stop, text) for p in _VALUE_BEFORE_STOP):
         return True
-    if any(re.search(p.format(said=said), text) for p in say.VALUE):
+    if any(re.search(p.format(said=said), text) for p in _VALUE):
         return True
     if value.casefold() in ("yes", "no") and re.match(rf"{said}\s*[,.!;]", text):
         return True
@@ -95,18 +148,18 @@ def _is_concluded(text: str, said: str, unit: str) -> bool:
     """Whether a sentence concludes with a value, or the last one computes it."""
     sentences = _sentences(text)
     last = sentences[-1] if sentences else ""
-    concluded = rf"{say.HENCE},?(?: [^.;]*)? {said}{unit}\W*"
+    concluded = rf"{_HENCE},?(?: [^.;]*)? {said}{unit}\W*"
     if any(re.fullmatch(concluded, sentence) for sentence in sentences):
         return True
     if re.search(rf"(?:^|[,:] |\band ){concluded}$", last):
         return True
-    if re.search(rf"(?:{say.LAST_WORD})\s*{said}{unit}\W*$", last):
+    if re.search(rf"(?:{_LAST_WORD})\s*{said}{unit}\W*$", last):
         return True
     end = rf"\s*{said}{unit}[^\w\"']*$"
     result = re.search(rf"(?:=|\bis|\bequals|\bmakes){end}", last)
-    if result is not None and re.search(say.OPERATION, last[: result.start()]):
+    if result is not None and re.search(_OPERATION, last[: result.start()]):
         return True
-    summed = re.search(rf"\b(?:{say.SUMMING}){end}", last)
+    summed = re.search(rf"\b(?:{_SUMMING}){end}", last)
     return summed is not None and len(re.findall(r"\d+", text)) > 2
 
 
@@ -116,16 +169,16 @@ def _label_is_verdict(text: str, label: str) -> bool:
     option = rf"(?:option|choice|answer)\s+{named}"
     if re.fullmatch(rf"(?i:(?:the )?(?:(?:option|choice|answer)(?: is)?:? )?){named}\W*", text):
         return True
-    if re.search(rf"(?i:{say.ANSWER}{say.FILLER})\s*{named}(?!\s+[a-z]+s?\b)", text):
+    if re.search(rf"(?i:{_ANSWER}{_FILLER})\s*{named}(?!\s+[a-z]+s?\b)", text):
         return True
-    if re.search(rf"(?i:{say.ANSWER})\s*{named}\s*(?:$|[.,;:)])", text):
+    if re.search(rf"(?i:{_ANSWER})\s*{named}\s*(?:$|[.,;:)])", text):
         return True
-    if any(re.search(pattern.format(named=named), text) for pattern in say.LABEL):
+    if any(re.search(pattern.format(named=named), text) for pattern in _LABEL):
         return True
-    place = say.PLACES[ord(label) - ord("A")] if ord(label) - ord("A") < len(say.PLACES) else "-"
-    if re.search(say.PLACE.format(place=place), text, re.IGNORECASE):
+    place = _PLACES[ord(label) - ord("A")] if ord(label) - ord("A") < len(_PLACES) else "-"
+    if re.search(_PLACE.format(place=place), text, re.IGNORECASE):
         return True
-    if re.search(rf"(?:^|\.\s+|,\s+)(?i:{say.HENCE}),?(?: [^.;]*)? {named}\W*$", text):
+    if re.search(rf"(?:^|\.\s+|,\s+)(?i:{_HENCE}),?(?: [^.;]*)? {named}\W*$", text):
         return True
     last = _sentences(text)[-1:] or [""]
     alone = re.fullmatch(rf"\W*(?:{option}|{named})\W*", last[0], re.IGNORECASE)

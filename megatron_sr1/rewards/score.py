@@ -18,11 +18,10 @@ from typing import Any
 
 from megatron_sr1.errors import ConfigError, GradingError
 from megatron_sr1.records import Reading, Reward
-from megatron_sr1.rewards.format import BLOCKS, has_form
 from megatron_sr1.rewards.grader import UNCOMPARABLE, Grader
 from megatron_sr1.rewards.leakage import states_answer
-from megatron_sr1.rewards.own import OwnReward
-from megatron_sr1.rewards.parsing import find_answer
+from megatron_sr1.rewards.response import BLOCKS, find_answer, has_form
+from megatron_sr1.rewards.user_reward import UserReward
 
 
 class Scorer:
@@ -40,7 +39,7 @@ class Scorer:
         likelihood_nats: float = 10.0,
         grader: str = "rules",
         grader_timeout_seconds: float = 5.0,
-        own: OwnReward | None = None,
+        own: UserReward | None = None,
     ) -> None:
         """Take the weights; the grading process starts when algebra is first needed.
 

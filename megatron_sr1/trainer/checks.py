@@ -17,7 +17,7 @@ from megatron_sr1.errors import ConfigError, DataError
 from megatron_sr1.model.hf_config import HFConfig, read_hf_config
 from megatron_sr1.planning.layout import check, configured
 from megatron_sr1.records import Example
-from megatron_sr1.rewards.own import OwnReward
+from megatron_sr1.rewards.user_reward import UserReward
 
 NUM_READ = 8
 """First samples of a data set that are read and decoded."""
@@ -55,7 +55,7 @@ def check_run(config: Config, num_ranks: int) -> list[str]:
                 f"{num_ranks} ranks; change it or launch.num_processes"
             )
         if config.reward.function:
-            OwnReward(config.reward.function)
+            UserReward(config.reward.function)
     return [*_check_data(config, "train"), *_check_data(config, "eval")]
 
 

@@ -18,8 +18,8 @@ from megatron_sr1.config import Config, LaunchConfig
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.model.build import build_model
 from megatron_sr1.model.hf_config import HFConfig, read_hf_config
-from megatron_sr1.rewards.own import OwnReward
 from megatron_sr1.rewards.score import Scorer
+from megatron_sr1.rewards.user_reward import UserReward
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.runtime import cpu, failure
 from megatron_sr1.runtime.device import Device, select_device, start_distributed
@@ -151,5 +151,5 @@ def make_scorer(config: Config, recipe: str | None = None) -> Scorer:
         likelihood_nats=reward.likelihood_nats,
         grader=reward.grader,
         grader_timeout_seconds=reward.grader_timeout_seconds,
-        own=OwnReward(reward.function) if reward.function else None,
+        own=UserReward(reward.function) if reward.function else None,
     )

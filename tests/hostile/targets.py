@@ -29,8 +29,13 @@ from megatron_sr1.data.shard_index import index_path
 from megatron_sr1.data.shards import ShardReader, write_shards
 from megatron_sr1.errors import DataError
 from megatron_sr1.records import Message, TrainSample
-from megatron_sr1.rewards.format import BLOCKS, has_form
-from megatron_sr1.rewards.parsing import find_answer, find_boxed, find_description
+from megatron_sr1.rewards.response import (
+    BLOCKS,
+    find_answer,
+    find_boxed,
+    find_description,
+    has_form,
+)
 from tests.hostile.mutations import (
     EDITS,
     VALID_IMAGES,

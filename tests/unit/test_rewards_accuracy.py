@@ -7,8 +7,8 @@ import pytest
 
 from megatron_sr1.errors import GradingError
 from megatron_sr1.rewards.accuracy import is_right, same_answer
+from megatron_sr1.rewards.math_worker import MathWorker
 from megatron_sr1.rewards.options import question_options
-from megatron_sr1.rewards.worker import MathWorker
 from tests import grading_attacks, grading_cases, grading_forms
 from tests.grading_attacks import RESPONSES
 from tests.grading_cases import LOWER, MATHS, PARENS, PLAIN, Q

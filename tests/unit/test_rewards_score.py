@@ -4,7 +4,7 @@ import pytest
 
 from megatron_sr1.errors import ConfigError, GradingError
 from megatron_sr1.records import Completion, Reading
-from megatron_sr1.rewards import worker
+from megatron_sr1.rewards import math_worker
 from megatron_sr1.rewards.score import Scorer, likelihood_reward
 
 QUESTION = "<image>What is the sum?"
@@ -138,7 +138,7 @@ def test_a_missing_gold_answer_is_an_error_that_names_the_sample():
 
 
 def test_a_broken_grader_is_an_error_and_no_zero(monkeypatch):
-    monkeypatch.setattr(worker.sys, "executable", "/bin/false")
+    monkeypatch.setattr(math_worker.sys, "executable", "/bin/false")
     with pytest.raises(GradingError, match="^shard sample 7: comparing.*exit status 1"):
         score(gold="\\sqrt{196}")
 

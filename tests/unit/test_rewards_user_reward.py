@@ -10,8 +10,8 @@ import pytest
 from megatron_sr1.cli import main
 from megatron_sr1.errors import ConfigError, GradingError
 from megatron_sr1.records import Completion, Reading
-from megatron_sr1.rewards.own import ARGUMENTS, OwnReward
 from megatron_sr1.rewards.score import Scorer
+from megatron_sr1.rewards.user_reward import ARGUMENTS, UserReward
 from megatron_sr1.trainer.scoring import Scored, evaluation_line, rates, reward_means
 from megatron_sr1.trainer.scoring import score as score_rollouts
 from tests.unit.test_scoring import Texts, group
@@ -33,14 +33,14 @@ def reading(text: str) -> Reading:
     return Reading((Completion((1,), (), text, "stop"),))
 
 
-def own(tmp_path, body: str) -> OwnReward:
+def own(tmp_path, body: str) -> UserReward:
     file = tmp_path / "mine.py"
     file.write_text(f"def reward(response, gold, **rest):\n    {body}\n")
-    return OwnReward(f"{file}:reward")
+    return UserReward(f"{file}:reward")
 
 
 def test_the_example_pays_what_is_near():
-    function = OwnReward(f"{EXAMPLE}:closeness")
+    function = UserReward(f"{EXAMPLE}:closeness")
     for answer, paid in (("14", 1.0), ("12", 0.8), ("99", 0.0)):
         given = GIVEN | {"response": f"so \\boxed{{{answer}}}"}
         assert function("s", **given) == pytest.approx(paid)
@@ -48,7 +48,7 @@ def test_the_example_pays_what_is_near():
 
 
 def test_it_judges_both_passes_in_place_of_the_grader():
-    with Scorer("vision_sr1", own=OwnReward(f"{EXAMPLE}:closeness")) as scorer:
+    with Scorer("vision_sr1", own=UserReward(f"{EXAMPLE}:closeness")) as scorer:
         reward = scorer.score("s", RESPONSE, "14", "sum?", "3 5 6", reading(READING), True)
     assert (reward.accuracy, reward.self_reward) == (pytest.approx(0.8), 1.0)
     assert reward.total == pytest.approx(0.9 * 0.8 + 0.1 + 1.0)
@@ -64,7 +64,7 @@ def test_it_is_given_the_sample_and_cannot_change_it(tmp_path):
         "    given['metadata']['source'] = 'changed'\n"
         "    return True\n"
     )
-    function = OwnReward(f"{file}:reward")
+    function = UserReward(f"{file}:reward")
     metadata = {"source": "train"}
     with Scorer("vision_sr1", own=function) as scorer:
         scorer.score(
@@ -136,12 +136,12 @@ def test_what_cannot_be_loaded_is_one_line(tmp_path, named, content, message):
     if content is not None:
         (tmp_path / named.split(":")[0]).write_text(content)
     with pytest.raises(ConfigError, match=rf"^reward.function={tmp_path}/{named}.*{message}"):
-        OwnReward(f"{tmp_path}/{named}")
+        UserReward(f"{tmp_path}/{named}")
 
 
 def test_graded_rewards_count_as_right_from_one_half(tmp_path):
     scored = []
-    with Scorer("vision_sr1", own=OwnReward(f"{EXAMPLE}:closeness")) as scorer:
+    with Scorer("vision_sr1", own=UserReward(f"{EXAMPLE}:closeness")) as scorer:
         for answer, read in ((12, 14), (14, 2), (2, 14)):  # 0.8 and 1, 1 and 0, 0 and 1
             response = RESPONSE.replace("12", str(answer))
             heard = reading(READING.replace("14", str(read)))
@@ -159,9 +159,9 @@ def test_graded_rewards_count_as_right_from_one_half(tmp_path):
 def test_a_function_that_hangs_ends_at_the_phases_deadline(tmp_path):
     (tmp_path / "mine.py").write_text("def reward(**given):\n    while True:\n        pass\n")
     program = (
-        "from megatron_sr1.rewards.own import OwnReward\n"
+        "from megatron_sr1.rewards.user_reward import UserReward\n"
         "from megatron_sr1.runtime import failure\n"
-        f"reward = OwnReward({str(tmp_path / 'mine.py:reward')!r})\n"
+        f"reward = UserReward({str(tmp_path / 'mine.py:reward')!r})\n"
         f"with failure.guard({str(tmp_path)!r}, 0, 1), failure.deadline('reward', 0.5):\n"
         f"    reward('s', **{GIVEN!r})\n"
     )

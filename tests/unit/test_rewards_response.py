@@ -3,8 +3,7 @@ r"""Spans of a response, whole and growing."""
 import pytest
 
 from megatron_sr1.errors import ConfigError
-from megatron_sr1.rewards.format import has_form
-from megatron_sr1.rewards.parsing import find_answer, find_description
+from megatron_sr1.rewards.response import find_answer, find_description, has_form
 
 WHOLE = "<description> 3 5 6 </description> <think> 3 + 5 + 6 = 14 </think> \\boxed{14}"
 SHORT = "<think> 3 + 5 + 6 = 14 </think> \\boxed{14}"

@@ -26,7 +26,7 @@ BROKEN = (Exception, SystemExit)
 """sys.exit(0) would end this rank as if all were done."""
 
 
-class OwnReward:
+class UserReward:
     """The function that `reward.function` names, and its result checked."""
 
     def __init__(self, named: str) -> None:

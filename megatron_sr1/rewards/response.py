@@ -1,7 +1,7 @@
-r"""Spans of a response: description, thought, boxed answer.
+r"""The parts of a response, and whether it has its recipe's format.
 
-In: text as sampled, whole or still growing. Out: the text inside a span, or None. The form is
-that of Vision-SR1 (arXiv 2508.19652, section 3):
+In: sampled text, complete or still growing. Out: the text inside a span, or None; a flag for the
+format. Source: Vision-SR1 (arXiv 2508.19652, section 3), whose responses have the form
 `<description> … </description> <think> … </think> \boxed{…}`.
 """
 
@@ -10,8 +10,16 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from megatron_sr1.errors import ConfigError
+
 DESCRIPTION = ("<description>", "</description>")
 THINK = ("<think>", "</think>")
+BLOCKS = {
+    "vision_sr1": (DESCRIPTION, THINK),
+    "see_think": (DESCRIPTION, THINK),
+    "vision_r1": (THINK,),
+}
+"""Recipe -> the marked blocks that stand before the boxed answer."""
 _BOXED = re.compile(r"\\boxed\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 
@@ -85,3 +93,31 @@ def find_answer(text: str) -> str | None:
     """The content of the last boxed answer, stripped; None if there is none or it is empty."""
     span = find_boxed(text)
     return None if span is None else span.content.strip() or None
+
+
+def has_form(text: str, recipe: str) -> bool:
+    """Whether the whole response is the recipe's blocks and a boxed answer.
+
+    Args:
+        text: response.
+        recipe: `reward.recipe`.
+
+    Raises:
+        ConfigError: unknown recipe.
+    """
+    if recipe not in BLOCKS:
+        raise ConfigError(f"reward.recipe is {recipe!r}; expected {' | '.join(BLOCKS)}")
+    for mark in (*DESCRIPTION, *THINK):
+        expected = sum(mark in block for block in BLOCKS[recipe])
+        if text.count(mark) != expected:
+            return False
+    rest = text
+    for block in BLOCKS[recipe]:
+        span = find_span(rest, block)
+        if span is None or rest[: span.start].strip() or not span.content.strip():
+            return False
+        rest = rest[span.end :]
+    boxed = find_boxed(rest)
+    if boxed is None or not boxed.content.strip():
+        return False
+    return not rest[: boxed.start].strip() and not rest[boxed.end :].strip()

@@ -9,8 +9,8 @@ import time
 import pytest
 
 from megatron_sr1.errors import GradingError, GradingLimit
-from megatron_sr1.rewards import process
-from megatron_sr1.rewards.worker import MathWorker, Uncomparable
+from megatron_sr1.rewards import math_worker
+from megatron_sr1.rewards.math_worker import MathWorker, Uncomparable
 from tools.grading_rate import SLOW, measure
 
 
@@ -91,8 +91,7 @@ def test_a_stopped_grader_is_a_limit():
     ],
 )
 def test_memory_and_the_graders_own_timer_are_limits(script, message, monkeypatch):
-    monkeypatch.setattr(process, "MEMORY_BYTES", 200 << 20)
-    monkeypatch.setattr("megatron_sr1.rewards.worker.MEMORY_BYTES", 200 << 20)
+    monkeypatch.setattr(math_worker, "MEMORY_BYTES", 200 << 20)
     worker = started_with(HANG.rstrip("; ") + "\n" + script, 30.0)
     with pytest.raises(GradingLimit, match=f"sample 7: .*{message}"):
         worker.equal("1", "2", "sample 7")
@@ -173,7 +172,7 @@ def test_a_real_grader_killed_in_between_is_a_limit_and_replaced(worker):
 
 PARENT = """
 import os, sys, threading
-from megatron_sr1.rewards.worker import MathWorker, Uncomparable
+from megatron_sr1.rewards.math_worker import MathWorker, Uncomparable
 threading.Thread(target=threading.Event().wait, daemon=True).start()
 worker = MathWorker(60.0)
 assert worker.equal("x+1", "1+x", "s")
