@@ -1,7 +1,7 @@
 r"""The parts of a response, and whether it has its recipe's format.
 
-In: sampled text, complete or still growing. Out: the text inside a span, or None; a flag for the
-format. Source: Vision-SR1 (arXiv 2508.19652, section 3), whose responses have the form
+In: sampled text, complete or still growing. Out: the text inside a span, or None; whether the
+format is right. Source: Vision-SR1 (arXiv 2508.19652, section 3), whose responses have the form
 `<description> … </description> <think> … </think> \boxed{…}`.
 """
 
@@ -19,14 +19,14 @@ BLOCKS = {
     "see_think": (DESCRIPTION, THINK),
     "vision_r1": (THINK,),
 }
-"""Recipe -> the marked blocks that stand before the boxed answer."""
+"""Recipe -> the marked blocks before the boxed answer."""
 _BOXED = re.compile(r"\\boxed\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Span:
-    """Content of a span and the text around it, as offsets: `start` and `end` hold the marks."""
+    """Content of a span; `start` and `end` are offsets in the text that include its marks."""
 
     content: str
     start: int
@@ -34,17 +34,17 @@ class Span:
 
 
 def find_description(text: str) -> str | None:
-    """The description, once it has closed.
+    """Return the description once it is closed.
 
-    It depends on the text up to the first closing mark alone: for a growing text it turns from
-    None to a description at most once, and then never changes. So pass 2 may start at once.
+    The result depends only on the text up to the first closing mark: as a text grows, it changes
+    from None to a description at most once and then stays, so that pass 2 can start at once.
 
     Args:
-        text: response, whole or so far.
+        text: response, complete or partial.
 
     Returns:
-        the text between the marks, stripped; None where they are missing, unclosed, empty, hold
-        another mark, or come behind a thought or a boxed answer.
+        the text between the marks, stripped; None if they are missing or unclosed, if the text is
+        empty or contains another mark, or if a thought or a boxed answer comes first.
     """
     span = find_span(text, DESCRIPTION)
     if span is None:
@@ -58,12 +58,7 @@ def find_description(text: str) -> str | None:
 
 
 def find_span(text: str, marks: tuple[str, str]) -> Span | None:
-    """The span from the first opening mark to the first closing mark behind it.
-
-    Args:
-        text: any.
-        marks: opening and closing mark.
-    """
+    """Return the span from the first opening mark to the first closing mark after it."""
     opening, closing = marks
     start = text.find(opening)
     inside = start + len(opening)
@@ -72,11 +67,7 @@ def find_span(text: str, marks: tuple[str, str]) -> Span | None:
 
 
 def find_boxed(text: str) -> Span | None:
-    r"""The last `\boxed{…}`, braces balanced; None if the last one is not closed.
-
-    Args:
-        text: any.
-    """
+    r"""Return the last `\boxed{…}` with its braces balanced; None if it is not closed."""
     starts = list(_BOXED.finditer(text))
     if not starts:
         return None
@@ -90,17 +81,16 @@ def find_boxed(text: str) -> Span | None:
 
 
 def find_answer(text: str) -> str | None:
-    """The content of the last boxed answer, stripped; None if there is none or it is empty."""
+    """Return the stripped content of the last boxed answer; None if it is missing or empty."""
     span = find_boxed(text)
     return None if span is None else span.content.strip() or None
 
 
-def has_form(text: str, recipe: str) -> bool:
-    """Whether the whole response is the recipe's blocks and a boxed answer.
+def has_format(text: str, recipe: str) -> bool:
+    """Return True if a response is the recipe's blocks and a boxed answer, and nothing else.
 
-    Args:
-        text: response.
-        recipe: `reward.recipe`.
+    Source: the format reward of Vision-SR1 (arXiv 2508.19652, section 3.2). Each block occurs once,
+    in order, and is not empty; whitespace between blocks is ignored.
 
     Raises:
         ConfigError: unknown recipe.

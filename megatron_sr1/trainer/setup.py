@@ -151,5 +151,5 @@ def make_scorer(config: Config, recipe: str | None = None) -> Scorer:
         likelihood_nats=reward.likelihood_nats,
         grader=reward.grader,
         grader_timeout_seconds=reward.grader_timeout_seconds,
-        own=UserReward(reward.function) if reward.function else None,
+        user_reward=UserReward(reward.function) if reward.function else None,
     )
