@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from types import TracebackType
 from typing import Any
 
+from megatron_sr1.config import RewardConfig
 from megatron_sr1.errors import ConfigError, GradingError
 from megatron_sr1.records import Reading, Reward
 from megatron_sr1.rewards.grader import UNCOMPARABLE, Grader
@@ -27,45 +27,17 @@ from megatron_sr1.rewards.user_reward import UserReward
 class Scorer:
     """Compute the rewards of one recipe; a context manager that stops the grading process."""
 
-    def __init__(
-        self,
-        recipe: str,
-        *,
-        accuracy_weight: float = 0.9,
-        format_weight: float = 0.1,
-        self_reward_weight: float = 1.0,
-        pay_leaks: bool = True,
-        likelihood: str = "per_token",
-        likelihood_nats: float = 10.0,
-        grader: str = "rules",
-        grader_timeout_seconds: float = 5.0,
-        user_reward: UserReward | None = None,
-    ) -> None:
-        """Take the settings of `RewardConfig`; the grading process starts when first needed.
-
-        Args:
-            recipe: vision_sr1 | see_think | vision_r1.
-            accuracy_weight: of a right answer.
-            format_weight: of the recipe's format.
-            self_reward_weight: of a right answer in pass 2, for recipe vision_sr1.
-            pay_leaks: if False, descriptions that state the answer earn no self-reward.
-            likelihood: per_token | probability | linear, if the gold answer was scored in pass 2.
-            likelihood_nats: of linear.
-            grader: rules | math_verify.
-            grader_timeout_seconds: time limit per comparison.
-            user_reward: judges answers in place of the grader.
+    def __init__(self, config: RewardConfig) -> None:
+        """Load the user's function, if any; the grading process starts when first needed.
 
         Raises:
-            ConfigError: unknown recipe or grader.
+            ConfigError: unknown recipe or grader, or the user's function cannot be loaded.
         """
-        if recipe not in BLOCKS:
-            raise ConfigError(f"reward.recipe is {recipe!r}; expected {' | '.join(BLOCKS)}")
-        self._recipe = recipe
-        self._accuracy_weight, self._format_weight = accuracy_weight, format_weight
-        self._self_reward_weight = self_reward_weight if recipe == "vision_sr1" else 0.0
-        self._pay_leaks, self._user_reward = pay_leaks, user_reward
-        self._likelihood_reward = partial(likelihood_reward, kind=likelihood, nats=likelihood_nats)
-        self._grader = Grader(grader, grader_timeout_seconds)
+        if config.recipe not in BLOCKS:
+            raise ConfigError(f"reward.recipe is {config.recipe!r}; expected {' | '.join(BLOCKS)}")
+        self._config, self._recipe = config, config.recipe
+        self._user_reward = UserReward(config.function) if config.function else None
+        self._grader = Grader(config.grader, config.grader_timeout_seconds)
 
     def score(
         self,
@@ -150,15 +122,16 @@ class Scorer:
             _leaks(description, each, question, exceptions) for each in golds
         )
         has_right_format = has_format(response_text, self._recipe)
-        paid = 0.0 if leak and not self._pay_leaks else self_reward or 0.0
+        is_paid = self._recipe == "vision_sr1" and (self._config.pay_leaks or not leak)
+        paid = (self_reward or 0.0) if is_paid else 0.0
         return Reward(
             accuracy=accuracy,
             format=float(has_right_format),
             self_reward=self_reward,
             leak=leak,
-            total=self._accuracy_weight * accuracy
-            + self._format_weight * has_right_format
-            + self._self_reward_weight * paid,
+            total=self._config.accuracy_weight * accuracy
+            + self._config.format_weight * has_right_format
+            + self._config.self_reward_weight * paid,
             answer=find_answer(response_text),
             reading_answer=find_answer(reading.texts[0]) if reading and reading.texts else None,
             uncomparable=exceptions[0] if exceptions else None,
@@ -179,7 +152,9 @@ class Scorer:
     def _value(self, reading: Reading, judge: Callable[[str], float]) -> float:
         """Return the mean reward of the answers, or the reward of the likelihood, in [0, 1]."""
         if reading.gold_logprobs is not None:
-            return self._likelihood_reward(reading.gold_logprobs)
+            return likelihood_reward(
+                reading.gold_logprobs, self._config.likelihood, self._config.likelihood_nats
+            )
         return sum(judge(text) for text in reading.texts) / len(reading.texts)
 
     def close(self) -> None:

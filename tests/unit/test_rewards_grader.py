@@ -2,6 +2,7 @@
 
 import pytest
 
+from megatron_sr1.config import RewardConfig
 from megatron_sr1.errors import ConfigError, GradingError
 from megatron_sr1.rewards import grader as grader_module
 from megatron_sr1.rewards import score as score_module
@@ -32,7 +33,7 @@ def test_a_rule_that_raises_on_an_answer_makes_it_wrong(broken_rules):
 
 
 def test_a_rule_that_raises_on_gold_is_an_error_that_names_the_sample(broken_rules):
-    with Scorer("vision_r1") as scorer:
+    with Scorer(RewardConfig("vision_r1")) as scorer:
         with pytest.raises(GradingError, match="^sample 7: the gold answer 'bad' cannot be .*moon"):
             scorer.score("sample 7", r"\boxed{7}", "bad", PLAIN, None, None, False)
 
@@ -42,7 +43,7 @@ def test_a_description_that_cannot_be_read_counts_as_a_leak(monkeypatch):
         raise ValueError("the moon is missing")
 
     monkeypatch.setattr(score_module, "states_answer", states_answer)
-    with Scorer("vision_sr1") as scorer:
+    with Scorer(RewardConfig("vision_sr1")) as scorer:
         reward = scorer.score("s", r"\boxed{7}", "7", PLAIN, "3 4", None, True)
     assert reward.leak and reward.uncomparable == "ValueError: the moon is missing"
     assert reward.accuracy == 1

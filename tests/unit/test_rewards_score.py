@@ -2,6 +2,7 @@
 
 import pytest
 
+from megatron_sr1.config import RewardConfig
 from megatron_sr1.errors import ConfigError, GradingError
 from megatron_sr1.records import Completion, Reading
 from megatron_sr1.rewards import math_worker
@@ -32,7 +33,7 @@ def score(recipe="vision_sr1", **changes):
         "question_only": None,
     }
     weights = {key: changes.pop(key) for key in list(changes) if key not in asked}
-    with Scorer(recipe, **weights) as scorer:
+    with Scorer(RewardConfig(recipe, **weights)) as scorer:
         return scorer.score(**(asked | changes))
 
 
@@ -145,11 +146,11 @@ def test_a_broken_grader_is_an_error_instead_of_a_zero(monkeypatch):
 
 def test_an_unknown_recipe_is_an_error():
     with pytest.raises(ConfigError, match="expected vision_sr1"):
-        Scorer("other")
+        Scorer(RewardConfig("other"))
 
 
 def test_numbers_are_judged_without_a_grading_process():
-    scorer = Scorer("vision_sr1")
+    scorer = Scorer(RewardConfig("vision_sr1"))
     for answer in range(30):
         text = f"<think> x </think> \\boxed{{{answer}}}"
         scorer.score("s", text, "14", QUESTION, "3 5 6", read(text), True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sr1.cli import main
+from megatron_sr1.config import RewardConfig
 from megatron_sr1.errors import ConfigError, GradingError
 from megatron_sr1.records import Completion, Reading
 from megatron_sr1.rewards.score import Scorer
@@ -33,10 +34,10 @@ def reading(text: str) -> Reading:
     return Reading((Completion((1,), (), text, "stop"),))
 
 
-def user_reward(tmp_path, body: str) -> UserReward:
+def written(tmp_path, body: str) -> str:
     file = tmp_path / "mine.py"
     file.write_text(f"def reward(response, gold, **rest):\n    {body}\n")
-    return UserReward(f"{file}:reward")
+    return f"{file}:reward"
 
 
 def test_the_example_rewards_close_answers():
@@ -48,7 +49,7 @@ def test_the_example_rewards_close_answers():
 
 
 def test_it_judges_both_passes_in_place_of_the_grader():
-    with Scorer("vision_sr1", user_reward=UserReward(f"{EXAMPLE}:closeness")) as scorer:
+    with Scorer(RewardConfig("vision_sr1", function=f"{EXAMPLE}:closeness")) as scorer:
         reward = scorer.score("s", RESPONSE, "14", "sum?", "3 5 6", reading(READING), True)
     assert (reward.accuracy, reward.self_reward) == (pytest.approx(0.8), 1.0)
     assert reward.total == pytest.approx(0.9 * 0.8 + 0.1 + 1.0)
@@ -64,13 +65,12 @@ def test_it_receives_the_sample_and_cannot_change_it(tmp_path):
         "    given['metadata']['source'] = 'changed'\n"
         "    return True\n"
     )
-    function = UserReward(f"{file}:reward")
     metadata = {"source": "train"}
-    with Scorer("vision_sr1", user_reward=function) as scorer:
+    with Scorer(RewardConfig("vision_sr1", function=f"{file}:reward")) as scorer:
         scorer.score(
             "s", RESPONSE, "14", "sum?", "3 5 6", reading(READING), True, metadata=metadata
         )
-    first, second = function._call.__globals__["seen"]
+    first, second = scorer._user_reward._call.__globals__["seen"]
     assert tuple(first) == ARGUMENTS and metadata == {"source": "train"}
     assert first == {
         "response": RESPONSE,
@@ -97,15 +97,14 @@ def test_it_receives_the_sample_and_cannot_change_it(tmp_path):
     ],
 )
 def test_a_failure_names_sample_and_function_and_never_scores_0(tmp_path, body, message):
-    function = user_reward(tmp_path, body)
-    with Scorer("vision_r1", user_reward=function) as scorer:
+    with Scorer(RewardConfig("vision_r1", function=written(tmp_path, body))) as scorer:
         named = rf"a.tar sample 000001 rollout 0: reward.function={tmp_path}/mine.py:reward "
         with pytest.raises(GradingError, match=named + message):
             score_rollouts(group(1, "2x"), Texts(), scorer)
 
 
 def test_the_users_traceback_is_kept_for_the_stack_file(tmp_path):
-    with Scorer("vision_r1", user_reward=user_reward(tmp_path, "return 1 / 0")) as scorer:
+    with Scorer(RewardConfig("vision_r1", function=written(tmp_path, "return 1 / 0"))) as scorer:
         with pytest.raises(GradingError) as caught:
             scorer.score("s", "r", "1", "q", None, None, False)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
@@ -115,7 +114,7 @@ def test_the_users_traceback_is_kept_for_the_stack_file(tmp_path):
     "body", ["return True", "return 1", "import numpy; return numpy.float32(1)"]
 )
 def test_any_type_of_real_number_is_accepted(tmp_path, body):
-    assert user_reward(tmp_path, body)("s", **GIVEN) == 1.0
+    assert UserReward(written(tmp_path, body))("s", **GIVEN) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -141,7 +140,7 @@ def test_a_function_that_cannot_be_loaded_is_a_one_line_error(tmp_path, named, c
 
 def test_fractional_rewards_count_as_right_from_one_half(tmp_path):
     scored = []
-    with Scorer("vision_sr1", user_reward=UserReward(f"{EXAMPLE}:closeness")) as scorer:
+    with Scorer(RewardConfig("vision_sr1", function=f"{EXAMPLE}:closeness")) as scorer:
         for answer, read in ((12, 14), (14, 2), (2, 14)):  # 0.8 and 1, 1 and 0, 0 and 1
             response = RESPONSE.replace("12", str(answer))
             heard = reading(READING.replace("14", str(read)))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sr1.config import Config, ModelConfig
+from megatron_sr1.config import Config, ModelConfig, RewardConfig
 from megatron_sr1.errors import GradingError
 from megatron_sr1.records import Completion, Example, Message, Rollout
 from megatron_sr1.rewards.math_worker import Uncomparable
@@ -41,7 +41,7 @@ def group(index, *answers):
 
 @pytest.fixture
 def scorer():
-    with Scorer("vision_r1", grader_timeout_seconds=3.0) as scorer:
+    with Scorer(RewardConfig("vision_r1", grader_timeout_seconds=3.0)) as scorer:
         yield scorer
 
 
@@ -65,7 +65,7 @@ def test_groups_come_in_any_order_and_a_limit_late_drops_what_was_scored(scorer)
 
 def test_a_grader_that_breaks_raises_at_once(monkeypatch):
     monkeypatch.setattr("megatron_sr1.rewards.math_worker.sys.executable", "/bin/false")
-    scorer = Scorer("vision_r1")
+    scorer = Scorer(RewardConfig("vision_r1"))
     with pytest.raises(GradingError, match="sample 000001 rollout 0: .*exit status 1"):
         score(group(1, "x+x"), Texts(), scorer)
 
@@ -146,7 +146,7 @@ def main(output):
     config.reward.max_ungraded_share = 0.5
     context = Context(config, groups, None, 0)
     rank = groups.world.rank
-    with Scorer("vision_r1", grader_timeout_seconds=2.0) as scorer:
+    with Scorer(RewardConfig("vision_r1", grader_timeout_seconds=2.0)) as scorer:
         mine = group(0, "1+x", SLOW) + group(1, "x+x", "3x") if rank else group(2, "5", "6")
         graded = score(mine, Texts(), scorer)
     everyone = share(graded, [1, 2, 0], True, groups)
