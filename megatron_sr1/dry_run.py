@@ -24,7 +24,7 @@ from megatron_sr1.model.hf_config import HFConfig, read_hf_config
 from megatron_sr1.planning.layout import check, configured
 from megatron_sr1.planning.static_memory import stage_parameters, static_memory
 from megatron_sr1.records import Example
-from megatron_sr1.rewards.own import OwnReward
+from megatron_sr1.rewards.user_reward import UserReward
 
 
 def dry_run(config: Config) -> str:
@@ -191,7 +191,7 @@ def check_run(config: Config, num_ranks: int) -> list[str]:
                 f"{num_ranks} ranks; change it or launch.num_processes"
             )
         if config.reward.function:
-            OwnReward(config.reward.function)
+            UserReward(config.reward.function)
     return [*_check_data(config, "train"), *_check_data(config, "eval")]
 
 

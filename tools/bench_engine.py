@@ -76,7 +76,7 @@ class Bench:
 
     def roll(self, schedule: str, seed: int) -> dict[str, Any]:
         """One step's rollouts under a schedule: rollouts, statistics, recorded steps."""
-        from megatron_sr1.rewards.parsing import find_description
+        from megatron_sr1.rewards.response import find_description
         from megatron_sr1.rollout.pass2 import Pass2, RolloutHooks
         from megatron_sr1.rollout.two_pass import roll_out
         from megatron_sr1.runtime.rng import request_seed
@@ -103,7 +103,7 @@ class Bench:
 
     def jobs(self, rollouts: Sequence[Rollout], prompts: Sequence[Prompt]) -> list[Job]:
         """The lengths of rollouts with both passes, as schedules.py takes them."""
-        from megatron_sr1.rewards.parsing import find_description
+        from megatron_sr1.rewards.response import find_description
 
         reading_prompt = self.samples.reading_prompt
         return jobs_of(rollouts, prompts, reading_prompt, find_description, self.engine.decode)

@@ -24,6 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from megatron_sr1.config import RewardConfig  # noqa: E402
 from megatron_sr1.errors import GradingLimit  # noqa: E402
 from megatron_sr1.records import Completion, Reading  # noqa: E402
 from megatron_sr1.rewards.score import Scorer  # noqa: E402
@@ -142,7 +143,7 @@ def fuzz(
     unique = list({case[0]: case for case in CASES}.values())
     golds = chance.sample(unique, min(num_golds, len(unique)))
     said = time.monotonic()
-    with Scorer("vision_sr1", grader_timeout_seconds=timeout_seconds) as scorer:
+    with Scorer(RewardConfig("vision_sr1", grader_timeout_seconds=timeout_seconds)) as scorer:
         scorer.score("start", r"\boxed{1+x}", "x+1", "", None, None, False)
         for number in range(count):
             gold, _, question, _, _ = golds[number % len(golds)]

@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from megatron_sr1.config import RewardConfig  # noqa: E402
 from megatron_sr1.errors import GradingLimit  # noqa: E402
 from megatron_sr1.rewards.score import Scorer  # noqa: E402
 
@@ -103,8 +104,8 @@ def measure(count: int, num_slow: int, timeout_seconds: float) -> tuple[Measured
     slow_at = {(number + 1) * count // (num_slow + 1): number for number in range(num_slow)}
     found = (Measured(), Measured())
     with (
-        Scorer("vision_r1", grader_timeout_seconds=timeout_seconds) as plain,
-        Scorer("vision_r1", grader_timeout_seconds=timeout_seconds) as with_slow,
+        Scorer(RewardConfig("vision_r1", grader_timeout_seconds=timeout_seconds)) as plain,
+        Scorer(RewardConfig("vision_r1", grader_timeout_seconds=timeout_seconds)) as with_slow,
     ):
         pairs = list(zip(found, (plain, with_slow), strict=True))
         for measured, scorer in pairs:

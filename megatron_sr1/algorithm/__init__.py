@@ -1,1 +1,1 @@
-"""From rewards to gradients: advantages, losses, the gap between engine and actor."""
+"""From rewards to gradients: advantages, losses, correction of the engine-actor mismatch."""

@@ -1,10 +1,10 @@
-"""Advantages: a reward against those of the same prompt's other responses.
+"""Advantages: rewards relative to those of the same prompt's other responses.
 
 In: rewards [groups, n], NaN where a reward is absent. Out: advantages of the same shape. Sources:
-GRPO (DeepSeekMath, arXiv 2402.03300, section 4.1.2), with a floor under the deviation; Dr. GRPO
-(arXiv 2503.20783, section 3.2), which does not divide; RLOO (arXiv 2402.14740), whose
-baseline is the mean of the others; components normalised apart and then added (GDPO, arXiv
-2601.05242, without its last normalisation over the batch).
+GRPO (DeepSeekMath, arXiv 2402.03300, section 4.1.2), with a minimum standard deviation; Dr. GRPO
+(arXiv 2503.20783, section 3.2), which does not divide; RLOO (arXiv 2402.14740), whose baseline is
+the mean of the others; components that are normalised separately, then added (GDPO, arXiv
+2601.05242, without its final normalisation over the batch).
 """
 
 from __future__ import annotations
@@ -14,31 +14,31 @@ from collections.abc import Sequence
 import numpy as np
 
 NO_SPREAD = 1e-8
-"""A group whose rewards differ by no more has no spread."""
+"""Rewards that differ by no more than this count as equal."""
 
 
 def group_advantages(
     rewards: np.ndarray, std_floor: float, estimator: str = "grpo"
 ) -> tuple[np.ndarray, dict[str, float]]:
-    """Compare rewards within each group.
+    """Compute the advantages within each group.
 
-        grpo     (reward - mean) / max(deviation, floor)
+        grpo     (reward - mean) / max(std, std_floor)
         dr_grpo  reward - mean
         rloo     reward - mean of the others = (reward - mean) n / (n - 1)
 
-    The floor keeps rewards that differ by rounding or by a sliver of format reward from becoming
-    huge advantages; it stands in for upstream's + 1e-6. The deviation is the unbiased one (n - 1),
-    as upstream's (torch.std). A group without spread, or with a single reward, has advantages 0.
+    The floor, in place of upstream's + 1e-6, keeps tiny differences in reward (rounding, a small
+    format reward) from becoming huge advantages. The standard deviation is unbiased (n - 1), like
+    upstream's torch.std. The advantages are 0 in a group of equal rewards or of one reward.
 
     Args:
-        rewards: [groups, n] float; NaN where there is none, which counts for nothing.
+        rewards: [groups, n] float; NaN marks an absent reward, which is ignored.
         std_floor: smallest divisor, > 0.
         estimator: grpo | dr_grpo | rloo.
 
     Returns:
-        advantages [groups, n] float32, NaN where the reward is, and over the groups that have a
-        reward `no_spread` (share of groups whose rewards are all equal, which teach nothing),
-        `floored` (share divided by the floor instead), `std` (mean).
+        advantages [groups, n] float32, NaN where the reward is; and statistics over the groups with
+        any reward: `no_spread` (share of groups whose rewards are all equal, so that nothing is
+        learned from them), `floored` (share divided by the floor), `std` (mean).
     """
     assert rewards.ndim == 2 and std_floor > 0, (rewards.shape, std_floor)
     present = ~np.isnan(rewards)
@@ -69,28 +69,28 @@ def group_advantages(
 
 
 def weighted_sum(parts: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
-    """Join the advantages of reward components, each normalised within its groups.
+    """Add up the advantages of reward components, each normalised within its groups.
 
-    Where a component is absent, its weight goes to those that are there: a text-only sample's
-    advantage is its answer's, at the strength that samples with both have.
+    The weight of an absent component goes to those that are present: the advantage of a text-only
+    sample is that of its answer, on the same scale as for samples with both components.
 
     Args:
-        parts: per component [groups, n] float32, NaN where absent; one at least is there.
+        parts: per component [groups, n] float32, NaN where absent; each sample has at least one.
         weights: per component, > 0.
 
     Returns:
-        [groups, n] float32: sum of weight x part over the components that are there, times the sum
-        of all weights over the sum of theirs.
+        [groups, n] float32: sum of weight x part over the present components, times the sum of all
+        weights / the sum of the present ones.
     """
     stacked = np.stack([part.astype(np.float64) for part in parts])
     column = np.asarray(weights, np.float64)[:, None, None]
     present = ~np.isnan(stacked)
-    there = (present * column).sum(axis=0)
-    assert (there > 0).all(), "a sample without any reward component"
+    present_weight = (present * column).sum(axis=0)
+    assert (present_weight > 0).all(), "a sample without any reward component"
     total = np.where(present, stacked * column, 0.0).sum(axis=0)
-    return (total * (column.sum() / there)).astype(np.float32)
+    return (total * (column.sum() / present_weight)).astype(np.float32)
 
 
 def _mean(values: np.ndarray, chosen: np.ndarray) -> float:
-    """Mean over the chosen groups, 0 if there are none."""
+    """Return the mean over the chosen groups, 0 if there are none."""
     return float(values[chosen].mean()) if chosen.any() else 0.0

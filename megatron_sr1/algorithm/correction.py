@@ -1,9 +1,9 @@
-"""The gap between the engine that sampled and the actor that learns.
+"""Measure and correct the mismatch between the engine that samples and the actor that is trained.
 
-Both give logprobs of the same tokens; kernels, precision and stale weights make them differ
-(arXiv 2510.26788). Reported per token: k1 and k3 estimates of KL(engine || actor), the largest
-gap, and how many tokens are far apart. Corrected by truncated importance weights, per token or per
-sequence, and by leaving sequences out whose gap is too large.
+Both compute logprobs of the same tokens, which differ by kernels, precision and stale weights
+(arXiv 2510.26788). Measured per token: k1 and k3 estimates of KL(engine || actor), the largest
+difference, and the share of tokens with a large one. Corrected by truncated importance weights, per
+token or per sequence, and by masking sequences whose mismatch is too large.
 """
 
 from __future__ import annotations
@@ -12,17 +12,21 @@ import math
 
 import torch
 
-from megatron_sr1.algorithm.losses import k3_divergence
-from megatron_sr1.algorithm.sequences import at_tokens, sequence_sums, target_counts
+from megatron_sr1.algorithm.losses import (
+    expand_to_tokens,
+    k3_divergence,
+    sequence_sums,
+    target_counts,
+)
 
 FAR_NATS = 0.1
-"""A token whose logprobs differ by more counts as far apart."""
+"""Tokens whose logprobs differ by more are counted in `mismatch/far_share`."""
 
 
 def mismatch_sums(
     engine_logprobs: torch.Tensor, actor_logprobs: torch.Tensor, loss_mask: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Sums over target tokens of the engine-actor gap, and its maximum.
+    """Sum the mismatch over target tokens.
 
     Args:
         engine_logprobs: [1, T] float32 nats, as sampled.
@@ -30,7 +34,8 @@ def mismatch_sums(
         loss_mask: [1, T] float32, 1 at target tokens.
 
     Returns:
-        `mismatch/k1`, `mismatch/kl` (k3), `mismatch/far_share`, `mismatch/abs_max`, scalars.
+        scalars: the sums `mismatch/k1`, `mismatch/kl` (k3) and `mismatch/far_share` (tokens), and
+        the maximum `mismatch/abs_max`.
     """
     targets = loss_mask.bool()
     engine, actor = engine_logprobs[targets], actor_logprobs[targets].detach()
@@ -50,18 +55,18 @@ def truncated_importance_weights(
     cap: float,
     cu_seqlens: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Weights that make what the engine sampled count as sampled by the actor.
+    """Return min(pi_old / pi_engine, cap), the weights of truncated importance sampling.
 
-    min(pi_old / pi_engine, cap): truncated importance sampling (Ionides, JCGS 2008), of each token
-    or, with borders, of each whole sequence, the product of its tokens' ratios. The policy loss is
-    homogeneous in the advantage, so multiply the advantages by them.
+    Source: Ionides, JCGS 2008. The ratio is that of each token or, with `cu_seqlens`, the product
+    over its sequence. Multiply the advantages by the weights: the policy loss is homogeneous in
+    the advantage.
 
     Args:
         engine_logprobs: [1, T] float32 nats, as sampled.
         old_logprobs: [1, T] float32 nats, of the actor before this batch's updates.
         loss_mask: [1, T] float32, 1 at target tokens.
         cap: largest weight, >= 1.
-        cu_seqlens: [sequences + 1] int32, borders on the row; None: a weight for each token.
+        cu_seqlens: [sequences + 1] int32, boundaries on the row; None: a weight per token.
 
     Returns:
         [1, T] float32, without gradients; 1 outside the targets.
@@ -70,7 +75,7 @@ def truncated_importance_weights(
     targets = loss_mask.bool()
     gap = torch.where(targets, old_logprobs - engine_logprobs, 0.0).detach()
     if cu_seqlens is not None:
-        whole = at_tokens(sequence_sums(gap, loss_mask, cu_seqlens), cu_seqlens)
+        whole = expand_to_tokens(sequence_sums(gap, loss_mask, cu_seqlens), cu_seqlens)
         gap = torch.where(targets, whole, 0.0)
     return gap.clamp(max=math.log(cap)).exp()
 
@@ -80,29 +85,29 @@ def near_sequences(
     old_logprobs: torch.Tensor,
     loss_mask: torch.Tensor,
     cu_seqlens: torch.Tensor,
-    bound_nats: float,
+    max_nats: float,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The mask without the sequences on which engine and actor are too far apart.
+    """Mask the sequences on which engine and actor are too far apart.
 
-    The measure is the mean gap a token, |sum of (old - engine)| / target tokens: the logarithm of
-    the geometric mean of the tokens' ratios. A sequence that is left out leaves the denominator
-    too, so that the others weigh as if it had not been sampled.
+    The measure is |sum of (old - engine)| / target tokens: the logarithm of the geometric mean of
+    the token ratios. A masked sequence is also left out of the denominator, as if it had not been
+    sampled.
 
     Args:
         engine_logprobs: [1, T] float32 nats, as sampled.
         old_logprobs: [1, T] float32 nats, of the actor before this batch's updates.
         loss_mask: [1, T] float32, 1 at target tokens.
-        cu_seqlens: [sequences + 1] int32, borders on the row.
-        bound_nats: largest mean gap of a sequence that stays, > 0.
+        cu_seqlens: [sequences + 1] int32, boundaries on the row.
+        max_nats: largest mean difference of a sequence that is kept, > 0.
 
     Returns:
-        [1, T] float32, `loss_mask` or 0; and `mismatch/masked_share`, the tokens masked, and
-        `mismatch/num_masked_sequences`, scalars.
+        [1, T] float32, `loss_mask` or 0; and scalars: `mismatch/masked_share` (tokens masked) and
+        `mismatch/num_masked_sequences`.
     """
     counts = target_counts(loss_mask, cu_seqlens)
     gaps = sequence_sums((old_logprobs - engine_logprobs).detach(), loss_mask, cu_seqlens)
-    far = gaps.abs() > bound_nats * counts
-    kept = torch.where(at_tokens(far, cu_seqlens), 0.0, loss_mask)
+    far = gaps.abs() > max_nats * counts
+    kept = torch.where(expand_to_tokens(far, cu_seqlens), 0.0, loss_mask)
     reported = {
         "mismatch/masked_share": loss_mask.sum() - kept.sum(),
         "mismatch/num_masked_sequences": far.sum(),
@@ -113,18 +118,18 @@ def near_sequences(
 def weight_sums(
     weights: torch.Tensor, loss_mask: torch.Tensor, cap: float
 ) -> dict[str, torch.Tensor]:
-    """Sums over target tokens of importance weights and of those at the cap.
+    """Sum importance weights over target tokens, and count those at the cap.
 
     Args:
-        weights: [1, T] float32, of `truncated_importance_weights`.
+        weights: [1, T] float32, from `truncated_importance_weights`.
         loss_mask: [1, T] float32, 1 at target tokens.
         cap: largest weight.
 
     Returns:
-        `importance/weight`, `importance/capped_share`, scalars.
+        scalars: `importance/weight`, `importance/capped_share` (tokens).
     """
     chosen = weights[loss_mask.bool()]
-    # exp(log(cap)) may miss the cap by a rounding.
+    # exp(log(cap)) may differ from the cap by rounding.
     return {
         "importance/weight": chosen.sum(),
         "importance/capped_share": (chosen >= cap * (1 - 1e-6)).sum(),

@@ -1,10 +1,21 @@
-"""Losses over packed tokens, as sums; the caller divides by the update's denominator.
+"""Losses over packed tokens, and how they are reduced to the loss of an update.
 
-In: logprobs [1, T] float32 of the labels, numbers per token, a mask. Out: a scalar sum with
-gradients, and detached sums to report. What a token weighs in the sum and what the sum is divided
-by is reduction.py's. Sources: PPO's clipped ratio (arXiv 1707.06347, equation 7), the dual clip
-(arXiv 1912.09729, equation 5), the k3 estimator (Schulman, "Approximating KL divergence", 2020),
-as Vision-SR1 combines them (arXiv 2508.19652).
+In: logprobs [1, T] float32 of the labels, values per token, a mask, the boundaries of sequences.
+Out: loss sums with gradients, detached sums to report, token weights, and this row's part of the
+denominator. Sums and denominators are added over all micro-batches and data-parallel ranks of an
+update, then divided (trainer/step.py). A sequence is never split over rows, so nothing here
+communicates.
+
+Sources of the policy loss: PPO's clipped ratio (arXiv 1707.06347, equation 7), the dual clip (arXiv
+1912.09729, equation 5), the k3 estimator (Schulman, "Approximating KL divergence", 2020), as
+Vision-SR1 combines them (arXiv 2508.19652). Its reduction, where l_it is the loss of token t of
+sequence i, and N counts the sequences with |y_i| > 0 target tokens:
+
+    token_mean     sum_i sum_t l_it / sum_i |y_i|      DAPO, arXiv 2503.14476, equation 8
+    sequence_mean  1/N sum_i 1/|y_i| sum_t l_it        GRPO, arXiv 2402.03300, equation 3
+    dr_grpo        1/N sum_i 1/L sum_t l_it            Dr. GRPO, arXiv 2503.20783, section 3.2
+    gspo           as sequence_mean, with a ratio per sequence: GSPO, arXiv 2507.18071, equation 5,
+                   in the form with advantages per token (GSPO-token)
 """
 
 from __future__ import annotations
@@ -12,7 +23,7 @@ from __future__ import annotations
 import torch
 
 RATIO_LOG_BOUND = 20.0
-"""|log ratio| is cut here before exp: far outside any clip, it keeps exp finite in float32."""
+"""|log ratio| is clamped to this before exp, far outside any clip, to stay finite in float32."""
 
 
 def policy_loss(
@@ -29,34 +40,33 @@ def policy_loss(
     log_ratios: torch.Tensor | None = None,
     token_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Clipped policy loss plus KL to the reference, summed over target tokens.
+    """Return the clipped policy loss plus KL to the reference, summed over target tokens.
 
-    No denominator and no rank's share is applied here: the sum of a micro-batch is added to those
-    of the other micro-batches and data-parallel ranks, then divided (trainer/step.py).
+    The sum is not divided here; see the module's docstring.
 
     Args:
         policy_logprobs: [1, T] float32 nats, with gradients.
-        old_logprobs: [1, T] float32 nats, of the weights that the batch is on-policy for.
+        old_logprobs: [1, T] float32 nats, of the weights for which the batch is on-policy.
         advantages: [1, T] float32.
-        loss_mask: [1, T] float32, 1 at target tokens; the rest has no value and no gradient.
-        clip_low: the ratio is clipped below at 1 - clip_low.
-        clip_high: the ratio is clipped above at 1 + clip_high.
+        loss_mask: [1, T] float32, 1 at target tokens; other tokens are ignored, whatever they hold.
+        clip_low: the lower limit of the ratio is 1 - clip_low.
+        clip_high: the upper limit of the ratio is 1 + clip_high.
         dual_clip: for negative advantages the loss is at most dual_clip x |advantage|.
         reference_logprobs: [1, T] float32 nats, or None.
         kl_coefficient: weight of the KL term.
         log_ratios: [1, T] float32 nats, with gradients, logarithm of the ratio that is clipped;
-            None: policy - old, of each token.
-        token_weights: [1, T] float32, of a token's loss, KL included, in the sum; None: 1.
+            None: policy - old for each token.
+        token_weights: [1, T] float32, weights of the token losses, KL included; None: 1.
 
     Returns:
         the sum, a scalar; and unweighted sums over target tokens: `clipped_share`,
-        `dual_clipped_share`, `old_kl` (k1, old against policy), with a reference `reference_kl`
-        (k3), and `ratio_max`.
+        `dual_clipped_share`, `old_kl` (k1, KL(old || policy)) and, with a reference,
+        `reference_kl` (k3); and the maximum `ratio_max`.
     """
     targets = loss_mask.bool()
     policy = policy_logprobs[targets]
     old, advantage = old_logprobs[targets], advantages[targets]
-    # All [targets]; positive loss is bad; no denominator here.
+    # From here on everything has shape [targets].
     log_ratio = policy - old if log_ratios is None else log_ratios[targets]
     ratio = log_ratio.clamp(-RATIO_LOG_BOUND, RATIO_LOG_BOUND).exp()
     plain = -advantage * ratio
@@ -81,10 +91,10 @@ def policy_loss(
 
 
 def k3_divergence(policy_logprobs: torch.Tensor, reference_logprobs: torch.Tensor) -> torch.Tensor:
-    """Low-variance estimate of KL(policy || reference) from the policy's own samples, per token.
+    """Estimate KL(policy || reference) per token, with low variance, from the policy's samples.
 
-    With d = reference - policy it is exp(d) - d - 1: never negative, 0 where they agree. As
-    upstream, d is cut at 20 on both sides and the result at 10; beyond a cut there is no gradient.
+    The estimate is exp(d) - d - 1 with d = reference - policy: 0 where they agree, else positive.
+    As upstream, d is clamped to [-20, 20] and the result to 10; clamped values have no gradient.
 
     Args:
         policy_logprobs: any shape, float32 nats.
@@ -95,10 +105,98 @@ def k3_divergence(policy_logprobs: torch.Tensor, reference_logprobs: torch.Tenso
 
 
 def sft_loss(policy_logprobs: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood summed over target tokens.
+    """Return the negative log-likelihood summed over target tokens.
 
     Args:
         policy_logprobs: [1, T] float32 nats.
         loss_mask: [1, T] float32, 1 at target tokens.
     """
     return -torch.where(loss_mask.bool(), policy_logprobs, 0.0).sum()
+
+
+def reduction(
+    kind: str, loss_mask: torch.Tensor, cu_seqlens: torch.Tensor, max_response_tokens: int
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Return the token weights and this row's part of the denominator.
+
+    Args:
+        kind: token_mean | sequence_mean | dr_grpo | gspo.
+        loss_mask: [1, T] float32, 1 at target tokens.
+        cu_seqlens: [sequences + 1] int32, boundaries on the row.
+        max_response_tokens: L of dr_grpo, the longest response that may be sampled.
+
+    Returns:
+        weights [1, T] float32, None if all are 1; and the denominator, a scalar: the number of
+        target tokens for token_mean, else of sequences with target tokens.
+    """
+    if kind == "token_mean":
+        return None, loss_mask.sum()
+    counts = target_counts(loss_mask, cu_seqlens)
+    num_sequences = (counts > 0).sum()
+    if kind == "dr_grpo":
+        return loss_mask / max_response_tokens, num_sequences
+    assert kind in ("sequence_mean", "gspo"), kind
+    return loss_mask / expand_to_tokens(counts.clamp(min=1), cu_seqlens), num_sequences
+
+
+def sequence_log_ratios(
+    policy_logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    loss_mask: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+) -> torch.Tensor:
+    """Return GSPO's log ratio per token: the sequence's value with the token's gradient.
+
+    s_it = sg[s_i] pi_t / sg[pi_t], where s_i = (pi(y_i) / pi_old(y_i))^(1 / |y_i|) and sg stops the
+    gradient. If all tokens of a sequence share an advantage, value and gradient of the loss are
+    those with the ratio s_i; with credit per span, each token keeps its own advantage.
+
+    Args:
+        policy_logprobs: [1, T] float32 nats, with gradients.
+        old_logprobs: [1, T] float32 nats, of the weights for which the batch is on-policy.
+        loss_mask: [1, T] float32, 1 at target tokens.
+        cu_seqlens: [sequences + 1] int32, boundaries on the row.
+
+    Returns:
+        log s_it [1, T] float32 nats, with gradients; undefined outside the targets.
+    """
+    policy = policy_logprobs.detach()
+    counts = target_counts(loss_mask, cu_seqlens).clamp(min=1)
+    means = sequence_sums(policy - old_logprobs, loss_mask, cu_seqlens) / counts
+    return expand_to_tokens(means, cu_seqlens) + (policy_logprobs - policy)
+
+
+def sequence_sums(
+    values: torch.Tensor, loss_mask: torch.Tensor, cu_seqlens: torch.Tensor
+) -> torch.Tensor:
+    """Sum the values of each sequence's target tokens.
+
+    Args:
+        values: [1, T] float32; ignored outside the targets.
+        loss_mask: [1, T] float32, 1 at target tokens.
+        cu_seqlens: [sequences + 1] int32, boundaries on the row.
+
+    Returns:
+        [sequences] float32, with gradients; 0 for sequences without targets, such as padding.
+    """
+    chosen = torch.where(loss_mask.bool(), values, 0.0)[0]
+    # One thread adds up a sequence, so unlike scatter_add the result is deterministic.
+    return torch.segment_reduce(chosen, "sum", lengths=cu_seqlens.diff().long(), initial=0.0)
+
+
+def target_counts(loss_mask: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """Return the number of target tokens of each sequence, [sequences] float32."""
+    return sequence_sums(torch.ones_like(loss_mask), loss_mask, cu_seqlens)
+
+
+def expand_to_tokens(per_sequence: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """Give every token the value of its sequence.
+
+    Args:
+        per_sequence: [sequences].
+        cu_seqlens: [sequences + 1] int32, boundaries on the row.
+
+    Returns:
+        [1, T] of the same dtype.
+    """
+    return per_sequence.repeat_interleave(cu_seqlens.diff().long())[None]

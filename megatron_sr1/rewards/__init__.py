@@ -1,1 +1,1 @@
-"""Verdicts on a response: spans, form, answer, leak, and their weighted sum."""
+"""The reward of a response: its answer, format and description, weighted and added up."""

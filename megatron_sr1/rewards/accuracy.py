@@ -1,10 +1,9 @@
-r"""Whether a boxed answer is the gold one.
+r"""The rules that decide whether an answer equals the gold one.
 
-In: a response, a gold answer, the question (for its options). Out: a verdict and the rule that gave
-it. In this order, the first rule that applies decides: equal text, option labels, yes and no, lists
-joined by "or" and "and", quantities with units, and last algebra, in another process. Text without
-mathematics never meets algebra: "AB" is not "BA", "CO2" is not "C2O" and "on" is not "no", which as
-symbolic products they would be.
+In: an answer, a gold answer, the question (for its options). Out: a verdict and the rule that gave
+it. The first rule that applies decides: equal text, option labels, yes and no, lists joined by "or"
+and "and", quantities with units, and finally algebra, in another process. Plain text is never
+passed to algebra, where "AB" equals "BA", "CO2" equals "C2O" and "on" equals "no" as products.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from dataclasses import dataclass
 
 from megatron_sr1.errors import GradingError
 from megatron_sr1.rewards.answers import clean, quantity, same_quantity, split_unit, text_key
-from megatron_sr1.rewards.joined import joined, match_parts, means_the_same
 from megatron_sr1.rewards.options import (
     label_list,
     label_then_text,
@@ -23,17 +21,17 @@ from megatron_sr1.rewards.options import (
     names_another,
     question_options,
 )
-from megatron_sr1.rewards.parsing import find_answer, find_boxed
+from megatron_sr1.rewards.response import find_boxed
 
 Compare = Callable[[str, str], bool]
-"""Gold, answer -> equal as mathematics; `MathWorker.equal` with the sample's name bound."""
+"""Gold, answer -> equal as mathematics; `MathWorker.equal` with the name of the sample bound."""
 
 MAX_MATH_CHARACTERS = 300
-"""A longer answer is prose or runaway text, not the gold one, unless it is equal as text."""
+"""Longer text is prose and never passed to algebra."""
 MAX_ANSWER_CHARACTERS = 2000
-"""An answer that is so much longer than the gold one is not read at all."""
+"""An answer longer than this plus twice the gold one is wrong without being read."""
 MAX_NESTING = 10
-"""Brackets and braces inside each other; deeper text costs the grammar seconds and says nothing."""
+"""Deeper nesting of brackets is not passed to algebra, whose grammar takes seconds to read it."""
 _BARS = re.compile(r"(?:\|\s*){3}")
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\s*\{[A-Za-z]*\}")
@@ -43,36 +41,37 @@ _LEAD = re.compile(r"(?:the )?(?:final |correct )?answer(?: is|:)\s+(?=\S)", re.
 _DATE = re.compile(r"\d{1,4}([-/])\d{1,2}\1\d{1,4}")
 _RANGE = re.compile(r"\d+-\d+")
 _FLAT_PREFIX = re.compile(r"(yes|no|true|false)\s*[,.;:]\s+(.+)", re.DOTALL)
+_OR, _AND = r"\bor\b|\\(?:lor|vee)(?![A-Za-z])", r"\band\b|\\(?:land|wedge)(?![A-Za-z])"
+_GAP = re.compile(rf"\s*[,;]?\s*(?:(?P<any>{_OR})|(?P<all>{_AND}))\s*|\s*[,;]\s*", re.IGNORECASE)
+_SET = re.compile(r"\\\{(.*)\\\}", re.DOTALL)
+_VALUE = re.compile(r"\d|[=<>]|\\[A-Za-z]")
+_INEQUALITY = re.compile(r"[<>]|\\(?:[lg]e|ne|[lg]t)(?![a-z])")
+_NAME = re.compile(r"([^=]+)=")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether an answer is right; true where it is.
-
-    Attributes:
-        right: the verdict.
-        because: name of the rule that gave it, a few words.
-    """
+    """Whether an answer is right, which is also its truth value, and the rule that decided."""
 
     right: bool
     because: str
 
     def __bool__(self) -> bool:
-        """Whether the answer is right."""
+        """Return `right`."""
         return self.right
 
 
 def judge_answer(answer: str | None, gold: str, question: str, compare: Compare) -> Verdict:
-    """Whether an answer, out of its box, is the gold one.
+    """Judge an answer.
 
     Args:
-        answer: text in the box; None where there is no box.
-        gold: as the dataset has it; may itself be boxed.
-        question: as asked, with its options.
-        compare: settles what only algebra can.
+        answer: content of the box; None without a box.
+        gold: as in the dataset; may be boxed.
+        question: with its options.
+        compare: called if no other rule applies.
 
     Raises:
-        GradingError: there is no gold answer, or `compare` failed.
+        GradingError: the gold answer is empty, or `compare` failed.
     """
     wanted = clean(bare_gold(gold))
     if not wanted:
@@ -91,51 +90,25 @@ def judge_answer(answer: str | None, gold: str, question: str, compare: Compare)
     return _judge_value(wanted, given, compare)
 
 
-def same_answer(answer: str, gold: str, question: str, compare: Compare) -> bool:
-    """Whether an answer, out of its box, is the gold one; as `judge_answer`."""
-    return judge_answer(answer, gold, question, compare).right
-
-
-def is_right(response_text: str, gold: str, question: str, compare: Compare) -> bool:
-    """Whether a response's last boxed answer is the gold one; without a box it is wrong.
-
-    Args:
-        response_text: whole response.
-        gold: as the dataset has it; may itself be boxed.
-        question: as asked, with its options.
-        compare: settles what only algebra can.
-    """
-    return judge_answer(find_answer(response_text), gold, question, compare).right
-
-
 def is_runaway(answer: str, gold: str) -> bool:
-    """Whether an answer is so long that it is not read."""
+    """Return True if an answer is too long to be read."""
     return len(answer) > MAX_ANSWER_CHARACTERS + 2 * len(gold)
 
 
 def bare_gold(gold: str) -> str:
-    """A gold answer out of its box, if it has one."""
+    """Return a gold answer without its box, if it has one."""
     boxed = find_boxed(gold)
     return gold if boxed is None else boxed.content
 
 
-def is_label(cleaned_gold: str, options: Mapping[str, str]) -> bool:
-    """Whether a gold answer is an option label, with or without the option's text."""
-    named = named_label(cleaned_gold)
-    if named is None:
-        return False
-    label, text = named
-    if options:
-        return label in options and (not text or text_key(clean(options[label])) == text_key(text))
-    return cleaned_gold.strip("()[].:") == label  # a lower-case letter alone is a variable
-
-
 def gold_label(cleaned_gold: str, options: Mapping[str, str]) -> str | None:
-    """The label of the gold option, whether gold is the label or the option's text."""
-    if is_label(cleaned_gold, options):
-        named = named_label(cleaned_gold)
-        assert named is not None
-        return named[0]
+    """Return the label of the gold option, whether gold is the label, the text or both."""
+    label, text = named_label(cleaned_gold) or ("", "")
+    if label in options and (not text or text_key(clean(options[label])) == text_key(text)):
+        return label
+    # Without options a lower-case letter is a variable, not a label.
+    if label and not options and cleaned_gold.strip("()[].:") == label:
+        return label
     same = [
         label
         for label, text in options.items()
@@ -147,18 +120,18 @@ def gold_label(cleaned_gold: str, options: Mapping[str, str]) -> str | None:
 def _labels_agree(
     wanted: str, given: str, options: Mapping[str, str], compare: Compare
 ) -> bool | None:
-    """Verdict by option labels; None where labels have no say."""
+    """Compare option labels; None if that does not decide."""
     several = label_list(wanted, options)
     if several is not None:
         named_several = label_list(given, options)
         if named_several is None:
             return None
-        # Run together, without a list in sight, the order is part of the name: AB is not BA.
+        # Letters without separators may be a name, in which order matters: AB is not BA.
         run_together = wanted.isalpha() and given.isalpha()
         return not run_together and sorted(several) == sorted(named_several)
     label, named = gold_label(wanted, options), named_label(given)
     if label is None:
-        # Gold is no option that we know of; "(B) cat" still says "cat".
+        # Gold is not a known option, but "(B) cat" still means "cat".
         return _same_value(wanted, clean(named[1]), compare) or None if named else None
     named = named or label_then_text(given, options)
     if named is None or (options and named[0] not in options):
@@ -167,7 +140,7 @@ def _labels_agree(
 
 
 def _is_text_of(label: str, given: str, options: Mapping[str, str], compare: Compare) -> bool:
-    """Whether an answer says an option's text, and that of no other: 5 is neither 5 cm nor 5 m."""
+    """Return True if an answer means this option's text and no other: 5 is neither 5 cm nor 5 m."""
     text = clean(options.get(label, ""))
     if not text or text_key(text) == text_key(given):
         return bool(text)
@@ -182,7 +155,7 @@ def _same_value(wanted: str, given: str, compare: Compare) -> bool:
 
 
 def _judge_value(wanted: str, given: str, compare: Compare) -> Verdict:
-    """Equal as text, as yes or no, as a list, as quantities, or as mathematics."""
+    """Compare as text, yes or no, lists, quantities, or mathematics."""
     gold_key, key = text_key(wanted), text_key(given)
     if gold_key == key:
         return Verdict(True, "text")
@@ -192,12 +165,12 @@ def _judge_value(wanted: str, given: str, compare: Compare) -> Verdict:
         said = flat is not None and flat[1] == gold_key and opposite not in flat[2].split()
         return Verdict(said, "yes or no")
     if _RANGE.fullmatch(wanted) or _DATE.fullmatch(wanted) or _DATE.fullmatch(given):
-        return Verdict(False, "range or date")  # no differences and quotients
-    golds, answers = joined(wanted), joined(given)
+        return Verdict(False, "range or date")  # algebra would see a difference or a quotient
+    golds, answers = split_values(wanted), split_values(given)
     if golds.word or answers.word:
         if "\\pm" in wanted + given and len(golds.parts) != len(answers.parts):
             return _judge_single(", ".join(golds.parts), ", ".join(answers.parts), compare)
-        is_same = means_the_same(golds, answers) and match_parts(
+        is_same = have_same_sense(golds, answers) and match_parts(
             golds.parts, answers.parts, lambda gold, part: _same_value(gold, part, compare)
         )
         return Verdict(is_same, "list")
@@ -205,9 +178,12 @@ def _judge_value(wanted: str, given: str, compare: Compare) -> Verdict:
 
 
 def _judge_single(wanted: str, given: str, compare: Compare) -> Verdict:
-    """Equal as quantities or as mathematics."""
+    """Compare as quantities or as mathematics."""
     wanted, given = _without_name(wanted, given)
-    gold_quantity, given_quantity = quantity(gold_key_of(wanted)), quantity(gold_key_of(given))
+    gold_quantity, given_quantity = (
+        quantity(_number_word_to_digits(wanted)),
+        quantity(_number_word_to_digits(given)),
+    )
     if gold_quantity and given_quantity:
         return Verdict(same_quantity(gold_quantity, given_quantity), "quantity")
     if text_key(wanted) == text_key(given):
@@ -215,19 +191,19 @@ def _judge_single(wanted: str, given: str, compare: Compare) -> Verdict:
     (wanted, gold_unit), (given, unit) = split_unit(wanted), split_unit(given)
     if gold_unit and unit and gold_unit != unit:
         return Verdict(False, "unit")
-    if not is_mathematics(wanted) or not is_mathematics(given):
+    if not _is_mathematics(wanted) or not _is_mathematics(given):
         return Verdict(False, "other text")
     return Verdict(compare(wanted, given), "algebra")
 
 
-def gold_key_of(cleaned: str) -> str:
-    """A number word as digits; anything else as it is."""
+def _number_word_to_digits(cleaned: str) -> str:
+    """Return a number word as digits; any other text unchanged."""
     key = text_key(cleaned)
     return key if key.isdigit() else cleaned
 
 
 def _without_name(wanted: str, given: str) -> tuple[str, str]:
-    """`AB = 5` is 5 where the other side gives no name."""
+    """Reduce `AB = 5` to 5 if the other side has no name."""
     if ("=" in wanted) == ("=" in given):
         return wanted, given
     named = [_NAMED.fullmatch(side) for side in (wanted, given)]
@@ -236,22 +212,18 @@ def _without_name(wanted: str, given: str) -> tuple[str, str]:
     return wanted, given
 
 
-def is_mathematics(cleaned: str) -> bool:
-    """Whether algebra may be asked about a text: digits or operators, and no prose or names.
-
-    Args:
-        cleaned: what `answers.clean` returned.
-    """
+def _is_mathematics(cleaned: str) -> bool:
+    """Return True if algebra may read a text: it has digits or operators, but no prose or names."""
     if len(cleaned) > MAX_MATH_CHARACTERS or ":" in cleaned or _nesting(cleaned) > MAX_NESTING:
         return False
     if _BARS.search(cleaned):
         return False
     bare = _FUNCTION.sub(" ", _COMMAND.sub(" | ", _ENVIRONMENT.sub("|", cleaned)))
-    if re.search(r"[A-Za-z]\d|\d\s+\d", bare):  # CO2, H2O, x1: names; 7 8: two numbers
+    if re.search(r"[A-Za-z]\d|\d\s+\d", bare):  # CO2, H2O and x1 are names; 7 8 is two numbers
         return False
-    if re.search(r"(?<![^\s,;])[A-Za-z]{2,}(?![^\s,;])", bare):  # a word by itself: prose
+    if re.search(r"(?<![^\s,;])[A-Za-z]{2,}(?![^\s,;])", bare):  # prose
         return False
-    runs = re.findall(r"[A-Za-z]{3,}", bare)  # glued to something; a product is abc or xyz
+    runs = re.findall(r"[A-Za-z]{3,}", bare)  # abc and xyz are products, others are names
     if any(not re.fullmatch(r"[abcxyz]{3}", run) for run in runs):
         return False
     return bool(re.search(r"[0-9=<>^_+*/|]|\\[A-Za-z]", cleaned))
@@ -263,3 +235,73 @@ def _nesting(text: str) -> int:
         depth += (character in "([{") - (character in ")]}")
         deepest = max(deepest, depth)
     return deepest
+
+
+@dataclass(frozen=True)
+class ValueList:
+    """The values of an answer, and the word that joins them.
+
+    Order has no meaning, but the number of values has: an answer that hedges is wrong.
+
+    Attributes:
+        parts: one or more texts.
+        word: "or" | "and" | "both"; "" for commas alone or a single part.
+    """
+
+    parts: tuple[str, ...]
+    word: str = ""
+
+
+def split_values(cleaned: str) -> ValueList:
+    """Split an answer at "or", "and" and commas outside brackets.
+
+    Prose, as in "cat and dog", stays a single part.
+    """
+    inside = _SET.fullmatch(cleaned)
+    text = inside[1] if inside else cleaned
+    parts, words, start, seen, depth = [], set[str](), 0, 0, 0
+    for gap in _GAP.finditer(text):
+        depth += _num_open(text[seen : gap.start()])
+        seen = gap.end()
+        if depth:
+            continue
+        parts.append(text[start : gap.start()].strip())
+        words |= {"or"} if gap["any"] else {"and"} if gap["all"] else set()
+        start = gap.end()
+    parts.append(text[start:].strip())
+    if len(parts) == 1 or not all(_VALUE.search(part) for part in parts):
+        return ValueList((cleaned,))
+    return ValueList(tuple(parts), "both" if len(words) == 2 else "".join(words))
+
+
+def have_same_sense(one: ValueList, other: ValueList) -> bool:
+    """Return True if two lists have as many parts, joined in the same sense.
+
+    A comma can mean either. "x = 2 and x = 3" lists the same solutions as "x = 2 or x = 3"; for
+    inequalities and for equations of several names, "and" and "or" differ.
+    """
+    if len(one.parts) != len(other.parts):
+        return False
+    if one.word == other.word or not one.word or not other.word:
+        return True
+    parts = (*one.parts, *other.parts)
+    names = {found[1].strip() for part in parts if (found := _NAME.match(part))}
+    return len(names) <= 1 and not any(_INEQUALITY.search(part) for part in parts)
+
+
+def match_parts(
+    golds: tuple[str, ...], answers: tuple[str, ...], same: Callable[[str, str], bool]
+) -> bool:
+    """Return True if each gold part equals another answer part, in any order."""
+    left = list(answers)
+    for gold in golds:
+        found = next((n for n, answer in enumerate(left) if same(gold, answer)), None)
+        if found is None:
+            return False
+        del left[found]
+    return True
+
+
+def _num_open(text: str) -> int:
+    """Return opening minus closing brackets, of any kind, so that `[0, 1)` is balanced."""
+    return sum((c in "([{") - (c in ")]}") for c in text)

@@ -1,7 +1,7 @@
-r"""Normal forms of short answers: text, numbers, quantities. No library, microseconds each.
+r"""Normal forms of short answers: text, numbers, quantities; microseconds each, without algebra.
 
-In: an answer or a gold answer as written, LaTeX or plain. Out: a key under which equal texts are
-equal, an exact number, or a number with its unit. What is decided here never needs algebra.
+In: an answer or a gold answer as written, LaTeX or plain. Out: a key that equal texts share, an
+exact number, or a number with its unit. A parameter `cleaned` is text that `clean` returned.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _REWRITES = tuple(
         (r"√\s*(\d+|[A-Za-z])", r"\\sqrt{\1}"),
         (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"(?<=\\\\)\[\s*-?[\d.]+\s*[a-z]{2}\s*\]", ""),  # \\[2pt]: space below a row
-        # A backslash after another one belongs to a row's end: "\\ 2" in a matrix.
+        # A backslash after a backslash is part of a row's end: "\\ 2" in a matrix.
         (r"\\[$]|(?<!\\)[$]|(?<!\\)\\[()\[\]]", ""),  # dollar signs and math delimiters
         (r"\\(?:not\s*=|neq(?![A-Za-z]))|(?<=\s)!=", r"\\ne "),
         (r"\\not\s*<|\\nless(?![A-Za-z])", r"\\ge "),
@@ -37,7 +37,7 @@ _REWRITES = tuple(
         (r"\\not\s*\\geq?(?![A-Za-z])|\\ngeq(?:slant)?(?![A-Za-z])", "<"),
         (r"\\begin\s*\{array\}\s*(?:\[\w*\]\s*)?\{[^{}]*\}", r"\\begin{matrix}"),
         (r"\\end\s*\{array\}", r"\\end{matrix}"),
-        (r"[\^_]\s*\{\s*\}", ""),  # an exponent or index with nothing in it
+        (r"[\^_]\s*\{\s*\}", ""),  # an empty exponent or index
         (r"\\(?:left|right|displaystyle|textstyle)(?![A-Za-z])", ""),
         (r"(?<=\d)(?:\\,|\{,\})(?=\d{3}(?!\d))", ","),  # thousands
         (r"(?<!\\)\\[,;:! ]|~|\\q?quad(?![A-Za-z])", " "),
@@ -77,20 +77,20 @@ _KEY_REWRITES = tuple(
 )
 
 
-@lru_cache(maxsize=1024)  # the responses of a group say much the same
+@lru_cache(maxsize=1024)  # responses of a group repeat each other
 def clean(text: str) -> str:
-    """An answer without its dress: delimiters, text commands, emphasis, quotes, end punctuation."""
+    """Strip LaTeX delimiters and text commands, emphasis, quotes and end punctuation."""
     text = unicodedata.normalize("NFKC", text.translate(_SYMBOLS))
-    if not text.isascii():  # marks that show nothing: zero width, direction of writing
+    if not text.isascii():  # invisible marks: zero width, direction of writing
         text = "".join(c for c in text if unicodedata.category(c) != "Cf")
     for pattern, new in _REWRITES:
         text = pattern.sub(new, text)
-    for _ in range(3):  # text commands inside each other
+    for _ in range(3):  # nested text commands
         text = _TEXT_COMMAND.sub(r" \1 ", text)
     text = " ".join(text.split())
-    for _ in range(3):  # dress over dress: quotes in braces before a full stop
+    for _ in range(3):  # nested too: quotes in braces before a full stop
         text = text.strip(" \"'").rstrip(" .,;:\"'")
-        if re.search(r"[A-Za-z][!?]+$", text[-9:]):  # behind a digit it is a factorial
+        if re.search(r"[A-Za-z][!?]+$", text[-9:]):  # after a digit it is a factorial
             text = text.rstrip("!?")
         inside = re.fullmatch(r"\{([^{}]*)\}", text)
         text = inside.group(1) if inside else text
@@ -99,11 +99,7 @@ def clean(text: str) -> str:
 
 @lru_cache(maxsize=1024)
 def text_key(cleaned: str) -> str:
-    """Texts that differ in case, articles, hyphens, blank space or a date's order share a key.
-
-    Args:
-        cleaned: what `clean` returned.
-    """
+    """Return a key that is the same whatever the case, article, hyphens, spaces or date order."""
     key = cleaned.casefold()
     for pattern, new in _KEY_REWRITES:
         key = pattern.sub(new, key)
@@ -111,11 +107,7 @@ def text_key(cleaned: str) -> str:
 
 
 def number_spellings(cleaned: str) -> list[str]:
-    """A text, and the other spelling of a small whole number: fourteen for 14, 14 for fourteen.
-
-    Args:
-        cleaned: what `clean` returned.
-    """
+    """Return a text and, for a small whole number, its other spelling: 14 and fourteen."""
     key = text_key(cleaned)
     words = [word for word, digits in _WORD_VALUE.items() if digits == key]
     return [cleaned, *({key, *words} - {cleaned} if words else ())]
@@ -127,7 +119,7 @@ class Quantity:
 
     Attributes:
         value: exact.
-        unit: canonical; "" where there is none.
+        unit: canonical; "" for none.
         is_decimal: written with a decimal point.
         is_ratio: written as a fraction.
     """
@@ -171,11 +163,7 @@ _NOT_UNITS = frozenset(
 
 
 def quantity(cleaned: str) -> Quantity | None:
-    """A number, alone or with a unit or a counted noun; None for anything else.
-
-    Args:
-        cleaned: what `clean` returned.
-    """
+    """Parse a number, alone or with a unit or a counted noun; None for anything else."""
     currency = re.match(r"(-?)\s*([€£¥])\s*(.*)$", cleaned)
     if currency:
         cleaned = f"{currency[1]}{currency[3]} {currency[2]}"
@@ -200,7 +188,7 @@ def quantity(cleaned: str) -> Quantity | None:
 
 
 def same_quantity(one: Quantity, other: Quantity) -> bool:
-    """Equal numbers whose units agree or are left out on one side; 50 % is 50 and 0.5."""
+    """Compare numbers, whose units may be missing on one side; 50 % equals 50 and 0.5."""
     if one.unit and other.unit:
         return one.unit == other.unit and _same_value(one, other)
     if _same_value(one, other):
@@ -212,11 +200,7 @@ def same_quantity(one: Quantity, other: Quantity) -> bool:
 
 
 def split_unit(cleaned: str) -> tuple[str, str]:
-    r"""A formula and the unit behind it, as `2\sqrt{3} cm`; the unit is "" where there is none.
-
-    Args:
-        cleaned: what `clean` returned.
-    """
+    r"""Split a formula from the unit after it, as in `2\sqrt{3} cm`; the unit is "" for none."""
     found = re.fullmatch(r"(.+?)(\s+[A-Za-z][\w/^ {}]*|\s*[°%])", cleaned)
     unit = _unit(found[2]) if found else None
     return (cleaned, "") if found is None or unit is None else (found[1], unit)
@@ -225,7 +209,7 @@ def split_unit(cleaned: str) -> tuple[str, str]:
 def _same_value(one: Quantity, other: Quantity) -> bool:
     if one.value == other.value:
         return True
-    # 0.333333 is 1/3; two decimals, or two fractions, are compared exactly.
+    # 0.333333 equals 1/3, but two decimals or two fractions are compared exactly.
     if not (one.is_decimal and other.is_ratio or one.is_ratio and other.is_decimal):
         return False
     return abs(one.value - other.value) <= Fraction(2, 10**6) * abs(one.value)
@@ -245,7 +229,7 @@ def _value(found: re.Match[str]) -> Fraction | None:
 
 
 def _unit(rest: str) -> str | None:
-    """Canonical unit behind a number, or None if that is no unit."""
+    """Return the canonical unit for the text after a number; None if it is not a unit."""
     glued = not rest[0].isspace()
     name = " ".join(rest.casefold().split())
     name = re.sub(r"^(?:square|sq\.?) (.+)$", r"\1^2", re.sub(r"^cubic (.+)$", r"\1^3", name))
@@ -253,7 +237,7 @@ def _unit(rest: str) -> str | None:
     base, power, exponent = name.partition("^")
     name = _UNITS.get(base, base) + power + exponent
     if name in _UNITS:
-        # 5m may be five times m: a letter by itself is a unit only behind a space.
+        # 5m may be five times m: a single letter is a unit only after a space.
         is_letter = len(name) == 1 and name.isalpha()
         return None if glued and is_letter and len(rest) == 1 else _UNITS[name]
     words = name.split()

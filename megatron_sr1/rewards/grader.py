@@ -1,31 +1,31 @@
-"""The grader: verdicts on sampled answers, whatever a policy writes.
+"""The grader: a verdict on any text that a policy may sample as an answer.
 
-In: an answer, its gold answer, the question. Out: a verdict and the rule that gave it. An answer
-never raises: where a library does while it reads or compares one, the verdict is "wrong" and says
-what was raised. What raises is a gold answer that cannot be compared even with itself, or a grading
-process that does not start; limits of time and memory raise an error of their own.
+In: an answer, its gold answer, the question. Out: a verdict and the rule that gave it. An exception
+while an answer is read or compared makes it wrong, and the verdict names the exception. Errors are
+raised only for a gold answer that cannot be compared with itself, for a grading process that does
+not start, and, with a type of their own, for exceeded limits of time and memory.
 """
 
 from __future__ import annotations
 
 from megatron_sr1.errors import ConfigError, GradingError
 from megatron_sr1.rewards.accuracy import Verdict, bare_gold, is_runaway, judge_answer
-from megatron_sr1.rewards.worker import MathWorker, Uncomparable
+from megatron_sr1.rewards.math_worker import MathWorker, Uncomparable
 
 GRADERS = ("rules", "math_verify")
 UNCOMPARABLE = "uncomparable: "
-"""Begins the reason of such a verdict; the exception follows."""
+"""Prefix of a verdict's reason if reading or comparing the answer raised; the exception follows."""
 
 
 class Grader:
-    """Judges answers by the rules of accuracy.py, or by math-verify alone."""
+    """Judge answers by the rules of accuracy.py, or by math-verify alone."""
 
     def __init__(self, kind: str, timeout_seconds: float) -> None:
-        """Remember the limits; the grading process starts when it is first needed.
+        """Prepare the grading process, which starts when it is first needed.
 
         Args:
             kind: rules | math_verify.
-            timeout_seconds: one comparison may take so long, > 0.
+            timeout_seconds: time limit per comparison, > 0.
 
         Raises:
             ConfigError: unknown kind.
@@ -39,15 +39,15 @@ class Grader:
         """Judge an answer.
 
         Args:
-            answer: content of the box; None where there is no box.
-            gold: as the dataset has it; may itself be boxed.
-            question: as asked, with its options.
+            answer: content of the box; None without a box.
+            gold: as in the dataset; may be boxed.
+            question: with its options.
             sample_name: for messages.
 
         Raises:
-            GradingLimit: a comparison ran out of time or memory.
-            GradingError: there is no gold answer, it cannot be compared with itself, or the grader
-                does not start.
+            GradingLimit: a comparison exceeded the time or memory limit.
+            GradingError: the gold answer is empty or cannot be compared with itself, or the
+                grading process does not start.
         """
         try:
             return self._judge(answer, gold, question, sample_name)
@@ -55,7 +55,7 @@ class Grader:
             raise
         except Uncomparable as error:
             return Verdict(False, f"{UNCOMPARABLE}{error}")
-        except Exception as error:  # of a rule, in this process
+        except Exception as error:  # raised by a rule, in this process
             self._check_gold(gold, question, sample_name)
             return Verdict(False, f"{UNCOMPARABLE}{type(error).__name__}: {error}")
 
@@ -75,7 +75,7 @@ class Grader:
         return Verdict(compare(wanted, answer), "math_verify")
 
     def _check_gold(self, gold: str, question: str, sample_name: str) -> None:
-        """Raise a GradingError if gold cannot be compared even with itself."""
+        """Raise a GradingError if gold cannot be compared with itself."""
         try:
             self._judge(bare_gold(gold), gold, question, sample_name)
         except GradingError:
@@ -87,5 +87,5 @@ class Grader:
             ) from error
 
     def close(self) -> None:
-        """End the grading process; a later question starts a new one."""
+        """Stop the grading process; a later comparison starts a new one."""
         self.worker.close()

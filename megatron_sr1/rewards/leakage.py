@@ -1,10 +1,13 @@
-r"""Whether a description states the answer as a verdict, instead of what the image shows.
+r"""Detect descriptions that state the answer as a conclusion instead of what the image shows.
 
-In: a description, the gold answer, the question. Out: a flag. A description has to hold the value
-that is asked for whenever the image does (a digit, a colour, a label); that is no leak. A leak
-is a boxed answer, a description that is the answer and nothing else, or a sentence that gives it
-as the conclusion: "the answer is 7", "option B is correct", "…, so 7.", "3 + 4 = 7". What passes
-for such a sentence stands in leak_phrases.py.
+In: a description, the gold answer, the question. Out: a flag. A description must contain the value
+asked for if the image shows it (a digit, a colour, a label), so that alone is not a leak. A leak is
+a boxed answer, a description that consists of the answer alone, or a sentence that concludes with
+it: "the answer is 7", "option B is correct", "…, so 7.", "3 + 4 = 7".
+
+In the patterns of such sentences, `{said}` stands for a value, `{named}` for an option label,
+`{place}` for an ordinal. Patterns of values are searched in case-folded text, those of labels in
+text as written, since `a` is an article.
 """
 
 from __future__ import annotations
@@ -12,7 +15,6 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from megatron_sr1.rewards import leak_phrases as say
 from megatron_sr1.rewards.accuracy import bare_gold, gold_label
 from megatron_sr1.rewards.answers import clean, number_spellings
 from megatron_sr1.rewards.options import question_options
@@ -26,20 +28,74 @@ _LOOK_ALIKES = str.maketrans(
     "\u039f\u03a1\u03a4\u03a7",
     "aeopcyxisoaABEKMHOPCTXABEHIKMNOPTX",
 )
-"""Cyrillic and Greek letters that look Latin; read so inside words with Latin letters."""
+"""Cyrillic and Greek letters that look Latin, and are read as such in words with Latin letters."""
+_NOUN = r"answer|solution|result|conclusion"
+_IS = (
+    r"(?: is| are| would(?: of course)? be| must be| should be| will be| has to be"
+    r"|\s*(?:=|:|→|⇒|=>|->|-))"
+)
+_FOREIGN = (
+    r"(?:(?:respuesta|resposta|risposta)(?: (?:correcta|correta|corretta))?|r[ée]ponse|"
+    r"antwort|lösung|ответ)(?: (?:es|é|è|est|ist|lautet)|\s*[:=-])"
+)
+_CJK = r"(?:答案|答え|正解|选项|選項|정답|답)\s*(?:是|为|為|は|은|:|：)?"
+_CHOSEN = (
+    r"(?:correct(?: (?:option|choice|answer|label|letter|one))?"
+    r"|(?:right|best) (?:option|choice|answer))"
+)
+_ANSWER = (
+    rf"(?:\bans(?:wer)?(?: to (?:the|this) (?:question|problem))?{_IS}(?: therefore| thus)?:?"
+    rf"|\b{_CHOSEN}(?: is| would(?: of course)? be|:)|\b{_FOREIGN}|{_CJK}"
+    r"|(?:<|\[)answer(?:>|\])|####)"
+)
+"""Introduces an answer beyond doubt, whatever follows."""
+_FILLER = r"(?: (?:exactly|clearly|simply|equal to|that of|option|choice|the number|the|an?))*"
+_HENCE = r"(?:\b(?:so|therefore|thus|hence|consequently|accordingly|in conclusion)\b|∴)"
+_OPERATION = r"\d\s*(?:\+|-|\*|/|x|\\times|\\cdot|times|plus|minus)\s*[\d(]"
+_SUMMING = r"(?:adds?|sums?) (?:up )?to|amounts? to|comes? to|totals|total of|gives|yields|makes?"
+_LAST_WORD = r"\b(?:final|finally|sum|verdict|output)\s*[:=]|∴"
+_VALUE_BEFORE_STOP = (
+    rf"\b(?:{_NOUN})(?: to (?:the|this) (?:question|problem))?{_IS}{_FILLER} ?{{said}}",
+    rf"{{said}} (?:is|are|would be|must be) (?:the )?(?:final |correct |right )?(?:{_NOUN})",
+)
+"""Pictures contain results and solutions too, so the clause has to end after the value."""
+_VALUE = (
+    r"\b(?:value|number|word|thing|quantity)(?: (?:that|which)(?: is| was)?)? "
+    r"(?:asked for|wanted|sought|requested|needed|in question) is {said}",
+    r"(?:^|[.!?;\n]\s*|\band )(?:write|reply|respond|say|answer|put)(?: with)? [\"']?{said}",
+    r"\b(?:please|just|then|should|must) "
+    r"(?:write|reply|respond|say|output|answer|put|return|enter|box|type)(?: with)? [\"']?{said}",
+)
+"""The value asked for, and instructions to the reader."""
+_LABEL = (
+    r"(?i:\b(?:option|choice|answer))\s+{named}(?i:(?: is| seems| must be)?(?: the)? "
+    r"(?:correct|right|true|best|matching)\b)",
+    r"(?i:\b(?:choose|select|pick|mark|go(?:ing)? with|reply|answer(?: with)?)) "
+    r"(?i:(?:option|choice|answer) )?{named}(?!\s+[a-z]+\b)",
+    r"(?i:\b(?:is|match(?:es|ing)|fits|corresponds to|points to|agrees with) "
+    r"(?:option|choice|answer)) {named}",
+    r"{named} is (?:the )?(?:correct|(?:right|best) (?:option|choice|answer|one))\b",
+    r"{named} it is\b",
+    r"选择?\s*{named}",
+)
+_PLACES = ("first", "second", "third", "fourth", "fifth", "sixth")
+_PLACE = (
+    r"\b{place} (?:option|choice|answer)(?: is| seems)?(?: the)? (?:right|correct|best|fits|match)"
+    r"|\b(?:choose|pick|select|mark) the {place}\b"
+)
 
 
-@lru_cache(maxsize=1024)  # the responses of a group say much the same
+@lru_cache(maxsize=1024)  # responses of a group repeat each other
 def states_answer(description: str, gold: str, question: str) -> bool:
-    """Whether a description gives the answer away as a verdict.
+    """Return True if a description states the answer as a conclusion.
 
-    Not covered: a verdict in words of its own ("one gets 7"), by what it is not, or in another
-    spelling (XIV, 28/2). docs/rewards.md has the measured recall.
+    Not detected: unusual phrases ("one gets 7"), exclusion ("not A, not C"), other spellings (XIV,
+    28/2). docs/rewards.md has the measured recall.
 
     Args:
         description: text inside the description span.
-        gold: as the dataset has it.
-        question: as asked, with its options.
+        gold: as in the dataset.
+        question: with its options.
     """
     if re.search(r"\\boxed\b", description):
         return True
@@ -50,14 +106,14 @@ def states_answer(description: str, gold: str, question: str) -> bool:
     text = _plain(description)
     if label is not None:
         values.append(clean(options.get(label, "")))
-        if _label_is_verdict(text, label):
+        if _concludes_with_label(text, label):
             return True
         values = [v for v in values if v.strip("()[].: ").upper() != label]
-    return any(_value_is_verdict(text.casefold(), value) for value in values if value)
+    return any(_concludes_with_value(text.casefold(), value) for value in values if value)
 
 
 def _plain(description: str) -> str:
-    """Cleaned line by line, look-alikes as the letters that they pass for."""
+    """Clean a text line by line and replace look-alike letters."""
     lines = (clean(line) for line in description.splitlines())
     text = "\n".join(line for line in lines if line)
     if text.isascii():
@@ -70,62 +126,62 @@ def _as_latin(word: str) -> str:
     return word.translate(_LOOK_ALIKES) if is_mixed else word
 
 
-def _value_is_verdict(text: str, value: str) -> bool:
-    """Whether a value is given as the answer in a cleaned, case-folded text."""
-    spellings = "|".join(map(_spelt, number_spellings(value)))
+def _concludes_with_value(text: str, value: str) -> bool:
+    """Return True if a plain, case-folded text states a value as the answer."""
+    spellings = "|".join(map(_value_pattern, number_spellings(value)))
     ends = r"(?!\.\d|,\d|\s*[-+*/=]\s*\d)"
     said = rf"(?:{spellings})(?![a-z0-9_]){ends}"
     apart = r"\s?".join(value) if value.isdigit() else said
     if re.fullmatch(rf"(?:(?:it|this|that)(?: is|'s) )?{said}\W*", text):
         return True
-    if re.search(rf"{say.ANSWER}{say.FILLER}\s*[\"'(]?(?:{said}|{apart}(?!\s?\w){ends})", text):
+    if re.search(rf"{_ANSWER}{_FILLER}\s*[\"'(]?(?:{said}|{apart}(?!\s?\w){ends})", text):
         return True
     unit = r"(?: [a-z]+| ?[°%])?"
     stop = r"\s*(?:[.,;:!?)\n]|$|because\b|since\b)"
-    if any(re.search(p.format(said=said) + unit + stop, text) for p in say.VALUE_BEFORE_STOP):
+    if any(re.search(p.format(said=said) + unit + stop, text) for p in _VALUE_BEFORE_STOP):
         return True
-    if any(re.search(p.format(said=said), text) for p in say.VALUE):
+    if any(re.search(p.format(said=said), text) for p in _VALUE):
         return True
     if value.casefold() in ("yes", "no") and re.match(rf"{said}\s*[,.!;]", text):
         return True
-    return _is_concluded(text, said, unit)
+    return _derives_value(text, said, unit)
 
 
-def _is_concluded(text: str, said: str, unit: str) -> bool:
-    """Whether a sentence concludes with a value, or the last one computes it."""
+def _derives_value(text: str, said: str, unit: str) -> bool:
+    """Return True if a sentence draws a value as its conclusion, or the last one computes it."""
     sentences = _sentences(text)
     last = sentences[-1] if sentences else ""
-    concluded = rf"{say.HENCE},?(?: [^.;]*)? {said}{unit}\W*"
+    concluded = rf"{_HENCE},?(?: [^.;]*)? {said}{unit}\W*"
     if any(re.fullmatch(concluded, sentence) for sentence in sentences):
         return True
     if re.search(rf"(?:^|[,:] |\band ){concluded}$", last):
         return True
-    if re.search(rf"(?:{say.LAST_WORD})\s*{said}{unit}\W*$", last):
+    if re.search(rf"(?:{_LAST_WORD})\s*{said}{unit}\W*$", last):
         return True
     end = rf"\s*{said}{unit}[^\w\"']*$"
     result = re.search(rf"(?:=|\bis|\bequals|\bmakes){end}", last)
-    if result is not None and re.search(say.OPERATION, last[: result.start()]):
+    if result is not None and re.search(_OPERATION, last[: result.start()]):
         return True
-    summed = re.search(rf"\b(?:{say.SUMMING}){end}", last)
+    summed = re.search(rf"\b(?:{_SUMMING}){end}", last)
     return summed is not None and len(re.findall(r"\d+", text)) > 2
 
 
-def _label_is_verdict(text: str, label: str) -> bool:
-    """Whether an option label is given as the answer in a cleaned text."""
+def _concludes_with_label(text: str, label: str) -> bool:
+    """Return True if a plain text states an option label as the answer."""
     named = rf"[(\[]?{label}[)\]]?(?![A-Za-z0-9_'])"
     option = rf"(?:option|choice|answer)\s+{named}"
     if re.fullmatch(rf"(?i:(?:the )?(?:(?:option|choice|answer)(?: is)?:? )?){named}\W*", text):
         return True
-    if re.search(rf"(?i:{say.ANSWER}{say.FILLER})\s*{named}(?!\s+[a-z]+s?\b)", text):
+    if re.search(rf"(?i:{_ANSWER}{_FILLER})\s*{named}(?!\s+[a-z]+s?\b)", text):
         return True
-    if re.search(rf"(?i:{say.ANSWER})\s*{named}\s*(?:$|[.,;:)])", text):
+    if re.search(rf"(?i:{_ANSWER})\s*{named}\s*(?:$|[.,;:)])", text):
         return True
-    if any(re.search(pattern.format(named=named), text) for pattern in say.LABEL):
+    if any(re.search(pattern.format(named=named), text) for pattern in _LABEL):
         return True
-    place = say.PLACES[ord(label) - ord("A")] if ord(label) - ord("A") < len(say.PLACES) else "-"
-    if re.search(say.PLACE.format(place=place), text, re.IGNORECASE):
+    place = _PLACES[ord(label) - ord("A")] if ord(label) - ord("A") < len(_PLACES) else "-"
+    if re.search(_PLACE.format(place=place), text, re.IGNORECASE):
         return True
-    if re.search(rf"(?:^|\.\s+|,\s+)(?i:{say.HENCE}),?(?: [^.;]*)? {named}\W*$", text):
+    if re.search(rf"(?:^|\.\s+|,\s+)(?i:{_HENCE}),?(?: [^.;]*)? {named}\W*$", text):
         return True
     last = _sentences(text)[-1:] or [""]
     alone = re.fullmatch(rf"\W*(?:{option}|{named})\W*", last[0], re.IGNORECASE)
@@ -133,11 +189,11 @@ def _label_is_verdict(text: str, label: str) -> bool:
 
 
 def _sentences(text: str) -> list[str]:
-    """Ends of the sentences: a verdict is short, and no pattern runs over a long text twice."""
+    """Return the last characters of each sentence, so that patterns take linear time."""
     parts = (part.strip() for part in _SENTENCE.split(text))
     return [part[-MAX_SENTENCE_CHARACTERS:] for part in parts if part]
 
 
-def _spelt(value: str) -> str:
-    """A pattern for a value, blank space in it free."""
+def _value_pattern(value: str) -> str:
+    """Return a pattern for a value with any whitespace between its words."""
     return r"\s+".join(re.escape(word) for word in value.casefold().split())

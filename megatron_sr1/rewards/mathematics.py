@@ -1,16 +1,23 @@
-"""The process that compares two mathematical answers.
+"""The process that compares mathematical answers, by math-verify 0.9.
 
-`python -m megatron_sr1.rewards.mathematics rules | math_verify`. In: a line of JSON a question,
-`{"gold", "answer", "seconds"}`. Out: a line of JSON each: `{"equal": bool}`,
-`{"uncomparable": str}` where reading or comparing the answer raised, `{"limit": str}` where memory
-ran out, or `{"error": str}` where gold cannot be compared even with itself; first of all
-`{"ready": true}`.
+`python -m megatron_sr1.rewards.mathematics rules | math_verify` writes `{"ready": true}`, then
+answers each line of JSON, `{"gold", "answer", "seconds"}`, with one: `{"equal": bool}`,
+`{"uncomparable": str}` if reading or comparing the answer raised, `{"limit": str}` if memory ran
+out, or `{"error": str}` if gold cannot be compared with itself.
 
-math-verify does the work. With `rules` it reads LaTeX alone, and comparison.py replaces the parts
-of it that err. With `math_verify` it is called as its README does: LaTeX, then plain expressions,
-which sympy's `parse_expr` evaluates as Python, but whose pattern lets only digits and operators
-through. Both of its own time limits (signals) are off: worker.py kills this process from outside,
-and a kernel timer ends it where nobody is left to do so.
+With `math_verify` the library is called as in its README: it reads LaTeX, then plain expressions,
+which sympy's `parse_expr` evaluates as Python, but whose pattern admits only digits and operators.
+With `rules` it reads LaTeX alone, and `install` replaces three functions that are called from deep
+inside its comparison of sets, tuples, intervals, equations and matrices, and that err:
+
+- numbers: the library evaluates a difference to 15 digits and rounds it to 0, so that 2^-99 equals
+  2^-98. Here closeness is relative, and numbers without decimals are compared exactly;
+- chains of relations: the library pairs them in order and raises if their lengths differ. Here
+  1 < x < 3 and 3 > x > 1 are equal, and chains of different lengths are not;
+- "not equal" is missing in the library's table of mirrored relations, which raises KeyError.
+
+The library's own time limits (signals) are off: math_worker.py kills this process from outside, and
+a kernel timer ends it if that process is gone.
 """
 
 from __future__ import annotations
@@ -25,24 +32,27 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from megatron_sr1.rewards import comparison
-
 MAX_ADDRESS_BYTES = 4 << 30
-"""For a single request that process.py, which watches the memory in use, could not see coming."""
+"""For a single allocation, too fast for math_worker.py, which watches the memory in use."""
 LARGEST_EXPONENT = 1000
 LARGEST_SYMBOLIC_EXPONENT = 100
-"""(x + 1)^500 takes the algebra seconds to multiply out."""
+"""Expanding (x + 1)^500 takes seconds."""
 MAX_REASON_CHARACTERS = 200
 _WARM_UP = (("5", "6"), (r"\sqrt{8}", r"2\sqrt{2}"), ("x>5", "x<5"), ("(1,2)", r"\{1,2\}"))
+DECIMAL_CLOSENESS = 2e-6
+"""Relative tolerance between a decimal and an exact number, as 0.333333 and 1/3; the same as in
+answers.py."""
+SAME_NUMBER = 1e-50
+"""Relative tolerance between numbers whose exact difference sympy cannot compute."""
 
 
 def parse(text: str) -> list[Any]:
-    """Expressions that the LaTeX grammar reads in a text; none if it reads none."""
+    """Return the expressions that the LaTeX grammar reads in a text, possibly none."""
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig
     from math_verify import parse as parse_latex
 
-    # Units stay: answers.py has taken off what is one, and 5m is not 5.
+    # Keep what looks like units: answers.py has removed the real ones, and 5m is not 5.
     as_written = NormalizationConfig(
         basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none"
     )
@@ -56,14 +66,10 @@ def parse(text: str) -> list[Any]:
 
 
 def equal(gold: str, answer: str) -> bool:
-    r"""Whether an answer equals the gold one as mathematics.
+    r"""Return True if an answer equals the gold one; both without math delimiters.
 
-    An answer is wrong that the grammar cannot read, that has no value (division by zero), or that
-    leaves the work undone: a sum, an integral, a limit, a power or factorial beyond all bounds.
-
-    Args:
-        gold: LaTeX or plain mathematics, without delimiters.
-        answer: the same.
+    An answer is wrong if the grammar cannot read it, if it has no value (division by zero), or if
+    it leaves the work undone: a sum, an integral, a limit, a huge power or factorial.
     """
     golds, answers = read_gold(gold), parse(answer)
     if not golds or not answers or any(_is_undone(a) for a in answers):
@@ -73,34 +79,25 @@ def equal(gold: str, answer: str) -> bool:
     return _verify(golds, answers)
 
 
-@lru_cache(maxsize=1024)  # the responses of a group have one gold answer
+@lru_cache(maxsize=1024)  # the responses of a group share their gold answer
 def read_gold(gold: str) -> list[Any]:
-    """Parse a gold answer and compare it with itself: whatever that raises, the grader is broken.
-
-    Args:
-        gold: as `equal` takes it.
-    """
+    """Parse a gold answer and compare it with itself, so that it raises here if it ever does."""
     return _checked(parse(gold))
 
 
 def library_equal(gold: str, answer: str) -> bool:
-    r"""Whether an answer equals the gold one as math-verify's README asks it.
-
-    Args:
-        gold: as the dataset has it, out of its box.
-        answer: out of its box.
-    """
+    r"""Return True if an answer equals the gold one, compared as in math-verify's README."""
     return _verify(library_gold(gold), _library_parse(rf"\boxed{{{answer}}}"))
 
 
 @lru_cache(maxsize=1024)
 def library_gold(gold: str) -> list[Any]:
-    """As `read_gold`, for `library_equal`."""
+    """Do the same as `read_gold` for `library_equal`."""
     return _checked(_library_parse(gold if "$" in gold else f"${gold}$"))
 
 
 def _checked(golds: list[Any]) -> list[Any]:
-    """The same, if they can be compared with themselves; none for 1/0, which nothing equals."""
+    """Compare gold answers with themselves and return them; none for 1/0, which nothing equals."""
     if any(_has_no_value(gold) for gold in golds):
         return []
     _verify(golds, golds)
@@ -120,9 +117,9 @@ def _library_parse(text: str) -> list[Any]:
 
 
 def _verify(golds: list[Any], answers: list[Any]) -> bool:
-    """Whether any of the answers equals any of the gold ones; raises if none does and one raised.
+    """Return True if any pair is equal; raise if none is and comparing one raised.
 
-    The library stops at the first pair that raises, even if another one is equal.
+    The library stops at the first pair that raises, even if another is equal.
     """
     from math_verify import verify
 
@@ -145,7 +142,7 @@ GRADERS: dict[str, tuple[Callable[[str], Any], Callable[[str, str], bool]]] = {
     "rules": (read_gold, equal),
     "math_verify": (library_gold, library_equal),
 }
-"""What reads and checks a gold answer, and what compares an answer with it."""
+"""Functions that read and check a gold answer, and that compare an answer with it."""
 
 
 def _has_no_value(expression: Any) -> bool:
@@ -176,22 +173,96 @@ def _is_undone(expression: Any) -> bool:
 
 
 def _is_root(size: Any) -> bool:
-    """An exponent like 1/2 that the grammar keeps as 2 to the -1."""
+    """Return True for an exponent such as 1/2, which the grammar keeps as 2^-1."""
     return bool(size.is_Pow and size.args[0].is_Integer and size.args[1] == -1)
 
 
+def install() -> None:
+    """Replace the three functions in the library; call it once per process."""
+    from math_verify import grader
+    from sympy import Ne
+
+    grader.INVERSE_RELATIONS[Ne] = Ne
+    grader.sympy_numeric_eq = equal_numbers
+    one_relation = grader.sympy_compare_relational
+
+    def equal_relations(gold: Any, answer: Any, *rounding: int) -> bool:
+        """Return True if both have the same relations, in any order."""
+        golds, left = _relations(gold), _relations(answer)
+        if len(golds) != len(left):
+            return False
+        for relation in golds:
+            same = (n for n, other in enumerate(left) if one_relation(relation, other, *rounding))
+            found = next(same, None)
+            if found is None:
+                return False
+            del left[found]
+        return True
+
+    grader.sympy_compare_relational = equal_relations
+
+
+def equal_numbers(gold: Any, answer: Any, float_rounding: int, numeric_precision: int) -> bool:
+    """Return True if two numbers, or two matrices of them, are equal.
+
+    The library passes the last two arguments, which are not used.
+    """
+    from math_verify.grader import get_pct_val, safe_sympy_doit
+    from sympy import Expr, Float, Integer, MatrixBase
+
+    gold, answer = safe_sympy_doit(gold), safe_sympy_doit(answer)
+    if isinstance(gold, MatrixBase) or isinstance(answer, MatrixBase):
+        if getattr(gold, "shape", None) != getattr(answer, "shape", None):
+            return False
+        pairs = zip(gold.flat(), answer.flat(), strict=True)
+        return all(equal_numbers(one, other, 0, 0) for one, other in pairs)
+    if not isinstance(gold, Expr) or not isinstance(answer, Expr):
+        return False  # a relation and a number
+    if any(isinstance(get_pct_val(side, side), Integer) for side in (gold, answer)):
+        gold, answer = get_pct_val(gold, gold), get_pct_val(answer, answer)
+    decimals = [isinstance(get_pct_val(side, side), Float) for side in (gold, answer)]
+    is_rounded = sum(decimals) == 1 and not isinstance(answer if decimals[0] else gold, Integer)
+    gold, answer = _exact(gold), _exact(answer)
+    difference = gold - answer
+    if difference == 0:
+        return True
+    if not difference.is_number or difference.is_finite is False:
+        return False
+    if difference.is_Rational and not is_rounded:
+        return False
+    tolerance = DECIMAL_CLOSENESS if is_rounded else SAME_NUMBER
+    return bool(abs(difference.evalf()) <= tolerance * abs(gold.evalf()))
+
+
+def _exact(expression: Any) -> Any:
+    """Convert decimals to exact fractions."""
+    from sympy import Float, Rational
+
+    floats = expression.atoms(Float)
+    return expression.xreplace({number: Rational(str(number)) for number in floats})
+
+
+def _relations(expression: Any) -> list[Any]:
+    """Return the relations of a chain, or a single one as a list."""
+    from latex2sympy2_extended.logic import And
+
+    if not isinstance(expression, And):
+        return [expression]
+    return [part for argument in expression._unsorted_args for part in _relations(argument)]
+
+
 def serve(replies: Any, grader: str = "rules") -> None:
-    """Answer questions from standard input until it ends."""
+    """Answer requests from standard input until it ends."""
     check_gold, compare = GRADERS[grader]
     for line in sys.stdin:
-        asked = json.loads(line)
-        # The default action ends the process, also inside a C loop that sees no Python signal.
-        signal.setitimer(signal.ITIMER_REAL, 2 * asked["seconds"] + 1)
+        request = json.loads(line)
+        # The default action ends the process even in C code, where Python handles no signals.
+        signal.setitimer(signal.ITIMER_REAL, 2 * request["seconds"] + 1)
         blamed = "error"
         try:
-            check_gold(asked["gold"])
+            check_gold(request["gold"])
             blamed = "uncomparable"
-            reply: dict[str, Any] = {"equal": compare(asked["gold"], asked["answer"])}
+            reply: dict[str, Any] = {"equal": compare(request["gold"], request["answer"])}
         except MemoryError as error:
             reply = {"limit": type(error).__name__}
         except Exception as error:
@@ -201,14 +272,14 @@ def serve(replies: Any, grader: str = "rules") -> None:
 
 
 def main(grader: str) -> None:
-    """Keep standard output for replies, load the library, warm it up, serve."""
+    """Reserve standard output for replies, load the library and warm it up, then serve."""
     replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print must not look like a reply
+    os.dup2(2, 1)  # so that output of libraries is not taken for a reply
     logging.disable(logging.CRITICAL)
     resource.setrlimit(resource.RLIMIT_AS, (MAX_ADDRESS_BYTES, MAX_ADDRESS_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if grader == "rules":
-        comparison.install()
+        install()
     for gold, answer in _WARM_UP:
         GRADERS[grader][1](gold, answer)
     replies.write(json.dumps({"ready": True}) + "\n")

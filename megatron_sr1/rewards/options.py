@@ -1,7 +1,7 @@
 """Options of a multiple-choice question, and the labels that answers name.
 
-In: the question's text, an answer's text. Out: label -> option text; the label that an answer
-names and what it says besides.
+In: the text of a question or an answer. Out: label -> option text; the label that an answer names
+and the text that comes with it. A parameter `cleaned` is text that `answers.clean` returned.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _MARKS = (
     re.compile(r"(?m)(?:^[ \t*]*|(?<=[\s,;:]))([A-Z])\s?[.):](?![A-Za-z]\.)"),
     re.compile(r"(?m)^[ \t*]*([A-Z])[ \t]+[-–][ \t]+"),
 )
-"""(A) and [A]; A. and A) and A: at the start of a line or behind a space; A - in a line."""
+"""(A) or [A]; A. or A) or A: at the start of a line or after a space; "A - " starting a line."""
 _LABEL_ALONE = re.compile(
     r"(?:(?:the )?(?:correct )?(?:option|choice|answer)(?: is)?:? )?[(\[]?([A-Za-z])[)\]]?[.:]?",
     re.IGNORECASE,
@@ -34,12 +34,10 @@ _LIST_GAP = re.compile(r"\s*(?:,|;|/|&|\band\b)\s*", re.IGNORECASE)
 
 
 def question_options(question: str) -> dict[str, str]:
-    """Options that a question lists, labels A, B, … in order; empty if there are not two.
+    """Return the options of the last list in a question, labels A, B, … -> text.
 
-    The last such list counts. An option ends where the next begins, the last one with its line.
-
-    Args:
-        question: as asked.
+    Empty if there are fewer than two. An option ends where the next begins, the last at the end of
+    its line.
     """
     best: list[re.Match[str]] = []
     for mark in _MARKS:
@@ -62,13 +60,10 @@ def question_options(question: str) -> dict[str, str]:
 
 
 def named_label(cleaned: str) -> tuple[str, str] | None:
-    """The option label that an answer names, upper case, and the text that goes with it.
+    """Return the option label that an answer names, in upper case, and the text after it.
 
-    `A`, `(A)`, `A.`, `option A` and the like name A with no text; `A. foo`, `(A) foo` with one.
-    `A foo` names nothing: that is an article.
-
-    Args:
-        cleaned: what `answers.clean` returned.
+    `A`, `(A)`, `A.`, `option A` and the like have no text; `A. foo` and `(A) foo` have. `A foo` is
+    an article and a noun: None.
     """
     alone = _LABEL_ALONE.fullmatch(cleaned)
     if alone:
@@ -81,12 +76,7 @@ def named_label(cleaned: str) -> tuple[str, str] | None:
 
 
 def label_then_text(cleaned: str, options: Mapping[str, str]) -> tuple[str, str] | None:
-    """`B cat` and `B, cat` name B where cat is the text of option B, and nothing otherwise.
-
-    Args:
-        cleaned: what `answers.clean` returned.
-        options: of the question.
-    """
+    """Return label and text of `B cat` or `B, cat` if cat is the text of option B, else None."""
     found = _LABEL_THEN_TEXT.fullmatch(cleaned)
     if found is None:
         return None
@@ -94,35 +84,30 @@ def label_then_text(cleaned: str, options: Mapping[str, str]) -> tuple[str, str]
     return (label, text) if text_key(clean(options.get(label, ""))) == text_key(text) else None
 
 
-def names_another(said: str, label: str, options: Mapping[str, str]) -> bool:
-    """Whether the text behind a label names another option, by label or by text.
+def names_another(cleaned: str, label: str, options: Mapping[str, str]) -> bool:
+    """Return True if the text after a label names another option, by label or by text.
 
     Args:
-        said: behind the label, cleaned.
-        label: that was named.
+        cleaned: the text after `label`.
+        label: the label named first.
         options: of the question; may be empty.
     """
-    key, own = text_key(said), text_key(clean(options.get(label, "")))
-    if not key or key == own:
+    key, labelled = text_key(cleaned), text_key(clean(options.get(label, "")))
+    if not key or key == labelled:
         return False
-    for found in _OTHER_LABEL.finditer(said):
+    for found in _OTHER_LABEL.finditer(cleaned):
         letter = next(group for group in found.groups() if group).upper()
         if letter != label and (not options or letter in options):
             return True
     others = {text_key(clean(text)) for other, text in options.items() if other != label}
     return any(
-        other and other not in own and re.search(rf"(?<!\w){re.escape(other)}(?!\w)", key)
+        other and other not in labelled and re.search(rf"(?<!\w){re.escape(other)}(?!\w)", key)
         for other in others
     )
 
 
 def label_list(cleaned: str, options: Mapping[str, str]) -> list[str] | None:
-    """Labels of an answer that names several: `A, C`, `A and C`; run together only as options.
-
-    Args:
-        cleaned: what `answers.clean` returned.
-        options: of the question.
-    """
+    """Return the labels in `A, C` or `A and C`, or in `AC` if A and C are options; else None."""
     parts = [part.strip("() ") for part in _LIST_GAP.split(cleaned) if part.strip("() ")]
     if len(parts) > 1 and all(re.fullmatch(r"[A-Z]", part) for part in parts):
         return parts

@@ -16,7 +16,7 @@ import numpy as np
 from megatron_sr1.algorithm.advantages import group_advantages, weighted_sum
 from megatron_sr1.config import AlgorithmConfig
 from megatron_sr1.records import Reward
-from megatron_sr1.rewards.parsing import DESCRIPTION, find_span
+from megatron_sr1.rewards.response import DESCRIPTION, find_span
 
 
 @dataclass(frozen=True)

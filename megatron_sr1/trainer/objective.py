@@ -14,8 +14,7 @@ from dataclasses import replace
 import torch
 
 from megatron_sr1.algorithm import correction
-from megatron_sr1.algorithm.losses import policy_loss
-from megatron_sr1.algorithm.reduction import reduction, sequence_log_ratios
+from megatron_sr1.algorithm.losses import policy_loss, reduction, sequence_log_ratios
 from megatron_sr1.config import AlgorithmConfig
 from megatron_sr1.errors import EngineError
 from megatron_sr1.records import PackedBatch

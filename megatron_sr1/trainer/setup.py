@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from megatron_sr1.config import Config, LaunchConfig
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.model.build import build_model
 from megatron_sr1.model.hf_config import HFConfig, read_hf_config
-from megatron_sr1.rewards.own import OwnReward
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.runtime import cpu, failure
@@ -129,16 +129,4 @@ def make_engine(config: Config, directory: Path, processor: Processor, device: D
 
 def make_scorer(config: Config, recipe: str | None = None) -> Scorer:
     """Grader of a recipe, by default the configured one."""
-    reward = config.reward
-    return Scorer(
-        recipe or reward.recipe,
-        accuracy_weight=reward.accuracy_weight,
-        format_weight=reward.format_weight,
-        self_reward_weight=reward.self_reward_weight,
-        pay_leaks=reward.pay_leaks,
-        likelihood=reward.likelihood,
-        likelihood_nats=reward.likelihood_nats,
-        grader=reward.grader,
-        grader_timeout_seconds=reward.grader_timeout_seconds,
-        own=OwnReward(reward.function) if reward.function else None,
-    )
+    return Scorer(replace(config.reward, recipe=recipe or config.reward.recipe))

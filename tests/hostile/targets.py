@@ -29,8 +29,13 @@ from megatron_sr1.data.shard_index import index_path
 from megatron_sr1.data.shards import ShardReader, write_shards
 from megatron_sr1.errors import DataError
 from megatron_sr1.records import Message, TrainSample
-from megatron_sr1.rewards.format import BLOCKS, has_form
-from megatron_sr1.rewards.parsing import find_answer, find_boxed, find_description
+from megatron_sr1.rewards.response import (
+    BLOCKS,
+    find_answer,
+    find_boxed,
+    find_description,
+    has_format,
+)
 from tests.hostile.mutations import (
     EDITS,
     VALID_IMAGES,
@@ -86,7 +91,7 @@ def check_parsing(text):
     """Spans are substrings, a description stays as the text grows, nothing raises or is slow."""
     with in_time("parsing"):
         description, answer, boxed = find_description(text), find_answer(text), find_boxed(text)
-        forms = {recipe: has_form(text, recipe) for recipe in BLOCKS}
+        forms = {recipe: has_format(text, recipe) for recipe in BLOCKS}
         without = strip_image_marks(text)
     assert description is None or (description in text and description == description.strip() != "")
     assert answer is None or (answer in text and answer == answer.strip() != "")

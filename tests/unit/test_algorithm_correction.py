@@ -1,4 +1,4 @@
-"""The gap between engine and actor, by hand."""
+"""The mismatch of engine and actor against values computed by hand."""
 
 import math
 
@@ -12,9 +12,9 @@ ACTOR = torch.tensor([[-1.2, -2.0, -0.45, -1.0, -1.0]])
 MASK = torch.tensor([[1.0, 1.0, 1.0, 0.0, 0.0]])
 
 
-def test_the_gap_is_summed_over_target_tokens_only():
+def test_the_mismatch_is_summed_over_target_tokens_only():
     sums = {name: value.item() for name, value in mismatch_sums(ENGINE, ACTOR, MASK).items()}
-    # gaps engine - actor: 0.2, 0, -0.05
+    # engine - actor: 0.2, 0, -0.05
     assert sums["mismatch/k1"] == pytest.approx(0.15, abs=1e-6)
     k3 = (math.exp(-0.2) + 0.2 - 1) + (math.exp(0.05) - 0.05 - 1)
     assert sums["mismatch/kl"] == pytest.approx(k3, abs=1e-6)
@@ -22,12 +22,12 @@ def test_the_gap_is_summed_over_target_tokens_only():
     assert sums["mismatch/abs_max"] == pytest.approx(0.2, abs=1e-6)
 
 
-def test_no_targets_no_gap():
+def test_the_mismatch_is_zero_without_targets():
     sums = mismatch_sums(ENGINE, ACTOR, 0 * MASK)
     assert all(value.item() == 0 for value in sums.values())
 
 
-def test_a_measurement_sends_no_gradient():
+def test_mismatch_sums_carry_no_gradient():
     actor = ACTOR.clone().requires_grad_()
     assert not any(v.requires_grad for v in mismatch_sums(ENGINE, actor, MASK).values())
 
@@ -41,7 +41,7 @@ def test_importance_weights_are_the_ratio_up_to_the_cap_and_1_elsewhere():
     assert not weights.requires_grad
 
 
-def test_importance_weights_make_the_engines_samples_an_estimate_under_the_actor():
+def test_weighted_samples_of_the_engine_estimate_an_expectation_under_the_actor():
     torch.manual_seed(0)
     engine, actor = torch.tensor([0.6, 0.3, 0.1]), torch.tensor([0.5, 0.35, 0.15])
     value = torch.tensor([1.0, 2.0, 5.0])

@@ -1,4 +1,4 @@
-"""Losses and their gradients, by hand: clip on both sides, dual clip, KL, masks, micro-batches."""
+"""Losses and gradients against values computed by hand: clips, KL, masks, micro-batches."""
 
 import math
 
@@ -11,7 +11,7 @@ CLIP = {"clip_low": 0.2, "clip_high": 0.3, "dual_clip": 3.0}
 
 
 def one_token(ratio, advantage, **more):
-    """Loss, gradient by the policy's logprob, and what is reported, for one target token."""
+    """Return loss, gradient by the policy logprob, and reported sums, for one target token."""
     policy = torch.tensor([[math.log(ratio) - 1.0]], requires_grad=True)
     old, ones = torch.tensor([[-1.0]]), torch.ones(1, 1)
     loss, reported = policy_loss(policy, old, ones * advantage, ones, **(CLIP | more))
@@ -19,25 +19,25 @@ def one_token(ratio, advantage, **more):
     return loss.item(), policy.grad.item(), {k: v.item() for k, v in reported.items()}
 
 
-# The ratio's derivative by the logprob is the ratio; a clipped token has no gradient.
+# The derivative of the ratio by the logprob is the ratio; a clipped token has no gradient.
 @pytest.mark.parametrize(
     ("ratio", "advantage", "loss", "gradient", "clipped", "dual_clipped"),
     [
         (1.0, 2.0, -2.0, -2.0, 0, 0),
         (1.0, -2.0, 2.0, 2.0, 0, 0),
-        (1.25, 2.0, -2.5, -2.5, 0, 0),  # inside 1.3, outside 1.2: the sides differ
-        (1.5, 2.0, -2.6, 0.0, 1, 0),  # gains no more beyond 1.3
-        (0.5, 2.0, -1.0, -1.0, 0, 0),  # a good token may always come back
-        (0.85, -2.0, 1.7, 1.7, 0, 0),  # inside 0.8, outside 0.7
-        (0.5, -2.0, 1.6, 0.0, 1, 0),  # loses no more below 0.8
-        (1.5, -2.0, 3.0, 3.0, 0, 0),  # a bad token may always come back,
+        (1.25, 2.0, -2.5, -2.5, 0, 0),  # between 1.2 and 1.3: the two limits differ
+        (1.5, 2.0, -2.6, 0.0, 1, 0),  # no further gain above 1.3
+        (0.5, 2.0, -1.0, -1.0, 0, 0),  # a good token below the limit keeps its gradient
+        (0.85, -2.0, 1.7, 1.7, 0, 0),  # above 0.8: 1 - 0.2, not 1 - 0.3
+        (0.5, -2.0, 1.6, 0.0, 1, 0),  # no further loss below 0.8
+        (1.5, -2.0, 3.0, 3.0, 0, 0),  # a bad token above the limit keeps its gradient,
         (2.9, -2.0, 5.8, 5.8, 0, 0),
-        (3.5, -2.0, 6.0, 0.0, 0, 1),  # but not beyond the dual clip
-        (3.5, 2.0, -2.6, 0.0, 1, 0),  # which good tokens do not have
+        (3.5, -2.0, 6.0, 0.0, 0, 1),  # but not above the dual clip,
+        (3.5, 2.0, -2.6, 0.0, 1, 0),  # which does not apply to good tokens
         (1.0, 0.0, 0.0, 0.0, 0, 0),
     ],
 )
-def test_a_tokens_loss_and_gradient(ratio, advantage, loss, gradient, clipped, dual_clipped):
+def test_loss_and_gradient_of_a_token(ratio, advantage, loss, gradient, clipped, dual_clipped):
     got, grad, reported = one_token(ratio, advantage)
     assert got == pytest.approx(loss, rel=1e-5, abs=1e-7)
     assert grad == pytest.approx(gradient, rel=1e-5, abs=1e-7)
@@ -64,7 +64,7 @@ def test_kl_to_the_reference_is_k3_with_its_gradient(gap):
     assert policy.grad.item() == pytest.approx(0.5 * (1 - math.exp(gap)), abs=1e-6)
 
 
-def test_k3_is_cut_where_it_would_explode():
+def test_k3_is_clamped_for_large_differences():
     policy = torch.tensor([-60.0, -5.0], requires_grad=True)
     value = k3_divergence(policy, torch.tensor([-0.1, -0.1]))
     value.sum().backward()
@@ -72,7 +72,7 @@ def test_k3_is_cut_where_it_would_explode():
     assert policy.grad.tolist() == [0.0, 0.0]
 
 
-def test_k3_of_samples_from_the_policy_is_the_divergence_on_average():
+def test_the_mean_of_k3_over_policy_samples_is_the_divergence():
     torch.manual_seed(0)
     policy, reference = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.5, 0.2, 0.3])
     drawn = torch.multinomial(policy, 200_000, replacement=True)
@@ -96,7 +96,7 @@ def full_loss(policy, old, advantages, mask, reference):
     )
 
 
-def test_micro_batches_add_up_to_the_whole_whatever_their_sizes():
+def test_micro_batches_of_any_size_add_up_to_the_whole():
     whole = row(50)
     loss, reported = full_loss(*whole)
     loss.backward()
@@ -111,7 +111,7 @@ def test_micro_batches_add_up_to_the_whole_whatever_their_sizes():
         torch.testing.assert_close(join(p[1][name] for p in parts).float(), value.float())
 
 
-def test_each_target_token_weighs_the_same_and_others_nothing():
+def test_all_target_tokens_weigh_the_same_and_others_nothing():
     policy, old, advantages, mask, reference = row(20)
     full_loss(policy, old, advantages, mask, reference)[0].backward()
     for token in range(20):
@@ -124,7 +124,7 @@ def test_each_target_token_weighs_the_same_and_others_nothing():
 
 
 @pytest.mark.parametrize("poison", [math.inf, -math.inf, math.nan])
-def test_what_stands_outside_the_targets_reaches_neither_loss_nor_gradient(poison):
+def test_values_outside_the_targets_affect_neither_loss_nor_gradient(poison):
     clean, dirty = row(20), row(20)
     outside = clean[3] == 0
     with torch.no_grad():
@@ -138,7 +138,7 @@ def test_what_stands_outside_the_targets_reaches_neither_loss_nor_gradient(poiso
     assert torch.equal(clean[0].grad, dirty[0].grad)
 
 
-def test_a_batch_without_targets_gives_zeros_and_a_gradient_of_zeros():
+def test_a_batch_without_targets_has_zero_loss_and_gradient():
     policy, old, advantages, mask, reference = row(9)
     loss, reported = full_loss(policy, old, advantages, 0 * mask, reference)
     (loss + sft_loss(policy, 0 * mask)).backward()
@@ -146,7 +146,7 @@ def test_a_batch_without_targets_gives_zeros_and_a_gradient_of_zeros():
     assert all(value.item() == 0 for value in reported.values())
 
 
-def test_a_ratio_beyond_float32_stays_finite():
+def test_a_ratio_beyond_the_range_of_float32_stays_finite():
     for gap in (200.0, -200.0):
         for advantage in (1.0, -1.0):
             policy = torch.tensor([[gap]], requires_grad=True)
@@ -157,7 +157,7 @@ def test_a_ratio_beyond_float32_stays_finite():
             assert math.isfinite(reported["ratio_max"].item())
 
 
-def test_reports_carry_no_gradient():
+def test_reported_sums_carry_no_gradient():
     _, reported = full_loss(*row(9))
     assert not any(value.requires_grad for value in reported.values())
 

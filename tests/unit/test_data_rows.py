@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megatron_sr1.config import RewardConfig
 from megatron_sr1.data.examples import Record, example_from_stored, stored
 from megatron_sr1.data.images import decode_image
 from megatron_sr1.data.marks import ESCAPED_MARK, IMAGE_MARK, count_marks
@@ -142,7 +143,7 @@ def test_any_of_several_gold_answers_is_right_and_leaks(read, tmp_path):
     reader = ShardReader(tmp_path / "out")
     example = reader.example(0)
     assert example.golds == ("cat", "kitten") and reader.example(1).golds == ("1",)
-    with Scorer("see_think") as scorer:
+    with Scorer(RewardConfig("see_think")) as scorer:
 
         def score(answer, description):
             text = f"<description>{description}</description><think>x</think>\\boxed{{{answer}}}"

@@ -1,4 +1,4 @@
-r"""Verdicts on boxed answers."""
+"""Verdicts on boxed answers."""
 
 import re
 import time
@@ -6,9 +6,10 @@ import time
 import pytest
 
 from megatron_sr1.errors import GradingError
-from megatron_sr1.rewards.accuracy import is_right, same_answer
+from megatron_sr1.rewards.accuracy import judge_answer
+from megatron_sr1.rewards.math_worker import MathWorker
 from megatron_sr1.rewards.options import question_options
-from megatron_sr1.rewards.worker import MathWorker
+from megatron_sr1.rewards.response import find_answer
 from tests import grading_attacks, grading_cases, grading_forms
 from tests.grading_attacks import RESPONSES
 from tests.grading_cases import LOWER, MATHS, PARENS, PLAIN, Q
@@ -24,7 +25,15 @@ def worker():
 
 
 def never(gold: str, answer: str) -> bool:
-    raise AssertionError(f"algebra was asked about {gold!r} and {answer!r}")
+    raise AssertionError(f"{gold!r} and {answer!r} were passed to algebra")
+
+
+def same_answer(answer, gold, question, compare):
+    return judge_answer(answer, gold, question, compare).right
+
+
+def is_right(response, gold, question, compare):
+    return same_answer(find_answer(response), gold, question, compare)
 
 
 def ids(cases):
@@ -51,7 +60,7 @@ def test_verdict_on_a_whole_response(gold, response, verdict, reason):
 
 
 @pytest.mark.parametrize("size", [1000, 1_000_000])
-def test_runaway_answers_take_no_time(size):
+def test_long_answers_are_judged_fast(size):
     started = time.process_time()
     for text in ("9", "(", "5 ", "A ", r"\\frac{", r"\\text{a}", "=", "\u200b", "½"):
         same_answer(text * (size // len(text)), "5", Q, never)
@@ -60,18 +69,18 @@ def test_runaway_answers_take_no_time(size):
 
 
 @pytest.mark.parametrize("gold", ["5", "None", "A", "yes"])
-def test_an_answer_out_of_its_box_is_wrong(gold):
+def test_an_answer_without_a_box_is_wrong(gold):
     for response in (gold, f"The answer is {gold}", f"\\boxed{{{gold}", "\\boxed{}", ""):
         assert not is_right(response, gold, PLAIN, never), response
 
 
-def test_the_last_box_decides():
+def test_only_the_last_box_counts():
     assert is_right(r"\boxed{4} no, \boxed{5}", "5", PLAIN, never)
     assert not is_right(r"\boxed{5} no, \boxed{4}", "5", PLAIN, never)
     assert not is_right(r"\boxed{5} no, \boxed{4", "5", PLAIN, never)
 
 
-def test_numbers_words_and_labels_never_meet_algebra():
+def test_numbers_words_and_labels_are_never_passed_to_algebra():
     plain = re.compile(r"[\w\s.%'\"()-]+")
     count = 0
     for gold, answer, question, verdict, _ in CASES:
@@ -87,17 +96,17 @@ def test_512_verdicts_on_numbers_take_milliseconds():
     started = time.process_time()
     for number in range(512):
         same_answer(str(number % 28), "14", "<image>What is the sum?", never)
-    # About 20 ms on an idle core; the bound leaves room for slow machines.
+    # About 20 ms on an idle core; the limit allows for slow machines.
     assert time.process_time() - started < 0.5
 
 
 @pytest.mark.parametrize("gold", ["", "  ", "$$", "\\boxed{}"])
-def test_a_sample_without_gold_is_an_error_and_no_verdict(gold):
+def test_an_empty_gold_answer_is_an_error(gold):
     with pytest.raises(GradingError, match="gold answer"):
         same_answer("5", gold, PLAIN, never)
 
 
-def test_options_are_read_in_all_their_spellings():
+def test_options_are_parsed_in_all_notations():
     animals = {"A": "cat", "B": "dog", "C": "red fox", "D": "None of the above"}
     assert question_options(Q) == animals
     assert question_options(PARENS) == {"A": "3", "B": "4", "C": "12", "D": "1/2"}
@@ -110,5 +119,5 @@ def test_options_are_read_in_all_their_spellings():
 @pytest.mark.parametrize(
     "question", ["Is the U.S.A. or A. B. shown", "Where is A?", "What is f(a)?", PLAIN, ""]
 )
-def test_a_question_without_options_has_none_or_no_text(question):
+def test_a_question_without_options_gives_none_or_short_text(question):
     assert not any(len(text) > 9 for text in question_options(question).values())

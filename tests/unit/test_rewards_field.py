@@ -1,4 +1,4 @@
-"""Answers from public bug reports, through tools/grade.py as a user starts it."""
+"""Answers from public bug reports, judged by tools/grade.py as a user runs it."""
 
 import json
 import subprocess
@@ -22,7 +22,7 @@ def line_of(case):
 
 @pytest.fixture(scope="module")
 def graded(tmp_path_factory):
-    """All cases in one file, graded by one start of the tool."""
+    """All cases in one file, graded by one run of the tool."""
     folder = tmp_path_factory.mktemp("grade")
     lines = [line_of(case) for case in CASES]
     (folder / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -45,11 +45,11 @@ def test_verdict(graded, case):
     assert because and not because.startswith("ungraded")
 
 
-def test_the_rule_that_decided_is_named(graded):
+def test_the_deciding_rule_is_named(graded):
     by = {case[:3]: because for case in CASES for because in [graded[case[:3]][1]]}
     assert {"text", "option", "list", "algebra", "other text"} <= set(by.values())
     assert by["A", "5 \\neq x", DOMAIN] == "option"
-    # The known ways into an exception are judged, not only survived.
+    # The inputs known to raise elsewhere get a verdict from a rule.
     assert not [because for because in by.values() if because.startswith("uncomparable")]
 
 
@@ -59,11 +59,12 @@ def run(tmp_path, capsys, *lines, more=()):
         b"\n".join(x if isinstance(x, bytes) else json.dumps(x).encode() for x in lines)
     )
     status = main([str(file), *more])
-    told = capsys.readouterr()
-    return status, [json.loads(line) for line in told.out.splitlines()], told.err
+    captured = capsys.readouterr()
+    lines = [json.loads(line) for line in captured.out.splitlines()]
+    return status, lines, captured.err
 
 
-def test_responses_and_answers_are_both_read(tmp_path, capsys):
+def test_both_responses_and_answers_are_accepted(tmp_path, capsys):
     status, out, _ = run(
         tmp_path,
         capsys,
@@ -100,26 +101,26 @@ def test_a_bad_line_is_named(tmp_path, capsys, line, message):
     assert err.startswith("grade.py: error: ") and message in err and err.count("\n") == 1
 
 
-def test_an_answer_that_raises_is_wrong_and_says_what_it_raised(tmp_path, capsys):
+def test_an_answer_that_raises_is_wrong_and_the_exception_is_named(tmp_path, capsys):
     lines = [{"answer": answer, "gold": gold} for gold, answer in RAISING]
     status, out, _ = run(tmp_path, capsys, *lines, more=("--timeout", "60"))
     assert status == 0 and not any(o["right"] for o in out)
     assert all(o["because"].startswith("uncomparable: ") for o in out), out
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path, capsys):
+def test_a_missing_file_is_named(tmp_path, capsys):
     assert main([str(tmp_path / "absent.jsonl")]) == 2
     assert "absent.jsonl: No such file" in capsys.readouterr().err
 
 
-def test_an_answer_that_meets_a_limit_or_raises_is_wrong_and_says_so(tmp_path, capsys):
+def test_an_answer_that_exceeds_a_limit_or_raises_is_wrong_with_its_reason(tmp_path, capsys):
     status, out, _ = run(
         tmp_path,
         capsys,
         {"answer": "x \\neq 4", "gold": "x \\neq 5"},
         {"answer": "(x+y+z)^{99}", "gold": "x+1"},
         {"answer": "1/2", "gold": "\\frac{1}{2}"},
-        # The library as it is raises on the first, which our own rules judge.
+        # The library alone raises on the first, which the rules can judge.
         more=("--grader", "math_verify", "--timeout", "3"),
     )
     assert status == 0 and [o["right"] for o in out] == [False, False, True]
@@ -128,7 +129,7 @@ def test_an_answer_that_meets_a_limit_or_raises_is_wrong_and_says_so(tmp_path, c
     assert out[2]["because"] == "math_verify"
 
 
-def test_help_shows_the_form_of_lines():
+def test_help_shows_the_input_format():
     done = subprocess.run(
         [sys.executable, "tools/grade.py", "--help"], cwd=ROOT, capture_output=True, text=True
     )

@@ -1,4 +1,4 @@
-"""Descriptions that state the answer, and honest ones that have to hold it."""
+"""Descriptions that state the answer, and honest ones that have to contain it."""
 
 import time
 
@@ -46,14 +46,14 @@ def test_precision_and_recall_are_those_of_the_documentation(cases, precision, r
     assert (found, sum(case[3] for case in cases)) == recall
 
 
-def test_a_digits_description_is_never_a_leak():
+def test_a_list_of_digits_is_never_a_leak():
     questions = ("sum", "largest", "smallest", "leftmost", "rightmost")
     for number in range(1000):
         digits = [int(d) for d in f"{number:03d}"]
         golds = (sum(digits), max(digits), min(digits), digits[0], digits[-1])
         for kind, gold in zip(questions, golds, strict=True):
-            told = " ".join(map(str, digits))
-            assert not states_answer(told, str(gold), f"<image>Which digit is {kind}?"), told
+            text = " ".join(map(str, digits))
+            assert not states_answer(text, str(gold), f"<image>Which digit is {kind}?"), text
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_a_digits_description_is_never_a_leak():
     + ["therefore. " * 3000, "so option " * 2000, "= 1 " * 3000]
     + ["答案" * 5000, "correct " * 5000, "\u0430a" * 9000, "x" * 100_000, "answer" + " " * 30_000],
 )
-def test_runaway_descriptions_take_no_time(text):
+def test_long_descriptions_are_judged_fast(text):
     started = time.process_time()
     states_answer(text, "14", "Which? A. one B. two")
     states_answer(text, "B", "Which? A. one B. two")

@@ -1,10 +1,11 @@
-"""The sum of rewards, and what each recipe pays."""
+"""The weighted sum of rewards, and the rewards of each recipe."""
 
 import pytest
 
+from megatron_sr1.config import RewardConfig
 from megatron_sr1.errors import ConfigError, GradingError
 from megatron_sr1.records import Completion, Reading
-from megatron_sr1.rewards import worker
+from megatron_sr1.rewards import math_worker
 from megatron_sr1.rewards.score import Scorer, likelihood_reward
 
 QUESTION = "<image>What is the sum?"
@@ -32,7 +33,7 @@ def score(recipe="vision_sr1", **changes):
         "question_only": None,
     }
     weights = {key: changes.pop(key) for key in list(changes) if key not in asked}
-    with Scorer(recipe, **weights) as scorer:
+    with Scorer(RewardConfig(recipe, **weights)) as scorer:
         return scorer.score(**(asked | changes))
 
 
@@ -58,33 +59,33 @@ def test_weights_are_those_given():
     assert reward.total == pytest.approx(0.5 + 0.25 + 4.0)
 
 
-def test_no_description_earns_no_self_reward_even_if_something_was_read():
-    # Upstream reads the whole response then, boxed answer included, and pays.
+def test_a_response_without_a_description_earns_no_self_reward():
+    # Upstream then uses the whole response, boxed answer included, as the description.
     reward = score(description=None)
     assert (reward.self_reward, reward.reading_answer) == (0.0, None)
     assert reward.total == pytest.approx(1.0)
 
 
-def test_a_text_only_sample_has_no_self_reward_and_no_share_in_the_sum():
+def test_a_text_only_sample_has_no_self_reward():
     reward = score(has_image=False)
     assert reward.self_reward is None
     assert reward.total == pytest.approx(1.0)
 
 
-def test_see_think_shows_the_reading_but_does_not_pay_it():
-    heard, unheard = score("see_think"), score("see_think", reading=None)
-    assert (heard.self_reward, unheard.self_reward) == (1.0, None)
-    assert heard.total == unheard.total == pytest.approx(1.0)
+def test_see_think_reports_the_self_reward_without_adding_it():
+    with_pass2, without = score("see_think"), score("see_think", reading=None)
+    assert (with_pass2.self_reward, without.self_reward) == (1.0, None)
+    assert with_pass2.total == without.total == pytest.approx(1.0)
 
 
-def test_vision_r1_knows_no_description():
+def test_vision_r1_has_no_description():
     thought = RESPONSE.split("</description> ")[1]
     reward = score("vision_r1", response_text=thought, description=None, reading=None)
     assert (reward.format, reward.self_reward) == (1.0, None)
     assert reward.total == pytest.approx(1.0)
 
 
-def test_a_leak_is_flagged_and_paid_only_if_told_so():
+def test_a_leak_is_flagged_and_earns_the_self_reward_only_if_configured():
     stated = {"description": "3 5 6, the answer is 14"}
     paid, unpaid = score(**stated), score(pay_leaks=False, **stated)
     assert paid.leak and unpaid.leak and not score().leak
@@ -93,13 +94,13 @@ def test_a_leak_is_flagged_and_paid_only_if_told_so():
     assert score(pay_leaks=False).total == pytest.approx(2.0)
 
 
-def test_several_answers_earn_the_share_that_is_right():
+def test_several_answers_earn_the_share_of_right_ones():
     reward = score(reading=read(READ_WRONG, READ_RIGHT, READ_RIGHT, "no box"))
     assert (reward.self_reward, reward.total) == (0.5, pytest.approx(1.5))
     assert reward.reading_answer == "15"
 
 
-def test_a_likelihood_is_scaled_as_told():
+def test_a_likelihood_is_scaled_as_configured():
     gold = scored(-0.5, -1.5)  # mean -1, sum -2
     assert score(reading=gold).self_reward == pytest.approx(0.36787944)
     assert score(reading=gold, likelihood="probability").self_reward == pytest.approx(0.13533528)
@@ -121,13 +122,13 @@ def test_a_likelihood_is_scaled_as_told():
         (scored(-0.5), scored(-1.0), 0.60653066 - 0.36787944),
     ],
 )
-def test_only_what_the_description_adds_to_the_question_is_paid(reading, alone, paid):
+def test_the_self_reward_is_what_the_description_adds_to_the_question(reading, alone, paid):
     reward = score(reading=reading, question_only=alone)
     assert reward.self_reward == pytest.approx(paid)
     assert reward.total == pytest.approx(1.0 + paid)
 
 
-def test_answers_are_told_as_read():
+def test_the_answers_of_both_passes_are_reported():
     reward = score(reading=read(READ_WRONG))
     assert (reward.answer, reward.reading_answer) == ("14", "15")
 
@@ -137,19 +138,19 @@ def test_a_missing_gold_answer_is_an_error_that_names_the_sample():
         score(gold="")
 
 
-def test_a_broken_grader_is_an_error_and_no_zero(monkeypatch):
-    monkeypatch.setattr(worker.sys, "executable", "/bin/false")
+def test_a_broken_grader_is_an_error_instead_of_a_zero(monkeypatch):
+    monkeypatch.setattr(math_worker.sys, "executable", "/bin/false")
     with pytest.raises(GradingError, match="^shard sample 7: comparing.*exit status 1"):
         score(gold="\\sqrt{196}")
 
 
-def test_an_unknown_recipe_is_refused():
+def test_an_unknown_recipe_is_an_error():
     with pytest.raises(ConfigError, match="expected vision_sr1"):
-        Scorer("other")
+        Scorer(RewardConfig("other"))
 
 
-def test_no_process_starts_for_numbers():
-    scorer = Scorer("vision_sr1")
+def test_numbers_are_judged_without_a_grading_process():
+    scorer = Scorer(RewardConfig("vision_sr1"))
     for answer in range(30):
         text = f"<think> x </think> \\boxed{{{answer}}}"
         scorer.score("s", text, "14", QUESTION, "3 5 6", read(text), True)

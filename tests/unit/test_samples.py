@@ -7,7 +7,7 @@ from megatron_sr1.data.balance import size_of
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.demo.digits import make_digits
 from megatron_sr1.records import Completion, Rollout
-from megatron_sr1.rewards.parsing import find_description
+from megatron_sr1.rewards.response import find_description
 from megatron_sr1.trainer.samples import Samples
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sr1.config import Config, ModelConfig
+from megatron_sr1.config import Config, ModelConfig, RewardConfig
 from megatron_sr1.errors import GradingError
 from megatron_sr1.records import Completion, Example, Message, Rollout
+from megatron_sr1.rewards.math_worker import Uncomparable
 from megatron_sr1.rewards.score import Scorer
-from megatron_sr1.rewards.worker import Uncomparable
 from megatron_sr1.trainer.context import Context
 from megatron_sr1.trainer.scoring import Graded, reward_means, score, share
 
@@ -41,7 +41,7 @@ def group(index, *answers):
 
 @pytest.fixture
 def scorer():
-    with Scorer("vision_r1", grader_timeout_seconds=3.0) as scorer:
+    with Scorer(RewardConfig("vision_r1", grader_timeout_seconds=3.0)) as scorer:
         yield scorer
 
 
@@ -64,8 +64,8 @@ def test_groups_come_in_any_order_and_a_limit_late_drops_what_was_scored(scorer)
 
 
 def test_a_grader_that_breaks_raises_at_once(monkeypatch):
-    monkeypatch.setattr("megatron_sr1.rewards.worker.sys.executable", "/bin/false")
-    scorer = Scorer("vision_r1")
+    monkeypatch.setattr("megatron_sr1.rewards.math_worker.sys.executable", "/bin/false")
+    scorer = Scorer(RewardConfig("vision_r1"))
     with pytest.raises(GradingError, match="sample 000001 rollout 0: .*exit status 1"):
         score(group(1, "x+x"), Texts(), scorer)
 
@@ -116,7 +116,7 @@ def test_answers_on_which_a_library_raises_are_wrong_counted_and_named(scorer, c
     def broken(self, gold, answer, sample_name):
         raise Uncomparable(f"KeyError: {answer}")
 
-    monkeypatch.setattr("megatron_sr1.rewards.worker.MathWorker.equal", broken)
+    monkeypatch.setattr("megatron_sr1.rewards.math_worker.MathWorker.equal", broken)
     with caplog.at_level(logging.WARNING):
         graded = score(group(0, "1+x", "x+1", "2+x", "3+x", "4+x", "5+x"), Texts(), scorer)
     assert not graded.ungraded
@@ -146,7 +146,7 @@ def main(output):
     config.reward.max_ungraded_share = 0.5
     context = Context(config, groups, None, 0)
     rank = groups.world.rank
-    with Scorer("vision_r1", grader_timeout_seconds=2.0) as scorer:
+    with Scorer(RewardConfig("vision_r1", grader_timeout_seconds=2.0)) as scorer:
         mine = group(0, "1+x", SLOW) + group(1, "x+x", "3x") if rank else group(2, "5", "6")
         graded = score(mine, Texts(), scorer)
     everyone = share(graded, [1, 2, 0], True, groups)

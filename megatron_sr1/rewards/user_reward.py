@@ -1,9 +1,9 @@
-"""A reward function of the user's, in place of the grader.
+"""The user's own reward function, which replaces the grader.
 
-In: `FILE.py:NAME` and, a rollout at a time, a response, its gold answer, question, description and
-metadata. Out: a number from 0 to 1. The file is the one thing of a user's that is executed, and
-only where `reward.function` names it; what it is given stays text. Whatever goes wrong in it
-stops the run and names sample and function: nothing of this scores 0.
+In: `FILE.py:NAME` and, for each rollout, the response, gold answer, question, description and
+metadata. Out: a number from 0 to 1. No other code of the user is executed, and this only if
+`reward.function` names it. Any failure in it stops the run and names sample and function, instead
+of scoring 0.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from typing import Any
 from megatron_sr1.errors import ConfigError, GradingError
 
 ARGUMENTS = ("response", "gold", "question", "description", "metadata")
-"""Names of what the function is called with, all by name."""
+"""The function's keyword arguments."""
 MODULE = "megatron_sr1_own_reward"
 MAX_SHOWN_CHARACTERS = 200
 BROKEN = (Exception, SystemExit)
-"""sys.exit(0) would end this rank as if all were done."""
+"""Includes SystemExit: sys.exit(0) would end this rank as if it had succeeded."""
 
 
-class OwnReward:
-    """The function that `reward.function` names, and its result checked."""
+class UserReward:
+    """The function that `reward.function` names, with its results checked."""
 
     def __init__(self, named: str) -> None:
-        """Load the file and take the function.
+        """Load the function.
 
         Args:
             named: `FILE.py:NAME`; a relative path starts in the working directory.
 
         Raises:
-            ConfigError: no such file or name, the file cannot be loaded, or the function does not
-                take what it would be given.
+            ConfigError: file or function is missing, the file cannot be loaded, or the function
+                does not accept ARGUMENTS.
         """
         self._setting = f"reward.function={named}"
         file, _, self._name = named.rpartition(":")
@@ -47,7 +47,7 @@ class OwnReward:
             inspect.signature(self._call).bind(**dict.fromkeys(ARGUMENTS))
         except TypeError as error:
             raise ConfigError(
-                f"{self._setting}: {error}; it is called with {', '.join(ARGUMENTS)}, all by name"
+                f"{self._setting}: {error}; it is called with {', '.join(ARGUMENTS)} as keywords"
             ) from None
 
     def _load(self) -> Callable[..., Any]:
@@ -61,39 +61,36 @@ class OwnReward:
         try:
             spec.loader.exec_module(module)
         except BROKEN as error:
-            raise ConfigError(f"{self._setting}: {self._told(error)}") from error
+            raise ConfigError(f"{self._setting}: {self._describe(error)}") from error
         found = getattr(module, self._name, None)
         if not callable(found):
             functions = [n for n, v in vars(module).items() if inspect.isfunction(v)]
-            held = f"it has {', '.join(functions)}" if functions else "it has no function"
-            raise ConfigError(f"{self._setting}: no function {self._name} in the file; {held}")
+            available = f"it has {', '.join(functions)}" if functions else "it has no function"
+            raise ConfigError(f"{self._setting}: no function {self._name} in the file; {available}")
         return found
 
     def __call__(self, sample_name: str, **given: str | None | Mapping[str, Any]) -> float:
-        """The function's reward of one text.
+        """Return the reward of a response, in [0, 1].
 
         Args:
             sample_name: for messages.
             given: ARGUMENTS.
 
-        Returns:
-            a number in [0, 1].
-
         Raises:
-            GradingError: it raised, or returned anything else.
+            GradingError: the function raised, or returned anything but such a number.
         """
         where = f"{sample_name}: {self._setting}"
         try:
             value = self._call(**given)
         except BROKEN as error:
-            raise GradingError(f"{where} {self._told(error)}") from error
+            raise GradingError(f"{where} {self._describe(error)}") from error
         if not isinstance(value, Real) or not 0 <= float(value) <= 1:
             shown = repr(value)[:MAX_SHOWN_CHARACTERS]
             raise GradingError(f"{where} returned {shown}; expected a number from 0 to 1")
         return float(value)
 
-    def _told(self, error: BaseException) -> str:
-        """What was raised, and the last line of the user's file on the way there."""
+    def _describe(self, error: BaseException) -> str:
+        """Describe an exception and the last line of the user's file in its traceback."""
         lines = [
             frame.lineno
             for frame in traceback.extract_tb(error.__traceback__)

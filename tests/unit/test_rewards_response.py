@@ -1,10 +1,9 @@
-r"""Spans of a response, whole and growing."""
+"""Spans and format of a response, complete or still growing."""
 
 import pytest
 
 from megatron_sr1.errors import ConfigError
-from megatron_sr1.rewards.format import has_form
-from megatron_sr1.rewards.parsing import find_answer, find_description
+from megatron_sr1.rewards.response import find_answer, find_description, has_format
 
 WHOLE = "<description> 3 5 6 </description> <think> 3 + 5 + 6 = 14 </think> \\boxed{14}"
 SHORT = "<think> 3 + 5 + 6 = 14 </think> \\boxed{14}"
@@ -48,13 +47,13 @@ def test_a_description_is_a_closed_span_before_thought_and_answer(text, found):
         "<description>a <description>b</description> c</description>",
     ],
 )
-def test_in_a_growing_text_the_description_appears_once_and_stays(text):
+def test_the_description_of_a_growing_text_appears_once_and_stays(text):
     seen = [find_description(text[:end]) for end in range(len(text) + 1)]
     first = next((i for i, found in enumerate(seen) if found is not None), len(seen))
     assert set(seen[:first]) <= {None}
     assert len(set(seen[first:])) <= 1
     if seen[-1] is not None:
-        assert text[:first].endswith("</description>")  # not a character later
+        assert text[:first].endswith("</description>")  # no later than that
 
 
 @pytest.mark.parametrize(
@@ -79,14 +78,14 @@ def test_the_answer_is_the_last_box_with_balanced_braces(text, answer):
     assert find_answer(text) == answer
 
 
-def test_the_form_is_the_recipes_blocks_in_order_and_nothing_else():
+def test_the_format_is_the_recipes_blocks_in_order_and_nothing_else():
     for recipe in ("vision_sr1", "see_think"):
-        assert has_form(WHOLE, recipe)
-        assert has_form(f"\n{WHOLE}\n", recipe)
-        assert not has_form(SHORT, recipe)
-    assert has_form(SHORT, "vision_r1")
-    assert has_form(SHORT.replace("14}", "\\frac{1}{2}}"), "vision_r1")
-    assert not has_form(WHOLE, "vision_r1")
+        assert has_format(WHOLE, recipe)
+        assert has_format(f"\n{WHOLE}\n", recipe)
+        assert not has_format(SHORT, recipe)
+    assert has_format(SHORT, "vision_r1")
+    assert has_format(SHORT.replace("14}", "\\frac{1}{2}}"), "vision_r1")
+    assert not has_format(WHOLE, "vision_r1")
 
 
 @pytest.mark.parametrize(
@@ -113,10 +112,10 @@ def test_the_form_is_the_recipes_blocks_in_order_and_nothing_else():
         "",
     ],
 )
-def test_anything_missing_doubled_or_added_breaks_the_form(broken):
-    assert not has_form(broken, "vision_sr1")
+def test_missing_repeated_or_additional_text_breaks_the_format(broken):
+    assert not has_format(broken, "vision_sr1")
 
 
-def test_an_unknown_recipe_is_refused():
+def test_an_unknown_recipe_is_an_error():
     with pytest.raises(ConfigError, match="vision_sr1 | see_think | vision_r1"):
-        has_form(WHOLE, "other")
+        has_format(WHOLE, "other")

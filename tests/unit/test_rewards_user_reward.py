@@ -1,4 +1,4 @@
-"""A user's reward function: what it is given, what it may return, and that no failure scores 0."""
+"""The user's reward function: its arguments and results, and that no failure scores 0."""
 
 import re
 import subprocess
@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from megatron_sr1.cli import main
+from megatron_sr1.config import RewardConfig
 from megatron_sr1.errors import ConfigError, GradingError
 from megatron_sr1.records import Completion, Reading
-from megatron_sr1.rewards.own import ARGUMENTS, OwnReward
 from megatron_sr1.rewards.score import Scorer
+from megatron_sr1.rewards.user_reward import ARGUMENTS, UserReward
 from megatron_sr1.trainer.scoring import Scored, evaluation_line, rates, reward_means
 from megatron_sr1.trainer.scoring import score as score_rollouts
 from tests.unit.test_scoring import Texts, group
@@ -33,14 +34,14 @@ def reading(text: str) -> Reading:
     return Reading((Completion((1,), (), text, "stop"),))
 
 
-def own(tmp_path, body: str) -> OwnReward:
+def written(tmp_path, body: str) -> str:
     file = tmp_path / "mine.py"
     file.write_text(f"def reward(response, gold, **rest):\n    {body}\n")
-    return OwnReward(f"{file}:reward")
+    return f"{file}:reward"
 
 
-def test_the_example_pays_what_is_near():
-    function = OwnReward(f"{EXAMPLE}:closeness")
+def test_the_example_rewards_close_answers():
+    function = UserReward(f"{EXAMPLE}:closeness")
     for answer, paid in (("14", 1.0), ("12", 0.8), ("99", 0.0)):
         given = GIVEN | {"response": f"so \\boxed{{{answer}}}"}
         assert function("s", **given) == pytest.approx(paid)
@@ -48,14 +49,14 @@ def test_the_example_pays_what_is_near():
 
 
 def test_it_judges_both_passes_in_place_of_the_grader():
-    with Scorer("vision_sr1", own=OwnReward(f"{EXAMPLE}:closeness")) as scorer:
+    with Scorer(RewardConfig("vision_sr1", function=f"{EXAMPLE}:closeness")) as scorer:
         reward = scorer.score("s", RESPONSE, "14", "sum?", "3 5 6", reading(READING), True)
     assert (reward.accuracy, reward.self_reward) == (pytest.approx(0.8), 1.0)
     assert reward.total == pytest.approx(0.9 * 0.8 + 0.1 + 1.0)
     assert (reward.answer, reward.reading_answer) == ("12", "14")
 
 
-def test_it_is_given_the_sample_and_cannot_change_it(tmp_path):
+def test_it_receives_the_sample_and_cannot_change_it(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
         "seen = []\n"
@@ -64,13 +65,12 @@ def test_it_is_given_the_sample_and_cannot_change_it(tmp_path):
         "    given['metadata']['source'] = 'changed'\n"
         "    return True\n"
     )
-    function = OwnReward(f"{file}:reward")
     metadata = {"source": "train"}
-    with Scorer("vision_sr1", own=function) as scorer:
+    with Scorer(RewardConfig("vision_sr1", function=f"{file}:reward")) as scorer:
         scorer.score(
             "s", RESPONSE, "14", "sum?", "3 5 6", reading(READING), True, metadata=metadata
         )
-    first, second = function._call.__globals__["seen"]
+    first, second = scorer._user_reward._call.__globals__["seen"]
     assert tuple(first) == ARGUMENTS and metadata == {"source": "train"}
     assert first == {
         "response": RESPONSE,
@@ -97,15 +97,14 @@ def test_it_is_given_the_sample_and_cannot_change_it(tmp_path):
     ],
 )
 def test_a_failure_names_sample_and_function_and_never_scores_0(tmp_path, body, message):
-    function = own(tmp_path, body)
-    with Scorer("vision_r1", own=function) as scorer:
+    with Scorer(RewardConfig("vision_r1", function=written(tmp_path, body))) as scorer:
         named = rf"a.tar sample 000001 rollout 0: reward.function={tmp_path}/mine.py:reward "
         with pytest.raises(GradingError, match=named + message):
             score_rollouts(group(1, "2x"), Texts(), scorer)
 
 
-def test_the_users_own_trace_is_kept_for_the_stack_file(tmp_path):
-    with Scorer("vision_r1", own=own(tmp_path, "return 1 / 0")) as scorer:
+def test_the_users_traceback_is_kept_for_the_stack_file(tmp_path):
+    with Scorer(RewardConfig("vision_r1", function=written(tmp_path, "return 1 / 0"))) as scorer:
         with pytest.raises(GradingError) as caught:
             scorer.score("s", "r", "1", "q", None, None, False)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
@@ -114,8 +113,8 @@ def test_the_users_own_trace_is_kept_for_the_stack_file(tmp_path):
 @pytest.mark.parametrize(
     "body", ["return True", "return 1", "import numpy; return numpy.float32(1)"]
 )
-def test_any_real_number_will_do(tmp_path, body):
-    assert own(tmp_path, body)("s", **GIVEN) == 1.0
+def test_any_type_of_real_number_is_accepted(tmp_path, body):
+    assert UserReward(written(tmp_path, body))("s", **GIVEN) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -132,16 +131,16 @@ def test_any_real_number_will_do(tmp_path, body):
         ("mine.py:f", "def f(solution_str, **_): pass", "called with response, gold, question"),
     ],
 )
-def test_what_cannot_be_loaded_is_one_line(tmp_path, named, content, message):
+def test_a_function_that_cannot_be_loaded_is_a_one_line_error(tmp_path, named, content, message):
     if content is not None:
         (tmp_path / named.split(":")[0]).write_text(content)
     with pytest.raises(ConfigError, match=rf"^reward.function={tmp_path}/{named}.*{message}"):
-        OwnReward(f"{tmp_path}/{named}")
+        UserReward(f"{tmp_path}/{named}")
 
 
-def test_graded_rewards_count_as_right_from_one_half(tmp_path):
+def test_fractional_rewards_count_as_right_from_one_half(tmp_path):
     scored = []
-    with Scorer("vision_sr1", own=OwnReward(f"{EXAMPLE}:closeness")) as scorer:
+    with Scorer(RewardConfig("vision_sr1", function=f"{EXAMPLE}:closeness")) as scorer:
         for answer, read in ((12, 14), (14, 2), (2, 14)):  # 0.8 and 1, 1 and 0, 0 and 1
             response = RESPONSE.replace("12", str(answer))
             heard = reading(READING.replace("14", str(read)))
@@ -156,12 +155,12 @@ def test_graded_rewards_count_as_right_from_one_half(tmp_path):
     assert rates(lines)["accuracy"] == pytest.approx(0.6)
 
 
-def test_a_function_that_hangs_ends_at_the_phases_deadline(tmp_path):
+def test_a_hanging_function_ends_at_the_deadline_of_its_phase(tmp_path):
     (tmp_path / "mine.py").write_text("def reward(**given):\n    while True:\n        pass\n")
     program = (
-        "from megatron_sr1.rewards.own import OwnReward\n"
+        "from megatron_sr1.rewards.user_reward import UserReward\n"
         "from megatron_sr1.runtime import failure\n"
-        f"reward = OwnReward({str(tmp_path / 'mine.py:reward')!r})\n"
+        f"reward = UserReward({str(tmp_path / 'mine.py:reward')!r})\n"
         f"with failure.guard({str(tmp_path)!r}, 0, 1), failure.deadline('reward', 0.5):\n"
         f"    reward('s', **{GIVEN!r})\n"
     )
@@ -173,7 +172,7 @@ def test_a_function_that_hangs_ends_at_the_phases_deadline(tmp_path):
     assert re.search(r'mine.py", line [23] in reward', stacks)
 
 
-def test_a_dry_run_loads_the_function_and_a_start_wants_its_file(tmp_path, capsys):
+def test_a_dry_run_loads_the_function(tmp_path, capsys):
     recipe = str(ROOT / "examples" / "digits_cpu.yaml")
     assert main(["train", recipe, f"reward.function={EXAMPLE}:closeness", "--dry-run"]) == 0
     assert f"answers judged by {EXAMPLE}:closeness" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The grading processes: limits, failures, the spare one, and what a time-out costs the others."""
+"""The grading processes: limits, failures, the spare process, and the cost of a timeout."""
 
 import os
 import signal
@@ -9,8 +9,8 @@ import time
 import pytest
 
 from megatron_sr1.errors import GradingError, GradingLimit
-from megatron_sr1.rewards import process
-from megatron_sr1.rewards.worker import MathWorker, Uncomparable
+from megatron_sr1.rewards import math_worker
+from megatron_sr1.rewards.math_worker import MathWorker, Uncomparable
 from tools.grading_rate import SLOW, measure
 
 
@@ -28,7 +28,7 @@ def started_with(script: str, seconds: float = 1.0) -> MathWorker:
     return MathWorker(seconds, (sys.executable, "-c", script))
 
 
-def test_a_grader_that_hangs_is_killed_named_and_replaced():
+def test_a_hanging_grader_is_killed_and_replaced():
     worker = started_with(HANG + "import time; time.sleep(600)")
     for answer in ("2", "3"):
         with pytest.raises(GradingLimit, match=r"shard 3 sample 7: .*'1'.*more than 1 s"):
@@ -37,7 +37,7 @@ def test_a_grader_that_hangs_is_killed_named_and_replaced():
     worker.close()
 
 
-def test_a_limit_is_remembered_and_costs_its_time_once():
+def test_an_exceeded_limit_is_cached():
     worker = started_with(HANG + "import time; time.sleep(600)")
     for name in ("sample 7", "sample 8"):
         started = time.monotonic()
@@ -56,13 +56,13 @@ def test_real_slow_algebra_is_a_limit_and_the_spare_takes_over():
     spare = limited._spare.pid
     started = time.monotonic()
     assert limited.equal("x+2", "2+x", "s")
-    # It loaded meanwhile.
+    # It had loaded during the slow comparison.
     assert time.monotonic() - started < start_seconds / 2
     assert limited.pid == spare != first
     limited.close()
 
 
-def test_a_slow_answer_in_time_leaves_the_process_and_keeps_the_spare():
+def test_a_slow_answer_within_the_limit_keeps_both_processes():
     reply = "import time; time.sleep(1); print('{\"equal\": true}', flush=True); "
     slow = started_with(HANG + 2 * (reply + "sys.stdin.readline(); "), 30.0)
     assert slow.equal("1", "2", "s")
@@ -72,7 +72,7 @@ def test_a_slow_answer_in_time_leaves_the_process_and_keeps_the_spare():
     slow.close()
 
 
-def test_a_stopped_grader_is_a_limit():
+def test_a_suspended_grader_exceeds_the_limit():
     stopped = MathWorker(1.0)
     assert stopped.equal("x+1", "1+x", "s")
     os.kill(stopped.pid, signal.SIGSTOP)
@@ -91,8 +91,7 @@ def test_a_stopped_grader_is_a_limit():
     ],
 )
 def test_memory_and_the_graders_own_timer_are_limits(script, message, monkeypatch):
-    monkeypatch.setattr(process, "MEMORY_BYTES", 200 << 20)
-    monkeypatch.setattr("megatron_sr1.rewards.worker.MEMORY_BYTES", 200 << 20)
+    monkeypatch.setattr(math_worker, "MEMORY_BYTES", 200 << 20)
     worker = started_with(HANG.rstrip("; ") + "\n" + script, 30.0)
     with pytest.raises(GradingLimit, match=f"sample 7: .*{message}"):
         worker.equal("1", "2", "sample 7")
@@ -112,7 +111,7 @@ mathematics.serve(sys.stdout)
 """
 
 
-def test_a_memory_limit_that_the_algebra_meets_inside_is_told_as_one():
+def test_a_memory_error_inside_the_grader_is_reported_as_a_limit():
     script = RAISES.format(kind="MemoryError", ready=False)
     asked = b'{"gold": "1", "answer": "2", "seconds": 60}\n'
     ran = subprocess.run([sys.executable, "-c", script], input=asked, capture_output=True)
@@ -120,7 +119,7 @@ def test_a_memory_limit_that_the_algebra_meets_inside_is_told_as_one():
 
 
 @pytest.mark.field
-def test_what_an_answer_raises_is_no_error_and_what_gold_alone_raises_is():
+def test_an_exception_for_an_answer_is_a_verdict_and_one_for_gold_an_error():
     worker = started_with(
         RAISES.format(kind="RecursionError", ready=True).replace("\n{", "{"), 30.0
     )
@@ -136,13 +135,13 @@ def test_what_an_answer_raises_is_no_error_and_what_gold_alone_raises_is():
     worker.close()
 
 
-def test_one_time_out_costs_the_other_gradings_nothing():
+def test_a_timeout_does_not_slow_down_other_comparisons():
     clean, slow = measure(1000, 1, 5.0)
     assert (clean.num_limits, slow.num_limits) == (0, 1)
     assert slow.num_right == clean.num_right > 400
-    # No other answer waited for a process to load, which takes as long here and now.
+    # No other answer waited for a process to load, which took start_seconds on this machine.
     assert slow.longest_seconds < 0.8 * slow.start_seconds
-    # tools/grading_rate.py measures it closer, over ten times as many.
+    # tools/grading_rate.py measures it more precisely, with ten times as many.
     assert slow.seconds < 1.25 * clean.seconds + 0.2
 
 
@@ -162,10 +161,10 @@ def test_a_grader_that_breaks_raises_and_names_the_sample(script, message):
         started_with(script, 30.0).equal("1", "2", "sample 7")
 
 
-def test_a_real_grader_killed_in_between_is_a_limit_and_replaced(worker):
+def test_a_grader_killed_from_outside_is_a_limit_and_replaced(worker):
     assert worker.equal(r"\sqrt{18}", r"3\sqrt{2}", "s")
     os.kill(worker.pid, signal.SIGKILL)
-    # A new one compares gold with gold, so gold and grader are not to blame.
+    # A new process compares gold with itself, so neither gold nor grader is at fault.
     with pytest.raises(GradingLimit, match="sample 8: .*grader ended .exit status -9"):
         worker.equal(r"\sqrt{50}", r"5\sqrt{2}", "sample 8")
     assert worker.equal(r"\sqrt{50}", r"\sqrt{25}\sqrt{2}", "sample 8")
@@ -173,7 +172,7 @@ def test_a_real_grader_killed_in_between_is_a_limit_and_replaced(worker):
 
 PARENT = """
 import os, sys, threading
-from megatron_sr1.rewards.worker import MathWorker, Uncomparable
+from megatron_sr1.rewards.math_worker import MathWorker, Uncomparable
 threading.Thread(target=threading.Event().wait, daemon=True).start()
 worker = MathWorker(60.0)
 assert worker.equal("x+1", "1+x", "s")
@@ -182,7 +181,7 @@ os.kill(os.getpid(), 9)
 """
 
 
-def test_the_grader_dies_with_its_parent_also_one_with_threads():
+def test_the_grader_exits_when_its_parent_with_threads_is_killed():
     ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
     ran = subprocess.run(
         [sys.executable, "-c", PARENT], env=os.environ | ranks, capture_output=True, timeout=300
@@ -201,7 +200,7 @@ def test_the_grader_dies_with_its_parent_also_one_with_threads():
     raise AssertionError(f"process {pid} outlived its parent by 30 s")
 
 
-def test_the_kernel_timer_ends_a_busy_grader_that_nobody_waits_for():
+def test_the_kernel_timer_ends_a_busy_grader_without_a_parent():
     script = (
         "import sys\nfrom megatron_sr1.rewards import mathematics\n"
         "def busy(gold, answer):\n    while True: pass\n"
@@ -212,7 +211,7 @@ def test_the_kernel_timer_ends_a_busy_grader_that_nobody_waits_for():
     assert ran.returncode == -signal.SIGALRM
 
 
-def test_answers_are_remembered_but_an_ended_process_is_not():
+def test_replies_are_cached_but_a_killed_process_is_not():
     answering = "print('{\"equal\": true}', flush=True); sys.stdin.readline()"
     worker = started_with(HANG + answering, 30.0)
     assert worker.equal("1", "2", "s")
@@ -220,5 +219,5 @@ def test_answers_are_remembered_but_an_ended_process_is_not():
     assert worker.equal("1", "2", "s")
     with pytest.raises(GradingLimit, match="exit status -9"):
         worker.equal("1", "3", "s")
-    assert ("1", "3") not in worker._known
+    assert ("1", "3") not in worker._cache
     worker.close()

@@ -1,0 +1,260 @@
+"""Processes that compare mathematical answers, started when first needed and killed at a limit.
+
+In: two mathematical answers. Out: whether they are equal, or that the answer cannot be compared.
+math-verify can hang or use up all memory on sampled text, so it runs in a process of its own
+(mathematics.py), which answers each line of JSON with one. Time and memory are watched from here,
+because the algebra catches its own MemoryError and returns "not equal". During a slow comparison a
+spare process loads, which takes over if the first is killed, so that other comparisons wait for the
+time limit and no longer. The processes exit with this one, at the end of their standard input.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+from megatron_sr1.errors import GradingError, GradingLimit
+
+MEMORY_BYTES = 1 << 30
+"""Limit of a process's resident memory; the libraries themselves take 60 MiB."""
+WATCH_SECONDS = 0.05
+"""Interval between two looks at the memory."""
+START_SECONDS = 180.0
+"""Time limit for loading the libraries, which takes a second on an idle machine."""
+SLOW_SECONDS = 0.3
+"""After this time a comparison may never end, so the spare process is started."""
+EXIT_SECONDS = 0.2
+"""Time for an idle process to exit by itself before it is killed."""
+CACHE_ENTRIES = 100_000
+MAX_SHOWN_CHARACTERS = 200
+
+
+class GraderProcess:
+    """A process that reports that it is ready, then answers each line of JSON with one."""
+
+    def __init__(self, command: tuple[str, ...]) -> None:
+        """Start the process without waiting for it to load."""
+        root = str(Path(__file__).resolve().parents[2])
+        paths = [root, os.environ.get("PYTHONPATH", "")]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            bufsize=0,
+        )
+        self._line = b""
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self._process.pid
+
+    def wait_ready(self, seconds: float) -> None:
+        """Wait until the process has loaded.
+
+        Raises:
+            OSError: it exited, took longer than `seconds`, or sent something else.
+        """
+        try:
+            ready = self.reply(seconds)
+        except TimeoutError:
+            raise OSError(f"it did not start within {seconds:g} s") from None
+        if "ready" not in ready:
+            raise OSError(f"it started with {ready}")
+
+    def ask(self, request: dict[str, Any]) -> None:
+        """Send a request; `reply` returns the answer.
+
+        Raises:
+            OSError: the process exited.
+        """
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(request).encode() + b"\n")
+
+    def reply(self, seconds: float) -> dict[str, Any]:
+        """Return the next reply; may be called again after a TimeoutError.
+
+        Raises:
+            TimeoutError: no reply within `seconds`.
+            MemoryError: the process takes more than MEMORY_BYTES.
+            OSError: the process exited.
+            ValueError: the reply is not JSON.
+        """
+        assert self._process.stdout is not None
+        pipe, ends = self._process.stdout.fileno(), time.monotonic() + seconds
+        poll = select.poll()
+        poll.register(pipe, select.POLLIN)
+        while not self._line.endswith(b"\n"):
+            left = ends - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            if not poll.poll(1000 * min(left, WATCH_SECONDS)):
+                if self._resident_bytes() > MEMORY_BYTES:
+                    raise MemoryError
+                continue
+            part = os.read(pipe, 65536)
+            if not part:
+                raise OSError("its output ended; see standard error above")
+            self._line += part
+        line, self._line = self._line, b""
+        reply = json.loads(line)
+        assert isinstance(reply, dict)
+        return reply
+
+    def stop(self, seconds: float = 0.0) -> int:
+        """Stop the process, killing it after `seconds`; returns its exit status."""
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+        try:
+            return self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+
+    def _resident_bytes(self) -> int:
+        """Return the memory of the process; 0 on systems without /proc."""
+        try:
+            pages = Path(f"/proc/{self.pid}/statm").read_text().split()[1]
+        except OSError:
+            return 0
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+class Uncomparable(Exception):
+    """Reading or comparing a sampled answer raised, so the answer is wrong."""
+
+
+class MathWorker:
+    """Compare mathematical answers in another process, with a spare one for slow comparisons."""
+
+    def __init__(
+        self,
+        timeout_seconds: float,
+        command: tuple[str, ...] | None = None,
+        grader: str = "rules",
+    ) -> None:
+        """Set the limits; no process starts yet.
+
+        Args:
+            timeout_seconds: time limit per comparison, > 0.
+            command: starts another process than mathematics.py, for tests.
+            grader: rules | math_verify.
+        """
+        assert timeout_seconds > 0, timeout_seconds
+        self._timeout_seconds = timeout_seconds
+        program = (sys.executable, "-m", "megatron_sr1.rewards.mathematics", grader)
+        self._command = command or program
+        self._process: GraderProcess | None = None
+        self._spare: GraderProcess | None = None
+        self._cache: dict[tuple[str, str], dict[str, Any]] = {}
+
+    @property
+    def pid(self) -> int | None:
+        """Id of the current process; None without one."""
+        return None if self._process is None else self._process.pid
+
+    def equal(self, gold: str, answer: str, sample_name: str) -> bool:
+        """Return True if an answer equals the gold one; both without math delimiters.
+
+        Results are cached, exceeded limits included.
+
+        Raises:
+            Uncomparable: reading or comparing the answer raised.
+            GradingLimit: the comparison exceeded the time or memory limit, or ended the process.
+            GradingError: gold cannot be compared with itself, or no grader starts.
+        """
+        pair = (gold, answer)
+        what = f"{sample_name}: comparing answer {_shorten(answer)} with gold {_shorten(gold)}"
+        reply = self._cache.get(pair)
+        if reply is None:
+            reply = self._compare(gold, answer, what)
+            if len(self._cache) >= CACHE_ENTRIES:
+                self._cache.clear()
+            self._cache[pair] = reply
+        if "limit" in reply:
+            raise GradingLimit(f"{what} {reply['limit']}")
+        if "uncomparable" in reply:
+            raise Uncomparable(reply["uncomparable"])
+        return bool(reply["equal"])
+
+    def close(self) -> None:
+        """Stop both processes, busy or not."""
+        self._stop_current(EXIT_SECONDS)
+        if self._spare is not None:
+            self._spare.stop()
+            self._spare = None
+
+    def _compare(self, gold: str, answer: str, what: str) -> dict[str, Any]:
+        """Return a reply that holds `equal`, `uncomparable`, or the description of a `limit`."""
+        request = {"gold": gold, "answer": answer, "seconds": self._timeout_seconds}
+        timed_out = f"took more than {self._timeout_seconds:g} s (reward.grader_timeout_seconds)"
+        try:
+            reply = self._ask(request)
+        except TimeoutError:
+            self._stop_current()
+            return {"limit": timed_out}
+        except MemoryError:
+            self._stop_current()
+            return {"limit": f"took more than {MEMORY_BYTES >> 20} MiB"}
+        except (OSError, ValueError) as error:
+            code = self._stop_current(EXIT_SECONDS)
+            # Its own timer fired while this process was suspended for longer than the limit.
+            if code == -signal.SIGALRM:
+                return {"limit": timed_out}
+            ended = f"the grader ended (exit status {code})"
+            self._check_alive(gold, f"{what}: {ended}: {error}")
+            raise GradingLimit(f"{what} failed, {ended}") from None
+        if "limit" in reply:
+            self._stop_current()
+            return {"limit": f"ended with {reply['limit']}"}
+        if "equal" not in reply and "uncomparable" not in reply:
+            _raise(f"{what}: the grader broke: {reply.get('error', reply)}")
+        return reply
+
+    def _check_alive(self, gold: str, message: str) -> None:
+        """Raise unless a new process can compare gold with itself: then the answer is at fault."""
+        request = {"gold": gold, "answer": gold, "seconds": self._timeout_seconds}
+        try:
+            reply = self._ask(request)
+        except (OSError, ValueError, MemoryError):
+            self._stop_current()
+            _raise(message)
+        if "equal" not in reply:
+            _raise(message)
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        if self._process is None:
+            self._process = self._spare or GraderProcess(self._command)
+            self._spare = None
+            self._process.wait_ready(START_SECONDS)
+        self._process.ask(request)
+        first_wait = min(SLOW_SECONDS, self._timeout_seconds)
+        try:
+            return self._process.reply(first_wait)
+        except TimeoutError:
+            self._spare = self._spare or GraderProcess(self._command)
+            return self._process.reply(self._timeout_seconds - first_wait)
+
+    def _stop_current(self, seconds: float = 0.0) -> int | None:
+        """Stop the current process; returns its exit status."""
+        process, self._process = self._process, None
+        return None if process is None else process.stop(seconds)
+
+
+def _raise(message: str) -> NoReturn:
+    raise GradingError(message) from None
+
+
+def _shorten(text: str) -> str:
+    cut = text if len(text) <= MAX_SHOWN_CHARACTERS else text[:MAX_SHOWN_CHARACTERS] + "…"
+    return repr(cut)
