@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from megatron_sr1.runtime.files import write_text
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -78,9 +80,7 @@ class MetricsFile:
         self._last = {line["stage"]: line["step"] for line in lines}
         text = "".join(json.dumps(line) + "\n" for line in lines)
         if self.path.exists() and self.path.read_text(encoding="utf-8") != text:
-            partial = self.path.with_suffix(".partial")
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, self.path)
+            write_text(self.path, text)
 
 
 class PhaseTimer:

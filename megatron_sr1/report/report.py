@@ -8,7 +8,6 @@ script, and can be made again at any time.
 from __future__ import annotations
 
 import json
-import os
 import re
 import statistics
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from megatron_sr1.observability.metrics import read_lines
 from megatron_sr1.report import gallery, page, panels
 from megatron_sr1.report.gallery import Images
 from megatron_sr1.report.panels import Lines
+from megatron_sr1.runtime import files
 
 DEMO_RUNS = {
     "cold_start": "cold start",
@@ -43,9 +43,7 @@ def write_report(run_dir: str | Path, images: Images | None = None) -> Path:
     is_demo = all((run_dir / name).is_dir() for name in DEMO_RUNS)
     text = _demo_page(run_dir, images) if is_demo else _run_page(run_dir, images)
     target = run_dir / "report.html"
-    partial = run_dir / ".report.partial"
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, target)
+    files.write_text(target, text)
     return target
 
 
