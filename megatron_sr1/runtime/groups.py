@@ -165,10 +165,14 @@ def destroy_groups() -> None:
     gc.collect()  # models and optimizers refer to their groups in circles
 
 
-def gather_objects(value: Any, group: Group) -> list[Any]:
-    """Every rank's value, in the group's order. Only for small Python objects of our own."""
-    if group.size == 1:
+def gather_objects(value: Any, group: Group | None = None) -> list[Any]:
+    """Gather every rank's value, in the group's order; in the world's without a group.
+
+    For small Python objects of our own only: they are pickled.
+    """
+    size = dist.get_world_size() if group is None else group.size
+    if size == 1:
         return [value]
-    gathered: list[Any] = [None] * group.size
-    dist.all_gather_object(gathered, value, group=group.process_group)
+    gathered: list[Any] = [None] * size
+    dist.all_gather_object(gathered, value, group=group and group.process_group)
     return gathered
