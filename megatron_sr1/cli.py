@@ -7,17 +7,16 @@ mend, said in one line.
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_sr1.errors import ConfigError, SR1Error
+from megatron_sr1.runtime.logs import configure_logging, silence_native_warnings
 
 if TYPE_CHECKING:
     from megatron_sr1.config import Config
@@ -168,6 +167,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if joined is not None:
         return rank_main(config)
+    silence_native_warnings(config.logging.level)
     if arguments.dry_run:
         return dry_run_command(config)
     from megatron_sr1.trainer.checks import check_run
@@ -267,6 +267,7 @@ def demo_command(output: Path, seed: int) -> int:
     configure_logging("info")
     joined = torchrun.joined(os.environ)
     if joined is None:
+        silence_native_warnings("info")
         preflight.check_output(str(output))
     else:
         os.environ.update(joined)
@@ -351,18 +352,3 @@ def doctor_distributed_command(run_dir: Path) -> int:
     if os.environ["RANK"] == "0":
         print(text)
     return 0 if can_train else 1
-
-
-def configure_logging(level: str) -> None:
-    """Log to stderr; ranks other than 0 say warnings only, with their number."""
-    rank = int(os.environ.get("RANK", "0"))
-    name = "%(asctime)s %(message)s" if rank == 0 else f"%(asctime)s rank {rank}: %(message)s"
-    logging.basicConfig(format=name, datefmt="%H:%M:%S", force=True)
-    chosen = getattr(logging, level.upper()) if rank == 0 else logging.WARNING
-    logging.getLogger("megatron_sr1").setLevel(chosen)
-    if level != "debug":  # said by libraries at every step; `doctor` tells what is not installed
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
-        warnings.filterwarnings("ignore", message=r".*(Apex|Transformer Engine).* not installed")
-    # Of the libraries below us; nothing that a user of this program could act on.
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning)

@@ -358,6 +358,7 @@ def _start(device_kind: str, **arguments: Any) -> Any:
             mm_processor_cache_gb=0,
             limit_mm_per_prompt={"video": 0},
             weight_transfer_config={"backend": weight_sync.register()},
+            use_tqdm_on_load=log.isEnabledFor(logging.DEBUG),
             **arguments,
         )
 
