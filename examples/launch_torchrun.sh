@@ -3,8 +3,8 @@
 #
 #   MASTER_ADDR=first-machine NUM_NODES=2 NODE_RANK=0 examples/launch_torchrun.sh CONFIG [key=value …]
 #
-# On one machine this is not needed: `megatron-sr1 train CONFIG` starts torchrun by itself.
-# As the tasks of srun, one a node, it takes its number from Slurm.
+# Not needed on one machine: `megatron-sr1 train CONFIG` starts torchrun itself.
+# Under srun, with one task per node, the node's rank comes from Slurm.
 set -euo pipefail
 
 if [[ $# -lt 1 ]]; then
@@ -12,7 +12,7 @@ if [[ $# -lt 1 ]]; then
     exit 2
 fi
 
-# Slurm warns every process of a job with it: it is meant for the ranks, torchrun would die of it.
+# Slurm's warning signal reaches every process of a job; it is for the ranks and would kill torchrun.
 trap '' USR1
 
 exec "${PYTHON:-python}" -m torch.distributed.run \

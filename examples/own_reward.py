@@ -1,8 +1,8 @@
-"""A reward function of one's own: an answer that is off by a little earns a little.
+"""A user's reward function: partial credit for an answer that is close to the right number.
 
     megatron-sr1 train examples/digits_cpu.yaml reward.function=examples/own_reward.py:closeness
 
-docs/reward.md says what it is given and what a failure does.
+docs/reward.md describes its arguments and what happens if it fails.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 
 
 def closeness(*, response: str, gold: str, **_: object) -> float:
-    r"""1 for the right number, less for each by which the last \boxed{…} is off, 0 from 10 on."""
+    r"""Return 1 minus a tenth of the error of the last \boxed{…}, at least 0."""
     boxed = re.findall(r"\\boxed\{(-?\d+)\}", response)
     if not boxed:
         return 0.0

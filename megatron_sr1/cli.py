@@ -1,23 +1,22 @@
-"""The command line: parses first, imports what a command needs afterwards.
+"""The command line: parse first, then import what the command needs.
 
-In: `megatron-sr1 COMMAND …`. Out: an exit status: 0 done, 1 failed, 2 something for the user to
-mend, said in one line.
+In: `megatron-sr1 COMMAND …`. Out: an exit status: 0 for success, 1 for a failure, 2 for an error
+that the user can fix, reported in one line.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_sr1.errors import ConfigError, SR1Error
+from megatron_sr1.runtime.logs import configure_logging, silence_native_warnings
 
 if TYPE_CHECKING:
     from megatron_sr1.config import Config
@@ -38,7 +37,7 @@ LENGTHS = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all subcommands."""
+    """Build the parser of all subcommands."""
     parser = argparse.ArgumentParser(
         prog="megatron-sr1",
         description="Self-rewarding reinforcement learning of vision-language models (Vision-SR1) "
@@ -57,26 +56,28 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--output", type=Path, default=Path("runs/demo"), metavar="DIR", help="run directory"
     )
-    demo.add_argument("--seed", type=int, default=1, metavar="N", help="of data and model")
+    demo.add_argument("--seed", type=int, default=1, metavar="N", help="seed of data and model")
     for name, text in RUN_COMMANDS.items():
         run = commands.add_parser(
             name,
             help=text,
-            description=f"{text}. Alone it starts one rank a GPU (or launch.num_processes); "
-            "under torchrun or srun it joins.",
+            description=f"{text}. Starts one rank per GPU (or launch.num_processes); under "
+            "torchrun or srun it joins their ranks.",
         )
         run.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
-        run.add_argument("overrides", nargs="*", metavar="key=value", help="as seed=2")
+        run.add_argument("overrides", nargs="*", metavar="key=value", help="such as seed=2")
         run.add_argument("--dry-run", action="store_true", help="check and describe, start nothing")
     plan = commands.add_parser(
         "plan",
         help="memory, layouts and step time on a cluster, by formulas",
-        description="Memory a rank, the layouts that fit and their step time, computed by the "
-        "formulas of docs/planner.md. model.path needs a config.json only.",
+        description="Memory per rank, the layouts that fit and their step time, computed by the "
+        "formulas of docs/planner.md. model.path only needs a config.json.",
     )
     plan.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
-    plan.add_argument("overrides", nargs="*", metavar="key=value", help="as data.pack_tokens=4096")
-    plan.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs in all")
+    plan.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="such as data.pack_tokens=4096"
+    )
+    plan.add_argument("--gpus", type=int, required=True, metavar="N", help="number of GPUs")
     plan.add_argument("--gpu", required=True, metavar="NAME", help="a100 | h100 | h200 | b200")
     for name, text in LENGTHS.items():
         plan.add_argument(f"--{name}-tokens", type=float, metavar="N", help=f"mean {text}")
@@ -85,14 +86,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="write a run's HTML report again",
         description="Write RUN_DIR/report.html from the files of a run, finished or not: curves of "
         "metrics.jsonl, samples of rollouts/ and eval/, with their images where the run's shards "
-        "are still there. Prints the path of the page.",
+        "still exist. Prints the path of the page.",
     )
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="directory of a run")
     doctor = commands.add_parser(
         "doctor",
         help="what is installed, what would run, what to do",
-        description="Say what is installed, which devices and kernels a run would use, and what "
-        "to do about what is missing. Exits with 1 if training could not run.",
+        description="Report what is installed, which devices and kernels a run would use, and how "
+        "to fix what is missing. Exits with 1 if training could not run.",
     )
     doctor.add_argument(
         "--distributed",
@@ -100,13 +101,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="under torchrun or srun: links, clocks, files and versions of all ranks",
     )
     doctor.add_argument(
-        "--output", type=Path, default=Path("runs"), metavar="DIR", help="run folder to try"
+        "--output", type=Path, default=Path("runs"), metavar="DIR", help="run directory to test"
     )
     return parser
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse; overrides may stand before and behind options."""
+    """Parse; overrides may come before and after options."""
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     unknown = [text for text in rest if text.startswith("-") or not hasattr(arguments, "overrides")]
@@ -121,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        argv: arguments behind the program's name; the process's if None.
+        argv: arguments after the program name; those of the process if None.
 
     Returns:
         exit status.
@@ -144,16 +145,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"megatron-sr1: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        if "RANK" not in os.environ:  # a rank's launcher says it
+        if "RANK" not in os.environ:  # a rank's launcher reports it
             print("\nmegatron-sr1: interrupted", file=sys.stderr)
         return 130
 
 
 def run_command(arguments: argparse.Namespace) -> int:
-    """`train`, `sft` and `eval`: check, then start the ranks, or be one of them."""
+    """Run `train`, `sft` or `eval`: check and start the ranks, or be one of them."""
     from megatron_sr1.runtime import stop_signal
 
-    stop_signal.listen()  # at once, and for torchrun too: unblocked, the signal ends a process
+    stop_signal.listen()  # first, and for torchrun too: unblocked, the signal kills a process
     from megatron_sr1.config_file import load_config
     from megatron_sr1.launch import preflight, torchrun
 
@@ -168,6 +169,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if joined is not None:
         return rank_main(config)
+    silence_native_warnings(config.logging.level)
     if arguments.dry_run:
         return dry_run_command(config)
     from megatron_sr1.dry_run import check_run
@@ -188,9 +190,9 @@ def run_command(arguments: argparse.Namespace) -> int:
 
 
 def how_to_continue(config: Config) -> str:
-    """What an interrupted run has saved, and what to start next."""
+    """Say what an interrupted run has saved and how to continue it."""
     if config.stage == "eval":
-        return "an evaluation saves nothing on the way, the same command starts it again"
+        return "an evaluation saves nothing before its end, the same command starts it again"
     checkpoints = Path(config.output) / "checkpoints"
     if not (checkpoints / "latest").is_file():
         return (
@@ -203,7 +205,7 @@ def how_to_continue(config: Config) -> str:
 
 
 def dry_run_command(config: Config) -> int:
-    """`train --dry-run`: the checks of a start, then a description, then warnings."""
+    """Run `train --dry-run`: the checks of a start, then a description, then warnings."""
     from megatron_sr1.dry_run import check_run, dry_run, has_weights
     from megatron_sr1.launch import preflight
 
@@ -212,7 +214,7 @@ def dry_run_command(config: Config) -> int:
     print(dry_run(config))
     absent = preflight.absent_paths(config)
     for key, path in absent.items():
-        warn(f"{key}={path} does not exist: nothing of it was checked, and a run would be refused")
+        warn(f"{key}={path} does not exist: it was not checked, and a run would be refused")
     if "model.path" not in absent and not has_weights(config.model.path):
         warn(f"model.path={config.model.path} holds no weights (*.safetensors); a run needs them")
     warn(*warnings, preflight.crowded(config.launch, config.launch.num_processes))
@@ -220,14 +222,14 @@ def dry_run_command(config: Config) -> int:
 
 
 def warn(*texts: str) -> None:
-    """Say on stderr what is suspicious, a line each; "" is nothing."""
+    """Print warnings to stderr, a line each; empty ones are skipped."""
     sys.stdout.flush()
     for text in filter(None, texts):
         print(f"megatron-sr1: warning: {text}", file=sys.stderr)
 
 
 def rank_main(config: Config) -> int:
-    """One rank of a run; its failure ends the others."""
+    """Run one rank; its failure ends the others."""
     from megatron_sr1.launch import torchrun
     from megatron_sr1.runtime import stop_signal
     from megatron_sr1.runtime.failure import guard
@@ -243,7 +245,7 @@ def rank_main(config: Config) -> int:
 
 
 def _with_cause(status: int, run_dir: Path, started: float) -> int:
-    """Say again why the ranks ended, unless a user's error has just said it; return the status."""
+    """Repeat why the ranks failed, unless it was a user's error; return the exit status."""
     from megatron_sr1.runtime.failure_files import last_words, read_failure
 
     failure = read_failure(run_dir, since=started)
@@ -258,7 +260,7 @@ def _with_cause(status: int, run_dir: Path, started: float) -> int:
 
 
 def demo_command(output: Path, seed: int) -> int:
-    """`demo`: prepare, train on the demo's ranks, compare, report; or be one of its ranks."""
+    """Run `demo`: prepare, train, compare and report; or be one of its ranks."""
     from megatron_sr1.config import LaunchConfig
     from megatron_sr1.launch import preflight, torchrun
     from megatron_sr1.runtime.failure import guard
@@ -266,6 +268,7 @@ def demo_command(output: Path, seed: int) -> int:
     configure_logging("info")
     joined = torchrun.joined(os.environ)
     if joined is None:
+        silence_native_warnings("info")
         preflight.check_output(str(output))
     else:
         os.environ.update(joined)
@@ -287,7 +290,7 @@ def demo_command(output: Path, seed: int) -> int:
 
 
 def plan_command(arguments: argparse.Namespace) -> int:
-    """`plan`: needs the model's shape only, no weights and no torch."""
+    """Run `plan`; it needs the model's config.json, but no weights and no torch."""
     from megatron_sr1.config_file import load_config
     from megatron_sr1.model.hf_config import read_hf_config
     from megatron_sr1.planning.page import plan_page
@@ -304,7 +307,7 @@ def plan_command(arguments: argparse.Namespace) -> int:
 
 
 def report_command(run_dir: Path) -> int:
-    """`report`: with pictures where the run's shards are still there."""
+    """Run `report`; images are shown if the run's shards still exist."""
     from megatron_sr1.report.report import is_run, shards_of, write_report
 
     if not is_run(run_dir):
@@ -324,7 +327,7 @@ def report_command(run_dir: Path) -> int:
 
 
 def doctor_command() -> int:
-    """`doctor`."""
+    """Run `doctor`."""
     from megatron_sr1.doctor import examine
 
     text, can_train = examine()
@@ -333,13 +336,13 @@ def doctor_command() -> int:
 
 
 def doctor_distributed_command(run_dir: Path) -> int:
-    """`doctor --distributed`: one of the ranks; the first one speaks."""
+    """Run `doctor --distributed` on one of the ranks; rank 0 prints the result."""
     from megatron_sr1.launch import torchrun
 
     joined = torchrun.joined(os.environ)
     if joined is None:
         raise ConfigError(
-            "doctor --distributed is for the ranks of a launch: start it as "
+            "doctor --distributed runs on the ranks of a launch: start it as "
             "`torchrun --nproc-per-node N -m megatron_sr1 doctor --distributed`, or with srun"
         )
     os.environ.update(joined)
@@ -350,18 +353,3 @@ def doctor_distributed_command(run_dir: Path) -> int:
     if os.environ["RANK"] == "0":
         print(text)
     return 0 if can_train else 1
-
-
-def configure_logging(level: str) -> None:
-    """Log to stderr; ranks other than 0 say warnings only, with their number."""
-    rank = int(os.environ.get("RANK", "0"))
-    name = "%(asctime)s %(message)s" if rank == 0 else f"%(asctime)s rank {rank}: %(message)s"
-    logging.basicConfig(format=name, datefmt="%H:%M:%S", force=True)
-    chosen = getattr(logging, level.upper()) if rank == 0 else logging.WARNING
-    logging.getLogger("megatron_sr1").setLevel(chosen)
-    if level != "debug":  # said by libraries at every step; `doctor` tells what is not installed
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
-        warnings.filterwarnings("ignore", message=r".*(Apex|Transformer Engine).* not installed")
-    # Of the libraries below us; nothing that a user of this program could act on.
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning)

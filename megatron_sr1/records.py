@@ -1,9 +1,9 @@
-"""Records that travel between stages: frozen, each stage returns a new one.
+"""Records that are passed between stages: frozen, each stage returns a new one.
 
     shards -> Example -> Prompt -> Rollout -> Reward -> TrainSample -> PackedBatch -> loss
 
-Images never travel between ranks: a sample is named by its index in the dataset, and whoever
-needs its pixels reads them from the shard.
+Images are never sent between ranks: a sample is identified by its index in the dataset, and the
+code that needs its pixels reads them from the shard.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation; `content` may hold `<image>` marks (data/marks.py)."""
+    """One turn of a conversation; `content` may contain `<image>` marks (data/marks.py)."""
 
     role: str
     content: str
@@ -28,18 +28,18 @@ class Message:
 
 @dataclass(frozen=True)
 class Example:
-    """A sample of a dataset as its shard holds it, without pixels.
+    """A sample of a dataset as stored in its shard, without pixels.
 
     Attributes:
-        index: position in the dataset; names the sample on every rank.
+        index: position in the dataset; identifies the sample on every rank.
         key: webdataset key of the sample inside its shard.
         shard: path of the shard, for messages.
         messages: the conversation; for reinforcement learning one user turn, for supervised
             fine-tuning it ends with an assistant turn.
-        answer: gold answer, or None where there is none (supervised fine-tuning).
+        answer: gold answer, or None if there is none (supervised fine-tuning).
         num_images: images stored with the sample; equals the `<image>` marks in `messages`.
         metadata: further columns (`problem_id`, `data_source`, `digits`, …), JSON values.
-        other_answers: further gold answers; a response that has any of them is right.
+        other_answers: further gold answers; a response is right if it matches any of them.
     """
 
     index: int
@@ -53,7 +53,7 @@ class Example:
 
     @property
     def golds(self) -> tuple[str, ...]:
-        """All gold answers, the first one first; none where there is no answer."""
+        """All gold answers, in order; empty if there is no answer."""
         return () if self.answer is None else (self.answer, *self.other_answers)
 
     @property
@@ -64,10 +64,10 @@ class Example:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A tokenised prompt in both spellings.
+    """A tokenised prompt, in the trainer's form and the engine's.
 
     Attributes:
-        example: where it comes from.
+        example: its source.
         token_ids: for the trainer: each image one expanded run of image-pad ids.
         engine_token_ids: for the engine: each image a single image-pad id.
         images: decoded RGB images, in order; empty on ranks that do not need pixels.
@@ -88,10 +88,10 @@ class Completion:
     Attributes:
         token_ids: sampled ids, the end-of-turn id included when it was sampled.
         logprobs: the engine's logprob of each sampled id under the distribution that it was
-            sampled from (temperature applied), nats; empty if not asked for.
-        text: the ids decoded, special tokens left out.
+            sampled from (temperature applied), nats; empty if not requested.
+        text: the decoded ids without special tokens.
         finish_reason: "stop" (end of turn), "length" (cut by a token limit) or "given" (the ids
-            were not sampled but scored, at temperature 1; no text).
+            were scored at temperature 1, not sampled; no text).
     """
 
     token_ids: tuple[int, ...]
@@ -102,10 +102,10 @@ class Completion:
 
 @dataclass(frozen=True)
 class Reading:
-    """What the second pass made of a description, or of the question alone.
+    """Result of the second pass, from a description or from the question alone.
 
     Attributes:
-        answers: sampled, one or more; or the gold answer, scored and not sampled.
+        answers: one or more sampled answers; or the gold answer, scored instead of sampled.
     """
 
     answers: tuple[Completion, ...]
@@ -118,24 +118,24 @@ class Reading:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """What was sampled; none where the gold answer was scored."""
+        """Texts of the sampled answers; empty if the gold answer was scored."""
         return tuple(a.text for a in self.answers if a.finish_reason != "given")
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One sampled response and what was read from its description alone.
+    """One sampled response and what the second pass read from its description alone.
 
     Attributes:
         index: index of the example.
-        sample: number k of this response among the n of its prompt.
+        sample: index of this response among the n of its prompt.
         prompt_token_ids: expanded ids, as `Prompt.token_ids`.
         completion: pass 1.
         description: text inside the description span; None if there is no closed span or the
             recipe has none.
         reading: pass 2, from description and question without the image; None if it did not run.
-        weight_version: number of the weight sync that the engine held.
-        question_only: the same from the question alone, to compare; None if it did not run.
+        weight_version: number of the weight sync that the engine sampled with.
+        question_only: the same from the question alone, for comparison; None if it did not run.
     """
 
     index: int
@@ -149,7 +149,7 @@ class Rollout:
 
 
 RIGHT_FROM = 0.5
-"""A verdict from here on counts as right in tables; the grader's are 0 and 1."""
+"""Verdicts from this value on count as right in tables; the grader's are 0 and 1."""
 
 
 @dataclass(frozen=True)
@@ -157,20 +157,17 @@ class Reward:
     """Verdicts on one rollout and their sum.
 
     Attributes:
-        accuracy: pass-1 answer right, 0 or 1; from 0 to 1 by a function of the user's.
+        accuracy: pass-1 answer right, 0 or 1; with a user's function, any value in [0, 1].
         format: response has the recipe's form, 0 or 1.
-        self_reward: share of the pass-2 answers that are right (of what a function of the
-            user's gave them), or the gold answer's likelihood as
-            a number in [0, 1], less what the question alone leads to, if that is asked for; None
-            where there is no pass 2 by design (a text-only sample, a recipe without it), 0 where
-            the description is missing.
+        self_reward: mean verdict on the pass-2 answers, or the gold answer's likelihood in [0, 1];
+            minus that of the question alone, if configured. None if there is no pass 2 by design
+            (a text-only sample, a recipe without it), 0 if the description is missing.
         leak: the description states the answer as a verdict.
         total: the recipe's weighted sum.
-        answer: answer read from pass 1, None if there is none.
-        reading_answer: answer read from pass 2, the first if there are several; None if there is
-            none.
-        uncomparable: the exception that a library raised on an answer, which counts as wrong; None
-            if it raised none.
+        answer: answer of pass 1, None if there is none.
+        reading_answer: first answer of pass 2, None if there is none.
+        uncomparable: the exception that a library raised on an answer, which then counts as wrong;
+            None if there was none.
     """
 
     accuracy: float
@@ -185,11 +182,11 @@ class Reward:
 
 @dataclass(frozen=True)
 class TrainSample:
-    """One sequence to learn from; arrays are aligned with `token_ids`, entry t is about token t.
+    """One sequence to train on; arrays are aligned with `token_ids`, entry t is about token t.
 
     Attributes:
-        index: index of the example, by which its images are read; -1 never has images.
-        num_images: images that belong to it.
+        index: index of the example, from which its images are read; -1 has no images.
+        num_images: number of its images.
         token_ids: [tokens] int64, prompt and response, images expanded.
         loss_mask: [tokens] bool, True where the token is a target. Never True at token 0.
         image_grid_thw: per image (t, h, w) in patches.
@@ -212,12 +209,12 @@ class TrainSample:
 
 @dataclass(frozen=True)
 class VisionInputs:
-    """Pixels of some images as the vision tower takes them.
+    """Pixels of images, as the vision tower's input.
 
     Attributes:
         pixel_values: [patches, 3 * temporal_patch * patch * patch] float32, normalised.
         image_grid_thw: [images, 3] int64, (t, h, w) in patches.
-        occurrences: [places] int64 on the host, the image that stands at each place of a row, in
+        occurrences: [places] int64 on the host, the index of the image at each place of a row, in
             the row's order; None: each image once, in order.
     """
 
@@ -228,25 +225,25 @@ class VisionInputs:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """A micro-batch: sequences one behind the other in one row of T tokens.
+    """A micro-batch: sequences packed one after the other into a row of T tokens.
 
     Everything per token is aligned with the *predicting* position: entry t is about the token
     that the logits at position t predict, so `labels[t]` is token t + 1 of the same sequence. At
-    the last token of a sequence and in padding `loss_mask` is 0 and `labels` is 0. Padding stands
-    at the end of a sequence, where the layout asks for it, and behind the last one.
+    the last token of a sequence and in padding, `loss_mask` and `labels` are 0. Padding follows a
+    sequence if the layout requires it, and the last sequence.
 
     Attributes:
-        sample_ids: the positions of the packed samples in the list that was packed, in order.
+        sample_ids: indices of the samples in the list that was packed, in order.
         input_ids: [1, T] int64.
         labels: [1, T] int64.
         loss_mask: [1, T] float32, 0 or 1.
         position_ids: [3, 1, T] int64, mRoPE rows (time, height, width), restarting at each
             sequence; 0 in padding.
-        cu_seqlens: [sequences + 1] int32, borders on the row, a sequence's padding included;
-            padding behind the last one is a sequence too.
+        cu_seqlens: [sequences + 1] int32, boundaries in the row, each sequence's padding included;
+            padding after the last one is a sequence of its own.
         max_seqlen: longest sequence, tokens.
-        vision: images of all sequences, those of one example once, and where they occur; None if
-            there are none.
+        vision: images of all sequences, each example's once, and where they occur; None if there
+            are none.
         advantages: [1, T] float32 or None.
         old_logprobs: [1, T] float32 or None.
         engine_logprobs: [1, T] float32 or None.

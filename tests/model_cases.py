@@ -105,9 +105,9 @@ def write_case(directory, seed, num_images=((3, 1), (0,), (1, 2, 0))):
         seed: of everything.
         num_images: per row, the images of each of its samples.
     """
-    from megatron_sr1.runtime.torchvision_mend import mend_torchvision
+    from megatron_sr1.runtime.torchvision_patch import patch_torchvision
 
-    mend_torchvision()
+    patch_torchvision()
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     config = random_config(seed)

@@ -48,9 +48,9 @@ def run_trl(model: str, data: str, num_steps: int, result: Path) -> None:
 
     torch.set_num_threads(2)
     sys.path.insert(0, str(ROOT))
-    from megatron_sr1.runtime.torchvision_mend import mend_torchvision
+    from megatron_sr1.runtime.torchvision_patch import patch_torchvision
 
-    mend_torchvision()
+    patch_torchvision()
     from datasets import Dataset
     from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer

@@ -12,10 +12,11 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from megatron_sr1.runtime.files import replacing
 
 
 @dataclass(frozen=True)
@@ -181,13 +182,10 @@ def score(arguments: argparse.Namespace, lines: list[Line]) -> int:
 def write_lines(path: Path, lines: list[Line], found: list[list[float]]) -> None:
     """Write the output, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8"
-    ) as file:
+    with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
         for line, logprobs in zip(lines, found, strict=True):
             assert len(logprobs) == len(line.response), line.where
             file.write(json.dumps({**line.content, "logprobs": logprobs}) + "\n")
-    os.replace(file.name, path)
 
 
 if __name__ == "__main__":

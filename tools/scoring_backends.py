@@ -81,9 +81,9 @@ def transformers(
     arguments: argparse.Namespace, source: ModelSource, device: Device, lines: Lines
 ) -> Scores:
     """Score with transformers' own model, one line at a time."""
-    from megatron_sr1.runtime.torchvision_mend import mend_torchvision
+    from megatron_sr1.runtime.torchvision_patch import patch_torchvision
 
-    mend_torchvision()
+    patch_torchvision()
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     processor = make_processor(arguments, source)

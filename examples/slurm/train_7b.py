@@ -1,4 +1,4 @@
-"""Vision-SR1 on Qwen2.5-VL-7B as Slurm jobs of 8 GPUs a node, sent by nemo-run. NEEDS GPUS.
+"""Vision-SR1 on Qwen2.5-VL-7B as Slurm jobs of 8 GPUs per node, with nemo-run. NEEDS GPUS.
 
 GRPO on four nodes, or the three stages one after another:
 

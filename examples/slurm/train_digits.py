@@ -1,6 +1,6 @@
-"""GRPO on handwritten digits as a Slurm job of two ranks on CPUs, sent by nemo-run.
+"""GRPO on handwritten digits as a Slurm job of two CPU ranks, with nemo-run.
 
-`make demo` first: it makes the shards, the cold start and the model with random weights.
+Run `make demo` first: it creates the shards, the cold start and the model with random weights.
 
     .venv-launch/bin/python examples/slurm/train_digits.py --partition main
     .venv-launch/bin/python examples/slurm/train_digits.py --partition main \

@@ -1,8 +1,7 @@
-"""Durable file operations of checkpoints: atomic replacement, digests, free space.
+"""File operations of checkpoints: digests, the page cache, free space.
 
-In: paths, and Megatron's description of what a rank saves. Out: files and directory entries that
-survive a loss of power, the size and digest of a file, and an error that states how much space a
-save needs and how much is free.
+In: paths, and Megatron's description of what a rank saves. Out: the size and digest of a file, and
+an error that states how much space a save needs and how much is free.
 """
 
 from __future__ import annotations
@@ -49,26 +48,6 @@ def measure(path: Path, sync: bool = False) -> Measure:
             os.fsync(file.fileno())
         digest = hashlib.file_digest(file, DIGEST).hexdigest()
         return Measure(file.tell(), digest)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file at once, with its contents and its name on the disk."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    sync_directory(path.parent)
-
-
-def sync_directory(folder: Path) -> None:
-    """Bring the names in a folder to the disk."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def expect_pages(file: int, offset: int, num_bytes: int) -> None:

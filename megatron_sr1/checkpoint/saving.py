@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from megatron_sr1.checkpoint.disk import DIGEST, Measure, measure, sync_directory, write_text
+from megatron_sr1.checkpoint.disk import DIGEST, Measure, measure
 from megatron_sr1.checkpoint.folders import HF_FILES, LATEST, latest_step, remove_remains
 from megatron_sr1.checkpoint.hf_files import HFSource, replace_directory
 from megatron_sr1.checkpoint.manifest import FORMAT, MANIFEST
@@ -31,6 +31,7 @@ from megatron_sr1.checkpoint.state import layout_of, write_state
 from megatron_sr1.checkpoint.tensors import PendingTensors, Trained, begin_tensors, save_tensors
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.runtime.collectives import on_all_ranks, on_writer
+from megatron_sr1.runtime.files import sync_directory, write_text
 from megatron_sr1.runtime.groups import Groups
 from megatron_sr1.runtime.rng import rng_state
 
@@ -241,7 +242,7 @@ def write_manifest(
                 found[name] = measure(folder / name, sync=True)
         files = {n: {"bytes": m.num_bytes, "digest": m.digest} for n, m in sorted(found.items())}
         record = {"format": FORMAT, "digest": DIGEST, "files": files}
-        write_text(folder / MANIFEST, json.dumps(record, indent=1) + "\n")
+        write_text(folder / MANIFEST, json.dumps(record, indent=1) + "\n", sync=True)
 
     on_writer(groups, write)
 
@@ -258,5 +259,5 @@ def publish_folder(partial: Path, target: Path, keep: Keep, busy: Collection[str
         sync_directory(folder)
     replace_directory(partial, target)
     sync_directory(target.parent)
-    write_text(target.parent / LATEST, target.name + "\n")
+    write_text(target.parent / LATEST, target.name + "\n", sync=True)
     remove_old(target.parent, int(target.name.removeprefix("step_")), keep, busy)

@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_sr1.checkpoint.disk import size_text, write_text
+from megatron_sr1.checkpoint.disk import size_text
 from megatron_sr1.checkpoint.folders import STATE, step_names, whole_steps
 from megatron_sr1.errors import CheckpointError
+from megatron_sr1.runtime.files import write_text
 from megatron_sr1.runtime.groups import Groups
 
 FORMAT = 2
@@ -58,7 +59,7 @@ def write_state(
         "scheduler": None if scheduler is None else scheduler.state_dict(),
         "state": dict(state),
     }
-    write_text(folder / STATE, json.dumps(record, indent=2) + "\n")
+    write_text(folder / STATE, json.dumps(record, indent=2) + "\n", sync=True)
 
 
 def read_state(folder: Path) -> dict[str, Any]:

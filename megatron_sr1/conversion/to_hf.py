@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_sr1.checkpoint.disk import check_room, forget_pages, sync_directory
+from megatron_sr1.checkpoint.disk import check_room, forget_pages
 from megatron_sr1.checkpoint.folders import ModelSource
 from megatron_sr1.checkpoint.hf_files import StoredTensor, replace_directory, write_tensor
 from megatron_sr1.checkpoint.loading import verify_source
@@ -31,6 +31,7 @@ from megatron_sr1.conversion.published import (
 from megatron_sr1.conversion.reader import UnitReader
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.runtime.collectives import single_process
+from megatron_sr1.runtime.files import sync_directory
 
 UNFINISHED = ".partial"
 

@@ -33,8 +33,9 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_sr1.checkpoint.disk import Measure, forget_pages, measure, write_text
+from megatron_sr1.checkpoint.disk import Measure, forget_pages, measure
 from megatron_sr1.conversion.units import Unit
+from megatron_sr1.runtime.files import write_text
 
 FILE_BYTES = 2**30  # a conversion that was stopped begins again at the last file
 MakeUnit = Callable[[Unit], torch.Tensor]
@@ -148,7 +149,7 @@ class UnitWriter:
         forget_pages(self.folder / name)
         places = [(r.storage_data.offset, r.storage_data.length) for r in self._results[name]]
         note = {"bytes": found.num_bytes, "digest": found.digest, "places": places}
-        write_text(self._note_path(name), json.dumps(note))
+        write_text(self._note_path(name), json.dumps(note), sync=True)
 
     def _read_note(self, name: str, plan: SavePlan) -> tuple[Measure, list[WriteResult]] | None:
         """What a note says, if the file is as it says."""

@@ -27,7 +27,7 @@ from megatron_sr1.data.image_limits import check_limits, largest_pixels
 from megatron_sr1.data.prompts import ChatMessage, chat_messages
 from megatron_sr1.errors import DataError
 from megatron_sr1.records import Example, Prompt, TrainSample, VisionInputs
-from megatron_sr1.runtime.torchvision_mend import mend_torchvision
+from megatron_sr1.runtime.torchvision_patch import patch_torchvision
 
 IMAGE_PAD = "<|image_pad|>"
 VISION_TOKENS = (
@@ -220,7 +220,7 @@ class Processor:
 
 def _load(directory: Path, min_pixels: int | None, max_pixels: int | None) -> tuple[Any, Any]:
     """Load tokenizer and image processor; Python files in the directory are never imported."""
-    mend_torchvision()
+    patch_torchvision()
     from transformers import AutoTokenizer, Qwen2VLImageProcessor
 
     limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}

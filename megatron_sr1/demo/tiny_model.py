@@ -68,9 +68,9 @@ def make_tiny_model(
     """
     import torch
 
-    from megatron_sr1.runtime.torchvision_mend import mend_torchvision
+    from megatron_sr1.runtime.torchvision_patch import patch_torchvision
 
-    mend_torchvision()
+    patch_torchvision()
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     target = Path(directory)

@@ -1,1 +1,1 @@
-"""Start of a run's ranks: commands are built here, training happens elsewhere."""
+"""Starting the ranks of a run, on this machine or through Slurm."""

@@ -1,7 +1,7 @@
-"""What is sent to Slurm and where: records, the flags that fill them, a chain of stages.
+"""Description of Slurm jobs: the records, the flags that fill them, chains of stages.
 
 In: the arguments of a launch script. Out: a `Cluster` and the `Task`s for `slurm.submit`. Nothing
-here needs nemo-run or a Slurm, so `--help` is instant.
+here needs nemo-run or Slurm, so `--help` is instant.
 """
 
 from __future__ import annotations
@@ -19,55 +19,56 @@ STAGES = ("sft", "grpo", "eval")
 
 @dataclass(frozen=True)
 class Cluster:
-    """A Slurm cluster and what each job asks of it."""
+    """A Slurm cluster and the resources of each job."""
 
     partition: str = ""
     """"": Slurm's default."""
     account: str = ""
     """"": the user's default."""
     nodes: int = 1
-    """Nodes of a job."""
+    """Nodes per job."""
     gpus_per_node: int = 0
     """0 for a run on CPUs."""
     tasks_per_node: int = 0
-    """Ranks on a node; 0: one a GPU."""
+    """Ranks per node; 0: one per GPU."""
     cpus_per_task: int = 0
-    """Cores of a rank; 0: Slurm's default, which may be one."""
+    """Cores per rank; 0: Slurm's default, which may be one."""
     time: str = "04:00:00"
-    """Limit of a job, as sbatch takes it."""
+    """Time limit of a job, in sbatch's format."""
     warning_seconds: int = 300
-    """So long before the limit (Slurm may be a minute early) the run finishes its step, saves, and
-    is queued again."""
+    """How long before the limit (Slurm may be a minute early) the run finishes its step, saves,
+    and is requeued."""
     launcher: str = "srun"
-    """What starts the ranks: srun (a task a rank) | torchrun (a task a node)."""
+    """What starts the ranks: srun (a task per rank) | torchrun (a task per node)."""
     container: str = ""
     """Image file or reference for pyxis; "": none."""
     mounts: tuple[str, ...] = ()
-    """HOST:CONTAINER folders."""
+    """Mounted directories, HOST:CONTAINER."""
     environment: Mapping[str, str] = field(default_factory=dict)
-    """Variables of the ranks."""
+    """Environment variables of the ranks."""
     sbatch: Mapping[str, str] = field(default_factory=dict)
-    """More options of sbatch, as qos."""
+    """More options of sbatch, such as qos."""
     workdir: str = ""
-    """Where the ranks run, seen by all nodes; relative paths of a configuration start there."""
+    """Working directory of the ranks, shared by all nodes."""
     python: str = ""
-    """Of the training environment; "": .venv/bin/python there, `python` in a container."""
+    """Interpreter of the training environment; "": .venv/bin/python in `workdir`, or `python` in a
+    container."""
     logs: str = ""
-    """Folder of scripts and logs, seen by all nodes; "": nemo-run's home, or runs/slurm in
-    `workdir` through a tunnel."""
+    """Directory of scripts and logs, shared by all nodes; "": nemo-run's home, or runs/slurm in
+    `workdir` with a tunnel."""
     tunnel: str = ""
-    """user@host[:port] of a login node; "": this is one."""
+    """user@host[:port] of a login node; "": this machine is one."""
     identity: str = ""
-    """File of the private key for the tunnel."""
+    """Private key file for the tunnel."""
 
     @property
     def ranks_per_node(self) -> int:
-        """Ranks on each node."""
+        """Ranks per node."""
         return self.tasks_per_node or self.gpus_per_node
 
     @property
     def interpreter(self) -> str:
-        """Python that runs the ranks."""
+        """Python interpreter of the ranks."""
         if self.python:
             is_path = "/" in self.python and not self.container
             return os.path.join(self.workdir, self.python) if is_path else self.python
@@ -76,20 +77,20 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Task:
-    """One job: a stage under a configuration."""
+    """One job: a stage with its configuration."""
 
     name: str
-    """In the queue and of the log file."""
+    """Name in the queue and of the log file."""
     config: Path
-    """YAML file on this machine; a copy travels with the job."""
+    """YAML file on this machine; the job gets a copy."""
     overrides: tuple[str, ...] = ()
     """key=value."""
     follows: str = ""
-    """Name of the task whose good end this one waits for, and whose model it takes; "": none."""
+    """Name of the task that must succeed first, and whose model this one loads; "": none."""
 
 
 def add_arguments(parser: argparse.ArgumentParser, config: str) -> None:
-    """Give a launch script the flags of a cluster and of what to run.
+    """Add the flags of a cluster and of the stages to a launch script.
 
     Args:
         parser: of the script.
@@ -101,36 +102,47 @@ def add_arguments(parser: argparse.ArgumentParser, config: str) -> None:
         "--stages",
         default="grpo",
         metavar="LIST",
-        help="of sft,grpo,eval: jobs that follow one another, each from the model of the one "
-        "before; with several, --output is needed (default: %(default)s)",
+        help="of sft,grpo,eval: consecutive jobs, each from the model of the previous one; "
+        "several need --output (default: %(default)s)",
     )
-    add("--output", default="", metavar="DIR", help="run folder; one below it for each of several")
+    add(
+        "--output",
+        default="",
+        metavar="DIR",
+        help="run directory; several stages: one below it each",
+    )
     add("--partition", default="", help="Slurm's default if not given")
     add("--account", default="", help="yours in Slurm if not given")
     add("--nodes", type=int, default=1, metavar="N")
     add("--gpus-per-node", type=int, default=0, metavar="N", help="0 on CPUs (%(default)s)")
-    add("--tasks-per-node", type=int, default=0, metavar="N", help="0: one a GPU (%(default)s)")
-    add("--cpus-per-task", type=int, default=0, metavar="N", help="cores of a rank")
-    add("--time", default="04:00:00", metavar="LIMIT", help="of each job (%(default)s)")
-    add("--warning", type=int, default=300, metavar="S", help="seconds before it (%(default)s)")
+    add("--tasks-per-node", type=int, default=0, metavar="N", help="0: one per GPU (%(default)s)")
+    add("--cpus-per-task", type=int, default=0, metavar="N", help="cores per rank")
+    add("--time", default="04:00:00", metavar="LIMIT", help="limit of each job (%(default)s)")
+    add(
+        "--warning",
+        type=int,
+        default=300,
+        metavar="S",
+        help="seconds before it to save (%(default)s)",
+    )
     add("--launcher", default="srun", choices=("srun", "torchrun"), help="what starts the ranks")
     add("--container", default="", metavar="IMAGE", help="image for pyxis: a file or a reference")
     add("--mount", action="append", default=[], metavar="HOST:CONTAINER")
-    add("--env", action="append", default=[], metavar="NAME=VALUE", help="for the ranks")
-    add("--sbatch", action="append", default=[], metavar="OPTION=VALUE", help="as qos=high")
-    add("--workdir", default="", metavar="DIR", help="checkout on the cluster (this folder)")
+    add("--env", action="append", default=[], metavar="NAME=VALUE", help="variable of the ranks")
+    add("--sbatch", action="append", default=[], metavar="OPTION=VALUE", help="such as qos=high")
+    add("--workdir", default="", metavar="DIR", help="checkout on the cluster (this directory)")
     add("--python", default="", metavar="FILE", help="of the ranks (WORKDIR/.venv/bin/python)")
     add("--logs", default="", metavar="DIR", help="scripts and logs, seen by all nodes")
     add("--tunnel", default="", metavar="USER@HOST[:PORT]", help="login node, by ssh with a key")
     add("--identity", default="", metavar="FILE", help="private key for the tunnel")
-    add("overrides", nargs="*", metavar="[STAGE:]key=value", help="as seed=2 or sft:seed=2")
+    add("overrides", nargs="*", metavar="[STAGE:]key=value", help="such as seed=2 or sft:seed=2")
 
 
 def cluster_of(arguments: argparse.Namespace) -> Cluster:
-    """The cluster that the flags describe.
+    """Return the cluster that the flags describe.
 
     Args:
-        arguments: parsed by `add_arguments`.
+        arguments: of a parser with `add_arguments`.
 
     Raises:
         ConfigError: a flag that is not NAME=VALUE, or no `--workdir` with a tunnel.
@@ -162,11 +174,11 @@ def cluster_of(arguments: argparse.Namespace) -> Cluster:
 def tasks_of(
     arguments: argparse.Namespace, settings: Mapping[str, Sequence[str]] | None = None
 ) -> list[Task]:
-    """The jobs that the flags name, each after the one before.
+    """Return the jobs that the flags describe, each one following the previous one.
 
     Args:
-        arguments: parsed by `add_arguments`.
-        settings: overrides a stage, before those of the command line.
+        arguments: of a parser with `add_arguments`.
+        settings: stage -> overrides, applied before those of the command line.
 
     Raises:
         ConfigError: an unknown stage, stages out of order, or several without `--output`.
@@ -175,7 +187,7 @@ def tasks_of(
     if not stages or stages != [name for name in STAGES if name in stages]:
         raise ConfigError(f"--stages={arguments.stages}: expected some of {','.join(STAGES)}")
     if len(stages) > 1 and not arguments.output:
-        raise ConfigError(f"--stages={arguments.stages} needs --output, a folder for their runs")
+        raise ConfigError(f"--stages={arguments.stages} needs --output, a directory for their runs")
     tasks: list[Task] = []
     for stage in stages:
         own = [f"stage={stage}", *(settings or {}).get(stage, ())]

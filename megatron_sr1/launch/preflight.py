@@ -1,4 +1,4 @@
-"""Check the paths of a configuration before any rank starts: one clear line, at once."""
+"""Check the paths of a configuration before any rank starts, with one clear error message."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from megatron_sr1.config import Config, LaunchConfig
 from megatron_sr1.errors import CheckpointError, ConfigError, DataError
 
 LONGEST_NAME = 255
-"""Bytes of a file's name on Linux."""
+"""Maximum length of a file name on Linux, bytes."""
 
 
 def absent_paths(config: Config) -> dict[str, str]:
-    """Paths of model and data that the stage needs and that do not exist, by their keys."""
+    """Return the missing paths of model and data that the stage needs, by configuration key."""
     named = {"model.path": config.model.path, "data.eval": config.data.eval}
     if config.stage != "eval":
         named["data.train"] = config.data.train
@@ -21,17 +21,17 @@ def absent_paths(config: Config) -> dict[str, str]:
 
 
 def check_paths(config: Config, has_model: bool = True, is_dry_run: bool = False) -> None:
-    """Check that model, data and output can be what the stage needs.
+    """Check that model, data and output are usable for the stage.
 
     Args:
         config: of the run.
-        has_model: false where another run will have written the model by then.
-        is_dry_run: model and data need not exist yet, and config.json alone is a model.
+        has_model: False if an earlier run will have written the model by then.
+        is_dry_run: model and data need not exist, and a config.json alone is accepted as a model.
 
     Raises:
-        CheckpointError: model.path is absent or holds no checkpoint.
-        DataError: a shard folder that the stage needs is not named, absent or without shards.
-        ConfigError: output cannot be a directory, or reward.function names an absent file.
+        CheckpointError: model.path is missing or holds no checkpoint.
+        DataError: a shard directory that the stage needs is not set, missing or has no shards.
+        ConfigError: output cannot be a directory, or reward.function names a missing file.
     """
     absent = absent_paths(config) if is_dry_run else {}
     has_shape = is_dry_run and (Path(config.model.path) / "config.json").is_file()
@@ -46,14 +46,14 @@ def check_paths(config: Config, has_model: bool = True, is_dry_run: bool = False
 
 
 def check_output(output: str) -> None:
-    """Check, without making it, that a run directory can be made or written to.
+    """Check, without creating it, that a run directory can be created or written to.
 
     Raises:
         ConfigError: it cannot.
     """
     path = Path(output).absolute()
     if "\0" in output or any(len(os.fsencode(part)) > LONGEST_NAME for part in path.parts):
-        raise ConfigError(f"output={output[:80]!r}… is no name that a directory can have")
+        raise ConfigError(f"output={output[:80]!r}… is not a valid directory name")
     there = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
     if not there.is_dir():
         below = "" if there == path else f" lies below {there}, which"
@@ -66,7 +66,7 @@ def check_output(output: str) -> None:
 
 
 def crowded(launch: LaunchConfig, num_ranks: int) -> str:
-    """Warn of more ranks on this machine than it has cores; "" where there are enough."""
+    """Return a warning if this machine has fewer cores than ranks, otherwise ""."""
     cores = len(os.sched_getaffinity(0))
     if launch.device == "cuda" or num_ranks <= cores:
         return ""
@@ -92,14 +92,14 @@ def _check_model(path: Path) -> None:
 
 
 def _absent(path: Path) -> str:
-    """Say that a folder is not there, where it was looked for, and what would have made it."""
+    """Say that a directory does not exist, where it was expected, and what would create it."""
     where = "" if path.is_absolute() else f" in {Path.cwd()}"
     made = ", which make demo makes" if path.parts[:2] == ("runs", "demo") else ""
     return f"no such folder{where}{made}"
 
 
 def _seen(path: Path) -> str:
-    """What was taken for a checkpoint, and what it may have been mistaken for."""
+    """Describe what the path holds instead of a checkpoint, with the likely intended path."""
     if path.is_file():
         return f"; this is a file, try {path.parent}"
     for name in ("hf", "checkpoints"):

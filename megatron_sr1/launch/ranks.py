@@ -1,7 +1,7 @@
-"""torchrun without its own report: the ranks have said in their words why they ended.
+"""torchrun without its own error report: the ranks have already reported why they failed.
 
-In: torchrun's arguments. Out: the exit status of the rank that failed first. torchrun itself ends
-with a traceback of its own frames and a table, 47 lines in all, below the one line that matters.
+In: torchrun's arguments. Out: the exit status of the rank that failed first. torchrun itself would
+print a traceback of its own frames and a table, 47 lines, below the one line that matters.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ def main(arguments: Sequence[str]) -> int:
         arguments: of torchrun.
 
     Returns:
-        0; else the status of the first rank that failed, 128 + the signal if a signal ended it, or
+        0, or the status of the first rank that failed; 128 + the signal if a signal ended it or
         this process.
     """
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    logging.disable(logging.ERROR)  # which ranks it stops, and how; what it raises is still shown
+    logging.disable(logging.ERROR)  # how it stops which rank; exceptions are still shown
     try:
         run.main(list(arguments))
     except ChildFailedError as error:

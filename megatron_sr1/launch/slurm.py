@@ -1,9 +1,9 @@
-"""Send stages to Slurm by nemo-run: each a job, each after the good end of the one it follows.
+"""Submit stages to Slurm with nemo-run, one job each; a job starts once its predecessor succeeded.
 
-In: a `Cluster` and its `Task`s. Out: the jobs' numbers, and nemo-run's commands for what comes
-after. The code does not travel: the nodes see the checkout `workdir` and its environment, or have
-both in the container; the configuration file does. nemo-run is imported here only, lazily, from an
-environment of its own (`make launch-env`): its pins clash with vLLM's.
+In: a `Cluster` and its `Task`s. Out: the job ids, and the commands to follow and cancel the jobs.
+Only the configuration file is copied, not the code: the nodes use the checkout `workdir` and its
+environment, or those of the container. nemo-run is imported in this file only, lazily, from an
+environment of its own (`make launch-env`), as its pinned versions conflict with vLLM's.
 """
 
 from __future__ import annotations
@@ -26,40 +26,40 @@ from megatron_sr1.launch.slurm_checks import check, split_tunnel
 
 CONFIG_NAME = "config.yaml"
 NODE_SCRIPT = Path(__file__).parents[2] / "examples" / "launch_torchrun.sh"
-"""Starts a node's ranks by torchrun; it travels with the job."""
+"""Starts a node's ranks with torchrun; it is copied with the job."""
 JOB_FOLDER = "/nemo_run"
-"""Where a job's folder is in a container; without one, nemo-run puts its real path instead."""
+"""A job's directory in a container; without one, nemo-run substitutes the real path."""
 SETUP = """\
 # One address and port for all ranks, another port for each job that shares a node.
 export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
-# Rank 0 makes this file when it was warned, has saved and leaves. Its name outside a container:
-# beside the file that this script writes to.
+# Rank 0 creates this file when it stops early with everything saved. Outside a container it lies
+# beside the log of this script.
 export MEGATRON_SR1_UNFINISHED="/nemo_run/unfinished"
 unfinished=$(dirname "$(readlink /proc/$$/fd/1)")/unfinished
 rm -f "$unfinished"
 trap '[[ $? -ne 0 || ! -e $unfinished ]] || scontrol requeue "$SLURM_JOB_ID" || exit 75' EXIT"""
-"""Of the batch script, before nemo-run's srun. At its end an unfinished run is queued again; a
+"""Lines of the batch script before nemo-run's srun. At its end an unfinished run is requeued, a
 failed one is not."""
 
 
 @dataclass(frozen=True)
 class Submitted:
-    """Jobs in the queue."""
+    """Submitted jobs."""
 
     experiment: str
-    """nemo-run's name for them."""
+    """nemo-run's name of the experiment."""
     jobs: dict[str, str]
-    """Slurm's number of each task, by name."""
+    """Slurm job id of each task, by name."""
     logs: dict[str, str]
-    """File of each task's output, on the cluster."""
+    """Log file of each task, on the cluster."""
     home: str
-    """nemo-run's folder on this machine; "": its default."""
+    """nemo-run's directory on this machine; "": its default."""
     tunnel: str
-    """Of the cluster."""
+    """Tunnel of the cluster."""
 
     def next_commands(self) -> str:
-        """What to run to see, read and cancel the jobs."""
+        """Return the commands that show, follow and cancel the jobs."""
         nemo = shlex.quote(str(Path(sys.executable).with_name("nemo")))
         if self.home:
             nemo = f"NEMORUN_HOME={shlex.quote(self.home)} {nemo}"
@@ -77,20 +77,20 @@ class Submitted:
 
 
 def submit(title: str, cluster: Cluster, tasks: Sequence[Task]) -> Submitted:
-    """Check everything, then queue the tasks and return at once.
+    """Check everything, then submit the tasks and return immediately.
 
     Args:
-        title: of nemo-run's experiment, without spaces.
-        cluster: where to.
-        tasks: jobs; one that follows another starts when that one has ended well, and leaves the
-            queue when it has not.
+        title: of the experiment, without spaces.
+        cluster: where to run them.
+        tasks: one job each; a job that follows another starts if that one succeeded, and is
+            removed from the queue otherwise.
 
     Returns:
-        the jobs' numbers and logs.
+        job ids and logs.
 
     Raises:
-        SR1Error: what can be known to be wrong; nothing has been queued then.
-        ConfigError: nemo-run is absent, or Slurm refused the job.
+        SR1Error: a check failed; nothing has been submitted.
+        ConfigError: nemo-run is not installed, or Slurm rejected the job.
     """
     configs = check(cluster, tasks)
     _check_names(cluster, tasks)
@@ -128,12 +128,12 @@ def submit(title: str, cluster: Cluster, tasks: Sequence[Task]) -> Submitted:
 
 
 def build_executor(cluster: Cluster, package: Path, config: Config) -> Any:
-    """nemo-run's `SlurmExecutor` for one task.
+    """Build nemo-run's `SlurmExecutor` for one task.
 
     Args:
-        cluster: what the job asks for.
-        package: folder whose files travel with the job.
-        config: of the task; says the threads of a rank on a CPU.
+        cluster: resources of the job.
+        package: directory whose files are copied with the job.
+        config: of the task; sets the threads of a rank on a CPU.
 
     Returns:
         a `nemo_run.SlurmExecutor`.
@@ -147,17 +147,17 @@ def build_executor(cluster: Cluster, package: Path, config: Config) -> Any:
     if config.launch.threads:
         environment.setdefault("OMP_NUM_THREADS", str(config.launch.threads))
     extra: dict[str, Any] = {name: value or True for name, value in cluster.sbatch.items()}
-    # Else what follows a failed job stays in the queue for ever.
+    # Otherwise the successors of a failed job stay in the queue forever.
     extra.setdefault("kill_on_invalid_dep", "yes")
     extra.setdefault("signal", f"USR1@{cluster.warning_seconds}")
     extra.setdefault("requeue", True)
     return run.SlurmExecutor(
         account=cluster.account or None,
         partition=cluster.partition or None,
-        job_name_prefix="megatron_sr1.",  # with the dot: nemo-run reads the name behind it
+        job_name_prefix="megatron_sr1.",  # with the dot: nemo-run parses the name after it
         time=cluster.time,
         nodes=cluster.nodes,
-        # All GPUs are seen by all tasks of a node; the rank's number picks its own.
+        # All tasks of a node see all GPUs; each rank selects one by its number.
         gpus_per_node=cluster.gpus_per_node or None,
         ntasks_per_node=cluster.ranks_per_node if by_srun else 1,
         cpus_per_task=_cores(cluster) or None,
@@ -171,28 +171,28 @@ def build_executor(cluster: Cluster, package: Path, config: Config) -> Any:
             include_pattern=str(package / "*"), relative_path=str(package)
         ),
         tunnel=_tunnel(run, cluster),
-        retries=0,  # they would start a job again whatever it failed of
+        retries=0,  # a retry would restart a job whatever the failure
         poll_estimated_start_time=False,
     )
 
 
 def _cores(cluster: Cluster) -> int:
-    """Cores of a task of srun: a rank, or all ranks of a node; 0: not said."""
+    """Return the cores of an srun task, which is a rank or all ranks of a node; 0: not set."""
     return cluster.cpus_per_task * (1 if cluster.launcher == "srun" else cluster.ranks_per_node)
 
 
 def _srun_options(cluster: Cluster) -> list[str]:
-    """Options behind nemo-run's own, which they overrule."""
+    """Return options that come after nemo-run's own and override them."""
     options = [] if cluster.container else [f"--chdir={cluster.workdir}"]
     if cluster.container and cluster.workdir:
         options.append(f"--container-workdir={cluster.workdir}")
     if cluster.cpus_per_task:
-        options.append(f"--cpus-per-task={_cores(cluster)}")  # newer Slurms do not hand sbatch's on
+        options.append(f"--cpus-per-task={_cores(cluster)}")  # new sruns do not inherit it
     return options
 
 
 def _command(run: Any, cluster: Cluster, task: Task) -> Any:
-    """What each task of the job runs; nemo-run joins the words, so they are quoted here."""
+    """Build the command of each task; nemo-run joins the words, so they are quoted here."""
     words = [f"{JOB_FOLDER}/code/{CONFIG_NAME}", *map(shlex.quote, task.overrides)]
     if cluster.launcher == "torchrun":
         return run.Script(f"{JOB_FOLDER}/code/{NODE_SCRIPT.name}", entrypoint="bash", args=words)
@@ -201,7 +201,7 @@ def _command(run: Any, cluster: Cluster, task: Task) -> Any:
 
 
 def _run(experiment: Any) -> None:
-    """Queue the jobs; what sbatch refuses becomes one line."""
+    """Submit the jobs; turn an error of sbatch into one line."""
     from invoke.exceptions import UnexpectedExit
 
     try:
@@ -226,12 +226,12 @@ def _tunnel(run: Any, cluster: Cluster) -> Any:
 
 
 def _home(cluster: Cluster) -> str:
-    """nemo-run's folder where it is not its default: without a tunnel, that of the logs."""
+    """Return nemo-run's directory if it is not the default: without a tunnel, that of the logs."""
     return os.path.abspath(cluster.logs) if cluster.logs and not cluster.tunnel else ""
 
 
 def _check_names(cluster: Cluster, tasks: Sequence[Task]) -> None:
-    """Without a container nemo-run puts a job's real folder for JOB_FOLDER wherever it stands."""
+    """Refuse paths that contain JOB_FOLDER: without a container nemo-run substitutes it."""
     home = os.environ.get("NEMORUN_HOME", "")
     texts = [cluster.logs or home, cluster.workdir, cluster.interpreter]
     texts += [text for task in tasks for text in task.overrides]
@@ -244,7 +244,7 @@ def _check_names(cluster: Cluster, tasks: Sequence[Task]) -> None:
 
 
 def _nemo_run(home: str) -> Any:
-    """nemo-run, told its folder, which it reads while it is imported."""
+    """Import nemo-run; it reads its directory from the environment at import time."""
     if home:
         os.environ["NEMORUN_HOME"] = home
     try:

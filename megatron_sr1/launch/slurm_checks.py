@@ -1,7 +1,7 @@
-"""Check a submission before anything is queued: one clear line for what can be known here.
+"""Check a submission before anything is queued, with one clear error message.
 
-In: a `Cluster` and its `Task`s. Questions go to the cluster's own tools, through `ssh` where there
-is a tunnel, and count only where the tool answers: a Slurm without accounting knows no accounts.
+In: a `Cluster` and its `Task`s. The cluster's own tools are queried, through `ssh` if there is a
+tunnel. A check is skipped if its tool gives no answer: Slurm without accounting knows no accounts.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ CONNECT_SECONDS = 10
 
 
 def check(cluster: Cluster, tasks: Sequence[Task]) -> dict[str, Config]:
-    """Check everything that can be known before a job is queued.
+    """Check everything that can be checked before a job is queued.
 
-    Paths in a container are not looked for: its mounts may give them other names.
+    Paths in a container are not checked, as its mounts may rename them.
 
     Args:
         cluster: where the jobs would run.
-        tasks: in the order of their names' use.
+        tasks: in the order in which they run.
 
     Returns:
         the resolved configuration of each task, by its name.
 
     Raises:
-        SR1Error: what is wrong, as one line.
+        SR1Error: what is wrong, in one line.
     """
     if cluster.nodes < 1 or cluster.ranks_per_node < 1:
         raise ConfigError(
@@ -64,16 +64,16 @@ def run_there(cluster: Cluster, command: str) -> subprocess.CompletedProcess[str
     """Run a command on the cluster's login node.
 
     Args:
-        cluster: its tunnel is used.
-        command: for the shell there.
+        cluster: whose tunnel is used.
+        command: shell command.
 
     Raises:
-        ConfigError: the tunnel cannot be reached, or the answer takes longer than a minute.
+        ConfigError: the tunnel cannot be reached, or there is no answer within a minute.
     """
     argv = ["bash", "-c", command]
     if cluster.tunnel:
         host, port = split_tunnel(cluster.tunnel)
-        # nemo-run copies by rsync over ssh, so a key must do: ask for no password.
+        # nemo-run copies with rsync over ssh and needs a key: never ask for a password.
         argv = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}"]
         argv += ["-p", str(port)] if port else []
         argv += ["-i", os.path.expanduser(cluster.identity)] if cluster.identity else []
@@ -96,10 +96,10 @@ def run_there(cluster: Cluster, command: str) -> subprocess.CompletedProcess[str
 
 
 def split_tunnel(tunnel: str) -> tuple[str, int | None]:
-    """user@host and the port, None if not given.
+    """Split a tunnel into user@host and the port, None if not given.
 
     Raises:
-        ConfigError: no user, or a port that is no number.
+        ConfigError: no user, or a port that is not a number.
     """
     host, colon, port = tunnel.partition(":")
     if not all(host.partition("@")) or (colon and not port.isdecimal()):
@@ -182,7 +182,7 @@ def _check_container(cluster: Cluster) -> None:
 
 
 def _check_there(cluster: Cluster, tasks: Sequence[Task], configs: dict[str, Config]) -> None:
-    """Interpreter and, through a tunnel, the paths of the configurations."""
+    """Check the interpreter and, through a tunnel, the paths of the configurations."""
     if run_there(cluster, f"command -v {shlex.quote(cluster.interpreter)}").returncode:
         raise ConfigError(
             f"{cluster.interpreter}: no such program {_where(cluster)}; make the training "
@@ -201,7 +201,7 @@ def _check_there(cluster: Cluster, tasks: Sequence[Task], configs: dict[str, Con
 
 
 def _path(cluster: Cluster, path: str) -> str:
-    """A path there, quoted for the shell; relative ones start in the working folder."""
+    """Quote a path for the cluster's shell; relative paths start in the working directory."""
     if path.startswith("~/"):
         return '"$HOME"/' + shlex.quote(path[2:])
     return shlex.quote(os.path.join(cluster.workdir, path))

@@ -1,12 +1,12 @@
-"""Start the ranks of a run on this machine with torchrun, or find out that we are one of them.
+"""Start the ranks of a run on this machine with torchrun, or detect that this process is a rank.
 
-In: the command line of one rank and the configuration. Out: an exit status, or the environment
-that makes this process a rank.
+In: the command line of a rank and the configuration. Out: an exit status, or the environment
+variables of a rank.
 """
 
 from __future__ import annotations
 
-import ctypes
+import functools
 import os
 import re
 import signal
@@ -19,24 +19,24 @@ from types import FrameType
 
 from megatron_sr1.config import LaunchConfig
 from megatron_sr1.errors import ConfigError, SR1Error
+from megatron_sr1.runtime.child_processes import end_with
 
 FIRST_RANK_SECONDS = 5.0
 PORT_FIRST, PORT_SPAN = 20000, 10000
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def joined(environment: Mapping[str, str]) -> dict[str, str] | None:
-    """Variables that make this process a rank of a world that something else started.
+    """Return the variables that make this process a rank, if a launcher started it.
 
     Args:
         environment: of this process.
 
     Returns:
-        {} under torchrun, whose variables are there already; the five that torch.distributed reads
-        under srun with several tasks; None if nothing has started us.
+        {} under torchrun, which has set them; under srun with several tasks the five that
+        torch.distributed reads; None without a launcher.
 
     Raises:
-        ConfigError: RANK without WORLD_SIZE, or a step of srun without its list of nodes.
+        ConfigError: RANK without WORLD_SIZE, or an srun step without its list of nodes.
     """
     if "RANK" in environment or "WORLD_SIZE" in environment:
         for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
@@ -46,7 +46,7 @@ def joined(environment: Mapping[str, str]) -> dict[str, str] | None:
                     "srun, or unset RANK and WORLD_SIZE"
                 )
         return {}
-    # A batch script, too, has a SLURM_PROCID and an SLURM_NTASKS; only a step of srun has this one.
+    # A batch script has SLURM_PROCID and SLURM_NTASKS, too; only an srun step has this one.
     num_tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
     if "SLURM_PROCID" not in environment or int(num_tasks) == 1:
         return None
@@ -65,9 +65,9 @@ def joined(environment: Mapping[str, str]) -> dict[str, str] | None:
 
 @contextmanager
 def first_rank_first(environment: Mapping[str, str]) -> Iterator[None]:
-    """Around what fails on all ranks alike: those of a machine leave its first rank time to say it.
+    """Let each machine's first rank report an error that all ranks raise; the others wait.
 
-    torchrun, and srun with --kill-on-bad-exit, end the others when that one has left.
+    torchrun, and srun with --kill-on-bad-exit, stop the others once the first one has exited.
 
     Args:
         environment: of this process.
@@ -81,14 +81,14 @@ def first_rank_first(environment: Mapping[str, str]) -> Iterator[None]:
 
 
 def first_node(nodes: str) -> str:
-    """First host of Slurm's list, as `gpu003` of `gpu[003-006,009]-ib,login1` with its suffix."""
+    """Return the first host of Slurm's list: `gpu003-ib` of `gpu[003-006,009]-ib,login1`."""
     match = re.match(r"([^\[,]*)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodes)
     assert match is not None
     return "".join(part for part in match.groups() if part)
 
 
 def num_processes(launch: LaunchConfig) -> int:
-    """Ranks to start here: as configured, else one a GPU, else one."""
+    """Return the number of ranks to start: as configured, else one per GPU, else one."""
     if launch.num_processes > 0:
         return launch.num_processes
     if launch.device == "cpu":
@@ -99,12 +99,12 @@ def num_processes(launch: LaunchConfig) -> int:
 
 
 def rank_environment(launch: LaunchConfig, num_ranks: int) -> dict[str, str]:
-    """Variables of a rank: the cores of this machine shared out unless `launch.threads` says.
+    """Return a rank's environment variables: by default this machine's cores are divided evenly.
 
-    GNU's OpenMP lets its threads sleep at once when there are more of them than cores. They are as
-    soon as a thread of gloo's has copied a large tensor, and then waking them costs several times
-    a small kernel. So they wait a little: 1,000 spins then, 3 ms (300,000) while they are few. What
-    the user has set stays.
+    GNU's OpenMP puts its threads to sleep at once if there are more of them than cores, which is
+    the case as soon as a thread of gloo has copied a large tensor. Waking them takes several times
+    as long as a small kernel. With these variables they spin first: 1,000 times then, and 300,000
+    times (3 ms) otherwise. Variables that the user has set are kept.
     """
     threads = launch.threads or max(len(os.sched_getaffinity(0)) // num_ranks, 1)
     waiting = {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "300000"}
@@ -113,9 +113,9 @@ def rank_environment(launch: LaunchConfig, num_ranks: int) -> dict[str, str]:
 
 
 def build_command(arguments: Sequence[str], num_ranks: int) -> list[str]:
-    """The command that runs `megatron-sr1 ARGUMENTS` on each of `num_ranks` ranks with torchrun.
+    """Build the command that runs `megatron-sr1 ARGUMENTS` on `num_ranks` ranks with torchrun.
 
-    The rendezvous takes a free port on this machine's loopback.
+    The rendezvous uses a free port on the loopback interface.
     """
     return [
         *(sys.executable, "-m", "megatron_sr1.launch.ranks"),
@@ -125,23 +125,20 @@ def build_command(arguments: Sequence[str], num_ranks: int) -> list[str]:
 
 
 def run(arguments: Sequence[str], launch: LaunchConfig, num_ranks: int) -> int:
-    """Run the ranks in the foreground; SIGTERM and Ctrl-C reach them, and they end when we do.
+    """Run the ranks in the foreground; they receive SIGTERM and Ctrl-C, and end with us.
 
     Args:
         arguments: of `megatron-sr1`, the subcommand first.
-        launch: threads a rank.
+        launch: threads per rank.
         num_ranks: ranks to start.
 
     Returns:
         the exit status of the first rank that failed; 128 + the signal if a signal ended it.
     """
     environment = dict(os.environ, **rank_environment(launch, num_ranks))
-    libc = ctypes.CDLL(None)
-
-    def end_with_us() -> None:  # a launcher that is killed must not leave a run behind
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
     command = build_command(arguments, num_ranks)
+    # A launcher that is killed must not leave a run behind.
+    end_with_us = functools.partial(end_with, os.getpid(), signal.SIGTERM)
     ranks = subprocess.Popen(command, env=environment, preexec_fn=end_with_us)
 
     def forward(number: int, frame: FrameType | None) -> None:
@@ -149,7 +146,7 @@ def run(arguments: Sequence[str], launch: LaunchConfig, num_ranks: int) -> int:
 
     interrupts: list[int] = []
     before = signal.signal(signal.SIGTERM, forward)
-    # A terminal sends Ctrl-C to the ranks as well; we wait for them to end before we raise it.
+    # A terminal sends Ctrl-C to the ranks as well; wait for them to end before raising it.
     before_interrupt = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
     try:
         status = ranks.wait()

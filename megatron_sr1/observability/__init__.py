@@ -1,1 +1,1 @@
-"""What a run tells: metrics files, sinks and the HTML report."""
+"""What a run records: the metrics file, memory, profiles, and the sinks that show them."""

@@ -1,10 +1,10 @@
-"""Peaks of memory, by phase of a step.
+"""Peak memory, by phase of a step.
 
-In: the borders of phases. Out: metrics in GiB: `memory/host_gib` now, `memory/host_peak_gib` since
-the process began, `memory/gpu_peak_gib` in the step, and `memory/PHASE_host_gib` and
-`memory/PHASE_gpu_gib`, the peaks inside a phase. Host memory is the resident memory of this process
-by Linux's own high-water mark, which is set back at each border (left out by phase where the system
-does not let us); a GPU's is what torch's allocator has given out.
+In: the boundaries of phases. Out: metrics in GiB: `memory/host_gib` now, `memory/host_peak_gib`
+since the process began, `memory/gpu_peak_gib` in the step, and `memory/PHASE_host_gib` and
+`memory/PHASE_gpu_gib`, the peaks inside a phase. Host memory is this process's resident memory by
+Linux's high-water mark, which is reset at each boundary (where that is not permitted, there is none
+by phase). GPU memory is what torch's allocator has allocated.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from pathlib import Path
 GIB = 2**30
 OUTSIDE = ""
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-RESET_PEAK = "5"  # proc(5): sets VmHWM back to what is resident now
+RESET_PEAK = "5"  # proc(5): resets VmHWM to the current resident size
 
 
 class PeakMemory:
-    """Peaks since the last `take`; a phase inside a phase counts for the inner one only."""
+    """Peaks since the last `take`; a nested phase counts for the inner one only."""
 
     def __init__(self) -> None:
-        """Begin outside of any phase."""
+        """Start outside of any phase."""
         self._open = [OUTSIDE]
         self._peaks: dict[tuple[str, str], float] = {}
         self._host_peak_gib = 0.0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the peak of a block, also when it raises."""
+        """Record the peak of a block, also if it raises."""
         self._mark()
         self._open.append(name)
         try:
@@ -40,7 +40,7 @@ class PeakMemory:
             self._open.pop()
 
     def take(self) -> dict[str, float]:
-        """The metrics; the next step starts."""
+        """Return the metrics and start the next step."""
         now_gib = self._mark()
         taken = {"memory/host_gib": now_gib, "memory/host_peak_gib": self._host_peak_gib}
         on_gpu = [gib for (_, kind), gib in self._peaks.items() if kind == "gpu"]
@@ -53,7 +53,7 @@ class PeakMemory:
         return taken
 
     def _mark(self) -> float:
-        """Give the peaks since the last border to the phase that is open; returns host GiB now."""
+        """Add the peaks since the last boundary to the open phase; return the host GiB now."""
         now_gib, peak_gib = _host()
         self._host_peak_gib = max(self._host_peak_gib, peak_gib)
         peaks = _gpu()
@@ -67,7 +67,7 @@ class PeakMemory:
 
 
 def _host() -> tuple[float, float]:
-    """GiB resident now, and at the peak since it was last set back."""
+    """Return the resident GiB now, and at the peak since the last reset."""
     lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
     now = int(lines["VmRSS"].split()[0]) * 1024 / GIB
     peak = int(lines.get("VmHWM", "0 kB").split()[0]) * 1024 / GIB
@@ -75,7 +75,7 @@ def _host() -> tuple[float, float]:
 
 
 def _gpu() -> dict[str, float]:
-    """The allocator's peak since the last call, which it sets back; none without a GPU."""
+    """Return the allocator's peak since the last call and reset it; empty without a GPU."""
     import torch
 
     if not torch.cuda.is_available():

@@ -1,6 +1,6 @@
-"""Numbers of a run: the file that holds them, the time of a step's phases.
+"""Metrics of a run: the file that holds them, and the time of a step's phases.
 
-In: flat names such as `reward/accuracy` and floats. Out: `metrics.jsonl`, a line a step:
+In: flat names such as `reward/accuracy` and floats. Out: `metrics.jsonl`, a line per step:
 `{"step": 3, "stage": "grpo", "reward/accuracy": 0.5, …}`. A value that is not finite is written
 as null, so that every line is JSON.
 """
@@ -16,13 +16,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from megatron_sr1.runtime.files import write_text
+
 METRICS_FILE = "metrics.jsonl"
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a jsonl file; none if it is absent.
+    """Read the complete lines of a jsonl file; none if it does not exist.
 
-    A last line that a kill cut short is left out; a broken line elsewhere raises ValueError.
+    A last line that was truncated by a kill is skipped; a broken line elsewhere raises ValueError.
     """
     if not path.exists():
         return []
@@ -31,21 +33,21 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class MetricsFile:
-    """`metrics.jsonl`: every step of a stage at most once, whatever was killed and resumed.
+    """`metrics.jsonl`: each step of a stage at most once, also after kills and resumes.
 
     Args:
-        path: of the file; a line cut short by a kill is removed from its end.
+        path: of the file; a truncated last line is removed.
     """
 
     def __init__(self, path: Path) -> None:
-        """Mend the file's end and remember each stage's last step."""
+        """Repair the end of the file and read each stage's last step."""
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._last: dict[str, int] = {}
         self._keep(lambda line: True)
 
     def append(self, step: int, stage: str, values: Mapping[str, float]) -> None:
-        """Write one line and bring it to the disk.
+        """Append one line and sync it to the disk.
 
         Args:
             step: higher than the stage's last.
@@ -53,7 +55,7 @@ class MetricsFile:
             values: flat names -> numbers.
 
         Raises:
-            ValueError: the stage's step is there already.
+            ValueError: the file already has this step of the stage.
         """
         if step <= self._last.get(stage, -1):
             raise ValueError(
@@ -66,11 +68,11 @@ class MetricsFile:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
-            os.fsync(file.fileno())  # as a checkpoint is that comes after it
+            os.fsync(file.fileno())  # as a later checkpoint will be
         self._last[stage] = step
 
     def keep_until(self, stage: str, step: int) -> None:
-        """Forget the stage's lines with a higher step than `step`, the last that is kept."""
+        """Remove the stage's lines after `step`."""
         self._keep(lambda line: line["stage"] != stage or line["step"] <= step)
 
     def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
@@ -78,16 +80,14 @@ class MetricsFile:
         self._last = {line["stage"]: line["step"] for line in lines}
         text = "".join(json.dumps(line) + "\n" for line in lines)
         if self.path.exists() and self.path.read_text(encoding="utf-8") != text:
-            partial = self.path.with_suffix(".partial")
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, self.path)
+            write_text(self.path, text)
 
 
 class PhaseTimer:
     """Wall time of a step, by phase.
 
-    `with timer.phase("pass1"):` adds to `time/pass1_seconds`; a phase inside a phase counts for
-    the inner one only, so that the phases of a step never sum to more than the step.
+    `with timer.phase("pass1"):` adds to `time/pass1_seconds`; a nested phase counts for the
+    inner one only, so that the phases of a step never sum to more than the step.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -99,7 +99,7 @@ class PhaseTimer:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a block, also when it raises."""
+        """Time a block, also if it raises."""
         started = self._clock()
         self._inner.append(0.0)
         try:
@@ -111,13 +111,13 @@ class PhaseTimer:
             self._seconds[name] = self._seconds.get(name, 0.0) + whole - inner
 
     def move(self, source: str, target: str, seconds: float) -> None:
-        """Count `seconds` of phase `source` as `target`'s, at most what `source` has."""
+        """Move `seconds` from one phase to another, at most what the first one has."""
         moved = min(max(seconds, 0.0), self._seconds.get(source, 0.0))
         self._seconds[source] = self._seconds.get(source, 0.0) - moved
         self._seconds[target] = self._seconds.get(target, 0.0) + moved
 
     def take(self) -> dict[str, float]:
-        """Seconds by phase and of the whole step, as metrics; the next step starts."""
+        """Return the seconds of each phase and of the step, and start the next step."""
         now = self._clock()
         taken = {f"time/{name}_seconds": seconds for name, seconds in self._seconds.items()}
         taken["time/step_seconds"] = now - self._started

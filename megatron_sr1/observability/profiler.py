@@ -1,8 +1,8 @@
-"""A window of steps recorded by torch.profiler.
+"""Profiles of a window of steps, with torch.profiler.
 
 In: the first and last step of the window. Out: `profile/rank_R_steps_A_B.json.gz` in the run
-directory, which Perfetto (ui.perfetto.dev) and chrome://tracing open. The phases of a step stand in
-it under the names that `time/PHASE_seconds` has.
+directory, which Perfetto (ui.perfetto.dev) and chrome://tracing open. The phases of a step
+have the same names there as in `time/PHASE_seconds`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ PROFILE_FOLDER = "profile"
 
 
 class StepProfiler:
-    """Records steps of a window; does nothing outside of it."""
+    """Records the steps of a window; does nothing outside of it."""
 
     def __init__(self, steps: Sequence[int], num_steps: int, run_dir: Path, rank: int) -> None:
-        """Take the window.
+        """Set the window.
 
         Args:
-            steps: its first and last step, from 1; empty records none.
-            num_steps: steps of the run, where a longer window ends.
+            steps: first and last step of the window, from 1; empty for none.
+            num_steps: steps of the run; a longer window ends there.
             run_dir: run directory.
             rank: of this process, for the file's name.
         """
@@ -38,7 +38,7 @@ class StepProfiler:
         self._began = 0
 
     def begin(self, step: int) -> None:
-        """The step comes next: start recording if it lies in the window."""
+        """Start recording before a step if it is in the window."""
         if self._running is not None or not self._first <= step <= self._last:
             return
         from torch.profiler import profile
@@ -47,7 +47,7 @@ class StepProfiler:
         self._running.start()
 
     def end(self, step: int) -> Path | None:
-        """The step is done: at the end of the window stop, and write the file; returns its path."""
+        """After the last step of the window, stop, write the file and return its path."""
         if self._running is None or step < self._last:
             return None
         recorded, self._running = self._running, None

@@ -1,6 +1,6 @@
-"""Where a step's numbers go beside `metrics.jsonl`: a progress bar or log lines, wandb if asked.
+"""Where a step's metrics go besides `metrics.jsonl`: a progress bar or log lines, optionally wandb.
 
-In: a step, its flat metrics and its rollouts. Only rank 0 makes sinks.
+In: a step, its flat metrics and its rollouts. Only rank 0 has sinks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 WANDB_ID_FILE = "wandb_id.txt"
 WANDB_FILES = "WANDB_DATA_DIR"
-"""Variable with the folder where wandb keeps tables and their images until they are uploaded."""
+"""Environment variable with wandb's directory for tables and images until their upload."""
 SHOWN = {
     "reward/total": "reward",
     "reward/accuracy": "accuracy",
@@ -35,44 +35,44 @@ SHOWN = {
     "actor/loss": "loss",
     "time/step_seconds": "seconds",
 }
-"""What a line or bar shows, and under which word."""
+"""Metrics in log lines and the progress bar, and their labels."""
 TEXTS = ("question", "gold", "response", "description", "reading")
 REWARDS = ("accuracy", "self_reward", "total")
-"""Of a line of rollouts/step_N.jsonl, what wandb's table of samples has."""
+"""Rewards of rollouts/step_N.jsonl in wandb's table of samples."""
 MAX_SIDE_PIXELS = 512
 Rollouts = Sequence[Mapping[str, Any]]
 Images = Callable[[int], "Sequence[Image.Image]"]
 
 
 class Sink(Protocol):
-    """Takes a step's metrics."""
+    """Shows or stores the metrics of steps."""
 
     def show(self, step: int, rollouts: Rollouts, images: Images) -> None:
-        """Take a step's rollouts, before its metrics.
+        """Receive a step's rollouts, before its metrics.
 
         Args:
             step: counted from 1.
             rollouts: as in rollouts/step_N.jsonl.
-            images: gives an example's images by its index.
+            images: index of an example -> its images.
         """
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Take the metrics of one finished step, counted from 1."""
+        """Receive the metrics of a finished step, counted from 1."""
 
     def close(self) -> None:
-        """The run is over."""
+        """Finish at the end of the run."""
 
 
 def make_sinks(config: Config, run_dir: Path, step: int = 0) -> list[Sink]:
-    """What shows a run beside its metrics file; for rank 0 alone.
+    """Create the sinks of a run, on rank 0 only.
 
     Args:
         config: of the run.
         run_dir: run directory.
-        step: steps done before, when resuming; `metrics.jsonl` holds them already.
+        step: finished steps, when resuming; `metrics.jsonl` holds them already.
 
     Raises:
-        ConfigError: wandb was asked for and is not installed or cannot start.
+        ConfigError: wandb is configured but not installed, or cannot start.
     """
     num_steps = config.optimizer.num_steps
     sinks: list[Sink] = []
@@ -86,30 +86,30 @@ def make_sinks(config: Config, run_dir: Path, step: int = 0) -> list[Sink]:
 
 
 def shown(values: Mapping[str, float]) -> str:
-    """The few numbers that a person follows, as `reward 0.71, accuracy 0.62`."""
+    """Format the main metrics, such as `reward 0.71, accuracy 0.62`."""
     return ", ".join(f"{word} {values[name]:.3g}" for name, word in SHOWN.items() if name in values)
 
 
 class LogSink:
-    """A log line a step."""
+    """Logs a line per step."""
 
     def __init__(self, stage: str, num_steps: int) -> None:
-        """`num_steps`: of the run, shown behind the step's number."""
+        """Store the total that is shown after the step's number."""
         self._stage, self._num_steps = stage, num_steps
 
     def show(self, step: int, rollouts: Rollouts, images: Images) -> None:
-        """Nothing is shown."""
+        """Do nothing."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Write the line."""
+        """Log the line."""
         log.info("%s %d/%d: %s", self._stage, step, self._num_steps, shown(values))
 
     def close(self) -> None:
-        """Nothing to close."""
+        """Do nothing."""
 
 
 class ProgressSink:
-    """A progress bar on the terminal; log lines are written above it."""
+    """Shows a progress bar on the terminal; log lines appear above it."""
 
     def __init__(self, stage: str, num_steps: int, step: int) -> None:
         """Show the bar."""
@@ -127,10 +127,10 @@ class ProgressSink:
         self._point_logging()
 
     def show(self, step: int, rollouts: Rollouts, images: Images) -> None:
-        """Nothing is shown."""
+        """Do nothing."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Advance."""
+        """Advance the bar."""
         self._bar.update(self._task, completed=step, shown=shown(values))
 
     def close(self) -> None:
@@ -139,22 +139,22 @@ class ProgressSink:
         self._point_logging()
 
     def _point_logging(self) -> None:
-        # The bar replaces sys.stderr while it shows; handlers hold on to the former one.
+        # The bar replaces sys.stderr while it is shown, but handlers keep the previous one.
         for handler in logging.getLogger().handlers:
             if type(handler) is logging.StreamHandler:
                 handler.setStream(sys.stderr)
 
 
 class WandbSink:
-    """Weights & Biases, online or into the run's folder; a resumed run keeps its id.
+    """Logs to Weights & Biases, online or into the run directory; a resumed run keeps its id.
 
-    Of a step that was logged before a kill nothing is logged again, and of one that wandb had not
-    written yet the line of `metrics.jsonl` is: wandb sees every step once. A step that it has stays
-    as it is, also where a resumed run was given other settings.
+    wandb receives every step once: after a kill, steps that it has are not logged again, and steps
+    that it had not written are taken from `metrics.jsonl`. Steps that it has never change, even if
+    the run is resumed with other settings.
     """
 
     def __init__(self, run_dir: Path, config: Config, step: int = 0) -> None:
-        """Start or resume the wandb run; `step`: steps done before, when resuming."""
+        """Start or resume the wandb run; `step` is the number of finished steps."""
         settings = config.logging
         try:
             import wandb
@@ -193,7 +193,7 @@ class WandbSink:
                 self.log(line["step"], {k: nan if v is None else v for k, v in values.items()})
 
     def show(self, step: int, rollouts: Rollouts, images: Images) -> None:
-        """Make tables of some samples and of the verdicts where they are due, for `log`."""
+        """Prepare the tables of samples and verdicts for `log`, if they are due."""
         number, every = self._settings.wandb_samples, self._settings.wandb_tables_every
         if number and rollouts and step > self._last and (step == 1 or step % every == 0):
             chosen = rollouts[:: -(-len(rollouts) // number)]
@@ -202,9 +202,9 @@ class WandbSink:
             self._tables["verdicts"] = self._wandb.Table(columns=columns, data=rows)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Log the step's metrics and its tables, unless wandb has them."""
+        """Log the step's metrics and tables, unless wandb has them."""
         if step > self._last:
-            # Otherwise wandb waits for the next step before it takes this one.
+            # Without commit, wandb would wait for the next step.
             self._run.log({**values, **self._tables}, step=step, commit=True)
             self._last = step
         self._tables = {}
@@ -214,7 +214,7 @@ class WandbSink:
         self._run.finish()
 
     def _samples(self, rollouts: Rollouts, images: Images) -> Any:
-        """A table with a row a rollout, its images side by side."""
+        """Return a table with a row per rollout, its images side by side."""
         table = self._wandb.Table(columns=["image", *TEXTS, *REWARDS, "advantage"])
         for line in rollouts:
             shown = side_by_side(images(line["index"]))
@@ -228,7 +228,7 @@ class WandbSink:
 
 
 def side_by_side(images: Sequence[Image.Image]) -> Image.Image | None:
-    """One picture of several, none wider or higher than `MAX_SIDE_PIXELS`; None of none."""
+    """Join images into one, each shrunk to `MAX_SIDE_PIXELS`; None without images."""
     from PIL import Image
 
     small = [image.copy() for image in images]
@@ -245,9 +245,9 @@ def side_by_side(images: Sequence[Image.Image]) -> Image.Image | None:
 
 
 def verdict_table(rollouts: Rollouts) -> tuple[list[str | int], list[list[Any]]]:
-    """Columns and rows of answer right or wrong x description suffices or not, in responses.
+    """Count responses by right or wrong answer x sufficient or insufficient description.
 
-    Those without a second pass are left out.
+    Responses without a second pass are skipped. Returns columns and rows.
     """
     rewards = [line["reward"] for line in rollouts if line["reward"]["self_reward"] is not None]
     cells = [(r["accuracy"] >= RIGHT_FROM, r["self_reward"] >= RIGHT_FROM) for r in rewards]
@@ -259,13 +259,13 @@ def verdict_table(rollouts: Rollouts) -> tuple[list[str | int], list[list[Any]]]
 
 
 def _history_step(record: bytes) -> int | None:
-    """Step of a record of wandb's, if it holds a step's metrics."""
+    """Return the step of a wandb record, or None if it holds no metrics of a step."""
     from google.protobuf.message import DecodeError
     from wandb.proto import wandb_internal_pb2
 
     messages: Any = wandb_internal_pb2
     try:
         message = messages.Record.FromString(record)
-    except DecodeError:  # what a loss of power left
+    except DecodeError:  # damaged by a loss of power
         return None
     return message.history.step.num if message.WhichOneof("record_type") == "history" else None

@@ -1,11 +1,11 @@
-"""The last step in wandb's own files, which are all that a killed offline run leaves.
+"""The last step in wandb's files of an offline run, which may have been killed.
 
-In: a run directory and a run's id. Out: the highest step that is on the disk. wandb holds records
-back and writes them in blocks, so that a step which was logged may be missing after a kill.
+In: a run directory and a run's id. Out: the highest step on the disk. wandb buffers records and
+writes them in blocks, so that a logged step may be missing after a kill.
 
 The format is LevelDB's log (github.com/google/leveldb, doc/log_format.md) after a header of 7
 bytes: blocks of 32 KiB with fragments of records, each with a checksum, length and kind. A record
-is a protobuf message of wandb's.
+is one of wandb's protobuf messages.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
 def last_step(run_dir: Path, run_id: str, step_of: Callable[[bytes], int | None]) -> int:
-    """Highest step in the files of a run's earlier starts; 0 if there is none.
+    """Return the highest step in the files of a run; 0 if there is none.
 
     Args:
-        run_dir: run directory, wandb's folder in it.
+        run_dir: run directory, which contains wandb's.
         run_id: wandb's id of the run.
-        step_of: gives a record's step; None for records of other kinds.
+        step_of: returns a record's step, or None for other kinds of records.
     """
     found = [0]
     for path in sorted((run_dir / "wandb").glob(f"*run-*/run-{run_id}.wandb")):
@@ -34,7 +34,7 @@ def last_step(run_dir: Path, run_id: str, step_of: Callable[[bytes], int | None]
 
 
 def records(path: Path) -> Iterator[bytes]:
-    """The complete records of a file, up to where a kill cut it off."""
+    """Yield the complete records of a file, up to where it was truncated."""
     data = path.read_bytes()
     position, parts = HEADER_BYTES, b""
     while position + FRAGMENT.size <= len(data):

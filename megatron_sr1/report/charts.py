@@ -1,6 +1,6 @@
-"""Charts as inline SVG: no scripts, coloured by the page's style sheet, so light and dark both fit.
+"""Charts as inline SVG, without scripts; the page's style sheet colours them, light and dark.
 
-In: named series of numbers. Out: SVG text. Points carry their values as tooltips.
+In: named series of numbers. Out: SVG text. Points have their values as tooltips.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class Series:
 
     Attributes:
         name: in the legend.
-        xs: steps, rising.
-        ys: values; None where there is none.
-        colour: 0 to 7, of the page's palette.
+        xs: steps, ascending.
+        ys: values; None for a missing one.
+        colour: index into the page's palette, 0 to 7.
     """
 
     name: str
@@ -47,15 +47,15 @@ class Bar:
 
 
 FLAT = 1e-10
-"""Values that differ by no more are drawn as equal."""
+"""Values that differ by less are drawn as equal."""
 
 
 class _Frame:
-    """Axes: data coordinates to pixels, ticks, grid lines."""
+    """Axes: the mapping from data to pixels, ticks and grid lines."""
 
     def __init__(self, xs: tuple[float, float], ys: tuple[float, float]) -> None:
         self.x0, self.x1 = xs if xs[0] < xs[1] else (xs[0] - 0.5, xs[0] + 0.5)
-        # A spread of mere rounding is drawn as a flat line.
+        # Differences due to rounding are drawn as a flat line.
         ticks = _ticks(*(ys if ys[1] - ys[0] > FLAT else (ys[0] - 0.5, ys[0] + 0.5)))
         self.y_ticks, self.y0, self.y1 = ticks, ticks[0], ticks[-1]
 
@@ -94,7 +94,7 @@ def _number(value: float) -> str:
 
 
 def _ticks(low: float, high: float, count: int = 5, whole: bool = False) -> list[float]:
-    """About `count` round numbers whose range holds [low, high]."""
+    """Return about `count` round numbers whose range contains [low, high]."""
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
@@ -105,12 +105,12 @@ def _ticks(low: float, high: float, count: int = 5, whole: bool = False) -> list
 
 
 def line_chart(title: str, series: Sequence[Series], percent: bool = False) -> str:
-    """Curves over steps: each value pale, a centred moving average in full colour.
+    """Draw curves over steps: values in pale, a centred moving average in full colour.
 
     Args:
         title: above the chart.
         series: curves; those without a value are left out.
-        percent: values are shares, shown in percent on an axis from 0 to 1.
+        percent: values are shares, shown as percentages on an axis from 0 to 1.
 
     Returns:
         a `<figure>`; "" if there is nothing to draw.
@@ -140,7 +140,7 @@ def line_chart(title: str, series: Sequence[Series], percent: bool = False) -> s
 
 
 def _thin(series: Series) -> Series:
-    """Without absent values, at most MAX_POINTS points: means of equal runs of steps."""
+    """Drop missing values and average runs of steps, to at most MAX_POINTS points."""
     pairs = [(x, y) for x, y in zip(series.xs, series.ys, strict=True) if y is not None]
     size = math.ceil(len(pairs) / MAX_POINTS) or 1
     cells = [pairs[i : i + size] for i in range(0, len(pairs), size)]
@@ -161,14 +161,14 @@ def _path(frame: _Frame, xs: Sequence[float], ys: Sequence[float]) -> str:
 
 
 def stacked_chart(title: str, layers: Sequence[Series]) -> str:
-    """Layers summed from the bottom up, as the seconds of a step's phases.
+    """Draw layers stacked from the bottom up, such as the seconds of a step's phases.
 
-    All layers have the same steps; an absent value counts as 0.
+    All layers have the same steps; a missing value counts as 0.
     """
     layers = [s for s in layers if any(s.ys)]
     if not layers:
         return ""
-    # Means of equal runs of steps, so that a long run stays a small picture.
+    # Average runs of steps, so that the chart of a long run stays small.
     thin = [_thin(Series(s.name, s.xs, [y or 0.0 for y in s.ys], s.colour)) for s in layers]
     xs = thin[0].xs
     base = [0.0] * len(xs)
@@ -192,12 +192,12 @@ def stacked_chart(title: str, layers: Sequence[Series]) -> str:
 
 
 def bar_chart(title: str, groups: Sequence[str], bars: Mapping[str, Sequence[Bar | None]]) -> str:
-    """Groups of bars of shares, one bar a name in each, with 95 % intervals.
+    """Draw groups of bars of shares, one bar per name in each, with 95 % intervals.
 
     Args:
         title: above the chart.
         groups: captions below the axis.
-        bars: name -> a bar a group, None where it does not apply.
+        bars: name -> a bar per group, None if it does not apply.
     """
     frame = _Frame((0.0, float(len(groups))), (0.0, 1.0))
     parts = [frame.grid(percent=True, x_ticks=False)]

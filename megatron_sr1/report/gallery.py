@@ -1,7 +1,7 @@
-"""Samples to look at: image, question, and what was described, answered and read back.
+"""Samples to look at: image, question, description, answer, and the answer of the second pass.
 
-In: lines of evaluation or rollout files, a function that gives images. Out: HTML, in which every
-text of a model or a data set is escaped.
+In: lines of evaluation or rollout files, and a function that returns images. Out: HTML, in which
+all texts of models and data sets are escaped.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ Line = Mapping[str, Any]
 Images = Callable[[int], "Sequence[Image.Image]"]
 MAX_SIDE_PIXELS = 512
 SMALL_PIXELS = 16384
-"""Images of at most so many pixels are embedded without loss, and enlarged when shown."""
+"""Images up to this many pixels are embedded losslessly and enlarged."""
 
 
 def pick_questions(runs: Mapping[str, Sequence[Line]], each: int = 4) -> list[tuple[str, int]]:
-    """Questions that tell the most, by fixed rules: (rule, index).
+    """Select informative questions by fixed rules, as pairs of rule and index.
 
-    The first ones; those where the first run took a shortcut and the last run reads right; those
-    that the last run still answers wrongly.
+    The first questions; those where the first run took a shortcut and the last run's description
+    suffices; those that the last run still answers wrongly.
 
     Args:
         runs: name -> evaluation lines on the same questions.
-        each: questions a rule, at most.
+        each: maximum number of questions per rule.
     """
     rows = {name: {line["index"]: line for line in lines} for name, lines in runs.items()}
     first, last = next(iter(rows.values())), list(rows.values())[-1]
-    mended = [
+    fixed = [
         i
         for i in last
         if first.get(i, {}).get("shortcut") == 1 and (last[i]["self_reward"] or 0) >= RIGHT_FROM
     ]
     wrong = [i for i in last if last[i]["accuracy"] < RIGHT_FROM]
-    rules = {"one of the first": list(last), "mended": mended, "still wrong": wrong}
+    rules = {"one of the first": list(last), "fixed": fixed, "still wrong": wrong}
     if len(rows) == 1:
         shortcuts = [i for i in last if last[i]["shortcut"] == 1]
         rules = {"one of the first": list(last), "shortcut": shortcuts, "wrong": wrong}
@@ -59,12 +59,12 @@ def pick_questions(runs: Mapping[str, Sequence[Line]], each: int = 4) -> list[tu
 
 
 def question_card(rule: str, runs: Mapping[str, Line], images: Images | None) -> str:
-    """One question with what each run said to it.
+    """Show one question with each run's responses.
 
     Args:
-        rule: why it is shown.
+        rule: why it was selected.
         runs: name -> its line about this question.
-        images: gives the question's images; None shows none.
+        images: index of a question -> its images; None to show none.
     """
     line = next(iter(runs.values()))
     said = "".join(
@@ -75,7 +75,7 @@ def question_card(rule: str, runs: Mapping[str, Line], images: Images | None) ->
 
 
 def rollout_card(lines: Sequence[Line], images: Images | None) -> str:
-    """One prompt of a training step with some of its responses, best and worst first."""
+    """Show one prompt of a training step with its best and its worst response."""
     ordered = sorted(lines, key=lambda line: -line["advantage"])
     chosen = [ordered[0], ordered[-1]] if len(ordered) > 1 else ordered
     said = "".join(

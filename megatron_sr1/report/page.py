@@ -1,6 +1,6 @@
-"""The report's page: its frame, style sheet and small parts. Every text is escaped here.
+"""The report's page: its frame, style sheet and small parts. All texts are escaped here.
 
-The page runs no script and loads nothing (its content security policy says so): what a model
+The page runs no scripts and loads nothing, which its content security policy enforces: what a model
 wrote stays text.
 """
 
@@ -97,7 +97,7 @@ def _colours() -> str:
 
 
 def page(title: str, body: str) -> str:
-    """The whole HTML document around parts that are HTML already."""
+    """Wrap HTML parts in a complete document."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
@@ -108,26 +108,26 @@ def page(title: str, body: str) -> str:
 
 
 def section(title: str, note: str, *parts: str) -> str:
-    """A headed section; "" if all of its parts are empty."""
+    """Return a section with a heading; "" if all of its parts are empty."""
     inner = "".join(parts)
     note = f'<p class="note">{escape(note)}</p>' if note else ""
     return f"<section><h2>{escape(title)}</h2>{note}{inner}</section>" if inner else ""
 
 
 def grid(parts: Sequence[str], columns: int = 2) -> str:
-    """Parts side by side where there is room."""
+    """Arrange parts side by side where they fit."""
     inner = "".join(parts)
     return f'<div class="grid{columns}">{inner}</div>' if inner else ""
 
 
 def stack(parts: Sequence[str]) -> str:
-    """Parts one below the other, as one cell of a grid."""
+    """Stack parts vertically, as one cell of a grid."""
     inner = "".join(parts)
     return f'<div class="stack">{inner}</div>' if inner else ""
 
 
 def tiles(values: Sequence[tuple[str, str]]) -> str:
-    """Large numbers with their names: (number, name)."""
+    """Show large numbers with their names; `values` holds (number, name)."""
     inner = "".join(
         f'<div class="card tile"><b>{escape(number)}</b><span>{escape(name)}</span></div>'
         for number, name in values
@@ -136,7 +136,7 @@ def tiles(values: Sequence[tuple[str, str]]) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of texts, the first column to the left."""
+    """Return a table of texts, its first column left-aligned."""
     if not rows:
         return ""
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
@@ -146,10 +146,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def cross_table(title: str, cells: dict[tuple[bool, bool], int]) -> str:
-    """Pass 1 x pass 2, shares and counts; the language shortcut is framed.
+    """Return the table of pass 1 x pass 2, with shares and counts; the shortcut is framed.
 
     Args:
-        title: whose.
+        title: above the table.
         cells: (pass 1 right, pass 2 right) -> samples.
     """
     total = sum(cells.values())
@@ -177,7 +177,7 @@ def cross_table(title: str, cells: dict[tuple[bool, bool], int]) -> str:
 
 
 def text(value: str | None, absent: str = "none") -> str:
-    """A model's text, escaped and cut to a readable length."""
+    """Escape a model's text and cut it to a readable length."""
     if value is None:
         return f'<span class="soft">{escape(absent)}</span>'
     if len(value) > MAX_TEXT_CHARACTERS:

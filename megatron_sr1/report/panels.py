@@ -1,6 +1,6 @@
-"""Parts of the report that are computed from lines of metrics and evaluation files.
+"""Tables and charts of the report, computed from lines of metrics and evaluation files.
 
-In: lines as read. Out: HTML of one table or chart each, "" where the lines hold nothing for it.
+In: lines as read. Out: HTML of one table or chart each, "" if the lines hold no data for it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CURVES: list[tuple[str, dict[str, str], bool]] = [
     ),
     ("Shortcuts and leaks", {"shortcut_rate": "shortcut", "leak_rate": "leak"}, True),
 ]
-"""Charts of several metrics below `reward/`: title, name -> legend, whether they are shares."""
+"""Charts of several `reward/` metrics: title, name -> legend, True if they are shares."""
 TITLES = {
     "reward/total": "Reward",
     "reward/accuracy": "Answer right",
@@ -40,9 +40,9 @@ TITLES = {
     "reward/shortcut_rate": "Language-shortcut rate",
     "actor/loss": "Loss",
     "actor/reference_kl": "KL to the reference",
-    "mismatch/abs_max": "Engine against trainer, largest gap, nats",
+    "mismatch/abs_max": "Engine against trainer, largest difference, nats",
     "optimizer/grad_norm": "Gradient norm",
-    "rollout/response_tokens": "Response tokens a step",
+    "rollout/response_tokens": "Response tokens per step",
 }
 PHASE_COLOURS = {
     "pass1": 2,
@@ -53,18 +53,18 @@ PHASE_COLOURS = {
     "update": 3,
     "sync": 5,
 }
-"""Phases with a layer of their own, from the bottom up."""
+"""Phases with their own layer, from the bottom up."""
 RATES = {
-    "tokens_per_second": "Tokens a second",
-    "tflops_per_rank": "Model operations a second and rank, 10^12",
+    "tokens_per_second": "Tokens per second",
+    "tflops_per_rank": "TFLOP/s per rank",
     "mfu": "MFU",
 }
-"""Charts of throughput, a line a phase: what the names below `perf/` end with, title."""
+"""Throughput charts, a line per phase: ending of the names in `perf/` -> title."""
 SHARES = ("reward/accuracy", "reward/self_reward", "reward/format", "reward/shortcut_rate")
 
 
 def rate(lines: Lines, verdict: str) -> float | None:
-    """Share of 1 among the lines that have the verdict; None if none has."""
+    """Return the mean of a verdict over the lines that have it; None if none has."""
     values = [line[verdict] for line in lines if line.get(verdict) is not None]
     return sum(values) / len(values) if values else None
 
@@ -77,7 +77,7 @@ def _bar(lines: Lines, verdict: str) -> Bar | None:
 
 
 def paired(first: Lines, second: Lines, verdict: str) -> tuple[float, float] | None:
-    """Difference of two models that were asked the same questions.
+    """Compare two models on the same questions.
 
     Args:
         first: evaluation lines of one model.
@@ -85,7 +85,7 @@ def paired(first: Lines, second: Lines, verdict: str) -> tuple[float, float] | N
         verdict: which of VERDICTS.
 
     Returns:
-        mean of second less first over the questions for which both have the verdict, and half the
+        mean of second minus first over the questions for which both have the verdict, and half the
         width of its 95 % interval; None with fewer than two such questions.
     """
     before = {line["index"]: line.get(verdict) for line in first}
@@ -97,7 +97,7 @@ def paired(first: Lines, second: Lines, verdict: str) -> tuple[float, float] | N
 
 
 def verdict_bars(judged: Mapping[str, Lines], way: str = "") -> str:
-    """A bar chart of the verdicts' rates.
+    """Draw a bar chart of the verdicts' rates.
 
     Args:
         judged: name of a model -> evaluation lines.
@@ -111,7 +111,7 @@ def verdict_bars(judged: Mapping[str, Lines], way: str = "") -> str:
 
 
 def verdict_table(title: str, judged: Mapping[str, Lines]) -> str:
-    """A table of the verdicts' rates, %, with 95 % intervals.
+    """Return a table of the verdicts' rates, %, with 95 % intervals.
 
     Args:
         title: of the column of names.
@@ -127,7 +127,7 @@ def verdict_table(title: str, judged: Mapping[str, Lines]) -> str:
 
 
 def difference_table(judged: Mapping[str, Mapping[str, Lines]]) -> str:
-    """A table of paired differences between every two models, points, with 95 % intervals.
+    """Return a table of paired differences between all models, points, with 95 % intervals.
 
     Args:
         judged: how the models answered -> name of a model -> evaluation lines.
@@ -138,7 +138,7 @@ def difference_table(judged: Mapping[str, Mapping[str, Lines]]) -> str:
             gaps = [paired(first, second, verdict) for verdict in VERDICTS]
             if any(gaps):
                 cells = (_percent(*gap, sign="+") if gap else "–" for gap in gaps)
-                rows.append([f"{way}: {other}, less {one}", *cells])
+                rows.append([f"{way}: {other} minus {one}", *cells])
     return page.table(["difference, points", *VERDICTS.values()], rows)
 
 
@@ -147,7 +147,7 @@ def _percent(value: float, error: float, sign: str = "") -> str:
 
 
 def cross(title: str, lines: Sequence[Mapping[str, Any]]) -> str:
-    """Pass 1 x pass 2 of the lines that have a second pass."""
+    """Return the table of pass 1 x pass 2 for the lines that have a second pass."""
     judged = [line for line in lines if line["self_reward"] is not None]
     cells = Counter(
         (line["accuracy"] >= RIGHT_FROM, line["self_reward"] >= RIGHT_FROM) for line in judged
@@ -162,13 +162,13 @@ def _series(lines: Lines, metric: str, name: str, colour: int) -> Series:
 
 
 def overlay(metric: str, runs: Mapping[str, Lines]) -> str:
-    """One metric of several runs in one chart."""
+    """Draw one metric of several runs in one chart."""
     series = [_series(lines, metric, name, i + 1) for i, (name, lines) in enumerate(runs.items())]
     return line_chart(TITLES[metric], series, percent=metric in SHARES)
 
 
 def run_charts(lines: Lines) -> list[str]:
-    """Known charts first, then one for each metric that no chart has shown."""
+    """Draw the known charts, then one for each remaining metric."""
     charts, seen = [], {"step", "stage"}
     for title, metrics, percent in CURVES:
         named = {f"reward/{name}": shown for name, shown in metrics.items()}
@@ -185,17 +185,17 @@ def run_charts(lines: Lines) -> list[str]:
 
 
 def _rate_chart(lines: Lines, names: set[str], ending: str, title: str) -> str:
-    """What `perf/` says of every phase with this ending."""
-    told = sorted(n for n in names if n.startswith("perf/") and n.endswith(ending))
+    """Draw the `perf/` metrics of all phases that have this ending."""
+    found = sorted(n for n in names if n.startswith("perf/") and n.endswith(ending))
     series = [
         _series(lines, name, name.removeprefix("perf/").removesuffix(f"_{ending}"), colour + 1)
-        for colour, name in enumerate(told)
+        for colour, name in enumerate(found)
     ]
     return line_chart(title, series, percent=ending == "mfu") if series else ""
 
 
 def _phases(lines: Lines) -> list[str]:
-    """Phases by their seconds, longest first, the step as a whole left out."""
+    """Return the phases, longest first, without the step as a whole."""
     sums: Counter[str] = Counter()
     for line in lines:
         for name, value in line.items():
@@ -209,7 +209,7 @@ def _phase_name(metric: str) -> str:
 
 
 def time_chart(title: str, lines: Lines) -> str:
-    """Seconds a step by phase; phases without a colour of their own are summed as others."""
+    """Draw the seconds per step by phase; phases without their own colour are summed."""
     steps, phases = [line["step"] for line in lines], _phases(lines)
     layers = [
         _series(lines, f"time/{name}_seconds", name.replace("_", " "), colour)
@@ -222,7 +222,7 @@ def time_chart(title: str, lines: Lines) -> str:
 
 
 def time_table(runs: Mapping[str, Lines]) -> str:
-    """Median seconds of each phase; `runs`: name of a column -> its lines."""
+    """Return a table of the median seconds of each phase; `runs`: column name -> its lines."""
     head, rows = ["median seconds"], []
     names = list(dict.fromkeys(name for lines in runs.values() for name in _phases(lines)))
     head += [run or "a step" for run in runs]

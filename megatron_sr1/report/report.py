@@ -1,14 +1,13 @@
-"""The report of a run: one HTML file, made from the files of its folder alone.
+"""The report of a run: one HTML file, made only from the files of the run directory.
 
-In: a run directory, or the demo's folder of three of them. Out: `report.html`: curves, time by
-phase, the table of pass 1 against pass 2, and samples to look at. It needs no network and no
-script, and can be made again at any time.
+In: a run directory, or the demo's directory of three of them. Out: `report.html`: curves, time by
+phase, the table of pass 1 against pass 2, and samples to look at. It needs neither network nor
+scripts, and can be written again at any time.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import statistics
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from megatron_sr1.observability.metrics import read_lines
 from megatron_sr1.report import gallery, page, panels
 from megatron_sr1.report.gallery import Images
 from megatron_sr1.report.panels import Lines
+from megatron_sr1.runtime import files
 
 DEMO_RUNS = {
     "cold_start": "cold start",
@@ -29,12 +29,12 @@ NUM_PROMPTS_SHOWN = 6
 
 
 def write_report(run_dir: str | Path, images: Images | None = None) -> Path:
-    """Write `report.html` into a run directory or the demo's folder.
+    """Write `report.html` into a run directory or the demo's directory.
 
     Args:
         run_dir: with config.json and metrics.jsonl, or with the demo's three runs.
         images: index -> RGB images: of the held-out set for the demo and an evaluation, of the
-            training set for other runs (`shards_of` names the folder). None: no pictures.
+            training set for other runs (see `shards_of`). None: no images.
 
     Returns:
         the file's path.
@@ -43,9 +43,7 @@ def write_report(run_dir: str | Path, images: Images | None = None) -> Path:
     is_demo = all((run_dir / name).is_dir() for name in DEMO_RUNS)
     text = _demo_page(run_dir, images) if is_demo else _run_page(run_dir, images)
     target = run_dir / "report.html"
-    partial = run_dir / ".report.partial"
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, target)
+    files.write_text(target, text)
     return target
 
 
@@ -56,7 +54,7 @@ def is_run(run_dir: Path) -> bool:
 
 
 def shards_of(run_dir: Path) -> Path | None:
-    """Folder of the shards whose images the report shows, by the run's configuration."""
+    """Return the directory of the shards with the report's images, from the run's configuration."""
     demo = run_dir / "vision_sr1" / "config.json"
     config = _json(demo if demo.is_file() else run_dir / "config.json")
     held_out = demo.is_file() or config.get("stage") == "eval"
@@ -104,7 +102,7 @@ def _demo_page(run_dir: Path, images: Images | None) -> str:
         page.section(
             "Pass 1 against pass 2",
             "Pass 1 sees the image, pass 2 reads the description alone. Framed: right with the "
-            "image, wrong without it, so the description did not carry the answer.",
+            "image, wrong without it, so the description does not contain the answer.",
             page.grid([panels.cross(name, lines) for name, lines in sampled.items()], 3),
         ),
         page.section(
@@ -125,8 +123,8 @@ def _demo_page(run_dir: Path, images: Images | None) -> str:
         page.section("Cold start", "", page.grid(panels.run_charts(runs["cold_start"])[:2])),
         page.section(
             "Samples",
-            "Picked by rule, not by hand: the first questions; some where the cold start took a "
-            "shortcut and the self-rewarded model reads right; some that it still gets wrong.",
+            "Selected by rule, not by hand: the first questions; some where the cold start took a "
+            "shortcut and the self-rewarded model does not; some that it still gets wrong.",
             *_question_cards(sampled, images),
         ),
     ]
@@ -158,7 +156,9 @@ def _run_page(run_dir: Path, images: Images | None) -> str:
         page.section(
             "Time",
             "",
-            page.grid([panels.time_chart("Seconds a step", lines), panels.time_table({"": lines})]),
+            page.grid(
+                [panels.time_chart("Seconds per step", lines), panels.time_table({"": lines})]
+            ),
         ),
         page.section("Samples", "", *_sample_cards(judged, rollouts, images)),
     ]
@@ -166,9 +166,9 @@ def _run_page(run_dir: Path, images: Images | None) -> str:
 
 
 def _finding(judged: Mapping[str, Mapping[str, Lines]]) -> str:
-    """What GRPO did to the answers and the self-reward to the descriptions, from the counts."""
+    """Summarize the effect of GRPO on the answers and of the self-reward on the descriptions."""
     if not all(lines for models in judged.values() for lines in models.values()):
-        return "The evaluation files of this folder are not complete."
+        return "The evaluation files in this directory are incomplete."
     cold, plain, rewarded = judged["sampled"].values()
     (s0, s1), (l0, l1) = (
         (panels.rate(plain, verdict) or 0.0, panels.rate(rewarded, verdict) or 0.0)
@@ -177,7 +177,7 @@ def _finding(judged: Mapping[str, Mapping[str, Lines]]) -> str:
     c, a0, a1 = (panels.rate(lines, "accuracy") or 0.0 for lines in (cold, plain, rewarded))
     greedy = [panels.rate(lines, "accuracy") or 0.0 for lines in judged["greedy"].values()]
     return page.text(
-        f"Right answers, sampled: {c:.0%} after the cold start, {a0:.0%} after GRPO paid for "
+        f"Right answers, sampled: {c:.0%} after the cold start, {a0:.0%} after GRPO rewarded "
         f"answers only, {a1:.0%} after GRPO with the self-reward; decoded greedily: "
         f"{greedy[0]:.0%}, {greedy[1]:.0%}, {greedy[2]:.0%}. With the self-reward, the "
         f"description alone leads to the right answer in {s1:.0%} of the questions; without it in "
@@ -190,7 +190,7 @@ def _demo_tiles(summary: Mapping[str, Any], lines: Lines) -> list[tuple[str, str
     if "seconds" in summary:
         found.append((f"{summary['seconds'] / 60:.1f} min", "whole demo"))
     if "median_step_seconds" in summary:
-        found.append((f"{summary['median_step_seconds']:.1f} s", "a GRPO step, median"))
+        found.append((f"{summary['median_step_seconds']:.1f} s", "per GRPO step, median"))
     for way, name in (("sampled", "self_reward"), ("sampled", "accuracy"), ("greedy", "accuracy")):
         value = summary.get("vision_sr1", {}).get(way, {}).get(name)
         if value is not None:
@@ -214,7 +214,7 @@ def _run_tiles(lines: Lines) -> list[tuple[str, str]]:
 
 
 def _last_rollouts(run_dir: Path) -> Lines:
-    """Lines of the last step's rollouts."""
+    """Read the rollouts of the last step."""
     files = [
         (int(match[1]), path)
         for path in (run_dir / "rollouts").glob("step_*.jsonl")
@@ -236,7 +236,7 @@ def _question_cards(judged: Mapping[str, Lines], images: Images | None) -> list[
 
 
 def _sample_cards(judged: Mapping[str, Lines], rollouts: Lines, images: Images | None) -> list[str]:
-    """Rollouts where there are some, as `images` then is about the training set."""
+    """Show rollouts if there are any (`images` is then about the training set)."""
     if not rollouts:
         return _question_cards(judged, images)
     prompts: dict[int, Lines] = {}

@@ -29,7 +29,7 @@ from megatron_sr1.rollout.process import launcher_variables, place, set_environm
 from megatron_sr1.rollout.requests import Progress, Request
 from megatron_sr1.rollout.sampler import FullVocabularySampler
 from megatron_sr1.runtime.rng import preserve_rng_and_threads
-from megatron_sr1.runtime.torchvision_mend import mend_torchvision
+from megatron_sr1.runtime.torchvision_patch import patch_torchvision
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -324,7 +324,7 @@ def _device_arguments(
 @preserve_rng_and_threads()  # importing and starting vLLM changes both
 def _start(device_kind: str, **arguments: Any) -> Any:
     """Import vLLM and start it."""
-    mend_torchvision()
+    patch_torchvision()
     import vllm
     from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
     from vllm.platforms import current_platform
@@ -347,6 +347,7 @@ def _start(device_kind: str, **arguments: Any) -> Any:
             mm_processor_cache_gb=0,
             limit_mm_per_prompt={"video": 0},
             weight_transfer_config={"backend": weight_sync.register()},
+            use_tqdm_on_load=log.isEnabledFor(logging.DEBUG),
             **arguments,
         )
 

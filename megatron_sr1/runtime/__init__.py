@@ -1,1 +1,1 @@
-"""Devices, process groups, seeds and failures: what every room stands on."""
+"""Devices, process groups, random state, failures, logs and files: what every package builds on."""

@@ -1,9 +1,9 @@
-"""No process outlives the rank that started it.
+"""Child processes that end with their parent.
 
-A rank that is killed, or leaves by `os._exit`, runs no clean-up. The grading process ends with its
-standard input. Megatron's writers may wait for ever for a parent that is gone, with its memory and
-pipes in hand: the kernel ends them with it. Megatron starts one more process, for a queue of their
-results; as the rank itself fills and empties that, a plain queue takes its place.
+A rank that is killed, or leaves by `os._exit`, cannot clean up. The grading process ends when its
+standard input closes. Megatron's checkpoint writers may wait for a dead parent forever, holding its
+memory and pipes, so the kernel kills them with it. Megatron starts another process for the queue of
+their results; only the rank itself uses that queue, so a plain `queue.Queue` replaces it.
 """
 
 from __future__ import annotations
@@ -18,30 +18,36 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
-import psutil
-
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
+_libc = ctypes.CDLL(None)  # loaded before any fork: afterwards the loader's lock may be held
 
 
-def end_with(parent: int) -> None:
-    """In a child: have the kernel end this process when its parent, so numbered, ends."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was quicker
+def end_with(parent: int, by: signal.Signals = signal.SIGKILL) -> None:
+    """Have the kernel send a signal to this process when its parent ends.
+
+    Args:
+        parent: process id of the parent; if it is already gone, this process exits.
+        by: the signal.
+    """
+    _libc.prctl(PR_SET_PDEATHSIG, by)
+    if os.getppid() != parent:  # it has ended before the call
         os._exit(1)
 
 
 def end_children() -> None:
-    """End all processes below this one."""
+    """Kill all descendants of this process."""
+    import psutil  # here, so that the launcher need not load it
+
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             child.kill()
 
 
 def _ending_with_its_parent(write: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(write)  # Megatron looks at its signature
+    @functools.wraps(write)  # Megatron inspects the signature
     def write_until_the_parent_ends(*arguments: Any, **settings: Any) -> Any:
         parent = multiprocessing.parent_process()
-        if parent is not None and parent.pid is not None:  # None: in a thread of the rank, 0.19
+        if parent is not None and parent.pid is not None:  # None in a thread of the rank (0.19)
             end_with(parent.pid)
         return write(*arguments, **settings)
 
@@ -50,7 +56,7 @@ def _ending_with_its_parent(write: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def install() -> None:
-    """Have Megatron-Core, 0.16.1 or 0.19.2, start writers only, which end with their parent."""
+    """Patch Megatron-Core 0.16.1 and 0.19.2: it only starts writers, which end with us."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     older = hasattr(filesystem_async, "_get_write_results_queue")

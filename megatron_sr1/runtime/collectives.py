@@ -1,7 +1,7 @@
-"""Work that may fail on some ranks, and then fails on all with the same words.
+"""Work that may fail on some ranks, and then fails on all of them with the same message.
 
-In: a function a rank. Out: every rank's result, or one `CheckpointError` everywhere. A rank that
-raised alone would leave the others waiting in a collective.
+In: a function per rank. Out: every rank's result, or one `CheckpointError` on all ranks. If one
+rank raised alone, the others would wait in a collective.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron_sr1.runtime.groups import Group, Groups, gather_objects
 
 
 def single_process() -> Groups:
-    """Groups of one process that works on files: without Megatron, whose import takes seconds."""
+    """Return the groups of a single process that converts files; Megatron is not imported."""
     device = Device("cpu")
     start_distributed(device)
     world = dist.group.WORLD
@@ -28,14 +28,14 @@ def single_process() -> Groups:
 
 
 def on_all_ranks(groups: Groups, work: Callable[[], Any]) -> list[Any]:
-    """Do something on each rank; collective over all ranks, and a barrier.
+    """Call a function on each rank; collective over all ranks, and a barrier.
 
     Args:
-        groups: the layout.
-        work: of this rank; it may raise OSError and CheckpointError.
+        groups: of the layout.
+        work: called on this rank; may raise OSError or CheckpointError.
 
     Returns:
-        every rank's result, in the world's order.
+        the results, by rank.
 
     Raises:
         CheckpointError: on all ranks, with the cause of the first rank that failed.
@@ -51,20 +51,20 @@ def on_all_ranks(groups: Groups, work: Callable[[], Any]) -> list[Any]:
 
 
 def on_writer(groups: Groups, work: Callable[[], Any]) -> Any:
-    """`on_all_ranks`, for rank 0 alone; all ranks get its result."""
+    """Call a function on rank 0, as `on_all_ranks` does, and return its result on all ranks."""
     is_writer = groups.world.rank == 0
     return on_all_ranks(groups, work if is_writer else lambda: None)[0]
 
 
 def agree(problems: Iterable[str | None]) -> None:
-    """Raise the first problem of all ranks' (None: that rank had none)."""
+    """Raise the first problem; None stands for a rank that has none."""
     for problem in problems:
         if problem is not None:
             raise CheckpointError(problem)
 
 
 def reason(error: BaseException) -> str:
-    """First line of an error, of the first rank's where torch collected them."""
+    """Return the first line of an error; the first rank's if torch collected several."""
     failures = getattr(error, "failures", None)
     if failures:
         error = next(iter(failures.values()))[0]

@@ -1,15 +1,15 @@
-"""The one place that teaches Megatron-Core to run without CUDA.
+"""Patches that let Megatron-Core run without CUDA.
 
-Megatron names `cuda` in three ways, each answered in the narrowest place that works:
+Megatron refers to CUDA in three ways, each handled in the narrowest place that works:
 
-- `torch.cuda.*` calls (current device, synchronize, RNG state, streams): `install` answers them
-  for the CPU, once, and only where torch sees no GPU: there is none, or `device.select_device`
-  has hidden it.
+- `torch.cuda.*` calls (current device, synchronize, RNG state, streams): `install` replaces them by
+  their CPU counterparts, once, and only if torch sees no GPU: there is none, or
+  `device.select_device` has hidden it.
 - `device="cuda"`, `Tensor.cuda()` and comparisons with `Tensor.type()` strings: `megatron_mode`,
-  a `TorchFunctionMode` entered around Megatron's calls. Torch's factory functions themselves are
-  never replaced: torch's device contexts know them by identity, and a replaced `torch.arange`
-  makes transformers build models from uninitialised memory.
-- RNG states of `megatron.core.tensor_parallel.random`: put on the CPU generator.
+  a `TorchFunctionMode` entered around calls into Megatron. Torch's factory functions themselves
+  are never replaced: torch's device contexts look them up by identity, and with a replaced
+  `torch.arange` transformers builds models from uninitialised memory.
+- RNG states of `megatron.core.tensor_parallel.random`: they use the CPU generator.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _TYPE_NAMES = {
 
 
 class _Stream:
-    """A stream or event of a device that has one queue only: nothing to order."""
+    """A stream or event of a device with a single queue, which has nothing to order."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -51,7 +51,7 @@ def _stream_context(stream: Any) -> Iterator[None]:
 
 
 class _CPUMode(TorchFunctionMode):
-    """Sends what is asked of `cuda` to the CPU, call by call."""
+    """Redirects calls for `cuda` to the CPU."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
@@ -78,7 +78,7 @@ def _names_cuda(device: Any) -> bool:
 
 
 def megatron_mode() -> AbstractContextManager[Any]:
-    """A context for calls into Megatron; does nothing where CUDA is there."""
+    """Return a context for calls into Megatron; it does nothing if CUDA is available."""
     return contextlib.nullcontext() if torch.cuda.is_available() else _CPUMode()
 
 
@@ -86,9 +86,9 @@ _installed = False
 
 
 def install() -> None:
-    """Answer Megatron's `torch.cuda` calls for the CPU; nothing where CUDA is there.
+    """Replace the `torch.cuda` functions that Megatron calls, unless CUDA is available.
 
-    Call it before Megatron-Core is used. Calling it again does nothing.
+    Call it before using Megatron-Core. Calling it again has no effect.
     """
     global _installed
     if _installed or torch.cuda.is_available():
@@ -115,7 +115,7 @@ def install() -> None:
         "max_memory_reserved": lambda device=None: 0,
     }
     for name in ("synchronize", "empty_cache", "set_device", "reset_peak_memory_stats"):
-        # One function a name: torch's compiler keeps its rules by object identity.
+        # One function per name: torch's compiler keeps its rules by object identity.
         answers[name] = lambda *args, **kwargs: None
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
@@ -124,7 +124,7 @@ def install() -> None:
 
 
 def _install_random() -> None:
-    """Put Megatron's per-region RNG states on the CPU generator."""
+    """Make Megatron's per-region RNG states use the CPU generator."""
     from megatron.core.tensor_parallel import random as megatron_random
 
     def get_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> Any:

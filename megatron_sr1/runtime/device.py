@@ -1,7 +1,7 @@
-"""One switch between CPU with gloo and CUDA with NCCL, and the start of torch.distributed.
+"""The switch between CPU with gloo and CUDA with NCCL, and the start of torch.distributed.
 
-`select_device` decides. Everything else, Megatron-Core and the engine included, asks
-`torch.cuda.is_available()`, which after a decision for the CPU is false.
+`select_device` decides. All other code, Megatron-Core and the engine included, calls
+`torch.cuda.is_available()`, which returns False once the CPU has been selected.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Device:
 
     @property
     def torch(self) -> torch.device:
-        """As torch's device."""
+        """The same as a `torch.device`."""
         return torch.device("cpu") if self.kind == "cpu" else torch.device("cuda", self.index)
 
     @property
@@ -41,13 +41,13 @@ class Device:
 
 
 def select_device(kind: str = "auto") -> Device:
-    """Pick the device of this rank (`LOCAL_RANK` chooses the GPU); a CPU rank sees no GPU.
+    """Select the device of this rank (`LOCAL_RANK` selects the GPU); a CPU rank sees no GPU.
 
     Args:
         kind: auto | cpu | cuda.
 
     Raises:
-        ConfigError: cuda was asked for and is not there, or there are fewer GPUs than local ranks.
+        ConfigError: cuda was requested but there is none, or there are fewer GPUs than local ranks.
     """
     if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
         hide_gpus()
@@ -60,23 +60,23 @@ def select_device(kind: str = "auto") -> Device:
     if index >= torch.cuda.device_count():
         raise ConfigError(
             f"local rank {index} has no GPU: torch sees {torch.cuda.device_count()}; start at most "
-            "one process a GPU (launch.num_processes)"
+            "one process per GPU (launch.num_processes)"
         )
     return Device("cuda", index)
 
 
 def hide_gpus() -> None:
-    """Have this process and its children see no GPU, whoever asks torch."""
+    """Hide all GPUs from this process and its children."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    if torch.cuda.is_available():  # CUDA has read the variable before
+    if torch.cuda.is_available():  # CUDA has already read the variable
         torch.cuda.is_available = lambda: False
         torch.cuda.device_count = lambda: 0  # type: ignore[assignment]
 
 
 def start_distributed(device: Device, timeout_seconds: float = 1800.0) -> None:
-    """Start torch.distributed from the environment; alone, as a world of one on a free port.
+    """Start torch.distributed from the environment; without `RANK`, as a world of one rank.
 
-    On a GPU a gloo backend stands beside NCCL for objects in host memory.
+    On GPUs it uses both NCCL and, for objects in host memory, gloo.
     """
     if torch.distributed.is_initialized():
         return
@@ -87,7 +87,7 @@ def start_distributed(device: Device, timeout_seconds: float = 1800.0) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        # Not through the environment, where a later child process would take itself for a rank.
+        # Not through the environment: a child process would believe that it is a rank.
         alone = {"init_method": f"tcp://127.0.0.1:{port}", "rank": 0, "world_size": 1}
     torch.distributed.init_process_group(
         backend="gloo" if device.kind == "cpu" else "cpu:gloo,cuda:nccl",
@@ -97,7 +97,7 @@ def start_distributed(device: Device, timeout_seconds: float = 1800.0) -> None:
 
 
 def stop_distributed() -> None:
-    """Destroy the process groups, Megatron's included, if there are any."""
+    """Destroy all process groups, Megatron's included, if there are any."""
     if not torch.distributed.is_initialized():
         return
     from megatron.core import parallel_state

@@ -1,14 +1,14 @@
-"""Failures are loud: deadlines, stack dumps, and one failed rank takes the others with it.
+"""Failure handling: deadlines, stack dumps, and the end of all ranks when one of them fails.
 
-`guard` wraps a rank's main. What goes wrong in it is written to `RUN/failure.json` (who and why)
-and each rank's stacks to `RUN/stacks/rank_N.txt`; a watcher thread on every rank looks for that
-file, for passed deadlines, for SIGTERM, for a next rank that was killed, and for the end of the
-process that started it. It ends the process with `os._exit`, which works while the main thread
-sits in a collective. Ranks wait for each other's dumps, at most `LINGER_SECONDS`, as a launcher
-kills the rest once the first is gone.
+`guard` wraps a rank's main function. A failure is recorded in `RUN/failure.json` (which rank and
+why), and each rank dumps its stacks to `RUN/stacks/rank_N.txt`. A watcher thread on every rank
+checks for that file, for missed deadlines, for SIGTERM, for the death of the next rank and of the
+process that started this one. It ends the process with `os._exit`, which works while the main
+thread is blocked in a collective. Ranks wait up to `LINGER_SECONDS` for each other's dumps, because
+a launcher kills the remaining ranks once the first one has exited.
 
-Two nets below the watcher need no Python: faulthandler's own timer, should the interpreter lock
-be held past a deadline, and its handlers for SIGTERM and crashes, which dump before the end.
+Two fallbacks need no Python: faulthandler's timer, in case the interpreter lock is held past a
+deadline, and its handlers for SIGTERM and crashes, which dump the stacks first.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _current: ContextVar[FailureWatch | None] = ContextVar("failure_watch", default=
 
 
 class Culprit(NamedTuple):
-    """A rank's failure because of which others end."""
+    """The failure of another rank that ends this one."""
 
     rank: int
     cause: str
@@ -49,15 +49,15 @@ class Culprit(NamedTuple):
 
 
 class FailureWatch:
-    """Watches one rank: its deadlines, and the failures of the others.
+    """Watches one rank: its deadlines, and failures of other ranks.
 
     Args:
-        run_dir: run directory, seen by all ranks.
+        run_dir: run directory, shared by all ranks.
         rank: of this process in the world.
         world_size: ranks in the world.
 
     Attributes:
-        phase: innermost block under `deadline`, "" outside; after an exception, where it came up.
+        phase: innermost `deadline` block, "" outside; after an exception, where it was raised.
     """
 
     def __init__(self, run_dir: Path, rank: int, world_size: int) -> None:
@@ -81,9 +81,9 @@ class FailureWatch:
         self._thread.start()
 
     def _listen(self) -> None:
-        """Have SIGTERM dump the stacks at once and come out of a pipe, which the watcher reads.
+        """On SIGTERM, dump the stacks at once and write to a pipe, which the watcher reads.
 
-        A Python handler alone would wait for the main thread to come back from C.
+        A Python handler alone would run only after the main thread has returned from C.
         """
         self._pipe, write_end = os.pipe()
         for end in (self._pipe, write_end):
@@ -95,7 +95,7 @@ class FailureWatch:
         os.register_at_fork(after_in_child=self._unlisten)
 
     def _unlisten(self) -> None:
-        """Undo `_listen`; in a forked child too, which is no rank and may be told to end."""
+        """Undo `_listen`; also in a forked child, which is no rank and may be terminated."""
         if self._before is None:
             return
         faulthandler.unregister(signal.SIGTERM)
@@ -110,10 +110,10 @@ class FailureWatch:
         """End the process if the block takes longer; deadlines nest.
 
         Args:
-            phase: what is being done, for the message.
+            phase: name of the block, for the message.
             seconds: limit; 0 or less means none.
         """
-        outer, self.phase = self.phase, phase  # stays where it is if the block raises
+        outer, self.phase = self.phase, phase  # kept if the block raises
         if seconds <= 0:
             yield
             self.phase = outer
@@ -142,7 +142,7 @@ class FailureWatch:
             if culprit is not None:
                 self.fail(culprit.cause, code=1, culprit=culprit)
             if self._terminated():
-                culprit = self.culprit(MOMENT_SECONDS)  # a launcher stops the rest after a death
+                culprit = self.culprit(MOMENT_SECONDS)  # a launcher stops the others after a death
                 code = 128 + signal.SIGTERM
                 self.fail("stopped from outside by SIGTERM", code, culprit=culprit)
             if self.world_size > 1 and os.getppid() != self._parent:
@@ -153,7 +153,7 @@ class FailureWatch:
                 self.fail(f"{first[1]} took longer than its deadline of {first[2]:g} s", code=1)
 
     def culprit(self, patience_seconds: float = 0.0) -> Culprit | None:
-        """Another rank's failure that came before ours; waits so long for one to show."""
+        """Return an earlier failure of another rank; wait up to `patience_seconds` for one."""
         until = time.monotonic() + patience_seconds
         while self.world_size > 1:
             failure, gone = self._launch.failure(), self._presence.gone()
@@ -167,7 +167,7 @@ class FailureWatch:
         return None
 
     def see_others(self) -> None:
-        """Look once, when all ranks have met: one killed before the next poll is named then too."""
+        """Check the next rank once, when all are up: its death before the next poll is seen too."""
         self._presence.gone()
 
     def _terminated(self) -> bool:
@@ -178,26 +178,26 @@ class FailureWatch:
     def fail(
         self, cause: str, code: int, trace: str = "", culprit: Culprit | None = None
     ) -> NoReturn:
-        """Record the failure unless one is recorded, dump stacks, say why, end the process.
+        """Record the failure unless there is one, dump the stacks, log why, and exit.
 
         Args:
             cause: one line.
             code: exit status.
-            trace: formatted traceback, "" for none. It goes into the stack file, and to stderr
-                too if this rank is the first to fail and `code` is not 2 (a user's error).
-            culprit: the rank because of which we end; None if it is this one.
+            trace: formatted traceback, "" for none. It is written to the stack file, and also to
+                stderr if this rank is the first to fail and `code` is not 2 (a user's error).
+            culprit: the rank whose failure ends this one; None if it is this one.
         """
-        self._ending.acquire()  # the first of main thread and watcher; the other waits for the end
+        self._ending.acquire()  # main thread or watcher, whichever is first; the other one waits
         try:
             cause = " ".join(cause.split())  # one line
-            with suppress(OSError):  # the disk may be full, and stderr a pipe that nobody reads
-                self._tell(cause, code, trace, culprit or Culprit(self.rank, cause, code))
+            with suppress(OSError):  # the disk may be full, or nobody may read stderr
+                self._report(cause, code, trace, culprit or Culprit(self.rank, cause, code))
             self._linger(culprit)
             end_children()
         finally:
             os._exit(code)
 
-    def _tell(self, cause: str, code: int, trace: str, culprit: Culprit) -> None:
+    def _report(self, cause: str, code: int, trace: str, culprit: Culprit) -> None:
         first = self._launch.record(culprit.rank, culprit.cause, culprit.code)
         why, is_ours = f"rank {first['rank']}: {first['cause']}", first["rank"] == self.rank
         in_main = threading.current_thread() is threading.main_thread()
@@ -208,7 +208,7 @@ class FailureWatch:
         if is_ours:
             text = f"{trace if code != 2 else ''}megatron-sr1: error: {why}"
         elif first["code"] == 2:
-            return  # a user's error, which one rank has said; where the others were is no help
+            return  # a user's error, already reported; where the other ranks were does not help
         else:
             text = f"megatron-sr1: rank {self.rank} stops in {where}, because of {why}"
         if in_main:
@@ -233,7 +233,7 @@ class FailureWatch:
             time.sleep(0.05)
 
     def close(self) -> None:
-        """Stop watching after a good end; the stack file is removed."""
+        """Stop watching after a normal end, and remove the stack file."""
         self._stop.set()
         if threading.current_thread() is not self._thread:
             self._thread.join()
@@ -249,13 +249,13 @@ class FailureWatch:
 def guard(
     run_dir: str | Path, rank: int | None = None, world_size: int | None = None
 ) -> Iterator[FailureWatch]:
-    """Around a rank's main: ends the process, and all other ranks, when the block raises.
+    """Run a rank's main function; if it raises, end this process and all other ranks.
 
-    An `SR1Error` is one line and exit status 2; anything else a traceback and status 1. Leaving
-    through `SystemExit` or Ctrl-C is passed on unchanged.
+    An `SR1Error` is reported as one line, with exit status 2; other exceptions with a traceback and
+    status 1. `SystemExit` and Ctrl-C pass through.
 
     Args:
-        run_dir: run directory, made if absent.
+        run_dir: run directory, created if absent.
         rank: of this process; from the environment if None.
         world_size: ranks; from the environment if None.
 
@@ -263,7 +263,7 @@ def guard(
         ConfigError: another process is this rank of the same run directory.
     """
     outer = _current.get()
-    if outer is not None:  # a guard within a guard: the outer one ends the process
+    if outer is not None:  # nested: the outer guard ends the process
         yield outer
         return
     if rank is None:
@@ -275,7 +275,7 @@ def guard(
     try:
         yield watch
     except SR1Error as error:
-        # Another rank's end may be behind any exception here, as by a broken connection.
+        # The cause of any exception may be another rank's death, e.g. through a broken connection.
         culprit = watch.culprit(MOMENT_SECONDS)
         watch.fail(str(error), 2, traceback.format_exc(), culprit)
     except Exception as error:
@@ -288,13 +288,13 @@ def guard(
 
 
 def see_others() -> None:
-    """`FailureWatch.see_others` of the guard around us, if there is one."""
+    """Call `FailureWatch.see_others` of the enclosing guard, if there is one."""
     watch = _current.get()
     if watch is not None:
         watch.see_others()
 
 
 def deadline(phase: str, seconds: float) -> AbstractContextManager[None]:
-    """`FailureWatch.deadline` of the guard around us; without a guard, no deadline."""
+    """Return `FailureWatch.deadline` of the enclosing guard; without a guard, no deadline."""
     watch = _current.get()
     return nullcontext() if watch is None else watch.deadline(phase, seconds)

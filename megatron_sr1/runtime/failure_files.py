@@ -1,7 +1,7 @@
-"""What a failed run leaves: `RUN/failure.json`, who and why, and `RUN/stacks/rank_N.txt`.
+"""Files of a failed run: `RUN/failure.json` (which rank and why) and `RUN/stacks/rank_N.txt`.
 
-In: a failure. Out: the one that stands for the launch (the first that was written), and the last
-words about it: the cause, and where every rank was, the odd ones first.
+In: a failure. Out: the failure of this launch (the first that was recorded), and a summary for the
+end of the output: the cause and where every rank was, unusual places first.
 """
 
 from __future__ import annotations
@@ -29,67 +29,67 @@ log = logging.getLogger(__name__)
 
 
 def launch_start() -> float:
-    """Unix time before which no rank of this launch ran: the start of the process that forked us.
+    """Return the start of the process that started us, as Unix time: no rank is older.
 
-    Under torchrun and srun that is the node's agent. A failure file older than it is an earlier
-    launch's.
+    Under torchrun and srun that is the node's agent. An older failure file belongs to an earlier
+    launch.
     """
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     return psutil.Process(os.getpid() if alone else os.getppid()).create_time()
 
 
 def read_failure(run_dir: Path, since: float) -> dict | None:
-    """The failure that a rank recorded after `since` (unix seconds), or None.
+    """Return the failure that a rank recorded after `since` (Unix seconds), or None.
 
     Returns:
-        `{"rank", "cause", "code", "time", "launch"}`; `rank` is the one that failed, which is not
-        the one that wrote it where that was killed.
+        `{"rank", "cause", "code", "time", "launch"}`; `rank` is the one that failed; if it was
+        killed, another one wrote the file.
     """
     try:
         failure = json.loads((run_dir / FAILURE_FILE).read_text())
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
         return None
-    # The clock behind a process's start is coarse and machines differ a little.
+    # A process's start time is coarse, and the clocks of machines differ a little.
     return failure if failure["time"] >= since - 1.0 else None
 
 
 class Launch:
-    """The failure file as one launch sees it.
+    """The failure file of one launch.
 
     Args:
-        run_dir: run directory, seen by all ranks.
+        run_dir: run directory, shared by all ranks.
     """
 
     def __init__(self, run_dir: Path) -> None:
-        """Remember what tells this launch from others.
+        """Remember what identifies this launch.
 
-        Time alone does not: a command that is started again at once begins within the second.
+        Time is not enough: a command that is restarted at once begins within the same second.
         """
         self._run_dir, self._since = run_dir, launch_start()
         names = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
         self._name = " ".join(os.environ.get(name, "") for name in names)
 
     def failure(self) -> dict | None:
-        """What a rank of this launch recorded, or None."""
+        """Return what a rank of this launch recorded, or None."""
         failure = read_failure(self._run_dir, self._since)
         return failure if failure and failure.get("launch") == self._name else None
 
     def record(self, rank: int, cause: str, code: int) -> dict:
-        """Write a failure unless a rank of this launch has; returns the one that stands."""
+        """Record a failure unless this launch has one already; return the recorded one."""
         failure = {"rank": rank, "cause": cause, "code": code, "time": time.time()}
         failure["launch"] = self._name
         target, text = self._run_dir / FAILURE_FILE, json.dumps(failure) + "\n"
         try:
-            with open(target, "x") as file:  # of several ranks at once, one succeeds
+            with open(target, "x") as file:  # if several ranks try at once, one succeeds
                 file.write(text)
         except FileExistsError:
             until = time.monotonic() + WRITING_SECONDS
             while self._is_empty(target) and time.monotonic() < until:
-                time.sleep(0.01)  # the other rank has made the file and writes it now
-            standing = self.failure()
-            if standing is not None:
-                return standing
-            target.write_text(text)  # over an earlier launch's
+                time.sleep(0.01)  # the other rank has created the file and is writing it
+            recorded = self.failure()
+            if recorded is not None:
+                return recorded
+            target.write_text(text)  # replaces an earlier launch's
         except OSError as error:
             log.error("%s could not be written: %s", target, error)
         return failure
@@ -101,13 +101,13 @@ class Launch:
         return False
 
     def forget(self) -> None:
-        """Remove an earlier launch's failure."""
+        """Remove the failure of an earlier launch."""
         if self.failure() is None:
             (self._run_dir / FAILURE_FILE).unlink(missing_ok=True)
 
 
 def place(frame: FrameType | None) -> str:
-    """Where a thread is, as `all_reduce (torch/distributed/distributed_c10d.py:3078)`."""
+    """Describe where a thread is: `all_reduce (torch/distributed/distributed_c10d.py:3078)`."""
     if frame is None:
         return "unknown"
     path = "/".join(Path(frame.f_code.co_filename).parts[-3:])
@@ -115,21 +115,21 @@ def place(frame: FrameType | None) -> str:
 
 
 def main_thread_frame() -> FrameType | None:
-    """The main thread's innermost frame."""
+    """Return the main thread's innermost frame."""
     identity = threading.main_thread().ident
     return None if identity is None else sys._current_frames().get(identity)
 
 
 def last_words(run_dir: Path, failure: dict, since: float) -> list[str]:
-    """Lines that end a failed run's output.
+    """Summarize a failed run, for the end of its output.
 
     Args:
         run_dir: run directory.
-        failure: as `read_failure` returned it.
-        since: unix time of the launch; older stack files are an earlier one's.
+        failure: as returned by `read_failure`.
+        since: Unix time of the launch; older stack files belong to earlier ones.
 
     Returns:
-        the cause; below it where the ranks were, those alone in a place first.
+        lines: the cause, then where the ranks were; the places of the fewest ranks first.
     """
     cause = f"megatron-sr1: error: rank {failure['rank']}: {failure['cause']}"
     folder = run_dir / STACKS_FOLDER

@@ -1,4 +1,4 @@
-"""Process groups of the actor's layout: made once, passed on, never None."""
+"""Process groups of the actor's layout: created once and passed as arguments, never None."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Group:
         process_group: torch's group.
         rank: of this process in the group.
         size: ranks in the group.
-        ranks: their numbers in the world, in the group's order.
+        ranks: their global ranks, in the group's order.
     """
 
     process_group: dist.ProcessGroup
@@ -43,17 +43,17 @@ class Group:
 
 @dataclass(frozen=True)
 class Groups:
-    """All groups of a layout.
+    """All process groups of a layout.
 
     Attributes:
         tensor: ranks that share each layer.
         pipeline: ranks that hold the stages, in order.
         context: ranks that share each sequence.
-        data: ranks with the same shard and other samples.
+        data: ranks with the same shard of the model and different samples.
         data_context: data times context, over which gradients are summed.
-        world: everyone.
+        world: all ranks.
         tower: ranks that share each layer of the tower: `tensor`, or this rank alone.
-        images: ranks that share out a row's images.
+        images: ranks among which a row's images are divided.
         collection: Megatron's `ProcessGroupCollection` of the same groups.
         device: where this rank computes.
     """
@@ -71,35 +71,35 @@ class Groups:
 
     @property
     def is_first_stage(self) -> bool:
-        """Whether this rank holds embedding and vision tower."""
+        """True if this rank holds the embedding and the vision tower."""
         return self.pipeline.rank == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this rank holds the output layer."""
+        """True if this rank holds the output layer."""
         return self.pipeline.rank == self.pipeline.size - 1
 
     @property
     def counts_tokens(self) -> bool:
-        """Whether this rank counts the tokens of its rows.
+        """True if this rank counts the tokens of its rows.
 
-        All context-parallel ranks know what the whole row came to; the first of them counts it.
+        All context-parallel ranks have the totals of the whole row; the first one counts them.
         """
         return self.context.rank == 0
 
     @property
     def speaks_for_samples(self) -> bool:
-        """True on one of the ranks that are given the same samples."""
+        """True on exactly one of the ranks that process the same samples."""
         return self.tensor.rank == 0 and self.pipeline.rank == 0 and self.context.rank == 0
 
 
 def make_groups(parallel: ParallelConfig, device: Device, *, on_host: bool = True) -> Groups:
-    """Make Megatron's groups for a layout; torch.distributed must have started.
+    """Create Megatron's groups for a layout; torch.distributed must have been started.
 
     Args:
-        parallel: the layout.
+        parallel: sizes of the layout.
         device: where this rank computes.
-        on_host: make those over which optimizer state is gathered in host memory too.
+        on_host: also create gloo groups, over which optimizer state is gathered in host memory.
 
     Raises:
         ConfigError: the layout does not divide the number of ranks.
@@ -131,7 +131,7 @@ def make_groups(parallel: ParallelConfig, device: Device, *, on_host: bool = Tru
     context = Group.of(parallel_state.get_context_parallel_group())
     tower, images = tensor, context
     if parallel.vision == "images" and tensor.size > 1:
-        # Made by its one member: no meeting of the world, which would be one a rank.
+        # Created by its one member, which avoids a collective over the world for every rank.
         alone = [dist.get_rank()]
         tower = Group.of(parallel_state.create_group(alone, use_local_synchronization=True))
         images = Group.of(parallel_state.get_tensor_and_context_parallel_group())
@@ -150,25 +150,30 @@ def make_groups(parallel: ParallelConfig, device: Device, *, on_host: bool = Tru
 
 
 def destroy_groups() -> None:
-    """Undo `make_groups`, to make others; collective over all ranks.
+    """Undo `make_groups`, so that other groups can be made; collective over all ranks.
 
-    Megatron only forgets its groups; their threads would stay, and wait busily. So do those of a
-    model that is still there. Groups that others made, an engine in this process, stay.
+    Megatron itself only drops its references: the groups' threads would live on, busy waiting, as
+    do those of a model that still exists. Groups created by others, such as an engine in this
+    process, stay.
     """
     from megatron.core import parallel_state
 
     dist.barrier()
     for group in parallel_state._global_process_group_list or []:
-        if group is not None:  # which stands for the world
+        if group is not None:  # None stands for the world
             dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
-    gc.collect()  # models and optimizers refer to their groups in circles
+    gc.collect()  # models and optimizers hold groups in reference cycles
 
 
-def gather_objects(value: Any, group: Group) -> list[Any]:
-    """Every rank's value, in the group's order. Only for small Python objects of our own."""
-    if group.size == 1:
+def gather_objects(value: Any, group: Group | None = None) -> list[Any]:
+    """Gather every rank's value, in the group's order; in the world's without a group.
+
+    For small Python objects of our own only: they are pickled.
+    """
+    size = dist.get_world_size() if group is None else group.size
+    if size == 1:
         return [value]
-    gathered: list[Any] = [None] * group.size
-    dist.all_gather_object(gathered, value, group=group.process_group)
+    gathered: list[Any] = [None] * size
+    dist.all_gather_object(gathered, value, group=group and group.process_group)
     return gathered

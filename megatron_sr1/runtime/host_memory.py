@@ -1,7 +1,7 @@
-"""Host memory that is free in this process goes back to the system.
+"""Return this process's free host memory to the system.
 
-Batches of ever new shapes leave holes between what lives on. glibc keeps them for later and gives
-back the end of its heaps alone, so that resident memory creeps up for hundreds of steps.
+Batches of varying shapes leave holes between live allocations. glibc keeps the holes and returns
+only the end of its heaps, so that resident memory grows for hundreds of steps.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import ctypes
 from contextlib import suppress
 
 STEPS_BETWEEN = 10
-"""Steps from one call to the next: what a call gives back the next step has to ask for again."""
+"""Steps between two calls: the step after a call has to request the returned memory again."""
 
 
 def give_back() -> None:
-    """Return free pages of all heaps (malloc_trim(3)); nothing where the C library has no such."""
+    """Return free pages of all heaps (malloc_trim(3)); does nothing if the C library lacks it."""
     with suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

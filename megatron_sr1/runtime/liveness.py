@@ -1,10 +1,10 @@
-"""Which ranks of a run are there: each holds a lock that the kernel drops whatever ends it.
+"""Which ranks of a run are alive: each holds a lock, which the kernel releases when it dies.
 
-In: the folder of the run's stack files. Out: this rank's file, locked, and whether the next rank
-is gone. SIGKILL and the kernel's out-of-memory killer leave no word behind, but the lock is free
-afterwards. Each rank watches the next one only, so that a look costs the same in a world of any
-size. A rank counts as gone only after we have seen it hold its lock: where locks do not reach (a
-file system without them, or one that keeps them on each host), nobody is ever taken for gone.
+In: the directory of the run's stack files. Out: this rank's file, locked, and whether the next rank
+has died. SIGKILL and the kernel's out-of-memory killer leave no message, but they free the lock.
+Each rank watches only the next one, so that the cost does not depend on the number of ranks. A rank
+counts as dead only if it was seen to hold its lock: on a file system without locks, or whose locks
+are local to each host, no rank is ever taken for dead.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import TextIO
 from megatron_sr1.errors import ConfigError
 
 PATIENCE_SECONDS = 20.0
-"""A launch that was killed a moment ago may still hold its locks for so long."""
+"""How long a launch that has just been killed may still hold its locks."""
 
 
 class Presence:
-    """This rank's stack file and lock, and a look at the next rank's.
+    """The stack file and lock of this rank, and a check of the next rank's lock.
 
     Args:
-        folder: of the stack files, seen by all ranks; made if absent.
+        folder: of the stack files, shared by all ranks; created if absent.
         rank: of this process in the world.
         world_size: ranks in the world.
 
@@ -38,7 +38,7 @@ class Presence:
 
         Raises:
             ConfigError: another process is this rank of the same run directory, or the directory
-                cannot be made or written to.
+                cannot be created or written to.
         """
         self._next = (rank + 1) % world_size if world_size > 1 else None
         self._folder, self._seen = folder, False
@@ -48,7 +48,7 @@ class Presence:
                 folder.mkdir(parents=True, exist_ok=True)
                 self.file: TextIO = open(path, "a")  # noqa: SIM115
             except OSError as error:
-                # Another rank takes the folder away at its end.
+                # Another rank removes the directory when it ends.
                 if isinstance(error, FileNotFoundError) and time.monotonic() < until:
                     time.sleep(0.01)
                     continue
@@ -71,11 +71,11 @@ class Presence:
                 break
             if os.fstat(self.file.fileno()).st_nlink:
                 break
-            self.file.close()  # its name went to nobody between opening and locking
+            self.file.close()  # it was removed between opening and locking
         self.file.truncate(0)
 
     def gone(self) -> int | None:
-        """The next rank if it was there and its process has ended without a good end."""
+        """Return the next rank if it was alive and its process died; None otherwise."""
         if self._next is None:
             return None
         try:
@@ -85,15 +85,15 @@ class Presence:
                 return self._next if self._seen and not ended_well else None
         except BlockingIOError:
             self._seen = True
-        except OSError:  # not there yet, or there no more after a good end
+        except OSError:  # it does not exist yet, or was removed after a normal end
             pass
         return None
 
     def leave(self) -> None:
-        """A good end: the file goes first, so that nobody takes us for gone."""
+        """Remove the file, then release the lock, so that this rank is not taken for dead."""
         Path(self.file.name).unlink(missing_ok=True)
         self.file.close()
         try:
             self._folder.rmdir()
-        except OSError:  # other ranks' files are in it, or another rank was quicker
+        except OSError:  # other ranks' files are in it, or another rank removed it
             pass

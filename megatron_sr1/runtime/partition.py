@@ -1,6 +1,6 @@
-"""Work shared out evenly: what goes largest first, each to whoever has the least to do.
+"""Balanced partition: the largest items first, each to the share with the least load.
 
-No two shares differ by more than the largest piece (Graham, 1969, doi:10.1137/0117039).
+No two shares differ by more than the largest item (Graham, 1969, doi:10.1137/0117039).
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from collections.abc import Sequence
 
 
 def share_out(costs: Sequence[float], num_shares: int) -> list[list[int]]:
-    """Numbers of costs, the largest first, each to the share that has the least.
+    """Partition items by cost.
 
     Args:
-        costs: of what is shared out.
-        num_shares: to share it; some may have nothing.
+        costs: one per item.
+        num_shares: number of shares; some may stay empty.
 
     Returns:
-        for each share numbers of costs, in the order in which they were given.
+        for each share the indices of its items, in the order in which they were assigned.
     """
     shares: list[list[int]] = [[] for _ in range(num_shares)]
     least = [(0.0, share) for share in range(num_shares)]  # a heap

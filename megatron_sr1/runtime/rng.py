@@ -1,7 +1,7 @@
 """Random number generators: seeding, saving and restoring their state.
 
-One seed determines all randomness, and the seed of an engine request does not depend on the order
-of a batch.
+One seed determines all randomness. The seed of an engine request does not depend on the order of
+requests in a batch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_sr1.runtime.groups import Groups
 
 
 def rng_state() -> dict[str, Any]:
-    """States of Python, NumPy, torch and Megatron's tensor-parallel regions.
+    """Return the states of Python, NumPy, torch and Megatron's tensor-parallel regions.
 
     Returns:
         tensors, numbers and strings only, so that `torch.load(weights_only=True)` reads it.
@@ -87,14 +87,14 @@ def seed_everything(seed: int, groups: Groups) -> None:
 
 
 def request_seed(seed: int, step: int, index: int, sample: int, part: int = 1) -> int:
-    """Seed of one engine request, from what it is and not from when it runs.
+    """Derive the seed of an engine request from what is requested, not from when it runs.
 
     Args:
         seed: of the run.
         step: training step.
         index: of the example.
-        sample: number k of the response.
-        part: 1 or 2, the pass.
+        sample: index of the response among those of its prompt.
+        part: the pass, 1 or 2.
 
     Returns:
         a number in [0, 2**31).

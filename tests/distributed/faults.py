@@ -327,10 +327,10 @@ def import_all(with_engine):
     """What a rank imports on its way, without starting a thread."""
     from megatron_sr1.rollout.process import set_environment
     from megatron_sr1.runtime import cpu
-    from megatron_sr1.runtime.torchvision_mend import mend_torchvision
+    from megatron_sr1.runtime.torchvision_patch import patch_torchvision
 
     set_environment(1)
-    mend_torchvision()
+    patch_torchvision()
     cpu.install()
     for name in ("distributed", "optimizer", "dist_checkpointing", "pipeline_parallel"):
         importlib.import_module(f"megatron.core.{name}")

@@ -37,7 +37,7 @@ def test_ranks_that_differ_are_told(run_ranks, tmp_path):
     for words in (
         r"\[ FAIL \] torch +\d.*: rank 0; 2.0.0: rank 1",
         r"\[ warn \] clocks +\+(6999|700\d)\.",
-        "-> let the machines keep time",
+        "-> synchronize the machines' clocks",
         r"\[ FAIL \] run directory +rank 0 does not see files of 1; rank 1 does not see files of 0",
         "cannot train together yet: torch, run directory.",
     ):

@@ -13,7 +13,7 @@ from PIL import Image
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.data.prompts import pass1_messages
 from megatron_sr1.records import Example, Message
-from megatron_sr1.runtime.torchvision_mend import mend_torchvision
+from megatron_sr1.runtime.torchvision_patch import patch_torchvision
 
 LIMITS = (3136, 50176)  # not the directory's own: the limits themselves must arrive
 SIZES = [(84, 28), (300, 500), (40, 44)]
@@ -21,7 +21,7 @@ SIZES = [(84, 28), (300, 500), (40, 44)]
 
 @pytest.fixture(scope="module")
 def vllm_config(tiny_model):
-    mend_torchvision()
+    patch_torchvision()
     import vllm
     from vllm.config import ModelConfig
     from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration

@@ -171,9 +171,10 @@ def test_all_is_on_the_disk_before_latest_names_it(actor, groups, tmp_path, monk
     synced = {p.name for p in renamed if p.parent.name == ".step_1.partial"}
     expected = {p.name for p in step.iterdir() if p.is_file()} - {"manifest.json", "state.json"}
     assert expected <= synced
-    assert {".manifest.json.partial", ".state.json.partial", ".latest.partial"} <= {
-        p.name for p in renamed
+    replaced = {
+        f"{name}.{os.getpid()}.partial" for name in ("manifest.json", "state.json", "latest")
     }
+    assert replaced <= {p.name for p in renamed}
     assert tmp_path in renamed and tmp_path / ".step_1.partial" in renamed
 
 

@@ -1,6 +1,8 @@
-"""The house's shape: layers, lazy libraries, sizes. Walks the syntax tree, so no import escapes."""
+"""The structure of the package: layers, lazy imports, file sizes, from the syntax trees."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,7 +37,7 @@ LAZY = {
 MAX_LINES = 500
 
 
-def room_of(path: Path) -> str:
+def package_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -46,11 +48,11 @@ def imports(tree: ast.AST) -> Iterator[tuple[str, ast.stmt]]:
             yield from ((alias.name, node) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative import"
-            # `from megatron_sr1 import data` imports the room data.
+            # `from megatron_sr1 import data` imports the package data.
             yield from ((f"{node.module}.{alias.name}", node) for alias in node.names)
 
 
-def problems_of_layers(room: str, source: str) -> list[str]:
+def problems_of_layers(package: str, source: str) -> list[str]:
     found = []
     for name, node in imports(ast.parse(source)):
         parts = name.split(".")
@@ -58,11 +60,13 @@ def problems_of_layers(room: str, source: str) -> list[str]:
             continue
         other = parts[1]
         if other not in LAYER:
-            found.append(f"line {node.lineno}: {other} is no room")
-        elif other != room and LAYER[other] >= LAYER[room] and LAYER[room] not in (0, 8, 9):
-            found.append(f"line {node.lineno}: {room} imports {other}")
-        elif LAYER[other] > LAYER[room]:
-            found.append(f"line {node.lineno}: {room} imports upward from {other}")
+            found.append(f"line {node.lineno}: {other} is no known package")
+        elif (
+            other != package and LAYER[other] >= LAYER[package] and LAYER[package] not in (0, 8, 9)
+        ):
+            found.append(f"line {node.lineno}: {package} imports {other}")
+        elif LAYER[other] > LAYER[package]:
+            found.append(f"line {node.lineno}: {package} imports upward from {other}")
     return found
 
 
@@ -72,15 +76,15 @@ def shown(path: Path) -> str:
 
 @pytest.mark.parametrize("path", FILES, ids=shown)
 def test_imports_point_down_the_layers_only(path):
-    room = room_of(path)
-    if room == "__init__":
+    package = package_of(path)
+    if package == "__init__":
         return
-    assert room in LAYER, f"{room} has no layer: give it one in DESIGN and here"
-    assert problems_of_layers(room, path.read_text()) == []
+    assert package in LAYER, f"{package} has no layer: give it one in DESIGN and here"
+    assert problems_of_layers(package, path.read_text()) == []
 
 
 @pytest.mark.parametrize(
-    ("room", "source"),
+    ("package", "source"),
     [
         ("data", "from megatron_sr1.stages import run_stage"),
         ("data", "def f():\n    import megatron_sr1.rewards.score"),
@@ -92,25 +96,37 @@ def test_imports_point_down_the_layers_only(path):
         ("trainer", "from megatron_sr1 import cli"),
     ],
 )
-def test_a_wrong_import_is_found(room, source):
-    assert problems_of_layers(room, source) != []
+def test_a_wrong_import_is_found(package, source):
+    assert problems_of_layers(package, source) != []
 
 
 @pytest.mark.parametrize(
-    ("room", "source"),
+    ("package", "source"),
     [
         ("trainer", "from megatron_sr1.trainer.step import update"),
         ("rollout", "from megatron_sr1.model.hf_config import read_hf_config"),
         ("config", "from megatron_sr1.errors import ConfigError"),
         ("launch", "from megatron_sr1.config import Config"),
+        ("launch", "from megatron_sr1.runtime.child_processes import end_with"),
     ],
 )
-def test_a_right_import_is_not_a_problem(room, source):
-    assert problems_of_layers(room, source) == []
+def test_a_right_import_is_not_a_problem(package, source):
+    assert problems_of_layers(package, source) == []
+
+
+def test_starting_ranks_needs_neither_torch_nor_what_the_training_environment_holds():
+    """`launch/` also runs in nemo-run's environment, and before `launch.device=cpu` hides GPUs."""
+    names = sorted(f"megatron_sr1.launch.{path.stem}" for path in (PACKAGE / "launch").glob("*.py"))
+    program = (
+        f"import importlib, sys\nfor name in {names}: importlib.import_module(name)\n"
+        "print(sorted({'torch', 'numpy', 'psutil', 'megatron', 'vllm'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
 def test_the_trainer_does_not_import_the_planner():
-    trainer = [path for path in FILES if room_of(path) == "trainer"]
+    trainer = [path for path in FILES if package_of(path) == "trainer"]
     planned = {
         shown(path)
         for path in trainer

@@ -13,7 +13,7 @@ import torch
 
 from megatron_sr1.checkpoint.mapping import canonical_hf_name, entries
 from megatron_sr1.model.hf_config import parse_hf_config
-from megatron_sr1.runtime.torchvision_mend import mend_torchvision
+from megatron_sr1.runtime.torchvision_patch import patch_torchvision
 
 FOLDER = Path(__file__).resolve().parents[1] / "published"
 NUM_PARAMETERS = {
@@ -50,7 +50,7 @@ def test_flat_files_and_what_transformers_makes_of_them_say_the_same(size):
 
 @pytest.mark.parametrize("size", NUM_PARAMETERS)
 def test_the_mapping_names_what_transformers_holds(size):
-    mend_torchvision()
+    patch_torchvision()
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     raw = raw_config(size)

@@ -142,7 +142,7 @@ def test_the_demos_finding_gives_greedy_answers_beside_sampled_ones(tmp_path):
     lines = [verdict(i, int(i < 18), 1, "4 2 7") for i in range(20)]
     write_lines(tmp_path / "eval" / "vision_sr1_greedy.jsonl", lines)
     text = write_report(tmp_path).read_text()
-    assert "sampled: 75% after the cold start, 75% after GRPO paid for answers only, 75%" in text
+    assert "sampled: 75% after the cold start, 75% after GRPO rewarded answers only, 75%" in text
     assert "decoded greedily: 75%, 75%, 90%" in text
     cells = ["90.0\u00a0±\u00a013.1", "100.0\u00a0±\u00a00.0", "–", "0.0\u00a0±\u00a00.0"]
     row = "".join(f"<td>{cell}</td>" for cell in ["greedy: GRPO + self-reward", *cells])
@@ -160,7 +160,7 @@ def test_differences_are_paired_by_question(tmp_path):
     make_demo(tmp_path)
     text = write_report(tmp_path).read_text()
     # Self-reward of 20 questions, 5 before and 20 after: 75 points, deviation sqrt(3.75 / 19).
-    row = text[text.index("sampled: GRPO + self-reward, less cold start") :]
+    row = text[text.index("sampled: GRPO + self-reward minus cold start") :]
     assert "<td>+75.0\u00a0±\u00a019.5</td>" in row[: row.index("</tr>")]
 
 
@@ -201,8 +201,8 @@ def test_questions_are_picked_by_rule():
     assert chosen == [
         ("one of the first", 0),
         ("one of the first", 1),
-        ("mended", 2),
-        ("mended", 3),
+        ("fixed", 2),
+        ("fixed", 3),
         ("still wrong", 5),
     ]
 

@@ -122,7 +122,7 @@ def test_an_output_that_cannot_be_made(refused, made, tmp_path):
     file = made / "run.yaml"
     assert f"lies below {file}, which is a file" in refused(f"output={file}/below/run")
     assert "is a file" in refused(f"output={file}")
-    assert "no name that a directory can have" in refused(f"output={tmp_path}/{'x' * 300}")
+    assert "not a valid directory name" in refused(f"output={tmp_path}/{'x' * 300}")
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
     assert "is a file" in refused(f"output={tmp_path}/gone/run")
     assert "cannot be written to" in refused("output=/proc/sys/run")
