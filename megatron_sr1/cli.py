@@ -265,12 +265,12 @@ def demo_command(output: Path, seed: int) -> int:
     from megatron_sr1.launch import preflight, torchrun
     from megatron_sr1.runtime.failure import guard
 
-    configure_logging("info")
     joined = torchrun.joined(os.environ)
     if joined is None:
-        silence_native_warnings("info")
         preflight.check_output(str(output))
-    else:
+        silence_native_warnings("info")
+    configure_logging("info")
+    if joined is not None:
         os.environ.update(joined)
         with guard(output):
             from megatron_sr1.demo import demo

@@ -172,7 +172,7 @@ def test_all_is_on_the_disk_before_latest_names_it(actor, groups, tmp_path, monk
     expected = {p.name for p in step.iterdir() if p.is_file()} - {"manifest.json", "state.json"}
     assert expected <= synced
     replaced = {
-        f"{name}.{os.getpid()}.partial" for name in ("manifest.json", "state.json", "latest")
+        f".{name}.{os.getpid()}.partial" for name in ("manifest.json", "state.json", "latest")
     }
     assert replaced <= {p.name for p in renamed}
     assert tmp_path in renamed and tmp_path / ".step_1.partial" in renamed
