@@ -1,5 +1,8 @@
 """Rows whose sequences share images, against the same rows with every image repeated.
 
+Also twelve images of one colour each, in order and reversed: every rank has each image's features
+at its place.
+
 Run by test_shared_images.py as `shared_images.py CASES LAYOUT…`; a layout is written as for
 model_layouts.py. What is expected comes from one process with repeated images. Prints a line a
 failure and a count; exits non-zero on any failure.
@@ -16,7 +19,9 @@ from megatron_sr1.checkpoint.hf import load_hf
 from megatron_sr1.config import ModelConfig, ParallelConfig
 from megatron_sr1.model.build import build_model
 from megatron_sr1.model.hf_config import read_hf_config
+from megatron_sr1.model.image_shares import encode_by_turns
 from megatron_sr1.model.row_split import sequence_multiple
+from megatron_sr1.records import VisionInputs
 from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.device import select_device, start_distributed
 from megatron_sr1.runtime.groups import destroy_groups, make_groups
@@ -46,8 +51,28 @@ def make_rows(directory, groups, is_shared):
     return rows, num_patches
 
 
+def encode_twelve(tower, groups, numbers):
+    """Features of twelve images of one colour each and of three sizes, image by image."""
+    vision = tower.vision
+    side = 2 * vision.spatial_merge_size
+    grids = torch.tensor([(1, side, side * (1 + number % 3)) for number in numbers])
+    sizes = grids.prod(dim=-1).tolist()
+    colours = [
+        torch.full((size, vision.patch_dim), number / 12)
+        for number, size in zip(numbers, sizes, strict=True)
+    ]
+    inputs = VisionInputs(torch.cat(colours), grids)
+    with torch.no_grad(), cpu.megatron_mode():
+        is_split = groups.images.size > 1
+        features = encode_by_turns(tower, inputs, groups.images) if is_split else tower(inputs)
+    return features.split([size // vision.spatial_merge_size**2 for size in sizes])
+
+
 def measure(directory, groups, letters, is_shared):
-    """Losses (None off the last stage), published gradients, patches encoded and distinct ones."""
+    """Losses (None off the last stage), published gradients, patches encoded and distinct ones.
+
+    Then the features of twelve images in order and reversed, None off the first stage.
+    """
     hf_config = read_hf_config(directory)
     chunks = build_model(
         hf_config,
@@ -68,8 +93,15 @@ def measure(directory, groups, letters, is_shared):
         losses = run_schedule(chunks, rows, groups, labels=True, forward_only=False)
     gradients = published_gradients(chunks, hf_config, groups)
     dist.all_reduce(encoded, group=groups.images.process_group)
+    num_encoded = int(encoded)
     wanted = num_patches if groups.is_first_stage else 0
-    return losses, gradients, int(encoded), wanted
+    twelve = None
+    if chunks[0].vision_model is not None:
+        twelve = [
+            encode_twelve(chunks[0].vision_model, groups, numbers)
+            for numbers in (range(12), range(11, -1, -1))
+        ]
+    return losses, gradients, num_encoded, wanted, twelve
 
 
 def main():
@@ -85,12 +117,19 @@ def main():
         destroy_groups()
         groups = make_groups(layout_of(tensor, pipeline, context, letters), device)
         for case in cases:
-            losses, gradients, encoded, wanted = measure(case, groups, letters, is_shared=True)
+            found = measure(case, groups, letters, is_shared=True)
+            losses, gradients, encoded, wanted, twelve = found
             gap, name = worst_relative_gap(gradients, expected[case][1])
             gaps = {f"gradient of {name}": gap, "patches": abs(encoded - wanted)}
             if groups.is_last_stage:
-                found, want = torch.stack(losses), torch.stack(expected[case][0])
-                gaps["loss"] = float(((found - want) / want).abs().max())
+                got, want = torch.stack(losses), torch.stack(expected[case][0])
+                gaps["loss"] = float(((got - want) / want).abs().max())
+            if twelve is not None:
+                in_order, backwards = twelve
+                for what, images in (("order", in_order), ("reverse", backwards[::-1])):
+                    pairs = zip(images, expected[case][4][0], strict=True)
+                    gap = max(float((got - want).abs().max()) for got, want in pairs)
+                    gaps[f"twelve images in {what}"] = gap
             problems += [
                 f"{case.name} {argument}: {what} {gap}"
                 for what, gap in gaps.items()

@@ -1,8 +1,8 @@
 """Images that sequences of a row share are encoded once, and nothing else changes.
 
 Losses and gradients of rows with shared images equal those of one process that encodes an image
-for each sequence. That packing shares them is tested in tests/unit/test_data_packing.py, a whole
-update in test_updates.py.
+for each sequence. Twelve images keep their order on one rank and on two. That packing shares
+images is tested in tests/unit/test_data_packing.py, a whole update in test_updates.py.
 """
 
 from pathlib import Path
