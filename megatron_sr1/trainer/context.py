@@ -190,15 +190,15 @@ class Context:
         self.ungraded += len(newly)
         share, limit = len(newly) / num_prompts, self.config.reward.max_ungraded_share
         examples = "; ".join(list(newly.values())[:3])
-        told = f"{len(newly)} of {num_prompts} prompts of this step could not be graded"
+        what = f"{len(newly)} of {num_prompts} prompts of this step could not be graded"
         if share > limit:
             raise GradingError(
-                f"{told}, at most a share of {limit:g} may (reward.max_ungraded_share): {examples}"
+                f"{what}, at most a share of {limit:g} may (reward.max_ungraded_share): {examples}"
             )
         if share > UNGRADED_FLOOD and self.is_writer:
             log.warning(
                 "%s and are left out; reward.max_ungraded_share would stop the run: %s",
-                told,
+                what,
                 examples,
             )
         return share
