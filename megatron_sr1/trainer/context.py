@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -32,6 +31,7 @@ from megatron_sr1.observability.profiler import StepProfiler
 from megatron_sr1.observability.sinks import Sink, make_sinks
 from megatron_sr1.records import PackedBatch, TrainSample
 from megatron_sr1.runtime import failure, host_memory, stop_signal
+from megatron_sr1.runtime.files import write_text
 from megatron_sr1.runtime.groups import Groups
 from megatron_sr1.trainer.actor import Actor
 from megatron_sr1.trainer.optimizer import schedule_change, schedule_facts
@@ -217,10 +217,7 @@ class Context:
             return
         target = self.run_dir / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(target.name + ".partial")
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, target)
+        write_text(target, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
     def record_rollouts(self, lines: Sequence[Mapping[str, Any]], samples: Samples) -> None:
         """Save the rollouts of the step under way, if wanted, and show them; on the writer only."""
