@@ -19,7 +19,7 @@ from megatron_sr1.errors import ConfigError, SR1Error
 from megatron_sr1.runtime.logs import configure_logging, silence_native_warnings
 
 if TYPE_CHECKING:
-    from megatron_sr1.config import Config
+    from megatron_sr1.config.run import Config
 
 VERSION = "0.1.0"
 """The same as in setup.py."""
@@ -155,7 +155,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     from megatron_sr1.runtime import stop_signal
 
     stop_signal.listen()  # first, and for torchrun too: unblocked, the signal kills a process
-    from megatron_sr1.config_file import load_config
+    from megatron_sr1.config.loading import load_config
     from megatron_sr1.launch import preflight, torchrun
 
     overrides = list(arguments.overrides)
@@ -261,7 +261,7 @@ def _with_cause(status: int, run_dir: Path, started: float) -> int:
 
 def demo_command(output: Path, seed: int) -> int:
     """Run `demo`: prepare, train, compare and report; or be one of its ranks."""
-    from megatron_sr1.config import LaunchConfig
+    from megatron_sr1.config.run import LaunchConfig
     from megatron_sr1.launch import preflight, torchrun
     from megatron_sr1.runtime.failure import guard
 
@@ -291,7 +291,7 @@ def demo_command(output: Path, seed: int) -> int:
 
 def plan_command(arguments: argparse.Namespace) -> int:
     """Run `plan`; it needs the model's config.json, but no weights and no torch."""
-    from megatron_sr1.config_file import load_config
+    from megatron_sr1.config.loading import load_config
     from megatron_sr1.model.hf_config import read_hf_config
     from megatron_sr1.planning.page import plan_page
     from megatron_sr1.planning.workload import workload

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from megatron_sr1.checkpoint.folders import latest_step, resolve_model
 from megatron_sr1.checkpoint.mapping import entries, matched_entries
-from megatron_sr1.config import Config
+from megatron_sr1.config.run import Config
 from megatron_sr1.data.shards import NUM_SEARCHED, ShardReader
 from megatron_sr1.errors import ConfigError, DataError
 from megatron_sr1.model.hf_config import HFConfig, read_hf_config

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_sr1.config import Config
+from megatron_sr1.config.run import Config
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.evaluation.evaluate import WAYS, HeldOut, evaluation_scorer
 from megatron_sr1.rewards.score import Scorer

@@ -40,7 +40,7 @@ class Bench:
 
     def __init__(self, model: str, data: str, folder: str) -> None:
         """Load everything, as a GRPO run on one rank would."""
-        from megatron_sr1.config_file import load_config
+        from megatron_sr1.config.loading import load_config
         from megatron_sr1.trainer import setup
 
         slots = 2 * NUM_PROMPTS * SAMPLES

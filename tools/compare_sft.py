@@ -28,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from megatron_sr1.config import LaunchConfig  # noqa: E402
+from megatron_sr1.config.run import LaunchConfig  # noqa: E402
 from megatron_sr1.launch.torchrun import rank_environment  # noqa: E402
 from tools.compare_trl import report, trl_python  # noqa: E402
 from tools.sft_sides import SIDES, Job, config_of  # noqa: E402

@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from megatron_sr1.config import RewardConfig  # noqa: E402
+from megatron_sr1.config.rollout import RewardConfig  # noqa: E402
 from megatron_sr1.errors import GradingLimit  # noqa: E402
 from megatron_sr1.records import Completion, Reading  # noqa: E402
 from megatron_sr1.rewards.score import Scorer  # noqa: E402

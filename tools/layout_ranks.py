@@ -27,8 +27,9 @@ import torch.distributed as dist  # noqa: E402
 from PIL import Image  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from megatron_sr1.config import AlgorithmConfig, Config  # noqa: E402
-from megatron_sr1.config_file import load_config  # noqa: E402
+from megatron_sr1.config.loading import load_config  # noqa: E402
+from megatron_sr1.config.run import Config  # noqa: E402
+from megatron_sr1.config.training import AlgorithmConfig  # noqa: E402
 from megatron_sr1.data.packing import pack_samples  # noqa: E402
 from megatron_sr1.data.processor import Processor  # noqa: E402
 from megatron_sr1.model.row_split import sequence_multiple  # noqa: E402

@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sr1.config_file import load_config
+from megatron_sr1.config.loading import load_config
 from megatron_sr1.model.hf_config import HFConfig, parse_hf_config
 from megatron_sr1.planning.estimate import Estimate, estimate
 from megatron_sr1.planning.layout import Layout

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from megatron_sr1.config import Config
+    from megatron_sr1.config.run import Config
     from megatron_sr1.trainer.samples import Samples
 
 SIDES = ("packed", "padded", "trainer")
@@ -49,7 +49,7 @@ class Job:
 
 def config_of(job: Job) -> Config:
     """The configuration of this trainer, whose samples and pixels all sides take."""
-    from megatron_sr1.config_file import load_config
+    from megatron_sr1.config.loading import load_config
 
     settings = {
         "stage": "sft",

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sr1 import stages
-from megatron_sr1.config import Config
-from megatron_sr1.config_file import load_config
+from megatron_sr1.config.loading import load_config
+from megatron_sr1.config.run import Config
 from megatron_sr1.demo.digits import PASS2_ORDER, corpus_texts, make_digits
 from megatron_sr1.demo.tiny_model import make_tiny_model
 from megatron_sr1.errors import ConfigError

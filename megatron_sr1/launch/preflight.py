@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from megatron_sr1.config import Config, LaunchConfig
+from megatron_sr1.config.run import Config, LaunchConfig
 from megatron_sr1.errors import CheckpointError, ConfigError, DataError
 
 LONGEST_NAME = 255

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sr1.config import Config
+from megatron_sr1.config.run import Config
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.launch.cluster import Cluster, Task
 from megatron_sr1.launch.slurm_checks import check, split_tunnel

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_sr1.config import Config
-from megatron_sr1.config_file import load_config
+from megatron_sr1.config.loading import load_config
+from megatron_sr1.config.run import Config
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.launch import preflight
 from megatron_sr1.launch.cluster import Cluster, Task

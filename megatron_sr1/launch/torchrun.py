@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-from megatron_sr1.config import LaunchConfig
+from megatron_sr1.config.run import LaunchConfig
 from megatron_sr1.errors import ConfigError, SR1Error
 from megatron_sr1.runtime.child_processes import end_with
 

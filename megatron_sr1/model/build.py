@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel.random import (
     model_parallel_cuda_manual_seed,
 )
 
-from megatron_sr1.config import ModelConfig, ParallelConfig
+from megatron_sr1.config.model import ModelConfig, ParallelConfig
 from megatron_sr1.model import specs
 from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.model.layout_checks import check_layout

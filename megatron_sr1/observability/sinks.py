@@ -14,8 +14,8 @@ from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from megatron_sr1.config import Config
-from megatron_sr1.config_file import to_dict
+from megatron_sr1.config.loading import to_dict
+from megatron_sr1.config.run import Config
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.observability.metrics import METRICS_FILE, read_lines
 from megatron_sr1.observability.wandb_files import last_step

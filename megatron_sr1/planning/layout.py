@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from megatron_sr1.config import Config, ParallelConfig
+from megatron_sr1.config.model import ParallelConfig
+from megatron_sr1.config.run import Config
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.model.layout_checks import check_layout

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_sr1.config import Config
+from megatron_sr1.config.run import Config
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.planning.costs import RESERVED_BYTES

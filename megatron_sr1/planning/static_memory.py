@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from megatron_sr1.checkpoint.mapping import EMBEDDING, OUTPUT, TOWER, Entry, entries, is_frozen
-from megatron_sr1.config import Config
+from megatron_sr1.config.run import Config
 from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.planning.layout import Layout
 

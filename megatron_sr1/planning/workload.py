@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_sr1.checkpoint.mapping import is_tower_frozen
-from megatron_sr1.config import Config
+from megatron_sr1.config.run import Config
 from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.planning.static_memory import DTYPE_BYTES
 from megatron_sr1.runtime.gpus import Gpu

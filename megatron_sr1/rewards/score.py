@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from megatron_sr1.config import RewardConfig
+from megatron_sr1.config.rollout import RewardConfig
 from megatron_sr1.errors import ConfigError, GradingError
 from megatron_sr1.records import Reading, Reward
 from megatron_sr1.rewards.grader import UNCOMPARABLE, Grader

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_sr1.config import ParallelConfig
+from megatron_sr1.config.model import ParallelConfig
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.runtime import child_processes, cpu
 from megatron_sr1.runtime.device import Device

@@ -20,7 +20,7 @@ from megatron_sr1.checkpoint.folders import ModelSource
 from megatron_sr1.checkpoint.hf import export_weights, local_parameters, save_hf
 from megatron_sr1.checkpoint.mapping import entries, matched_entries
 from megatron_sr1.checkpoint.tensors import Trained
-from megatron_sr1.config import Config
+from megatron_sr1.config.run import Config
 from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.groups import Groups

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_sr1.config import Config
-from megatron_sr1.config_file import save_config
+from megatron_sr1.config.loading import save_config
+from megatron_sr1.config.run import Config
 from megatron_sr1.data.balance import Size, plan_ranks
 from megatron_sr1.data.loader import Loader
 from megatron_sr1.data.packing import pack_samples

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_sr1.algorithm.advantages import group_advantages, weighted_sum
-from megatron_sr1.config import AlgorithmConfig
+from megatron_sr1.config.training import AlgorithmConfig
 from megatron_sr1.records import Reward
 from megatron_sr1.rewards.response import DESCRIPTION, find_span
 

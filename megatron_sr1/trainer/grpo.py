@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sr1.config import Config
+from megatron_sr1.config.run import Config
 from megatron_sr1.records import TrainSample
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rollout.engine import Engine

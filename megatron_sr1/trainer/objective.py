@@ -15,7 +15,7 @@ import torch
 
 from megatron_sr1.algorithm import correction
 from megatron_sr1.algorithm.losses import policy_loss, reduction, sequence_log_ratios
-from megatron_sr1.config import AlgorithmConfig
+from megatron_sr1.config.training import AlgorithmConfig
 from megatron_sr1.errors import EngineError
 from megatron_sr1.records import PackedBatch
 from megatron_sr1.trainer.step import Sums, TokenLoss

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from megatron_sr1.config import Config, OptimizerConfig
+from megatron_sr1.config.run import Config
+from megatron_sr1.config.training import OptimizerConfig
 from megatron_sr1.trainer.adamw import ShardAdamW
 
 RATES = ("learning rate of the next update", "learning rate of the last update")

@@ -16,7 +16,7 @@ from megatron_sr1.checkpoint.folders import fingerprint, latest_step
 from megatron_sr1.checkpoint.loading import load_checkpoint
 from megatron_sr1.checkpoint.retention import EVALUATION, Keep
 from megatron_sr1.checkpoint.saving import SaveQueue
-from megatron_sr1.config import Config
+from megatron_sr1.config.run import Config
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.trainer.actor import Actor
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from megatron_sr1.config import Config
+from megatron_sr1.config.run import Config
 from megatron_sr1.errors import DataError
 from megatron_sr1.records import Prompt
 from megatron_sr1.rewards.response import find_description

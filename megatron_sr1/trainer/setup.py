@@ -15,7 +15,7 @@ from megatron_sr1.checkpoint.folders import ModelSource, resolve_model
 from megatron_sr1.checkpoint.hf import check_tensors, save_hf
 from megatron_sr1.checkpoint.hf_files import HFSource
 from megatron_sr1.checkpoint.loading import load_model
-from megatron_sr1.config import Config, LaunchConfig
+from megatron_sr1.config.run import Config, LaunchConfig
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.model.build import build_model
 from megatron_sr1.model.hf_config import HFConfig, read_hf_config

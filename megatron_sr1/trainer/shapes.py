@@ -15,7 +15,8 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from megatron_sr1.config import Config, ParallelConfig
+from megatron_sr1.config.model import ParallelConfig
+from megatron_sr1.config.run import Config
 from megatron_sr1.model.build import build_model
 from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.runtime.device import Device, stop_distributed

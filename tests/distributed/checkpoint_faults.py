@@ -15,7 +15,7 @@ cpu.install()
 import torch.distributed as dist  # noqa: E402
 
 from megatron_sr1.checkpoint import manifest  # noqa: E402
-from megatron_sr1.config import ParallelConfig  # noqa: E402
+from megatron_sr1.config.model import ParallelConfig  # noqa: E402
 from megatron_sr1.errors import CheckpointError  # noqa: E402
 from megatron_sr1.runtime.device import select_device, start_distributed  # noqa: E402
 from megatron_sr1.runtime.groups import make_groups  # noqa: E402

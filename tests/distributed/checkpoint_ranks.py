@@ -31,7 +31,7 @@ from megatron_sr1.checkpoint.loading import load_checkpoint, load_model  # noqa:
 from megatron_sr1.checkpoint.retention import Keep  # noqa: E402
 from megatron_sr1.checkpoint.saving import save_checkpoint  # noqa: E402
 from megatron_sr1.checkpoint.tensors import Trained  # noqa: E402
-from megatron_sr1.config_file import load_config  # noqa: E402
+from megatron_sr1.config.loading import load_config  # noqa: E402
 from megatron_sr1.data.packing import pack_samples  # noqa: E402
 from megatron_sr1.data.processor import Processor  # noqa: E402
 from megatron_sr1.model.build import build_model  # noqa: E402

@@ -223,7 +223,7 @@ def in_worker(kind):
 def run_rank(case, arguments):
     """A rank of `megatron-sr1 train`."""
     from megatron_sr1 import cli
-    from megatron_sr1.config_file import load_config
+    from megatron_sr1.config.loading import load_config
 
     run_dir = Path(load_config(Path(arguments[1]), arguments[2:]).output)
     inject(case, run_dir)

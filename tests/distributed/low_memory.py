@@ -22,7 +22,7 @@ from checkpoint_ranks import make_samples, nll  # noqa: E402
 
 from megatron_sr1.checkpoint.loading import load_checkpoint  # noqa: E402
 from megatron_sr1.checkpoint.saving import save_checkpoint  # noqa: E402
-from megatron_sr1.config_file import load_config  # noqa: E402
+from megatron_sr1.config.loading import load_config  # noqa: E402
 from megatron_sr1.data.packing import pack_samples  # noqa: E402
 from megatron_sr1.data.processor import Processor  # noqa: E402
 from megatron_sr1.errors import CheckpointError  # noqa: E402

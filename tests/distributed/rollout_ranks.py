@@ -31,7 +31,7 @@ def main(model_dir, output, tensor_parallel):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "parity"))
     import rollout_setup as setup
 
-    from megatron_sr1.config import RolloutConfig
+    from megatron_sr1.config.rollout import RolloutConfig
     from megatron_sr1.rollout.engine import Engine
     from megatron_sr1.rollout.pass2 import Pass2, RolloutHooks
     from megatron_sr1.rollout.two_pass import roll_out

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sr1.config_file import load_config
+from megatron_sr1.config.loading import load_config
 from megatron_sr1.demo.digits import make_digits
 from megatron_sr1.observability.metrics import read_lines
 from megatron_sr1.runtime.failure import LINGER_SECONDS

@@ -15,7 +15,7 @@ import numpy as np  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from megatron_sr1 import stages  # noqa: E402
-from megatron_sr1.config_file import load_config  # noqa: E402
+from megatron_sr1.config.loading import load_config  # noqa: E402
 from megatron_sr1.records import Completion, Reward, Rollout  # noqa: E402
 from megatron_sr1.runtime.device import stop_distributed  # noqa: E402
 from megatron_sr1.trainer import grpo, setup  # noqa: E402

@@ -22,7 +22,7 @@ def setup():
 
 @pytest.fixture(scope="module")
 def engine(tiny_model, setup):
-    from megatron_sr1.config import RolloutConfig
+    from megatron_sr1.config.rollout import RolloutConfig
     from megatron_sr1.rollout.engine import Engine
     from megatron_sr1.runtime.device import select_device, start_distributed
 

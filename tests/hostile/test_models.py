@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from megatron_sr1.config_file import load_config
+from megatron_sr1.config.loading import load_config
 from megatron_sr1.data import chat
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.errors import ConfigError, DataError, SR1Error

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from megatron_sr1.config import RolloutConfig
+from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.records import Example, Message
 from megatron_sr1.rollout.engine import Engine

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_sr1.config_file import load_config
+from megatron_sr1.config.loading import load_config
 from megatron_sr1.demo.digits import make_digits
 from megatron_sr1.errors import ConfigError, EngineError
 from megatron_sr1.runtime.device import select_device

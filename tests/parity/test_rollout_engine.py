@@ -14,7 +14,7 @@ import pytest
 import rollout_setup as setup
 import torch
 
-from megatron_sr1.config import RolloutConfig
+from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.errors import EngineError
 from megatron_sr1.rollout.engine import Engine
 

@@ -8,7 +8,7 @@ import rollout_setup as setup
 import torch
 from safetensors.torch import load_file
 
-from megatron_sr1.config_file import load_config
+from megatron_sr1.config.loading import load_config
 from megatron_sr1.errors import ConfigError, EngineError
 
 PROMPT, RESPONSE = (1, 40, 41, 42, 43, 44, 45), (50, 61, 72, 83, 94)

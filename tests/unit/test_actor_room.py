@@ -6,7 +6,7 @@ Not covered: the optimizer's state, which moves on a GPU alone (tests/gpu/test_a
 import pytest
 import torch
 
-from megatron_sr1.config_file import load_config
+from megatron_sr1.config.loading import load_config
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.trainer.sft import _token_loss
 from megatron_sr1.trainer.step import update

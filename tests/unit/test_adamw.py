@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_sr1.config import OptimizerConfig
-from megatron_sr1.config_file import load_config
+from megatron_sr1.config.loading import load_config
+from megatron_sr1.config.training import OptimizerConfig
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.trainer.adamw import ShardAdamW
 

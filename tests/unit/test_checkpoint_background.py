@@ -20,7 +20,7 @@ from megatron_sr1.checkpoint import writers
 from megatron_sr1.checkpoint.folders import LATEST, latest_step, steps
 from megatron_sr1.checkpoint.manifest import read_manifest
 from megatron_sr1.checkpoint.saving import SaveQueue, begin_save
-from megatron_sr1.config_file import load_config
+from megatron_sr1.config.loading import load_config
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.runtime import stop_signal
 from megatron_sr1.trainer.context import Context

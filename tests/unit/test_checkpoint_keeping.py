@@ -7,7 +7,7 @@ import pytest
 from megatron_sr1.checkpoint.folders import latest_step, steps
 from megatron_sr1.checkpoint.retention import Keep, remove_old
 from megatron_sr1.checkpoint.state import read_state
-from megatron_sr1.config_file import load_config
+from megatron_sr1.config.loading import load_config
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.trainer.context import Context
 from tests.checkpoint_run import make_run

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import itertools
 import json
 import math
 import re
@@ -9,10 +10,11 @@ from dataclasses import fields, is_dataclass
 
 import pytest
 
-from megatron_sr1 import config as config_module
-from megatron_sr1.config import Config
-from megatron_sr1.config_checks import accepted, keys, settings, validate
-from megatron_sr1.config_file import load_config, to_dict
+from megatron_sr1.config import data, model, rollout, run, training
+from megatron_sr1.config.fields import accepted, settings
+from megatron_sr1.config.loading import load_config, to_dict
+from megatron_sr1.config.rules import validate
+from megatron_sr1.config.run import Config, keys
 from megatron_sr1.errors import ConfigError
 
 REFUSED = {
@@ -181,7 +183,10 @@ def test_every_number_has_a_range_and_every_field_is_seen():
 
 def test_a_field_whose_docstring_lists_values_is_a_choice():
     found = 0
-    for group in ast.parse(inspect.getsource(config_module)).body:
+    modules = (data, model, rollout, run, training)
+    for group in itertools.chain.from_iterable(
+        ast.parse(inspect.getsource(module)).body for module in modules
+    ):
         body = group.body if isinstance(group, ast.ClassDef) else []
         for field, text in zip(body, body[1:], strict=False):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from megatron_sr1.config_file import load_config
+from megatron_sr1.config.loading import load_config
 from megatron_sr1.errors import DataError
 from megatron_sr1.trainer.context import Context
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from megatron_sr1.config import AlgorithmConfig, Config
+from megatron_sr1.config.run import Config
+from megatron_sr1.config.training import AlgorithmConfig
 from megatron_sr1.records import Reward
 from megatron_sr1.trainer.credit import Credit, credit, description_tokens, visual_reward
 from megatron_sr1.trainer.grpo import chosen_groups

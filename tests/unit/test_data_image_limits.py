@@ -10,8 +10,8 @@ from types import SimpleNamespace as Of
 import pytest
 from PIL import Image
 
-from megatron_sr1.config import RolloutConfig
-from megatron_sr1.config_file import load_config
+from megatron_sr1.config.loading import load_config
+from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.data.image_limits import largest_pixels
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.errors import ConfigError, DataError, EngineError

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_sr1.config_file import load_config
+from megatron_sr1.config.loading import load_config
 from megatron_sr1.data.prompts import (
     PASS1_INSTRUCTIONS,
     chat_messages,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_sr1.config import RewardConfig
+from megatron_sr1.config.rollout import RewardConfig
 from megatron_sr1.data.examples import Record, example_from_stored, stored
 from megatron_sr1.data.images import decode_image
 from megatron_sr1.data.marks import ESCAPED_MARK, IMAGE_MARK, count_marks

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sr1.config_checks import keys
+from megatron_sr1.config.run import keys
 from megatron_sr1.demo.digits import make_digits
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sr1.config_file import load_config
+from megatron_sr1.config.loading import load_config
 from megatron_sr1.model.hf_config import parse_hf_config
 from megatron_sr1.planning.layout import Layout
 from megatron_sr1.planning.static_memory import num_parameters, stage_parameters

@@ -8,8 +8,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from megatron_sr1.cli import main
-from megatron_sr1.config import Config
-from megatron_sr1.config_file import load_config, to_dict
+from megatron_sr1.config.loading import load_config, to_dict
+from megatron_sr1.config.run import Config
 from megatron_sr1.model.hf_config import parse_hf_config
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from megatron_sr1.config import LaunchConfig
+from megatron_sr1.config.run import LaunchConfig
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.launch import torchrun
 
@@ -104,7 +104,7 @@ PROGRAM = """
 import sys, time
 sys.argv = ["megatron-sr1"]
 from megatron_sr1.launch import torchrun
-from megatron_sr1.config import LaunchConfig
+from megatron_sr1.config.run import LaunchConfig
 torchrun.build_command = lambda arguments, num_ranks: [sys.executable, "-c", {rank!r}]
 sys.exit(torchrun.run(["train"], LaunchConfig(threads=1), 1))
 """

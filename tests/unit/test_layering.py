@@ -13,8 +13,6 @@ PACKAGE = ROOT / "megatron_sr1"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYER = {
     "config": 0,
-    "config_checks": 0,
-    "config_file": 0,
     "records": 0,
     "errors": 0,
     "runtime": 1,
@@ -106,7 +104,7 @@ def test_a_wrong_import_is_found(package, source):
         ("trainer", "from megatron_sr1.trainer.step import update"),
         ("rollout", "from megatron_sr1.model.hf_config import read_hf_config"),
         ("config", "from megatron_sr1.errors import ConfigError"),
-        ("launch", "from megatron_sr1.config import Config"),
+        ("launch", "from megatron_sr1.config.run import Config"),
         ("launch", "from megatron_sr1.runtime.child_processes import end_with"),
     ],
 )

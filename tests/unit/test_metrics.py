@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sr1.config_file import load_config
+from megatron_sr1.config.loading import load_config
 from megatron_sr1.observability import memory
 from megatron_sr1.observability.memory import PeakMemory
 from megatron_sr1.observability.metrics import MetricsFile, PhaseTimer, read_lines

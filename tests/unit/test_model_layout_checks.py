@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_sr1.config import ModelConfig, ParallelConfig
+from megatron_sr1.config.model import ModelConfig, ParallelConfig
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.model.build import build_model
 from megatron_sr1.model.layout_checks import check_layout

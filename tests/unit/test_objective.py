@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 
-from megatron_sr1.config import AlgorithmConfig
+from megatron_sr1.config.training import AlgorithmConfig
 from megatron_sr1.errors import EngineError
 from megatron_sr1.records import PackedBatch
 from megatron_sr1.trainer.objective import grpo_loss

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from megatron_sr1.config import Config
+from megatron_sr1.config.run import Config
 from megatron_sr1.errors import CheckpointError, ConfigError, DataError
 from megatron_sr1.launch.preflight import check_paths
 from megatron_sr1.runtime.failure import guard

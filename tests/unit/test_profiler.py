@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from megatron_sr1.config_file import load_config
+from megatron_sr1.config.loading import load_config
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.observability.profiler import StepProfiler
 from megatron_sr1.trainer.context import Context

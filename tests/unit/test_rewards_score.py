@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_sr1.config import RewardConfig
+from megatron_sr1.config.rollout import RewardConfig
 from megatron_sr1.errors import ConfigError, GradingError
 from megatron_sr1.records import Completion, Reading
 from megatron_sr1.rewards import math_worker

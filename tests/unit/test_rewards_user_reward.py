@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sr1.cli import main
-from megatron_sr1.config import RewardConfig
+from megatron_sr1.config.rollout import RewardConfig
 from megatron_sr1.errors import ConfigError, GradingError
 from megatron_sr1.records import Completion, Reading
 from megatron_sr1.rewards.score import Scorer

@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 
-from megatron_sr1.config_file import load_config
+from megatron_sr1.config.loading import load_config
 from megatron_sr1.trainer.actor import make_actor
 from megatron_sr1.trainer.context import Context
 from megatron_sr1.trainer.optimizer import updates_per_step

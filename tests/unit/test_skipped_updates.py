@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from megatron_sr1.algorithm.losses import sft_loss
-from megatron_sr1.config import AlgorithmConfig
-from megatron_sr1.config_file import load_config
+from megatron_sr1.config.loading import load_config
+from megatron_sr1.config.training import AlgorithmConfig
 from megatron_sr1.data.packing import pack_samples
 from megatron_sr1.records import TrainSample
 from megatron_sr1.trainer.actor import make_actor

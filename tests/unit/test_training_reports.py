@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from megatron_sr1.checkpoint.folders import latest_step, steps
-from megatron_sr1.config_file import load_config
+from megatron_sr1.config.loading import load_config
 from megatron_sr1.data.loader import Loader
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.errors import DataError

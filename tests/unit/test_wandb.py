@@ -14,7 +14,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from megatron_sr1.config_file import load_config
+from megatron_sr1.config.loading import load_config
 from megatron_sr1.observability.metrics import MetricsFile
 from megatron_sr1.observability.sinks import (
     WANDB_FILES,

@@ -27,8 +27,9 @@ from omegaconf import (
 )
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
-from megatron_sr1.config import Config
-from megatron_sr1.config_checks import accepted, keys, validate
+from megatron_sr1.config.fields import accepted
+from megatron_sr1.config.rules import validate
+from megatron_sr1.config.run import Config, keys
 from megatron_sr1.errors import ConfigError
 
 BASE = "base"

@@ -1,41 +1,15 @@
-"""What a configuration's types do not say: ranges, choices, settings that need others.
-
-Ranges and choices are in the metadata of the fields (config.py), and are only read here.
-
-In: a resolved configuration. Out: nothing, or a `ConfigError` that names key, value and what is
-accepted.
-"""
+"""Check a resolved configuration: each setting by itself, then settings that need others."""
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, Field, fields, is_dataclass
-from typing import Any
 
-from megatron_sr1.config import Config
+from megatron_sr1.config.fields import check_setting, settings
+from megatron_sr1.config.run import Config
 from megatron_sr1.errors import ConfigError
 
 LARGEST_BETA2 = 0.995
 """Of a second moment in bfloat16: with 8 bits, v * beta2 rounds back to v beyond 1 - 2^-8."""
-
-LARGEST_INTEGER = 2**63 - 1
-
-
-def keys() -> list[str]:
-    """All dotted keys that a configuration may set."""
-    return [key for key, _, _ in settings(Config())]
-
-
-def settings(config: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any]]:
-    """Yield each setting of a configuration: its dotted key, its field, its value."""
-    for each in fields(config):
-        value = getattr(config, each.name)
-        if is_dataclass(value):
-            yield from settings(value, f"{prefix}{each.name}.")
-        else:
-            yield prefix + each.name, each, value
 
 
 def validate(config: Config) -> None:
@@ -45,7 +19,7 @@ def validate(config: Config) -> None:
         ConfigError: naming key, value and what is accepted.
     """
     for key, each, value in settings(config):
-        _validate_setting(key, each, value)
+        check_setting(key, each, value)
     _validate_numbers(config)
     if config.parallel.sequence and config.parallel.tensor == 1:
         raise ConfigError("parallel.sequence=true needs parallel.tensor of 2 or more")
@@ -62,42 +36,6 @@ def validate(config: Config) -> None:
     _validate_keep_best(config)
     if config.stage != "sft":
         _validate_rollout(config)
-
-
-def accepted(setting: Field[Any]) -> str:
-    """Describe the values of a field in words, from its metadata; "" where any value will do."""
-    limits = setting.metadata
-    if "choices" in limits:
-        return " | ".join("null" if one is None else str(one) for one in limits["choices"])
-    if "at_least" in limits and "at_most" in limits:
-        return f"{limits['at_least']} to {limits['at_most']}"
-    words = {"above": "more than {}", "below": "less than {}", "at_most": "at most {}"}
-    words = {"at_least": "{} or more"} | words
-    return " and ".join(words[name].format(limits[name]) for name in words if name in limits)
-
-
-def _validate_setting(key: str, setting: Field[Any], value: Any) -> None:
-    """Hold a value, or each value of a list, against its field's metadata."""
-    expected = ("numbers, each " if isinstance(value, list) else "") + accepted(setting)
-    if setting.default is not MISSING and "choices" not in setting.metadata:
-        expected += f", for example {setting.default}"
-    for one in value if isinstance(value, list) else [value]:
-        if not _is_accepted(one, setting.metadata):
-            raise ConfigError(f"{key} is {value!r}; expected {expected}")
-        if type(one) is int and one > LARGEST_INTEGER:
-            raise ConfigError(f"{key} is {value}; expected at most {LARGEST_INTEGER}")
-
-
-def _is_accepted(value: Any, limits: Mapping[str, Any]) -> bool:
-    if "choices" in limits:
-        return value in limits["choices"]
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return True
-    return (
-        math.isfinite(value)
-        and limits.get("at_least", value) <= value <= limits.get("at_most", value)
-        and limits.get("above", -math.inf) < value < limits.get("below", math.inf)
-    )
 
 
 def _validate_memory(config: Config) -> None:
