@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megatron_sr1.config.data import DataConfig
 from megatron_sr1.config.fields import choice, number, settings
 from megatron_sr1.config.model import ModelConfig, ParallelConfig
 from megatron_sr1.config.rollout import RewardConfig, RolloutConfig
-from megatron_sr1.config.training import AlgorithmConfig, CheckpointConfig, OptimizerConfig
+from megatron_sr1.config.training import (
+    AlgorithmConfig,
+    CheckpointConfig,
+    DataConfig,
+    OptimizerConfig,
+)
 
 
 @dataclass
