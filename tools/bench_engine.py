@@ -41,7 +41,10 @@ class Bench:
     def __init__(self, model: str, data: str, folder: str) -> None:
         """Load everything, as a GRPO run on one rank would."""
         from megatron_sr1.config.loading import load_config
-        from megatron_sr1.trainer import setup
+        from megatron_sr1.stages import start_ranks
+        from megatron_sr1.trainer.actor import load_actor_model
+        from megatron_sr1.trainer.samples import Samples, make_processor
+        from megatron_sr1.trainer.sync import start_engine
 
         slots = 2 * NUM_PROMPTS * SAMPLES
         config = load_config(
@@ -53,11 +56,11 @@ class Bench:
                 f"rollout.max_reading_tokens={CAP_TOKENS}",
             ],
         )
-        device, self.groups = setup.start_ranks(config)
-        self.processor = setup.make_processor(config)
-        self.samples = setup.open_samples(config, data, self.processor)
-        self.chunks, self.hf_config, _ = setup.load_actor_model(config, self.groups)
-        self.engine = setup.make_engine(config, Path(model), self.processor, device)
+        self.groups = start_ranks(config)
+        self.processor = make_processor(config)
+        self.samples = Samples(config, data, self.processor)
+        self.chunks, self.hf_config, _ = load_actor_model(config, self.groups)
+        self.engine = start_engine(config, self.groups, self.processor)
         self.limits = Limits(slots, 32768, 32, chunked=False)  # as engine.py sets them on a CPU
         self.num_syncs = 0
 

@@ -23,9 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from megatron_sr1.demo.demo import COLD_START, COMMON, GRPO, prepare  # noqa: E402
-from megatron_sr1.observability import panels  # noqa: E402
 from megatron_sr1.observability.metrics import read_lines  # noqa: E402
-from megatron_sr1.trainer.scoring import VERDICTS  # noqa: E402
+from megatron_sr1.report.panels import LABELS, paired  # noqa: E402
+from megatron_sr1.rewards.verdicts import VERDICTS, rate  # noqa: E402
 from tools.bench_tables import table  # noqa: E402
 
 CREDITS = ("scalar", "span")
@@ -66,10 +66,10 @@ def tables(found: dict[int, dict[str, Path]], way: str) -> str:
     }
     rows = []
     for (seed, credit), lines in by_run.items():
-        means = [panels.rate(lines, v) for v in VERDICTS]
+        means = [rate(lines, v) for v in VERDICTS]
         rows.append([str(seed), credit, *(f"{mean:.3f}" for mean in means)])
     differences = {
-        seed: [panels.paired(by_run[seed, "scalar"], by_run[seed, "span"], v) for v in VERDICTS]
+        seed: [paired(by_run[seed, "scalar"], by_run[seed, "span"], v) for v in VERDICTS]
         for seed in found
     }
     for seed, gaps in differences.items():
@@ -82,7 +82,7 @@ def tables(found: dict[int, dict[str, Path]], way: str) -> str:
             half = T95[len(means) - 1] * statistics.stdev(means) / math.sqrt(len(means))
             cells.append(f"{statistics.mean(means):+.3f} ± {half:.3f}")
         rows.append(["all", "span less scalar", *cells])
-    return table([f"seed, {way}", "credit", *VERDICTS.values()], rows)
+    return table([f"seed, {way}", "credit", *LABELS], rows)
 
 
 def main() -> int:

@@ -69,10 +69,10 @@ def padded_samples(job: Job, pad_for: str) -> int:
         job: with the data and the budget.
         pad_for: all are taken to be as long as the "longest" of the data or the "mean".
     """
-    from megatron_sr1.trainer import setup
+    from megatron_sr1.trainer.samples import Samples, make_processor
 
     config = config_of(job)
-    samples = setup.open_samples(config, job.data, setup.make_processor(config))
+    samples = Samples(config, job.data, make_processor(config))
     lengths = [len(samples.conversation(index).token_ids) for index in range(len(samples))]
     length = max(lengths) if pad_for == "longest" else statistics.mean(lengths)
     return 2 ** int(math.log2(job.pack_tokens / length))

@@ -36,9 +36,8 @@ from megatron_sr1.model.row_split import sequence_multiple  # noqa: E402
 from megatron_sr1.records import PackedBatch, TrainSample  # noqa: E402
 from megatron_sr1.runtime.device import select_device, start_distributed  # noqa: E402
 from megatron_sr1.runtime.groups import Groups, destroy_groups, make_groups  # noqa: E402
-from megatron_sr1.trainer.actor import Actor, make_actor  # noqa: E402
+from megatron_sr1.trainer.actor import Actor, load_actor_model, make_actor  # noqa: E402
 from megatron_sr1.trainer.objective import grpo_loss  # noqa: E402
-from megatron_sr1.trainer.setup import load_actor_model  # noqa: E402
 from megatron_sr1.trainer.step import update  # noqa: E402
 from tools.layout_parts import exported, published_gradients, random_images  # noqa: E402
 

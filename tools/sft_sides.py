@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from megatron_sr1.config.run import Config
+    from megatron_sr1.runtime.groups import Groups
     from megatron_sr1.trainer.samples import Samples
 
 SIDES = ("packed", "padded", "trainer")
@@ -78,18 +79,17 @@ def run_ours(job: Job, *, pad: bool) -> list[tuple[int, float]]:
     from megatron_sr1.observability.metrics import read_lines
     from megatron_sr1.records import PackedBatch, TrainSample
     from megatron_sr1.runtime.device import stop_distributed
-    from megatron_sr1.trainer import setup
     from megatron_sr1.trainer.sft import train_sft
 
     config = config_of(job)
-    _, groups = setup.start_ranks(config)
-    context, samples, actor, _ = stages.start(config, groups, job.num_steps)
-    pack_own, tokens = context.pack, []
+    groups, tokens = stages.start_ranks(config), []
+    context, samples, actor, _ = stages.start(config, groups)
+    pack_own, processor = samples.pack, samples.processor
 
-    def pack(chosen: Sequence[TrainSample], samples: Samples) -> list[PackedBatch]:
+    def pack(chosen: Sequence[TrainSample], groups: Groups) -> list[PackedBatch]:
         tokens.append(sum(len(sample.token_ids) for sample in chosen))
         if not pad:
-            return pack_own(chosen, samples)
+            return pack_own(chosen, groups)
         batches = []
         for at in range(0, len(chosen), job.padded_samples):
             part = chosen[at : at + job.padded_samples]
@@ -98,14 +98,14 @@ def run_ours(job: Job, *, pad: bool) -> list[tuple[int, float]]:
                 part,
                 longest * len(part),
                 samples.vision,
-                image_pad_id=context.processor.image_pad_id,
-                merge_size=context.processor.merge_size,
+                image_pad_id=processor.image_pad_id,
+                merge_size=processor.merge_size,
                 pad_multiple=longest,
                 sequence_multiple=longest,
             )
         return batches
 
-    context.pack = pack  # type: ignore[method-assign]
+    samples.pack = pack  # type: ignore[method-assign]
     train_sft(context, actor, samples)
     context.close()
     stop_distributed()
@@ -146,10 +146,10 @@ def run_trainer(job: Job) -> list[tuple[int, float]]:
     import torch
 
     torch.set_num_threads(job.num_threads)
-    from megatron_sr1.trainer import setup
+    from megatron_sr1.trainer.samples import Samples, make_processor
 
     config = config_of(job)
-    processor = setup.make_processor(config)
+    processor = make_processor(config)
     from transformers import (
         Qwen2_5_VLForConditionalGeneration,
         Trainer,
@@ -157,7 +157,7 @@ def run_trainer(job: Job) -> list[tuple[int, float]]:
         TrainingArguments,
     )
 
-    samples = setup.open_samples(config, job.data, processor)
+    samples = Samples(config, job.data, processor)
     tokens: list[int] = []
     ends = [0.0]
 

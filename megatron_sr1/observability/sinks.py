@@ -20,7 +20,6 @@ from megatron_sr1.config.run import Config
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.observability.metrics import METRICS_FILE, read_lines
 from megatron_sr1.observability.wandb_files import last_step
-from megatron_sr1.records import RIGHT_FROM
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -45,18 +44,21 @@ REWARDS = ("accuracy", "self_reward", "total")
 MAX_SIDE_PIXELS = 512
 Rollouts = Sequence[Mapping[str, Any]]
 Images = Callable[[int], "Sequence[Image.Image]"]
+Cells = Mapping[tuple[bool, bool], int]
+"""(answer right, description sufficient) -> responses, from `rewards.verdicts.cross`."""
 
 
 class Sink(Protocol):
     """Shows or stores the metrics of steps."""
 
-    def show(self, step: int, rollouts: Rollouts, images: Images) -> None:
+    def show(self, step: int, rollouts: Rollouts, images: Images, cells: Cells) -> None:
         """Receive a step's rollouts, before its metrics.
 
         Args:
             step: counted from 1.
             rollouts: as in rollouts/step_N.jsonl.
             images: index of an example -> its images.
+            cells: the responses, counted by verdict.
         """
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -101,7 +103,7 @@ class LogSink:
         self._stage, self._num_steps = stage, num_steps
         self._next_line = 0.0
 
-    def show(self, step: int, rollouts: Rollouts, images: Images) -> None:
+    def show(self, step: int, rollouts: Rollouts, images: Images, cells: Cells) -> None:
         """Do nothing."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -133,7 +135,7 @@ class ProgressSink:
         self._bar.start()
         self._point_logging()
 
-    def show(self, step: int, rollouts: Rollouts, images: Images) -> None:
+    def show(self, step: int, rollouts: Rollouts, images: Images, cells: Cells) -> None:
         """Do nothing."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -199,13 +201,17 @@ class WandbSink:
                 values = {k: v for k, v in line.items() if k not in ("step", "stage")}
                 self.log(line["step"], {k: nan if v is None else v for k, v in values.items()})
 
-    def show(self, step: int, rollouts: Rollouts, images: Images) -> None:
+    def show(self, step: int, rollouts: Rollouts, images: Images, cells: Cells) -> None:
         """Prepare the tables of samples and verdicts for `log`, if they are due."""
         number, every = self._settings.wandb_samples, self._settings.wandb_tables_every
         if number and rollouts and step > self._last and (step == 1 or step % every == 0):
             chosen = rollouts[:: -(-len(rollouts) // number)]
             self._tables = {"samples": self._samples(chosen, images)}
-            columns, rows = verdict_table(rollouts)
+            rows = [
+                [f"answer {word}", cells[right, True], cells[right, False]]
+                for right, word in ((True, "right"), (False, "wrong"))
+            ]
+            columns: list[str | int] = ["", "description suffices", "description does not"]
             self._tables["verdicts"] = self._wandb.Table(columns=columns, data=rows)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -249,20 +255,6 @@ def side_by_side(images: Sequence[Image.Image]) -> Image.Image | None:
         whole.paste(image, (left, 0))
         left += image.width
     return whole
-
-
-def verdict_table(rollouts: Rollouts) -> tuple[list[str | int], list[list[Any]]]:
-    """Count responses by right or wrong answer x sufficient or insufficient description.
-
-    Responses without a second pass are skipped. Returns columns and rows.
-    """
-    rewards = [line["reward"] for line in rollouts if line["reward"]["self_reward"] is not None]
-    cells = [(r["accuracy"] >= RIGHT_FROM, r["self_reward"] >= RIGHT_FROM) for r in rewards]
-    rows: list[list[Any]] = [
-        [f"answer {word}", cells.count((right, True)), cells.count((right, False))]
-        for right, word in ((True, "right"), (False, "wrong"))
-    ]
-    return ["", "description suffices", "description does not"], rows
 
 
 def _history_step(record: bytes) -> int | None:

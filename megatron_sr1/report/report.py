@@ -18,6 +18,7 @@ from megatron_sr1.observability.metrics import read_lines
 from megatron_sr1.report import gallery, page, panels
 from megatron_sr1.report.gallery import Images
 from megatron_sr1.report.panels import Lines
+from megatron_sr1.rewards.verdicts import VERDICTS, rate
 from megatron_sr1.runtime import files
 
 DEMO_RUNS = {
@@ -171,11 +172,11 @@ def _finding(judged: Mapping[str, Mapping[str, Lines]]) -> str:
         return "The evaluation files in this directory are incomplete."
     cold, plain, rewarded = judged["sampled"].values()
     (s0, s1), (l0, l1) = (
-        (panels.rate(plain, verdict) or 0.0, panels.rate(rewarded, verdict) or 0.0)
+        (rate(plain, verdict) or 0.0, rate(rewarded, verdict) or 0.0)
         for verdict in ("self_reward", "shortcut")
     )
-    c, a0, a1 = (panels.rate(lines, "accuracy") or 0.0 for lines in (cold, plain, rewarded))
-    greedy = [panels.rate(lines, "accuracy") or 0.0 for lines in judged["greedy"].values()]
+    c, a0, a1 = (rate(lines, "accuracy") or 0.0 for lines in (cold, plain, rewarded))
+    greedy = [rate(lines, "accuracy") or 0.0 for lines in judged["greedy"].values()]
     return page.text(
         f"Right answers, sampled: {c:.0%} after the cold start, {a0:.0%} after GRPO rewarded "
         f"answers only, {a1:.0%} after GRPO with the self-reward; decoded greedily: "
@@ -194,7 +195,7 @@ def _demo_tiles(summary: Mapping[str, Any], lines: Lines) -> list[tuple[str, str
     for way, name in (("sampled", "self_reward"), ("sampled", "accuracy"), ("greedy", "accuracy")):
         value = summary.get("vision_sr1", {}).get(way, {}).get(name)
         if value is not None:
-            found.append((f"{value:.1%}", f"{panels.VERDICTS[name]}, {way}, GRPO + self-reward"))
+            found.append((f"{value:.1%}", f"{VERDICTS[name].label}, {way}, GRPO + self-reward"))
     return found
 
 

@@ -29,8 +29,7 @@ from megatron_sr1.errors import CheckpointError  # noqa: E402
 from megatron_sr1.runtime.device import select_device, start_distributed  # noqa: E402
 from megatron_sr1.runtime.groups import destroy_groups, make_groups  # noqa: E402
 from megatron_sr1.runtime.rng import seed_everything  # noqa: E402
-from megatron_sr1.trainer.actor import make_actor  # noqa: E402
-from megatron_sr1.trainer.setup import load_actor_model  # noqa: E402
+from megatron_sr1.trainer.actor import load_actor_model, make_actor  # noqa: E402
 from megatron_sr1.trainer.step import update  # noqa: E402
 
 DTYPES = {"f": "float32", "b": "bfloat16"}

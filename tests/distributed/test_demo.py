@@ -13,7 +13,7 @@ from rich.console import Console
 from megatron_sr1.demo.demo import WAYS, comparison
 from megatron_sr1.observability.metrics import read_lines
 from megatron_sr1.report.panels import TITLES
-from megatron_sr1.trainer.scoring import VERDICTS
+from megatron_sr1.rewards.verdicts import VERDICTS
 
 MODELS = ("cold_start", "see_think", "vision_sr1")
 
@@ -82,7 +82,7 @@ def test_both_recipes_had_the_same_budget_and_left_what_a_run_leaves(demo):
 def test_the_terminal_shows_every_rate_of_every_model():
     number = itertools.count(1)
     summary = {
-        name: {way: {rate: next(number) / 1000 for rate in VERDICTS.values()} for way in WAYS}
+        name: {way: {v.rate: next(number) / 1000 for v in VERDICTS.values()} for way in WAYS}
         for name in MODELS
     }
     shown = io.StringIO()

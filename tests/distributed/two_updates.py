@@ -18,9 +18,10 @@ from megatron_sr1 import stages  # noqa: E402
 from megatron_sr1.config.loading import load_config  # noqa: E402
 from megatron_sr1.records import Completion, Reward, Rollout  # noqa: E402
 from megatron_sr1.runtime.device import stop_distributed  # noqa: E402
-from megatron_sr1.trainer import grpo, setup  # noqa: E402
-from megatron_sr1.trainer.credit import Credit  # noqa: E402
-from megatron_sr1.trainer.scoring import Scored  # noqa: E402
+from megatron_sr1.trainer.grpo import own_samples, with_logprobs  # noqa: E402
+from megatron_sr1.trainer.objective import Credit, grpo_loss  # noqa: E402
+from megatron_sr1.trainer.rollouts import Scored  # noqa: E402
+from megatron_sr1.trainer.step import update  # noqa: E402
 
 NUM_PROMPTS, NUM_SAMPLES = 6, 2
 
@@ -68,17 +69,14 @@ def invented(samples):
 
 def step(config, groups):
     """What each of the two updates measured, and sums of the weights afterwards."""
-    context, samples, actor, _ = stages.start(config, groups, 2)
-    measured, real = [], grpo.update
-
-    def update(*arguments):
-        measured.append(real(*arguments))
-        return measured[-1]
-
-    grpo.update = update
-    own = grpo.own_samples(context, samples, *invented(samples), range(NUM_PROMPTS))
-    grpo.learn(context, actor, samples, own, None)
-    grpo.update = real
+    context, samples, actor, _ = stages.start(config, groups)
+    updates = own_samples(context, samples, *invented(samples), range(NUM_PROMPTS))
+    updates = with_logprobs(context, actor, samples, updates, None)
+    loss = grpo_loss(config.algorithm, 0.0, config.rollout.max_response_tokens)
+    measured = []
+    for own in updates:
+        batches = samples.pack(own, groups)
+        measured.append(update(actor, batches, loss, config.rollout.temperature))
     context.close()
     weights = {name: float(tensor.double().abs().sum()) for name, tensor in actor.weights()}
     return {"updates": measured, "weights": weights}
@@ -90,7 +88,7 @@ def main():
     for rate in rates:
         config = configuration(model_dir, shards, f"{out}.run_{rate}", rate)
         if groups is None:
-            _, groups = setup.start_ranks(config)
+            groups = stages.start_ranks(config)
         found[rate] = step(config, groups)
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps(found))

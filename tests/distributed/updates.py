@@ -29,9 +29,8 @@ from megatron_sr1.model.row_split import sequence_multiple, split_row  # noqa: E
 from megatron_sr1.records import PackedBatch, TrainSample  # noqa: E402
 from megatron_sr1.runtime.device import select_device, start_distributed  # noqa: E402
 from megatron_sr1.runtime.groups import Group, destroy_groups, make_groups  # noqa: E402
-from megatron_sr1.trainer.actor import Reference, make_actor  # noqa: E402
+from megatron_sr1.trainer.actor import Reference, load_actor_model, make_actor  # noqa: E402
 from megatron_sr1.trainer.objective import grpo_loss  # noqa: E402
-from megatron_sr1.trainer.setup import load_actor_model  # noqa: E402
 from megatron_sr1.trainer.step import sample_logprobs, update  # noqa: E402
 from tools.layout_parts import random_images  # noqa: E402
 
