@@ -1,13 +1,14 @@
-"""Description of Slurm jobs: the records, the flags that fill them, chains of stages.
+"""A Slurm cluster and its jobs: the records, the flags that fill them, commands on the login node.
 
 In: the arguments of a launch script. Out: a `Cluster` and the `Task`s for `slurm.submit`. Nothing
-here needs nemo-run or Slurm, so `--help` is instant.
+here imports nemo-run, so `--help` is instant.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 from megatron_sr1.errors import ConfigError
 
 STAGES = ("sft", "grpo", "eval")
+ANSWER_SECONDS, CONNECT_SECONDS = 60, 10
 
 
 def option(default: Any, text: str, flag: str = "", **argparse_settings: Any) -> Any:
@@ -194,3 +196,51 @@ def tasks_of(
             Task(stage, Path(arguments.config), tuple(own), tasks[-1].name if tasks else "")
         )
     return tasks
+
+
+def run_there(cluster: Cluster, command: str) -> subprocess.CompletedProcess[str]:
+    """Run a shell command on the cluster's login node.
+
+    Raises:
+        ConfigError: the tunnel cannot be reached, or there is no answer within a minute.
+    """
+    argv = ["bash", "-c", command]
+    if cluster.tunnel:
+        host, port = split_tunnel(cluster.tunnel)
+        # nemo-run copies with rsync over ssh and needs a key: never ask for a password.
+        argv = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}"]
+        argv += ["-p", str(port)] if port else []
+        argv += ["-i", os.path.expanduser(cluster.identity)] if cluster.identity else []
+        argv += [host, command]
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=ANSWER_SECONDS)
+    except subprocess.TimeoutExpired:
+        where = cluster.tunnel or "this machine"
+        raise ConfigError(
+            f"{where}: no answer to `{command}` in {ANSWER_SECONDS} s; is Slurm up?"
+        ) from None
+    except FileNotFoundError:
+        raise ConfigError(f"{argv[0]} is not installed here; a tunnel needs it") from None
+    if cluster.tunnel and done.returncode == 255:  # ssh's own status
+        raise ConfigError(
+            f"tunnel {cluster.tunnel} cannot be reached: {last_line(done.stderr)}; try "
+            f"`ssh {cluster.tunnel}` (it must work with a key, without a password)"
+        )
+    return done
+
+
+def split_tunnel(tunnel: str) -> tuple[str, int | None]:
+    """Split a tunnel into user@host and the port, None if not given.
+
+    Raises:
+        ConfigError: no user, or a port that is not a number.
+    """
+    host, colon, port = tunnel.partition(":")
+    if not all(host.partition("@")) or (colon and not port.isdecimal()):
+        raise ConfigError(f"tunnel {tunnel!r}: expected user@host or user@host:port")
+    return host, int(port) if port else None
+
+
+def last_line(text: str) -> str:
+    """Return the last line of a program's output, which has the reason of its failure."""
+    return (text.strip().splitlines() or ["no reason given"])[-1].strip()
