@@ -120,7 +120,6 @@ class Qwen25VL(MegatronModule):
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
         cu_seqlens: torch.Tensor,
-        max_seqlen: int | None = None,
         vision: VisionInputs | None = None,
         labels: torch.Tensor | None = None,
         wanted: torch.Tensor | None = None,
@@ -134,7 +133,6 @@ class Qwen25VL(MegatronModule):
                 context-parallel ranks is a multiple of the ranks.
             position_ids: [3, 1, T] int64, time, height and width, from 0 in each sequence.
             cu_seqlens: [sequences + 1] int32, borders; the last is T.
-            max_seqlen: longest sequence, tokens; counted if None.
             vision: the row's images in order, None if there are none.
             labels: [1, T] int64, the token after each position; None asks for logits.
             wanted: [1, T] bool, positions whose logprobs are looked at, 0 elsewhere; None for all.
@@ -161,9 +159,7 @@ class Qwen25VL(MegatronModule):
                 text.rope_theta,
                 text.mrope_section,
             ),
-            packed_seq_params=pack_row(
-                cu_seqlens, is_causal=True, max_seqlen=max_seqlen, split=split
-            ),
+            packed_seq_params=pack_row(cu_seqlens, is_causal=True, split=split),
         )
         if not self.post_process:
             return hidden
