@@ -244,7 +244,6 @@ def _row(
         loss_mask=row([s.loss_mask for s in chosen], np.float32)[None],
         position_ids=row(positions, np.int64, shift=0)[:, None],
         cu_seqlens=torch.tensor(borders, dtype=torch.int32),
-        max_seqlen=max(lengths),
         vision=vision,
         **per_token,
     )
