@@ -1,7 +1,7 @@
 """Load balancing: partitions samples over rows and data-parallel ranks by their cost.
 
 In: the sizes of samples, the same on all ranks. Out: rows within a budget, or a share for each
-rank; parts are assigned largest first (runtime/partition.py). Samples of a prompt have the same
+rank; parts are assigned largest first (runtime/groups.py). Samples of a prompt have the same
 images, which a row encodes once, so they stay together as far as the limit allows.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 from megatron_sr1.records import TrainSample
-from megatron_sr1.runtime.partition import share_out
+from megatron_sr1.runtime.groups import share_out
 
 
 @dataclass(frozen=True)

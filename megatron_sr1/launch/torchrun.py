@@ -19,7 +19,7 @@ from types import FrameType
 
 from megatron_sr1.config.run import LaunchConfig
 from megatron_sr1.errors import ConfigError, SR1Error
-from megatron_sr1.runtime.child_processes import end_with
+from megatron_sr1.runtime.signals import end_with
 
 FIRST_RANK_SECONDS = 5.0
 PORT_FIRST, PORT_SPAN = 20000, 10000

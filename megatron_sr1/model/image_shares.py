@@ -21,8 +21,7 @@ from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.model.transformer_config import vision_transformer_config
 from megatron_sr1.model.vision import VisionModel, check_patches
 from megatron_sr1.records import VisionInputs
-from megatron_sr1.runtime.groups import Group, Groups
-from megatron_sr1.runtime.partition import share_out
+from megatron_sr1.runtime.groups import Group, Groups, share_out
 
 
 def make_tower(

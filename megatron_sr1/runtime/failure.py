@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from megatron_sr1.errors import SR1Error
-from megatron_sr1.runtime.child_processes import end_children
 from megatron_sr1.runtime.failure_files import STACKS_FOLDER, Launch, main_thread_frame, place
 from megatron_sr1.runtime.liveness import Presence
+from megatron_sr1.runtime.signals import end_children
 
 POLL_SECONDS = 0.25
 MOMENT_SECONDS = 1.0

@@ -30,7 +30,7 @@ from megatron_sr1.observability.metrics import MetricsFile, PhaseTimer
 from megatron_sr1.observability.profiler import StepProfiler
 from megatron_sr1.observability.sinks import Sink, make_sinks
 from megatron_sr1.records import PackedBatch, TrainSample
-from megatron_sr1.runtime import failure, host_memory, stop_signal
+from megatron_sr1.runtime import failure, host_memory, signals
 from megatron_sr1.runtime.files import write_text
 from megatron_sr1.runtime.groups import Groups
 from megatron_sr1.trainer.actor import Actor
@@ -317,7 +317,7 @@ class Context:
         """
         saves = self._checkpoints.saves
         with failure.deadline("ask", self.config.launch.phase_deadline_seconds):
-            states = {"asked": stop_signal.stop_requested(), "writing": saves.is_writing}
+            states = {"asked": signals.stop_requested(), "writing": saves.is_writing}
             totals = self.sum_over_ranks({name: float(is_so) for name, is_so in states.items()})
         asked = totals["asked"] > 0
         if saves and not totals["writing"]:
@@ -340,7 +340,7 @@ class Context:
                 self.step,
                 self.config.optimizer.num_steps,
             )
-            stop_signal.mark_unfinished()
+            signals.mark_unfinished()
 
     def _save(self, actor: Actor, rates: Mapping[str, float]) -> None:
         state = {

@@ -105,7 +105,7 @@ def test_a_wrong_import_is_found(package, source):
         ("rollout", "from megatron_sr1.model.hf_config import read_hf_config"),
         ("config", "from megatron_sr1.errors import ConfigError"),
         ("launch", "from megatron_sr1.config.run import Config"),
-        ("launch", "from megatron_sr1.runtime.child_processes import end_with"),
+        ("launch", "from megatron_sr1.runtime.signals import end_with"),
     ],
 )
 def test_a_right_import_is_not_a_problem(package, source):
