@@ -249,10 +249,10 @@ def _with_cause(status: int, run_dir: Path, started: float) -> int:
     failure = read_failure(run_dir, since=started)
     if failure is None:
         lines = [f"megatron-sr1: error: the ranks ended with status {status}; see above"]
-    elif failure["code"] == 2:
+    elif failure.code == 2:
         return 2
     else:
-        lines, status = last_words(run_dir, failure, started), int(failure["code"])
+        lines, status = last_words(run_dir, failure, started), failure.code
     print(*lines, sep="\n", file=sys.stderr)
     return status
 

@@ -48,7 +48,7 @@ def run_trl(model: str, data: str, num_steps: int, result: Path) -> None:
 
     torch.set_num_threads(2)
     sys.path.insert(0, str(ROOT))
-    from megatron_sr1.runtime.torchvision_patch import patch_torchvision
+    from megatron_sr1.runtime.cpu import patch_torchvision
 
     patch_torchvision()
     from datasets import Dataset

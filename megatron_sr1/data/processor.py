@@ -27,7 +27,7 @@ from megatron_sr1.data.image_limits import check_limits, largest_pixels
 from megatron_sr1.data.prompts import ChatMessage, chat_messages
 from megatron_sr1.errors import DataError
 from megatron_sr1.records import Example, Prompt, TrainSample, VisionInputs
-from megatron_sr1.runtime.torchvision_patch import patch_torchvision
+from megatron_sr1.runtime.cpu import patch_torchvision
 
 IMAGE_PAD = "<|image_pad|>"
 VISION_TOKENS = (

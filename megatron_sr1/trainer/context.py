@@ -25,12 +25,17 @@ from megatron_sr1.model.flops import patch_cost
 from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.model.row_split import sequence_multiple
 from megatron_sr1.model.transformer_config import fp8_row_multiple
-from megatron_sr1.observability.memory import PeakMemory
-from megatron_sr1.observability.metrics import MetricsFile, PhaseTimer
-from megatron_sr1.observability.profiler import StepProfiler
+from megatron_sr1.observability.metrics import MetricsFile
+from megatron_sr1.observability.profiling import (
+    STEPS_BETWEEN_TRIMS,
+    PeakMemory,
+    PhaseTimer,
+    StepProfiler,
+    trim_host_memory,
+)
 from megatron_sr1.observability.sinks import Sink, make_sinks
 from megatron_sr1.records import PackedBatch, TrainSample
-from megatron_sr1.runtime import failure, host_memory, signals
+from megatron_sr1.runtime import failure, signals
 from megatron_sr1.runtime.files import write_text
 from megatron_sr1.runtime.groups import Groups
 from megatron_sr1.trainer.actor import Actor
@@ -287,8 +292,8 @@ class Context:
             rate: evaluates the actor before a save that is due, for `checkpoint.keep_best`.
         """
         self.step += 1
-        if self.step % host_memory.STEPS_BETWEEN == 0:
-            host_memory.give_back()
+        if self.step % STEPS_BETWEEN_TRIMS == 0:
+            trim_host_memory()
         every, last = self.config.checkpoint.every_steps, self.config.optimizer.num_steps
         is_due = self.step == last or bool(every and self.step % every == 0)
         with failure.deadline("profile", self.config.launch.phase_deadline_seconds):
