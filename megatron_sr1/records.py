@@ -241,7 +241,6 @@ class PackedBatch:
             sequence; 0 in padding.
         cu_seqlens: [sequences + 1] int32, boundaries in the row, each sequence's padding included;
             padding after the last one is a sequence of its own.
-        max_seqlen: longest sequence, tokens.
         vision: images of all sequences, each example's once, and where they occur; None if there
             are none.
         advantages: [1, T] float32 or None.
@@ -256,7 +255,6 @@ class PackedBatch:
     loss_mask: torch.Tensor
     position_ids: torch.Tensor
     cu_seqlens: torch.Tensor
-    max_seqlen: int
     vision: VisionInputs | None = None
     advantages: torch.Tensor | None = None
     old_logprobs: torch.Tensor | None = None

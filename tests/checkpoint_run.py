@@ -35,7 +35,6 @@ def text_row(num_tokens=16):
         loss_mask=torch.ones(1, num_tokens),
         position_ids=torch.arange(num_tokens).expand(3, 1, -1),
         cu_seqlens=torch.tensor([0, num_tokens], dtype=torch.int32),
-        max_seqlen=num_tokens,
         vision=None,
     )
 

@@ -153,7 +153,6 @@ def _pack(
         loss_mask=row([s.loss_mask for s in chosen], np.float32)[None],
         position_ids=row(positions, np.int64, shift=0)[:, None],
         cu_seqlens=torch.tensor(borders, dtype=torch.int32),
-        max_seqlen=max(lengths),
         vision=_vision(chosen, vision_of) if vision_of else None,
         **per_token,
     )

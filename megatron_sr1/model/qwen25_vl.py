@@ -32,7 +32,7 @@ from megatron_sr1.model.attention import pack_row
 from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.model.image_shares import encode_by_turns, make_tower
 from megatron_sr1.model.layers import text_angles
-from megatron_sr1.model.logprobs import full_logits, label_logprobs
+from megatron_sr1.model.logprobs import full_logits, gather_hidden, label_logprobs
 from megatron_sr1.model.row_split import RowSplit, split_row
 from megatron_sr1.model.transformer_config import padded_vocab_size
 from megatron_sr1.model.vision import feature_numbers
@@ -120,13 +120,11 @@ class Qwen25VL(MegatronModule):
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
         cu_seqlens: torch.Tensor,
-        max_seqlen: int | None = None,
         vision: VisionInputs | None = None,
         labels: torch.Tensor | None = None,
         wanted: torch.Tensor | None = None,
         temperature: float = 1.0,
-        with_entropy: bool = False,
-    ) -> Any:
+    ) -> torch.Tensor:
         """Run the stage on one packed row.
 
         Args:
@@ -135,17 +133,15 @@ class Qwen25VL(MegatronModule):
                 context-parallel ranks is a multiple of the ranks.
             position_ids: [3, 1, T] int64, time, height and width, from 0 in each sequence.
             cu_seqlens: [sequences + 1] int32, borders; the last is T.
-            max_seqlen: longest sequence, tokens; counted if None.
             vision: the row's images in order, None if there are none.
             labels: [1, T] int64, the token after each position; None asks for logits.
             wanted: [1, T] bool, positions whose logprobs are looked at, 0 elsewhere; None for all.
             temperature: divides the logits of logprobs, > 0.
-            with_entropy: also return the entropy of each position's distribution.
 
         Returns:
             not the last stage: hidden states [T, 1, width], T split over context-parallel ranks
             and under sequence parallelism.
-            last stage with labels: logprobs [1, T] float32, or (logprobs, entropy).
+            last stage with labels: logprobs [1, T] float32.
             last stage without labels: logits [1, T, ids] float32, temperature not applied.
 
         Raises:
@@ -163,32 +159,25 @@ class Qwen25VL(MegatronModule):
                 text.rope_theta,
                 text.mrope_section,
             ),
-            packed_seq_params=pack_row(
-                cu_seqlens, is_causal=True, max_seqlen=max_seqlen, split=split
-            ),
+            packed_seq_params=pack_row(cu_seqlens, is_causal=True, split=split),
         )
         if not self.post_process:
             return hidden
-        head = {
-            "group": self.groups.tensor,
-            "vocab_size": text.vocab_size,
-            "sequence_parallel": self.config.sequence_parallel,
-        }
-        weight = self._output_weight()
+        group, weight = self.groups.tensor, self._output_weight()
+        hidden = gather_hidden(hidden, group, self.config.sequence_parallel)
         if labels is None:
-            return split.join(full_logits(hidden, weight, **head))
-        logprobs, entropy = label_logprobs(
+            return split.join(full_logits(hidden, weight, group, text.vocab_size))
+        logprobs = label_logprobs(
             hidden,
             weight,
             split.take(labels, dim=1),
+            group=group,
+            vocab_size=text.vocab_size,
             wanted=None if wanted is None else split.take(wanted, dim=1),
             temperature=temperature,
             chunk_tokens=self.logprob_chunk_tokens,
-            with_entropy=with_entropy,
-            **head,
         )
-        joined = split.join(logprobs)
-        return (joined, split.join(entropy)) if entropy is not None else joined
+        return split.join(logprobs)
 
     def _embed(
         self, input_ids: torch.Tensor, vision: VisionInputs | None, split: RowSplit

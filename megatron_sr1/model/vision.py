@@ -334,8 +334,5 @@ def feature_numbers(inputs: VisionInputs, merge: int) -> torch.Tensor:
 
 
 def _pack(lengths: list[int], device: torch.device) -> PackedRow:
-    borders = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    row = pack_row(borders, is_causal=False)
-    if device.type == "cpu":
-        return row
-    return pack_row(borders.to(device), is_causal=False, max_seqlen=row.max_seqlen_q)
+    borders = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    return pack_row(borders, is_causal=False)

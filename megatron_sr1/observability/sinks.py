@@ -99,11 +99,16 @@ class ProgressSink(Sink):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
         from rich.progress import TimeRemainingColumn as Remaining
+        from rich.table import Column
 
+        # In a narrow terminal the metrics are cut, not the bar and the time.
+        whole, rest = Column(min_width=7, no_wrap=True), Column(ratio=1, no_wrap=True)
         self._bar = Progress(
-            TextColumn("{task.description}"),
-            *(BarColumn(), MofNCompleteColumn(), Remaining(), TextColumn("{task.fields[shown]}")),
+            *(TextColumn("{task.description}"), BarColumn(bar_width=12)),
+            *(MofNCompleteColumn(table_column=whole), Remaining(table_column=whole.copy())),
+            TextColumn("{task.fields[shown]}", table_column=rest),
             console=Console(stderr=True),
+            expand=True,
         )
         self._task = self._bar.add_task(stage, total=num_steps, completed=step, shown="")
         self._bar.start()

@@ -50,15 +50,13 @@ def run_schedule(chunks, rows, groups, labels, forward_only):
 
     def forward(iterator, stage):
         row = next(iterator)
-        wanted = {"labels": row.labels, "with_entropy": True} if labels else {}
-        output = stage(**row.inputs, temperature=TEMPERATURE, **wanted)
+        output = stage(**row.inputs, temperature=TEMPERATURE, labels=row.labels if labels else None)
 
         def loss(output, non_loss_data=False):
             if forward_only:
                 outputs.append(output)
                 return output
-            logprobs, entropy = output
-            total = ((logprobs + 0.3 * entropy) * row.loss_mask).sum()
+            total = (output * row.loss_mask).sum()
             outputs.append(total.detach())
             num_tokens = row.loss_mask.sum().int()
             return total, num_tokens if groups.counts_tokens else 0 * num_tokens, {}

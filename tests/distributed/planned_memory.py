@@ -81,7 +81,7 @@ def storage_bytes(tensors):
 def make_batch(hf_config):
     """A row of text and images."""
     row = make_row(hf_config, [TOKENS], GRIDS)
-    return PackedBatch((0,), loss_mask=torch.ones(1, TOKENS), max_seqlen=TOKENS, **row)
+    return PackedBatch((0,), loss_mask=torch.ones(1, TOKENS), **row)
 
 
 def loss(logprobs, batch):

@@ -108,7 +108,7 @@ def test_a_passed_deadline_ends_all_ranks_and_names_the_phase(tmp_path):
 
 @pytest.mark.field
 def test_a_users_error_is_one_line_without_traceback(tmp_path):
-    done, _, run_dir = run_two_ranks(tmp_path, "user_error", "megatron_sr1.launch.ranks")
+    done, _, run_dir = run_two_ranks(tmp_path, "user_error", "megatron_sr1.launch.torchrun")
     assert done.stderr == "megatron-sr1: error: rank 1: shard-3.tar: sample 7: no answer\n"
     assert done.returncode != 0
     assert json.loads((run_dir / FAILURE_FILE).read_text())["code"] == 2
