@@ -19,7 +19,7 @@ import torch
 
 from megatron_sr1.errors import DataError
 from megatron_sr1.records import PackedBatch, TrainSample, VisionInputs
-from megatron_sr1.runtime.partition import share_out
+from megatron_sr1.runtime.groups import share_out
 
 PER_TOKEN = ("advantages", "old_logprobs", "engine_logprobs", "reference_logprobs")
 

@@ -20,7 +20,7 @@ from megatron_sr1.data.images import largest_pixels
 from megatron_sr1.data.prompts import ChatMessage, ChatTemplate, chat_messages
 from megatron_sr1.errors import ConfigError, DataError
 from megatron_sr1.records import Example, Prompt, TrainSample, VisionInputs
-from megatron_sr1.runtime.torchvision_patch import patch_torchvision
+from megatron_sr1.runtime.cpu import patch_torchvision
 
 IMAGE_PAD = "<|image_pad|>"
 VISION_TOKENS = (
