@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation; `content` may contain `<image>` marks (data/marks.py)."""
+    """One turn of a conversation; `content` may contain `<image>` marks (data/examples.py)."""
 
     role: str
     content: str

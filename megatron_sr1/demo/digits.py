@@ -25,8 +25,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from megatron_sr1.data.examples import Record
-from megatron_sr1.data.marks import IMAGE_MARK
+from megatron_sr1.data.examples import IMAGE_MARK, Record
 from megatron_sr1.data.prompts import PASS1_INSTRUCTIONS, flat_text, pass1_messages, pass2_messages
 from megatron_sr1.data.shards import write_shards
 from megatron_sr1.records import Example, Message

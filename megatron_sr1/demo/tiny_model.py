@@ -67,7 +67,7 @@ def make_tiny_model(
     """
     import torch
 
-    from megatron_sr1.runtime.torchvision_patch import patch_torchvision
+    from megatron_sr1.runtime.cpu import patch_torchvision
 
     patch_torchvision()
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
