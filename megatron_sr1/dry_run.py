@@ -127,7 +127,7 @@ def _built_parameters(config: Config, hf_config: HFConfig, rank: int) -> int:
         import torch
         from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
 
-        from megatron_sr1.model.build import build_model
+        from megatron_sr1.model.qwen25_vl import build_model
         from megatron_sr1.runtime.device import Device, stop_distributed
         from megatron_sr1.runtime.groups import make_groups
 

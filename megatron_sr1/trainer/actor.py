@@ -22,8 +22,8 @@ from megatron_sr1.checkpoint.loading import load_model
 from megatron_sr1.checkpoint.mapping import entries, matched_entries
 from megatron_sr1.checkpoint.tensors import Trained
 from megatron_sr1.config.run import Config
-from megatron_sr1.model.build import build_model
 from megatron_sr1.model.hf_config import HFConfig, read_hf_config
+from megatron_sr1.model.qwen25_vl import build_model
 from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.groups import Groups
 from megatron_sr1.trainer.optimizer import make_optimizer, make_scheduler

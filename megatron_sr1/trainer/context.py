@@ -16,12 +16,17 @@ from megatron_sr1.config.loading import save_config
 from megatron_sr1.config.run import Config
 from megatron_sr1.data.loader import Loader
 from megatron_sr1.errors import DataError, GradingError
-from megatron_sr1.observability.memory import PeakMemory
-from megatron_sr1.observability.metrics import MetricsFile, PhaseTimer
-from megatron_sr1.observability.profiler import StepProfiler
+from megatron_sr1.observability.metrics import MetricsFile
+from megatron_sr1.observability.profiling import (
+    STEPS_BETWEEN_TRIMS,
+    PeakMemory,
+    PhaseTimer,
+    StepProfiler,
+    trim_host_memory,
+)
 from megatron_sr1.observability.sinks import Images, Sink, make_sinks
 from megatron_sr1.rewards.verdicts import cross
-from megatron_sr1.runtime import failure, host_memory, stop_signal
+from megatron_sr1.runtime import failure, signals
 from megatron_sr1.runtime.files import write_text
 from megatron_sr1.runtime.groups import Groups
 from megatron_sr1.trainer.actor import Actor
@@ -238,8 +243,8 @@ class Context:
             rate: evaluates the actor before a save that is due, for `checkpoint.keep_best`.
         """
         self.step += 1
-        if self.step % host_memory.STEPS_BETWEEN == 0:
-            host_memory.give_back()
+        if self.step % STEPS_BETWEEN_TRIMS == 0:
+            trim_host_memory()
         with self._deadline("profile"):
             self._profiler.end(self.step)
         rated = rate() if rate is not None and self._checkpoints.is_due(self.step) else {}
@@ -279,7 +284,7 @@ class Context:
                 self.step,
                 self.config.optimizer.num_steps,
             )
-            stop_signal.mark_unfinished()
+            signals.mark_unfinished()
 
     def close(self) -> None:
         """Close the sinks."""

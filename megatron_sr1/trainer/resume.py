@@ -18,7 +18,7 @@ from megatron_sr1.checkpoint.retention import EVALUATION, Keep
 from megatron_sr1.checkpoint.saving import SaveQueue
 from megatron_sr1.config.run import Config
 from megatron_sr1.errors import ConfigError
-from megatron_sr1.runtime import failure, stop_signal
+from megatron_sr1.runtime import failure, signals
 from megatron_sr1.trainer.actor import Actor
 from megatron_sr1.trainer.optimizer import schedule_change, schedule_facts
 
@@ -118,7 +118,7 @@ class RunCheckpoints:
             True if any rank was asked to stop.
         """
         step = state["step"]
-        flags = {"stop": stop_signal.stop_requested(), "writing": self._saves.is_writing}
+        flags = {"stop": signals.stop_requested(), "writing": self._saves.is_writing}
         with failure.deadline("ask", self._config.launch.phase_deadline_seconds):
             totals = sum_over_ranks({name: float(flag) for name, flag in flags.items()})
         stop = totals["stop"] > 0

@@ -15,8 +15,7 @@ import numpy as np
 
 from megatron_sr1.checkpoint.folders import resolve_model
 from megatron_sr1.config.run import Config
-from megatron_sr1.data.balance import Size, plan_ranks
-from megatron_sr1.data.packing import pack_samples
+from megatron_sr1.data.packing import Size, pack_samples, plan_ranks
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.data.prompts import pass1_messages, pass2_messages
 from megatron_sr1.data.shards import ShardReader
