@@ -108,8 +108,7 @@ def checked_turns(messages: tuple[Message, ...], where: str) -> tuple[Message, .
     if any(role not in _ROLES for role in roles) or "user" not in roles:
         raise DataError(
             f"{where}: roles {shown(roles)}; expected {', '.join(_ROLES)} with at least one user "
-            "turn",
-            kind="roles other than system, user and assistant, or no user turn",
+            "turn"
         )
     check_text("".join(m.content for m in messages), where)
     return messages
@@ -150,8 +149,7 @@ def place_marks(messages: Sequence[Message], num_images: int, where: str) -> tup
         raise DataError(
             f"{where}: {marks} {IMAGE_MARK} marks in the text but {num_images} images; expected "
             f"one mark per image, or none at all; write {ESCAPED_MARK} where a user's text means "
-            "these characters (in an assistant turn they are never a mark)",
-            kind="image marks and images differ in number",
+            "these characters (in an assistant turn they are never a mark)"
         )
     placed = Message("user", IMAGE_MARK * num_images + messages[user].content)
     return (*messages[:user], placed, *messages[user + 1 :])
@@ -180,8 +178,7 @@ def _gold_text(value: Any, where: str) -> str:
     if isinstance(value, str) or (number and math.isfinite(value)):
         return check_text(str(value), f"{where}, answer")
     raise DataError(
-        f"{where}: the answer is {shown(value)}; expected a string or a number, or a list of them",
-        kind="gold answer of a wrong type",
+        f"{where}: the answer is {shown(value)}; expected a string or a number, or a list of them"
     )
 
 
@@ -192,9 +189,7 @@ def _answer_alone(text: str, where: str) -> str:
     if "<think>" in found and "</think>" not in text:
         raise DataError(f"{where}: the gold answer opens <think> and does not close it; {_TO_DO}")
     if not _NOTHING.sub("", found):
-        raise DataError(
-            f"{where}: the gold answer {shown(text)} is empty; {_TO_DO}", kind="empty gold answer"
-        )
+        raise DataError(f"{where}: the gold answer {shown(text)} is empty; {_TO_DO}")
     return found
 
 
@@ -206,8 +201,7 @@ def _in_tags(text: str, where: str) -> str:
     if pieces[1::2] != ["", "/"] * (len(pieces) // 4) or len(answers) != 1:
         raise DataError(
             f"{where}: {len(pieces) // 2} <answer> and </answer> tags in the gold answer that do "
-            f"not enclose one answer; {_TO_DO}",
-            kind="<answer> tags that do not enclose one answer",
+            f"not enclose one answer; {_TO_DO}"
         )
     return answers.pop()
 
@@ -220,8 +214,5 @@ def _in_last_line(text: str, where: str) -> str:
     if said is not None:
         return said[1]
     if "####" in text and "\\boxed" not in text:
-        raise DataError(
-            f"{where}: #### in the gold answer, but not in its last line; {_TO_DO}",
-            kind="#### not in the last line of the gold answer",
-        )
+        raise DataError(f"{where}: #### in the gold answer, but not in its last line; {_TO_DO}")
     return text

@@ -34,7 +34,7 @@ def read_file(path: Path, max_bytes: int, where: str) -> bytes:
     Raises:
         DataError: the file is missing, not a regular file, or too large.
     """
-    name = f"{where}: {printable(str(path))}"
+    name = f"{where}: {shown(str(path), 400)}"
     file = None
     try:
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -47,33 +47,28 @@ def read_file(path: Path, max_bytes: int, where: str) -> bytes:
             return opened.read(max_bytes)
     except (OSError, ValueError) as error:  # ValueError: a NUL or half a character in the name
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise DataError(f"{name}: {reason}", kind=f"file: {reason}") from None
+        raise DataError(f"{name}: {reason}") from None
     finally:
         if file is not None:
             os.close(file)
 
 
-def inside(folder: Path, name: str | Path, where: str) -> Path:
+def inside(folder: Path, name: str, where: str) -> Path:
     """Return the path of a file that a sample names, which must resolve to a place in `folder`.
 
     Raises:
         DataError: the name is a URL, leads out of the folder, or is not a valid path.
     """
-    if "://" in str(name) or str(name).startswith(("file:", "data:", "~")):
-        raise DataError(
-            f"{where}: {shown(str(name))} is a URL; expected a path in {folder}",
-            kind="a URL in place of a file",
-        )
+    if "://" in name or name.startswith(("file:", "~")):
+        raise DataError(f"{where}: {shown(name)} is a URL; expected a path in {folder}")
     try:
-        found = (folder / name).resolve()
-        if found.is_relative_to(folder.resolve()):
-            return folder / name
+        is_inside = (folder / name).resolve().is_relative_to(folder.resolve())
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a cycle of links
         reason = printable(str(error), 200)
-        raise DataError(f"{where}: {shown(str(name))} is no path: {reason}") from None
-    raise DataError(
-        f"{where}: {shown(str(name))} leads out of {folder}", kind="a path out of the folder"
-    )
+        raise DataError(f"{where}: {shown(name)} is no path: {reason}") from None
+    if not is_inside:
+        raise DataError(f"{where}: {shown(name)} leads out of {folder}")
+    return folder / name
 
 
 def parse_json(data: bytes, where: str) -> Any:

@@ -87,9 +87,7 @@ def decode_image(data: bytes, where: str) -> Image.Image:
             return _to_rgb(image)
         except Exception as error:  # Pillow's decoders raise almost any error on broken files
             reason = printable(str(error))[:200] or type(error).__name__
-            raise DataError(
-                f"{where}: the image does not decode: {reason}", kind="an image does not decode"
-            ) from None
+            raise DataError(f"{where}: the image does not decode: {reason}") from None
 
 
 def _open(data: bytes, where: str) -> Image.Image:
@@ -108,20 +106,17 @@ def _open(data: bytes, where: str) -> Image.Image:
         reason = printable(str(error))[:120] or type(error).__name__
         raise DataError(
             f"{where}: not an image that can be read as {', '.join(FORMATS)} ({len(data)} bytes, "
-            f"{reason})",
-            kind="a file is not an image that can be read",
+            f"{reason})"
         ) from None
     width, height = image.size
     if width * height > MAX_IMAGE_PIXELS:
         raise DataError(
-            f"{where}: {width} x {height} pixels, more than {MAX_IMAGE_PIXELS}; scale it down",
-            kind="an image is too large",
+            f"{where}: {width} x {height} pixels, more than {MAX_IMAGE_PIXELS}; scale it down"
         )
     if max(width, height) > MAX_ASPECT_RATIO * max(1, min(width, height)):
         raise DataError(
             f"{where}: {width} x {height} pixels; the model takes a longer side of at most "
-            f"{MAX_ASPECT_RATIO} times the shorter one",
-            kind="an image is too long for its width",
+            f"{MAX_ASPECT_RATIO} times the shorter one"
         )
     return image
 

@@ -5,11 +5,10 @@ key and the offset and size of its JSON and of its images. The index is rebuilt 
 headers if it is missing, inconsistent, older than the tar, for a tar of another size, or of an
 earlier version.
 
-The headers (ustar, GNU or pax format; POSIX.1-2001, pax interchange format) are read here, as
-Python's tarfile follows links, sparse maps and pax records of any length, some of them in quadratic
-time, and stops silently at a broken header. Here each header advances through the file, members
-that cannot hold a sample are rejected by name, and the last member must be followed by the end
-mark.
+Python's tarfile reads a header block, but not a whole tar: it follows links, sparse maps and pax
+records of any length, some of them in quadratic time, and stops silently at a broken header. Here
+each header advances through the file, members that cannot hold a sample are rejected by name, and
+the last member must be followed by the end mark. Source: POSIX.1-2001, pax interchange format.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import json
 import logging
 import os
 import re
+import tarfile
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -215,12 +215,14 @@ def _members(file: BinaryIO, tar: Path) -> Iterator[tuple[str, Span]]:
     offset, long_name = 0, ""
     while True:
         where = f"{tar} byte {offset}"
-        block = _at(file, offset, BLOCK)
+        file.seek(offset)
+        block = file.read(BLOCK)
         if len(block) < BLOCK:
             what = "the file ends without tar's end mark" if offset else "no tar header"
             raise DataError(f"{where}: not a readable tar: {what}; is it truncated?")
         if not any(block):
-            if long_name or not _only_zeros(file, offset):
+            rest = iter(lambda: file.read(2**20), b"")
+            if long_name or any(piece.strip(b"\0") for piece in rest):
                 raise DataError(f"{where}: more data after the end mark; expected a single tar")
             return
         name, kind, size = _parse_header(block, where)
@@ -229,7 +231,7 @@ def _members(file: BinaryIO, tar: Path) -> Iterator[tuple[str, Span]]:
         if kind in (_LONG_NAME, _PAX, _PAX_GLOBAL):
             if size > MAX_EXTRA_BYTES or data + size > total:
                 raise DataError(f"{where}: a header record of {size} bytes; the tar is damaged")
-            long_name = _extra(_at(file, data, size), kind, where) or long_name
+            long_name = _extra(file.read(size), kind, where) or long_name
             continue
         name = long_name or name
         if kind in _REGULAR:
@@ -244,24 +246,20 @@ def _members(file: BinaryIO, tar: Path) -> Iterator[tuple[str, Span]]:
 
 
 def _parse_header(block: bytes, where: str) -> tuple[str, bytes, int]:
-    """Return name, type flag and size (bytes) of a header block.
-
-    Raises:
-        DataError: its checksum, size or name is invalid.
-    """
-    wanted = _octal(block[148:156], where, "checksum")
-    if len(block) != BLOCK or wanted != sum(block) - sum(block[148:156]) + 8 * 32:
-        raise DataError(f"{where}: not a tar header (its checksum differs)")
-    name, kind = _text(block[:100], where), block[156:157]
-    if block[257:265] == b"ustar\x0000" and block[345] and kind not in (_PAX, _PAX_GLOBAL):
-        name = f"{_text(block[345:500], where)}/{name}"
-    return name, kind, _octal(block[124:136], where, "size")
+    """Return name, type flag and size (bytes) of a header block."""
+    try:
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError as error:
+        raise DataError(f"{where}: not a tar header ({error})") from None
+    if not 0 <= header.size < 2**63:
+        raise DataError(f"{where}: not a tar header (size is {header.size})")
+    return header.name, header.type, header.size
 
 
 def _extra(data: bytes, kind: bytes, where: str) -> str:
     """Return the name that a GNU long name or pax record gives the next member, or ""."""
     if kind == _LONG_NAME:
-        return _text(data, where)
+        return _text(data)
     name = ""
     while data.strip(b"\0"):
         length, _, _ = data.partition(b" ")
@@ -274,33 +272,10 @@ def _extra(data: bytes, kind: bytes, where: str) -> str:
         if is_global_path or key in (b"size", b"linkpath") or key.startswith(b"GNU.sparse"):
             raise DataError(f"{where}: pax record {shown(key)}; expected plain regular files")
         if key == b"path":
-            name = _text(value, where)
+            name = _text(value)
     return name
 
 
-def _text(field: bytes, where: str) -> str:
-    name = field.partition(b"\0")[0]
-    try:
-        return name.decode()
-    except UnicodeDecodeError:
-        raise DataError(f"{where}: member name {shown(name)} is not UTF-8") from None
-
-
-def _octal(field: bytes, where: str, what: str) -> int:
-    digits = field.strip(b" \0") or b"0"
-    if not digits.isdigit() or b"8" in digits or b"9" in digits:
-        raise DataError(f"{where}: not a tar header ({what} is {shown(field)})")
-    return int(digits, 8)
-
-
-def _at(file: BinaryIO, offset: int, size: int) -> bytes:
-    file.seek(offset)
-    return file.read(size)
-
-
-def _only_zeros(file: BinaryIO, offset: int) -> bool:
-    file.seek(offset)
-    while piece := file.read(2**20):
-        if piece.count(0) != len(piece):
-            return False
-    return True
+def _text(field: bytes) -> str:
+    """Decode a name; bytes that are not UTF-8 become characters that `scan` rejects."""
+    return field.partition(b"\0")[0].decode("utf-8", "surrogateescape")
