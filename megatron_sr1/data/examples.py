@@ -66,11 +66,7 @@ def stored(record: Record) -> dict[str, Any]:
 
 
 def example_from_stored(value: Any, *, index: int, key: str, shard: str) -> Example:
-    """Convert a stored JSON object to an example.
-
-    Raises:
-        DataError: a field is missing or of the wrong type; names shard and sample.
-    """
+    """Convert a stored JSON object to an example."""
     where = f"{shard} sample {key}"
     try:
         turns, num_images = value["messages"], value["num_images"]
@@ -93,17 +89,13 @@ def example_from_stored(value: Any, *, index: int, key: str, shard: str) -> Exam
     messages = place_marks(checked_turns(messages, where), num_images, where)
     golds = [_gold_text(a, where) for a in (answer, *others) if a is not None]
     golds = [gold for gold in golds if gold.strip()]  # an empty one cannot be compared with
-    metadata = {k: v for k, v in metadata.items() if is_json({k: v})}
+    metadata = {k: v for k, v in metadata.items() if is_json(k, v)}
     first = golds[0] if golds else None
     return Example(index, key, shard, messages, first, num_images, metadata, tuple(golds[1:]))
 
 
 def checked_turns(messages: tuple[Message, ...], where: str) -> tuple[Message, ...]:
-    """Return the turns after checking their roles and text.
-
-    Raises:
-        DataError: unknown roles, no user turn, or text that cannot be tokenised.
-    """
+    """Return the turns after checking their roles (at least one user turn) and text."""
     roles = [m.role for m in messages]
     if any(role not in _ROLES for role in roles) or "user" not in roles:
         raise DataError(
@@ -134,12 +126,9 @@ def escape_marks(text: str) -> str:
 
 
 def place_marks(messages: Sequence[Message], num_images: int, where: str) -> tuple[Message, ...]:
-    """Check the `<image>` marks of a conversation against its images.
+    """Check that a conversation has a mark per image.
 
     If it has no marks, one per image is inserted at the start of the first user turn.
-
-    Raises:
-        DataError: marks and images differ in number, or no user turn to insert marks into.
     """
     marks = count_marks(messages)
     if marks == num_images:
@@ -160,10 +149,8 @@ def gold_answers(value: Any, where: str) -> tuple[str, ...]:
 
     A text may be a whole solution, whose answer follows `</think>`, is enclosed by `<answer>`, or
     follows `####` or "The answer is" in the last line. A solution without any of these markers
-    stays unchanged (the grader uses its last `\boxed{}`).
-
-    Raises:
-        DataError: another type, or an answer that no response can match.
+    stays unchanged (the grader uses its last `\boxed{}`). An answer that no response can match is
+    an error.
     """
     values = value if isinstance(value, list | tuple) else [value]
     if len(values) > MAX_GOLDS:

@@ -1,7 +1,7 @@
 """Safe reading of untrusted files, JSON and text, each within limits.
 
-Nothing here blocks (on a pipe), executes its input, or reads without a limit. Every failure is a
-`DataError` whose message is one line.
+Nothing here blocks (on a pipe), executes its input, or reads without a limit. What is not valid
+raises a `DataError` with a message of one line, which starts with `where`.
 """
 
 from __future__ import annotations
@@ -24,16 +24,7 @@ MAX_IMAGES = 1024
 
 
 def read_file(path: Path, max_bytes: int, where: str) -> bytes:
-    """Read a regular file; a pipe, a device or a directory is rejected without blocking on it.
-
-    Args:
-        path: symbolic links are followed.
-        max_bytes: larger files are rejected before they are read.
-        where: prefix of errors, which names the sample or the file.
-
-    Raises:
-        DataError: the file is missing, not a regular file, or too large.
-    """
+    """Read a regular file, also through links; a pipe or device is rejected without blocking."""
     name = f"{where}: {shown(str(path), 400)}"
     file = None
     try:
@@ -54,11 +45,7 @@ def read_file(path: Path, max_bytes: int, where: str) -> bytes:
 
 
 def inside(folder: Path, name: str, where: str) -> Path:
-    """Return the path of a file that a sample names, which must resolve to a place in `folder`.
-
-    Raises:
-        DataError: the name is a URL, leads out of the folder, or is not a valid path.
-    """
+    """Return the path of a file that a sample names, which is neither a URL nor out of `folder`."""
     if "://" in name or name.startswith(("file:", "~")):
         raise DataError(f"{where}: {shown(name)} is a URL; expected a path in {folder}")
     try:
@@ -72,11 +59,7 @@ def inside(folder: Path, name: str, where: str) -> Path:
 
 
 def parse_json(data: bytes, where: str) -> Any:
-    """Parse UTF-8 JSON with unique keys per object; a byte order mark is allowed.
-
-    Raises:
-        DataError: invalid input, a repeated key, or too deep nesting.
-    """
+    """Parse UTF-8 JSON with unique keys per object; a byte order mark is allowed."""
     try:
         return json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
@@ -87,12 +70,13 @@ def parse_json(data: bytes, where: str) -> Any:
         raise DataError(f"{where}: not JSON: {printable(str(error))[:200]}") from None
 
 
-def check_text(text: str, where: str) -> str:
-    """Return the text if it can be encoded as UTF-8 and tokenised.
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """Read a JSON file as `read_file` and `parse_json` do."""
+    return parse_json(read_file(path, max_bytes, str(path.parent)), str(path))
 
-    Raises:
-        DataError: the text contains half of a surrogate pair, or is too long.
-    """
+
+def check_text(text: str, where: str) -> str:
+    """Return the text if it can be encoded as UTF-8 and is not too long."""
     if len(text) > MAX_TEXT_CHARACTERS:
         raise DataError(f"{where}: {len(text)} characters, at most {MAX_TEXT_CHARACTERS}")
     try:
@@ -104,10 +88,10 @@ def check_text(text: str, where: str) -> str:
     return text
 
 
-def is_json(value: Any) -> bool:
-    """Return True if a value can be written as UTF-8 JSON, without infinities and NaN."""
+def is_json(name: Any, value: Any) -> bool:
+    """Return True if an entry can be written as UTF-8 JSON, without infinities and NaN."""
     try:
-        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+        json.dumps({name: value}, allow_nan=False, ensure_ascii=False).encode()
     except (TypeError, ValueError, RecursionError):
         return False
     return True

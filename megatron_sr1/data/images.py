@@ -66,21 +66,13 @@ def largest_pixels(min_pixels: int, max_pixels: int, patch_side: int) -> int:
 
 
 def image_format(data: bytes, where: str) -> str:
-    """Return the file extension of an image's bytes, e.g. `png` or `jpeg`.
-
-    Raises:
-        DataError: not an image of a supported format, or too large.
-    """
+    """Return the file extension of an image's bytes, e.g. `png` or `jpeg`."""
     with _open(data, where) as image:
         return str(image.format).lower()
 
 
 def decode_image(data: bytes, where: str) -> Image.Image:
-    """Decode an image file to RGB, rotated upright, with transparency composited over white.
-
-    Raises:
-        DataError: not an image, truncated, too large, or too elongated.
-    """
+    """Decode an image file to RGB, rotated upright, with transparency composited over white."""
     with _open(data, where) as image, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -142,14 +134,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_eight_bits(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
-    """Scale an image of mode F, I or I;16 to 8 bits.
-
-    Args:
-        image: grey values of more than 8 bits, or in floating point.
-        tags: tags of the file if it is a TIFF.
+    """Scale an image of mode F, I or I;16 to 8 bits, by the tags of the file if it is a TIFF.
 
     Raises:
-        ValueError: the range of values does not tell which ones are black and white.
+        ValueError: the range of values does not show which ones are black and white.
     """
     deep = np.asarray(image).astype(np.float64)
     if not np.isfinite(deep).all():
@@ -159,11 +147,11 @@ def _to_eight_bits(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
     grey = np.rint(grey) if image.mode == "F" else np.floor(grey)
     if tags.get(_PHOTOMETRIC) == 0:  # white is zero
         grey = 255 - grey
-    layers = [Image.fromarray(grey.astype(np.uint8))]
+    scaled = Image.fromarray(grey.astype(np.uint8))
     if isinstance(image.info.get("transparency"), int):
-        shown = deep != image.info["transparency"]
-        layers.append(Image.fromarray((shown * 255).astype(np.uint8)))
-    return Image.merge("LA", layers) if len(layers) == 2 else layers[0]
+        opaque = deep != image.info["transparency"]
+        scaled.putalpha(Image.fromarray((opaque * 255).astype(np.uint8)))  # mode LA
+    return scaled
 
 
 def _white(mode: str, tags: Mapping[int, Any], least: float, most: float) -> float:

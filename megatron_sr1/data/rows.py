@@ -74,10 +74,6 @@ def record_from_row(
 
     Returns:
         the record, after a trial decoding of its images and a check of its marks.
-
-    Raises:
-        DataError: unknown columns, missing text or answer, a broken image, or marks and images
-            that differ in number.
     """
     known = _renamed(row, columns, where)
     lost = next((c for c in _REFUSED_COLUMNS if _is_given(known.get(c))), None)
@@ -303,7 +299,7 @@ def _image_file(value: Any, folder: Path, where: str) -> bytes:
 def _metadata(row: Mapping[str, Any], used: set[str]) -> dict[str, Any]:
     left = {k: v for k, v in row.items() if k not in used and v is not None}
     known = COLUMNS | {*_REFUSED_COLUMNS}
-    return {k: v for k, v in left.items() if (k not in known or _is_given(v)) and is_json({k: v})}
+    return {k: v for k, v in left.items() if (k not in known or _is_given(v)) and is_json(k, v)}
 
 
 def _columns(row: Mapping[str, Any]) -> str:

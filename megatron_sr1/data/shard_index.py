@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_sr1.data.guards import parse_json, printable, read_file, shown
+from megatron_sr1.data.guards import printable, read_json, shown
 from megatron_sr1.errors import DataError
 from megatron_sr1.runtime.files import write_text
 
@@ -71,7 +71,7 @@ def read_index(tar: Path) -> list[Place]:
     path = index_path(tar)
     try:
         if path.stat().st_mtime_ns >= tar.stat().st_mtime_ns:
-            return _usable(parse_json(read_file(path, MAX_INDEX_BYTES, "index"), "index"), tar)
+            return _usable(read_json(path, MAX_INDEX_BYTES), tar)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, DataError) as error:
         logger.debug("%s: index not usable: %s", path, error)
     places = scan(tar)
@@ -94,8 +94,7 @@ def scan(tar: Path) -> list[Place]:
     """Read the positions of a shard's samples from its headers, ordered by offset.
 
     Raises:
-        DataError: not a tar, truncated, damaged, or members that do not form samples; names shard
-            and member.
+        DataError: not a tar, truncated, damaged, or members that do not form samples.
     """
     samples: dict[str, dict[str, Span]] = {}
     try:
@@ -122,11 +121,7 @@ def scan(tar: Path) -> list[Place]:
 
 
 def check_header(block: bytes, place: Place, span: Span, where: str) -> None:
-    """Check the header before a span of a sample.
-
-    Raises:
-        DataError: the index points to another member.
-    """
+    """Check the header before a span of a sample; the index may point to another member."""
     name, _, size = _parse_header(block, where)
     key, extension = _sample_key(name)
     exact = len(name) < _NAME_BYTES and place.key.isascii()
@@ -180,10 +175,7 @@ def _sample_key(name: str) -> tuple[str, str]:
 
 
 def _check_members(found: Mapping[str, object], key: str, where: str) -> None:
-    """Raise DataError unless a sample has exactly one JSON member.
-
-    Several of them belong to different samples whose keys contain a dot.
-    """
+    """Raise DataError unless a sample has one JSON member; several have keys with a dot."""
     texts = sorted(e for e in found if e.split(".")[-1] == "json")
     if texts == ["json"]:
         return
@@ -202,11 +194,8 @@ def _is_image(extension: str) -> bool:
 
 def _image_order(extension: str) -> tuple[list[str | tuple[int, str]], str]:
     """Return a sort key that compares numbers in a name by value: image_2 before image_10."""
-    parts: list[str | tuple[int, str]] = [*re.split("([0-9]+)", extension)]
-    for place in range(1, len(parts), 2):
-        digits = str(parts[place]).lstrip("0")
-        parts[place] = len(digits), digits
-    return parts, extension
+    parts = [part.lstrip("0") for part in re.split("([0-9]+)", extension)]
+    return [(len(p), p) if n % 2 else p for n, p in enumerate(parts)], extension
 
 
 def _members(file: BinaryIO, tar: Path) -> Iterator[tuple[str, Span]]:
