@@ -1,8 +1,7 @@
-"""The ranks of layouts.py: compute one batch under many layouts, and compare with one process.
+"""What the ranks of layouts.py do: one batch under many layouts, gaps to one process's numbers.
 
-Started by torchrun as `layout_ranks.py FOLDER LAYOUTS`, JSON of name -> keys of `parallel`. A world
-of one writes the expected numbers to the folder, a larger one reads them and prints its gaps.
-Groups are made anew for each layout. Tests use the random images and the gathered gradients.
+Started by torchrun as `layout_ranks.py FOLDER LAYOUT…`. A world of one writes the expected numbers
+to the folder, a larger one reads them and writes its gaps. Groups are made anew for each layout.
 """
 
 from __future__ import annotations
@@ -10,36 +9,39 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-import torch.distributed as dist
-from PIL import Image
-from safetensors.torch import load_file, save_file
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
-from megatron_sr1.checkpoint.hf import export_weights
-from megatron_sr1.config.loading import load_config
-from megatron_sr1.config.run import Config
-from megatron_sr1.config.training import AlgorithmConfig
-from megatron_sr1.data.packing import pack_samples
-from megatron_sr1.data.processor import Processor
-from megatron_sr1.model.hf_config import HFConfig
-from megatron_sr1.model.row_split import sequence_multiple
-from megatron_sr1.records import PackedBatch, TrainSample
-from megatron_sr1.runtime import cpu
-from megatron_sr1.runtime.collectives import gather_objects
-from megatron_sr1.runtime.device import select_device, start_distributed
-from megatron_sr1.runtime.groups import Groups, destroy_groups, make_groups
-from megatron_sr1.trainer.actor import Actor, make_actor
-from megatron_sr1.trainer.objective import grpo_loss
-from megatron_sr1.trainer.setup import load_actor_model
-from megatron_sr1.trainer.step import update
+from megatron_sr1.runtime import cpu  # noqa: E402
 
-START, VISION_START, VISION_END = 1, 3, 4  # ids of the digits model's vocabulary
+cpu.install()
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from PIL import Image  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from megatron_sr1.config.loading import load_config  # noqa: E402
+from megatron_sr1.config.run import Config  # noqa: E402
+from megatron_sr1.config.training import AlgorithmConfig  # noqa: E402
+from megatron_sr1.data.packing import pack_samples  # noqa: E402
+from megatron_sr1.data.processor import Processor  # noqa: E402
+from megatron_sr1.model.row_split import sequence_multiple  # noqa: E402
+from megatron_sr1.records import PackedBatch, TrainSample  # noqa: E402
+from megatron_sr1.runtime.device import select_device, start_distributed  # noqa: E402
+from megatron_sr1.runtime.groups import Groups, destroy_groups, make_groups  # noqa: E402
+from megatron_sr1.trainer.actor import Actor, make_actor  # noqa: E402
+from megatron_sr1.trainer.objective import grpo_loss  # noqa: E402
+from megatron_sr1.trainer.setup import load_actor_model  # noqa: E402
+from megatron_sr1.trainer.step import update  # noqa: E402
+from tools.layout_parts import exported, published_gradients, random_images  # noqa: E402
+
 NUM_UPDATES, LEARNING_RATE, TEMPERATURE = 2, 1e-3, 0.7
 EPSILON = 1e-4
 """Of AdamW: a gradient far below it is not blown up to a whole step."""
@@ -57,7 +59,7 @@ class Variant:
     vision: str = "tensor"
 
     def __str__(self) -> str:
-        """Describe it in a line of the output."""
+        """In a line."""
         packing = "packed" if self.packing else "one a row"
         return f"{packing}, recompute {self.recompute}, vision by {self.vision}"
 
@@ -70,55 +72,14 @@ VARIANTS = [
 
 @dataclass(frozen=True)
 class Gap:
-    """The largest relative distance of a tensor from the expected one, by norm."""
+    """Largest distance of a tensor from the expected one, over the expected one's norm."""
 
     value: float
     tensor: str
 
 
-def random_images(
-    rng: np.random.Generator, sizes: Sequence[tuple[int, int]], processor: Processor
-) -> tuple[list[Image.Image], tuple[tuple[int, int, int], ...], list[int]]:
-    """Make images of noise, width x height pixels, and the start of a sequence with them.
-
-    Returns:
-        images, their grids (t, h, w) in patches, and token ids of the digits model.
-    """
-    images = [Image.fromarray(rng.integers(0, 255, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
-    grids = tuple(processor.grid(image) for image in images)
-    tokens = [START]
-    for t, h, w in grids:
-        num_pads = t * h * w // processor.merge_size**2
-        tokens += [VISION_START, *([processor.image_pad_id] * num_pads), VISION_END]
-    return images, grids, tokens
-
-
-def published_gradients(
-    chunks: Sequence[Any], hf_config: HFConfig, groups: Groups
-) -> dict[str, torch.Tensor]:
-    """Return the gradients under their published names, gathered as weights are exported.
-
-    Replicated parameters come from this rank, so each rank compares its own copy.
-    """
-    parameters = [p for chunk in chunks for p in chunk.parameters()]
-    kept = [p.data for p in parameters]
-    for parameter in parameters:
-        gradient = getattr(parameter, "main_grad", parameter.grad)
-        parameter.data = torch.zeros_like(parameter) if gradient is None else gradient.clone()
-    gradients = exported(chunks, hf_config, groups)
-    for parameter, data in zip(parameters, kept, strict=True):
-        parameter.data = data
-    return gradients
-
-
-def exported(chunks: Sequence[Any], hf_config: HFConfig, groups: Groups) -> dict[str, torch.Tensor]:
-    """Return copies of the whole weights under their published names; collective."""
-    weights = export_weights(chunks, hf_config, groups)
-    return {name: weight.clone() for name, weight in weights}
-
-
 def make_batch(processor: Processor) -> tuple[list[TrainSample], list[list[Image.Image]]]:
-    """Make samples with random tokens and numbers, the last longer than the others together."""
+    """Samples with random tokens and numbers, the last longer than all others together."""
     rng = np.random.default_rng(7)
     samples: list[TrainSample] = []
     pictures = []
@@ -148,7 +109,7 @@ def make_batch(processor: Processor) -> tuple[list[TrainSample], list[list[Image
 
 
 def configure(model: str, keys: dict[str, Any], variant: Variant) -> Config:
-    """Configure a layout, without clipping, which would hide a gradient's scale."""
+    """A configuration of a layout; it has no clipping, which would hide a gradient's scale."""
     fixed = ["model.dtype=float32", "optimizer.clip_grad=0", "optimizer.weight_decay=0"]
     fixed += [f"optimizer.learning_rate={LEARNING_RATE}", f"optimizer.epsilon={EPSILON}"]
     own = [f"parallel.{key}={json.dumps(value)}" for key, value in keys.items()]
@@ -159,7 +120,7 @@ def configure(model: str, keys: dict[str, Any], variant: Variant) -> Config:
 def make_rows(
     config: Config, groups: Groups, processor: Processor, packing: bool
 ) -> list[PackedBatch]:
-    """Return this rank's samples in packed rows, or each in a row of its own."""
+    """This rank's samples in packed rows, or each in a row of its own."""
     samples, pictures = make_batch(processor)
     multiple = sequence_multiple(config.parallel.context)
     return pack_samples(
@@ -174,7 +135,7 @@ def make_rows(
 
 
 def with_sgd(actor: Actor) -> Actor:
-    """Replace the optimizer by plain gradient descent, which shows a gradient's size."""
+    """The actor with plain gradient descent, which hides nothing of a gradient's size."""
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     settings = OptimizerConfig(optimizer="sgd", lr=LEARNING_RATE, weight_decay=0.0,
@@ -187,7 +148,7 @@ def with_sgd(actor: Actor) -> Actor:
 def run(
     model: str, keys: dict[str, Any], variant: Variant, processor: Processor
 ) -> tuple[list[float], dict[str, dict[str, torch.Tensor]]]:
-    """Return the losses of both optimizers' updates, and gradients and weights by measure."""
+    """Losses of both optimizers' updates, and gradients and weights by measure."""
     config = configure(model, keys, variant)
     destroy_groups()
     groups = make_groups(config.parallel, select_device("cpu"))
@@ -207,7 +168,7 @@ def run(
 
 
 def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> Gap:
-    """Return the gap of the tensor that is farthest from the expected one."""
+    """The tensor that is farthest from what is expected."""
     assert found.keys() == expected.keys()
     gaps = [
         Gap(float((found[name] - want).norm() / want.norm()), name)
@@ -217,7 +178,7 @@ def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
 
 
 def compare(folder: Path, layouts: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield the gaps of each layout and variant, the largest of all ranks."""
+    """Gaps of each layout and variant; the largest of all ranks'."""
     model, processor = str(folder / "model"), make_processor(folder)
     wanted_losses = json.loads((folder / "losses.json").read_text())
     wanted = {name: load_file(folder / f"{name}.safetensors") for name in MEASURES}
@@ -227,19 +188,20 @@ def compare(folder: Path, layouts: dict[str, dict[str, Any]]) -> Iterator[dict[s
             pairs = zip(losses, wanted_losses, strict=True)
             gaps = {"loss": Gap(max(abs(a - b) / abs(b) for a, b in pairs), "")}
             gaps |= {name: worst(found[name], wanted[name]) for name in MEASURES}
-            everyone = gather_objects(gaps)
+            everyone: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(everyone, gaps)
             most = {n: max((g[n] for g in everyone), key=lambda g: g.value) for n in gaps}
             record = {"layout": layout, "variant": str(variant)}
             yield record | {name: asdict(gap) for name, gap in most.items()}
 
 
 def make_processor(folder: Path) -> Processor:
-    """Return the processor of the model that layouts.py made."""
+    """Of the model that layouts.py made."""
     return Processor(folder / "model", 784, 200704)
 
 
 def main() -> None:
-    """Write the expected numbers, or compare with them."""
+    """Write expected numbers, or compare with them."""
     folder, layouts = Path(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(1)
     start_distributed(select_device("cpu"), 120)

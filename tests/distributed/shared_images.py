@@ -27,7 +27,7 @@ from megatron_sr1.runtime.device import select_device, start_distributed
 from megatron_sr1.runtime.groups import destroy_groups, make_groups
 from tests.distributed.model_layouts import TOLERANCE, layout_of, leave, run_schedule, samples_of
 from tests.model_cases import make_row, worst_relative_gap
-from tools.layout_ranks import published_gradients
+from tools.layout_parts import published_gradients
 
 ORDER = (0, 1, 0, 0, 1)  # the samples of a row, as rollouts of two prompts
 

@@ -33,7 +33,7 @@ from megatron_sr1.trainer.actor import Reference, make_actor  # noqa: E402
 from megatron_sr1.trainer.objective import grpo_loss  # noqa: E402
 from megatron_sr1.trainer.setup import load_actor_model  # noqa: E402
 from megatron_sr1.trainer.step import sample_logprobs, update  # noqa: E402
-from tools.layout_ranks import random_images  # noqa: E402
+from tools.layout_parts import random_images  # noqa: E402
 
 WIDE = {"gspo_clip_low": 0.02, "gspo_clip_high": 0.03}
 OBJECTIVES = {
