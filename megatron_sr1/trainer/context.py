@@ -16,9 +16,8 @@ import torch.distributed as dist
 
 from megatron_sr1.config.loading import save_config
 from megatron_sr1.config.run import Config
-from megatron_sr1.data.balance import Size, plan_ranks
 from megatron_sr1.data.loader import Loader
-from megatron_sr1.data.packing import pack_samples
+from megatron_sr1.data.packing import Size, pack_samples, plan_ranks
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.errors import DataError, GradingError
 from megatron_sr1.model.flops import patch_cost
