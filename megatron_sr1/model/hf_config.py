@@ -106,26 +106,25 @@ class HFConfig:
         text: the language model.
         vision: the vision tower.
         image_token_id: stands for one image feature in the token row.
-        video_token_id: the same for video; never accepted here.
-        vision_start_token_id: opens an image.
-        vision_end_token_id: closes an image.
-        tie_word_embeddings: the output layer is the embedding; true where any of `tie_flags` is.
         raw: the whole file.
     """
 
     text: TextConfig
     vision: VisionConfig
     image_token_id: int
-    video_token_id: int
-    vision_start_token_id: int
-    vision_end_token_id: int
-    tie_word_embeddings: bool
     raw: Mapping[str, Any] = field(repr=False, hash=False)
 
     @property
     def tie_flags(self) -> dict[str, bool]:
         """Values of `tie_word_embeddings` in the file, by the place where each was found."""
-        return _tie_flags(self.raw)
+        places = {"": self.raw, "text_config.": self.raw.get("text_config") or {}}
+        key = "tie_word_embeddings"
+        return {place + key: bool(found[key]) for place, found in places.items() if key in found}
+
+    @property
+    def tie_word_embeddings(self) -> bool:
+        """Whether the output layer is the embedding: true where any of `tie_flags` is."""
+        return any(self.tie_flags.values())
 
 
 def read_hf_config(directory: str | Path) -> HFConfig:
@@ -179,22 +178,7 @@ def parse_hf_config(raw: Mapping[str, Any]) -> HFConfig:
             f"vision_config.out_hidden_size is {vision.out_hidden_size}, the language model's "
             f"hidden_size {text.hidden_size}; they must be equal"
         )
-    return HFConfig(
-        text=text,
-        vision=vision,
-        image_token_id=raw["image_token_id"],
-        video_token_id=raw.get("video_token_id", -1),
-        vision_start_token_id=raw.get("vision_start_token_id", -1),
-        vision_end_token_id=raw.get("vision_end_token_id", -1),
-        tie_word_embeddings=any(_tie_flags(raw).values()),
-        raw=dict(raw),
-    )
-
-
-def _tie_flags(raw: Mapping[str, Any]) -> dict[str, bool]:
-    places = {"": raw, "text_config.": raw.get("text_config") or {}}
-    key = "tie_word_embeddings"
-    return {place + key: bool(found[key]) for place, found in places.items() if key in found}
+    return HFConfig(text, vision, raw["image_token_id"], dict(raw))
 
 
 def _parse_text(raw: Mapping[str, Any]) -> TextConfig:

@@ -15,8 +15,9 @@ as they are over data-parallel ones, and tokens are counted on one of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
@@ -120,7 +121,7 @@ def split_row(cu_seqlens: torch.Tensor, group: Group) -> RowSplit:
         DataError: a sequence that cannot be cut into equal chunks.
     """
     borders, multiple = cu_seqlens.tolist(), sequence_multiple(group.size)
-    lengths = [end - start for start, end in zip(borders, borders[1:], strict=False)]
+    lengths = [end - start for start, end in pairwise(borders)]
     if group.size == 1:
         return RowSplit(group, whole_sequences(lengths))
     for length in lengths:
@@ -129,28 +130,22 @@ def split_row(cu_seqlens: torch.Tensor, group: Group) -> RowSplit:
                 f"a sequence of {length} tokens cannot be split over {group.size} context-parallel "
                 f"ranks; pad each sequence to a multiple of {multiple}"
             )
+    chunks = [list(_chunks(borders, rank, group.size)) for rank in range(group.size)]
     segments, num_own = [], 0
-    for start, length in zip(borders, lengths, strict=False):
-        chunk = length // multiple
-        for number in _chunks_of(group.rank, group.size) if chunk else ():
-            segments.append(Segment(num_own, chunk, start, (number + 1) * chunk))
-            num_own += chunk
-    shares = [_share(borders, rank, group.size) for rank in range(group.size)]
+    for start, first, size in chunks[group.rank]:
+        if size:
+            segments.append(Segment(num_own, size, start, first + size - start))
+            num_own += size
+    shares = [torch.cat([torch.arange(a, a + size) for _, a, size in own]) for own in chunks]
     places = torch.empty(borders[-1], dtype=torch.int64)
     places[torch.cat(shares)] = torch.arange(borders[-1])
     device = cu_seqlens.device
     return RowSplit(group, tuple(segments), shares[group.rank].to(device), places.to(device))
 
 
-def _chunks_of(rank: int, num_ranks: int) -> tuple[int, int]:
-    return rank, 2 * num_ranks - 1 - rank
-
-
-def _share(borders: Sequence[int], rank: int, num_ranks: int) -> torch.Tensor:
-    """Places on the row of a rank's tokens, in its order."""
-    parts = [torch.zeros(0, dtype=torch.int64)]
-    for start, end in zip(borders, borders[1:], strict=False):
-        chunk = (end - start) // (2 * num_ranks)
-        for number in _chunks_of(rank, num_ranks):
-            parts.append(torch.arange(chunk) + start + number * chunk)
-    return torch.cat(parts)
+def _chunks(borders: Sequence[int], rank: int, num_ranks: int) -> Iterator[tuple[int, int, int]]:
+    """Yield each chunk of a rank: where its sequence starts, where it starts, its tokens."""
+    for start, end in pairwise(borders):
+        size = (end - start) // (2 * num_ranks)
+        for number in (rank, 2 * num_ranks - 1 - rank):
+            yield start, start + number * size, size

@@ -6,7 +6,6 @@ Losses are sums over tokens, divided by the number of tokens of the whole update
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,7 +40,15 @@ def text_transformer_config(
     extra: dict[str, Any] = {}
     if model.recompute == "full":
         extra = {"recompute_method": "uniform", "recompute_num_layers": 1}
-    extra |= _pipeline_settings(parallel.virtual, parallel.stage_layers)
+    if parallel.stage_layers:
+        stages = [["decoder"] * number for number in parallel.stage_layers]
+        stages = [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
+        extra["pipeline_model_parallel_layout"] = stages
+    if parallel.virtual > 1:
+        extra["virtual_pipeline_model_parallel_size"] = parallel.virtual
+        # A batch of messages between two ranks that are each other's next and previous would mix
+        # up forward and backward; apart from one another they are also hidden behind computing.
+        extra |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     extra |= _fp8_settings(model, text.num_layers // groups.pipeline.size)
     return TransformerConfig(
         num_layers=text.num_layers,
@@ -80,25 +87,6 @@ def text_transformer_config(
         recompute_modules=["mlp"],
         **extra,
     )
-
-
-def _pipeline_settings(virtual_stages: int, stage_layers: Sequence[int]) -> dict[str, Any]:
-    """What an uneven pipeline, and one of several model chunks a rank, add."""
-    settings: dict[str, Any] = {}
-    if stage_layers:
-        settings["pipeline_model_parallel_layout"] = _stages(stage_layers)
-    if virtual_stages > 1:
-        settings["virtual_pipeline_model_parallel_size"] = virtual_stages
-        # A batch of messages between two ranks that are each other's next and previous would mix
-        # up forward and backward; apart from one another they are also hidden behind computing.
-        settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
-    return settings
-
-
-def _stages(stage_layers: Sequence[int]) -> list[list[str]]:
-    """Megatron's description of an uneven pipeline: what stands on each stage."""
-    stages = [["decoder"] * number for number in stage_layers]
-    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
 
 
 def vision_transformer_config(

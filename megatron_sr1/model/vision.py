@@ -24,7 +24,6 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlock,
     TransformerBlockSubmodules,
@@ -131,11 +130,9 @@ def row_layout(
         orders.append(layout.order + first)
         first += len(layout.order)
     order = torch.cat(orders)
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(len(order))
     return RowLayout(
         order=order.to(device),
-        inverse=inverse.to(device),
+        inverse=order.argsort().to(device),
         positions=torch.cat([layout.positions for layout in layouts]).to(device),
         windows=_pack([n for layout in layouts for n in layout.window_lengths], device),
         images=_pack([n for layout in layouts for n in layout.frame_lengths], device),
@@ -169,23 +166,6 @@ class VisionSelfAttention(SelfAttention):
         windows, images = packed_seq_params
         row = images if self.is_full else windows
         return super().forward(*args, packed_seq_params=row, **kwargs)
-
-
-def vision_layer(kernels: str, full_attention_blocks: tuple[int, ...]) -> ModuleSpec:
-    """Spec of a vision block.
-
-    Args:
-        kernels: local | transformer_engine.
-        full_attention_blocks: numbers, from 0, of the blocks that attend over the whole image.
-    """
-    spec = layers.text_layer(kernels)
-    attention = spec.submodules.self_attention
-    attention.module = VisionSelfAttention
-    attention.params = {
-        "attn_mask_type": AttnMaskType.no_mask,
-        "full_attention_blocks": full_attention_blocks,
-    }
-    return spec
 
 
 class PatchMerger(MegatronModule):
@@ -264,7 +244,13 @@ class VisionModel(MegatronModule):
             dtype=config.params_dtype,
             device=device,
         )
-        layer = vision_layer(kernels, vision.full_attention_blocks)
+        layer = layers.text_layer(kernels)
+        attention = layer.submodules.self_attention
+        attention.module = VisionSelfAttention
+        attention.params = {
+            "attn_mask_type": AttnMaskType.no_mask,
+            "full_attention_blocks": vision.full_attention_blocks,
+        }
         self.decoder = TransformerBlock(
             config=config,
             spec=TransformerBlockSubmodules(layer_specs=[layer] * vision.depth, layer_norm=None),
