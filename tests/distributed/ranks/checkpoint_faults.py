@@ -8,18 +8,14 @@ import resource
 import sys
 from pathlib import Path
 
-from megatron_sr1.runtime import cpu
+import torch.distributed as dist
 
-cpu.install()
-
-import torch.distributed as dist  # noqa: E402
-
-from megatron_sr1.checkpoint import manifest  # noqa: E402
-from megatron_sr1.config.model import ParallelConfig  # noqa: E402
-from megatron_sr1.errors import CheckpointError  # noqa: E402
-from megatron_sr1.runtime.device import select_device, start_distributed  # noqa: E402
-from megatron_sr1.runtime.groups import make_groups  # noqa: E402
-from tests.checkpoint_run import fill, held, load, make_run, save  # noqa: E402
+from megatron_sr1.checkpoint import manifest
+from megatron_sr1.config.model import ParallelConfig
+from megatron_sr1.errors import CheckpointError
+from megatron_sr1.runtime.device import select_device, start_distributed
+from megatron_sr1.runtime.groups import make_groups
+from tests.checkpoint_run import fill, held, load, make_run, save
 
 
 def told(work):
