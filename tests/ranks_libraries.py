@@ -4,7 +4,7 @@ import importlib
 
 from megatron_sr1.rollout.process import set_environment
 from megatron_sr1.runtime import cpu
-from megatron_sr1.runtime.torchvision_patch import patch_torchvision
+from megatron_sr1.runtime.cpu import patch_torchvision
 
 set_environment(1)
 patch_torchvision()

@@ -140,7 +140,6 @@ def pack_row(
     cu_seqlens: torch.Tensor,
     *,
     is_causal: bool,
-    max_seqlen: int | None = None,
     split: RowSplit | None = None,
 ) -> PackedRow:
     """Packing parameters of a row for Megatron's attention layers.
@@ -148,11 +147,9 @@ def pack_row(
     Args:
         cu_seqlens: [sequences + 1] int32, borders on the row.
         is_causal: text is, vision is not.
-        max_seqlen: longest sequence, tokens; counted if None.
         split: of the row over the context-parallel ranks; None: each holds all of it.
     """
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
-    longest = max(lengths, default=0) if max_seqlen is None else max_seqlen
     segments = whole_sequences(lengths) if split is None else split.segments
     places = None if split is None else split.places
     device = cu_seqlens.device
@@ -163,8 +160,8 @@ def pack_row(
         # Transformer Engine's context parallelism cuts at these; they are the same borders.
         cu_seqlens_q_padded=None if places is None else cu_seqlens,
         cu_seqlens_kv_padded=None if places is None else cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
+        max_seqlen_q=max(lengths, default=0),
+        max_seqlen_kv=max(lengths, default=0),
         plan=plan_attention(segments, is_causal=is_causal, places=places, device=device),
         split=split,
     )

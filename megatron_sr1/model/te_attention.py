@@ -5,11 +5,11 @@ Imported only where Transformer Engine is installed (specs.py).
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from megatron.core.extensions.transformer_engine import TEDotProductAttention
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_sr1.model.attention import PackedRow
@@ -35,16 +35,8 @@ class PackedTEAttention(TEDotProductAttention):
     ) -> torch.Tensor:
         """As `PackedAttention.forward`."""
         assert packed_seq_params is not None
-        row = packed_seq_params
-        packed = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=row.cu_seqlens_q,
-            cu_seqlens_kv=row.cu_seqlens_kv,
-            cu_seqlens_q_padded=row.cu_seqlens_q_padded,
-            cu_seqlens_kv_padded=row.cu_seqlens_kv_padded,
-            max_seqlen_q=row.max_seqlen_q,
-            max_seqlen_kv=row.max_seqlen_kv,
-        )
+        packed = copy.copy(packed_seq_params)
+        packed.qkv_format = "thd"
         context = super().forward(
             query[:, 0],
             key[:, 0],

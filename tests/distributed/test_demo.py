@@ -3,13 +3,19 @@
 Not covered: how long it takes, as that depends on the machine.
 """
 
+import io
+import itertools
 import json
 
 import pytest
+from rich.console import Console
 
+from megatron_sr1.demo.demo import WAYS, comparison
 from megatron_sr1.observability.metrics import read_lines
 from megatron_sr1.report.panels import TITLES
+from megatron_sr1.trainer.scoring import VERDICTS
 
+PARTS = ("data", "cold start (600 steps)", "GRPO, answer only (40", "GRPO + self-reward (40")
 MODELS = ("cold_start", "see_think", "vision_sr1")
 
 
@@ -72,3 +78,28 @@ def test_both_recipes_had_the_same_budget_and_left_what_a_run_leaves(demo):
         assert (demo / name / "hf" / "config.json").is_file()
     assert set(TITLES) <= set(steps["vision_sr1"][0]), "a title for what no step writes"
     assert (demo / "report.html").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_a_log_names_the_four_parts_and_not_every_step(demo):
+    text = (demo / "terminal.txt").read_text()
+    parts = [text.index(f"{n}/4 {name}") for n, name in enumerate(PARTS, start=1)]
+    assert parts == sorted(parts)
+    logged = [line for line in text.splitlines() if " sft " in line]
+    assert "sft 1/600" in logged[0] and "sft 600/600" in logged[-1] and len(logged) < 200
+    assert text.index("Held-out questions") < text.index(str(demo / "report.html"))
+    assert "megatron-sr1 train examples/digits_cpu.yaml" in text.splitlines()[-2]
+
+
+def test_the_terminal_shows_every_rate_of_every_model():
+    number = itertools.count(1)
+    summary = {
+        name: {way: {rate: next(number) / 1000 for rate in VERDICTS.values()} for way in WAYS}
+        for name in MODELS
+    }
+    shown = io.StringIO()
+    Console(file=shown, width=80).print(comparison(summary))
+    rows = [line.split("│")[1:-1] for line in shown.getvalue().splitlines() if "│" in line]
+    assert len(rows) == len(WAYS) * (1 + len(VERDICTS))
+    cells = [cell.strip() for row in rows for cell in row[1:]]
+    assert sorted(filter(None, cells)) == sorted(f"{n / 10:.1f}" for n in range(1, next(number)))

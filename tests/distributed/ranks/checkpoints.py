@@ -25,8 +25,8 @@ from megatron_sr1.checkpoint.saving import save_checkpoint
 from megatron_sr1.checkpoint.tensors import Trained
 from megatron_sr1.config.loading import load_config
 from megatron_sr1.data.processor import Processor
-from megatron_sr1.model.build import build_model
 from megatron_sr1.model.hf_config import read_hf_config
+from megatron_sr1.model.qwen25_vl import build_model
 from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.device import select_device, start_distributed
 from megatron_sr1.runtime.groups import destroy_groups, make_groups

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from megatron_sr1.checkpoint.hf import load_hf
 from megatron_sr1.config.loading import load_config
 from megatron_sr1.config.model import ModelConfig, ParallelConfig
-from megatron_sr1.model.build import build_model
 from megatron_sr1.model.hf_config import read_hf_config
+from megatron_sr1.model.qwen25_vl import build_model
 from megatron_sr1.model.row_split import sequence_multiple
 from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.device import select_device, start_distributed, stop_distributed
@@ -50,15 +50,13 @@ def run_schedule(chunks, rows, groups, labels, forward_only):
 
     def forward(iterator, stage):
         row = next(iterator)
-        wanted = {"labels": row.labels, "with_entropy": True} if labels else {}
-        output = stage(**row.inputs, temperature=TEMPERATURE, **wanted)
+        output = stage(**row.inputs, temperature=TEMPERATURE, labels=row.labels if labels else None)
 
         def loss(output, non_loss_data=False):
             if forward_only:
                 outputs.append(output)
                 return output
-            logprobs, entropy = output
-            total = ((logprobs + 0.3 * entropy) * row.loss_mask).sum()
+            total = (output * row.loss_mask).sum()
             outputs.append(total.detach())
             num_tokens = row.loss_mask.sum().int()
             return total, num_tokens if groups.counts_tokens else 0 * num_tokens, {}

@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 from megatron_sr1.checkpoint.mapping import is_tower_frozen
 from megatron_sr1.config.loading import load_config
-from megatron_sr1.model.build import build_model
 from megatron_sr1.model.hf_config import read_hf_config
+from megatron_sr1.model.qwen25_vl import build_model
 from megatron_sr1.planning.layout import check, configured
 from megatron_sr1.planning.rank_memory import (
     Kernels,
@@ -78,7 +78,7 @@ def storage_bytes(tensors):
 def make_batch(hf_config):
     """A row of text and images."""
     row = make_row(hf_config, [TOKENS], GRIDS)
-    return PackedBatch((0,), loss_mask=torch.ones(1, TOKENS), max_seqlen=TOKENS, **row)
+    return PackedBatch((0,), loss_mask=torch.ones(1, TOKENS), **row)
 
 
 def loss(logprobs, batch):

@@ -46,7 +46,7 @@ def configuration(model_dir, shards, output, learning_rate):
 
 def invented(samples):
     """Rollouts of random tokens for the first prompts, and random advantages."""
-    rng = np.random.default_rng(11)
+    rng = np.random.default_rng(12)
     unjudged = Reward(0.0, 0.0, None, False, 0.0, None, None)
     scored = []
     for index in range(NUM_PROMPTS):
