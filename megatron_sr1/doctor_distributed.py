@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_sr1.doctor import GIB, Finding, needed, report, version
+from megatron_sr1.runtime.collectives import gather_objects
 from megatron_sr1.runtime.device import Device, select_device, start_distributed
-from megatron_sr1.runtime.groups import gather_objects
 
 TIMEOUT_SECONDS = 120.0
 MIB = 2**20

@@ -82,7 +82,7 @@ def transformers(
     arguments: argparse.Namespace, source: ModelSource, device: Device, lines: Lines
 ) -> Scores:
     """Score with transformers' own model, one line at a time."""
-    from megatron_sr1.runtime.torchvision_patch import patch_torchvision
+    from megatron_sr1.runtime.cpu import patch_torchvision
 
     patch_torchvision()
     from transformers import Qwen2_5_VLForConditionalGeneration

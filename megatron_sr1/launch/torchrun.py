@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from megatron_sr1.errors import ConfigError, SR1Error
-from megatron_sr1.runtime.child_processes import end_with
+from megatron_sr1.runtime.signals import end_with
 
 if TYPE_CHECKING:
     from megatron_sr1.config.run import LaunchConfig

@@ -35,8 +35,7 @@ from megatron_sr1.model.attention import PackedRow, pack_row
 from megatron_sr1.model.hf_config import HFConfig, VisionConfig
 from megatron_sr1.model.transformer_config import VISION_NORM_EPS, vision_transformer_config
 from megatron_sr1.records import VisionInputs
-from megatron_sr1.runtime.groups import Group, Groups
-from megatron_sr1.runtime.partition import share_out
+from megatron_sr1.runtime.groups import Group, Groups, share_out
 
 
 @dataclass(frozen=True)

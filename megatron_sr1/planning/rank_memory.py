@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_sr1.data.image_limits import largest_pixels
+from megatron_sr1.data.images import largest_pixels
 from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.planning.costs import ENGINE_RESERVED_BYTES, RESERVED_BYTES
 from megatron_sr1.planning.engine_time import Replica

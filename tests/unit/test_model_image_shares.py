@@ -8,7 +8,7 @@ import torch
 from megatron_sr1.errors import DataError
 from megatron_sr1.model.vision import encode_by_turns
 from megatron_sr1.records import VisionInputs
-from megatron_sr1.runtime.partition import share_out
+from megatron_sr1.runtime.groups import share_out
 
 
 def test_images_go_largest_first_to_the_rank_with_the_least_to_do():
