@@ -171,7 +171,7 @@ def make_actor(
 
     Args:
         config: of the run.
-        chunks: the model with its weights.
+        chunks: from `load_actor_model`, like `hf_config` and `source`.
         hf_config: shape of the model.
         source: the directory that it was loaded from.
         groups: of the layout.

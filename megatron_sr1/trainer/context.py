@@ -6,11 +6,11 @@ import contextlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_sr1.config.loading import save_config
 from megatron_sr1.config.run import Config
@@ -27,6 +27,7 @@ from megatron_sr1.observability.profiling import (
 from megatron_sr1.observability.sinks import Images, Sink, make_sinks
 from megatron_sr1.rewards.verdicts import cross
 from megatron_sr1.runtime import failure, signals
+from megatron_sr1.runtime.collectives import sum_over_ranks
 from megatron_sr1.runtime.files import write_text
 from megatron_sr1.runtime.groups import Groups
 from megatron_sr1.trainer.actor import Actor
@@ -51,13 +52,7 @@ class Context:
     """
 
     def __init__(self, config: Config, groups: Groups, num_samples: int) -> None:
-        """Touch no file yet: `start` or `open` does.
-
-        Args:
-            config: of the run.
-            groups: of the layout.
-            num_samples: size of the training set; 0 without training.
-        """
+        """Touch no file yet: `start` or `open` does. Without training, `num_samples` is 0."""
         self.config, self.groups = config, groups
         self.run_dir = Path(config.output)
         self.step = self.skipped = self.ungraded = self._newly_skipped = 0
@@ -120,14 +115,13 @@ class Context:
     def count_skipped(self, is_replica_leader: bool) -> None:
         """Add up the samples skipped since the last call; collective over all ranks.
 
-        Args:
-            is_replica_leader: True on one of the ranks that read the same samples.
+        One of the ranks that read the same samples is their leader and counts.
 
         Raises:
             DataError: there are too many; all ranks raise.
         """
         newly = {"skipped": float(self._newly_skipped if is_replica_leader else 0)}
-        self.skipped += round(self.sum_over_ranks(newly)["skipped"])
+        self.skipped += round(sum_over_ranks(self.groups, newly)["skipped"])
         self._newly_skipped = 0
         limit = self.config.data.max_skipped
         if self.skipped > limit:
@@ -141,10 +135,7 @@ class Context:
 
         Args:
             newly: index of each prompt -> the limit that it met; equal on all ranks.
-            num_prompts: of the step.
-
-        Returns:
-            their share of the step's prompts.
+            num_prompts: all prompts of the step, of which the share is returned.
 
         Raises:
             GradingError: the share is more than `reward.max_ungraded_share`; all ranks raise.
@@ -164,14 +155,6 @@ class Context:
                 examples,
             )
         return share
-
-    def sum_over_ranks(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Return sums over the world, equal on all ranks, all of which have the same names."""
-        total = torch.tensor(list(values.values()), dtype=torch.float64)
-        if self.groups.world.size > 1:
-            total = total.to(self.groups.device.torch)
-            dist.all_reduce(total)
-        return dict(zip(values, total.tolist(), strict=True))
 
     def save_lines(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
         """Write a jsonl file of the run as a whole; only on the writer."""
@@ -236,11 +219,7 @@ class Context:
         Metrics come first: a kill between the two loses a line that is written again, never one
         that is not. So the time of a save is in the next step's line.
 
-        Args:
-            stage: of the line in metrics.jsonl.
-            values: metrics of the step.
-            actor: to be saved.
-            rate: evaluates the actor before a save that is due, for `checkpoint.keep_best`.
+        `rate` evaluates the actor before a save that is due, for `checkpoint.keep_best`.
         """
         self.step += 1
         if self.step % STEPS_BETWEEN_TRIMS == 0:
@@ -250,7 +229,7 @@ class Context:
         rated = rate() if rate is not None and self._checkpoints.is_due(self.step) else {}
         times = self.timer.take()
         with self._deadline("perf"):
-            perf = self.throughput.take(times, self.sum_over_ranks)
+            perf = self.throughput.take(times, partial(sum_over_ranks, self.groups))
         if self._metrics is not None:
             line = {
                 **values,
@@ -270,7 +249,7 @@ class Context:
             "ungraded": self.ungraded,
             "loader": self.loader.state_dict(),
         }
-        if self._checkpoints.finish_step(actor, state, rated, self.sum_over_ranks):
+        if self._checkpoints.finish_step(actor, state, rated):
             self._leave()
         else:
             self._profiler.begin(self.step + 1)

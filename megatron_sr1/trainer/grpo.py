@@ -41,16 +41,10 @@ def train_grpo(
     reference: Reference | None,
     rate: Callable[[], dict[str, float]] | None = None,
 ) -> None:
-    """Run the GRPO steps that are left, saving and logging as configured.
+    """Run the GRPO steps that are left.
 
-    Args:
-        context: of the run.
-        actor: with its optimizer.
-        engine: with any weights; it is synced before it samples.
-        samples: the training set.
-        scorer: of the recipe.
-        reference: frozen weights of the KL term; None if its coefficient is 0.
-        rate: evaluates the actor before a save, for `checkpoint.keep_best`.
+    `reference` holds the frozen weights of the KL term, if its coefficient is not 0; `rate`
+    evaluates the actor before a save, for `checkpoint.keep_best`.
     """
     config, started_at = context.config, context.step
     bound = config.rollout.canary_bound

@@ -19,6 +19,7 @@ from megatron_sr1.checkpoint.saving import SaveQueue
 from megatron_sr1.config.run import Config
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.runtime import failure, signals
+from megatron_sr1.runtime.collectives import sum_over_ranks
 from megatron_sr1.trainer.actor import Actor
 from megatron_sr1.trainer.optimizer import schedule_change, schedule_facts
 
@@ -98,11 +99,7 @@ class RunCheckpoints:
         return step == self._config.optimizer.num_steps or bool(every and step % every == 0)
 
     def finish_step(
-        self,
-        actor: Actor,
-        state: Mapping[str, Any],
-        rates: Mapping[str, float],
-        sum_over_ranks: Callable[[Mapping[str, float]], dict[str, float]],
+        self, actor: Actor, state: Mapping[str, Any], rates: Mapping[str, float]
     ) -> bool:
         """Save if a checkpoint is due or a rank is asked to stop, and publish finished saves.
 
@@ -112,7 +109,6 @@ class RunCheckpoints:
             actor: to be saved.
             state: JSON values that `resume` returns; `step` is the step that is finished.
             rates: result of the actor's evaluation, if there was one.
-            sum_over_ranks: sums values over the world.
 
         Returns:
             True if any rank was asked to stop.
@@ -120,7 +116,7 @@ class RunCheckpoints:
         step = state["step"]
         flags = {"stop": signals.stop_requested(), "writing": self._saves.is_writing}
         with failure.deadline("ask", self._config.launch.phase_deadline_seconds):
-            totals = sum_over_ranks({name: float(flag) for name, flag in flags.items()})
+            totals = sum_over_ranks(actor.groups, flags)
         stop = totals["stop"] > 0
         if self._saves and not totals["writing"]:
             with self._phase("save"):

@@ -23,7 +23,7 @@ from megatron_sr1.rewards.verdicts import cross
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.rollout.pass2 import Pass2, RolloutHooks
 from megatron_sr1.rollout.two_pass import RolloutStats, roll_out
-from megatron_sr1.runtime.collectives import gather_objects
+from megatron_sr1.runtime.collectives import gather_objects, sum_over_ranks
 from megatron_sr1.runtime.groups import Groups
 from megatron_sr1.runtime.rng import request_seed
 from megatron_sr1.trainer.context import Context
@@ -79,8 +79,7 @@ def roll_out_step(
     cursor is saved with the step, so a resumed run draws the same.
 
     Returns:
-        the scored rollouts of all replicas in the order drawn, equal on every rank, and what the
-        engine counted.
+        what `roll_out_prompts` does, for all prompts in the order drawn.
 
     Raises:
         DataError: no prompt could be used.
@@ -145,9 +144,8 @@ def roll_out_prompts(
         graded = score(rollouts if is_leader else (), samples, scorer)
     with context.phase("share"):
         graded = gather_graded(graded, indices, context.groups)
-        counted = context.sum_over_ranks(
-            {name: value if is_leader else 0.0 for name, value in _counts(stats).items()}
-        )
+        counts = {name: value if is_leader else 0.0 for name, value in _counts(stats).items()}
+        counted = sum_over_ranks(context.groups, counts)
     return graded, counted
 
 
@@ -249,7 +247,7 @@ def gather_graded(graded: Graded, order: Sequence[int], groups: Groups) -> Grade
 
     Args:
         graded: of this replica on its leader, else empty.
-        order: indices of the step's examples, which the result follows, samples ascending.
+        order: indices of the examples; the result is in this order, samples ascending.
         groups: of the layout.
     """
     place = {index: number for number, index in enumerate(order)}

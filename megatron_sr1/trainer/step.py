@@ -48,8 +48,8 @@ def sample_logprobs(
 
     Args:
         actor: all ranks of a replica call this with the same batches.
-        samples: what was packed.
-        batches: `samples`, packed.
+        samples: the samples in `batches`.
+        batches: all of `samples`, packed.
         temperature: divides the logits.
 
     Returns:
@@ -119,7 +119,7 @@ def update(
     learning_rate = actor.optimizer.param_groups[0]["lr"]
     with cpu.megatron_mode():
         _schedule(actor, actor.wrapped, batches, temperature, lambda b: partial(reduce, b), True)()
-    measured = _measured(reduce_sums(sums, actor.groups))
+    measured = _measured(sums, actor.groups)
     measured |= {"learning_rate": float(learning_rate), "skipped_updates": 0.0}
     if "loss" not in measured:  # the same on all ranks
         if actor.groups.world.rank == 0:
@@ -136,17 +136,6 @@ def update(
     assert success
     actor.scheduler.step(increment=1)
     return {**measured, "grad_norm": float(grad_norm)}
-
-
-def _measured(totals: dict[str, tuple[float, float]]) -> dict[str, float]:
-    """Return the means, maxima and numbers of an update that are over some tokens."""
-    measured = {}
-    for name, (total, num_tokens) in totals.items():
-        if name.rpartition("/")[2].startswith("num_"):
-            measured[name] = total
-        elif num_tokens > 0:
-            measured[name] = total if name.endswith("_max") else total / num_tokens
-    return measured
 
 
 def named(measured: list[dict[str, float]]) -> dict[str, float]:
@@ -167,8 +156,8 @@ def named(measured: list[dict[str, float]]) -> dict[str, float]:
     return named
 
 
-def reduce_sums(sums: dict[str, torch.Tensor], groups: Groups) -> dict[str, tuple[float, float]]:
-    """Return totals over the world of what the last pipeline stages counted, equal on all ranks.
+def _measured(sums: dict[str, torch.Tensor], groups: Groups) -> dict[str, float]:
+    """Reduce what the last pipeline stages counted, as described at `Sums`, equal on all ranks.
 
     Args:
         sums: by name [2] float64: a sum or a maximum, and the number of tokens that it is over.
@@ -181,15 +170,22 @@ def reduce_sums(sums: dict[str, torch.Tensor], groups: Groups) -> dict[str, tupl
             names, src=groups.pipeline.ranks[-1], group=groups.pipeline.process_group
         )
     device = groups.device.torch
-    values = torch.zeros(len(names[0]), 2, dtype=torch.float64, device=device)
+    totals = torch.zeros(len(names[0]), 2, dtype=torch.float64, device=device)
     if counted:
-        values = torch.stack([sums[name].to(device) for name in names[0]])
-    largest = values.clone()
+        totals = torch.stack([sums[name].to(device) for name in names[0]])
+    maxima = totals.clone()
     if groups.world.size > 1:
-        dist.all_reduce(values)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    pairs = zip(names[0], values.tolist(), largest.tolist(), strict=True)
-    return {name: tuple(high if name.endswith("_max") else total) for name, total, high in pairs}
+        dist.all_reduce(totals)
+        dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
+    measured = {}
+    for name, (total, num_tokens), (largest, _) in zip(
+        names[0], totals.tolist(), maxima.tolist(), strict=True
+    ):
+        if name.rpartition("/")[2].startswith("num_"):
+            measured[name] = total
+        elif num_tokens > 0:
+            measured[name] = largest if name.endswith("_max") else total / num_tokens
+    return measured
 
 
 def _schedule(

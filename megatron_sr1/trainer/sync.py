@@ -66,13 +66,9 @@ def engine_directory(config: Config, groups: Groups) -> Path:
 
 
 def sync(context: Context, actor: Actor, engine: Engine, again: bool = False) -> None:
-    """Wake the engine and stream the actor's weights into it; they get the step as version.
+    """Wake the engine and stream the actor's weights into it, with the step as their version.
 
-    Args:
-        context: of the run.
-        actor: with the weights.
-        engine: that receives them.
-        again: the engine's weights came from this actor, so frozen ones need not be sent.
+    `again` says that the engine's weights came from this actor: frozen ones are not sent again.
     """
     with context.phase("sync"):
         left_out = actor.frozen if again and engine.keeps_weights else frozenset[str]()
