@@ -318,7 +318,7 @@ def plan_command(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, list(arguments.overrides))
     hf_config = read_hf_config(config.model.path)
     lengths = {f"{name}_tokens": getattr(arguments, f"{name}_tokens") for name in LENGTHS}
-    print(plan(planned_run(config, hf_config, gpu, **lengths), arguments.gpus))
+    print(plan(planned_run(config, hf_config, gpu, lengths), arguments.gpus))
     return 0
 
 

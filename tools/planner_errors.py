@@ -75,14 +75,12 @@ def easyr1_rows(line: EasyR1) -> list[str]:
     keys = ["rollout.samples_per_prompt=5", "reward.recipe=vision_r1", "model.recompute=full"]
     config = load_config(EXAMPLE, [*keys, "rollout.gpu_memory_utilization=0.6"])
     gpu = find_gpu("h100")
-    run = planned_run(
-        config,
-        hf_config,
-        gpu,
-        text_tokens=TEXT_TOKENS,
-        image_tokens=IMAGE_TOKENS,
-        response_tokens=line.sequence_tokens - TEXT_TOKENS - IMAGE_TOKENS,
-    )
+    lengths = {
+        "text_tokens": TEXT_TOKENS,
+        "image_tokens": IMAGE_TOKENS,
+        "response_tokens": line.sequence_tokens - TEXT_TOKENS - IMAGE_TOKENS,
+    }
+    run = planned_run(config, hf_config, gpu, lengths)
     layout = Layout(data=NUM_GPUS, recompute="full", engine=line.engine)
     found = estimate(run, layout)
     mfu = text_flops(run) / (found.seconds["update"] * NUM_GPUS * gpu.peak_flops)

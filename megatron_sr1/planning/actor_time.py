@@ -154,20 +154,15 @@ class ActorCost:
         """Return the time to compute the logprobs of all sequences of a step."""
         return self._pipeline_seconds(self.run.num_sequences, with_backward=False)
 
-    def reference_seconds(self, held: StaticMemory) -> float:
-        """Return the same with the reference's weights, which are swapped in and out.
-
-        Four copies of the weights cross PCIe: both models' to the host and to the GPU.
-        """
-        copies = transfer_seconds(4 * held.weights, self.run.gpu.host_rate)
-        return self.forward_seconds() + copies
+    def swap_seconds(self, held: StaticMemory) -> float:
+        """Return the time to swap the reference's weights in and out over PCIe: four copies."""
+        return transfer_seconds(4 * held.weights, self.run.gpu.host_rate)
 
     def update_seconds(self, held: StaticMemory) -> float:
         """Return the time of all updates of a step on ranks that hold `held`."""
         num_updates = self.run.num_updates
         once = self._pipeline_seconds(self.run.num_sequences / num_updates, with_backward=True)
-        reduced = self._reduce_seconds(held) + self._tower_reduce_seconds()
-        return num_updates * (once + reduced + self._optimizer_seconds(held))
+        return num_updates * (once + self._reduce_seconds(held) + self._optimizer_seconds(held))
 
     def update_flops(self) -> float:
         """Return the operations of a step's updates; a frozen tower has no backward pass."""
@@ -203,23 +198,21 @@ class ActorCost:
 
     def _reduce_seconds(self, held: StaticMemory) -> float:
         """Time to reduce gradients over the ranks that share the state, and to gather weights."""
-        layout, gpu = self.layout, self.run.gpu
+        run, layout, gpu = self.run, self.layout, self.run.gpu
         # Ranks are ordered tensor, context, data; pipeline comes last.
         spans_nodes = layout.tensor * layout.num_sharing > GPUS_PER_NODE
         rate = gpu.network_rate if spans_nodes else gpu.nvlink_rate
-        if not self.run.config.parallel.distributed_optimizer:
-            return gather_seconds(2 * held.gradients, layout.num_sharing, rate)
-        reduced = gather_seconds(held.gradients, layout.num_sharing, rate)
-        return reduced + gather_seconds(held.weights, layout.num_sharing, rate)
-
-    def _tower_reduce_seconds(self) -> float:
-        """Time to reduce the gradients of a tower that each tensor-parallel rank holds whole."""
-        run, layout = self.run, self.layout
-        if layout.tower == layout.tensor or not run.trains_tower:
-            return 0.0
-        gradient_bytes = DTYPE_BYTES[run.config.optimizer.gradients]
-        held = gradient_bytes * num_parameters(run.hf_config, TOWER)
-        return gather_seconds(2 * held, layout.tensor, run.gpu.nvlink_rate)
+        seconds = 0.0
+        if run.config.parallel.distributed_optimizer:
+            for num_bytes in (held.gradients, held.weights):
+                seconds += gather_seconds(num_bytes, layout.num_sharing, rate)
+        else:
+            seconds += gather_seconds(2 * held.gradients, layout.num_sharing, rate)
+        if layout.tower != layout.tensor and run.trains_tower:  # each rank holds the whole tower
+            gradient_bytes = DTYPE_BYTES[run.config.optimizer.gradients]
+            tower = gradient_bytes * num_parameters(run.hf_config, TOWER)
+            seconds += gather_seconds(2 * tower, layout.tensor, gpu.nvlink_rate)
+        return seconds
 
     def _optimizer_seconds(self, held: StaticMemory) -> float:
         """Time to read gradients and to update the state, which may cross PCIe both ways."""

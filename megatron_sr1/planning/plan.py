@@ -238,7 +238,7 @@ def _phases(
         if run.num_updates > 1:
             phases["old_logprobs"] = actor.forward_seconds(), forward
         if run.config.algorithm.kl_coefficient > 0:
-            phases["reference"] = actor.reference_seconds(held), forward
+            phases["reference"] = actor.forward_seconds() + actor.swap_seconds(held), forward
     phases["update"] = actor.update_seconds(held), actor.update_flops()
     seconds = {name: time for name, (time, _) in phases.items()}
     mfu = {name: done / (max(time, 1e-9) * peak) for name, (time, done) in phases.items()}

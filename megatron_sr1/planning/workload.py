@@ -7,6 +7,7 @@ plan prints them, because every time depends on them.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,9 +25,6 @@ class PlannedRun:
     """A configured run on a type of GPU.
 
     Attributes:
-        config: stage, limits, batch sizes and layout.
-        hf_config: shape of the model.
-        gpu: type of all GPUs.
         text_tokens: mean length of a prompt without its image.
         image_tokens: merged tokens of a prompt's image, mean.
         response_tokens: mean length of a pass-1 response; in SFT of the target.
@@ -113,42 +111,29 @@ class PlannedRun:
 
 
 def planned_run(
-    config: Config,
-    hf_config: HFConfig,
-    gpu: Gpu,
-    *,
-    text_tokens: float | None = None,
-    image_tokens: float | None = None,
-    response_tokens: float | None = None,
-    reading_tokens: float | None = None,
+    config: Config, hf_config: HFConfig, gpu: Gpu, lengths: Mapping[str, float | None] | None = None
 ) -> PlannedRun:
-    """Return a run with the lengths that are given, and assumptions for those that are None.
+    """Return a run with the mean lengths that are given, and assumptions for the others.
 
     Args:
         config: of the run.
         hf_config: shape of the model.
         gpu: type of all GPUs.
-        text_tokens: mean length of a prompt's text; None assumes `PROMPT_TEXT_TOKENS`.
-        image_tokens: of its image; None assumes the geometric mean of the pixel limits.
-        response_tokens: of a pass-1 response; None assumes `SHARE_OF_LIMIT` of its limit.
-        reading_tokens: of a pass-2 response; None likewise. 0 if the run has no pass 2.
+        lengths: fields of `PlannedRun`; None assumes `PROMPT_TEXT_TOKENS`, an image of the
+            geometric mean of the pixel limits, and `SHARE_OF_LIMIT` of the limits of responses.
     """
     data, rollout = config.data, config.rollout
     mean_pixels = math.sqrt(data.min_pixels * data.max_pixels)
-    has_readings = config.stage != "sft" and config.reward.recipe == "vision_sr1"
-
-    def known(given: float | None, assumed: float) -> float:
-        return assumed if given is None else given
-
-    return PlannedRun(
-        config,
-        hf_config,
-        gpu,
-        known(text_tokens, PROMPT_TEXT_TOKENS),
-        known(image_tokens, mean_pixels / pixels_per_token(hf_config)),
-        known(response_tokens, SHARE_OF_LIMIT * rollout.max_response_tokens),
-        known(reading_tokens, SHARE_OF_LIMIT * rollout.max_reading_tokens) if has_readings else 0.0,
-    )
+    means: dict[str, float] = {
+        "text_tokens": PROMPT_TEXT_TOKENS,
+        "image_tokens": mean_pixels / pixels_per_token(hf_config),
+        "response_tokens": SHARE_OF_LIMIT * rollout.max_response_tokens,
+        "reading_tokens": SHARE_OF_LIMIT * rollout.max_reading_tokens,
+    }
+    means |= {name: given for name, given in (lengths or {}).items() if given is not None}
+    if config.stage == "sft" or config.reward.recipe != "vision_sr1":
+        means["reading_tokens"] = 0.0
+    return PlannedRun(config, hf_config, gpu, **means)
 
 
 def pixels_per_token(hf_config: HFConfig) -> int:

@@ -173,7 +173,7 @@ def test_the_planner_reckons_with_the_largest_image_after_rounding():
     published = ROOT / "tests" / "published" / "qwen25vl_7b.json"
     hf_config = parse_hf_config(json.loads(published.read_text()))
     layout = Layout(tensor=4, data=2, sequence=True, vision="images")
-    run = planned_run(config, hf_config, GPUS["h100"], image_tokens=1.0)
+    run = planned_run(config, hf_config, GPUS["h100"], {"image_tokens": 1.0})
     assert max_patches(run, layout) == 4 * largest_pixels(262144, 262144, 28) / 784 == 4 * 518
 
 
