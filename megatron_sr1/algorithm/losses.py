@@ -1,10 +1,9 @@
 """Losses over packed tokens, and how they are reduced to the loss of an update.
 
-In: logprobs [1, T] float32 of the labels, values per token, a mask, the boundaries of sequences.
-Out: loss sums with gradients, detached sums to report, token weights, and this row's part of the
-denominator. Sums and denominators are added over all micro-batches and data-parallel ranks of an
-update, then divided (trainer/step.py). A sequence is never split over rows, so nothing here
-communicates.
+Logprobs, advantages and masks are [1, T] float32, logprobs in nats; a mask is 1 at target tokens;
+`cu_seqlens` is [sequences + 1] int32, the boundaries on the row. A loss is a sum over target
+tokens. Sums and denominators are added over all micro-batches and data-parallel ranks of an update,
+then divided (trainer/step.py). A sequence is never split over rows, so nothing here communicates.
 
 Sources of the policy loss: PPO's clipped ratio (arXiv 1707.06347, equation 7), the dual clip (arXiv
 1912.09729, equation 5), the k3 estimator (Schulman, "Approximating KL divergence", 2020), as
@@ -22,6 +21,9 @@ from __future__ import annotations
 
 import torch
 
+from megatron_sr1.config.training import AlgorithmConfig
+from megatron_sr1.records import PackedBatch
+
 RATIO_LOG_BOUND = 20.0
 """|log ratio| is clamped to this before exp, far outside any clip, to stay finite in float32."""
 
@@ -29,65 +31,59 @@ RATIO_LOG_BOUND = 20.0
 def policy_loss(
     policy_logprobs: torch.Tensor,
     old_logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    loss_mask: torch.Tensor,
-    *,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
-    reference_logprobs: torch.Tensor | None = None,
-    kl_coefficient: float = 0.0,
-    log_ratios: torch.Tensor | None = None,
-    token_weights: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    batch: PackedBatch,
+    algorithm: AlgorithmConfig,
+    max_response_tokens: int,
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Return the clipped policy loss plus KL to the reference, summed over target tokens.
 
-    The sum is not divided here; see the module's docstring.
+    Other tokens are ignored, whatever they hold.
 
     Args:
-        policy_logprobs: [1, T] float32 nats, with gradients.
-        old_logprobs: [1, T] float32 nats, of the weights for which the batch is on-policy.
-        advantages: [1, T] float32.
-        loss_mask: [1, T] float32, 1 at target tokens; other tokens are ignored, whatever they hold.
-        clip_low: the lower limit of the ratio is 1 - clip_low.
-        clip_high: the upper limit of the ratio is 1 + clip_high.
-        dual_clip: for negative advantages the loss is at most dual_clip x |advantage|.
-        reference_logprobs: [1, T] float32 nats, or None.
-        kl_coefficient: weight of the KL term.
-        log_ratios: [1, T] float32 nats, with gradients, logarithm of the ratio that is clipped;
-            None: policy - old for each token.
-        token_weights: [1, T] float32, weights of the token losses, KL included; None: 1.
+        policy_logprobs: of the labels, with gradients.
+        old_logprobs: of the weights for which the batch is on-policy.
+        batch: mask, advantages and, unless `kl_coefficient` is 0, the reference's logprobs.
+        algorithm: reduction, clips and weight of the KL term.
+        max_response_tokens: L of dr_grpo, the longest response that may be sampled.
 
     Returns:
-        the sum, a scalar; and unweighted sums over target tokens: `clipped_share`,
-        `dual_clipped_share`, `old_kl` (k1, KL(old || policy)) and, with a reference,
+        the sum, a scalar; this row's part of the denominator, a scalar; and unweighted sums over
+        target tokens: `clipped_share`, `dual_clipped_share`, `old_kl` (k1, KL(old || policy)),
+        `entropy` (-log pi of the sampled tokens, whose mean estimates it) and, with a reference,
         `reference_kl` (k3); and the maximum `ratio_max`.
     """
-    targets = loss_mask.bool()
-    policy = policy_logprobs[targets]
-    old, advantage = old_logprobs[targets], advantages[targets]
+    assert batch.advantages is not None
+    mask, cu_seqlens = batch.loss_mask, batch.cu_seqlens
+    weights, denominator = _reduction(algorithm.loss, mask, cu_seqlens, max_response_tokens)
+    targets = mask.bool()
+    policy, old, advantage = (t[targets] for t in (policy_logprobs, old_logprobs, batch.advantages))
     # From here on everything has shape [targets].
-    log_ratio = policy - old if log_ratios is None else log_ratios[targets]
+    log_ratio, low, high = policy - old, algorithm.clip_low, algorithm.clip_high
+    if algorithm.loss == "gspo":
+        by_sequence = _sequence_log_ratios(policy_logprobs, old_logprobs, mask, cu_seqlens)
+        log_ratio = by_sequence[targets]
+        low, high = algorithm.gspo_clip_low, algorithm.gspo_clip_high
     ratio = log_ratio.clamp(-RATIO_LOG_BOUND, RATIO_LOG_BOUND).exp()
     plain = -advantage * ratio
-    clipped = -advantage * ratio.clamp(1 - clip_low, 1 + clip_high)
+    clipped = -advantage * ratio.clamp(1 - low, 1 + high)
     worse = torch.maximum(plain, clipped)
-    bounded = torch.minimum(worse, -advantage * dual_clip)
+    bounded = torch.minimum(worse, -advantage * algorithm.dual_clip)
     negative = advantage < 0
     loss = torch.where(negative, bounded, worse)
     reported = {
         "clipped_share": (clipped > plain).sum(),
         "dual_clipped_share": (negative & (bounded < worse)).sum(),
         "old_kl": (old - policy).sum(),
+        "entropy": -policy.sum(),
         "ratio_max": ratio.max() if ratio.numel() else ratio.new_zeros(()),
     }
-    if reference_logprobs is not None:
-        divergence = k3_divergence(policy, reference_logprobs[targets])
-        loss = loss + kl_coefficient * divergence
+    if batch.reference_logprobs is not None:
+        divergence = k3_divergence(policy, batch.reference_logprobs[targets])
+        loss = loss + algorithm.kl_coefficient * divergence
         reported["reference_kl"] = divergence.sum()
-    if token_weights is not None:
-        loss = loss * token_weights[targets]
-    return loss.sum(), {name: value.detach() for name, value in reported.items()}
+    if weights is not None:
+        loss = loss * weights[targets]
+    return loss.sum(), denominator, {name: value.detach() for name, value in reported.items()}
 
 
 def k3_divergence(policy_logprobs: torch.Tensor, reference_logprobs: torch.Tensor) -> torch.Tensor:
@@ -95,39 +91,22 @@ def k3_divergence(policy_logprobs: torch.Tensor, reference_logprobs: torch.Tenso
 
     The estimate is exp(d) - d - 1 with d = reference - policy: 0 where they agree, else positive.
     As upstream, d is clamped to [-20, 20] and the result to 10; clamped values have no gradient.
-
-    Args:
-        policy_logprobs: any shape, float32 nats.
-        reference_logprobs: the same shape.
     """
     gap = (reference_logprobs - policy_logprobs).clamp(-RATIO_LOG_BOUND, RATIO_LOG_BOUND)
     return (torch.expm1(gap) - gap).clamp(max=10.0)
 
 
 def sft_loss(policy_logprobs: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
-    """Return the negative log-likelihood summed over target tokens.
-
-    Args:
-        policy_logprobs: [1, T] float32 nats.
-        loss_mask: [1, T] float32, 1 at target tokens.
-    """
+    """Return the negative log-likelihood summed over target tokens."""
     return -torch.where(loss_mask.bool(), policy_logprobs, 0.0).sum()
 
 
-def reduction(
+def _reduction(
     kind: str, loss_mask: torch.Tensor, cu_seqlens: torch.Tensor, max_response_tokens: int
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Return the token weights and this row's part of the denominator.
+    """Return token weights [1, T], None if all are 1, and this row's part of the denominator.
 
-    Args:
-        kind: token_mean | sequence_mean | dr_grpo | gspo.
-        loss_mask: [1, T] float32, 1 at target tokens.
-        cu_seqlens: [sequences + 1] int32, boundaries on the row.
-        max_response_tokens: L of dr_grpo, the longest response that may be sampled.
-
-    Returns:
-        weights [1, T] float32, None if all are 1; and the denominator, a scalar: the number of
-        target tokens for token_mean, else of sequences with target tokens.
+    The denominator counts target tokens for token_mean, else sequences with target tokens.
     """
     if kind == "token_mean":
         return None, loss_mask.sum()
@@ -139,7 +118,7 @@ def reduction(
     return loss_mask / expand_to_tokens(counts.clamp(min=1), cu_seqlens), num_sequences
 
 
-def sequence_log_ratios(
+def _sequence_log_ratios(
     policy_logprobs: torch.Tensor,
     old_logprobs: torch.Tensor,
     loss_mask: torch.Tensor,
@@ -149,16 +128,8 @@ def sequence_log_ratios(
 
     s_it = sg[s_i] pi_t / sg[pi_t], where s_i = (pi(y_i) / pi_old(y_i))^(1 / |y_i|) and sg stops the
     gradient. If all tokens of a sequence share an advantage, value and gradient of the loss are
-    those with the ratio s_i; with credit per span, each token keeps its own advantage.
-
-    Args:
-        policy_logprobs: [1, T] float32 nats, with gradients.
-        old_logprobs: [1, T] float32 nats, of the weights for which the batch is on-policy.
-        loss_mask: [1, T] float32, 1 at target tokens.
-        cu_seqlens: [sequences + 1] int32, boundaries on the row.
-
-    Returns:
-        log s_it [1, T] float32 nats, with gradients; undefined outside the targets.
+    those with the ratio s_i; with credit per span, each token keeps its own advantage. The result
+    is undefined outside the targets.
     """
     policy = policy_logprobs.detach()
     counts = target_counts(loss_mask, cu_seqlens).clamp(min=1)
@@ -169,15 +140,9 @@ def sequence_log_ratios(
 def sequence_sums(
     values: torch.Tensor, loss_mask: torch.Tensor, cu_seqlens: torch.Tensor
 ) -> torch.Tensor:
-    """Sum the values of each sequence's target tokens.
+    """Return the sum over each sequence's target tokens, [sequences] float32, with gradients.
 
-    Args:
-        values: [1, T] float32; ignored outside the targets.
-        loss_mask: [1, T] float32, 1 at target tokens.
-        cu_seqlens: [sequences + 1] int32, boundaries on the row.
-
-    Returns:
-        [sequences] float32, with gradients; 0 for sequences without targets, such as padding.
+    It is 0 for sequences without targets, such as padding.
     """
     chosen = torch.where(loss_mask.bool(), values, 0.0)[0]
     # One thread adds up a sequence, so unlike scatter_add the result is deterministic.
@@ -190,13 +155,5 @@ def target_counts(loss_mask: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Te
 
 
 def expand_to_tokens(per_sequence: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """Give every token the value of its sequence.
-
-    Args:
-        per_sequence: [sequences].
-        cu_seqlens: [sequences + 1] int32, boundaries on the row.
-
-    Returns:
-        [1, T] of the same dtype.
-    """
+    """Give every token, [1, T], the value of its sequence, [sequences]."""
     return per_sequence.repeat_interleave(cu_seqlens.diff().long())[None]

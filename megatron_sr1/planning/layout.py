@@ -16,8 +16,7 @@ from itertools import accumulate
 from megatron_sr1.config.model import ParallelConfig
 from megatron_sr1.config.run import Config
 from megatron_sr1.errors import ConfigError
-from megatron_sr1.model.hf_config import HFConfig
-from megatron_sr1.model.layout_checks import check_layout
+from megatron_sr1.model.hf_config import HFConfig, check_layout
 from megatron_sr1.runtime.gpus import GPUS_PER_NODE
 
 CONTEXT_SIZES = (1, 2, 4, 8)
@@ -149,7 +148,6 @@ def check(hf_config: HFConfig, layout: Layout) -> None:
         pipeline=layout.pipeline,
         virtual_stages=layout.virtual,
         stage_layers=layout.stage_layers,
-        sequence_parallel=layout.sequence,
     )
 
 

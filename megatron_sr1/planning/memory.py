@@ -7,7 +7,7 @@ starts at a multiple of 64 elements and each bucket ends at a multiple of lcm(ra
 embedding of a pipeline has a bucket of its own, each virtual stage a buffer of its own. Transformer
 Engine's fused layers order the parameters differently, which changes the padding by a few elements.
 
-Activations are the tensors that autograd keeps in our layers (model/specs.py, local kernels);
+Activations are the tensors that autograd keeps in our layers (model/layers.py, local kernels);
 tests/unit/test_planning_activations.py compares them with what it keeps on a CPU.
 """
 
@@ -21,7 +21,7 @@ from functools import lru_cache
 
 from megatron_sr1.checkpoint.mapping import EMBEDDING, OUTPUT, TOWER, Entry, entries, is_frozen
 from megatron_sr1.config.run import Config
-from megatron_sr1.data.image_limits import largest_pixels
+from megatron_sr1.data.images import largest_pixels
 from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.planning.costs import ENGINE_RESERVED_BYTES, RESERVED_BYTES
 from megatron_sr1.planning.engine_time import Replica

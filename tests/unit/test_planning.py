@@ -153,7 +153,7 @@ def test_overrides_reset_the_splits_that_a_configuration_sets():
 
 def test_layouts_that_the_model_refuses_are_refused():
     for wrong in (Layout(pipeline=3), Layout(pipeline=2, virtual=3), Layout(tensor=8),
-                  Layout(pipeline=2, stage_layers=(13, 14)), Layout(sequence=True)):  # fmt: skip
+                  Layout(pipeline=2, stage_layers=(13, 14))):  # fmt: skip
         with pytest.raises(ConfigError):
             check(published("7b"), wrong)
     check(published("7b"), Layout(pipeline=3, stage_layers=(8, 10, 10)))
