@@ -132,15 +132,15 @@ def test_a_model_folder_without_weights_is_refused(tmp_path, checkpoint, shards,
 
 def test_a_missing_model_is_named(tmp_path, shards, capsys):
     config = write_config(tmp_path, "nowhere", shards)
-    assert "model.path=nowhere: no such folder" in fails_with_one_line(capsys, "train", config)
+    assert "model.path=nowhere: no such directory" in fails_with_one_line(capsys, "train", config)
 
 
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("data.train=nowhere", "data.train=nowhere: no such folder"),
+        ("data.train=nowhere", "data.train=nowhere: no such directory"),
         ("data.train=''", "data.train is not set"),
-        ("data.eval=nowhere", "data.eval=nowhere: no such folder"),
+        ("data.eval=nowhere", "data.eval=nowhere: no such directory"),
     ],
 )
 def test_a_missing_data_path_is_named(tmp_path, checkpoint, shards, capsys, override, words):

@@ -71,7 +71,7 @@ def test_a_right_submission_passes_and_paths_start_in_the_working_folder(tools, 
     tools(sinfo="echo main; echo gpu", sacctmgr="echo lab; echo lab")
     right = replace(cluster, partition="gpu,main", account="Lab")
     assert check(right, [task])["grpo"].model.path == "model"
-    with pytest.raises(SR1Error, match="no such folder"):
+    with pytest.raises(SR1Error, match="no such directory"):
         check(replace(right, workdir="/"), [task])
 
 
@@ -80,7 +80,7 @@ def test_a_right_submission_passes_and_paths_start_in_the_working_folder(tools, 
     [
         ({"overrides": ("data.trian=x",)}, ConfigError, "the nearest is 'data.train'"),
         ({"config": Path("/no/run.yaml")}, ConfigError, "no such configuration file"),
-        ({"overrides": ("data.train=gone",)}, DataError, "data.train=.*gone: no such folder"),
+        ({"overrides": ("data.train=gone",)}, DataError, "data.train=.*gone: no such directory"),
         ({"overrides": ("parallel.tensor=4",)}, ConfigError, "1 x 2 ranks do not divide"),
     ],
 )
