@@ -25,7 +25,7 @@ from megatron_sr1.data.guards import (
     MAX_IMAGE_BYTES,
     MAX_JSON_BYTES,
     parse_json,
-    read_file,
+    read_json,
     shown,
 )
 from megatron_sr1.data.images import decode_image, image_format
@@ -49,18 +49,10 @@ NUM_SEARCHED = 100
 def write_shards(
     samples: Iterable[Record], directory: str | Path, *, samples_per_shard: int = 1000
 ) -> int:
-    """Write samples as numbered shards with their indices and `dataset.json`.
+    """Write samples as numbered shards with their indices and `dataset.json`; return their number.
 
-    Args:
-        samples: samples in the order of their numbers.
-        directory: created if needed; must not hold shards, except those of an interrupted call.
-        samples_per_shard: samples per tar.
-
-    Returns:
-        number of samples written.
-
-    Raises:
-        DataError: the directory already holds shards, or there are no samples.
+    The directory is created if needed. It must not hold shards, except those of an interrupted
+    call, and there must be samples.
     """
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
@@ -94,14 +86,13 @@ def write_shards(
 
 
 class ShardReader:
-    """Random access to a directory of shards. Safe to share between threads and forks."""
+    """Random access to a directory of shards. Safe to share between threads and forks.
+
+    A number without a sample is an `IndexError`, a sample that cannot be read a `DataError`.
+    """
 
     def __init__(self, directory: str | Path) -> None:
-        """Open a directory of shards, written by `write_shards` or another webdataset writer.
-
-        Raises:
-            DataError: no shards, or `dataset.json` does not match them.
-        """
+        """Open a directory of shards, written by `write_shards` or another webdataset writer."""
         self.directory = Path(directory)
         self._tars = _tars(self.directory)
         if not self._tars:
@@ -117,12 +108,7 @@ class ShardReader:
         return self._ends[-1]
 
     def example(self, index: int) -> Example:
-        """Read a sample without its images.
-
-        Raises:
-            IndexError: no sample has this number.
-            DataError: the stored sample cannot be read; names shard and sample.
-        """
+        """Read a sample without its images."""
         tar, place = self._locate(index)
         value = parse_json(_read(tar, place, place.text), f"{tar} sample {place.key}")
         example = example_from_stored(value, index=index, key=place.key, shard=str(tar))
@@ -134,12 +120,7 @@ class ShardReader:
         return example
 
     def images(self, index: int) -> list[Image.Image]:
-        """Read and decode the images of a sample, in order, as RGB.
-
-        Raises:
-            IndexError: no sample has this number.
-            DataError: an image does not decode; names shard, sample and image.
-        """
+        """Read and decode the images of a sample, in order, as RGB."""
         tar, place = self._locate(index)
         return [
             decode_image(data, f"{tar} sample {place.key}, image {number}")
@@ -202,15 +183,10 @@ def _write_dataset(directory: Path, value: dict[str, Any]) -> None:
     write_text(directory / DATASET_FILE, json.dumps({"format": 1, **value}) + "\n")
 
 
-def _dataset(directory: Path) -> Any:
-    path = directory / DATASET_FILE
-    return parse_json(read_file(path, MAX_JSON_BYTES, str(directory)), str(path))
-
-
 def _is_incomplete(directory: Path) -> bool:
     """Return True if an interrupted `write_shards` left these shards."""
     try:
-        value = _dataset(directory)
+        value = read_json(directory / DATASET_FILE)
     except DataError:
         return False
     return isinstance(value, dict) and value.get("complete") is False
@@ -221,7 +197,7 @@ def _counts(directory: Path, tars: list[Path]) -> list[int] | None:
     path = directory / DATASET_FILE
     if not path.is_file():
         return None
-    value = _dataset(directory)
+    value = read_json(path)
     if _is_incomplete(directory):
         raise DataError(f"{directory}: writing these shards was cut short; make them again")
     try:
