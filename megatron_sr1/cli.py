@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 VERSION = "0.1.0"
 """The same as in setup.py."""
+DEMO_OUTPUT = Path("runs/demo")
 RUN_COMMANDS = {
     "train": "run the stage that the configuration names (sft, grpo or eval)",
     "sft": "supervised fine-tuning: train with stage=sft",
@@ -37,7 +38,7 @@ LENGTHS = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Build the parser of all subcommands."""
+    """Build the parser of all subcommands; each sets `run`, the function that executes it."""
     parser = argparse.ArgumentParser(
         prog="megatron-sr1",
         description="Self-rewarding reinforcement learning of vision-language models (Vision-SR1) "
@@ -53,8 +54,9 @@ def build_parser() -> argparse.ArgumentParser:
         "them in DIR/report.html and DIR/summary.json. Takes minutes; started again after a stop, "
         "it continues.",
     )
+    demo.set_defaults(run=demo_command)
     demo.add_argument(
-        "--output", type=Path, default=Path("runs/demo"), metavar="DIR", help="run directory"
+        "--output", type=Path, default=DEMO_OUTPUT, metavar="DIR", help="run directory"
     )
     demo.add_argument("--seed", type=int, default=1, metavar="N", help="seed of data and model")
     for name, text in RUN_COMMANDS.items():
@@ -62,10 +64,10 @@ def build_parser() -> argparse.ArgumentParser:
             name,
             help=text,
             description=f"{text}. Starts one rank per GPU (or launch.num_processes); under "
-            "torchrun or srun it joins their ranks.",
+            "torchrun or srun it joins their ranks. docs/configuration.md lists all keys.",
         )
-        run.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
-        run.add_argument("overrides", nargs="*", metavar="key=value", help="such as seed=2")
+        run.set_defaults(run=run_command)
+        _add_configuration(run)
         run.add_argument("--dry-run", action="store_true", help="check and describe, start nothing")
     plan = commands.add_parser(
         "plan",
@@ -73,10 +75,8 @@ def build_parser() -> argparse.ArgumentParser:
         description="Memory per rank, the layouts that fit and their step time, computed by the "
         "formulas of docs/planner.md. model.path only needs a config.json.",
     )
-    plan.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
-    plan.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="such as data.pack_tokens=4096"
-    )
+    plan.set_defaults(run=plan_command)
+    _add_configuration(plan)
     plan.add_argument("--gpus", type=int, required=True, metavar="N", help="number of GPUs")
     plan.add_argument("--gpu", required=True, metavar="NAME", help="a100 | h100 | h200 | b200")
     for name, text in LENGTHS.items():
@@ -88,6 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
         "metrics.jsonl, samples of rollouts/ and eval/, with their images where the run's shards "
         "still exist. Prints the path of the page.",
     )
+    report.set_defaults(run=report_command)
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="directory of a run")
     doctor = commands.add_parser(
         "doctor",
@@ -95,6 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Report what is installed, which devices and kernels a run would use, and how "
         "to fix what is missing. Exits with 1 if training could not run.",
     )
+    doctor.set_defaults(run=doctor_command)
     doctor.add_argument(
         "--distributed",
         action="store_true",
@@ -104,6 +106,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--output", type=Path, default=Path("runs"), metavar="DIR", help="run directory to test"
     )
     return parser
+
+
+def _add_configuration(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as seed=2")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -119,27 +126,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command.
-
-    Args:
-        argv: arguments after the program name; those of the process if None.
-
-    Returns:
-        exit status.
-    """
+    """Run a command, by default that of this process; return the exit status."""
     arguments = parse(sys.argv[1:] if argv is None else argv)
     try:
-        if arguments.command in RUN_COMMANDS:
-            return run_command(arguments)
-        if arguments.command == "demo":
-            return demo_command(arguments.output, arguments.seed)
-        if arguments.command == "plan":
-            return plan_command(arguments)
-        if arguments.command == "report":
-            return report_command(arguments.run_dir)
-        if arguments.distributed:
-            return doctor_distributed_command(arguments.output)
-        return doctor_command()
+        return arguments.run(arguments)
     except SR1Error as error:
         sys.stdout.flush()
         print(f"megatron-sr1: error: {error}", file=sys.stderr)
@@ -156,7 +146,7 @@ def run_command(arguments: argparse.Namespace) -> int:
 
     stop_signal.listen()  # first, and for torchrun too: unblocked, the signal kills a process
     from megatron_sr1.config.loading import load_config
-    from megatron_sr1.launch import preflight, torchrun
+    from megatron_sr1.launch import torchrun
 
     overrides = list(arguments.overrides)
     if arguments.command != "train":
@@ -172,21 +162,27 @@ def run_command(arguments: argparse.Namespace) -> int:
     silence_native_warnings(config.logging.level)
     if arguments.dry_run:
         return dry_run_command(config)
+    return start_ranks(config, ["train", str(arguments.config), *overrides])
+
+
+def start_ranks(config: Config, rank_arguments: Sequence[str]) -> int:
+    """Check a run, then start its ranks with torchrun, or run in this process if there is one."""
     from megatron_sr1.dry_run import check_run
+    from megatron_sr1.launch import preflight, torchrun
 
     preflight.check_paths(config)
     num_ranks = torchrun.num_processes(config.launch)
     warn(*check_run(config, num_ranks), preflight.crowded(config.launch, num_ranks))
+    started = time.time()
     try:
         if num_ranks == 1:
             os.environ.update(torchrun.rank_environment(config.launch, num_ranks))
             return rank_main(config)
-        started, own = time.time(), ["train", str(arguments.config), *overrides]
-        status = torchrun.run(own, config.launch, num_ranks)
+        status = torchrun.run(rank_arguments, config.launch, num_ranks)
     except KeyboardInterrupt:
         print(f"\nmegatron-sr1: interrupted; {how_to_continue(config)}", file=sys.stderr)
         return 130
-    return _with_cause(status, Path(config.output), started) if status else 0
+    return _with_cause(status, Path(config.output), started)
 
 
 def how_to_continue(config: Config) -> str:
@@ -229,7 +225,7 @@ def warn(*texts: str) -> None:
 
 
 def rank_main(config: Config) -> int:
-    """Run one rank; its failure ends the others."""
+    """Run one rank; its failure stops the others."""
     from megatron_sr1.launch import torchrun
     from megatron_sr1.runtime import stop_signal
     from megatron_sr1.runtime.failure import guard
@@ -246,25 +242,28 @@ def rank_main(config: Config) -> int:
 
 def _with_cause(status: int, run_dir: Path, started: float) -> int:
     """Repeat why the ranks failed, unless it was a user's error; return the exit status."""
+    if status in (0, 2):
+        return status
     from megatron_sr1.runtime.failure_files import last_words, read_failure
 
     failure = read_failure(run_dir, since=started)
-    if status == 2 or failure is not None and failure["code"] == 2:
-        return 2
     if failure is None:
         lines = [f"megatron-sr1: error: the ranks ended with status {status}; see above"]
+    elif failure["code"] == 2:
+        return 2
     else:
         lines, status = last_words(run_dir, failure, started), int(failure["code"])
     print(*lines, sep="\n", file=sys.stderr)
     return status
 
 
-def demo_command(output: Path, seed: int) -> int:
+def demo_command(arguments: argparse.Namespace) -> int:
     """Run `demo`: prepare, train, compare and report; or be one of its ranks."""
     from megatron_sr1.config.run import LaunchConfig
     from megatron_sr1.launch import preflight, torchrun
     from megatron_sr1.runtime.failure import guard
 
+    output, seed = arguments.output, arguments.seed
     joined = torchrun.joined(os.environ)
     if joined is None:
         preflight.check_output(str(output))
@@ -285,8 +284,26 @@ def demo_command(output: Path, seed: int) -> int:
     status = torchrun.run(own, LaunchConfig(threads=1), demo.NUM_RANKS)
     if status:
         return _with_cause(status, output, started)
-    demo.finish(output)
-    return report_command(output)
+    print_results(output)
+    return 0
+
+
+def print_results(output: Path) -> None:
+    """Write the demo's summary and report; print its table, their path, and what to try next."""
+    from rich.console import Console
+
+    from megatron_sr1.demo import demo
+
+    Console().print(demo.comparison(demo.finish(output)))
+    paths = {"model.path": "cold_start/hf", "data.train": "data/train", "data.eval": "data/eval"}
+    moved = "" if output == DEMO_OUTPUT else "".join(f" {k}={output / v}" for k, v in paths.items())
+    print(
+        f"Report, with curves and samples: {_write_report(output)}\n"
+        "Next, train from the same cold start with settings of your own (docs/configuration.md):\n"
+        "    megatron-sr1 train examples/digits_cpu.yaml optimizer.num_steps=5 "
+        f"algorithm.credit=span{moved}\n"
+        "docs/quickstart.md continues from there; docs/scaling.md leads to eight GPUs."
+    )
 
 
 def plan_command(arguments: argparse.Namespace) -> int:
@@ -306,8 +323,14 @@ def plan_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def report_command(run_dir: Path) -> int:
-    """Run `report`; images are shown if the run's shards still exist."""
+def report_command(arguments: argparse.Namespace) -> int:
+    """Run `report`."""
+    print(_write_report(arguments.run_dir))
+    return 0
+
+
+def _write_report(run_dir: Path) -> Path:
+    """Write a run's report, with images if its shards still exist; return the page's path."""
     from megatron_sr1.report.report import is_run, shards_of, write_report
 
     if not is_run(run_dir):
@@ -315,41 +338,35 @@ def report_command(run_dir: Path) -> int:
             f"{run_dir}: no such run; expected a directory with config.json and metrics.jsonl or "
             "eval/, or the demo's"
         )
-
     shards = shards_of(run_dir)
     images = None
     if shards is not None and any(shards.glob("*.tar")):
         from megatron_sr1.data.shards import ShardReader
 
         images = ShardReader(shards).images
-    print(write_report(run_dir, images))
-    return 0
+    return write_report(run_dir, images)
 
 
-def doctor_command() -> int:
-    """Run `doctor`."""
-    from megatron_sr1.doctor import examine
+def doctor_command(arguments: argparse.Namespace) -> int:
+    """Run `doctor`; with `--distributed` as one of the ranks, of which rank 0 prints the result."""
+    if not arguments.distributed:
+        from megatron_sr1.doctor import examine
 
-    text, can_train = examine()
-    print(text)
-    return 0 if can_train else 1
+        text, can_train = examine()
+    else:
+        from megatron_sr1.launch import torchrun
 
+        joined = torchrun.joined(os.environ)
+        if joined is None:
+            raise ConfigError(
+                "doctor --distributed runs on the ranks of a launch: start it as `torchrun "
+                "--nproc-per-node N -m megatron_sr1 doctor --distributed`, or with srun"
+            )
+        os.environ.update(joined)
+        configure_logging("warning")
+        from megatron_sr1.doctor_distributed import examine_together
 
-def doctor_distributed_command(run_dir: Path) -> int:
-    """Run `doctor --distributed` on one of the ranks; rank 0 prints the result."""
-    from megatron_sr1.launch import torchrun
-
-    joined = torchrun.joined(os.environ)
-    if joined is None:
-        raise ConfigError(
-            "doctor --distributed runs on the ranks of a launch: start it as "
-            "`torchrun --nproc-per-node N -m megatron_sr1 doctor --distributed`, or with srun"
-        )
-    os.environ.update(joined)
-    configure_logging("warning")
-    from megatron_sr1.doctor_distributed import examine_together
-
-    text, can_train = examine_together(run_dir)
-    if os.environ["RANK"] == "0":
+        text, can_train = examine_together(arguments.output)
+    if not arguments.distributed or os.environ["RANK"] == "0":
         print(text)
     return 0 if can_train else 1

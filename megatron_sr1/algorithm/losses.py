@@ -22,6 +22,9 @@ from __future__ import annotations
 
 import torch
 
+from megatron_sr1.config.training import AlgorithmConfig
+from megatron_sr1.records import PackedBatch
+
 RATIO_LOG_BOUND = 20.0
 """|log ratio| is clamped to this before exp, far outside any clip, to stay finite in float32."""
 
@@ -29,65 +32,60 @@ RATIO_LOG_BOUND = 20.0
 def policy_loss(
     policy_logprobs: torch.Tensor,
     old_logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    loss_mask: torch.Tensor,
-    *,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
-    reference_logprobs: torch.Tensor | None = None,
-    kl_coefficient: float = 0.0,
-    log_ratios: torch.Tensor | None = None,
-    token_weights: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    batch: PackedBatch,
+    algorithm: AlgorithmConfig,
+    max_response_tokens: int,
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Return the clipped policy loss plus KL to the reference, summed over target tokens.
 
-    The sum is not divided here; see the module's docstring.
+    The sum is not divided here; see the module's docstring. Tokens outside the mask are ignored,
+    whatever they hold.
 
     Args:
         policy_logprobs: [1, T] float32 nats, with gradients.
         old_logprobs: [1, T] float32 nats, of the weights for which the batch is on-policy.
-        advantages: [1, T] float32.
-        loss_mask: [1, T] float32, 1 at target tokens; other tokens are ignored, whatever they hold.
-        clip_low: the lower limit of the ratio is 1 - clip_low.
-        clip_high: the upper limit of the ratio is 1 + clip_high.
-        dual_clip: for negative advantages the loss is at most dual_clip x |advantage|.
-        reference_logprobs: [1, T] float32 nats, or None.
-        kl_coefficient: weight of the KL term.
-        log_ratios: [1, T] float32 nats, with gradients, logarithm of the ratio that is clipped;
-            None: policy - old for each token.
-        token_weights: [1, T] float32, weights of the token losses, KL included; None: 1.
+        batch: mask, advantages and, unless `kl_coefficient` is 0, the reference's logprobs.
+        algorithm: reduction, clips and weight of the KL term.
+        max_response_tokens: L of dr_grpo, the longest response that may be sampled.
 
     Returns:
-        the sum, a scalar; and unweighted sums over target tokens: `clipped_share`,
-        `dual_clipped_share`, `old_kl` (k1, KL(old || policy)) and, with a reference,
+        the sum, a scalar; the row's part of the denominator, a scalar; and unweighted sums over
+        target tokens: `clipped_share`, `dual_clipped_share`, `old_kl` (k1, KL(old || policy)),
+        `entropy` (-log pi of the sampled tokens, whose mean estimates it) and, with a reference,
         `reference_kl` (k3); and the maximum `ratio_max`.
     """
-    targets = loss_mask.bool()
-    policy = policy_logprobs[targets]
-    old, advantage = old_logprobs[targets], advantages[targets]
+    assert batch.advantages is not None
+    mask, cu_seqlens = batch.loss_mask, batch.cu_seqlens
+    weights, denominator = _reduction(algorithm.loss, mask, cu_seqlens, max_response_tokens)
+    targets = mask.bool()
+    policy, old, advantage = (t[targets] for t in (policy_logprobs, old_logprobs, batch.advantages))
     # From here on everything has shape [targets].
-    log_ratio = policy - old if log_ratios is None else log_ratios[targets]
+    log_ratio, low, high = policy - old, algorithm.clip_low, algorithm.clip_high
+    if algorithm.loss == "gspo":
+        by_sequence = _sequence_log_ratios(policy_logprobs, old_logprobs, mask, cu_seqlens)
+        log_ratio = by_sequence[targets]
+        low, high = algorithm.gspo_clip_low, algorithm.gspo_clip_high
     ratio = log_ratio.clamp(-RATIO_LOG_BOUND, RATIO_LOG_BOUND).exp()
     plain = -advantage * ratio
-    clipped = -advantage * ratio.clamp(1 - clip_low, 1 + clip_high)
+    clipped = -advantage * ratio.clamp(1 - low, 1 + high)
     worse = torch.maximum(plain, clipped)
-    bounded = torch.minimum(worse, -advantage * dual_clip)
+    bounded = torch.minimum(worse, -advantage * algorithm.dual_clip)
     negative = advantage < 0
     loss = torch.where(negative, bounded, worse)
     reported = {
         "clipped_share": (clipped > plain).sum(),
         "dual_clipped_share": (negative & (bounded < worse)).sum(),
         "old_kl": (old - policy).sum(),
+        "entropy": -policy.sum(),
         "ratio_max": ratio.max() if ratio.numel() else ratio.new_zeros(()),
     }
-    if reference_logprobs is not None:
-        divergence = k3_divergence(policy, reference_logprobs[targets])
-        loss = loss + kl_coefficient * divergence
+    if batch.reference_logprobs is not None:
+        divergence = k3_divergence(policy, batch.reference_logprobs[targets])
+        loss = loss + algorithm.kl_coefficient * divergence
         reported["reference_kl"] = divergence.sum()
-    if token_weights is not None:
-        loss = loss * token_weights[targets]
-    return loss.sum(), {name: value.detach() for name, value in reported.items()}
+    if weights is not None:
+        loss = loss * weights[targets]
+    return loss.sum(), denominator, {name: value.detach() for name, value in reported.items()}
 
 
 def k3_divergence(policy_logprobs: torch.Tensor, reference_logprobs: torch.Tensor) -> torch.Tensor:
@@ -114,7 +112,7 @@ def sft_loss(policy_logprobs: torch.Tensor, loss_mask: torch.Tensor) -> torch.Te
     return -torch.where(loss_mask.bool(), policy_logprobs, 0.0).sum()
 
 
-def reduction(
+def _reduction(
     kind: str, loss_mask: torch.Tensor, cu_seqlens: torch.Tensor, max_response_tokens: int
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Return the token weights and this row's part of the denominator.
@@ -139,7 +137,7 @@ def reduction(
     return loss_mask / expand_to_tokens(counts.clamp(min=1), cu_seqlens), num_sequences
 
 
-def sequence_log_ratios(
+def _sequence_log_ratios(
     policy_logprobs: torch.Tensor,
     old_logprobs: torch.Tensor,
     loss_mask: torch.Tensor,

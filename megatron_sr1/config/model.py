@@ -1,4 +1,4 @@
-"""Settings of the actor: the model and how it is laid out over ranks."""
+"""Settings of the actor: the model and its distribution over ranks."""
 
 from __future__ import annotations
 
@@ -11,54 +11,58 @@ from megatron_sr1.config.fields import choice, number
 
 @dataclass
 class ModelConfig:
-    """The actor."""
+    """The model that is trained or evaluated."""
 
     path: str = MISSING
     """Hugging Face directory or Megatron checkpoint directory to start from."""
     dtype: str = choice("bfloat16", "float32", "bfloat16")
-    """Parameters and activations: float32 | bfloat16."""
+    """Data type of parameters and activations."""
     spec: str = choice("local", "local", "transformer_engine")
-    """Layer kernels: local (torch) | transformer_engine (CUDA only)."""
+    """Layer kernels: local (torch), transformer_engine (needs CUDA)."""
     fp8: str | None = choice(None, None, "hybrid", "e4m3")
-    """FP8 format for Transformer Engine: None | hybrid | e4m3."""
+    """FP8 format of matrix products in Transformer Engine; null: no FP8."""
     fp8_recipe: str = choice("delayed", "delayed", "current", "blockwise", "mxfp8")
-    """FP8 scaling: delayed | current | blockwise | mxfp8 (Blackwell)."""
+    """How FP8 scaling factors are chosen; mxfp8 needs Blackwell."""
     bf16_layers_at_start: int = number(0, at_least=0)
-    """model.fp8: so many first layers of the language model stay in bfloat16, not with delayed."""
+    """First layers of the language model to keep in bfloat16 under model.fp8; not with
+    fp8_recipe=delayed."""
     bf16_layers_at_end: int = number(0, at_least=0)
-    """model.fp8: so many last layers do."""
+    """Last layers of the language model to keep in bfloat16 under model.fp8."""
     recompute: str = choice("none", "none", "selective", "full")
-    """Activation recomputation: none | selective | full."""
+    """Activation recomputation in the backward pass."""
     freeze: list[str] = field(default_factory=list)
-    """Regular expressions over Hugging Face parameter names; each must match something."""
+    """Parameters that are not trained: regular expressions over Hugging Face names. Each must match
+    at least one."""
     logprob_chunk_tokens: int = number(1024, at_least=1)
-    """Tokens whose logits exist at a time, > 0."""
+    """Tokens whose logits are held in memory at the same time."""
 
 
 @dataclass
 class ParallelConfig:
-    """How the actor is laid out over ranks; data parallelism is what remains."""
+    """Layout of the actor; the remaining factor of the number of ranks is data parallelism."""
 
     tensor: int = number(1, at_least=1)
-    """Tensor-parallel ranks, >= 1."""
+    """Tensor-parallel size."""
     pipeline: int = number(1, at_least=1)
-    """Pipeline stages, >= 1."""
+    """Pipeline-parallel size."""
     context: int = number(1, at_least=1)
-    """Context-parallel ranks, >= 1."""
+    """Context-parallel size."""
     virtual: int = number(1, at_least=1)
-    """Virtual stages of each pipeline rank, >= 1: the interleaved schedule."""
+    """Virtual stages per pipeline rank; more than 1 selects the interleaved schedule."""
     stage_layers: list[int] = number([], at_least=1)
-    """Layers of the language model on each of the pipeline x virtual stages, in order; empty:
-    equally many. The first stage holds the tower too; `megatron-sr1 plan` proposes a split."""
+    """Language-model layers on each of the pipeline x virtual stages, in order; empty: the same
+    number on each. The first stage also has the vision tower; `megatron-sr1 plan` proposes a
+    split."""
     vision: str = choice("tensor", "tensor", "images")
-    """The tower: tensor (layers split as the language model's) | images (whole on each rank, and
-    tensor-parallel ranks share out a row's images). Context-parallel ranks always share them."""
+    """How tensor-parallel ranks divide the vision tower: tensor (its layers are split like the
+    language model's), images (each rank has the whole tower and processes some of the images).
+    Context-parallel ranks always divide the images."""
     sequence: bool = False
-    """Sequence parallelism inside tensor parallelism."""
+    """Sequence parallelism within the tensor-parallel ranks."""
     distributed_optimizer: bool = True
-    """Shard optimizer state over data-parallel ranks."""
+    """Shard the optimizer state over data-parallel ranks."""
 
     @property
     def replica_size(self) -> int:
-        """Ranks that hold one copy of the actor between them."""
+        """Number of ranks that hold one copy of the actor."""
         return self.tensor * self.pipeline * self.context

@@ -4,69 +4,74 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megatron_sr1.config.data import DataConfig
 from megatron_sr1.config.fields import choice, number, settings
 from megatron_sr1.config.model import ModelConfig, ParallelConfig
 from megatron_sr1.config.rollout import RewardConfig, RolloutConfig
-from megatron_sr1.config.training import AlgorithmConfig, CheckpointConfig, OptimizerConfig
+from megatron_sr1.config.training import (
+    AlgorithmConfig,
+    CheckpointConfig,
+    DataConfig,
+    OptimizerConfig,
+)
 
 
 @dataclass
 class LoggingConfig:
-    """What a run tells."""
+    """What a run logs and saves about itself."""
 
     level: str = choice("info", "debug", "info", "warning")
-    """debug (with all messages of libraries) | info | warning."""
+    """Lowest level of log messages; debug includes all messages of libraries."""
     wandb: str = choice("off", "off", "offline", "online")
-    """off | offline | online."""
+    """Weights & Biases: offline writes into the run directory."""
     wandb_project: str = "megatron_sr1"
-    """Project in wandb."""
+    """Project name in Weights & Biases."""
     wandb_samples: int = number(8, at_least=0)
-    """Responses in wandb's table of samples, with their images; 0: no tables."""
+    """Responses with their images in the wandb table of samples; 0: no tables."""
     wandb_tables_every: int = number(10, at_least=1)
-    """Steps from one table of samples and of verdicts in wandb to the next; the first has them."""
+    """Steps between wandb tables of samples and verdicts; the first step always has them."""
     rollouts: bool = True
-    """Save rollouts/step_N.jsonl."""
+    """Save the rollouts of each step to rollouts/step_N.jsonl."""
     progress: bool = True
-    """Progress bar on a terminal."""
+    """Show a progress bar if stderr is a terminal."""
     profile_steps: list[int] = number([], at_least=1)
-    """First and last step, from 1, that torch.profiler records into profile/; empty: none."""
+    """First and last step to record with torch.profiler into profile/, counted from 1; empty: none.
+    """
     profile_ranks: list[int] = number([0], at_least=0)
-    """Ranks that record, each into a file of its own."""
+    """Ranks that record a profile, one file each."""
     peak_tflops: float = number(0.0, at_least=0)
-    """Of a rank's device, for MFU, 10^12 operations a second, dense bfloat16; 0: of the GPU's name
-    where it is known; otherwise no MFU is told."""
+    """Peak dense bfloat16 throughput of a rank's device, for MFU, 10^12 operations per second; 0:
+    by the name of the GPU. MFU is not reported for an unknown one."""
 
 
 @dataclass
 class LaunchConfig:
-    """Ranks and deadlines."""
+    """Ranks, devices and time limits."""
 
     num_processes: int = number(0, at_least=0, at_most=1024)
-    """Ranks on this machine when the command starts torchrun itself; 0: one a GPU, 1 on a CPU."""
+    """Ranks on this machine if the command starts them itself; 0: one per GPU, or one on a CPU."""
     device: str = choice("auto", "auto", "cpu", "cuda")
-    """auto | cpu | cuda."""
+    """Device of the ranks; auto: CUDA if available."""
     threads: int = number(0, at_least=0, at_most=1024)
-    """Threads a rank on a CPU; 0 shares the cores out."""
+    """CPU threads per rank; 0: the cores divided by the ranks."""
     setup_deadline_seconds: float = number(1800.0, at_least=0, at_most=2592000)
-    """Loading of model and engine; 0: no deadline."""
+    """Time limit for loading model and engine, seconds; 0: none."""
     phase_deadline_seconds: float = number(3600.0, at_least=0, at_most=2592000)
-    """Any other phase; 0: no deadline."""
+    """Time limit for any other phase of a step, seconds; 0: none."""
     save_on_sigterm: bool = False
-    """SIGTERM, like SIGUSR1, has the run finish its step, save and leave, instead of ending it at
-    once; only SIGKILL does that then."""
+    """On SIGTERM, as on SIGUSR1, finish the step, save and exit; false: exit at once. SIGKILL
+    always ends the run at once."""
 
 
 @dataclass
 class Config:
-    """A run."""
+    """A run: what to do, where its files go, and the groups of settings."""
 
     stage: str = choice("grpo", "sft", "grpo", "eval")
-    """sft | grpo | eval."""
+    """What to run."""
     output: str = "runs/default"
     """Run directory."""
     seed: int = number(1, at_least=0, at_most=2**32 - 1)
-    """Of everything."""
+    """Seed of the data order and of sampling."""
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -80,5 +85,5 @@ class Config:
 
 
 def keys() -> list[str]:
-    """All dotted keys that a configuration may set."""
+    """Return all dotted keys that a configuration may set."""
     return [key for key, _, _ in settings(Config())]

@@ -1,4 +1,4 @@
-"""Settings of training: objective, optimizer, checkpoints."""
+"""Settings of training: data, objective, optimizer, checkpoints."""
 
 from __future__ import annotations
 
@@ -8,112 +8,154 @@ from megatron_sr1.config.fields import choice, number
 
 
 @dataclass
+class DataConfig:
+    """Training and evaluation data, and how a step is drawn and packed."""
+
+    train: str = ""
+    """Directory of webdataset shards to train on, written by tools/make_shards.py."""
+    eval: str = ""
+    """Directory of webdataset shards with held-out samples."""
+    eval_limit: int = number(0, at_least=0)
+    """Evaluate only this many held-out samples, the first ones; 0: all."""
+    prompts_per_step: int = number(512, at_least=1)
+    """GRPO: prompts per rollout step. SFT: sequences per update."""
+    shuffle: bool = True
+    """Shuffle the samples of each epoch, with the run's seed."""
+    prompt_style: str = choice("full", "full", "brief")
+    """Instructions in the prompt: full (for published models), brief (for models that were trained
+    with them, such as the demo's)."""
+    packing: bool = True
+    """Pack several sequences into a micro-batch; false: one sequence per micro-batch."""
+    pack_tokens: int = number(8192, at_least=1)
+    """Size limit of a micro-batch, tokens. An image patch counts as the fraction of a token that
+    its computation costs (docs/scaling.md). A longer sequence gets a micro-batch of its own."""
+    max_prompt_tokens: int = number(6000, at_least=1)
+    """Skip and count longer prompts and conversations; image tokens included."""
+    max_skipped: int = number(100, at_least=0)
+    """Abort after more than this many unusable samples."""
+    min_pixels: int = number(262144, at_least=784, at_most=2**27)
+    """Smallest image area, pixels; smaller images are enlarged. A token of the language model
+    covers 28 x 28 pixels."""
+    max_pixels: int = number(4194304, at_least=784, at_most=2**27)
+    """Largest image area, pixels; larger images are shrunk. Rounding to whole patches may exceed it
+    (docs/data.md)."""
+
+    @property
+    def row_budget(self) -> int:
+        """Size limit of a micro-batch, tokens; 0 if each sequence has one of its own."""
+        return self.pack_tokens if self.packing else 0
+
+
+@dataclass
 class AlgorithmConfig:
-    """The policy-gradient objective; docs/algorithms.md says what makes which published one."""
+    """The policy-gradient objective; docs/algorithms.md has the settings of published methods."""
 
     advantage: str = choice("grpo", "grpo", "dr_grpo", "rloo")
-    """Within a group: grpo (centred, divided by the deviation) | dr_grpo (centred) | rloo (less the
-    mean of the others)."""
+    """How the rewards of a prompt's responses become advantages: grpo (minus their mean, divided by
+    their standard deviation), dr_grpo (minus their mean), rloo (minus the mean of the others)."""
     credit: str = choice("scalar", "scalar", "component", "span")
-    """Of the rewards: scalar (their sum) | component (answer and visual reward normalised apart,
-    then added) | span (visual advantage on the description's tokens, the answer's on the rest)."""
+    """Which reward a token is credited with: scalar (the sum of rewards), component (answer and
+    visual reward are normalized separately, then added), span (the visual advantage for tokens of
+    the description, that of the answer for the others)."""
     answer_weight: float = number(0.5, above=0)
-    """credit=component: of the answer's advantage, > 0."""
+    """Weight of the answer's advantage with credit=component."""
     visual_weight: float = number(0.5, above=0)
-    """credit=component: of the visual advantage, > 0."""
+    """Weight of the visual advantage with credit=component."""
     format_share: float = number(0.1, at_least=0)
-    """credit=component and span: what format adds to accuracy and to self-reward, each worth 1."""
+    """Weight of the format reward relative to accuracy and self-reward, with credit=component and
+    credit=span."""
     std_floor: float = number(1e-2, above=0)
-    """Smallest group standard deviation that a reward is divided by (advantage=grpo)."""
+    """Lower limit of the standard deviation that advantage=grpo divides by."""
     loss: str = choice("token_mean", "token_mean", "sequence_mean", "dr_grpo", "gspo")
-    """Mean over an update: token_mean (its tokens) | sequence_mean (tokens, then sequences) |
-    dr_grpo (sequences of a constant length, rollout.max_response_tokens) | gspo (sequence_mean
-    with a ratio per sequence)."""
+    """What the loss is averaged over in an update: token_mean (all tokens), sequence_mean (the
+    tokens of each sequence, then sequences), dr_grpo (as if each sequence had
+    rollout.max_response_tokens tokens), gspo (as sequence_mean, with one ratio per sequence)."""
     clip_low: float = number(0.2, at_least=0, at_most=1)
-    """PPO ratio is clipped below at 1 - clip_low."""
+    """The PPO ratio is clipped to at least 1 - clip_low."""
     clip_high: float = number(0.3, at_least=0)
-    """PPO ratio is clipped above at 1 + clip_high."""
+    """The PPO ratio is clipped to at most 1 + clip_high."""
     gspo_clip_low: float = number(3e-4, at_least=0, at_most=1)
-    """loss=gspo: the sequence's ratio, a mean a token, is clipped below at 1 - gspo_clip_low."""
+    """Replaces clip_low with loss=gspo."""
     gspo_clip_high: float = number(4e-4, at_least=0)
-    """loss=gspo: and above at 1 + gspo_clip_high."""
+    """Replaces clip_high with loss=gspo."""
     dual_clip: float = number(3.0, above=1)
-    """Bound on ratio for negative advantages, > 1."""
+    """Upper limit of the ratio where the advantage is negative."""
     kl_coefficient: float = number(1e-2, at_least=0)
-    """Weight of the k3 KL to the frozen reference; 0 needs no reference model."""
+    """Weight of the KL penalty (k3 estimate) towards the frozen reference model; 0 needs no
+    reference model."""
     importance_sampling: str = choice("off", "off", "token", "sequence")
-    """Weights actor / engine on the advantages: off | token | sequence."""
+    """Weight advantages by the probability ratio of actor and engine, per token or sequence."""
     importance_cap: float = number(2.0, at_least=1)
-    """Largest importance weight, >= 1."""
+    """Largest importance weight."""
     mask_beyond_nats: float = number(0.0, at_least=0)
-    """Sequences whose mean gap actor - engine, nats a token, is larger teach nothing; 0 keeps
-    all."""
+    """Exclude sequences whose logprobs under actor and engine differ by more than this on average,
+    nats per token; 0 excludes none."""
     prompts_per_update: int = number(128, at_least=1)
-    """Prompts of an optimizer update; divides data.prompts_per_step."""
+    """Prompts per optimizer update; must divide data.prompts_per_step."""
     filter_groups: bool = False
-    """Replace prompts whose responses teach nothing (no spread of rewards) by further prompts."""
+    """Replace prompts whose responses all have the same reward by further prompts."""
     max_refills: int = number(3, at_least=1)
-    """filter_groups: rollout rounds of a step behind the first, at most, >= 1."""
+    """Most additional rollout rounds of a step with filter_groups."""
 
 
 @dataclass
 class OptimizerConfig:
-    """AdamW and the learning-rate schedule."""
+    """AdamW and its learning-rate schedule."""
 
     num_steps: int = number(100, at_least=1)
-    """Steps (rollout batches in GRPO, updates in SFT)."""
+    """Steps of the run: rollout batches in GRPO, updates in SFT."""
     learning_rate: float = number(1e-6, above=0, at_most=1)
-    """Peak."""
+    """Peak learning rate."""
     min_learning_rate: float = number(0.0, at_least=0, at_most=1)
-    """At the end of a decay."""
+    """Learning rate at the end of a decay."""
     schedule: str = choice("constant", "constant", "linear", "cosine")
-    """After warm-up: constant | linear | cosine."""
+    """Learning rate after warm-up: constant, or a linear or cosine decay."""
     warmup_steps: int = number(0, at_least=0)
-    """Updates of linear warm-up."""
+    """Updates over which the learning rate rises linearly from 0."""
     weight_decay: float = number(1e-2, at_least=0)
-    """Decoupled."""
+    """Decoupled weight decay."""
     beta1: float = number(0.9, at_least=0, below=1)
-    """Adam."""
+    """Decay rate of Adam's first moment."""
     beta2: float = number(0.999, at_least=0, below=1)
-    """Adam."""
+    """Decay rate of Adam's second moment."""
     epsilon: float = number(1e-8, at_least=1e-30, at_most=1)
-    """Adam."""
+    """Added to the denominator of Adam's update."""
     clip_grad: float = number(1.0, at_least=0)
-    """Largest global gradient norm; 0 clips none."""
+    """Largest global gradient norm; 0: no clipping."""
     state: str = choice("float32", "float32", "bfloat16")
-    """Master weights and moments, shared out over data-parallel ranks (docs/memory.md):
-    float32 (12 bytes a parameter) | bfloat16 (6: two moments and the weights' rounding error)."""
+    """Master weights and moments, sharded over data-parallel ranks (docs/memory.md): float32 (12
+    bytes per parameter), bfloat16 (6: two moments and the rounding error of the weights)."""
     gradients: str = choice("float32", "float32", "bfloat16")
-    """Sums of gradients, whole on every data-parallel rank: float32 (4 bytes a parameter) |
-    bfloat16 (2; each micro-batch adds a rounding error of 2^-9)."""
+    """Accumulated gradients, on every data-parallel rank: float32 (4 bytes per parameter), bfloat16
+    (2; each micro-batch adds a rounding error of 2^-9)."""
     offload: bool = False
-    """Keep the state in host memory; an update brings it to the device tensor by tensor."""
+    """Keep the optimizer state in host memory and move it to the device tensor by tensor."""
 
 
 @dataclass
 class CheckpointConfig:
-    """Saving and resuming."""
+    """Saving, resuming and exporting."""
 
     every_steps: int = number(20, at_least=0)
-    """Save each so many steps and at the end; 0 saves at the end only."""
+    """Steps between checkpoints; one is always saved at the end. 0: only that one."""
     keep_last: int = number(2, at_least=0)
-    """Checkpoints to keep; 0 keeps all."""
+    """Number of latest checkpoints to keep; 0 keeps all."""
     keep_best: int = number(0, at_least=0)
-    """So many of the best besides. Each save is then preceded by an evaluation of greedy answers to
-    data.eval (GRPO only); 0: none."""
+    """Number of best checkpoints to keep in addition (GRPO only). Each save is then preceded by an
+    evaluation of greedy answers to data.eval."""
     best_by: str = choice(
         "max accuracy",
         *("max accuracy", "max self_reward", "max description_exact", "min shortcut_rate"),
     )
-    """keep_best: which rate, and which way: max accuracy | max self_reward | max description_exact
-    | min shortcut_rate."""
+    """Which evaluated rate makes a checkpoint one of the best, and in which direction."""
     asynchronous: bool = False
-    """Train on while tensors are written; the snapshot takes host memory of this rank's share."""
+    """Continue training while tensors are written; takes host memory for a copy of the rank's
+    share."""
     max_in_flight: int = number(1, at_least=1)
-    """asynchronous: so many saves at once, >= 1; a further one waits for the oldest."""
+    """Most asynchronous saves at the same time; the next one waits for the oldest."""
     resume: bool = True
-    """Go on from `checkpoints/latest` if there is one."""
+    """Continue from `checkpoints/latest` in the run directory, if there is one."""
     verify: bool = True
-    """Compare the checksums of a Megatron checkpoint before it is read; False: the sizes only."""
+    """Compare checksums before a Megatron checkpoint is loaded; false: file sizes only."""
     export_hf: bool = True
-    """Write the Hugging Face model to `hf/` at the end."""
+    """Write the Hugging Face model to `hf/` at the end of the run."""

@@ -3,7 +3,7 @@
 `prepare` makes shards and a model with random weights, `train` runs on each rank: an imperfect
 cold start, then GRPO twice from that one checkpoint with the same budget, without self-reward
 (see_think) and with it (vision_sr1), each judged on the same held-out questions. `finish` writes
-summary.json, from the saved evaluation files, and the report. One engine serves all of it.
+summary.json from the saved evaluation files. One engine serves all models.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 from megatron_sr1 import stages
 from megatron_sr1.config.loading import load_config
 from megatron_sr1.config.run import Config
@@ -25,7 +27,9 @@ from megatron_sr1.demo.tiny_model import make_tiny_model
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.evaluation.evaluate import HeldOut
 from megatron_sr1.observability.metrics import read_lines
+from megatron_sr1.report.panels import VERDICTS as VERDICT_LABELS
 from megatron_sr1.report.panels import paired
+from megatron_sr1.report.report import DEMO_RUNS
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.runtime.device import stop_distributed
 from megatron_sr1.runtime.groups import Groups
@@ -37,7 +41,7 @@ from megatron_sr1.trainer.sft import train_sft
 log = logging.getLogger(__name__)
 
 NUM_RANKS = 2
-MODELS = ("cold_start", "see_think", "vision_sr1")
+MODELS = tuple(DEMO_RUNS)
 WAYS = {"sampled": 1.0, "greedy": 0.0}
 COMMON = [
     "model.dtype=float32",
@@ -84,13 +88,14 @@ GRPO = [
 
 
 def prepare(output: Path, seed: int) -> None:
-    """Write shards of the digits and a model with random weights, once."""
+    """Write shards of the digits and a model with random weights, unless they exist."""
+    log.info("1/4 data: questions about handwritten digits, and a small model to train")
     made = output / "seed.json"
     if made.is_file():
         if json.loads(made.read_text()) != seed:
             raise ConfigError(f"{output} is a demo of another seed; give another --output")
         return
-    for part in ("data", "model"):  # what a stopped start left
+    for part in ("data", "model"):  # left by an interrupted start
         shutil.rmtree(output / part, ignore_errors=True)
     make_digits(output / "data", seed)
     make_tiny_model(output / "model", corpus_texts(), seed=seed)
@@ -98,17 +103,19 @@ def prepare(output: Path, seed: int) -> None:
 
 
 def train(output: Path, seed: int) -> None:
-    """All stages of the demo on one rank."""
+    """Run all stages of the demo on one rank."""
     started = time.monotonic()
-    cold = _config(output, seed, "cold_start")
+    configs = {name: _config(output, seed, name) for name in MODELS}
+    cold = configs.pop("cold_start")
     device, groups = setup.start_ranks(cold)
+    log.info("2/4 cold start (%d steps)", cold.optimizer.num_steps)
     context, samples, actor, _ = stages.start(cold, groups, cold.optimizer.num_steps)
     train_sft(context, actor, samples)
     context.close()
     directory = Path(cold.output) / "hf"
     actor.save_hf(directory)
-    grpo = {name: _config(output, seed, name) for name in MODELS[1:]}
     judge_config = _config(output, seed, "vision_sr1", f"output={output}")
+    log.info("starting the engine")
     with context.phase("setup"):
         engine = setup.make_engine(judge_config, directory, context.processor, device)
     judging = Context(judge_config, groups, context.processor, 0)
@@ -116,13 +123,14 @@ def train(output: Path, seed: int) -> None:
     scorer = setup.make_scorer(judge_config)
     held_out = HeldOut(judging, engine, scorer)
     _judge(held_out, "cold_start")
-    for name, config in grpo.items():
+    for number, (name, config) in enumerate(configs.items(), start=3):
+        log.info("%d/4 %s (%d steps)", number, DEMO_RUNS[name], config.optimizer.num_steps)
         _train_grpo(config, groups, engine)
         _judge(held_out, name)
     scorer.close()
     if groups.world.rank == 0:
-        # One line a start that came to the end; `finish` takes the first, which did the training
-        # unless an earlier start was stopped on the way.
+        # A line per start that reached the end; `finish` takes the first, which did the training
+        # unless an earlier start was interrupted.
         with open(output / "seconds.jsonl", "a") as file:
             file.write(json.dumps({"seconds": time.monotonic() - started}) + "\n")
     stop_distributed()
@@ -139,14 +147,15 @@ def _train_grpo(config: Config, groups: Groups, engine: Engine) -> None:
 
 
 def _judge(held_out: HeldOut, name: str) -> None:
-    """Evaluate what the engine holds, sampled and greedily."""
+    """Evaluate the engine's weights on the held-out questions, sampled and greedily."""
     for way, temperature in WAYS.items():
         rates = held_out.judge(f"{name}_{way}", temperature)
-        log.info("%s, %s: %s", name, way, {k: round(v, 3) for k, v in rates.items()})
+        shown = ", ".join(f"{rate} {value:.3g}" for rate, value in rates.items())
+        log.info("%s, held-out questions, %s: %s", DEMO_RUNS[name], way, shown)
 
 
 def finish(output: Path) -> dict[str, Any]:
-    """Compute summary.json from the saved files, and write the report.
+    """Compute summary.json from the saved files.
 
     Returns:
         the summary: rates of each model; paired differences of every two models as [mean, half the
@@ -175,6 +184,21 @@ def finish(output: Path) -> dict[str, Any]:
     summary["median_step_seconds"] = statistics.median(s["time/step_seconds"] for s in steps)
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def comparison(summary: dict[str, Any]) -> Table:
+    """Return the table of the models' rates on the held-out questions, %, for the terminal."""
+    table = Table(title="Held-out questions, %")
+    table.add_column("")
+    for name in MODELS:
+        table.add_column(DEMO_RUNS[name], justify="right")
+    for way in WAYS:
+        table.add_row(f"{way}:")
+        for verdict, rate in scoring.VERDICTS.items():
+            cells = (f"{100 * summary[name][way][rate]:.1f}" for name in MODELS)
+            table.add_row(VERDICT_LABELS[verdict], *cells)
+        table.add_section()
+    return table
 
 
 def _config(output: Path, seed: int, name: str, *more: str) -> Config:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from math import nan
@@ -37,6 +38,8 @@ SHOWN = {
 }
 """Metrics in log lines and the progress bar, and their labels."""
 TEXTS = ("question", "gold", "response", "description", "reading")
+LINE_SECONDS = 10.0
+"""Least time between two log lines of steps; the first and the last step always have one."""
 REWARDS = ("accuracy", "self_reward", "total")
 """Rewards of rollouts/step_N.jsonl in wandb's table of samples."""
 MAX_SIDE_PIXELS = 512
@@ -91,17 +94,21 @@ def shown(values: Mapping[str, float]) -> str:
 
 
 class LogSink:
-    """Logs a line per step."""
+    """Logs a line per step, or every few steps if they are short."""
 
     def __init__(self, stage: str, num_steps: int) -> None:
         """Store the total that is shown after the step's number."""
         self._stage, self._num_steps = stage, num_steps
+        self._next_line = 0.0
 
     def show(self, step: int, rollouts: Rollouts, images: Images) -> None:
         """Do nothing."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Log the line."""
+        """Log the line if it is due."""
+        if step < self._num_steps and time.monotonic() < self._next_line:
+            return
+        self._next_line = time.monotonic() + LINE_SECONDS
         log.info("%s %d/%d: %s", self._stage, step, self._num_steps, shown(values))
 
     def close(self) -> None:

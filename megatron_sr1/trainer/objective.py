@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 
 from megatron_sr1.algorithm import correction
-from megatron_sr1.algorithm.losses import policy_loss, reduction, sequence_log_ratios
+from megatron_sr1.algorithm.losses import policy_loss
 from megatron_sr1.config.training import AlgorithmConfig
 from megatron_sr1.errors import EngineError
 from megatron_sr1.records import PackedBatch
@@ -44,7 +44,7 @@ def grpo_loss(
         _check_gap(float(gaps["mismatch/abs_max"]), mismatch_bound)
         batch, masked = _without_far(batch, old, algorithm)
         batch, weighted = _weighted(batch, old, algorithm)
-        loss_sum, denominator, losses = _policy_loss(
+        loss_sum, denominator, losses = policy_loss(
             policy_logprobs, old, batch, algorithm, max_response_tokens
         )
         in_loss = batch.loss_mask.sum()
@@ -88,36 +88,6 @@ def _weighted(
         reported = correction.weight_sums(weights, batch.loss_mask, cap)
         batch = replace(batch, advantages=batch.advantages * weights)
     return batch, reported
-
-
-def _policy_loss(
-    policy_logprobs: torch.Tensor,
-    old: torch.Tensor,
-    batch: PackedBatch,
-    algorithm: AlgorithmConfig,
-    max_response_tokens: int,
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    assert batch.advantages is not None
-    mask, borders = batch.loss_mask, batch.cu_seqlens
-    weights, denominator = reduction(algorithm.loss, mask, borders, max_response_tokens)
-    log_ratios, clip = None, (algorithm.clip_low, algorithm.clip_high)
-    if algorithm.loss == "gspo":
-        log_ratios = sequence_log_ratios(policy_logprobs, old, mask, borders)
-        clip = algorithm.gspo_clip_low, algorithm.gspo_clip_high
-    loss_sum, reported = policy_loss(
-        policy_logprobs,
-        old,
-        batch.advantages,
-        mask,
-        clip_low=clip[0],
-        clip_high=clip[1],
-        dual_clip=algorithm.dual_clip,
-        reference_logprobs=batch.reference_logprobs,
-        kl_coefficient=algorithm.kl_coefficient,
-        log_ratios=log_ratios,
-        token_weights=weights,
-    )
-    return loss_sum, denominator, reported
 
 
 def _check_gap(worst: float, bound: float) -> None:

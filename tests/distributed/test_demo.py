@@ -3,12 +3,17 @@
 Not covered: how long it takes, as that depends on the machine.
 """
 
+import io
+import itertools
 import json
 
 import pytest
+from rich.console import Console
 
+from megatron_sr1.demo.demo import WAYS, comparison
 from megatron_sr1.observability.metrics import read_lines
 from megatron_sr1.report.panels import TITLES
+from megatron_sr1.trainer.scoring import VERDICTS
 
 MODELS = ("cold_start", "see_think", "vision_sr1")
 
@@ -72,3 +77,17 @@ def test_both_recipes_had_the_same_budget_and_left_what_a_run_leaves(demo):
         assert (demo / name / "hf" / "config.json").is_file()
     assert set(TITLES) <= set(steps["vision_sr1"][0]), "a title for what no step writes"
     assert (demo / "report.html").stat().st_size > 10_000
+
+
+def test_the_terminal_shows_every_rate_of_every_model():
+    number = itertools.count(1)
+    summary = {
+        name: {way: {rate: next(number) / 1000 for rate in VERDICTS.values()} for way in WAYS}
+        for name in MODELS
+    }
+    shown = io.StringIO()
+    Console(file=shown, width=80).print(comparison(summary))
+    rows = [line.split("│")[1:-1] for line in shown.getvalue().splitlines() if "│" in line]
+    assert len(rows) == len(WAYS) * (1 + len(VERDICTS))
+    cells = [cell.strip() for row in rows for cell in row[1:]]
+    assert sorted(filter(None, cells)) == sorted(f"{n / 10:.1f}" for n in range(1, next(number)))

@@ -5,16 +5,39 @@ import math
 import pytest
 import torch
 
-from megatron_sr1.algorithm.losses import k3_divergence, policy_loss, sft_loss
+from megatron_sr1.algorithm import losses
+from megatron_sr1.algorithm.losses import k3_divergence, sft_loss
+from megatron_sr1.config.training import AlgorithmConfig
+from megatron_sr1.records import PackedBatch
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.3, "dual_clip": 3.0}
 
 
-def one_token(ratio, advantage, **more):
+def policy_loss(policy, old, advantages, mask, *, reference=None, kl_coefficient=0.0):
+    """Return the sum over tokens and what is reported, for a row that is one sequence."""
+    nothing = torch.zeros(mask.shape, dtype=torch.int64)
+    batch = PackedBatch(
+        sample_ids=(0,),
+        input_ids=nothing,
+        labels=nothing,
+        loss_mask=mask,
+        position_ids=nothing.expand(3, 1, -1),
+        cu_seqlens=torch.tensor([0, mask.numel()], dtype=torch.int32),
+        max_seqlen=mask.numel(),
+        advantages=advantages,
+        reference_logprobs=reference,
+    )
+    algorithm = AlgorithmConfig(loss="token_mean", kl_coefficient=kl_coefficient, **CLIP)
+    loss, denominator, reported = losses.policy_loss(policy, old, batch, algorithm, 64)
+    assert denominator == mask.sum()
+    return loss, reported
+
+
+def one_token(ratio, advantage):
     """Return loss, gradient by the policy logprob, and reported sums, for one target token."""
     policy = torch.tensor([[math.log(ratio) - 1.0]], requires_grad=True)
     old, ones = torch.tensor([[-1.0]]), torch.ones(1, 1)
-    loss, reported = policy_loss(policy, old, ones * advantage, ones, **(CLIP | more))
+    loss, reported = policy_loss(policy, old, ones * advantage, ones)
     loss.backward()
     return loss.item(), policy.grad.item(), {k: v.item() for k, v in reported.items()}
 
@@ -45,6 +68,7 @@ def test_loss_and_gradient_of_a_token(ratio, advantage, loss, gradient, clipped,
     assert reported["dual_clipped_share"] == dual_clipped
     assert reported["ratio_max"] == pytest.approx(ratio, rel=1e-5)
     assert reported["old_kl"] == pytest.approx(-math.log(ratio), abs=1e-6)
+    assert reported["entropy"] == pytest.approx(1 - math.log(ratio), abs=1e-6)
 
 
 @pytest.mark.parametrize("gap", [-1.5, -0.1, 0.0, 0.1, 1.5])
@@ -53,9 +77,8 @@ def test_kl_to_the_reference_is_k3_with_its_gradient(gap):
     reference = torch.tensor([[-2.0 + gap]])
     ones = torch.ones(1, 1)
     loss, reported = policy_loss(
-        policy, policy.detach(), 0 * ones, ones, **CLIP, reference_logprobs=reference,
-        kl_coefficient=0.5,
-    )  # fmt: skip
+        policy, policy.detach(), 0 * ones, ones, reference=reference, kl_coefficient=0.5
+    )
     loss.backward()
     k3 = math.exp(gap) - gap - 1
     assert loss.item() == pytest.approx(0.5 * k3, abs=1e-6)
@@ -91,9 +114,17 @@ def row(tokens, seed=0):
 
 
 def full_loss(policy, old, advantages, mask, reference):
-    return policy_loss(
-        policy, old, advantages, mask, **CLIP, reference_logprobs=reference, kl_coefficient=0.1
-    )
+    return policy_loss(policy, old, advantages, mask, reference=reference, kl_coefficient=0.1)
+
+
+def test_the_mean_entropy_over_policy_samples_is_the_policys():
+    torch.manual_seed(0)
+    policy = torch.tensor([0.7, 0.2, 0.1])
+    logprobs = policy.log()[torch.multinomial(policy, 200_000, replacement=True)][None]
+    ones = torch.ones_like(logprobs)
+    _, reported = policy_loss(logprobs, logprobs, 0 * ones, ones)
+    exact = -(policy * policy.log()).sum()
+    assert reported["entropy"].item() / logprobs.numel() == pytest.approx(exact.item(), rel=0.02)
 
 
 def test_micro_batches_of_any_size_add_up_to_the_whole():
@@ -151,7 +182,7 @@ def test_a_ratio_beyond_the_range_of_float32_stays_finite():
         for advantage in (1.0, -1.0):
             policy = torch.tensor([[gap]], requires_grad=True)
             zeros, ones = torch.zeros(1, 1), torch.ones(1, 1)
-            loss, reported = policy_loss(policy, zeros, advantage * ones, ones, **CLIP)
+            loss, reported = policy_loss(policy, zeros, advantage * ones, ones)
             loss.backward()
             assert math.isfinite(loss.item()) and math.isfinite(policy.grad.item())
             assert math.isfinite(reported["ratio_max"].item())

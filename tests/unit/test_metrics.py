@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sr1.config.loading import load_config
-from megatron_sr1.observability import memory
+from megatron_sr1.observability import memory, sinks
 from megatron_sr1.observability.memory import PeakMemory
 from megatron_sr1.observability.metrics import MetricsFile, PhaseTimer, read_lines
 from megatron_sr1.observability.sinks import ProgressSink, make_sinks
@@ -138,6 +138,18 @@ def test_a_log_line_names_the_step_and_what_matters(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="megatron_sr1"):
         sink.log(1, {"reward/total": 0.75, "groups/zero": 3.0})
     assert caplog.messages == ["grpo 1/40: reward 0.75"]
+
+
+def test_short_steps_share_a_log_line_and_the_last_step_always_has_one(caplog, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(sinks.time, "monotonic", lambda: now[0])
+    sink = sinks.LogSink("sft", 40)
+    with caplog.at_level(logging.INFO, logger="megatron_sr1"):
+        for step in range(1, 41):
+            sink.log(step, {"actor/loss": 0.5})
+            now[0] += sinks.LINE_SECONDS / 16
+    logged = [message.split("/")[0] for message in caplog.messages]
+    assert logged == ["sft 1", "sft 17", "sft 33", "sft 40"]
 
 
 def test_a_log_line_shows_above_the_bar_and_the_stream_is_given_back(capsys):

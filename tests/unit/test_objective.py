@@ -239,8 +239,8 @@ def test_what_is_reported_of_the_loss_is_over_the_tokens_that_are_in_it(kind):
             assert count == 5, name
             continue
         assert count == 2, name
-        # Of B's tokens in the whole row the ratio, the weight and the KL say nothing: 1, 1 and 0.
-        neutral = 3.0 if name == "importance/weight" else 0.0
+        # Each of B's tokens in the whole row has ratio and weight 1, KL 0 and logprob -1.
+        neutral = 3.0 if name in ("importance/weight", "entropy") else 0.0
         assert whole[name] == (pytest.approx(value + neutral, rel=1e-6), 5), name
     assert masked["reference_kl"][0] > 0.1 and masked["importance/weight"][0] != 2
 
