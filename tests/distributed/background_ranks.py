@@ -16,10 +16,10 @@ cpu.install()
 
 import torch.distributed as dist  # noqa: E402
 
-from megatron_sr1.checkpoint import writers  # noqa: E402
+from megatron_sr1.checkpoint import tensors  # noqa: E402
 from megatron_sr1.checkpoint.folders import steps  # noqa: E402
 from megatron_sr1.checkpoint.loading import load_checkpoint  # noqa: E402
-from megatron_sr1.checkpoint.saving import begin_save, save_checkpoint  # noqa: E402
+from megatron_sr1.checkpoint.saving import begin_save  # noqa: E402
 from megatron_sr1.data.processor import Processor  # noqa: E402
 from megatron_sr1.errors import CheckpointError  # noqa: E402
 from megatron_sr1.runtime.device import select_device, start_distributed  # noqa: E402
@@ -30,14 +30,14 @@ LAYOUT = "2x1"
 
 def hold_rank_1(gate):
     """From now on the writer of rank 1 waits for a file before its last deed."""
-    measure, rank = writers.measure, dist.get_rank()
+    measure, rank = tensors.measure, dist.get_rank()
 
     def measure_behind_the_gate(path):
         while rank == 1 and not gate.exists():
             time.sleep(0.01)
         return measure(path)
 
-    writers.measure = measure_behind_the_gate
+    tensors.measure = measure_behind_the_gate
 
 
 def main():
@@ -46,7 +46,7 @@ def main():
     processor, gate = Processor(source, 784, 200704), out / "gate"
     run, rank = Run(LAYOUT, source, processor), dist.get_rank()
     run.updates(1)
-    save_checkpoint(out / "plain", 1, run.actor.trained, {})
+    begin_save(out / "plain", 1, run.actor.trained, {}).finish()
     hold_rank_1(gate)
     pending = begin_save(out / "background", 1, run.actor.trained, {}, in_background=True)
     seen = {"trained": run.updates(2), "before": steps(out / "background")}
@@ -63,7 +63,7 @@ def main():
     dist.barrier()
     pending = begin_save(out / "background", 2, run.actor.trained, {}, in_background=True)
     if rank == 1:
-        os.kill(pending.tensors._writer._process.pid, signal.SIGKILL)
+        os.kill(pending.tensors._process.pid, signal.SIGKILL)
     try:
         pending.finish()
     except CheckpointError as error:

@@ -28,8 +28,7 @@ from PIL import Image  # noqa: E402
 from megatron_sr1.checkpoint.folders import resolve_model  # noqa: E402
 from megatron_sr1.checkpoint.hf import save_hf  # noqa: E402
 from megatron_sr1.checkpoint.loading import load_checkpoint, load_model  # noqa: E402
-from megatron_sr1.checkpoint.retention import Keep  # noqa: E402
-from megatron_sr1.checkpoint.saving import save_checkpoint  # noqa: E402
+from megatron_sr1.checkpoint.saving import Keep, SaveQueue, begin_save  # noqa: E402
 from megatron_sr1.checkpoint.tensors import Trained  # noqa: E402
 from megatron_sr1.config.loading import load_config  # noqa: E402
 from megatron_sr1.data.packing import pack_samples  # noqa: E402
@@ -92,7 +91,7 @@ def roundtrip(out, *plans, resave=False):
             save_hf(chunks, hf_config, groups, found.hf_files, to)
             if resave:
                 to, model = to.with_name(f"{layout}.saved"), Trained(chunks, None, None, groups)
-                save_checkpoint(to, 0, model, {}, source_directory=found.hf_files)
+                begin_save(to, 0, model, {}, source_directory=found.hf_files).finish()
 
 
 def resave(out, *plans):
@@ -161,14 +160,8 @@ def resume(out, source, *plans):
         run.updates(2)
         torch.rand(3 + dist.get_rank())  # generators that differ by rank
         for step in (1, 2):
-            save_checkpoint(
-                out / saving,
-                step,
-                run.actor.trained,
-                {"cursor": [2, 5]},
-                Keep(1),
-                source_directory=source,
-            )
+            saves = SaveQueue(out / saving, Keep(1), 0)
+            saves.add(step, run.actor.trained, {"cursor": [2, 5]}, source)
         results[saving] = run.numbers()
         for layout in others.split(","):
             run = Run(layout, source, processor)

@@ -21,7 +21,7 @@ import torch.distributed as dist  # noqa: E402
 from checkpoint_ranks import make_samples, nll  # noqa: E402
 
 from megatron_sr1.checkpoint.loading import load_checkpoint  # noqa: E402
-from megatron_sr1.checkpoint.saving import save_checkpoint  # noqa: E402
+from megatron_sr1.checkpoint.saving import begin_save  # noqa: E402
 from megatron_sr1.config.loading import load_config  # noqa: E402
 from megatron_sr1.data.packing import pack_samples  # noqa: E402
 from megatron_sr1.data.processor import Processor  # noqa: E402
@@ -123,7 +123,7 @@ def in_order(tensors):
 def train(out, model_dir, setting):
     run = Run(setting, model_dir)
     first = run.updates(3)
-    save_checkpoint(out / "saved" / setting, 3, run.actor.trained, {})
+    begin_save(out / "saved" / setting, 3, run.actor.trained, {}).finish()
     return run.found(out / f"{setting}.pt", first + run.updates(2))
 
 

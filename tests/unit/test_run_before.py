@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sr1.checkpoint.folders import resolve_model
-from megatron_sr1.conversion.to_hf import megatron_to_hf
+from megatron_sr1.conversion.convert import megatron_to_hf
 from tests.checkpoint_run import load, make_run
 
 ARCHIVE = Path(__file__).resolve().parents[1] / "published" / "run_before.tar.xz"
