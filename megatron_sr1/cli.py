@@ -142,9 +142,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_command(arguments: argparse.Namespace) -> int:
     """Run `train`, `sft` or `eval`: check and start the ranks, or be one of them."""
-    from megatron_sr1.runtime import stop_signal
+    from megatron_sr1.runtime import signals
 
-    stop_signal.listen()  # first, and for torchrun too: unblocked, the signal kills a process
+    signals.listen()  # first, and for torchrun too: unblocked, the signal kills a process
     from megatron_sr1.config.loading import load_config
     from megatron_sr1.launch import torchrun
 
@@ -162,27 +162,28 @@ def run_command(arguments: argparse.Namespace) -> int:
     silence_native_warnings(config.logging.level)
     if arguments.dry_run:
         return dry_run_command(config)
-    return start_ranks(config, ["train", str(arguments.config), *overrides])
+    num_ranks = check_start(config)
+    try:
+        if num_ranks == 1:
+            os.environ.update(torchrun.rank_environment(config.launch, num_ranks))
+            return rank_main(config)
+        started, own = time.time(), ["train", str(arguments.config), *overrides]
+        status = torchrun.run(own, config.launch, num_ranks)
+    except KeyboardInterrupt:
+        print(f"\nmegatron-sr1: interrupted; {how_to_continue(config)}", file=sys.stderr)
+        return 130
+    return _with_cause(status, Path(config.output), started)
 
 
-def start_ranks(config: Config, rank_arguments: Sequence[str]) -> int:
-    """Check a run, then start its ranks with torchrun, or run in this process if there is one."""
+def check_start(config: Config) -> int:
+    """Check a run, with warnings on stderr; return the number of ranks to start."""
     from megatron_sr1.dry_run import check_run
     from megatron_sr1.launch import preflight, torchrun
 
     preflight.check_paths(config)
     num_ranks = torchrun.num_processes(config.launch)
     warn(*check_run(config, num_ranks), preflight.crowded(config.launch, num_ranks))
-    started = time.time()
-    try:
-        if num_ranks == 1:
-            os.environ.update(torchrun.rank_environment(config.launch, num_ranks))
-            return rank_main(config)
-        status = torchrun.run(rank_arguments, config.launch, num_ranks)
-    except KeyboardInterrupt:
-        print(f"\nmegatron-sr1: interrupted; {how_to_continue(config)}", file=sys.stderr)
-        return 130
-    return _with_cause(status, Path(config.output), started)
+    return num_ranks
 
 
 def how_to_continue(config: Config) -> str:
@@ -227,10 +228,10 @@ def warn(*texts: str) -> None:
 def rank_main(config: Config) -> int:
     """Run one rank; its failure stops the others."""
     from megatron_sr1.launch import torchrun
-    from megatron_sr1.runtime import stop_signal
+    from megatron_sr1.runtime import signals
     from megatron_sr1.runtime.failure import guard
 
-    stop_signal.listen(config.launch.save_on_sigterm)
+    signals.listen(config.launch.save_on_sigterm)
     configure_logging(config.logging.level)
     with ExitStack() as stack:
         with torchrun.first_rank_first(os.environ):
@@ -249,10 +250,10 @@ def _with_cause(status: int, run_dir: Path, started: float) -> int:
     failure = read_failure(run_dir, since=started)
     if failure is None:
         lines = [f"megatron-sr1: error: the ranks ended with status {status}; see above"]
-    elif failure["code"] == 2:
+    elif failure.code == 2:
         return 2
     else:
-        lines, status = last_words(run_dir, failure, started), int(failure["code"])
+        lines, status = last_words(run_dir, failure, started), failure.code
     print(*lines, sep="\n", file=sys.stderr)
     return status
 

@@ -6,8 +6,8 @@ from megatron_sr1.checkpoint.folders import resolve_model
 from megatron_sr1.checkpoint.loading import load_checkpoint, load_model
 from megatron_sr1.checkpoint.saving import Keep, SaveQueue
 from megatron_sr1.config.loading import load_config
-from megatron_sr1.model.build import build_model
 from megatron_sr1.model.hf_config import read_hf_config
+from megatron_sr1.model.qwen25_vl import build_model
 from megatron_sr1.records import PackedBatch
 from megatron_sr1.runtime import cpu
 from megatron_sr1.trainer.actor import make_actor
@@ -34,7 +34,6 @@ def text_row(num_tokens=16):
         loss_mask=torch.ones(1, num_tokens),
         position_ids=torch.arange(num_tokens).expand(3, 1, -1),
         cu_seqlens=torch.tensor([0, num_tokens], dtype=torch.int32),
-        max_seqlen=num_tokens,
         vision=None,
     )
 

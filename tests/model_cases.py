@@ -34,14 +34,13 @@ class Row:
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     cu_seqlens: torch.Tensor
-    max_seqlen: int
     vision: VisionInputs | None
     labels: torch.Tensor
     loss_mask: torch.Tensor
 
     @property
     def inputs(self):
-        names = ("input_ids", "position_ids", "cu_seqlens", "max_seqlen", "vision")
+        names = ("input_ids", "position_ids", "cu_seqlens", "vision")
         return {name: getattr(self, name) for name in names}
 
 
@@ -105,7 +104,7 @@ def write_case(directory, seed, num_images=((3, 1), (0,), (1, 2, 0))):
         seed: of everything.
         num_images: per row, the images of each of its samples.
     """
-    from megatron_sr1.runtime.torchvision_patch import patch_torchvision
+    from megatron_sr1.runtime.cpu import patch_torchvision
 
     patch_torchvision()
     from transformers import Qwen2_5_VLForConditionalGeneration
@@ -150,7 +149,6 @@ def make_row(samples, pad_multiple=1, sequence_multiple=1):
         input_ids=torch.cat(ids)[None],
         position_ids=torch.cat(positions, dim=-1)[:, None],
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
-        max_seqlen=max(lengths),
         vision=VisionInputs(torch.cat(pixels), torch.cat(grids)) if pixels else None,
         labels=torch.cat(labels)[None],
         loss_mask=torch.cat(masks)[None],

@@ -39,9 +39,15 @@ from megatron_sr1.checkpoint.manifest import Measure, measure
 from megatron_sr1.checkpoint.megatron_optimizer import ensure_state, named_by_kind
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.runtime import cpu
-from megatron_sr1.runtime.child_processes import end_with
-from megatron_sr1.runtime.collectives import agree, on_all_ranks, on_writer, reason
-from megatron_sr1.runtime.groups import Groups, gather_objects
+from megatron_sr1.runtime.collectives import (
+    agree,
+    gather_objects,
+    on_all_ranks,
+    on_writer,
+    reason,
+)
+from megatron_sr1.runtime.groups import Groups
+from megatron_sr1.runtime.signals import end_with
 
 METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",

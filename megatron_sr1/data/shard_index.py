@@ -4,6 +4,11 @@
 key and the offset and size of its JSON and of its images. The index is rebuilt from the tar's
 headers if it is missing, inconsistent, older than the tar, for a tar of another size, or of an
 earlier version.
+
+Python's tarfile reads a header block, but not a whole tar: it follows links, sparse maps and pax
+records of any length, some of them in quadratic time, and stops silently at a broken header. Here
+each header advances through the file, members that cannot hold a sample are rejected by name, and
+the last member must be followed by the end mark. Source: POSIX.1-2001, pax interchange format.
 """
 
 from __future__ import annotations
@@ -12,32 +17,48 @@ import json
 import logging
 import os
 import re
+import tarfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from megatron_sr1.data.guards import parse_json, read_file, shown
-from megatron_sr1.data.tar_headers import BLOCK, members, parse_header, sample_key
+from megatron_sr1.data.guards import printable, read_json, shown
 from megatron_sr1.errors import DataError
+from megatron_sr1.runtime.files import write_text
 
 logger = logging.getLogger(__name__)
 IMAGE_EXTENSIONS = frozenset("bmp gif jpeg jpg mpo png ppm tif tiff webp".split())
 MAX_INDEX_BYTES = 2**30
 VERSION = 2
 """Version of the index; 1 did not order image names that end in a number by that number."""
+BLOCK = 512
+MAX_EXTRA_BYTES = 64 * 1024
+"""Limit of a pax record or a GNU long name."""
 _NAME_BYTES = 90
 """Longer names, and names that are not ASCII, may be truncated in the header before the data."""
+_REGULAR = (b"0", b"\0", b"7")
+_LONG_NAME, _PAX, _PAX_GLOBAL, _FOLDER = b"L", b"x", b"g", b"5"
+_REJECTED = {
+    b"1": "a hard link",
+    b"2": "a symbolic link",
+    b"3": "a character device",
+    b"4": "a block device",
+    b"6": "a FIFO",
+    b"S": "a sparse file",
+}
+Span = tuple[int, int]
+"""Offset and size of a member's data, bytes."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Position of a sample in its tar: (offset, size) in bytes of the JSON and of each image."""
+    """Position of a sample in its tar: the spans of its JSON and of each image."""
 
     key: str
-    text: tuple[int, int]
-    images: tuple[tuple[int, int], ...]
+    text: Span
+    images: tuple[Span, ...]
 
 
 def index_path(tar: Path) -> Path:
@@ -45,54 +66,12 @@ def index_path(tar: Path) -> Path:
     return tar.with_suffix(".index.json")
 
 
-def scan(tar: Path) -> list[Place]:
-    """Read the positions of a shard's samples from its headers, ordered by offset.
-
-    Raises:
-        DataError: not a tar, or members that do not form samples; names shard and member.
-    """
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
-    for member in members(tar):
-        key, extension = sample_key(member.name)
-        if not member.name.isprintable() or key.startswith("/") or ".." in key.split("/"):
-            raise DataError(
-                f"{tar}: member {shown(member.name)}: expected a printable relative name"
-            )
-        found = samples.setdefault(key, {})
-        if extension in found:
-            raise DataError(f"{tar} sample {key}: {key}.{extension} occurs twice")
-        found[extension] = (member.offset, member.size)
-    places = []
-    for key, found in samples.items():
-        _check_members(found, key, f"{tar} sample {key}")
-        images = sorted(filter(_is_image, found), key=_image_order)
-        places.append(Place(key, found["json"], tuple(found[e] for e in images)))
-    return sorted(places, key=_begin)
-
-
-def _check_members(found: Mapping[str, object], key: str, where: str) -> None:
-    """Raise DataError unless a sample has exactly one JSON member.
-
-    Several of them belong to different samples whose keys contain a dot.
-    """
-    texts = sorted(e for e in found if e.split(".")[-1] == "json")
-    if texts == ["json"]:
-        return
-    problem = f"no {key}.json" if "json" not in found else f"{len(texts)} JSON files"
-    dots = (
-        "; a key ends at the first dot of a name, so all of these are one sample: rename members "
-        "so that keys contain no dots, as in v1_0.json and v1_0.0.png"
-    )
-    held = [f"{key}.{e}" for e in sorted(found)]
-    raise DataError(f"{where}: {problem}; it holds {shown(held, 200)}{dots if texts else ''}")
-
-
 def read_index(tar: Path) -> list[Place]:
     """Read a shard's index, or rebuild it if it does not match the tar."""
     path = index_path(tar)
     try:
         if path.stat().st_mtime_ns >= tar.stat().st_mtime_ns:
-            return _usable(parse_json(read_file(path, MAX_INDEX_BYTES, "index"), "index"), tar)
+            return _usable(read_json(path, MAX_INDEX_BYTES), tar)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, DataError) as error:
         logger.debug("%s: index not usable: %s", path, error)
     places = scan(tar)
@@ -103,23 +82,56 @@ def read_index(tar: Path) -> list[Place]:
     return places
 
 
-def check_header(block: bytes, place: Place, span: tuple[int, int], where: str) -> str:
-    """Check the header before a span against the index and return the member's extension.
+def write_index(tar: Path, places: list[Place]) -> None:
+    """Write a shard's index beside it."""
+    rows = [(p.key, p.text, p.images) for p in places]
+    size = tar.stat().st_size
+    index = {"version": VERSION, "tar_bytes": size, "crc32": _checksum(rows), "samples": rows}
+    write_text(index_path(tar), json.dumps(index) + "\n")
+
+
+def scan(tar: Path) -> list[Place]:
+    """Read the positions of a shard's samples from its headers, ordered by offset.
 
     Raises:
-        DataError: the index points to another member.
+        DataError: not a tar, truncated, damaged, or members that do not form samples.
     """
-    header = parse_header(block, where)
-    key, extension = sample_key(header.name)
-    exact = len(header.name) < _NAME_BYTES and place.key.isascii()
+    samples: dict[str, dict[str, Span]] = {}
+    try:
+        if not tar.is_file():  # opening a pipe would block
+            raise DataError(f"{tar}: not a regular file; expected a tar")
+        with open(tar, "rb") as file:
+            for name, span in _members(file, tar):
+                key, extension = _sample_key(name)
+                if not name.isprintable() or key.startswith("/") or ".." in key.split("/"):
+                    raise DataError(
+                        f"{tar}: member {shown(name)}: expected a printable relative name"
+                    )
+                if extension in samples.setdefault(key, {}):
+                    raise DataError(f"{tar} sample {key}: {key}.{extension} occurs twice")
+                samples[key][extension] = span
+    except OSError as error:
+        raise DataError(f"{tar}: not a readable tar: {error.strerror}") from None
+    places = []
+    for key, found in samples.items():
+        _check_members(found, key, f"{tar} sample {key}")
+        images = sorted(filter(_is_image, found), key=_image_order)
+        places.append(Place(key, found["json"], tuple(found[e] for e in images)))
+    return sorted(places, key=_begin)
+
+
+def check_header(block: bytes, place: Place, span: Span, where: str) -> None:
+    """Check the header before a span of a sample; the index may point to another member."""
+    name, _, size = _parse_header(block, where)
+    key, extension = _sample_key(name)
+    exact = len(name) < _NAME_BYTES and place.key.isascii()
     is_text = span == place.text
     fits = key == place.key and (extension == "json" if is_text else _is_image(extension))
-    if header.size != span[1] or (exact and not fits):
+    if size != span[1] or (exact and not fits):
         raise DataError(
-            f"{where}: its place holds {shown(header.name)} of {header.size} bytes; remove "
+            f"{where}: its place holds {shown(name)} of {size} bytes; remove "
             f"{index_path(Path('SHARD.tar')).name} files to rebuild them"
         )
-    return extension
 
 
 def _usable(value: Any, tar: Path) -> list[Place]:
@@ -135,13 +147,12 @@ def _usable(value: Any, tar: Path) -> list[Place]:
     inside = all(offset - BLOCK >= end for (offset, _), end in zip(spans, ends, strict=False))
     if not inside or ends[-1] > size:
         raise ValueError("positions outside the tar, or overlapping")
-    keys = [place.key for place in places]
-    if len(set(keys)) != len(keys) or places != sorted(places, key=_begin):
+    if len({place.key for place in places}) != len(places) or places != sorted(places, key=_begin):
         raise ValueError("duplicate keys, or out of order")
     return places
 
 
-def _span(value: Any) -> tuple[int, int]:
+def _span(value: Any) -> Span:
     offset, size = value
     if type(offset) is not int or type(size) is not int or size < 0 or offset % BLOCK:
         raise ValueError(f"{value} is not a position")
@@ -152,39 +163,108 @@ def _begin(place: Place) -> int:
     return min(place.text, *place.images)[0] if place.images else place.text[0]
 
 
+def _checksum(rows: Any) -> int:
+    return zlib.crc32(json.dumps(rows).encode())
+
+
+def _sample_key(name: str) -> tuple[str, str]:
+    """Split a member's name at its first dot into (key, extension)."""
+    folder, _, last = name.rpartition("/")
+    key, _, extension = last.partition(".")
+    return (f"{folder}/{key}" if folder else key), extension.lower()
+
+
+def _check_members(found: Mapping[str, object], key: str, where: str) -> None:
+    """Raise DataError unless a sample has one JSON member; several have keys with a dot."""
+    texts = sorted(e for e in found if e.split(".")[-1] == "json")
+    if texts == ["json"]:
+        return
+    problem = f"no {key}.json" if "json" not in found else f"{len(texts)} JSON files"
+    dots = (
+        "; a key ends at the first dot of a name, so all of these are one sample: rename members "
+        "so that keys contain no dots, as in v1_0.json and v1_0.0.png"
+    )
+    held = [f"{key}.{e}" for e in sorted(found)]
+    raise DataError(f"{where}: {problem}; it holds {shown(held, 200)}{dots if texts else ''}")
+
+
 def _is_image(extension: str) -> bool:
     return extension.split(".")[-1] in IMAGE_EXTENSIONS
 
 
 def _image_order(extension: str) -> tuple[list[str | tuple[int, str]], str]:
     """Return a sort key that compares numbers in a name by value: image_2 before image_10."""
-    parts: list[str | tuple[int, str]] = [*re.split("([0-9]+)", extension)]
-    for place in range(1, len(parts), 2):
-        digits = str(parts[place]).lstrip("0")
-        parts[place] = len(digits), digits
-    return parts, extension
+    parts = [part.lstrip("0") for part in re.split("([0-9]+)", extension)]
+    return [(len(p), p) if n % 2 else p for n, p in enumerate(parts)], extension
 
 
-def _checksum(rows: Any) -> int:
-    return zlib.crc32(json.dumps(rows).encode())
+def _members(file: BinaryIO, tar: Path) -> Iterator[tuple[str, Span]]:
+    """Yield name and span of the regular members of a tar file; directories are skipped."""
+    total = os.fstat(file.fileno()).st_size
+    offset, long_name = 0, ""
+    while True:
+        where = f"{tar} byte {offset}"
+        file.seek(offset)
+        block = file.read(BLOCK)
+        if len(block) < BLOCK:
+            what = "the file ends without tar's end mark" if offset else "no tar header"
+            raise DataError(f"{where}: not a readable tar: {what}; is it truncated?")
+        if not any(block):
+            rest = iter(lambda: file.read(2**20), b"")
+            if long_name or any(piece.strip(b"\0") for piece in rest):
+                raise DataError(f"{where}: more data after the end mark; expected a single tar")
+            return
+        name, kind, size = _parse_header(block, where)
+        data = offset + BLOCK
+        offset = data + -(-size // BLOCK) * BLOCK
+        if kind in (_LONG_NAME, _PAX, _PAX_GLOBAL):
+            if size > MAX_EXTRA_BYTES or data + size > total:
+                raise DataError(f"{where}: a header record of {size} bytes; the tar is damaged")
+            long_name = _extra(file.read(size), kind, where) or long_name
+            continue
+        name = long_name or name
+        if kind in _REGULAR:
+            if data + size > total:
+                short = f"{max(0, total - data)} of {size} bytes; the shard is truncated"
+                raise DataError(f"{tar} sample {printable(_sample_key(name)[0])}: {short}")
+            yield name, (data, size)
+        elif kind != _FOLDER:
+            what = _REJECTED.get(kind, f"of type {kind!r}")
+            raise DataError(f"{where}: member {shown(name)} is {what}; expected regular files")
+        long_name = ""
 
 
-def write_index(tar: Path, places: list[Place]) -> None:
-    """Write a shard's index beside it."""
-    rows = [(p.key, p.text, p.images) for p in places]
-    write_json(
-        index_path(tar),
-        {
-            "version": VERSION,
-            "tar_bytes": tar.stat().st_size,
-            "crc32": _checksum(rows),
-            "samples": rows,
-        },
-    )
+def _parse_header(block: bytes, where: str) -> tuple[str, bytes, int]:
+    """Return name, type flag and size (bytes) of a header block."""
+    try:
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError as error:
+        raise DataError(f"{where}: not a tar header ({error})") from None
+    if not 0 <= header.size < 2**63:
+        raise DataError(f"{where}: not a tar header (size is {header.size})")
+    return header.name, header.type, header.size
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file atomically, so that another process never reads a partial file."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(value) + "\n")
-    os.replace(part, path)
+def _extra(data: bytes, kind: bytes, where: str) -> str:
+    """Return the name that a GNU long name or pax record gives the next member, or ""."""
+    if kind == _LONG_NAME:
+        return _text(data)
+    name = ""
+    while data.strip(b"\0"):
+        length, _, _ = data.partition(b" ")
+        size = int(length) if length.isdigit() and len(length) < 7 else 0
+        record, data = data[:size], data[size:]
+        key, mark, value = record[len(length) + 1 : -1].partition(b"=")
+        if not mark or record[-1:] != b"\n":
+            raise DataError(f"{where}: a pax record that cannot be read")
+        is_global_path = key == b"path" and kind == _PAX_GLOBAL
+        if is_global_path or key in (b"size", b"linkpath") or key.startswith(b"GNU.sparse"):
+            raise DataError(f"{where}: pax record {shown(key)}; expected plain regular files")
+        if key == b"path":
+            name = _text(value)
+    return name
+
+
+def _text(field: bytes) -> str:
+    """Decode a name; bytes that are not UTF-8 become characters that `scan` rejects."""
+    return field.partition(b"\0")[0].decode("utf-8", "surrogateescape")

@@ -1,13 +1,13 @@
-"""Qwen2.5-VL on Megatron-Core: one pipeline stage of it, and how to build one.
+"""Qwen2.5-VL on Megatron-Core: one pipeline stage of it, and how stages are built.
 
-In: a packed row of tokens with its positions and borders, and the images in it. Out: hidden states
+In: a packed row of tokens with positions and boundaries, and the images in it. Out: hidden states
 for the next stage; on the last stage logprobs of the labels, or logits. Numbers are those of
 transformers' Qwen2_5_VLForConditionalGeneration, sequence by sequence.
 
 The row keeps Megatron's [T, 1, width] layout and each token has its own row of the rotary table, so
-packing is known to the core attention only. Context-parallel ranks are given the same whole row,
-compute on their own share of it, and answer for the whole (row_split.py). Image features take their
-places in the embedded share before it is split for sequence parallelism: so each of those ranks
+only the core attention deals with packing. Context-parallel ranks are given the same whole row,
+compute on their own share of it and return the whole result (row_split.py). Image features are
+inserted into the embedded share before it is split for sequence parallelism, so each of these ranks
 gets the whole gradient of the share's features.
 """
 
@@ -18,7 +18,15 @@ from typing import Any
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.tensor_parallel.random import (
+    get_cuda_rng_tracker,
+    model_parallel_cuda_manual_seed,
+)
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -26,50 +34,51 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_sr1.config.model import ModelConfig, ParallelConfig
 from megatron_sr1.errors import DataError
-from megatron_sr1.model import specs
+from megatron_sr1.model import layers
 from megatron_sr1.model.attention import pack_row
-from megatron_sr1.model.hf_config import HFConfig
-from megatron_sr1.model.image_shares import encode_by_turns, make_tower
-from megatron_sr1.model.layers import text_angles
-from megatron_sr1.model.logprobs import full_logits, label_logprobs
+from megatron_sr1.model.hf_config import HFConfig, check_layout
+from megatron_sr1.model.logprobs import (
+    full_logits,
+    label_logprobs,
+    vocabulary_rows,
+)
 from megatron_sr1.model.row_split import RowSplit, split_row
-from megatron_sr1.model.transformer_config import padded_vocab_size
-from megatron_sr1.model.vision import feature_numbers
+from megatron_sr1.model.transformer_config import padded_vocab_size, text_transformer_config
+from megatron_sr1.model.vision import encode_by_turns, feature_numbers, make_tower
 from megatron_sr1.records import VisionInputs
+from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.groups import Groups
 
 
 class Qwen25VL(MegatronModule):
-    """One stage: the first holds vision tower and embedding, the last the output layer."""
+    """One stage: the first has the vision tower and the embedding, the last the output layer."""
 
     def __init__(
         self,
         config: TransformerConfig,
         hf_config: HFConfig,
         groups: Groups,
-        *,
-        kernels: str,
+        model: ModelConfig,
         virtual_stage: int,
-        logprob_chunk_tokens: int,
     ) -> None:
-        """Make a stage that belongs to this rank.
+        """Build a stage of this rank.
 
         Args:
             config: of the language model, from `text_transformer_config`.
             hf_config: shape of the model.
-            groups: the layout.
-            kernels: local | transformer_engine.
-            virtual_stage: number of the stage among this rank's.
-            logprob_chunk_tokens: tokens whose logits exist at a time.
+            groups: process groups of the layout.
+            model: kernels, and tokens per chunk of logits.
+            virtual_stage: index among this rank's stages.
         """
         super().__init__(config=config)
-        self.model_type = ModelType.encoder_or_decoder  # Megatron's schedules ask for it
+        self.model_type = ModelType.encoder_or_decoder  # Megatron's schedules read it
         self.hf_config = hf_config
         self.groups = groups
-        self.logprob_chunk_tokens = logprob_chunk_tokens
+        self.logprob_chunk_tokens = model.logprob_chunk_tokens
         num_virtual = config.virtual_pipeline_model_parallel_size or 1
-        # Megatron asks for the number where there are several stages, and only there.
+        # Megatron accepts a number only if there are several stages.
         self.vp_stage = virtual_stage if num_virtual > 1 else None
         self.pre_process = groups.is_first_stage and virtual_stage == 0
         self.post_process = groups.is_last_stage and virtual_stage == num_virtual - 1
@@ -78,27 +87,27 @@ class Qwen25VL(MegatronModule):
         self.language_model = GPTModel(
             config=config,
             transformer_layer_spec=TransformerBlockSubmodules(
-                layer_specs=[specs.text_layer(kernels)] * num_layers,
-                layer_norm=specs.norm(kernels),
+                layer_specs=[layers.text_layer(model.spec)] * num_layers,
+                layer_norm=layers.norm(model.spec),
             ),
             vocab_size=padded_vocab_size(hf_config.text.vocab_size, groups.tensor.size),
             max_sequence_length=hf_config.text.max_position_embeddings,
             pre_process=self.pre_process,
             post_process=self.post_process,
             share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
-            # Our own table, one row for each token of this rank: Megatron's is cut in its own way.
+            # Our own table has a row per token of this rank; Megatron's is split differently.
             position_embedding_type="none",
-            # Image features come in between.
+            # Image features are inserted first.
             scatter_embedding_sequence_parallel=False,
             pg_collection=groups.collection,
             vp_stage=self.vp_stage,
         )
         self.vision_model = (
-            make_tower(config, hf_config, groups, kernels) if self.pre_process else None
+            make_tower(config, hf_config, groups, model.spec) if self.pre_process else None
         )
 
     def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Megatron's; a tower that is whole on the tensor-parallel ranks has as many copies."""
+        """Mark a tower that each tensor-parallel rank holds entirely as replicated over them."""
         found = super().sharded_state_dict(prefix, *args, **kwargs)
         if self.groups.tower.size < self.groups.tensor.size:
             for name, value in found.items():
@@ -108,11 +117,11 @@ class Qwen25VL(MegatronModule):
         return found
 
     def set_input_tensor(self, input_tensor: Any) -> None:
-        """Take the hidden states of the stage before, as Megatron's schedules hand them over."""
+        """Take the hidden states of the previous stage; called by Megatron's schedules."""
         self.language_model.set_input_tensor(input_tensor)
 
     def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
-        """The tied weight of this stage; Megatron sums its gradients over first and last stage."""
+        """Return this stage's tied weight, whose gradients Megatron sums over both end stages."""
         return self.language_model.shared_embedding_or_output_weight()
 
     def forward(
@@ -120,36 +129,31 @@ class Qwen25VL(MegatronModule):
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
         cu_seqlens: torch.Tensor,
-        max_seqlen: int | None = None,
         vision: VisionInputs | None = None,
         labels: torch.Tensor | None = None,
         wanted: torch.Tensor | None = None,
         temperature: float = 1.0,
-        with_entropy: bool = False,
-    ) -> Any:
+    ) -> torch.Tensor:
         """Run the stage on one packed row.
 
         Args:
-            input_ids: [1, T] int64; context-parallel ranks get the same row, each sequence in it a
-                multiple of `sequence_multiple`. Under sequence parallelism T over the
-                context-parallel ranks is a multiple of the ranks.
+            input_ids: [1, T] int64, the same row on all context-parallel ranks; each sequence's
+                length is a multiple of `sequence_multiple`. Under sequence parallelism each
+                context-parallel rank's share is a multiple of the tensor-parallel ranks.
             position_ids: [3, 1, T] int64, time, height and width, from 0 in each sequence.
-            cu_seqlens: [sequences + 1] int32, borders; the last is T.
-            max_seqlen: longest sequence, tokens; counted if None.
-            vision: the row's images in order, None if there are none.
-            labels: [1, T] int64, the token after each position; None asks for logits.
-            wanted: [1, T] bool, positions whose logprobs are looked at, 0 elsewhere; None for all.
-            temperature: divides the logits of logprobs, > 0.
-            with_entropy: also return the entropy of each position's distribution.
+            cu_seqlens: [sequences + 1] int32, boundaries; the last is T.
+            vision: the row's images in order; None: no images.
+            labels: [1, T] int64, the token after each position; None: return logits.
+            wanted: [1, T] bool, positions whose logprobs are computed, 0 elsewhere; None: all.
+            temperature: divisor of the logits for logprobs, > 0.
 
         Returns:
-            not the last stage: hidden states [T, 1, width], T split over context-parallel ranks
-            and under sequence parallelism.
-            last stage with labels: logprobs [1, T] float32, or (logprobs, entropy).
-            last stage without labels: logits [1, T, ids] float32, temperature not applied.
+            logprobs [1, T] float32 on the last stage, or without labels logits [1, T, ids] float32,
+            to which the temperature is not applied. On other stages hidden states [T, 1, width], T
+            split over context-parallel ranks and under sequence parallelism.
 
         Raises:
-            DataError: the row and its images do not fit.
+            DataError: the row and its images do not match.
         """
         text = self.hf_config.text
         split = split_row(cu_seqlens, self.groups.context)
@@ -157,62 +161,63 @@ class Qwen25VL(MegatronModule):
         hidden = self.language_model.decoder(
             hidden_states=embedded,
             attention_mask=None,
-            rotary_pos_emb=text_angles(
+            rotary_pos_emb=layers.text_angles(
                 split.take(position_ids, dim=-1),
                 text.head_dim,
                 text.rope_theta,
                 text.mrope_section,
             ),
-            packed_seq_params=pack_row(
-                cu_seqlens, is_causal=True, max_seqlen=max_seqlen, split=split
-            ),
+            packed_seq_params=pack_row(cu_seqlens, is_causal=True, split=split),
         )
         if not self.post_process:
             return hidden
-        head = {
-            "group": self.groups.tensor,
-            "vocab_size": text.vocab_size,
-            "sequence_parallel": self.config.sequence_parallel,
-        }
-        weight = self._output_weight()
+        group = self.groups.tensor
+        if self.share_embeddings_and_output_weights:
+            weight = self.language_model.shared_embedding_or_output_weight()
+        else:
+            weight = self.language_model.output_layer.weight
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, group=group.process_group)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden, group=group.process_group)
         if labels is None:
-            return split.join(full_logits(hidden, weight, **head))
-        logprobs, entropy = label_logprobs(
+            return split.join(full_logits(hidden, weight, group, text.vocab_size))
+        logprobs = label_logprobs(
             hidden,
             weight,
             split.take(labels, dim=1),
+            group=group,
+            vocab_size=text.vocab_size,
             wanted=None if wanted is None else split.take(wanted, dim=1),
             temperature=temperature,
             chunk_tokens=self.logprob_chunk_tokens,
-            with_entropy=with_entropy,
-            **head,
         )
-        joined = split.join(logprobs)
-        return (joined, split.join(entropy)) if entropy is not None else joined
+        return split.join(logprobs)
 
     def _embed(
         self, input_ids: torch.Tensor, vision: VisionInputs | None, split: RowSplit
     ) -> torch.Tensor:
-        """This rank's share [T, 1, width] with image features in their places, split if SP."""
+        """Return this rank's share [T, 1, width], image features included, split if SP."""
         own_ids = split.take(input_ids, dim=1)
         embedded = self.language_model.embedding(input_ids=own_ids, position_ids=None)
         is_image = input_ids[0] == self.hf_config.image_token_id
         num_pads = int(is_image.sum())
         if vision is not None:
-            features = self._encode(vision)
+            assert self.vision_model is not None
+            features = encode_by_turns(self.vision_model, vision, self.groups.images)
             numbers = feature_numbers(vision, self.hf_config.vision.spatial_merge_size)
             if len(numbers) != num_pads:
                 raise DataError(
-                    f"the row holds {num_pads} image-pad tokens, its images have "
+                    f"the row has {num_pads} image-pad tokens, its images have "
                     f"{len(numbers)} features: expand each image to as many pads as it has "
                     "merged tokens and never sample the pad"
                 )
             places = torch.nonzero(split.take(is_image, dim=0))[:, 0]
-            pads = split.take(is_image.cumsum(0) - 1, dim=0)[places]  # the row's, as counted
+            pads = split.take(is_image.cumsum(0) - 1, dim=0)[places]  # numbered over the row
             features = features.index_select(0, numbers.to(pads.device)[pads]).unsqueeze(1)
             embedded = embedded.index_copy(0, places, features.to(embedded.dtype))
         elif num_pads:
-            raise DataError(f"the row holds {num_pads} image-pad tokens, but no images came")
+            raise DataError(f"the row has {num_pads} image-pad tokens, but no images were given")
         if self.config.sequence_parallel:
             size = self.groups.tensor.size
             if len(embedded) % size:
@@ -223,18 +228,54 @@ class Qwen25VL(MegatronModule):
             group = self.groups.tensor.process_group
             embedded = scatter_to_sequence_parallel_region(embedded, group=group)
         if torch.is_grad_enabled() and not embedded.requires_grad:
-            # Recomputation follows the gradient of its input; a frozen embedding gives it none.
+            # Recomputation requires an input with a gradient; a frozen embedding has none.
             embedded.requires_grad_(self.config.recompute_granularity == "full")
         return embedded
 
-    def _encode(self, vision: VisionInputs) -> torch.Tensor:
-        """Features [merged tokens, width] of all images."""
-        assert self.vision_model is not None
-        if self.groups.images.size == 1:
-            return self.vision_model(vision)
-        return encode_by_turns(self.vision_model, vision, self.groups.images)
 
-    def _output_weight(self) -> torch.Tensor:
-        if self.share_embeddings_and_output_weights:
-            return self.language_model.shared_embedding_or_output_weight()
-        return self.language_model.output_layer.weight
+def build_model(
+    hf_config: HFConfig, groups: Groups, model: ModelConfig, parallel: ParallelConfig
+) -> list[Qwen25VL]:
+    """Build this rank's share of the model, one chunk per virtual stage.
+
+    Weights are NaN until they are loaded.
+
+    Args:
+        hf_config: shape of the model.
+        groups: process groups of the layout, which give the numbers of ranks.
+        model: dtype, kernels, recomputation and FP8; `path` and `freeze` are not used here.
+        parallel: sequence parallelism and stages.
+
+    Raises:
+        ConfigError: the layout does not divide the model, or the kernels cannot run here.
+    """
+    check_layout(
+        hf_config,
+        tensor=groups.tensor.size,
+        tower=groups.tower.size,
+        pipeline=groups.pipeline.size,
+        virtual_stages=parallel.virtual,
+        stage_layers=parallel.stage_layers,
+    )
+    if model.spec == "transformer_engine":
+        layers.require_transformer_engine()
+    config = text_transformer_config(hf_config, groups, model, parallel)
+    with cpu.megatron_mode():
+        if not get_cuda_rng_tracker().is_initialized():
+            model_parallel_cuda_manual_seed(1)
+        chunks = [
+            Qwen25VL(config, hf_config, groups, model, number) for number in range(parallel.virtual)
+        ]
+    for chunk in chunks:
+        _mark_unloaded(chunk)
+    return chunks
+
+
+@torch.no_grad()
+def _mark_unloaded(chunk: Qwen25VL) -> None:
+    """Fill weights with NaN, so that one that is not loaded is noticed, and padding rows with 0."""
+    for name, parameter in chunk.named_parameters():
+        parameter.fill_(float("nan"))
+        if name.endswith(("word_embeddings.weight", "output_layer.weight")):
+            vocab_size, rank = chunk.hf_config.text.vocab_size, chunk.groups.tensor.rank
+            parameter[vocabulary_rows(vocab_size, len(parameter), rank)[1] :].zero_()

@@ -1,25 +1,23 @@
-"""Transformer Engine's core attention over a packed row.
-
-Imported only where Transformer Engine is installed (specs.py).
-"""
+"""Transformer Engine's core attention over a packed row, imported only if layers.py needs it."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from megatron.core.extensions.transformer_engine import TEDotProductAttention
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_sr1.model.attention import PackedRow
 
 
 class PackedTEAttention(TEDotProductAttention):
-    """Transformer Engine's attention in its packed layout, the row in sbhd outside of it.
+    """Transformer Engine's attention in its packed layout, for a row that is sbhd elsewhere.
 
-    Context parallelism is its own then (point to point, the one kind that takes packed rows):
-    it is given this rank's share in the order of row_split.py, and the whole row's borders.
+    Context parallelism is Transformer Engine's own here (point to point, the only kind that
+    supports packed rows): it takes this rank's share in the order of row_split.py, and the
+    boundaries of the whole row.
     """
 
     def forward(
@@ -33,18 +31,10 @@ class PackedTEAttention(TEDotProductAttention):
         packed_seq_params: PackedRow | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """As `PackedAttention.forward`."""
+        """Attend as `PackedAttention.forward` does."""
         assert packed_seq_params is not None
-        row = packed_seq_params
-        packed = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=row.cu_seqlens_q,
-            cu_seqlens_kv=row.cu_seqlens_kv,
-            cu_seqlens_q_padded=row.cu_seqlens_q_padded,
-            cu_seqlens_kv_padded=row.cu_seqlens_kv_padded,
-            max_seqlen_q=row.max_seqlen_q,
-            max_seqlen_kv=row.max_seqlen_kv,
-        )
+        packed = copy.copy(packed_seq_params)
+        packed.qkv_format = "thd"
         context = super().forward(
             query[:, 0],
             key[:, 0],

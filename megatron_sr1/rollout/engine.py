@@ -28,8 +28,8 @@ from megatron_sr1.rollout import weight_sync
 from megatron_sr1.rollout.process import launcher_variables, place, set_environment
 from megatron_sr1.rollout.requests import Progress, Request
 from megatron_sr1.rollout.sampler import FullVocabularySampler
+from megatron_sr1.runtime.cpu import patch_torchvision
 from megatron_sr1.runtime.rng import preserve_rng_and_threads
-from megatron_sr1.runtime.torchvision_patch import patch_torchvision
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -230,7 +230,6 @@ def _run(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             cu_seqlens=batch.cu_seqlens,
-            max_seqlen=batch.max_seqlen,
             vision=batch.vision,
             labels=batch.labels,
             wanted=batch.loss_mask != 0,
@@ -261,7 +260,6 @@ def empty_row(num_tokens: int) -> PackedBatch:
         loss_mask=torch.zeros(1, num_tokens),
         position_ids=torch.arange(num_tokens).expand(3, 1, -1),
         cu_seqlens=torch.tensor([0, num_tokens], dtype=torch.int32),
-        max_seqlen=num_tokens,
         vision=None,
     )
 

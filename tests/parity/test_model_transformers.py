@@ -10,8 +10,8 @@ from megatron_sr1.checkpoint.hf import load_hf
 from megatron_sr1.checkpoint.mapping import canonical_hf_name
 from megatron_sr1.config.model import ModelConfig, ParallelConfig
 from megatron_sr1.errors import DataError
-from megatron_sr1.model.build import build_model
 from megatron_sr1.model.hf_config import read_hf_config
+from megatron_sr1.model.qwen25_vl import build_model
 from megatron_sr1.runtime import cpu
 from tests.model_cases import make_row, worst_relative_gap, write_case
 from tools.layout_parts import published_gradients
@@ -145,5 +145,5 @@ def test_image_pads_and_features_that_do_not_match_are_refused(tmp_path, groups)
     with torch.no_grad(), cpu.megatron_mode():
         with pytest.raises(DataError, match="features"):
             model(**{**inputs, "input_ids": ids})
-        with pytest.raises(DataError, match="no images came"):
+        with pytest.raises(DataError, match="no images were given"):
             model(**{**inputs, "vision": None})

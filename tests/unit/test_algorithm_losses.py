@@ -23,7 +23,6 @@ def policy_loss(policy, old, advantages, mask, *, reference=None, kl_coefficient
         loss_mask=mask,
         position_ids=nothing.expand(3, 1, -1),
         cu_seqlens=torch.tensor([0, mask.numel()], dtype=torch.int32),
-        max_seqlen=mask.numel(),
         advantages=advantages,
         reference_logprobs=reference,
     )

@@ -44,7 +44,7 @@ def test_entries_are_about_the_token_that_the_position_predicts():
     assert batch.advantages.tolist() == [[0, 5, 0, 6, 7, 0, 0, 0]]
     assert batch.old_logprobs.tolist() == [[0, -1.5, 0, -2, -3, 0, 0, 0]]
     assert batch.engine_logprobs is None and batch.reference_logprobs is None
-    assert batch.cu_seqlens.tolist() == [0, 3, 7, 8] and batch.max_seqlen == 4
+    assert batch.cu_seqlens.tolist() == [0, 3, 7, 8]
     assert batch.position_ids.tolist() == [[[0, 1, 2, 0, 1, 2, 3, 0]]] * 3
     assert batch.cu_seqlens.dtype == torch.int32 and batch.loss_mask.dtype == torch.float32
     assert batch.input_ids.dtype == batch.labels.dtype == batch.position_ids.dtype == torch.int64
@@ -61,7 +61,7 @@ def test_each_sequence_is_padded_where_the_layout_asks_for_it():
     assert batch.labels.tolist() == [[2, 3, 0, 0, 5, 6, 7, 0, 5, 6, 7, 8, *[0] * 12]]
     assert batch.loss_mask.tolist() == [[0, 1, 0, 0, 1, 1, 0, 0, 0, 0, 0, 1, *[0] * 12]]
     assert batch.advantages.tolist() == [[0, 5, 0, 0, 6, 7, 0, 0, 0, 0, 0, 8, *[0] * 12]]
-    assert batch.cu_seqlens.tolist() == [0, 4, 8, 16, 24] and batch.max_seqlen == 8
+    assert batch.cu_seqlens.tolist() == [0, 4, 8, 16, 24]
     positions = [0, 1, 2, 0, 0, 1, 2, 3, 0, 1, 2, 3, 4, *[0] * 11]
     assert batch.position_ids.tolist() == [[positions]] * 3
 

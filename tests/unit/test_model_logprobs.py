@@ -1,4 +1,4 @@
-"""Logprobs and entropy by hand, against torch's log_softmax, and in little memory.
+"""Logprobs by hand, against torch's log_softmax, and in little memory.
 
 One rank here; several are covered by tests/distributed/test_model_layouts.py.
 """
@@ -32,18 +32,14 @@ def inputs(num_rows=IDS, dtype=torch.float32):
 
 def expected_values(hidden, weight, labels, temperature):
     log_p = ((hidden[:, 0] @ weight[:IDS].t()) / temperature).log_softmax(-1)
-    entropy = -(log_p.exp() * log_p).sum(-1)
-    return log_p.gather(1, labels[0][:, None]).t(), entropy[None]
+    return log_p.gather(1, labels[0][:, None]).t()
 
 
 def test_two_ids_with_odds_of_three_to_one(group):
     hidden = torch.tensor([[[1.0]]], requires_grad=True)
     weight = torch.tensor([[math.log(3.0)], [0.0]], requires_grad=True)
-    logprobs, entropy = label_logprobs(
-        hidden, weight, torch.tensor([[0]]), group=group, vocab_size=2, with_entropy=True
-    )
+    logprobs = label_logprobs(hidden, weight, torch.tensor([[0]]), group=group, vocab_size=2)
     assert logprobs.item() == pytest.approx(math.log(0.75))
-    assert entropy.item() == pytest.approx(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
     logprobs.sum().backward()
     assert weight.grad.flatten().tolist() == pytest.approx([0.25, -0.25])
     assert hidden.grad.item() == pytest.approx(0.25 * math.log(3.0))
@@ -51,23 +47,19 @@ def test_two_ids_with_odds_of_three_to_one(group):
 
 @pytest.mark.parametrize("chunk_tokens", [1, 5, 23, 1000])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("entropy_weight", [0.0, 0.7])
-def test_values_and_gradients_equal_log_softmax(group, chunk_tokens, temperature, entropy_weight):
+def test_values_and_gradients_equal_log_softmax(group, chunk_tokens, temperature):
     token_weights = torch.arange(TOKENS).remainder(3).float()[None]  # every third has none
     results = []
     for ours in (True, False):
         hidden, weight, labels = inputs()
         if ours:
-            logprobs, entropy = label_logprobs(
+            logprobs = label_logprobs(
                 hidden, weight, labels, group=group, vocab_size=IDS, temperature=temperature,
-                chunk_tokens=chunk_tokens, with_entropy=entropy_weight > 0,
+                chunk_tokens=chunk_tokens,
             )  # fmt: skip
         else:
-            logprobs, entropy = expected_values(hidden, weight, labels, temperature)
-        total = (logprobs * token_weights).sum()
-        if entropy_weight:
-            total = total + entropy_weight * entropy.sum()
-        total.backward()
+            logprobs = expected_values(hidden, weight, labels, temperature)
+        (logprobs * token_weights).sum().backward()
         results.append((logprobs.detach(), hidden.grad, weight.grad))
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
@@ -80,25 +72,24 @@ def test_tokens_that_are_not_wanted_have_no_logits_and_no_gradient(group, chunk_
     wanted[0, places] = True
     hidden, weight, labels = inputs()
     with _LargestTensor() as seen:
-        logprobs, entropy = label_logprobs(
+        logprobs = label_logprobs(
             hidden, weight, labels, group=group, vocab_size=IDS, wanted=wanted,
-            chunk_tokens=chunk_tokens, with_entropy=True,
+            chunk_tokens=chunk_tokens,
         )  # fmt: skip
-        (2 * logprobs + entropy).sum().backward()
+        (2 * logprobs).sum().backward()
     assert seen.numel == max(weight.numel(), hidden.numel(), len(places) * IDS)
     again = inputs()
     expected = expected_values(*again, 1.0)
-    ((2 * expected[0] + expected[1]) * wanted).sum().backward()
-    for found, value in zip((logprobs, entropy), expected, strict=True):
-        torch.testing.assert_close(found, value * wanted)
+    (2 * expected * wanted).sum().backward()
+    torch.testing.assert_close(logprobs, expected * wanted)
     torch.testing.assert_close(hidden.grad, again[0].grad)
     torch.testing.assert_close(weight.grad, again[1].grad)
 
 
 def test_padding_rows_of_the_vocabulary_have_no_probability_and_no_gradient(group):
     hidden, weight, labels = inputs(num_rows=IDS + 3)
-    logprobs, _ = label_logprobs(hidden, weight, labels, group=group, vocab_size=IDS)
-    expected, _ = expected_values(hidden, weight, labels, 1.0)
+    logprobs = label_logprobs(hidden, weight, labels, group=group, vocab_size=IDS)
+    expected = expected_values(hidden, weight, labels, 1.0)
     torch.testing.assert_close(logprobs, expected)
     logprobs.sum().backward()
     assert weight.grad[IDS:].abs().max() == 0
@@ -107,17 +98,17 @@ def test_padding_rows_of_the_vocabulary_have_no_probability_and_no_gradient(grou
 
 def test_a_frozen_output_layer_still_hands_gradients_down(group):
     hidden, weight, labels = inputs()
-    logprobs, _ = label_logprobs(hidden, weight.detach(), labels, group=group, vocab_size=IDS)
+    logprobs = label_logprobs(hidden, weight.detach(), labels, group=group, vocab_size=IDS)
     logprobs.sum().backward()
-    expected, _ = expected_values(*(again := inputs()), 1.0)
+    expected = expected_values(*(again := inputs()), 1.0)
     expected.sum().backward()
     torch.testing.assert_close(hidden.grad, again[0].grad)
 
 
 def test_bfloat16_weights_give_float32_logprobs_near_the_exact_ones(group):
     hidden, weight, labels = inputs(dtype=torch.bfloat16)
-    logprobs, _ = label_logprobs(hidden, weight, labels, group=group, vocab_size=IDS)
-    exact, _ = expected_values(hidden.float(), weight.float(), labels, 1.0)
+    logprobs = label_logprobs(hidden, weight, labels, group=group, vocab_size=IDS)
+    exact = expected_values(hidden.float(), weight.float(), labels, 1.0)
     logprobs.sum().backward()
     assert logprobs.dtype == torch.float32 and weight.grad.dtype == torch.bfloat16
     assert (logprobs - exact).abs().max() < 0.1
@@ -142,7 +133,7 @@ def test_logits_of_the_whole_row_never_exist(group):
     weight = torch.randn(ids, WIDTH, requires_grad=True)
     labels = torch.randint(0, ids, (1, tokens))
     with _LargestTensor() as seen:
-        logprobs, _ = label_logprobs(
+        logprobs = label_logprobs(
             hidden, weight, labels, group=group, vocab_size=ids, chunk_tokens=chunk
         )
         logprobs.sum().backward()

@@ -48,7 +48,6 @@ def run_pairs(
         loss_mask=row([1.0] * 5, elsewhere=0.0),
         position_ids=torch.zeros(3, 1, 9, dtype=torch.int64),
         cu_seqlens=torch.tensor(BORDERS, dtype=torch.int32),
-        max_seqlen=4,
         advantages=row(advantages, elsewhere=0.0),
         old_logprobs=row([-1.0] * 5),
         engine_logprobs=row(engine.tolist()),

@@ -65,7 +65,6 @@ def evaluate(rows, algorithm, outside=0.0):
             loss_mask=mask.float(),
             position_ids=torch.zeros(3, *mask.shape, dtype=torch.int64),
             cu_seqlens=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
-            max_seqlen=max(lengths),
             advantages=packed("advantages", 0.0),
             **{n: packed(n, outside) for n in NUMBERS[1:4]},
         )

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from megatron_sr1.config.model import ModelConfig, ParallelConfig
-from megatron_sr1.model.build import build_model
 from megatron_sr1.model.hf_config import parse_hf_config
 from megatron_sr1.model.logprobs import label_logprobs
+from megatron_sr1.model.qwen25_vl import build_model
 from megatron_sr1.planning.layout import Layout
 from megatron_sr1.planning.rank_memory import (
     Kernels,
@@ -82,7 +82,7 @@ def test_the_peak_of_logits_is_planned_within_8_percent(groups, dtype):
     hidden = torch.randn(tokens, 1, width, dtype=dtype, requires_grad=True)
     weight = torch.randn(vocab, width, dtype=dtype, requires_grad=True)
     labels = torch.randint(0, vocab, (1, tokens))
-    logprobs, _ = label_logprobs(
+    logprobs = label_logprobs(
         hidden, weight, labels, group=groups.tensor, vocab_size=vocab, chunk_tokens=chunk
     )
     with torch.profiler.profile(profile_memory=True) as profile:

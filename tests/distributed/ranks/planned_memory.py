@@ -1,0 +1,171 @@
+"""Many layouts and settings under one start of ranks: bytes planned against bytes allocated.
+
+Usage: planned_memory.py MODELS OUT CASE…
+MODELS holds directories with a config.json. A case is MODEL:LAYOUT:SETTING, the layout a short form
+of `layout_settings`, the setting a key of SETTINGS; after another colon come more keys of
+`parallel`. Every rank builds the real model, wraps it as a run does, makes one update over rows of
+text and images, and counts. OUT gets one line a rank and case.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_sr1.checkpoint.mapping import is_tower_frozen
+from megatron_sr1.config.loading import load_config
+from megatron_sr1.model.hf_config import read_hf_config
+from megatron_sr1.model.qwen25_vl import build_model
+from megatron_sr1.planning.layout import check, configured
+from megatron_sr1.planning.rank_memory import (
+    Kernels,
+    text_ends_bytes,
+    text_layer_bytes,
+    vision_bytes,
+)
+from megatron_sr1.planning.schedule import in_flight
+from megatron_sr1.planning.static_memory import (
+    DTYPE_BYTES,
+    static_memory,
+)
+from megatron_sr1.records import PackedBatch
+from megatron_sr1.runtime.device import select_device, start_distributed
+from megatron_sr1.runtime.groups import destroy_groups, make_groups
+from megatron_sr1.trainer.actor import make_actor
+from megatron_sr1.trainer.step import update
+from tests.planned_models import SavedBytes, make_row
+from tools.layout_parts import layout_settings
+
+TOKENS, GRIDS = 256, [(20, 12)] * 4  # as many images as four ranks share out evenly
+BFLOAT16 = ["model.dtype=bfloat16"]
+SETTINGS = {
+    "float32": ["model.dtype=float32"],
+    "float32-whole": ["model.dtype=float32", "parallel.distributed_optimizer=false"],
+    "bfloat16": BFLOAT16,
+    "bfloat16-whole": [*BFLOAT16, "parallel.distributed_optimizer=false"],
+    "offload": [*BFLOAT16, "optimizer.offload=true"],
+    "low": [*BFLOAT16, "optimizer.state=bfloat16", "optimizer.beta2=0.95"],
+    "lowest": [
+        *BFLOAT16,
+        "optimizer.state=bfloat16",
+        "optimizer.gradients=bfloat16",
+        "optimizer.offload=true",
+        "optimizer.beta2=0.95",
+    ],
+    "frozen": [*BFLOAT16, "model.freeze=['^visual[.]']"],
+}
+
+
+def held_bytes(tensors, without=()):
+    """Of different tensors; scalars are step counters in host memory."""
+    known = {t.untyped_storage().data_ptr() for t in without}
+    found = {
+        (t.untyped_storage().data_ptr(), t.storage_offset()): t.numel() * t.element_size()
+        for t in tensors
+        if t.dim() and t.untyped_storage().data_ptr() not in known
+    }
+    return sum(found.values())
+
+
+def storage_bytes(tensors):
+    """Of the memory behind tensors, padding included."""
+    storages = [t.untyped_storage() for t in tensors]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+def make_batch(hf_config):
+    """A row of text and images."""
+    row = make_row(hf_config, [TOKENS], GRIDS)
+    return PackedBatch((0,), loss_mask=torch.ones(1, TOKENS), **row)
+
+
+def loss(logprobs, batch):
+    return -logprobs.sum(), batch.loss_mask.sum(), {}
+
+
+def measure(config, hf_config, groups):
+    """What the real classes hold after one update, and what autograd kept at most during it."""
+    parallel = config.parallel
+    chunks = build_model(hf_config, groups, config.model, parallel)
+    weights = [parameter for chunk in chunks for parameter in chunk.parameters()]
+    with torch.no_grad():
+        for parameter in weights:
+            parameter.fill_(0.01)
+    actor = make_actor(config, chunks, hf_config, None, groups, num_updates=2)
+    rows = [make_batch(hf_config)] * (parallel.virtual + 1) * parallel.pipeline
+    with SavedBytes(weights) as saved:
+        update(actor, rows, loss, 1.0)
+    assert not saved.now
+    state = []
+    for part in actor.optimizer.chained_optimizers:
+        inner = part.optimizer
+        shards = [p for group in inner.param_groups for p in group["params"]]
+        state += shards + [t for p in shards for t in inner.state[p].values()]
+    state = [t for t in state if isinstance(t, torch.Tensor)]
+    return {
+        "weights": storage_bytes(weights),
+        "gradients": storage_bytes(b.grad_data for w in actor.wrapped for b in w.buffers),
+        "optimizer": held_bytes(state, without=weights),
+    }, saved.most
+
+
+def plan_activations(config, hf_config, layout, pipeline_rank):
+    """Of the same rows."""
+    kernels = Kernels(DTYPE_BYTES[config.model.dtype], fused_mlp=False)
+    tokens, patches = TOKENS / layout.context, sum(h * w for h, w in GRIDS) / layout.images
+    layers, stages = layout.layers(hf_config.text.num_layers), layout.stages(pipeline_rank)
+    layer = tokens * text_layer_bytes(hf_config, layout, kernels, "none")
+    kept = [layer * len(layers[stage]) for stage in stages]
+    if pipeline_rank == 0 and not is_tower_frozen(hf_config, config.model.freeze):
+        kept[0] += patches * vision_bytes(hf_config, layout, kernels, "none")
+    if pipeline_rank == layout.pipeline - 1:
+        kept[-1] += tokens * text_ends_bytes(hf_config, layout, kernels)
+    numbers = in_flight(layout, pipeline_rank, kept)
+    return sum(n * size for n, size in zip(numbers, kept, strict=True))
+
+
+def main():
+    models, out, *cases = sys.argv[1:]
+    device = select_device("cpu")
+    start_distributed(device)
+    lines = []
+    for case in cases:
+        model, layout, setting, *more = case.split(":")
+        path = Path(models) / model
+        keys = [*layout_settings(layout), f"model.path={path}"]
+        keys += [f"parallel.{key}" for key in " ".join(more).split()]
+        config = load_config(None, [*keys, *SETTINGS[setting]])
+        destroy_groups()
+        groups = make_groups(config.parallel, device)
+        hf_config = read_hf_config(path)
+        layout = configured(config, dist.get_world_size())
+        check(hf_config, layout)
+        static = static_memory(
+            config, hf_config, layout, groups.pipeline.rank, groups.data_context.rank
+        )
+        held, kept = measure(config, hf_config, groups)
+        line = {
+            "case": case,
+            "planned": {
+                "weights": static.weights,
+                "gradients": static.gradients,
+                "optimizer": static.optimizer + static.host,
+            },
+            "held": held,
+            "planned_activations": plan_activations(
+                config, hf_config, layout, groups.pipeline.rank
+            ),
+            "held_activations": kept,
+        }
+        lines.append(line)
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, lines)
+    if dist.get_rank() == 0:
+        Path(out).write_text(json.dumps(gathered))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""One GRPO step of two updates on invented rollouts; write what each update measured.
+
+Usage: two_updates.py MODEL_DIR SHARDS_DIR OUT.json LEARNING_RATE...
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+
+from megatron_sr1 import stages
+from megatron_sr1.config.loading import load_config
+from megatron_sr1.records import Completion, Reward, Rollout
+from megatron_sr1.runtime.device import stop_distributed
+from megatron_sr1.trainer import grpo, setup
+from megatron_sr1.trainer.credit import Credit
+from megatron_sr1.trainer.scoring import Scored
+
+NUM_PROMPTS, NUM_SAMPLES = 6, 2
+
+
+def configuration(model_dir, shards, output, learning_rate):
+    overrides = {
+        "model.path": model_dir,
+        "model.dtype": "float32",
+        "data.train": shards,
+        "data.prompts_per_step": NUM_PROMPTS,
+        "data.prompt_style": "brief",
+        "data.max_prompt_tokens": 128,
+        "data.pack_tokens": 128,
+        "data.min_pixels": 784,
+        "data.max_pixels": 200704,
+        "rollout.samples_per_prompt": NUM_SAMPLES,
+        "algorithm.prompts_per_update": NUM_PROMPTS // 2,
+        "algorithm.kl_coefficient": 0,
+        "optimizer.learning_rate": learning_rate,
+        "optimizer.num_steps": 1,
+        "launch.device": "cpu",
+        "launch.threads": 1,
+        "output": output,
+    }
+    return load_config(None, [f"{key}={value}" for key, value in overrides.items()])
+
+
+def invented(samples):
+    """Rollouts of random tokens for the first prompts, and random advantages."""
+    rng = np.random.default_rng(12)
+    unjudged = Reward(0.0, 0.0, None, False, 0.0, None, None)
+    scored = []
+    for index in range(NUM_PROMPTS):
+        for sample in range(NUM_SAMPLES):
+            tokens = tuple(rng.integers(10, 300, size=int(rng.integers(6, 30))).tolist())
+            logprobs = tuple((-6 + 0.1 * rng.standard_normal(len(tokens))).tolist())
+            completion = Completion(tokens, logprobs, "", "stop")
+            prompt = samples.prompt(index).token_ids
+            scored.append(
+                Scored(Rollout(index, sample, prompt, completion, None, None, 0), unjudged)
+            )
+    advantages = rng.standard_normal((NUM_PROMPTS, NUM_SAMPLES))
+    return scored, Credit(advantages, advantages)
+
+
+def step(config, groups):
+    """What each of the two updates measured, and sums of the weights afterwards."""
+    context, samples, actor, _ = stages.start(config, groups, 2)
+    measured, real = [], grpo.update
+
+    def update(*arguments):
+        measured.append(real(*arguments))
+        return measured[-1]
+
+    grpo.update = update
+    own = grpo.own_samples(context, samples, *invented(samples), range(NUM_PROMPTS))
+    grpo.learn(context, actor, samples, own, None)
+    grpo.update = real
+    context.close()
+    weights = {name: float(tensor.double().abs().sum()) for name, tensor in actor.weights()}
+    return {"updates": measured, "weights": weights}
+
+
+def main():
+    model_dir, shards, out, *rates = sys.argv[1:]
+    groups, found = None, {}
+    for rate in rates:
+        config = configuration(model_dir, shards, f"{out}.run_{rate}", rate)
+        if groups is None:
+            _, groups = setup.start_ranks(config)
+        found[rate] = step(config, groups)
+    if dist.get_rank() == 0:
+        Path(out).write_text(json.dumps(found))
+    stop_distributed()
+
+
+if __name__ == "__main__":
+    main()
