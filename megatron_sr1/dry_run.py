@@ -22,7 +22,7 @@ from megatron_sr1.data.shards import NUM_SEARCHED, ShardReader
 from megatron_sr1.errors import ConfigError, DataError
 from megatron_sr1.model.hf_config import HFConfig, read_hf_config
 from megatron_sr1.planning.layout import check, configured
-from megatron_sr1.planning.static_memory import stage_parameters, static_memory
+from megatron_sr1.planning.memory import stage_parameters, static_memory
 from megatron_sr1.records import Example
 from megatron_sr1.rewards.user_reward import UserReward
 
