@@ -1,11 +1,11 @@
-#!/usr/bin/env python3
-"""Ask the grader about answers in a file: tools/grade.py FILE.jsonl [--output FILE].
+"""Grade the answers in a file: tools/grade.py FILE.jsonl [--output FILE].
 
-In: lines `{"response": str, "gold": str, "question": str}`, or `"answer"`, the content of the box,
-in place of `"response"`; the question, whose options the grader reads, may be left out. Out: the
-same lines, with `"right"`, true or false, and `"because"`: the rule that decided, `uncomparable:`
-with the exception that the answer raised, or `ungraded:` with the limit that it met, which a run
-leaves out of its step. The exit status is 2 if a line cannot be used.
+Input lines are `{"response": str, "gold": str, "question": str}`, or have `"answer"`, the content
+of the box, in place of `"response"`; the question, whose options the grader reads, is optional. The
+output has the same lines, with `"right"`, true or false, and `"because"`: the rule that decided,
+`uncomparable:` with the exception that the answer raised, or `ungraded:` with the limit that it
+reached, in which case a run leaves it out of its step. The exit status is 2 if a line cannot be
+used.
 """
 
 from __future__ import annotations
@@ -17,23 +17,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from megatron_sr1.errors import DataError, GradingError, GradingLimit, SR1Error  # noqa: E402
-from megatron_sr1.rewards.accuracy import Verdict  # noqa: E402
-from megatron_sr1.rewards.grader import GRADERS, Grader  # noqa: E402
-from megatron_sr1.rewards.response import find_answer  # noqa: E402
+from megatron_sr1.errors import DataError, GradingError, GradingLimit, SR1Error
+from megatron_sr1.rewards.accuracy import Verdict
+from megatron_sr1.rewards.grader import GRADERS, Grader
+from megatron_sr1.rewards.response import find_answer
 
 EXPECTED = 'expected {"response" or "answer": text, "gold": text, "question": text or left out}'
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield where each line is, and the line.
-
-    Raises:
-        DataError: the file or a line of it cannot be used.
-    """
+    """Yield the place and the content of each line; a DataError names what cannot be used."""
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
@@ -45,11 +38,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def parse_line(text: bytes, where: str) -> dict[str, Any]:
-    """Read a line, and check it.
-
-    Raises:
-        DataError: it is no JSON or has other fields.
-    """
+    """Read and check a line; raise a DataError if it is not JSON or has other fields."""
     try:
         line = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -68,11 +57,7 @@ def parse_line(text: bytes, where: str) -> dict[str, Any]:
 
 
 def grade(line: dict[str, Any], where: str, grader: Grader) -> Verdict:
-    """Judge a line.
-
-    Raises:
-        DataError: there is no gold answer, or it cannot be compared with itself.
-    """
+    """Judge a line; raise a DataError if its gold answer cannot be compared with itself."""
     answer = find_answer(line["response"]) if "response" in line else line["answer"].strip() or None
     try:
         return grader.judge(answer, line["gold"], line.get("question", ""), where)
@@ -83,14 +68,14 @@ def grade(line: dict[str, Any], where: str, grader: Grader) -> Verdict:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Grade a file; returns the exit status."""
+    """Grade a file; return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("file", type=Path, metavar="FILE.jsonl")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: standard output")
     parser.add_argument("--grader", choices=GRADERS, default=GRADERS[0], help="as reward.grader")
-    parser.add_argument("--timeout", type=float, default=5.0, help="seconds a comparison")
+    parser.add_argument("--timeout", type=float, default=5.0, help="seconds per comparison")
     options = parser.parse_args(arguments)
     if options.timeout <= 0:
         parser.error(f"--timeout is {options.timeout:g}; expected more than 0")
@@ -100,8 +85,8 @@ def main(arguments: list[str] | None = None) -> int:
         output = open(options.output, "w") if options.output else sys.stdout
         for where, line in lines:
             verdict = grade(line, where, grader)
-            told = line | {"right": verdict.right, "because": verdict.because}
-            print(json.dumps(told), file=output, flush=True)
+            line |= {"right": verdict.right, "because": verdict.because}
+            print(json.dumps(line), file=output, flush=True)
         if options.output:
             output.close()
     except SR1Error as error:

@@ -14,7 +14,8 @@ import pytest
 from megatron_sr1.config.loading import load_config
 from megatron_sr1.model.hf_config import parse_hf_config
 from megatron_sr1.planning.layout import Layout
-from megatron_sr1.planning.static_memory import num_parameters, stage_parameters
+from megatron_sr1.planning.memory import stage_parameters
+from megatron_sr1.planning.workload import num_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = ROOT / "tests" / "published"
@@ -61,7 +62,7 @@ def said(text, topic):
     return [float(number.replace(",", "")) for number in re.findall(r"\d[\d,]*\.?\d*", line)]
 
 
-def test_a_dry_run_tells_what_the_fullest_rank_holds(dry_runs):
+def test_a_dry_run_reports_the_memory_of_the_fullest_rank(dry_runs):
     """As docs/memory.md has it for two ranks a replica and four replicas, a half of 33.8 GB."""
     *parts, ranks = said(dry_runs["qwen25vl_3b"], "memory")
     assert sum(parts) == pytest.approx(16.9, abs=0.1) and ranks == 8
