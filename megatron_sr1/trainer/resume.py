@@ -14,8 +14,7 @@ from typing import Any
 
 from megatron_sr1.checkpoint.folders import fingerprint, latest_step
 from megatron_sr1.checkpoint.loading import load_checkpoint
-from megatron_sr1.checkpoint.retention import EVALUATION, Keep
-from megatron_sr1.checkpoint.saving import SaveQueue
+from megatron_sr1.checkpoint.saving import EVALUATION, Keep, SaveQueue
 from megatron_sr1.config.run import Config
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.runtime import failure, signals
@@ -44,7 +43,9 @@ class RunCheckpoints:
         """
         self._config, self._phase, saved = config, phase, config.checkpoint
         self.directory = Path(config.output) / "checkpoints"
-        self._saves = SaveQueue(saved.max_in_flight if saved.asynchronous else 0)
+        keep = Keep(saved.keep_last, saved.keep_best, saved.best_by)
+        limit = saved.max_in_flight if saved.asynchronous else 0
+        self._saves = SaveQueue(self.directory, keep, limit)
         self._origin: dict[str, str] = {}
 
     def resume(self, actor: Actor) -> dict[str, Any] | None:
@@ -123,21 +124,11 @@ class RunCheckpoints:
                 self._saves.finish_oldest()
         if stop or self.is_due(step):
             with self._phase("save"):
-                self._save(actor, state, rates)
+                rated = {EVALUATION: dict(rates)} if rates else {}
+                schedule = self._schedule(actor, step)
+                saved = {**state, "schedule": schedule, **rated, **self._origin}
+                self._saves.add(step, actor.trained, saved, actor.source.hf_files)
         if stop or step == self._config.optimizer.num_steps:
             with self._phase("save"):
                 self._saves.finish_all()
         return stop
-
-    def _save(self, actor: Actor, state: Mapping[str, Any], rates: Mapping[str, float]) -> None:
-        kept = self._config.checkpoint
-        rated = {EVALUATION: dict(rates)} if rates else {}
-        schedule = self._schedule(actor, state["step"])
-        self._saves.add(
-            self.directory,
-            state["step"],
-            actor.trained,
-            {**state, "schedule": schedule, **rated, **self._origin},
-            keep=Keep.by(kept.keep_last, kept.keep_best, kept.best_by),
-            source_directory=actor.source.hf_files,
-        )
