@@ -276,20 +276,13 @@ class DeclaredWorkload:
     reading_frame_tokens: int = 150
     longest_tokens: int = 2048
 
-    def tail_tokens(self, quantile_sigmas: float = 2.326) -> float:
-        """Return a high quantile of response lengths, by default the 99th percentile."""
-        return self._median * math.exp(quantile_sigmas * self.response_sigma)
-
-    @property
-    def _median(self) -> float:
-        return self.response_mean_tokens / math.exp(self.response_sigma**2 / 2)
-
     def draw(self, num_sequences: int, seed: int) -> list[Job]:
         """Draw the jobs of a step; a reading's mean length is that of a response's second part."""
         rng = np.random.default_rng(seed)
+        median = self.response_mean_tokens / math.exp(self.response_sigma**2 / 2)
         spread = np.exp(self.response_sigma * rng.standard_normal((2, num_sequences)))
-        means = np.array([[1.0], [1.0 - self.description_share]]) * self._median
-        lengths = np.clip(np.rint(means * spread), 1, self.longest_tokens).astype(int)
+        medians = np.array([[1.0], [1.0 - self.description_share]]) * median
+        lengths = np.clip(np.rint(medians * spread), 1, self.longest_tokens).astype(int)
         jobs = []
         for number, (response, reading) in enumerate(lengths.T.tolist()):
             description = max(1, round(self.description_share * response))

@@ -22,7 +22,8 @@ from typing import Any
 from megatron_sr1.demo.digits import corpus_texts
 from megatron_sr1.demo.tiny_model import make_tiny_model
 
-RANKS = Path(__file__).with_name("layout_ranks.py")
+ROOT = Path(__file__).resolve().parent.parent
+RANKS = ROOT / "tests" / "distributed" / "ranks" / "layout_table.py"
 BOUND = 1e-5
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     2: {

@@ -190,7 +190,7 @@ class Presence:
             self._folder.rmdir()
 
 
-def last_words(run_dir: Path, failure: Failure, since: float) -> list[str]:
+def summarize_failure(run_dir: Path, failure: Failure, since: float) -> list[str]:
     """Summarize a failed run, for the end of its output.
 
     Stack files from before `since`, the Unix time of the launch, belong to earlier launches.

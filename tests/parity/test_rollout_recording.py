@@ -1,6 +1,6 @@
 """What the engine really schedules, against the simulated schedule that the benchmark replays.
 
-Not covered: chunked prompts and full slots; tests/unit/test_roofline.py has those by hand.
+Not covered: chunked prompts and full slots; tests/unit/test_engine_steps.py has those by hand.
 """
 
 import os

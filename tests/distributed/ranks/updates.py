@@ -27,7 +27,7 @@ from megatron_sr1.trainer.actor import Reference, make_actor
 from megatron_sr1.trainer.objective import grpo_loss
 from megatron_sr1.trainer.setup import load_actor_model
 from megatron_sr1.trainer.step import sample_logprobs, update
-from tools.layout_parts import layout_settings, pack_rows, random_samples
+from tests.layouts import layout_settings, pack_rows, random_samples
 
 WIDE = {"gspo_clip_low": 0.02, "gspo_clip_high": 0.03}
 OBJECTIVES = {
