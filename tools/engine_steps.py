@@ -3,7 +3,7 @@
 `recorded` reads each step's work off vLLM's own scheduler, so that prefix-cache hits, token budgets
 and slots are the real ones. `simulate` predicts the same records from jobs (a sampled response each
 with the reading of its description) under a schedule: one pass, a barrier between the passes, or a
-fork. Its rules are vLLM's (first come, first served): running sequences first, a token each or the
+fork. Its rules are vLLM's (first come, first served): running sequences first, a token each, or the
 next piece of their prompt; then waiting ones while slots and the step's token budget last; full
 blocks of a prompt that another sequence brought are not computed again. bench_engine.py compares
 the two.
@@ -196,7 +196,7 @@ def simulate(jobs: Sequence[Job], schedule: str, limits: Limits) -> list[EngineS
     running: list[_Sequence] = []
     held: list[_Sequence] = []
     known: set[object] = set()
-    asked: set[int] = set()
+    requested: set[int] = set()
     num_open, steps = len(jobs), list[EngineStep]()
     while waiting or running:
         steps.append(_simulated_step(waiting, running, known, limits))
@@ -206,8 +206,8 @@ def simulate(jobs: Sequence[Job], schedule: str, limits: Limits) -> list[EngineS
                 continue
             num_open -= sequence.num_sampled == sequence.response_tokens
             closes = sequence.num_sampled == job.description_tokens > 0
-            if closes and schedule != "one" and job.reading not in asked:
-                asked.add(job.reading)
+            if closes and schedule != "one" and job.reading not in requested:
+                requested.add(job.reading)
                 name = ("reading", job.reading)
                 held.append(_Sequence(name, job.reading_prompt_tokens, job.reading_tokens))
         running[:] = [s for s in running if s.num_sampled < s.response_tokens]

@@ -140,11 +140,11 @@ def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
     return max(gaps, key=lambda gap: gap.value if gap.value == gap.value else float("inf"))
 
 
-def compare(folder: Path, layouts: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def compare(directory: Path, layouts: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Gaps of each layout and variant; the largest of all ranks'."""
-    model, processor = str(folder / "model"), make_processor(folder)
-    wanted_losses = json.loads((folder / "losses.json").read_text())
-    wanted = {name: load_file(folder / f"{name}.safetensors") for name in MEASURES}
+    model, processor = str(directory / "model"), make_processor(directory)
+    wanted_losses = json.loads((directory / "losses.json").read_text())
+    wanted = {name: load_file(directory / f"{name}.safetensors") for name in MEASURES}
     for layout, keys in layouts.items():
         for variant in VARIANTS:
             losses, found = run(model, keys, variant, processor)
@@ -157,23 +157,23 @@ def compare(folder: Path, layouts: dict[str, dict[str, Any]]) -> Iterator[dict[s
             yield record | {name: asdict(gap) for name, gap in most.items()}
 
 
-def make_processor(folder: Path) -> Processor:
+def make_processor(directory: Path) -> Processor:
     """Of the model that layouts.py made."""
-    return Processor(folder / "model", 784, 200704)
+    return Processor(directory / "model", 784, 200704)
 
 
 def main() -> None:
     """Write expected numbers, or compare with them."""
-    folder, layouts = Path(sys.argv[1]), json.loads(sys.argv[2])
+    directory, layouts = Path(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(1)
     start_distributed(select_device("cpu"), 120)
     if not layouts:
-        losses, found = run(str(folder / "model"), {}, Variant(False), make_processor(folder))
-        (folder / "losses.json").write_text(json.dumps(losses))
+        losses, found = run(str(directory / "model"), {}, Variant(False), make_processor(directory))
+        (directory / "losses.json").write_text(json.dumps(losses))
         for name, tensors in found.items():
-            save_file(tensors, folder / f"{name}.safetensors")
+            save_file(tensors, directory / f"{name}.safetensors")
     else:
-        for record in compare(folder, layouts):
+        for record in compare(directory, layouts):
             if dist.get_rank() == 0:
                 print("GAPS " + json.dumps(record), flush=True)
     dist.barrier()
