@@ -116,9 +116,9 @@ def printable(text: str, limit: int = 400) -> str:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in value if keys.count(key) > 1)
-        raise ValueError(f"key {twice[:40]!r} twice in one object")
+    value: dict[str, Any] = {}
+    for key, entry in pairs:
+        if key in value:
+            raise ValueError(f"key {key[:40]!r} twice in one object")
+        value[key] = entry
     return value

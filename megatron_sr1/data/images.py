@@ -1,9 +1,8 @@
 """Image files to RGB pixels, with limits checked before anything is decoded.
 
-In: the original bytes of an image file. Out: an upright RGB image of Pillow; of an animation, the
-first frame. The size is read from the header first, so that a small file cannot unpack to
-gigabytes. Only formats that Pillow decodes by itself are accepted; for some others (PostScript) it
-starts programs. Errors are `DataError`s that name the image.
+The size is read from the header first, so that a small file cannot unpack to gigabytes. Only
+formats that Pillow decodes by itself are accepted; for some others (PostScript) it starts programs.
+Of an animation, the first frame is read. Errors are `DataError`s that name the image.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """Samples to micro-batches: partitioned over ranks and rows by cost, then packed into rows.
 
-In: `TrainSample`s, whose values are aligned with their tokens. Out: `PackedBatch`es of sequences
-concatenated without separators, aligned with the *predicting* position, with mRoPE positions that
-restart at each sequence (Qwen2-VL, arXiv 2409.12191, section 2.1; equal to transformers'
-`get_rope_index`). Samples of a prompt have the same images, which a row encodes once, so they stay
-together as far as the limit allows.
+Sequences are concatenated without separators, aligned with the *predicting* position, with mRoPE
+positions that restart at each sequence (Qwen2-VL, arXiv 2409.12191, section 2.1; equal to
+transformers' `get_rope_index`). Samples of a prompt have the same images, which a row encodes once,
+so they stay together as far as the limit allows.
 """
 
 from __future__ import annotations

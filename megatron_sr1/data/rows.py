@@ -23,14 +23,7 @@ from megatron_sr1.data.examples import (
     gold_answers,
     place_marks,
 )
-from megatron_sr1.data.guards import (
-    MAX_IMAGE_BYTES,
-    MAX_IMAGES,
-    inside,
-    is_json,
-    read_file,
-    shown,
-)
+from megatron_sr1.data.guards import MAX_IMAGE_BYTES, MAX_IMAGES, inside, is_json, read_file, shown
 from megatron_sr1.data.images import decode_image
 from megatron_sr1.errors import DataError
 from megatron_sr1.records import Message

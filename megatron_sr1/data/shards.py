@@ -2,8 +2,7 @@
 
 A directory holds `shard-000000.tar`, … with members `KEY.json`, `KEY.0.png`, `KEY.1.jpeg`, …;
 `dataset.json` with the number of samples per shard; and an index of each tar, by which a member is
-read in one operation. Any webdataset reader can stream the same files. Members are never extracted
-to files.
+read in one operation. Any webdataset reader can stream the same files.
 """
 
 from __future__ import annotations
@@ -21,22 +20,9 @@ from typing import Any
 from PIL import Image
 
 from megatron_sr1.data.examples import Record, example_from_stored, stored
-from megatron_sr1.data.guards import (
-    MAX_IMAGE_BYTES,
-    MAX_JSON_BYTES,
-    parse_json,
-    read_json,
-    shown,
-)
+from megatron_sr1.data.guards import MAX_IMAGE_BYTES, MAX_JSON_BYTES, parse_json, read_json, shown
 from megatron_sr1.data.images import decode_image, image_format
-from megatron_sr1.data.shard_index import (
-    BLOCK,
-    Place,
-    Span,
-    check_header,
-    read_index,
-    write_index,
-)
+from megatron_sr1.data.shard_index import BLOCK, Place, Span, check_header, read_index, write_index
 from megatron_sr1.errors import DataError
 from megatron_sr1.records import Example
 from megatron_sr1.runtime.files import replacing, write_text
@@ -56,14 +42,12 @@ def write_shards(
     """
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
-    if _tars(target) or (target / DATASET_FILE).exists():
-        if not _is_incomplete(target):
-            raise DataError(
-                f"{target}: already holds shards; choose another directory or remove them"
-            )
+    if _is_incomplete(target):
         for pattern in ("shard-*.tar*", "shard-*.index.json", ".shard-*.partial"):
             for leftover in target.glob(pattern):
                 leftover.unlink()
+    elif _tars(target) or (target / DATASET_FILE).exists():
+        raise DataError(f"{target}: already holds shards; choose another directory or remove them")
     numbered = enumerate(samples)
     counts: list[dict[str, Any]] = []
     _write_dataset(target, {"complete": False})  # until the last shard
@@ -202,25 +186,20 @@ def _counts(directory: Path, tars: list[Path]) -> list[int] | None:
         raise DataError(f"{directory}: writing these shards was cut short; make them again")
     try:
         counts = {str(s["file"]): s["samples"] for s in value["shards"]}
-    except (LookupError, TypeError) as error:
-        reason = shown(f"{type(error).__name__}: {error}")
+        odd = sorted(counts.keys() ^ {t.name for t in tars})
+        if odd:
+            raise DataError(f"{path}: shards listed and shards there differ: {shown(odd)}")
+        for tar in tars:  # a sample takes at least a header and a block of JSON
+            count, most = counts[tar.name], tar.stat().st_size // (2 * BLOCK)
+            if type(count) is not int or not 0 <= count <= most:
+                raise ValueError(
+                    f"{shown(count)} samples in {tar.name}, which holds {most} at most"
+                )
+        if sum(counts.values()) != value["num_samples"]:  # would shift sample numbers
+            raise ValueError("the samples of the shards do not add up to num_samples")
+    except (LookupError, TypeError, ValueError) as error:
+        reason = shown(f"{type(error).__name__}: {error}", 200)
         raise DataError(f"{path}: not readable: {reason}; remove it to count again") from None
-    odd = sorted(set(counts) ^ {t.name for t in tars})
-    if odd:
-        raise DataError(f"{path}: shards listed and shards there differ: {shown(odd)}")
-    for tar in tars:  # a sample takes at least a header and a block of JSON
-        count, most = counts[tar.name], tar.stat().st_size // (2 * BLOCK)
-        if type(count) is not int or not 0 <= count <= most:
-            raise DataError(
-                f"{path}: {shown(count)} samples in {tar.name}, which holds {most} at most; "
-                "remove it to count again"
-            )
-    total = value.get("num_samples")
-    if total != sum(counts.values()):  # a wrong count would shift sample numbers
-        raise DataError(
-            f"{path}: {sum(counts.values())} samples in the shards, num_samples is {shown(total)}; "
-            "remove it to count again"
-        )
     return [counts[t.name] for t in tars]
 
 

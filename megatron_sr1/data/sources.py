@@ -1,8 +1,7 @@
 """Reads rows from source files: parquet, jsonl, json, or image folders with metadata.jsonl.
 
-In: a file or a directory. Out: rows with a name each ("train.parquet row 17"), streamed if the
-format allows it. For a row that cannot be read, its error is yielded, so that the caller can count
-it and continue.
+Each row has a name ("train.parquet row 17"). For one that cannot be read, its error is yielded, so
+that the caller can count it and continue.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sr1.data.examples import Record
-from megatron_sr1.data.guards import MAX_JSON_BYTES, parse_json, printable, read_file, shown
+from megatron_sr1.data.guards import MAX_JSON_BYTES, parse_json, printable, read_json, shown
 from megatron_sr1.data.rows import record_from_row
 from megatron_sr1.errors import DataError
 
@@ -64,9 +63,8 @@ def records(
     """
     for path in files:
         read = {".parquet": _parquet_rows, ".jsonl": _jsonl_rows, ".json": _json_rows}[path.suffix]
-        is_empty = True
+        where = ""
         for where, row in read(path):
-            is_empty = False
             try:
                 if isinstance(row, DataError):
                     raise row
@@ -78,7 +76,7 @@ def records(
                 yield where, record_from_row(row, folder=folder, where=where, columns=columns)
             except DataError as error:
                 yield where, error
-        if is_empty:
+        if not where:
             yield path.name, DataError(f"{path.name}: no samples in it")
 
 
@@ -130,7 +128,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    values = parse_json(read_file(path, MAX_SOURCE_BYTES, "source"), str(path))
+    values = read_json(path, MAX_SOURCE_BYTES)
     if not isinstance(values, list):
         raise DataError(f"{path}: a {type(values).__name__}; expected a list of samples")
     for number, value in enumerate(values):

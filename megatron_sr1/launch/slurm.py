@@ -324,7 +324,7 @@ def _check_there(cluster: Cluster, tasks: Sequence[Task], configs: dict[str, Con
             paths["model.path"] = config.model.path
         for key, path in paths.items():
             if path and run_there(cluster, f"test -e {_path(cluster, path)}").returncode:
-                raise ConfigError(f"{task.name}: {key}={path}: no such folder {_where(cluster)}")
+                raise ConfigError(f"{task.name}: {key}={path}: no such directory {_where(cluster)}")
 
 
 def _check_names(cluster: Cluster, tasks: Sequence[Task]) -> None:
