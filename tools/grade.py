@@ -21,8 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from megatron_sr1.errors import DataError, GradingError, GradingLimit, SR1Error  # noqa: E402
-from megatron_sr1.rewards.accuracy import Verdict  # noqa: E402
-from megatron_sr1.rewards.grader import GRADERS, Grader  # noqa: E402
+from megatron_sr1.rewards.grader import GRADERS, Grader, Verdict  # noqa: E402
 from megatron_sr1.rewards.response import find_answer  # noqa: E402
 
 EXPECTED = 'expected {"response" or "answer": text, "gold": text, "question": text or left out}'

@@ -15,9 +15,9 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from megatron_sr1.rewards.accuracy import bare_gold, gold_label
-from megatron_sr1.rewards.answers import clean, number_spellings
-from megatron_sr1.rewards.options import question_options
+from megatron_sr1.rewards.answers import clean, number_spellings, question_options
+from megatron_sr1.rewards.grader import gold_label
+from megatron_sr1.rewards.response import bare_gold
 
 MAX_SENTENCE_CHARACTERS = 300
 _SENTENCE = re.compile(r"(?<=[.;!?\n])\s+|\n+")

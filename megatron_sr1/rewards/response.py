@@ -86,6 +86,12 @@ def find_answer(text: str) -> str | None:
     return None if span is None else span.content.strip() or None
 
 
+def bare_gold(gold: str) -> str:
+    """Return a gold answer without its box, if it has one."""
+    boxed = find_boxed(gold)
+    return gold if boxed is None else boxed.content
+
+
 def has_format(text: str, recipe: str) -> bool:
     """Return True if a response is the recipe's blocks and a boxed answer, and nothing else.
 

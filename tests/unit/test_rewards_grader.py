@@ -29,7 +29,7 @@ def broken_rules(monkeypatch):
 
 def test_a_rule_that_raises_on_an_answer_makes_it_wrong(broken_rules):
     verdict = Grader("rules", 5.0).judge("odd", "7", PLAIN, "sample 7")
-    assert not verdict and verdict.because == "uncomparable: ValueError: the moon is missing"
+    assert not verdict.right and verdict.because == "uncomparable: ValueError: the moon is missing"
 
 
 def test_a_rule_that_raises_on_gold_is_an_error_that_names_the_sample(broken_rules):
