@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
 """Fuzz the grader with answers that a policy could write: tools/fuzz_grader.py --count 20000.
 
-In: a seed and a count. Each answer is a mutation of a case in tests/grading_*.py, LaTeX fragments,
-Unicode, or deep nesting; golds are taken in turn, so that all meet as many answers. Each goes
-through the whole scorer, as the box of pass 1, as a description and as the box of pass 2. Out:
-counts, the slowest comparison, and each kind of exception that an answer raised, with an answer
-that raised it. The exit status is 1 if an exception left the scorer or something outlasted its
-limit.
+Each answer is a mutation of a case in tests/grading_*.py, LaTeX fragments, Unicode, or deep
+nesting. The gold answers are used in turn. Each pair goes through the whole scorer: the answer as
+the box of pass 1, another one as description and as the box of pass 2. The report has counts, the
+slowest comparison, and each kind of exception that an answer raised, with an example. The exit
+status is 1 if an exception left the scorer or a limit was exceeded.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_sr1.config.rollout import RewardConfig  # noqa: E402
-from megatron_sr1.errors import GradingLimit  # noqa: E402
-from megatron_sr1.records import Completion, Reading  # noqa: E402
-from megatron_sr1.rewards.score import Scorer  # noqa: E402
-from tests import grading_attacks, grading_cases, grading_field, grading_forms  # noqa: E402
+from megatron_sr1.config.rollout import RewardConfig
+from megatron_sr1.errors import GradingLimit
+from megatron_sr1.records import Completion, Reading
+from megatron_sr1.rewards.score import Scorer
+from tests import grading_attacks, grading_cases, grading_field, grading_forms
+from tests.rollout_case import case
 
 CASES = [
     case
@@ -37,9 +36,9 @@ CASES = [
     if len(case[1]) < 500
 ]
 RULES_SECONDS = 1.0
-"""Processor time that the rules may take for one rollout, in this process."""
+"""Limit of processor time of the rules for one rollout, in this process."""
 START_SECONDS = 60.0
-"""A new grading process may take so long beyond the limit, on a busy machine."""
+"""Additional time for a new grading process to load on a busy machine."""
 FRAGMENTS = r"""
 \frac{1}{2} \frac \frac{}{} \sqrt{} \sqrt[3]{x} \sqrt[]{} ^{ _{ } { ^^ __ \\ & \begin{pmatrix}
 \end{pmatrix} \begin{cases} \end{cases} \begin{vmatrix} \end{vmatrix} \begin{array}{c} \end{array}
@@ -58,7 +57,7 @@ CHARACTERS = (
 
 
 def nested(chance: random.Random) -> str:
-    """A value inside many brackets, fractions, roots, powers or environments."""
+    """Return a value inside many brackets, fractions, roots, powers or environments."""
     opening, closing = chance.choice(
         [
             *(("(", ")"), ("{", "}"), ("[", "]"), (r"\{", r"\}"), ("|", "|"), ("-(", ")")),
@@ -72,7 +71,7 @@ def nested(chance: random.Random) -> str:
 
 
 def mutated(text: str, chance: random.Random) -> str:
-    """A text with a few pieces cut, doubled, moved or put in."""
+    """Return a text with a few pieces deleted, repeated, moved or inserted."""
     for _ in range(chance.randint(1, 4)):
         at, to = sorted((chance.randint(0, len(text)), chance.randint(0, len(text))))
         piece = text[at : min(to, at + 12)]
@@ -93,7 +92,7 @@ def mutated(text: str, chance: random.Random) -> str:
 
 
 def make_answer(chance: random.Random, gold: str) -> str:
-    """What is put into a box."""
+    """Return the content of a box."""
     match chance.randrange(10):
         case 0 | 1 | 2:
             return mutated(gold, chance)
@@ -113,16 +112,17 @@ def make_answer(chance: random.Random, gold: str) -> str:
 
 @dataclass
 class Found:
-    """What the answers did.
+    """What happened to the rollouts.
 
     Attributes:
         count: rollouts scored.
-        right: of those.
-        limits: rollouts that met a limit.
-        raised: kind of exception that a library raised -> rollouts, and one of them.
-        slowest_seconds: the slowest comparison, with the limit and a process that starts.
-        slowest_rules_seconds: processor time of the rules of a rollout.
-        failures: what must not be: exceptions that left the scorer, limits outlasted.
+        right: rollouts with a right answer.
+        limits: rollouts that exceeded a limit.
+        raised: exception class raised on an answer -> number of rollouts.
+        examples: exception class -> one of those rollouts.
+        slowest_seconds: wall time of the slowest rollout, time limits and restarts included.
+        slowest_rules_seconds: largest processor time of the rules for one rollout.
+        failures: exceptions that left the scorer, and exceeded time limits.
     """
 
     count: int = 0
@@ -138,13 +138,13 @@ class Found:
 def fuzz(
     seed: int, count: int, num_golds: int, timeout_seconds: float, say: Callable[[str], None]
 ) -> Found:
-    """Score so many rollouts of mutated answers; gold n meets every answer whose number is n."""
+    """Score `count` rollouts of mutated answers against `num_golds` gold answers in turn."""
     chance, found = random.Random(seed), Found()
     unique = list({case[0]: case for case in CASES}.values())
     golds = chance.sample(unique, min(num_golds, len(unique)))
     said = time.monotonic()
     with Scorer(RewardConfig("vision_sr1", grader_timeout_seconds=timeout_seconds)) as scorer:
-        scorer.score("start", r"\boxed{1+x}", "x+1", "", None, None, False)
+        scorer.score("start", *case(r"\boxed{1+x}", "x+1"))
         for number in range(count):
             gold, _, question, _, _ = golds[number % len(golds)]
             answer, read = make_answer(chance, gold), make_answer(chance, gold)
@@ -167,7 +167,7 @@ def _score(
     what = json.dumps({"gold": gold, "question": question, "answer": answer, "read": read})
     found.count += 1
     try:
-        reward = scorer.score("fuzz", response, gold, question, read, reading, True)
+        reward = scorer.score("fuzz", *case(response, gold, question, read, reading, True))
         found.right += reward.accuracy == 1.0
         if reward.uncomparable is not None:
             kind = reward.uncomparable.split(":")[0]
@@ -176,7 +176,7 @@ def _score(
             found.examples.setdefault(kind, shown)
     except GradingLimit:
         found.limits += 1
-    except BaseException as error:  # this is what is looked for
+    except BaseException as error:  # a finding
         found.failures.append(f"{type(error).__name__}: {error} left the scorer: {what}")
         if not isinstance(error, Exception):
             raise
@@ -193,8 +193,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=20_000, help="answers")
     parser.add_argument("--golds", type=int, default=200, help="gold answers, in turn")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--timeout", type=float, default=5.0, help="seconds a comparison")
-    parser.add_argument("--examples", type=Path, help="write what raised, a line a kind, here")
+    parser.add_argument("--timeout", type=float, default=5.0, help="seconds per comparison")
+    parser.add_argument("--examples", type=Path, help="write an example per exception here")
     options = parser.parse_args(arguments)
     began = time.monotonic()
     found = fuzz(

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Answers graded a second, with and without some that hang: tools/grading_rate.py [--count N].
+"""Measure answers graded per second, with and without hanging ones: tools/grading_rate.py.
 
-In: nothing but numbers of answers. Out: a line for a grader that meets none that hang and for one
-that does, with the rate of the other answers, and how much longer those took. The answers are
-made here: numbers, units, option labels, words and one formula in ten, half of them right.
+Prints one line for a grader without hanging answers and one for a grader with some, with the rate
+of the other answers, and how much longer those took. The answers are synthetic: numbers, units,
+option labels, words and one formula in ten, half of them right.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_sr1.config.rollout import RewardConfig  # noqa: E402
-from megatron_sr1.errors import GradingLimit  # noqa: E402
-from megatron_sr1.rewards.score import Scorer  # noqa: E402
+from megatron_sr1.config.rollout import RewardConfig
+from megatron_sr1.errors import GradingLimit
+from megatron_sr1.rewards.score import Scorer
+from tests.rollout_case import case
 
 SLOW = ("x+1", "(x+y+z)^{99}")
 """Gold and an answer whose difference takes the algebra minutes to multiply out."""
@@ -31,15 +31,15 @@ WORDS = ("cat", "dog", "yes", "no", "blue", "left of it", "a red car", "10:30")
 
 @dataclass
 class Measured:
-    """What one of two graders took for the same answers.
+    """Times of one grader.
 
     Attributes:
         start_seconds: the first comparison, which loads the grader.
         seconds: wall time of the answers that do not hang.
-        longest_seconds: of one of those.
-        limit_seconds: of those that hang.
-        num_right: answers found right.
-        num_limits: answers that ran out of time.
+        longest_seconds: longest time of one of those.
+        limit_seconds: wall time of those that hang.
+        num_right: right answers.
+        num_limits: answers that exceeded the time limit.
     """
 
     start_seconds: float = 0.0
@@ -54,7 +54,7 @@ class Measured:
         gold, answer, question = asked
         text, since = f"<think> so </think> \\boxed{{{answer}}}", time.monotonic()
         try:
-            reward = scorer.score(name, text, gold, question, None, None, True)
+            reward = scorer.score(name, *case(text, gold, question, has_image=True))
         except GradingLimit:
             self.num_limits += 1
             self.limit_seconds += time.monotonic() - since
@@ -66,7 +66,7 @@ class Measured:
 
 
 def make_answer(number: int, chance: random.Random) -> tuple[str, str, str]:
-    """Gold, answer, question; one formula in ten, each another one."""
+    """Return gold, answer and question; every tenth is a formula, no two of which are equal."""
     n, wrong = chance.randrange(2, 900), chance.random() < 0.5
     kind = number % 10
     if kind == 0:
@@ -87,17 +87,14 @@ def make_answer(number: int, chance: random.Random) -> tuple[str, str, str]:
 
 
 def measure(count: int, num_slow: int, timeout_seconds: float) -> tuple[Measured, Measured]:
-    """Grade the same answers with two graders in turn; only the second one gets those that hang.
+    """Grade the same answers with two graders in turn; only the second also gets hanging ones.
 
-    Side by side, what else the machine does slows both alike.
+    Alternating between them exposes both to the same load of the machine.
 
     Args:
         count: answers that do not hang.
-        num_slow: answers that do, spread evenly among them.
-        timeout_seconds: of one comparison.
-
-    Returns:
-        what the first grader took, and the second.
+        num_slow: hanging answers, spread evenly among them.
+        timeout_seconds: time limit per comparison.
     """
     chance = random.Random(1)
     asked = [make_answer(number, chance) for number in range(count)]
@@ -110,7 +107,7 @@ def measure(count: int, num_slow: int, timeout_seconds: float) -> tuple[Measured
         pairs = list(zip(found, (plain, with_slow), strict=True))
         for measured, scorer in pairs:
             since = time.monotonic()
-            scorer.score("first", r"\boxed{1+x}", "x+1", PLAIN, None, None, True)
+            scorer.score("first", *case(r"\boxed{1+x}", "x+1", PLAIN, has_image=True))
             measured.start_seconds = time.monotonic() - since
         for number, one in enumerate(asked):
             if number in slow_at:
@@ -122,11 +119,11 @@ def measure(count: int, num_slow: int, timeout_seconds: float) -> tuple[Measured
 
 
 def main() -> int:
-    """Measure both and say how they compare."""
+    """Measure both graders and print the comparison."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--count", type=int, default=10_000, help="answers that do not hang")
-    parser.add_argument("--slow", type=int, default=1, help="answers that do")
-    parser.add_argument("--timeout", type=float, default=5.0, help="seconds a comparison")
+    parser.add_argument("--slow", type=int, default=1, help="answers that hang")
+    parser.add_argument("--timeout", type=float, default=5.0, help="seconds per comparison")
     options = parser.parse_args()
     found = measure(options.count, options.slow, options.timeout)
     for measured in found:

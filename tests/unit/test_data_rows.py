@@ -147,9 +147,8 @@ def test_any_of_several_gold_answers_is_right_and_leaks(read, tmp_path):
 
         def score(answer, description):
             text = f"<description>{description}</description><think>x</think>\\boxed{{{answer}}}"
-            return scorer.score(
-                "k", text, "cat", "What is it?", description, None, True, other_golds=["kitten"]
-            )
+            rollout = Rollout(0, 0, (), Completion((), (), text, "stop"), description, None, 0)
+            return scorer.score("k", rollout, example)
 
         rewards = [score(answer, "fur") for answer in ("cat", "kitten", "dog")]
         assert [r.accuracy for r in rewards] == [1, 1, 0]
