@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Where our rules and math-verify differ over the cases in tests: tools/compare_graders.py.
+"""Compare the rules with math-verify over the cases in tests: tools/compare_graders.py [--every].
 
-In: the tables of tests/grading_*.py, whose verdicts are ours. Out: the table of docs/rewards.md, a
-line a rule: how many cases it decides, on how many the library gives the case's verdict, and
-examples of the others, where the library is wrong. A test holds it.
+Prints the table of docs/rewards.md, one line per rule: how many cases of tests/grading_*.py it
+decides, in how many of them the library agrees with the verdict of the case, and examples in which
+the library errs (all of them with --every). A test compares the page with it.
 """
 
 from __future__ import annotations
@@ -13,18 +13,17 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_sr1.errors import GradingLimit  # noqa: E402
-from megatron_sr1.rewards.grader import Grader  # noqa: E402
-from tests import grading_attacks, grading_cases, grading_field, grading_forms  # noqa: E402
+from megatron_sr1.errors import GradingLimit
+from megatron_sr1.rewards.grader import Grader
+from tests import grading_attacks, grading_cases, grading_field, grading_forms
 
 TABLES = (grading_cases, grading_forms, grading_attacks, grading_field)
 MAX_SHOWN_CHARACTERS = 40
 EXAMPLES = 4
 LIMIT_SECONDS = 3.0
-"""Of the library: some of the cases hang in it. That counts as "wrong"."""
+"""Time limit of the library, in which some of the cases hang; that counts as "wrong"."""
 
 
 def main(every: bool = False) -> str:
@@ -45,8 +44,8 @@ def main(every: bool = False) -> str:
             else:
                 differ[ours.because].append((gold, answer, wanted))
     finally:
-        with_rules.close()
-        library.close()
+        with_rules.worker.close()
+        library.worker.close()
     lines = ["| rule | cases | math-verify agrees | it errs on, for example |", "|---|---|---|---|"]
     for rule in sorted({*agree, *differ}, key=lambda r: -len(differ[r])):
         found = differ[rule] if every else _short(differ[rule])
@@ -59,7 +58,7 @@ def main(every: bool = False) -> str:
 
 
 def _short(found: Iterable[tuple[str, str, bool]]) -> list[tuple[str, str, bool]]:
-    """A few that are short enough for a table, those wrongly accepted first."""
+    """Return a few that are short enough for a table, wrongly accepted ones first."""
     fit = [f for f in found if max(len(f[0]), len(f[1])) <= MAX_SHOWN_CHARACTERS]
     fit = [f for f in fit if "|" not in f[0] + f[1] and f[1].isprintable()]
     accepted, refused = ([f for f in fit if f[2] is right] for right in (False, True))

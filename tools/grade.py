@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Ask the grader about answers in a file: tools/grade.py FILE.jsonl [--output FILE].
+"""Grade the answers in a file: tools/grade.py FILE.jsonl [--output FILE].
 
-In: lines `{"response": str, "gold": str, "question": str}`, or `"answer"`, the content of the box,
-in place of `"response"`; the question, whose options the grader reads, may be left out. Out: the
-same lines, with `"right"`, true or false, and `"because"`: the rule that decided, `uncomparable:`
-with the exception that the answer raised, or `ungraded:` with the limit that it met, which a run
-leaves out of its step. The exit status is 2 if a line cannot be used.
+Input lines are `{"response": str, "gold": str, "question": str}`, with `"answer"`, the content of
+the box, in place of `"response"` if you like; the question, whose options the grader reads, is
+optional. Output lines add `"right"`, true or false, and `"because"`: the rule that decided,
+`uncomparable:` with the exception that the answer raised, or `ungraded:` with the limit that it
+exceeded (training leaves its prompt out of the step). The exit status is 2 if a line is invalid.
 """
 
 from __future__ import annotations
@@ -17,18 +17,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_sr1.errors import DataError, GradingError, GradingLimit, SR1Error  # noqa: E402
-from megatron_sr1.rewards.grader import GRADERS, Grader, Verdict  # noqa: E402
-from megatron_sr1.rewards.response import find_answer  # noqa: E402
+from megatron_sr1.errors import DataError, GradingError, GradingLimit, SR1Error
+from megatron_sr1.rewards.grader import GRADERS, Grader, Verdict
+from megatron_sr1.rewards.response import find_answer
 
 EXPECTED = 'expected {"response" or "answer": text, "gold": text, "question": text or left out}'
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield where each line is, and the line.
+    """Yield the place of each line, for messages, and the line.
 
     Raises:
         DataError: the file or a line of it cannot be used.
@@ -44,11 +43,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def parse_line(text: bytes, where: str) -> dict[str, Any]:
-    """Read a line, and check it.
-
-    Raises:
-        DataError: it is no JSON or has other fields.
-    """
+    """Parse and check a line; raises DataError."""
     try:
         line = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -67,11 +62,7 @@ def parse_line(text: bytes, where: str) -> dict[str, Any]:
 
 
 def grade(line: dict[str, Any], where: str, grader: Grader) -> Verdict:
-    """Judge a line.
-
-    Raises:
-        DataError: there is no gold answer, or it cannot be compared with itself.
-    """
+    """Judge a line; raises DataError if its gold answer cannot be compared with itself."""
     answer = find_answer(line["response"]) if "response" in line else line["answer"].strip() or None
     try:
         return grader.judge(answer, line["gold"], line.get("question", ""), where)
@@ -89,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("file", type=Path, metavar="FILE.jsonl")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: standard output")
     parser.add_argument("--grader", choices=GRADERS, default=GRADERS[0], help="as reward.grader")
-    parser.add_argument("--timeout", type=float, default=5.0, help="seconds a comparison")
+    parser.add_argument("--timeout", type=float, default=5.0, help="seconds per comparison")
     options = parser.parse_args(arguments)
     if options.timeout <= 0:
         parser.error(f"--timeout is {options.timeout:g}; expected more than 0")
@@ -99,15 +90,15 @@ def main(arguments: list[str] | None = None) -> int:
         output = open(options.output, "w") if options.output else sys.stdout
         for where, line in lines:
             verdict = grade(line, where, grader)
-            told = line | {"right": verdict.right, "because": verdict.because}
-            print(json.dumps(told), file=output, flush=True)
+            graded = line | {"right": verdict.right, "because": verdict.because}
+            print(json.dumps(graded), file=output, flush=True)
         if options.output:
             output.close()
     except SR1Error as error:
         print(f"grade.py: error: {error}", file=sys.stderr)
         return 2
     finally:
-        grader.close()
+        grader.worker.close()
     return 0
 
 
