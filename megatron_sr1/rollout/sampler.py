@@ -29,17 +29,10 @@ class FullVocabularySampler(torch.nn.Module):
 
     logprobs_mode = "raw_logprobs"
 
-    def __init__(self, draw: torch.nn.Module, outputs: Any, banned_token_ids: Iterable[int]):
-        """Wrap vLLM's sampling from a distribution.
-
-        Args:
-            draw: vLLM's `TopKTopPSampler`, which uses each request's generator.
-            outputs: vLLM's module of output records.
-            banned_token_ids: ids that are never sampled.
-        """
+    def __init__(self, draw: torch.nn.Module, banned_token_ids: Iterable[int]):
+        """Wrap vLLM's `TopKTopPSampler`, which uses each request's generator; never sample bans."""
         super().__init__()
         self.topk_topp_sampler = draw
-        self._outputs = outputs
         self._banned = torch.tensor(sorted(set(banned_token_ids)), dtype=torch.int64)
 
     def forward(
@@ -49,17 +42,13 @@ class FullVocabularySampler(torch.nn.Module):
         predict_bonus_token: bool = False,
         logprobs_mode_override: str | None = None,
     ) -> Any:
-        """Sample one id per row.
-
-        Args:
-            logits: [sequences, vocabulary]; overwritten.
-            sampling_metadata: vLLM's sampling settings of the rows.
-            predict_bonus_token: unused (speculative decoding).
-            logprobs_mode_override: unused.
+        """Sample one id per row of logits [sequences, vocabulary], which are overwritten.
 
         Returns:
-            vLLM's `SamplerOutput`.
+            vLLM's `SamplerOutput`. The last two arguments, which vLLM passes, are not used.
         """
+        from vllm.v1.outputs import SamplerOutput
+
         logits = logits.float()
         temperature = sampling_metadata.temperature
         if temperature is not None:
@@ -80,9 +69,7 @@ class FullVocabularySampler(torch.nn.Module):
         if log_total is not None:
             logprobs = logits.gather(1, drawn.unsqueeze(1)) - log_total
             tensors = self._tensors(drawn.unsqueeze(1), logprobs)
-        return self._outputs.SamplerOutput(
-            sampled_token_ids=drawn.int().unsqueeze(1), logprobs_tensors=tensors
-        )
+        return SamplerOutput(sampled_token_ids=drawn.int().unsqueeze(1), logprobs_tensors=tensors)
 
     def _draw(self, logits: torch.Tensor, generators: dict[int, torch.Generator]) -> torch.Tensor:
         """Sample with each row's generator; preserves the trainer's CPU random state."""
@@ -103,13 +90,16 @@ class FullVocabularySampler(torch.nn.Module):
 
         Args:
             logprobs: [tokens, vocabulary] float32, nats.
-            num_logprobs: number of alternatives per token; must be 0.
+            num_logprobs: alternatives per token; must be 0.
             token_ids: [tokens] int64.
         """
         assert num_logprobs == 0, "alternatives are not supported"
         columns = token_ids.unsqueeze(1)
         return self._tensors(columns, logprobs.gather(1, columns))
 
-    def _tensors(self, token_ids: torch.Tensor, logprobs: torch.Tensor) -> Any:
+    @staticmethod
+    def _tensors(token_ids: torch.Tensor, logprobs: torch.Tensor) -> Any:
+        from vllm.v1.outputs import LogprobsTensors
+
         ranks = torch.zeros(len(token_ids), dtype=torch.int64, device=token_ids.device)
-        return self._outputs.LogprobsTensors(token_ids.int(), logprobs, ranks)
+        return LogprobsTensors(token_ids.int(), logprobs, ranks)

@@ -1,8 +1,5 @@
 """A step's rollouts: pass 1 sees the image, pass 2 only the description and the question.
 
-In: prompts, and hooks that find a description in a text, build the pass-2 prompt for it, give the
-gold answer and the seed of each request. Out: rollouts and their cost.
-
 Source: the two passes of Vision-SR1 (arXiv 2508.19652), which rewards a description if it alone
 leads to the answer. Both passes share one engine loop. With the schedule `fork`, pass 2 of a sample
 starts when its description closes, while this and other samples are still decoding; with `barrier`,
@@ -17,9 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from megatron_sr1.records import Completion, Prompt, Rollout
-from megatron_sr1.rollout.engine import Engine
+from megatron_sr1.rollout.engine import Engine, Progress, Request
 from megatron_sr1.rollout.pass2 import PREFIX, Pass2, Readings, RolloutHooks, check_prompt_fits
-from megatron_sr1.rollout.requests import Progress, Request
 
 
 @dataclass(frozen=True)
@@ -27,11 +23,9 @@ class RolloutStats:
     """Cost of a `roll_out` call on this replica.
 
     Attributes:
-        engine_steps: steps of the engine.
         seconds: wall time.
         pass2_only_seconds: part of it in which only pass-2 requests were live.
-        pass1_tokens: tokens sampled in pass 1.
-        pass2_tokens: tokens sampled in pass 2.
+        pass1_tokens, pass2_tokens: sampled tokens.
         truncated: pass-1 responses that reached their token limit.
         num_pass2: rollouts whose description was read.
         num_prompts2: distinct pass-2 prompts, including those of questions alone.
@@ -76,7 +70,7 @@ def roll_out(
         engine: must be awake.
         prompts: this replica's prompts, the same on each of its ranks.
         samples_per_prompt: responses per prompt (n).
-        temperature: temperature of pass 1; 0 is greedy.
+        temperature: of pass 1; 0 is greedy.
         max_response_tokens: token limit of pass 1.
         pass2: None for recipes without it; text-only samples skip it in any case.
         hooks: the recipe's tags and prompts, and the run's seeds.
