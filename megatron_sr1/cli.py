@@ -142,9 +142,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_command(arguments: argparse.Namespace) -> int:
     """Run `train`, `sft` or `eval`: check and start the ranks, or be one of them."""
-    from megatron_sr1.runtime import stop_signal
+    from megatron_sr1.runtime import signals
 
-    stop_signal.listen()  # first, and for torchrun too: unblocked, the signal kills a process
+    signals.listen()  # first, and for torchrun too: unblocked, the signal kills a process
     from megatron_sr1.config.loading import load_config
     from megatron_sr1.launch import torchrun
 
@@ -227,10 +227,10 @@ def warn(*texts: str) -> None:
 def rank_main(config: Config) -> int:
     """Run one rank; its failure stops the others."""
     from megatron_sr1.launch import torchrun
-    from megatron_sr1.runtime import stop_signal
+    from megatron_sr1.runtime import signals
     from megatron_sr1.runtime.failure import guard
 
-    stop_signal.listen(config.launch.save_on_sigterm)
+    signals.listen(config.launch.save_on_sigterm)
     configure_logging(config.logging.level)
     with ExitStack() as stack:
         with torchrun.first_rank_first(os.environ):
@@ -249,10 +249,10 @@ def _with_cause(status: int, run_dir: Path, started: float) -> int:
     failure = read_failure(run_dir, since=started)
     if failure is None:
         lines = [f"megatron-sr1: error: the ranks ended with status {status}; see above"]
-    elif failure["code"] == 2:
+    elif failure.code == 2:
         return 2
     else:
-        lines, status = last_words(run_dir, failure, started), int(failure["code"])
+        lines, status = last_words(run_dir, failure, started), failure.code
     print(*lines, sep="\n", file=sys.stderr)
     return status
 

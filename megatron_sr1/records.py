@@ -1,9 +1,9 @@
-"""Records that are passed between stages: frozen, each stage returns a new one.
+"""Frozen records that are passed between stages.
 
     shards -> Example -> Prompt -> Rollout -> Reward -> TrainSample -> PackedBatch -> loss
 
-Images are never sent between ranks: a sample is identified by its index in the dataset, and the
-code that needs its pixels reads them from the shard.
+Images are never sent between ranks: code that needs the pixels of a sample reads them from its
+shard, by the sample's index.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation; `content` may contain `<image>` marks (data/marks.py)."""
+    """One turn of a conversation; `content` may contain `<image>` marks (data/examples.py)."""
 
     role: str
     content: str
@@ -34,11 +34,11 @@ class Example:
         index: position in the dataset; identifies the sample on every rank.
         key: webdataset key of the sample inside its shard.
         shard: path of the shard, for messages.
-        messages: the conversation; for reinforcement learning one user turn, for supervised
-            fine-tuning it ends with an assistant turn.
-        answer: gold answer, or None if there is none (supervised fine-tuning).
-        num_images: images stored with the sample; equals the `<image>` marks in `messages`.
-        metadata: further columns (`problem_id`, `data_source`, `digits`, …), JSON values.
+        messages: one user turn for reinforcement learning; a conversation that ends with an
+            assistant turn for supervised fine-tuning.
+        answer: gold answer; None for supervised fine-tuning.
+        num_images: equals the number of `<image>` marks in `messages`.
+        metadata: further columns, JSON values.
         other_answers: further gold answers; a response is right if it matches any of them.
     """
 
@@ -64,13 +64,12 @@ class Example:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A tokenised prompt, in the trainer's form and the engine's.
+    """A tokenised prompt.
 
     Attributes:
-        example: its source.
-        token_ids: for the trainer: each image one expanded run of image-pad ids.
-        engine_token_ids: for the engine: each image a single image-pad id.
-        images: decoded RGB images, in order; empty on ranks that do not need pixels.
+        token_ids: for the trainer: each image is a run of image-pad ids, one per merged patch.
+        engine_token_ids: for the engine: each image is a single image-pad id.
+        images: RGB, in order; empty on ranks that do not need pixels.
         image_grid_thw: per image (t, h, w) in patches.
     """
 
@@ -86,10 +85,10 @@ class Completion:
     """What the engine sampled for one request.
 
     Attributes:
-        token_ids: sampled ids, the end-of-turn id included when it was sampled.
-        logprobs: the engine's logprob of each sampled id under the distribution that it was
-            sampled from (temperature applied), nats; empty if not requested.
-        text: the decoded ids without special tokens.
+        token_ids: includes the end-of-turn id if it was sampled.
+        logprobs: the engine's logprob of each id under the distribution that it was sampled from
+            (temperature applied), nats; empty if not requested.
+        text: decoded, without special tokens.
         finish_reason: "stop" (end of turn), "length" (cut by a token limit) or "given" (the ids
             were scored at temperature 1, not sampled; no text).
     """
@@ -102,11 +101,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Reading:
-    """Result of the second pass, from a description or from the question alone.
-
-    Attributes:
-        answers: one or more sampled answers; or the gold answer, scored instead of sampled.
-    """
+    """Result of the second pass: sampled answers, or the gold answer with its logprobs."""
 
     answers: tuple[Completion, ...]
 
@@ -124,15 +119,14 @@ class Reading:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One sampled response and what the second pass read from its description alone.
+    """One sampled response, and what the second pass answered from its description alone.
 
     Attributes:
-        index: index of the example.
-        sample: index of this response among the n of its prompt.
-        prompt_token_ids: expanded ids, as `Prompt.token_ids`.
+        index: of the example.
+        sample: index of this response among those of its prompt.
+        prompt_token_ids: as `Prompt.token_ids`.
         completion: pass 1.
-        description: text inside the description span; None if there is no closed span or the
-            recipe has none.
+        description: text of the description span; None if the recipe has none or it is not closed.
         reading: pass 2, from description and question without the image; None if it did not run.
         weight_version: number of the weight sync that the engine sampled with.
         question_only: the same from the question alone, for comparison; None if it did not run.
@@ -149,7 +143,7 @@ class Rollout:
 
 
 RIGHT_FROM = 0.5
-"""Verdicts from this value on count as right in tables; the grader's are 0 and 1."""
+"""Verdicts of at least this value count as right in tables; the grader's are 0 and 1."""
 
 
 @dataclass(frozen=True)
@@ -157,17 +151,17 @@ class Reward:
     """Verdicts on one rollout and their sum.
 
     Attributes:
-        accuracy: pass-1 answer right, 0 or 1; with a user's function, any value in [0, 1].
-        format: response has the recipe's form, 0 or 1.
+        accuracy: 1 if the pass-1 answer is right, else 0; a user's function may return any value
+            in [0, 1].
+        format: 1 if the response has the recipe's form, else 0.
         self_reward: mean verdict on the pass-2 answers, or the gold answer's likelihood in [0, 1];
             minus that of the question alone, if configured. None if there is no pass 2 by design
             (a text-only sample, a recipe without it), 0 if the description is missing.
-        leak: the description states the answer as a verdict.
+        leak: True if the description states the answer as a conclusion.
         total: the recipe's weighted sum.
-        answer: answer of pass 1, None if there is none.
-        reading_answer: first answer of pass 2, None if there is none.
-        uncomparable: the exception that a library raised on an answer, which then counts as wrong;
-            None if there was none.
+        answer: of pass 1.
+        reading_answer: the first of pass 2.
+        uncomparable: exception that a library raised on an answer, which then counts as wrong.
     """
 
     accuracy: float
@@ -182,12 +176,11 @@ class Reward:
 
 @dataclass(frozen=True)
 class TrainSample:
-    """One sequence to train on; arrays are aligned with `token_ids`, entry t is about token t.
+    """One sequence to train on; entry t of each array refers to token t.
 
     Attributes:
-        index: index of the example, from which its images are read; -1 has no images.
-        num_images: number of its images.
-        token_ids: [tokens] int64, prompt and response, images expanded.
+        index: of the example, from which its images are read; -1 for one without images.
+        token_ids: [tokens] int64, prompt and response, with runs of image-pad ids.
         loss_mask: [tokens] bool, True where the token is a target. Never True at token 0.
         image_grid_thw: per image (t, h, w) in patches.
         advantages: [tokens] float32 or None (supervised).
@@ -214,8 +207,8 @@ class VisionInputs:
     Attributes:
         pixel_values: [patches, 3 * temporal_patch * patch * patch] float32, normalised.
         image_grid_thw: [images, 3] int64, (t, h, w) in patches.
-        occurrences: [places] int64 on the host, the index of the image at each place of a row, in
-            the row's order; None: each image once, in order.
+        occurrences: [places] int64 on the host, which image is at each place of the row; None: each
+            image once, in order.
     """
 
     pixel_values: torch.Tensor
@@ -227,10 +220,10 @@ class VisionInputs:
 class PackedBatch:
     """A micro-batch: sequences packed one after the other into a row of T tokens.
 
-    Everything per token is aligned with the *predicting* position: entry t is about the token
-    that the logits at position t predict, so `labels[t]` is token t + 1 of the same sequence. At
-    the last token of a sequence and in padding, `loss_mask` and `labels` are 0. Padding follows a
-    sequence if the layout requires it, and the last sequence.
+    Per-token tensors are aligned with the *predicting* position: entry t refers to the token that
+    the logits at position t predict, so `labels[t]` is token t + 1 of the same sequence. At the
+    last token of a sequence and in padding, `loss_mask` and `labels` are 0. Padding follows the
+    last sequence, and each sequence if the layout requires it.
 
     Attributes:
         sample_ids: indices of the samples in the list that was packed, in order.
@@ -241,12 +234,9 @@ class PackedBatch:
             sequence; 0 in padding.
         cu_seqlens: [sequences + 1] int32, boundaries in the row, each sequence's padding included;
             padding after the last one is a sequence of its own.
-        vision: images of all sequences, each example's once, and where they occur; None if there
-            are none.
-        advantages: [1, T] float32 or None.
-        old_logprobs: [1, T] float32 or None.
-        engine_logprobs: [1, T] float32 or None.
-        reference_logprobs: [1, T] float32 or None.
+        vision: images of all sequences, each only once; None if there are none.
+        advantages, old_logprobs, engine_logprobs, reference_logprobs: [1, T] float32 or None, as in
+            `TrainSample`.
     """
 
     sample_ids: tuple[int, ...]

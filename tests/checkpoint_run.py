@@ -7,8 +7,8 @@ from megatron_sr1.checkpoint.loading import load_checkpoint, load_model
 from megatron_sr1.checkpoint.retention import Keep
 from megatron_sr1.checkpoint.saving import save_checkpoint
 from megatron_sr1.config.loading import load_config
-from megatron_sr1.model.build import build_model
 from megatron_sr1.model.hf_config import read_hf_config
+from megatron_sr1.model.qwen25_vl import build_model
 from megatron_sr1.records import PackedBatch
 from megatron_sr1.runtime import cpu
 from megatron_sr1.trainer.actor import make_actor

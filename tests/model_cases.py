@@ -104,7 +104,7 @@ def write_case(directory, seed, num_images=((3, 1), (0,), (1, 2, 0))):
         seed: of everything.
         num_images: per row, the images of each of its samples.
     """
-    from megatron_sr1.runtime.torchvision_patch import patch_torchvision
+    from megatron_sr1.runtime.cpu import patch_torchvision
 
     patch_torchvision()
     from transformers import Qwen2_5_VLForConditionalGeneration

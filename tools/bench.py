@@ -1,9 +1,9 @@
 """The benchmark: what the second pass costs, in engine steps, seconds and on a modelled GPU.
 
-For the demo's model and for one of hidden size 512: one pass, two passes behind a barrier and two
-passes forked on the real engine; weight sync beside a plain copy of the same bytes; a GRPO step
-beside TRL's. Then a declared workload on the cost model of an H100. Out: bench.json, and tables on
-the standard output; docs/bench.md holds those of one run. The status is 1 if a bound does not hold.
+For the demo's model and for one of hidden size 512: one pass, two passes with a barrier between
+them and two passes forked on the real engine; weight sync beside a plain copy of the same bytes; a
+GRPO step beside TRL's. Then a declared workload on the cost model of an H100. Writes bench.json and
+prints tables; docs/bench.md holds those of one run. The exit status is 1 if a limit is exceeded.
 Without a finished demo in --demo, it runs one (minutes).
 """
 
@@ -15,20 +15,25 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from tools.bench_tables import (  # noqa: E402
-    gpu_seconds,
-    gpu_tables,
-    model_tables,
-    verdicts,
+from megatron_sr1.planning.engine_time import Replica
+from tools.engine_steps import (
+    H100,
+    SCHEDULES,
+    DeclaredWorkload,
+    EngineStep,
+    Limits,
+    read_published,
+    replay_seconds,
+    simulate,
+    whole_gpu,
 )
-from tools.schedules import SCHEDULES  # noqa: E402
 
+ROOT = Path(__file__).resolve().parent.parent
 WIDE_HIDDEN = 512
 COLD_START = {
     "stage": "sft",
@@ -39,27 +44,39 @@ COLD_START = {
     "optimizer.warmup_steps": 20,
     "data.eval": "",
 }
+MODELS = ("3b", "7b")
+SEQUENCES = (64, 128, 256, 512)
+SEEDS = (1, 2, 3)
+STEP_TOKENS, BLOCK_TOKENS = 16384, 16  # vLLM's defaults on an H100
+VARIANTS: dict[str, tuple[DeclaredWorkload, dict[str, Any]]] = {
+    "declared": (DeclaredWorkload(), {}),
+    "description a quarter": (DeclaredWorkload(description_share=0.25), {}),
+    "description 60 %": (DeclaredWorkload(description_share=0.6), {}),
+    "longer tail, sigma 0.9": (DeclaredWorkload(response_sigma=0.9), {}),
+    "no fixed time a step": (DeclaredWorkload(), {"step_overhead_seconds": 0.0}),
+    "half of the peak": (DeclaredWorkload(), {"gpu": replace(H100, matmul_share=0.5)}),
+}
+"""Name -> workload, changed fields of the replica."""
+
+Gpu = dict[str, dict[str, dict[str, float]]]
+"""Model -> sequences a GPU -> schedule -> seconds."""
 
 
-def megatron_sr1(*arguments: str) -> None:
-    """Run the command line in the repository."""
-    run([sys.executable, "-m", "megatron_sr1", *arguments], threads=1)
-
-
-def run(command: list[str], threads: int) -> None:
-    """Run a program to its end; what it writes goes to the standard error."""
+def run(*arguments: str, threads: int = 1) -> None:
+    """Run a Python program in the repository; its standard output goes to the standard error."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *arguments]
     subprocess.run(command, check=True, cwd=ROOT, env=environment, stdout=sys.stderr)
 
 
 def prepare(demo: Path, wide_steps: int) -> dict[str, dict[str, Path]]:
-    """Train what is not there yet.
+    """Train what is missing.
 
     Returns:
         name of a model -> "policy", whose schedules are measured, and "start" of the GRPO steps.
     """
     if not (demo / "summary.json").is_file():
-        megatron_sr1("demo", "--output", str(demo))
+        run("-m", "megatron_sr1", "demo", "--output", str(demo))
     wide = wide_cold_start(demo, wide_steps)
     return {
         "demo": {"policy": demo / "vision_sr1" / "hf", "start": demo / "cold_start" / "hf"},
@@ -68,7 +85,7 @@ def prepare(demo: Path, wide_steps: int) -> dict[str, dict[str, Path]]:
 
 
 def wide_cold_start(demo: Path, num_steps: int) -> Path:
-    """The wide model after supervised fine-tuning on the demo's cold start, made once."""
+    """Fine-tune the wide model on the demo's cold start, once; return its directory."""
     wide = demo / f"wide_{num_steps}"
     directory = wide / "cold_start" / "hf"
     if not (directory / "config.json").is_file():
@@ -84,12 +101,12 @@ def wide_cold_start(demo: Path, num_steps: int) -> Path:
             "optimizer.num_steps": num_steps,
         }
         overrides = [f"{key}={value}" for key, value in settings.items()]
-        megatron_sr1("train", "examples/digits_cpu.yaml", *overrides)
+        run("-m", "megatron_sr1", "train", "examples/digits_cpu.yaml", *overrides)
     return directory
 
 
 def measure(name: str, models: dict[str, Path], demo: Path, trl: list[str]) -> dict[str, Any]:
-    """Everything of one model; kept beside the demo, as the tables need more than bench.json."""
+    """Measure one model; the results stay in the demo's directory, beside bench.json."""
     data = str(demo / "data" / "train")
     found: dict[str, Any] = {}
     tools = {
@@ -99,13 +116,168 @@ def measure(name: str, models: dict[str, Path], demo: Path, trl: list[str]) -> d
     for part, command in tools.items():
         result = demo / "bench" / f"{name}_{part}.json"
         result.parent.mkdir(exist_ok=True)
-        run([sys.executable, *command, "--data", data, "--result", str(result)], threads=2)
+        run(*command, "--data", data, "--result", str(result), threads=2)
         found[part] = json.loads(result.read_text())
     return found
 
 
+def gpu_seconds() -> dict[str, Gpu]:
+    """Time a step's rollouts on the modelled GPU: variant -> seconds, means over the seeds."""
+    replicas = {model: whole_gpu(read_published(model)) for model in MODELS}
+    simulated: dict[tuple[DeclaredWorkload, int], dict[str, list[list[EngineStep]]]] = {}
+    found: dict[str, Gpu] = {}
+    for name, (workload, changes) in VARIANTS.items():
+        found[name] = {model: {} for model in MODELS}
+        for num in SEQUENCES:
+            if (workload, num) not in simulated:
+                simulated[workload, num] = _simulated(workload, num)
+            runs = simulated[workload, num]
+            for model, plain in replicas.items():
+                replica = replace(plain, **changes)
+                _check_memory(runs, replica)
+                found[name][model][str(num)] = {
+                    schedule: statistics.mean(replay_seconds(s, replica) for s in steps)
+                    for schedule, steps in runs.items()
+                }
+    return found
+
+
+def _simulated(workload: DeclaredWorkload, num: int) -> dict[str, list[list[EngineStep]]]:
+    limits = Limits(2 * num, STEP_TOKENS, BLOCK_TOKENS, chunked=True)
+    drawn = [workload.draw(num, seed) for seed in SEEDS]
+    return {s: [simulate(jobs, s, limits) for jobs in drawn] for s in SCHEDULES}
+
+
+def _check_memory(runs: dict[str, list[list[EngineStep]]], replica: Replica) -> None:
+    """Assert that each step's keys and values fit beside the weights."""
+    most = max(step.context_tokens for steps in runs.values() for s in steps for step in s)
+    weights = replica.dtype_bytes * (replica.layer_weights + replica.output_weights)
+    assert most * replica.token_bytes + weights < replica.memory_bytes, most
+
+
+def share(seconds: dict[str, float]) -> float:
+    """Return the extra of a fork over one pass, as a share of the barrier's."""
+    return (seconds["forked"] - seconds["one"]) / (seconds["barrier"] - seconds["one"])
+
+
+def gpu_tables(gpu: dict[str, Gpu]) -> str:
+    """Show the declared workload in seconds, and the shares of all variants."""
+    rows = [
+        [
+            f"{model.upper()}, {num}",
+            *(f"{seconds[s]:.2f}" for s in SCHEDULES),
+            f"{share(seconds):.2f}",
+        ]
+        for model, by_num in gpu["declared"].items()
+        for num, seconds in by_num.items()
+    ]
+    names = ["model, sequences a GPU", "one, s", "barrier, s", "forked, s", "share of extra"]
+    first = table(names, rows)
+    columns = [f"{model.upper()}, {num}" for model in MODELS for num in SEQUENCES]
+    rows = [
+        [name, *(f"{share(found[m][str(n)]):.2f}" for m in MODELS for n in SEQUENCES)]
+        for name, found in gpu.items()
+    ]
+    return f"{first}\n{table(['share of extra', *columns], rows)}"
+
+
+def model_tables(name: str, found: dict[str, Any]) -> str:
+    """Show one model's schedules and lengths by seed, its sync and its step."""
+    seeds = found["engine"]["schedules"]["seeds"]
+    rows = []
+    for seed in seeds:
+        steps = [str(seed[s]["engine_steps"]) for s in SCHEDULES]
+        seconds = [f"{seed[s]['seconds']:.2f}" for s in SCHEDULES]
+        rates = [f"{seed[s]['tokens_per_second']:.0f}" for s in SCHEDULES]
+        extra = share({s: seed[s]["engine_steps"] for s in SCHEDULES})
+        exact = all(seed[s]["simulated_equals_recorded"] for s in SCHEDULES)
+        cells = [" / ".join(part) for part in (steps, seconds, rates)]
+        flags = ["yes" if yes else "no" for yes in (seed["same_tokens"], exact)]
+        rows.append([str(seed["seed"]), *cells, f"{extra:.2f}", *flags])
+    head = ["seed", "engine steps", "seconds", "tokens/s", "share of extra steps", "same tokens"]
+    parts = [f"### {name}: one / barrier / forked\n", table([*head, "simulated = recorded"], rows)]
+    parts.append(table(["seed", "response", "description", "reading", "read"], _lengths(seeds)))
+    ratios = sorted(forked_over_barrier(seeds))
+    parts.append(
+        f"seconds, forked / barrier, of neighbouring runs: median {statistics.median(ratios):.2f}, "
+        f"from {ratios[0]:.2f} to {ratios[-1]:.2f}\n"
+    )
+    sync = found["engine"]["sync"]
+    parts.append(
+        f"sync: {sync['bytes']:,} bytes in {sync['seconds']:.4f} s, a plain copy of them in "
+        f"{sync['memcpy_seconds']:.4f} s; {sync['extra_bytes_peak']:,} bytes beside the weights at "
+        f"most, the engine's largest layer has {sync['largest_layer_bytes']:,}\n"
+    )
+    step = found["step"]
+    medians, phases = step["median_step_seconds"], step["median_phase_seconds"]
+    by_phase = ", ".join(
+        f"{key.removeprefix('time/').removesuffix('_seconds')} {value:.2f}"
+        for key, value in sorted(phases.items(), key=lambda item: -item[1])
+    )
+    parts.append(
+        f"a GRPO step: ours (two passes) {medians['ours']:.2f} s, TRL (one pass) "
+        f"{medians['trl']:.2f} s, ratio {step['ratio']:.2f}, by round "
+        f"{', '.join(f'{r:.2f}' for r in step['ratio_by_round'])}; by phase: {by_phase}\n"
+    )
+    return "\n".join(parts)
+
+
+def _lengths(seeds: Sequence[dict[str, Any]]) -> list[list[str]]:
+    rows = []
+    for seed in seeds:
+        lengths = seed["lengths"]
+        spans = (lengths[part] for part in ("response", "description", "reading"))
+        cells = [f"{s['mean']:.1f}, {s['p50']:.0f}, {s['p99']:.0f}, {s['max']}" for s in spans]
+        read = f"{lengths['descriptions']} ({lengths['distinct_readings']} distinct)"
+        rows.append([str(seed["seed"]), *cells, read])
+    return rows
+
+
+def verdicts(models: dict[str, dict[str, Any]], gpu: Gpu) -> dict[str, bool]:
+    """Check the limits: the demo's schedules by seed, the modelled GPU, syncs and a step."""
+    checked = {}
+    demo = models["demo"]
+    seeds = demo["engine"]["schedules"]["seeds"]
+    for seed in seeds:
+        steps = {s: seed[s]["engine_steps"] for s in SCHEDULES}
+        counts = " / ".join(map(str, steps.values()))
+        checked[f"seed {seed['seed']}: {counts} engine steps, 0.4 of the extra"] = (
+            share(steps) <= 0.4
+        )
+    for model, by_num in gpu.items():
+        for num in SEQUENCES[:3]:
+            part = share(by_num[str(num)])
+            checked[f"{model}, {num} sequences: {part:.2f} of the extra time, 0.5"] = part <= 0.5
+    rounds = statistics.median(forked_over_barrier(seeds))
+    checked[f"wall time of the demo's rollouts, forked / barrier: {rounds:.2f}, 1"] = rounds <= 1
+    for name, found in models.items():
+        sync = found["engine"]["sync"]
+        extra, layer = sync["extra_bytes_peak"], sync["largest_layer_bytes"]
+        claim = f"{name}, sync: {extra:,} bytes at most beside the weights, 2 x {layer:,}"
+        checked[claim] = extra <= 2 * layer
+    ratio = demo["step"]["ratio"]
+    checked[f"a step of the demo's over TRL's: {ratio:.2f}, 0.8"] = ratio <= 0.8
+    return checked
+
+
+def forked_over_barrier(seeds: Sequence[dict[str, Any]]) -> list[float]:
+    """Return the ratios of the seconds of neighbouring runs, of all seeds."""
+    pairs = [
+        pair
+        for seed in seeds
+        for pair in zip(seed["forked"]["all_seconds"], seed["barrier"]["all_seconds"], strict=True)
+    ]
+    return [forked / barrier for forked, barrier in pairs]
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Format a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def summary(found: dict[str, Any], gpu: dict[str, Any]) -> dict[str, Any]:
-    """One model's part of bench.json: means over the seeds."""
+    """Return one model's part of bench.json: means over the seeds."""
     seeds = found["engine"]["schedules"]["seeds"]
     sync = found["engine"]["sync"]
 
@@ -129,11 +301,11 @@ def main() -> int:
     """Prepare, measure, write bench.json, print tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--demo", type=Path, default=ROOT / "runs" / "demo", help="demo's folder; made if absent")
+    add("--demo", type=Path, default=ROOT / "runs" / "demo", help="demo; run if absent")
     add("--output", type=Path, default=ROOT / "bench.json")
-    add("--wide-steps", type=int, default=400, help="cold start of the wide model, steps")
-    add("--trl-steps", type=int, default=6, help="of a side in a round, the first left out")
-    add("--trl-rounds", type=int, default=3, help="in which the sides take turns")
+    add("--wide-steps", type=int, default=400, help="steps of the wide model's cold start")
+    add("--trl-steps", type=int, default=6, help="steps per side and round; the first is ignored")
+    add("--trl-rounds", type=int, default=3, help="rounds; the sides take turns")
     add("--roofline-only", action="store_true", help="print the cost model's tables and stop")
     arguments = parser.parse_args()
     gpu = gpu_seconds()

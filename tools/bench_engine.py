@@ -1,10 +1,11 @@
 """The engine's part of the benchmark, for one model: schedules of the two passes, and weight sync.
 
-In: a Hugging Face directory of a policy that writes descriptions, and shards of the digits. Out: a
-JSON file. Each schedule rolls out the same 256 responses (32 prompts x 8) with the same seeds at
-temperature 1 until they end by themselves or meet the cap, the same for both passes, with slots for
-all of both; a sync before each clears every cache. Steps are recorded and compared with what
-schedules.py makes of the lengths. Started by bench.py, which sets OMP_NUM_THREADS; one process.
+Reads a Hugging Face directory of a policy that writes descriptions, and shards of the digits;
+writes a JSON file. Each schedule rolls out the same 256 responses (32 prompts x 8) with the same
+seeds at temperature 1 until they end by themselves or reach the limit, which is the same for both
+passes, with slots for all of both; a sync before each clears every cache. Steps are recorded and
+compared with what engine_steps.py simulates from the lengths. One process, started by bench.py,
+which sets OMP_NUM_THREADS.
 """
 
 from __future__ import annotations
@@ -21,13 +22,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron_sr1.checkpoint.hf import export_weights
+from megatron_sr1.config.loading import load_config
+from megatron_sr1.records import Prompt, Rollout
+from megatron_sr1.rewards.response import find_description
+from megatron_sr1.rollout.pass2 import Pass2, RolloutHooks
+from megatron_sr1.rollout.two_pass import roll_out
+from megatron_sr1.runtime.rng import request_seed
+from megatron_sr1.trainer import setup
+from tools.engine_steps import SCHEDULES, Job, Limits, jobs_of, recorded, simulate
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from megatron_sr1.records import Prompt, Rollout  # noqa: E402
-from tools.recording import recorded  # noqa: E402
-from tools.schedules import SCHEDULES, Job, Limits, jobs_of, simulate  # noqa: E402
-
 NUM_PROMPTS, SAMPLES = 32, 8
 CAP_TOKENS = 64
 SEEDS = (1, 2, 3)
@@ -40,9 +45,6 @@ class Bench:
 
     def __init__(self, model: str, data: str, folder: str) -> None:
         """Load everything, as a GRPO run on one rank would."""
-        from megatron_sr1.config.loading import load_config
-        from megatron_sr1.trainer import setup
-
         slots = 2 * NUM_PROMPTS * SAMPLES
         config = load_config(
             ROOT / "examples/digits_cpu.yaml",
@@ -62,25 +64,18 @@ class Bench:
         self.num_syncs = 0
 
     def weights(self) -> Iterable[tuple[str, Any]]:
-        """The actor's tensors, each made when asked for."""
-        from megatron_sr1.checkpoint.hf import export_weights
-
+        """Yield the actor's tensors, each made when it is requested."""
         return export_weights(self.chunks, self.hf_config, self.groups)
 
     def sync(self) -> float:
-        """Stream the actor's weights into the engine; seconds."""
+        """Stream the actor's weights into the engine; return the seconds."""
         started = time.perf_counter()
         self.num_syncs += 1
         self.engine.sync(self.weights(), self.num_syncs)
         return time.perf_counter() - started
 
     def roll(self, schedule: str, seed: int) -> dict[str, Any]:
-        """One step's rollouts under a schedule: rollouts, statistics, recorded steps."""
-        from megatron_sr1.rewards.response import find_description
-        from megatron_sr1.rollout.pass2 import Pass2, RolloutHooks
-        from megatron_sr1.rollout.two_pass import roll_out
-        from megatron_sr1.runtime.rng import request_seed
-
+        """Roll out one step under a schedule: rollouts, statistics, recorded steps, prompts."""
         first = (seed - 1) * NUM_PROMPTS
         prompts = [self.samples.prompt(index) for index in range(first, first + NUM_PROMPTS)]
         kind = PASS2[schedule]
@@ -102,15 +97,13 @@ class Bench:
         return {"rollouts": rollouts, "stats": stats, "steps": steps, "prompts": prompts}
 
     def jobs(self, rollouts: Sequence[Rollout], prompts: Sequence[Prompt]) -> list[Job]:
-        """The lengths of rollouts with both passes, as schedules.py takes them."""
-        from megatron_sr1.rewards.response import find_description
-
+        """Return the lengths of rollouts with both passes, as `simulate` takes them."""
         reading_prompt = self.samples.reading_prompt
         return jobs_of(rollouts, prompts, reading_prompt, find_description, self.engine.decode)
 
 
 def measure_schedules(bench: Bench) -> dict[str, Any]:
-    """Steps, seconds and lengths of each schedule, for each seed; seconds are a median."""
+    """Return steps, median seconds and lengths of each schedule, for each seed."""
     bench.roll("forked", SEEDS[0])  # kernels warm up
     found = []
     for seed in SEEDS:
@@ -141,7 +134,7 @@ def measure_schedules(bench: Bench) -> dict[str, Any]:
 
 
 def tokens_of(rollouts: Sequence[Rollout]) -> list[Any]:
-    """What both passes said."""
+    """Return the tokens of both passes."""
     return [
         (r.completion.token_ids, r.reading and [a.token_ids for a in r.reading.answers])
         for r in rollouts
@@ -149,7 +142,7 @@ def tokens_of(rollouts: Sequence[Rollout]) -> list[Any]:
 
 
 def lengths(jobs: Sequence[Job]) -> dict[str, Any]:
-    """Quantiles of the sampled lengths, tokens, and how many descriptions were read."""
+    """Return quantiles of the sampled lengths, tokens, and the number of descriptions read."""
 
     def quantiles(values: list[int]) -> dict[str, float]:
         cuts = statistics.quantiles(values, n=100, method="inclusive")
@@ -167,7 +160,7 @@ def lengths(jobs: Sequence[Job]) -> dict[str, Any]:
 
 
 def measure_sync(bench: Bench, times: int = 10) -> dict[str, float]:
-    """Bytes and seconds of a sync, of a plain copy of the same bytes, and the peak of extra memory.
+    """Measure a sync and a plain copy of the same bytes, and the peak of a sync's extra memory.
 
     Extra memory is what torch's allocator handed out during a sync and had not taken back.
     """
@@ -192,14 +185,14 @@ def measure_sync(bench: Bench, times: int = 10) -> dict[str, float]:
 
 
 def timed(function: Callable[[], object]) -> float:
-    """Seconds of a call."""
+    """Return the seconds of a call."""
     started = time.perf_counter()
     function()
     return time.perf_counter() - started
 
 
 def extra_bytes_peak(function: Callable[[], object]) -> int:
-    """Most bytes that torch's CPU allocator had given out during a call beside those before it.
+    """Return the peak of what torch's CPU allocator has given out since the start of a call.
 
     The profiler knows no block from before it started, so that a weight that is replaced by a new
     one would count twice; a first call makes all of them known.
@@ -222,7 +215,7 @@ def extra_bytes_peak(function: Callable[[], object]) -> int:
 
 
 def largest_layer_bytes(weights: Iterable[tuple[str, Any]]) -> int:
-    """Weight and bias of the engine's largest layer, where q, k and v are one, as gate and up."""
+    """Return the size of the engine's largest layer, where q, k and v are one, as gate and up."""
     sizes: dict[str, int] = {}
     for name, tensor in weights:
         layer = re.sub(r"\b([qkv]|gate|up)_proj\b", "fused", name.rpartition(".")[0])

@@ -1,9 +1,9 @@
-"""Credit by span against scalar credit on the digits, over several seeds.
+"""Compare credit by span with scalar credit on the digits, over several seeds.
 
 For each seed: the demo's shards, model and cold start, then the demo's GRPO once with each
-`algorithm.credit` from that one cold start, with the same steps, prompts and seeds, and the same
-held-out questions with the same randomness. Out: tables on the standard output. What is finished in
---output is not made again, so that a stopped comparison goes on.
+`algorithm.credit` from that cold start, with the same steps, prompts and seeds, and the same
+held-out questions with the same randomness. Prints Markdown tables. What is finished in --output is
+not made again, so that an interrupted comparison can be continued.
 
 Intervals are of 95 %: a seed's difference by its questions (paired, normal), the mean over the
 seeds by Student's t. The second says what another seed would give; it is wide with three.
@@ -19,14 +19,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from megatron_sr1.demo.demo import COLD_START, COMMON, GRPO, prepare  # noqa: E402
-from megatron_sr1.observability import panels  # noqa: E402
-from megatron_sr1.observability.metrics import read_lines  # noqa: E402
-from megatron_sr1.trainer.scoring import VERDICTS  # noqa: E402
-from tools.bench_tables import table  # noqa: E402
+from megatron_sr1.demo.demo import COLD_START, COMMON, GRPO, prepare
+from megatron_sr1.observability.metrics import read_lines
+from megatron_sr1.report.panels import VERDICTS, paired, rate
+from tools.bench import ROOT, table
 
 CREDITS = ("scalar", "span")
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # Student's t, two-sided, by degrees of freedom
@@ -41,37 +37,30 @@ def train(output: Path, *overrides: str) -> None:
 
 
 def run_seed(folder: Path, seed: int, more: list[str]) -> dict[str, Path]:
-    """Train what a seed still lacks; returns credit -> run directory."""
+    """Train what a seed still lacks; return credit -> run directory."""
     prepare(folder, seed)
-    cold = folder / "cold_start"
+    data, cold = folder / "data", folder / "cold_start"
     if not (cold / "hf" / "config.json").is_file():
-        data = folder / "data" / "cold_start"
-        own = [f"model.path={folder / 'model'}", f"data.train={data}", "data.eval=", f"seed={seed}"]
-        train(cold, *COLD_START, *own)
+        own = [f"model.path={folder / 'model'}", f"data.train={data / 'cold_start'}"]
+        train(cold, *COLD_START, *own, "data.eval=", f"seed={seed}")
     runs = {credit: folder / credit for credit in CREDITS}
     for credit, run in runs.items():
-        if not (run / "report.html").is_file():  # the last that a run writes
-            own = [f"model.path={cold / 'hf'}", f"data.train={folder / 'data' / 'train'}"]
-            own += [f"data.eval={folder / 'data' / 'eval'}", "data.eval_limit=0", f"seed={seed}"]
+        if not (run / "report.html").is_file():  # the last file that a run writes
+            own = [f"model.path={cold / 'hf'}", f"data.train={data / 'train'}"]
+            own += [f"data.eval={data / 'eval'}", "data.eval_limit=0", f"seed={seed}"]
             train(run, *GRPO, *own, f"algorithm.credit={credit}", *more)
     return runs
 
 
 def tables(found: dict[int, dict[str, Path]], way: str) -> str:
-    """Rates by seed and credit, and their differences."""
-    by_run = {
-        (seed, credit): read_lines(run / "eval" / f"{way}.jsonl")
-        for seed, runs in found.items()
-        for credit, run in runs.items()
-    }
-    rows = []
-    for (seed, credit), lines in by_run.items():
-        means = [panels.rate(lines, v) for v in VERDICTS]
-        rows.append([str(seed), credit, *(f"{mean:.3f}" for mean in means)])
-    differences = {
-        seed: [panels.paired(by_run[seed, "scalar"], by_run[seed, "span"], v) for v in VERDICTS]
-        for seed in found
-    }
+    """Return rates by seed and credit, and their differences, as a table."""
+    rows, differences = [], {}
+    for seed, runs in found.items():
+        lines = {credit: read_lines(run / "eval" / f"{way}.jsonl") for credit, run in runs.items()}
+        for credit in CREDITS:
+            means = [rate(lines[credit], verdict) for verdict in VERDICTS]
+            rows.append([str(seed), credit, *(f"{mean:.3f}" for mean in means)])
+        differences[seed] = [paired(lines["scalar"], lines["span"], v) for v in VERDICTS]
     for seed, gaps in differences.items():
         cells = [f"{mean:+.3f} ± {half:.3f}" for mean, half in gaps]
         rows.append([str(seed), "span less scalar", *cells])
@@ -85,21 +74,21 @@ def tables(found: dict[int, dict[str, Path]], way: str) -> str:
     return table([f"seed, {way}", "credit", *VERDICTS.values()], rows)
 
 
-def main() -> int:
+def main() -> None:
     """Train what is missing and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "credit")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of both GRPO runs")
     arguments = parser.parse_args()
-    found = {}
-    for seed in arguments.seeds:
-        folder = arguments.output.resolve() / f"seed_{seed}"
-        found[seed] = run_seed(folder, seed, arguments.overrides)
+    output = arguments.output.resolve()
+    found = {
+        seed: run_seed(output / f"seed_{seed}", seed, arguments.overrides)
+        for seed in arguments.seeds
+    }
     for way in ("sampled", "greedy"):
         print(tables(found, way))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

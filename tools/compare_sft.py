@@ -1,12 +1,12 @@
-"""Tokens a second of supervised fine-tuning: packed, padded, and by transformers' Trainer.
+"""Measure tokens per second of fine-tuning: packed, padded, and with transformers' Trainer.
 
 All sides learn from the same conversations about digits, on the same model, from random weights,
-with the same samples an update and as many threads, and take turns in rounds. Lengths are mixed: a
-conversation joins one to `--turns` turns of the demo's cold start, each with its image. Padded
-micro-batches, ours and the Trainer's, are filled up to their longest; they hold as many samples as
-fit the budget of the packed ones, were all as long as the longest of the data (`--pad-for`).
-Counted are the conversations' own tokens, images expanded. The first steps of a round are left
-out. The Trainer runs in the environment of compare_trl.py.
+with the same samples per update and as many threads, and take turns in rounds, each in a process of
+its own. Lengths are mixed: a conversation joins one to `--turns` turns of the demo's cold start,
+each with its image. Padded micro-batches, ours and the Trainer's, are filled up to their longest
+conversation; they hold as many as the budget of the packed ones would, if all were as long as the
+longest of the data (`--pad-for`). Counted are the conversations' own tokens, images expanded. The
+first steps of a round are ignored. The Trainer runs in the environment of compare_trl.py.
 
     python tools/compare_sft.py
 """
@@ -17,27 +17,217 @@ import argparse
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import replace
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from megatron_sr1.config.loading import load_config
+from megatron_sr1.config.run import Config, LaunchConfig
+from megatron_sr1.launch.torchrun import rank_environment
+from megatron_sr1.trainer import setup
+from tools.compare_trl import ROOT, report, trl_python
 
-from megatron_sr1.config.run import LaunchConfig  # noqa: E402
-from megatron_sr1.launch.torchrun import rank_environment  # noqa: E402
-from tools.compare_trl import report, trl_python  # noqa: E402
-from tools.sft_sides import SIDES, Job, config_of  # noqa: E402
+if TYPE_CHECKING:
+    import torch
 
+    from megatron_sr1.trainer.samples import Samples
+
+SIDES = ("packed", "padded", "trainer")
 WARM_UP_STEPS = 2
+LEARNING_RATE = 1e-3
+
+
+@dataclass(frozen=True)
+class Job:
+    """The settings that all sides share.
+
+    Attributes:
+        model: Hugging Face directory.
+        data: shards with as many conversations as the steps take.
+        output: run directory, replaced.
+        pack_tokens: budget of a packed micro-batch, tokens.
+        samples_per_step: conversations per update.
+        num_steps: updates.
+        num_threads: threads of the one process.
+        padded_samples: conversations in a padded micro-batch.
+    """
+
+    model: str
+    data: str
+    output: str
+    pack_tokens: int
+    samples_per_step: int
+    num_steps: int
+    num_threads: int
+    padded_samples: int = 1
+
+
+def config_of(job: Job) -> Config:
+    """Return this trainer's configuration; all sides use its samples and pixels."""
+    settings = {
+        "stage": "sft",
+        "model.path": job.model,
+        "model.dtype": "float32",
+        "data.train": job.data,
+        "output": job.output,
+        "data.pack_tokens": job.pack_tokens,
+        "data.prompts_per_step": job.samples_per_step,
+        "data.max_prompt_tokens": job.pack_tokens,
+        "data.min_pixels": 784,
+        "data.max_pixels": 200704,
+        "optimizer.num_steps": job.num_steps,
+        "optimizer.learning_rate": LEARNING_RATE,
+        "checkpoint.every_steps": 0,
+        "launch.device": "cpu",
+        "launch.threads": job.num_threads,
+    }
+    return load_config(None, [f"{key}={value}" for key, value in settings.items()])
+
+
+def run_ours(job: Job, *, pad: bool) -> list[tuple[int, float]]:
+    """Run this trainer on packed or padded micro-batches; return tokens and seconds by step."""
+    from megatron_sr1 import stages
+    from megatron_sr1.data.packing import pack_samples
+    from megatron_sr1.observability.metrics import read_lines
+    from megatron_sr1.records import PackedBatch, TrainSample
+    from megatron_sr1.runtime.device import stop_distributed
+    from megatron_sr1.trainer.sft import train_sft
+
+    config = config_of(job)
+    _, groups = setup.start_ranks(config)
+    context, samples, actor, _ = stages.start(config, groups, job.num_steps)
+    pack_own, tokens = context.pack, []
+
+    def pack(chosen: Sequence[TrainSample], samples: Samples) -> list[PackedBatch]:
+        tokens.append(sum(len(sample.token_ids) for sample in chosen))
+        if not pad:
+            return pack_own(chosen, samples)
+        batches = []
+        for at in range(0, len(chosen), job.padded_samples):
+            part = chosen[at : at + job.padded_samples]
+            longest = max(len(sample.token_ids) for sample in part)
+            batches += pack_samples(
+                part,
+                longest * len(part),
+                samples.vision,
+                image_pad_id=context.processor.image_pad_id,
+                merge_size=context.processor.merge_size,
+                pad_multiple=longest,
+                sequence_multiple=longest,
+            )
+        return batches
+
+    context.pack = pack  # type: ignore[method-assign]
+    train_sft(context, actor, samples)
+    context.close()
+    stop_distributed()
+    lines = read_lines(Path(job.output) / "metrics.jsonl")
+    return list(zip(tokens, (line["time/step_seconds"] for line in lines), strict=True))
+
+
+def collate(samples: Samples, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Return a padded micro-batch as transformers takes it."""
+    import torch
+
+    chosen, pad = [samples.conversation(index) for index in rows], samples.processor.image_pad_id
+    shape = len(chosen), max(len(sample.token_ids) for sample in chosen)
+    ids = torch.full(shape, samples.processor.end_token_ids[0])
+    labels, mask = torch.full(shape, -100), torch.zeros(shape, dtype=torch.int64)
+    for row, sample in enumerate(chosen):
+        count = len(sample.token_ids)
+        ids[row, :count] = torch.from_numpy(sample.token_ids)
+        mask[row, :count] = 1
+        targets = torch.from_numpy(sample.loss_mask)
+        labels[row, :count] = torch.where(targets, ids[row, :count], -100)
+    batch = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": labels,
+        "mm_token_type_ids": (ids == pad).int(),
+    }
+    images = [v for v in map(samples.vision, rows) if v is not None]
+    samples.forget()
+    if images:
+        batch["pixel_values"] = torch.cat([v.pixel_values for v in images])
+        batch["image_grid_thw"] = torch.cat([v.image_grid_thw for v in images])
+    return batch
+
+
+def run_trainer(job: Job) -> list[tuple[int, float]]:
+    """Run transformers' Trainer on this project's samples; return what `run_ours` returns."""
+    import torch
+
+    torch.set_num_threads(job.num_threads)
+    config = config_of(job)
+    processor = setup.make_processor(config)
+    from transformers import (
+        Qwen2_5_VLForConditionalGeneration,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
+
+    samples = setup.open_samples(config, job.data, processor)
+    tokens: list[int] = []
+    ends = [0.0]
+
+    def counted(rows: list[int]) -> dict[str, torch.Tensor]:
+        batch = collate(samples, rows)
+        tokens.append(int(batch["attention_mask"].sum()))
+        return batch
+
+    class Clock(TrainerCallback):
+        """Records when training begins and each step ends; ours are timed from end to end too."""
+
+        def on_train_begin(self, *_: object, **__: object) -> None:
+            ends[0] = time.perf_counter()
+
+        def on_step_end(self, *_: object, **__: object) -> None:
+            ends.append(time.perf_counter())
+
+    per_step = job.samples_per_step // job.padded_samples
+    trainer: Any = Trainer(
+        model=Qwen2_5_VLForConditionalGeneration.from_pretrained(job.model, dtype=torch.float32),
+        args=TrainingArguments(
+            output_dir=job.output,
+            per_device_train_batch_size=job.padded_samples,
+            gradient_accumulation_steps=per_step,
+            max_steps=job.num_steps,
+            learning_rate=LEARNING_RATE,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+        ),
+        train_dataset=list(range(len(samples))),
+        data_collator=counted,
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    steps = [sum(tokens[at : at + per_step]) for at in range(0, len(tokens), per_step)]
+    return [(n, end - start) for n, (start, end) in zip(steps, pairwise(ends), strict=False)]
+
+
+def run_side(side: str, job: Job, result: Path) -> None:
+    """Run one side in this process; write the tokens and seconds of each step."""
+    shutil.rmtree(job.output, ignore_errors=True)
+    steps = run_trainer(job) if side == "trainer" else run_ours(job, pad=side == "padded")
+    assert len(steps) == job.num_steps, (len(steps), job.num_steps)
+    result.write_text(json.dumps(steps))
 
 
 def write_conversations(directory: Path, work: Path, num_samples: int, max_turns: int) -> None:
-    """Shards of conversations of one to `max_turns` turns, each as often."""
+    """Write shards of conversations of one to `max_turns` turns, equally many of each."""
     import numpy as np
 
     from megatron_sr1.data.examples import Record
@@ -63,14 +253,7 @@ def write_conversations(directory: Path, work: Path, num_samples: int, max_turns
 
 
 def padded_samples(job: Job, pad_for: str) -> int:
-    """Conversations of a padded micro-batch: as many as the budget holds, a power of two.
-
-    Args:
-        job: with the data and the budget.
-        pad_for: all are taken to be as long as the "longest" of the data or the "mean".
-    """
-    from megatron_sr1.trainer import setup
-
+    """Return how many conversations of the "longest" or the "mean" length fit, a power of two."""
     config = config_of(job)
     samples = setup.open_samples(config, job.data, setup.make_processor(config))
     lengths = [len(samples.conversation(index).token_ids) for index in range(len(samples))]
@@ -78,37 +261,41 @@ def padded_samples(job: Job, pad_for: str) -> int:
     return 2 ** int(math.log2(job.pack_tokens / length))
 
 
-def run_side(side: str, job: Job, folder: Path) -> list[tuple[int, float]]:
-    """One side in a process of its own: own tokens and seconds of each step."""
-    asked, told = folder / "job.json", folder / "steps.json"
-    asked.write_text(json.dumps(vars(job)))
+def start_side(side: str, job: Job, folder: Path) -> list[tuple[int, float]]:
+    """Run one side in a process of its own; return tokens and seconds of its counted steps."""
+    result = folder / "steps.json"
     python = trl_python() if side == "trainer" else sys.executable
-    command = [python, str(ROOT / "tools" / "sft_sides.py"), side, str(asked), str(told)]
+    command = [python, __file__, "--side", side, json.dumps(asdict(job)), str(result)]
     environment = {**os.environ, **rank_environment(LaunchConfig(threads=job.num_threads), 1)}
     environment["PYTHONPATH"] = str(ROOT)
     subprocess.run(command, check=True, cwd=folder, env=environment, stdout=sys.stderr)
-    return [(tokens, seconds) for tokens, seconds in json.loads(told.read_text())][WARM_UP_STEPS:]
+    return [(tokens, seconds) for tokens, seconds in json.loads(result.read_text())][WARM_UP_STEPS:]
 
 
 def rate(steps: list[tuple[int, float]]) -> float:
-    """Tokens a second over steps."""
+    """Return tokens per second over steps."""
     return sum(tokens for tokens, _ in steps) / sum(seconds for _, seconds in steps)
 
 
-def main() -> int:
+def main() -> None:
     """Let the sides take turns; print rates and ratios as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--turns", type=int, default=8, help="most turns of a conversation; 1: the demo's own")
+    add("--turns", type=int, default=8, help="most turns per conversation; 1: as in the demo")
     add("--hidden-size", type=int, default=128, help="of the digits model")
     add("--pack-tokens", type=int, default=2048, help="budget of a packed micro-batch")
     add("--pad-for", choices=("longest", "mean"), default="longest", help="length that must fit")
-    add("--samples", type=int, default=64, help="conversations an update")
-    add("--threads", type=int, default=1, help="of each side's one process")
-    add("--steps", type=int, default=10, help=f"of a side in a round, beside {WARM_UP_STEPS} first")
-    add("--rounds", type=int, default=3, help="in which the sides take turns")
-    add("--result", type=Path, help="write the JSON here too")
+    add("--samples", type=int, default=64, help="conversations per update")
+    add("--threads", type=int, default=1, help="threads of each side's one process")
+    add("--steps", type=int, default=10, help="counted steps per side and round")
+    add("--rounds", type=int, default=3, help="rounds; the sides take turns")
+    add("--result", type=Path, help="also write the JSON to this file")
+    add("--side", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.side:
+        side, job, result = arguments.side
+        run_side(side, Job(**json.loads(job)), Path(result))
+        return
     found: dict[str, list[list[tuple[int, float]]]] = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -131,24 +318,22 @@ def main() -> int:
         job = replace(job, padded_samples=padded_samples(job, arguments.pad_for))
         for number in range(arguments.rounds):
             for side in SIDES:
-                found[side].append(run_side(side, job, folder))
-                print(
-                    f"round {number + 1}: {side} {rate(found[side][-1]):.0f} tokens/s", flush=True
-                )
-    told = {side: [rate(steps) for steps in rounds] for side, rounds in found.items()}
+                found[side].append(start_side(side, job, folder))
+                tokens_per_second = rate(found[side][-1])
+                print(f"round {number + 1}: {side} {tokens_per_second:.0f} tokens/s", flush=True)
+    rates = {side: [rate(steps) for steps in rounds] for side, rounds in found.items()}
     ratios = {
-        other: [mine / its for mine, its in zip(told["packed"], told[other], strict=True)]
+        other: [mine / its for mine, its in zip(rates["packed"], rates[other], strict=True)]
         for other in SIDES[1:]
     }
     summary = {
-        "settings": {k: v for k, v in vars(arguments).items() if k != "result"},
-        "tokens_per_second": told,
+        "settings": {k: v for k, v in vars(arguments).items() if k not in ("result", "side")},
+        "tokens_per_second": rates,
         "packed_over_by_round": ratios,
         "packed_over": {other: statistics.median(values) for other, values in ratios.items()},
     }
     report(summary, arguments.result)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

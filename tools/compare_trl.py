@@ -1,11 +1,11 @@
 """Time a GRPO step here against TRL's on the same model, data and machine.
 
-Both sides sample 256 completions a step (32 prompts x 8) at temperature 1 from the demo's cold
+Both sides sample 256 completions per step (32 prompts x 8) at temperature 1 from the demo's cold
 start and make one update. TRL runs one pass on transformers' generation, with accuracy as its
-reward; here both passes run, with self-reward, update and weight sync. The sides take turns, in
-`--rounds` rounds, so that a machine that is disturbed for a while disturbs both; of each round the
-first step is left out. TRL is installed into an environment of its own, over the project's
-packages. Run `make demo` first, or name a model and shards of the digits.
+reward; here both passes run, with self-reward, update and weight sync. The sides take turns in
+rounds, so that a disturbance of the machine affects both; the first step of each round is ignored.
+TRL is installed into an environment of its own, over the project's packages. Run `make demo` first,
+or name a model and shards of the digits.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TRL = "trl==1.16.0"
 
 
 def trl_python() -> str:
-    """Interpreter of an environment with TRL, made on first use."""
+    """Return the interpreter of an environment with TRL, made on first use."""
     cache = Path(os.environ.get("MEGATRON_SR1_CACHE") or Path.home() / ".cache" / "megatron_sr1")
     directory = cache / TRL.replace("==", "-")
     python = directory / "bin" / "python"
@@ -43,12 +43,11 @@ def trl_python() -> str:
 
 
 def run_trl(model: str, data: str, num_steps: int, result: Path) -> None:
-    """TRL's side, in its own environment: seconds of each step to `result`."""
+    """Run TRL's side, in its own environment; write the seconds of each step to `result`."""
     import torch
 
     torch.set_num_threads(2)
-    sys.path.insert(0, str(ROOT))
-    from megatron_sr1.runtime.torchvision_patch import patch_torchvision
+    from megatron_sr1.runtime.cpu import patch_torchvision
 
     patch_torchvision()
     from datasets import Dataset
@@ -76,7 +75,7 @@ def run_trl(model: str, data: str, num_steps: int, result: Path) -> None:
     seconds: list[float] = []
 
     class Clock(TrainerCallback):
-        """Seconds of each step."""
+        """Records the seconds of each step."""
 
         def on_step_begin(self, *_: object, **__: object) -> None:
             self.started = time.perf_counter()
@@ -113,7 +112,7 @@ def run_trl(model: str, data: str, num_steps: int, result: Path) -> None:
 
 
 def run_ours(model: str, data: str, num_steps: int, folder: Path) -> list[dict[str, float]]:
-    """Our side through the command line: seconds of each step, and of its phases."""
+    """Run our side through the command line; return the seconds of each step and its phases."""
     command = [sys.executable, "-m", "megatron_sr1", "train", "examples/digits_cpu.yaml"]
     command += [f"model.path={model}", f"data.train={data}", "data.eval=", f"output={folder}"]
     command += [f"optimizer.num_steps={num_steps}", "rollout.max_response_tokens=64"]
@@ -126,48 +125,45 @@ def run_ours(model: str, data: str, num_steps: int, folder: Path) -> list[dict[s
 def run_rounds(
     model: str, data: str, num_steps: int, num_rounds: int
 ) -> tuple[list[list[float]], list[list[dict[str, float]]]]:
-    """TRL's seconds of each step by round, and ours with those of our phases, first steps left out.
-
-    Returns:
-        TRL's [round][step], ours [round][step].
-    """
+    """Return TRL's seconds [round][step], and ours with those of our phases; no first steps."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     theirs, ours = [], []
     for _ in range(num_rounds):
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             command = [trl_python(), __file__, "--model", model, "--data", data]
             command += ["--steps", str(num_steps), "--trl-result", str(folder / "trl.json")]
-            subprocess.run(command, check=True, cwd=folder)
+            subprocess.run(command, check=True, cwd=folder, env=environment)
             theirs.append(json.loads((folder / "trl.json").read_text())[1:])
             ours.append(run_ours(model, data, num_steps, folder / "ours")[1:])
     return theirs, ours
 
 
 def report(found: dict[str, Any], result: Path | None) -> None:
-    """Print what was found as JSON, and write it to a file if one was asked for."""
+    """Print the findings as JSON, and write them to a file if one is named."""
     text = json.dumps(found, indent=2)
     if result:
         result.write_text(text + "\n")
     print(text)
 
 
-def main() -> int:
+def main() -> None:
     """Let both take turns; print medians over all rounds, and each round's ratio."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="runs/demo/cold_start/hf", help="Hugging Face directory")
     parser.add_argument("--data", default="runs/demo/data/train", help="shards of the digits")
-    parser.add_argument("--steps", type=int, default=6, help="of a side in a round")
+    parser.add_argument("--steps", type=int, default=6, help="steps per side and round")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--result", type=Path, help="write the JSON here too")
+    parser.add_argument("--result", type=Path, help="also write the JSON to this file")
     parser.add_argument("--trl-result", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     model, data = str(Path(arguments.model).resolve()), str(Path(arguments.data).resolve())
     for path in (model, data):
         if not Path(path).is_dir():
-            raise SystemExit(f"compare_trl: {path} is not there; run `make demo` first")
+            raise SystemExit(f"compare_trl: {path} does not exist; run `make demo` first")
     if arguments.trl_result:
         run_trl(model, data, arguments.steps, arguments.trl_result)
-        return 0
+        return
     theirs, ours = run_rounds(model, data, arguments.steps, arguments.rounds)
     own = [[line["time/step_seconds"] for line in lines] for lines in ours]
     sides = {"ours": own, "trl": theirs}
@@ -187,8 +183,7 @@ def main() -> int:
         },
     }
     report(found, arguments.result)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

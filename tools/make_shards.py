@@ -19,6 +19,7 @@ examples also in DST/report.json.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -30,10 +31,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_sr1.data.examples import Record
 from megatron_sr1.data.rows import COLUMNS
-from megatron_sr1.data.shard_index import write_json
 from megatron_sr1.data.shards import write_shards
 from megatron_sr1.data.sources import count_rows, records, source_files
 from megatron_sr1.errors import DataError, SR1Error
+from megatron_sr1.runtime.files import write_text
 
 EPILOG = """\
 examples:
@@ -286,7 +287,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     try:
         if faults.rows:
-            write_json(options.target / REPORT_FILE, faults.report(written))
+            write_text(options.target / REPORT_FILE, json.dumps(faults.report(written)) + "\n")
     except OSError as error:
         failure = failure or error
     if faults.count:

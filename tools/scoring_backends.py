@@ -30,8 +30,8 @@ from megatron_sr1.data.images import decode_image
 from megatron_sr1.data.packing import pack_samples
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.errors import DataError
-from megatron_sr1.model.build import build_model
 from megatron_sr1.model.hf_config import read_hf_config
+from megatron_sr1.model.qwen25_vl import build_model
 from megatron_sr1.model.row_split import sequence_multiple
 from megatron_sr1.records import TrainSample
 from megatron_sr1.runtime import cpu
@@ -82,7 +82,7 @@ def transformers(
     arguments: argparse.Namespace, source: ModelSource, device: Device, lines: Lines
 ) -> Scores:
     """Score with transformers' own model, one line at a time."""
-    from megatron_sr1.runtime.torchvision_patch import patch_torchvision
+    from megatron_sr1.runtime.cpu import patch_torchvision
 
     patch_torchvision()
     from transformers import Qwen2_5_VLForConditionalGeneration

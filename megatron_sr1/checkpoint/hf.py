@@ -29,7 +29,8 @@ from megatron_sr1.checkpoint.tensors import unwrap
 from megatron_sr1.checkpoint.transforms import Slice, join, publish, slices
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.model.hf_config import HFConfig
-from megatron_sr1.runtime.groups import Group, Groups, gather_objects
+from megatron_sr1.runtime.collectives import gather_objects
+from megatron_sr1.runtime.groups import Group, Groups
 
 log = logging.getLogger(__name__)
 NUM_NAMED = 12  # tensors that an error names

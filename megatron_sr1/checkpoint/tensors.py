@@ -27,8 +27,14 @@ from megatron_sr1.checkpoint.untrusted import COMMON_OBJECT, check_folder
 from megatron_sr1.checkpoint.writers import BackgroundWriter, watched_writers
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.runtime import cpu
-from megatron_sr1.runtime.collectives import agree, on_all_ranks, on_writer, reason
-from megatron_sr1.runtime.groups import Groups, gather_objects
+from megatron_sr1.runtime.collectives import (
+    agree,
+    gather_objects,
+    on_all_ranks,
+    on_writer,
+    reason,
+)
+from megatron_sr1.runtime.groups import Groups
 
 METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",

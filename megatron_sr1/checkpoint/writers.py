@@ -31,8 +31,8 @@ import torch
 
 from megatron_sr1.checkpoint.disk import Measure, measure
 from megatron_sr1.errors import CheckpointError
-from megatron_sr1.runtime.child_processes import end_with
 from megatron_sr1.runtime.collectives import reason
+from megatron_sr1.runtime.signals import end_with
 
 
 @contextlib.contextmanager

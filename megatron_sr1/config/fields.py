@@ -1,7 +1,6 @@
-"""Fields of the configuration whose metadata holds their range or their accepted values.
+"""Fields of the configuration whose metadata has their range or their accepted values.
 
-A default, a range and a choice live in the dataclasses of this package, once. `check_setting`
-holds a value against them.
+The checks (`check_setting`), messages and docs/configuration.md all read them from there.
 """
 
 from __future__ import annotations
@@ -26,12 +25,7 @@ def number(
 ) -> Any:
     """Return a field for a finite number within a range, or for a list of such numbers.
 
-    Args:
-        default: value, or list of values, of a configuration that does not set the field.
-        at_least: smallest value.
-        above: every value is larger than this one.
-        at_most: largest value.
-        below: every value is smaller than this one.
+    `at_least` and `at_most` are accepted values, `above` and `below` are not.
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     metadata = {name: bound for name, bound in bounds.items() if bound is not None}
@@ -56,7 +50,7 @@ def settings(config: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any], A
 
 
 def accepted(setting: Field[Any]) -> str:
-    """Describe the values of a field in words, from its metadata; "" where any value will do."""
+    """Describe the accepted values of a field; "" if any value is accepted."""
     limits = setting.metadata
     if "choices" in limits:
         return " | ".join("null" if one is None else str(one) for one in limits["choices"])
@@ -68,7 +62,7 @@ def accepted(setting: Field[Any]) -> str:
 
 
 def check_setting(key: str, setting: Field[Any], value: Any) -> None:
-    """Hold a value, or each value of a list, against its field's metadata."""
+    """Check a value, or each value of a list, against its field's metadata."""
     expected = ("numbers, each " if isinstance(value, list) else "") + accepted(setting)
     if setting.default is not MISSING and "choices" not in setting.metadata:
         expected += f", for example {setting.default}"

@@ -1,9 +1,8 @@
-"""Reading the configuration: YAML files and overrides over the defaults, by OmegaConf.
+"""Read the configuration: YAML files and overrides over the defaults, with OmegaConf.
 
-YAML files hold differences from the defaults, or from the file that they name as `base`;
-`group.key=value` overrides come last. An unknown key or an impossible
-value is a `ConfigError` that names the nearest valid one. Tags that would make objects are refused
-by the parser, and of OmegaConf's interpolations only `${oc.env:NAME}` is read.
+A YAML file has differences from the defaults, or from the file that it names as `base`;
+`group.key=value` overrides come last. An unknown key or an impossible value is a `ConfigError` that
+names the nearest valid one. The parser refuses tags that would create objects.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -46,9 +44,9 @@ WORDS: dict[Any, tuple[str, Any, str]] = {
 }
 """Type of a field -> its name, an example, its plural."""
 NEAR = 0.6
-"""Least similarity of an unknown key, and of its last part, to a key that is offered for it."""
+"""Least similarity of an unknown key, and of its last part, to a key that is suggested."""
 RENAMED = {"reward.max_ungraded": "reward.max_ungraded_share, a share of each step's prompts"}
-"""Old key -> the new one and what it takes; an old one is refused by that name."""
+"""Old key -> the new one and what it takes; using an old one is an error that names the new one."""
 _ENVIRONMENT = re.compile(r"\$\{oc\.env:[A-Za-z_][A-Za-z0-9_]*(,[^${}]*)?\}")
 
 
@@ -56,22 +54,19 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
     """Resolve a YAML file and `group.key=value` overrides over the defaults.
 
     Args:
-        path: YAML file with differences from the defaults, or from another file that it names as
-            `base`, a path beside it; None for none.
-        overrides: dotted assignments, later ones win.
+        path: YAML file; None: the defaults alone.
+        overrides: dotted assignments; later ones win.
 
     Returns:
         the validated configuration.
 
     Raises:
-        ConfigError: file absent or not a mapping, unknown key, wrong type or impossible value.
+        ConfigError: the file is missing or not a mapping, unknown key, wrong type or impossible
+            value.
     """
     config = OmegaConf.structured(Config)
-    layers: list[tuple[str, Any]] = []
-    if path is not None:
-        layers += _read_layers(Path(path))
-    for text in overrides or []:
-        layers.append((ascii(text)[1:-1][:200], _read_override(text)))
+    layers = [] if path is None else _read_layers(Path(path))
+    layers += [(ascii(text)[1:-1][:200], _read_override(text)) for text in overrides or []]
     for name, layer in layers:
         _check_interpolations(layer, name)
         try:
@@ -80,22 +75,23 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
         except OmegaConfBaseException as error:
             where = "" if error.full_key is None else f"key {error.full_key!r}: "
             raise ConfigError(f"{name}: {where}{_reason(error)}") from None
+    source = path or "configuration"
     try:
         resolved = OmegaConf.to_object(config)
     except MissingMandatoryValue as error:
+        key = error.full_key
         raise ConfigError(
-            f"{path or 'configuration'}: {error.full_key} is not set; give it in the file or as "
-            f"{error.full_key}=VALUE"
+            f"{source}: {key} is not set; give it in the file or as {key}=VALUE"
         ) from None
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path or 'configuration'}: {_reason(error)}") from None
+        raise ConfigError(f"{source}: {_reason(error)}") from None
     assert isinstance(resolved, Config)
     validate(resolved)
     return resolved
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Plain dictionary of a configuration, for config.json."""
+    """Return a configuration as a plain dictionary, for config.json."""
     plain = OmegaConf.to_container(OmegaConf.structured(config))
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
@@ -107,12 +103,12 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def _read_layers(path: Path) -> list[tuple[str, DictConfig]]:
-    """A file and the ones it builds on, the first base in front."""
+    """Read a file and the ones that it builds on; the first base comes first."""
     layers: list[tuple[str, DictConfig]] = []
     seen: list[Path] = []
     while True:
         if path.resolve() in seen:
-            raise ConfigError(f"{path}: builds on itself; of {BASE} each file names another")
+            raise ConfigError(f"{path}: builds on itself; {BASE} must name another file")
         seen.append(path.resolve())
         layer = _read_yaml(path)
         base = layer.pop(BASE, None)
@@ -143,10 +139,10 @@ def _read_yaml(path: Path) -> DictConfig:
 def _read_override(text: str) -> DictConfig:
     key, mark, value = text.partition("=")
     if not mark:
-        raise ConfigError(f"override {text!r}: expected group.key=value, as seed=2")
+        raise ConfigError(f"override {text!r}: expected group.key=value, such as seed=2")
     try:
         layer = OmegaConf.from_dotlist([text])
-        if not value:  # "data.eval=" empties a text; OmegaConf alone would read a null
+        if not value:  # "data.eval=" sets an empty string; OmegaConf alone would read null
             OmegaConf.update(layer, key, "")
     except Exception as error:  # of yaml, of OmegaConf, of the encoding
         raise ConfigError(f"override {text[:200]!a}: {_reason(error)}") from None
@@ -154,30 +150,20 @@ def _read_override(text: str) -> DictConfig:
 
 
 def _check_interpolations(layer: DictConfig, name: str) -> None:
-    """Values from the environment are read; other keys' would multiply without a bound."""
-
-    def texts(value: Any) -> Iterator[str]:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                yield from (str(key), *texts(inner))
-        elif isinstance(value, list):
-            for inner in value:
-                yield from texts(inner)
-        else:
-            yield str(value)
-
-    for text in texts(OmegaConf.to_container(layer)):
-        if "${" in _ENVIRONMENT.sub("", text):
-            raise ConfigError(
-                f"{name}: {text[:80]!a}: of interpolations only ${{oc.env:NAME}} and "
-                "${oc.env:NAME,default} are read; write the value"
-            )
+    """Refuse all interpolations but environment variables; other keys could multiply endlessly."""
+    text = _ENVIRONMENT.sub("", str(OmegaConf.to_container(layer)))
+    start = text.find("${")
+    if start >= 0:
+        raise ConfigError(
+            f"{name}: {text[start : start + 80]!a}: of interpolations only ${{oc.env:NAME}} and "
+            "${oc.env:NAME,default} are read; write the value"
+        )
 
 
 def _check_types(layer: DictConfig, group: Any, name: str, prefix: str = "") -> None:
-    """Check that keys are known and that values have their types, in words of our own.
+    """Check that keys are known and that values have their types, before OmegaConf does.
 
-    YAML reads an unquoted `off` as false; where a field has the choice off, false means that.
+    YAML reads an unquoted `off` as false; for a field with the choice "off", false means that.
     """
     known, kinds = {each.name: each for each in fields(group)}, get_type_hints(type(group))
     for key in layer:
@@ -199,7 +185,7 @@ def _check_types(layer: DictConfig, group: Any, name: str, prefix: str = "") -> 
 
 
 def _first_key(layer: DictConfig, key: Any) -> str:
-    """Dotted key of the first setting at or below a key."""
+    """Return the dotted key of the first setting at or below a key."""
     parts = [str(key)]
     value = None if OmegaConf.is_missing(layer, key) else layer[key]
     while isinstance(value, DictConfig) and value:
@@ -210,7 +196,7 @@ def _first_key(layer: DictConfig, key: Any) -> str:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Return True if a value has a field's type, or is text or a number that says it."""
+    """Return True if a value has a field's type or can be read as one."""
     if get_origin(kind) is list:
         (item,) = get_args(kind)
         return isinstance(value, ListConfig) and all(_fits(one, item) for one in value)
@@ -228,7 +214,7 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def _expected(setting: Field[Any], kind: Any, default: Any, value: Any) -> str:
-    """What a field takes, and an example of it that comes close to a wrong value."""
+    """Describe what a field accepts, with an example that is close to the wrong value."""
     if is_dataclass(default):
         inner = next(e for e in fields(default) if getattr(default, e.name) not in (MISSING, ""))
         return f"a mapping, for example {{{inner.name}: {getattr(default, inner.name)}}}"
@@ -244,7 +230,7 @@ def _expected(setting: Field[Any], kind: Any, default: Any, value: Any) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """An error in one line; of yaml's, what is wrong and where."""
+    """Return an error in one line; for an error of yaml, with the number of the line."""
     problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
     if problem and mark is not None:
         return f"{' '.join(str(problem).split())}, line {mark.line + 1}"[:300]
@@ -253,7 +239,7 @@ def _reason(error: Exception) -> str:
 
 
 def _unknown(key: str) -> str:
-    """Offer the key that was probably meant: another group's, or one that is spelt like it."""
+    """Suggest the key that was probably meant: of another group, or with a similar spelling."""
     if key in RENAMED:
         return f"{key!r} is no longer a key; the new one is {RENAMED[key]}"
     group, _, last = key.rpartition(".")

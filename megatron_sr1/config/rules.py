@@ -1,4 +1,4 @@
-"""Check a resolved configuration: each setting by itself, then settings that need others."""
+"""Check a resolved configuration: each setting by itself, then settings that depend on others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LARGEST_BETA2 = 0.995
 
 
 def validate(config: Config) -> None:
-    """Check values that types cannot.
+    """Check values beyond their types.
 
     Raises:
         ConfigError: naming key, value and what is accepted.
@@ -39,7 +39,7 @@ def validate(config: Config) -> None:
 
 
 def _validate_memory(config: Config) -> None:
-    """Settings of what is held in memory that need others."""
+    """Check data types and places of weights, gradients and optimizer state."""
     optimizer = config.optimizer
     if config.rollout.quantization and config.model.dtype != "bfloat16":
         raise ConfigError(
@@ -57,7 +57,7 @@ def _validate_memory(config: Config) -> None:
     ):
         raise ConfigError(
             f"optimizer.state={optimizer.state}, optimizer.offload={optimizer.offload}: only the "
-            "distributed optimizer holds its state so; set parallel.distributed_optimizer=true"
+            "distributed optimizer supports this; set parallel.distributed_optimizer=true"
         )
     if config.rollout.make_room == "optimizer" and (
         config.model.dtype == "float32" or optimizer.state == "bfloat16" or optimizer.offload
@@ -66,7 +66,7 @@ def _validate_memory(config: Config) -> None:
             f"rollout.make_room=optimizer with model.dtype={config.model.dtype}, "
             f"optimizer.state={optimizer.state}, optimizer.offload={optimizer.offload}: it moves "
             "float32 state beside bfloat16 weights; set rollout.make_room=gradients, or "
-            "optimizer.offload=true to hold the state in host memory always"
+            "optimizer.offload=true to keep the state in host memory always"
         )
     if optimizer.state == "bfloat16" and optimizer.beta2 > LARGEST_BETA2:
         raise ConfigError(
@@ -87,14 +87,13 @@ def _validate_freeze(patterns: list[str]) -> None:
 
 
 def _validate_fp8(config: Config) -> None:
-    """FP8 and what needs it."""
     model = config.model
     if model.fp8 and model.spec != "transformer_engine":
         raise ConfigError("model.fp8 needs model.spec=transformer_engine")
-    kept = f"model.bf16_layers_at_start={model.bf16_layers_at_start}, bf16_layers_at_end="
-    kept += str(model.bf16_layers_at_end)
-    if not model.bf16_layers_at_start and not model.bf16_layers_at_end:
+    first, last = model.bf16_layers_at_start, model.bf16_layers_at_end
+    if not first and not last:
         return
+    kept = f"model.bf16_layers_at_start={first}, bf16_layers_at_end={last}"
     if not model.fp8:
         raise ConfigError(
             f"{kept}: without model.fp8 no layer is in FP8; set it or leave these out"
@@ -118,17 +117,16 @@ def _validate_profile(config: Config) -> None:
 
 
 def _validate_keep_best(config: Config) -> None:
-    """The best are known by an evaluation, and all are kept anyway where none goes."""
     checkpoint = config.checkpoint
-    told = f"checkpoint.keep_best={checkpoint.keep_best}"
+    given = f"checkpoint.keep_best={checkpoint.keep_best}"
     if not checkpoint.keep_best or config.stage == "eval":
         return
     if config.stage == "sft":
-        raise ConfigError(f"{told} goes by an evaluation, and stage=sft makes none; leave it out")
+        raise ConfigError(f"{given} needs an evaluation, and stage=sft has none; leave it out")
     if not config.data.eval:
-        raise ConfigError(f"{told} goes by an evaluation of data.eval, which is not set")
+        raise ConfigError(f"{given} needs an evaluation of data.eval, which is not set")
     if checkpoint.keep_last == 0:
-        raise ConfigError(f"{told}: checkpoint.keep_last=0 keeps all; set it to 1 or more")
+        raise ConfigError(f"{given}: checkpoint.keep_last=0 keeps all; set it to 1 or more")
     if config.reward.recipe == "vision_r1" and checkpoint.best_by != "max accuracy":
         raise ConfigError(
             f"checkpoint.best_by={checkpoint.best_by!r} needs descriptions, and reward.recipe="
@@ -137,7 +135,6 @@ def _validate_keep_best(config: Config) -> None:
 
 
 def _validate_numbers(config: Config) -> None:
-    """Numbers that limit each other."""
     data, optimizer = config.data, config.optimizer
     if data.min_pixels > data.max_pixels:
         raise ConfigError(
@@ -151,24 +148,23 @@ def _validate_numbers(config: Config) -> None:
 
 
 def _validate_pass2(config: Config) -> None:
-    """Settings of pass 2 that need others."""
     rollout = config.rollout
-    told = f"rollout.pass2_samples={rollout.pass2_samples}"
+    number = f"rollout.pass2_samples={rollout.pass2_samples}"
     heat = f"rollout.pass2_temperature={rollout.pass2_temperature}"
     if rollout.pass2_mode == "likelihood":
         if rollout.pass2_samples > 1 or rollout.pass2_temperature > 0:
             raise ConfigError(
-                f"rollout.pass2_mode=likelihood samples no answers, {told} and {heat} would do "
+                f"rollout.pass2_mode=likelihood samples no answers, {number} and {heat} would do "
                 "nothing; leave both out or set pass2_mode=generate"
             )
     elif rollout.pass2_samples > 1 and rollout.pass2_temperature == 0:
-        raise ConfigError(f"{told} greedy answers are one answer; set rollout.pass2_temperature")
-    asked = {
+        raise ConfigError(f"{number} greedy answers are one answer; set rollout.pass2_temperature")
+    needs_self_reward = {
         "rollout.pass2_mode=likelihood": rollout.pass2_mode == "likelihood",
-        told: rollout.pass2_samples > 1,
+        number: rollout.pass2_samples > 1,
         "reward.question_baseline=true": config.reward.question_baseline,
     }
-    for setting, is_set in asked.items():
+    for setting, is_set in needs_self_reward.items():
         if is_set and config.stage == "grpo" and config.reward.recipe != "vision_sr1":
             raise ConfigError(
                 f"{setting} is about the self-reward, and reward.recipe={config.reward.recipe} has "
@@ -199,12 +195,12 @@ def _validate_algorithm(config: Config) -> None:
     if config.rollout.samples_per_prompt < 2:
         raise ConfigError(
             f"rollout.samples_per_prompt={config.rollout.samples_per_prompt} with stage=grpo: a "
-            "response is judged by the others of its prompt, and alone it would teach nothing; "
+            "response is compared with the others of its prompt, and alone it would teach nothing; "
             "set 2 or more, for example 8"
         )
     if credit != "scalar" and recipe != "vision_sr1":
         raise ConfigError(
-            f"algorithm.credit={credit} shares out the self-reward, and reward.recipe={recipe} has "
+            f"algorithm.credit={credit} divides the self-reward, and reward.recipe={recipe} has "
             "none; use credit=scalar or recipe=vision_sr1"
         )
     if config.data.prompts_per_step % config.algorithm.prompts_per_update:

@@ -1,23 +1,37 @@
-"""Conversion of samples to and from the JSON objects that shards store.
+r"""A sample as the data set gives it: turns, image marks, gold answers, and its stored form.
 
-In: a `Record` (text, answers, the original bytes of images), which rows.py creates from a source's
-row. Out: the JSON object that shards.py writes, and the `Example` read back from it. Every error is
-a `DataError` that names the sample.
+`<image>` in a user or system turn marks an image; `\<image>` is the text `<image>`. An even number
+of backslashes escapes nothing, so LaTeX's line break `\\` may precede an image. Assistant turns are
+plain text, as an assistant shows no images. Every error is a `DataError` that names the sample.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
-from megatron_sr1.data.golds import MAX_GOLDS, gold_text
 from megatron_sr1.data.guards import MAX_IMAGES, check_text, is_json, shown
-from megatron_sr1.data.marks import place_marks
 from megatron_sr1.errors import DataError
 from megatron_sr1.records import Example, Message
 
-ROLES = ("system", "user", "assistant")
+IMAGE_MARK = "<image>"
+ESCAPED_MARK = "\\<image>"
+MAX_GOLDS = 64
+"""Limit per sample; each is compared with each response."""
+_MARK = re.compile(r"(?<!\\)((?:\\\\)*)<image>")
+_ROLES = ("system", "user", "assistant")
+_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
+_SAID = re.compile(
+    r"(?:^|[.!?] )(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:final |correct )?"
+    r"answer(?: is:?|:) (\S.*)$",
+    re.IGNORECASE,
+)
+_NOTHING = re.compile(r"\\boxed|[\s${}]")
+_TO_DO = "write the answer alone there, or name its column with --column answer=NAME"
 
 
 @dataclass(frozen=True)
@@ -77,7 +91,7 @@ def example_from_stored(value: Any, *, index: int, key: str, shard: str) -> Exam
     if not 0 <= num_images <= MAX_IMAGES:
         raise DataError(f"{where}: {num_images} images, at most {MAX_IMAGES}")
     messages = place_marks(checked_turns(messages, where), num_images, where)
-    golds = [gold_text(a, where) for a in (answer, *others) if a is not None]
+    golds = [_gold_text(a, where) for a in (answer, *others) if a is not None]
     golds = [gold for gold in golds if gold.strip()]  # an empty one cannot be compared with
     metadata = {k: v for k, v in metadata.items() if is_json({k: v})}
     first = golds[0] if golds else None
@@ -91,11 +105,123 @@ def checked_turns(messages: tuple[Message, ...], where: str) -> tuple[Message, .
         DataError: unknown roles, no user turn, or text that cannot be tokenised.
     """
     roles = [m.role for m in messages]
-    if any(role not in ROLES for role in roles) or "user" not in roles:
+    if any(role not in _ROLES for role in roles) or "user" not in roles:
         raise DataError(
-            f"{where}: roles {shown(roles)}; expected {', '.join(ROLES)} with at least one user "
+            f"{where}: roles {shown(roles)}; expected {', '.join(_ROLES)} with at least one user "
             "turn",
             kind="roles other than system, user and assistant, or no user turn",
         )
     check_text("".join(m.content for m in messages), where)
     return messages
+
+
+def split_at_marks(turn: Message) -> list[str]:
+    """Split a turn at its image marks and resolve escapes; returns one text more than marks."""
+    if turn.role == "assistant":
+        return [turn.content]
+    pieces = [*_MARK.split(turn.content), ""]
+    texts = (text + slashes for text, slashes in zip(pieces[::2], pieces[1::2], strict=True))
+    return [text.replace(ESCAPED_MARK, IMAGE_MARK) for text in texts]
+
+
+def count_marks(messages: Sequence[Message]) -> int:
+    """Return the number of image marks in a conversation."""
+    return sum(len(split_at_marks(m)) - 1 for m in messages)
+
+
+def escape_marks(text: str) -> str:
+    """Escape all image marks of a text that is to be in a user or system turn."""
+    return _MARK.sub(r"\1\\<image>", text)
+
+
+def place_marks(messages: Sequence[Message], num_images: int, where: str) -> tuple[Message, ...]:
+    """Check the `<image>` marks of a conversation against its images.
+
+    If it has no marks, one per image is inserted at the start of the first user turn.
+
+    Raises:
+        DataError: marks and images differ in number, or no user turn to insert marks into.
+    """
+    marks = count_marks(messages)
+    if marks == num_images:
+        return tuple(messages)
+    user = next((i for i, m in enumerate(messages) if m.role == "user"), None)
+    if marks or user is None:
+        raise DataError(
+            f"{where}: {marks} {IMAGE_MARK} marks in the text but {num_images} images; expected "
+            f"one mark per image, or none at all; write {ESCAPED_MARK} where a user's text means "
+            "these characters (in an assistant turn they are never a mark)",
+            kind="image marks and images differ in number",
+        )
+    placed = Message("user", IMAGE_MARK * num_images + messages[user].content)
+    return (*messages[:user], placed, *messages[user + 1 :])
+
+
+def gold_answers(value: Any, where: str) -> tuple[str, ...]:
+    r"""Return the distinct gold answers of a column: a text, a number, or a list of them.
+
+    A text may be a whole solution, whose answer follows `</think>`, is enclosed by `<answer>`, or
+    follows `####` or "The answer is" in the last line. A solution without any of these markers
+    stays unchanged (the grader uses its last `\boxed{}`).
+
+    Raises:
+        DataError: another type, or an answer that no response can match.
+    """
+    values = value if isinstance(value, list | tuple) else [value]
+    if len(values) > MAX_GOLDS:
+        raise DataError(f"{where}: {len(values)} gold answers, at most {MAX_GOLDS}")
+    texts = (_gold_text(v, where) for v in values if v is not None)
+    return tuple(dict.fromkeys(_answer_alone(t.strip(), where) for t in texts if t.strip()))
+
+
+def _gold_text(value: Any, where: str) -> str:
+    """Return a gold answer as text; numbers are accepted."""
+    number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
+    if isinstance(value, str) or (number and math.isfinite(value)):
+        return check_text(str(value), f"{where}, answer")
+    raise DataError(
+        f"{where}: the answer is {shown(value)}; expected a string or a number, or a list of them",
+        kind="gold answer of a wrong type",
+    )
+
+
+def _answer_alone(text: str, where: str) -> str:
+    """Return the answer part of a text; DataError if nothing is left or it is ambiguous."""
+    rest = text.rpartition("</think>")[2]
+    found = _in_last_line(_in_tags(rest.strip(), where), where)
+    if "<think>" in found and "</think>" not in text:
+        raise DataError(f"{where}: the gold answer opens <think> and does not close it; {_TO_DO}")
+    if not _NOTHING.sub("", found):
+        raise DataError(
+            f"{where}: the gold answer {shown(text)} is empty; {_TO_DO}", kind="empty gold answer"
+        )
+    return found
+
+
+def _in_tags(text: str, where: str) -> str:
+    pieces = _TAG.split(text)
+    if len(pieces) == 1:
+        return text
+    answers = {answer.strip() for answer in pieces[2::4]}
+    if pieces[1::2] != ["", "/"] * (len(pieces) // 4) or len(answers) != 1:
+        raise DataError(
+            f"{where}: {len(pieces) // 2} <answer> and </answer> tags in the gold answer that do "
+            f"not enclose one answer; {_TO_DO}",
+            kind="<answer> tags that do not enclose one answer",
+        )
+    return answers.pop()
+
+
+def _in_last_line(text: str, where: str) -> str:
+    last = text.splitlines()[-1] if text else ""
+    if "####" in last:
+        return last.rpartition("####")[2].strip()
+    said = _SAID.search(" ".join(last.split()))
+    if said is not None:
+        return said[1]
+    if "####" in text and "\\boxed" not in text:
+        raise DataError(
+            f"{where}: #### in the gold answer, but not in its last line; {_TO_DO}",
+            kind="#### not in the last line of the gold answer",
+        )
+    return text

@@ -1,7 +1,7 @@
-"""Safe reading of untrusted input: files, JSON and text, each within limits.
+"""Safe reading of untrusted files, JSON and text, each within limits.
 
-In: a path, bytes or a value that somebody else wrote. Out: bytes, plain values and text, or a
-`DataError` of one line. Nothing here blocks (on a pipe), executes input, or reads without a limit.
+Nothing here blocks (on a pipe), executes its input, or reads without a limit. Every failure is a
+`DataError` whose message is one line.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ MAX_JSON_BYTES = 16 * 2**20
 MAX_TEXT_CHARACTERS = 2**20
 """Per sample, all turns together: four times as much as a context of 100,000 tokens holds."""
 MAX_IMAGE_BYTES = 256 * 2**20
-"""Per image file."""
 MAX_IMAGES = 1024
 """Per sample."""
 
@@ -28,34 +27,30 @@ def read_file(path: Path, max_bytes: int, where: str) -> bytes:
     """Read a regular file; a pipe, a device or a directory is rejected without blocking on it.
 
     Args:
-        path: path of the file; symbolic links are followed.
+        path: symbolic links are followed.
         max_bytes: larger files are rejected before they are read.
-        where: names the sample or the file in errors.
+        where: prefix of errors, which names the sample or the file.
 
     Raises:
         DataError: the file is missing, not a regular file, or too large.
     """
+    name = f"{where}: {printable(str(path))}"
+    file = None
     try:
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except (OSError, ValueError) as error:  # ValueError: a NUL or half a character in the name
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise DataError(
-            f"{where}: {printable(str(path))}: {reason}", kind=f"file: {reason}"
-        ) from None
-    try:
         status = os.fstat(file)
         if not stat.S_ISREG(status.st_mode):
-            raise DataError(f"{where}: {printable(str(path))}: not a regular file")
+            raise DataError(f"{name}: not a regular file")
         if status.st_size > max_bytes:
-            raise DataError(
-                f"{where}: {printable(str(path))}: {status.st_size} bytes, at most {max_bytes}"
-            )
+            raise DataError(f"{name}: {status.st_size} bytes, at most {max_bytes}")
         with open(file, "rb", closefd=False) as opened:
             return opened.read(max_bytes)
-    except OSError as error:
-        raise DataError(f"{where}: {printable(str(path))}: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL or half a character in the name
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise DataError(f"{name}: {reason}", kind=f"file: {reason}") from None
     finally:
-        os.close(file)
+        if file is not None:
+            os.close(file)
 
 
 def inside(folder: Path, name: str | Path, where: str) -> Path:

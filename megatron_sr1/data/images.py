@@ -9,6 +9,7 @@ starts programs. Errors are `DataError`s that name the image.
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -39,6 +40,31 @@ _DARKEST_WHITE = 8.0
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 
 
+def largest_pixels(min_pixels: int, max_pixels: int, patch_side: int) -> int:
+    """Return the largest area of any image after resizing, pixels.
+
+    Sides are rounded to whole patches after the area is scaled, so an image can exceed
+    `max_pixels`: an enlarged one is rounded up, and a thin one keeps a width of one patch. Source:
+    `smart_resize` of transformers' Qwen2-VL image processor.
+
+    Args:
+        min_pixels: a smaller image is enlarged to this area, its sides rounded up.
+        max_pixels: a larger image is reduced to this area, its sides rounded down.
+        patch_side: side of a merged patch, pixels; sides are multiples of it.
+    """
+    area = patch_side**2
+    # Reduced: rounding down keeps the limit, unless a side below one patch is raised to one.
+    thin = math.floor(math.sqrt(MAX_ASPECT_RATIO * max_pixels) / patch_side)
+    largest = max(max_pixels // area, thin)
+    # Enlarged to a x b = min_pixels / area patches, a <= b: the worst a is just above k - 1.
+    patches = min_pixels / area
+    narrowest = math.sqrt(patches / MAX_ASPECT_RATIO)
+    for k in range(max(1, math.ceil(narrowest)), math.ceil(math.sqrt(patches)) + 1):
+        longer = math.floor(patches / max(k - 1, narrowest)) + 1
+        largest = max(largest, k * longer)
+    return largest * area
+
+
 def image_format(data: bytes, where: str) -> str:
     """Return the file extension of an image's bytes, e.g. `png` or `jpeg`.
 
@@ -52,23 +78,52 @@ def image_format(data: bytes, where: str) -> str:
 def decode_image(data: bytes, where: str) -> Image.Image:
     """Decode an image file to RGB, rotated upright, with transparency composited over white.
 
-    Args:
-        data: the file's bytes.
-        where: names the image in errors.
-
     Raises:
         DataError: not an image, truncated, too large, or too elongated.
     """
-    with _open(data, where) as image:
+    with _open(data, where) as image, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                return _to_rgb(image)
+            return _to_rgb(image)
         except Exception as error:  # Pillow's decoders raise almost any error on broken files
             reason = printable(str(error))[:200] or type(error).__name__
             raise DataError(
                 f"{where}: the image does not decode: {reason}", kind="an image does not decode"
             ) from None
+
+
+def _open(data: bytes, where: str) -> Image.Image:
+    """Open without decoding and check the size."""
+    if len(data) > MAX_IMAGE_BYTES:
+        raise DataError(f"{where}: an image file of {len(data)} bytes, at most {MAX_IMAGE_BYTES}")
+    if data[:2] == b"\xff\xd8" and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
+        raise DataError(f"{where}: refused: a JPEG of more than {MAX_JPEG_SCANS} scans")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{where}: refused: {error}") from None
+    except Exception as error:  # Pillow's readers raise almost any error on broken headers
+        reason = printable(str(error))[:120] or type(error).__name__
+        raise DataError(
+            f"{where}: not an image that can be read as {', '.join(FORMATS)} ({len(data)} bytes, "
+            f"{reason})",
+            kind="a file is not an image that can be read",
+        ) from None
+    width, height = image.size
+    if width * height > MAX_IMAGE_PIXELS:
+        raise DataError(
+            f"{where}: {width} x {height} pixels, more than {MAX_IMAGE_PIXELS}; scale it down",
+            kind="an image is too large",
+        )
+    if max(width, height) > MAX_ASPECT_RATIO * max(1, min(width, height)):
+        raise DataError(
+            f"{where}: {width} x {height} pixels; the model takes a longer side of at most "
+            f"{MAX_ASPECT_RATIO} times the shorter one",
+            kind="an image is too long for its width",
+        )
+    return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -82,22 +137,20 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image.info["transparency"] = tuple(value >> 8 for value in transparent)
     upright = ImageOps.exif_transpose(image)
     if upright.mode == "F" or upright.mode.startswith("I"):  # Pillow would clip them at 255
-        tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
-        upright = _to_eight_bits(upright, tags)
+        upright = _to_eight_bits(upright, image.tag_v2 if isinstance(image, TiffImageFile) else {})
     if upright.mode == "La":  # can be converted to LA only
         upright = upright.convert("LA")
     if upright.has_transparency_data:
         layer = upright.convert("RGBA")
-        white = Image.new("RGBA", layer.size, "white")
-        return Image.alpha_composite(white, layer).convert("RGB")
+        upright = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     return upright.convert("RGB")
 
 
 def _to_eight_bits(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
-    """Scale grey values of more than 8 bits, or in floating point, to 8 bits.
+    """Scale an image of mode F, I or I;16 to 8 bits.
 
     Args:
-        image: an image of mode F, I or I;16.
+        image: grey values of more than 8 bits, or in floating point.
         tags: tags of the file if it is a TIFF.
 
     Raises:
@@ -135,37 +188,3 @@ def _white(mode: str, tags: Mapping[int, Any], least: float, most: float) -> flo
             f"{', '.join(f'{w:g}' for w in usual)}; convert it to 8 bits"
         )
     return white
-
-
-def _open(data: bytes, where: str) -> Image.Image:
-    """Open without decoding and check the size."""
-    if len(data) > MAX_IMAGE_BYTES:
-        raise DataError(f"{where}: an image file of {len(data)} bytes, at most {MAX_IMAGE_BYTES}")
-    if data[:2] == b"\xff\xd8" and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
-        raise DataError(f"{where}: refused: a JPEG of more than {MAX_JPEG_SCANS} scans")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.DecompressionBombError as error:
-        raise DataError(f"{where}: refused: {error}") from None
-    except Exception as error:  # Pillow's readers raise almost any error on broken headers
-        reason = printable(str(error))[:120] or type(error).__name__
-        raise DataError(
-            f"{where}: not an image that can be read as {', '.join(FORMATS)} ({len(data)} bytes, "
-            f"{reason})",
-            kind="a file is not an image that can be read",
-        ) from None
-    width, height = image.size
-    if width * height > MAX_IMAGE_PIXELS:
-        raise DataError(
-            f"{where}: {width} x {height} pixels, more than {MAX_IMAGE_PIXELS}; scale it down",
-            kind="an image is too large",
-        )
-    if max(width, height) > MAX_ASPECT_RATIO * max(1, min(width, height)):
-        raise DataError(
-            f"{where}: {width} x {height} pixels; the model takes a longer side of at most "
-            f"{MAX_ASPECT_RATIO} times the shorter one",
-            kind="an image is too long for its width",
-        )
-    return image

@@ -22,13 +22,10 @@ class Loader:
         """Start at the first sample of epoch 0.
 
         Args:
-            num_samples: samples of the dataset.
-            per_step: samples per step, 1 or more. A step may extend into the next epoch.
+            num_samples: of the dataset; 0 is a DataError.
+            per_step: samples per step. A step may extend into the next epoch.
             seed: determines the order of an epoch together with the epoch's number.
             shuffle: if False, every epoch has the order of the dataset.
-
-        Raises:
-            DataError: the dataset has no samples.
         """
         if num_samples < 1:
             raise DataError("the dataset is empty: there is nothing to draw a step from")
@@ -51,11 +48,8 @@ class Loader:
         """Return further indices for a step and advance; they count as consumed.
 
         Args:
-            count: number of indices, 0 or more.
+            count: fewer are returned if the step already holds the rest of the dataset.
             held: indices that the step holds already; none of them is returned again.
-
-        Returns:
-            `count` indices, or fewer if the step already holds the rest of the dataset.
         """
         seen = set(held)
         return self._draw(min(count, self.num_samples - len(seen)), seen, True)

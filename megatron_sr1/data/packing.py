@@ -1,22 +1,114 @@
-"""Packs samples into micro-batches: sequences are concatenated in one row without separators.
+"""Samples to micro-batches: partitioned over ranks and rows by cost, then packed into rows.
 
-In: `TrainSample`s, whose values are aligned with their tokens. Out: `PackedBatch`es, aligned with
-the *predicting* position, with mRoPE positions that restart at each sequence (Qwen2-VL, arXiv
-2409.12191, section 2.1; equal to transformers' `get_rope_index`).
+In: `TrainSample`s, whose values are aligned with their tokens. Out: `PackedBatch`es of sequences
+concatenated without separators, aligned with the *predicting* position, with mRoPE positions that
+restart at each sequence (Qwen2-VL, arXiv 2409.12191, section 2.1; equal to transformers'
+`get_rope_index`). Samples of a prompt have the same images, which a row encodes once, so they stay
+together as far as the limit allows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from megatron_sr1.data.balance import plan_rows, size_of
 from megatron_sr1.errors import DataError
 from megatron_sr1.records import PackedBatch, TrainSample, VisionInputs
+from megatron_sr1.runtime.groups import share_out
 
 PER_TOKEN = ("advantages", "old_logprobs", "engine_logprobs", "reference_logprobs")
+
+
+@dataclass(frozen=True)
+class Size:
+    """Size of a sample.
+
+    Attributes:
+        tokens: length of the sequence, images expanded.
+        patches: patches of its images that the vision tower computes.
+        prompt: number of the prompt; samples of one prompt have the same images.
+    """
+
+    tokens: int
+    patches: int
+    prompt: int
+
+
+def size_of(sample: TrainSample) -> Size:
+    """Return the size of a training sample."""
+    patches = sum(t * h * w for t, h, w in sample.image_grid_thw)
+    return Size(len(sample.token_ids), patches, sample.index)
+
+
+def cost(sizes: Iterable[Size], patch_cost: float) -> float:
+    """Return the cost of one row in tokens, `patch_cost` per patch; shared images count once."""
+    sizes = list(sizes)
+    images = {s.prompt: s.patches for s in sizes}
+    return sum(s.tokens for s in sizes) + patch_cost * sum(images.values())
+
+
+def plan_rows(sizes: Sequence[Size], budget: float, patch_cost: float) -> list[list[int]]:
+    """Assign samples to about as few rows as the budget allows, equally full.
+
+    Args:
+        sizes: one per sample.
+        budget: largest cost of a row, tokens; a sample beyond it gets a row of its own. With 0,
+            every sample does.
+        patch_cost: cost of a patch, tokens.
+
+    Returns:
+        rows of sample numbers, ascending within a row; rows ordered by their first sample.
+    """
+    if not budget:
+        return [[number] for number in range(len(sizes))]
+    parts, costs = _parts(sizes, budget, patch_cost)
+
+    def fits(num_rows: int) -> bool:
+        rows = share_out(costs, num_rows)
+        return all(len(row) < 2 or sum(costs[p] for p in row) <= budget for row in rows)
+
+    fewest = math.ceil(sum(min(c, budget) for c in costs) / budget)
+    num_rows = fewest + bisect_left(range(fewest, len(parts)), True, key=fits)
+    return sorted(sorted(n for p in row for n in parts[p]) for row in share_out(costs, num_rows))
+
+
+def plan_ranks(sizes: Sequence[Size], num_ranks: int, patch_cost: float) -> list[list[int]]:
+    """Assign the samples of an update, those of all ranks, to data-parallel ranks.
+
+    Returns:
+        sample numbers of each rank, ascending; possibly none.
+    """
+    parts, costs = _parts(sizes, cost(sizes, patch_cost) / num_ranks, patch_cost)
+    return [sorted(n for p in share for n in parts[p]) for share in share_out(costs, num_ranks)]
+
+
+def _parts(
+    sizes: Sequence[Size], limit: float, patch_cost: float
+) -> tuple[list[list[int]], list[float]]:
+    """Group samples by prompt, a prompt above the limit in the fewest parts within it.
+
+    Returns:
+        the sample numbers of each part, and its cost.
+    """
+    prompts: dict[Hashable, list[int]] = {}
+    for number, size in enumerate(sizes):
+        alone = (number,)  # text-only samples share no images
+        prompts.setdefault(size.prompt if size.patches else alone, []).append(number)
+    parts, costs = [], []
+    for numbers in prompts.values():
+        for num_parts in range(1, len(numbers) + 1):
+            cut = [numbers[i::num_parts] for i in range(num_parts)]
+            cut_costs = [cost((sizes[n] for n in part), patch_cost) for part in cut]
+            if max(cut_costs) <= limit:
+                break
+        parts += cut
+        costs += cut_costs
+    return parts, costs
 
 
 def pack_samples(
@@ -48,11 +140,25 @@ def pack_samples(
         DataError: image tokens, grids and pixels of a sample are inconsistent.
     """
     assert pad_multiple % sequence_multiple == 0, (pad_multiple, sequence_multiple)
-    sizes = [size_of(sample) for sample in samples]
-    return [
-        _pack(samples, rows, vision_of, image_pad_id, merge_size, pad_multiple, sequence_multiple)
-        for rows in plan_rows(sizes, pack_tokens, patch_cost)
-    ]
+    batches = []
+    for rows in plan_rows([size_of(sample) for sample in samples], pack_tokens, patch_cost):
+        chosen = [samples[i] for i in rows]
+        lengths = [-(-len(s.token_ids) // sequence_multiple) * sequence_multiple for s in chosen]
+        padding = -sum(lengths) % pad_multiple
+        lengths += [padding] if padding else []
+        positions = [
+            mrope_positions(
+                s.token_ids,
+                s.image_grid_thw,
+                image_pad_id=image_pad_id,
+                merge_size=merge_size,
+                where=f"sample {s.index}",
+            )
+            for s in chosen
+        ]
+        vision = _vision(chosen, vision_of) if vision_of else None
+        batches.append(_row(rows, chosen, lengths, positions, vision))
+    return batches
 
 
 def mrope_positions(
@@ -102,19 +208,14 @@ def mrope_positions(
     return positions
 
 
-def _pack(
-    samples: Sequence[TrainSample],
-    rows: list[int],
-    vision_of: Callable[[int], VisionInputs | None] | None,
-    image_pad_id: int,
-    merge_size: int,
-    pad_multiple: int,
-    sequence_multiple: int,
+def _row(
+    sample_ids: list[int],
+    chosen: list[TrainSample],
+    lengths: list[int],
+    positions: list[np.ndarray],
+    vision: VisionInputs | None,
 ) -> PackedBatch:
-    chosen = [samples[i] for i in rows]
-    lengths = [-(-len(s.token_ids) // sequence_multiple) * sequence_multiple for s in chosen]
-    padding = -sum(lengths) % pad_multiple
-    lengths += [padding] if padding else []
+    """Concatenate the samples of a row; the length of each includes its padding."""
     borders = [0, *np.cumsum(lengths).tolist()]
 
     def row(arrays: Sequence[np.ndarray], dtype: type, shift: int = 1) -> torch.Tensor:
@@ -129,16 +230,6 @@ def _pack(
             out[..., start : start + num_tokens - shift] = values[..., shift:]
         return torch.from_numpy(out)
 
-    positions = [
-        mrope_positions(
-            s.token_ids,
-            s.image_grid_thw,
-            image_pad_id=image_pad_id,
-            merge_size=merge_size,
-            where=f"sample {s.index}",
-        )
-        for s in chosen
-    ]
     ids = [s.token_ids for s in chosen]
     per_token = {}
     for name in PER_TOKEN:
@@ -147,13 +238,13 @@ def _pack(
         assert len(given) in (0, len(values)), f"{name}: given for some samples of a row only"
         per_token[name] = row(given, np.float32)[None] if given else None
     return PackedBatch(
-        sample_ids=tuple(rows),
+        sample_ids=tuple(sample_ids),
         input_ids=row(ids, np.int64, shift=0)[None],
         labels=row(ids, np.int64)[None],
         loss_mask=row([s.loss_mask for s in chosen], np.float32)[None],
         position_ids=row(positions, np.int64, shift=0)[:, None],
         cu_seqlens=torch.tensor(borders, dtype=torch.int32),
-        vision=_vision(chosen, vision_of) if vision_of else None,
+        vision=vision,
         **per_token,
     )
 

@@ -1,9 +1,9 @@
 """Converts chat messages to token ids, and images to the input of the vision tower.
 
 Prompts exist in two forms: collapsed, with one image-pad id per image, for the engine; and
-expanded, with one id per merged patch, for the trainer. Ids come from chat.py. The image processor
-is the class that vLLM loads for the same directory (transformers' torchvision one), so that the
-pixels of trainer and engine are bitwise equal.
+expanded, with one id per merged patch, for the trainer. The image processor is the class that vLLM
+loads for the same directory (transformers' torchvision one), so that the pixels of trainer and
+engine are bitwise equal.
 """
 
 from __future__ import annotations
@@ -15,19 +15,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from megatron_sr1.data.chat import ChatTemplate
-from megatron_sr1.data.guards import (
-    MAX_JSON_BYTES,
-    parse_json,
-    printable,
-    read_file,
-    shown,
-)
-from megatron_sr1.data.image_limits import check_limits, largest_pixels
-from megatron_sr1.data.prompts import ChatMessage, chat_messages
-from megatron_sr1.errors import DataError
+from megatron_sr1.data.guards import MAX_JSON_BYTES, parse_json, printable, read_file, shown
+from megatron_sr1.data.images import largest_pixels
+from megatron_sr1.data.prompts import ChatMessage, ChatTemplate, chat_messages
+from megatron_sr1.errors import ConfigError, DataError
 from megatron_sr1.records import Example, Prompt, TrainSample, VisionInputs
-from megatron_sr1.runtime.torchvision_patch import patch_torchvision
+from megatron_sr1.runtime.cpu import patch_torchvision
 
 IMAGE_PAD = "<|image_pad|>"
 VISION_TOKENS = (
@@ -65,11 +58,12 @@ class Processor:
         self.model_dir = Path(model_dir)
         self.tokenizer, self.image_processor = _load(self.model_dir, min_pixels, max_pixels)
         size = self.image_processor.size
-        self.min_pixels = _pixels(size, "shortest_edge", self.model_dir)
-        self.max_pixels = _pixels(size, "longest_edge", self.model_dir)
-        self.merge_size = _size(self.image_processor, "merge_size", self.model_dir)
-        self.patch_size = _size(self.image_processor, "patch_size", self.model_dir)
-        check_limits(self.min_pixels, self.max_pixels, self.patch_size * self.merge_size)
+        self.min_pixels = _setting(size, "shortest_edge", 0, self.model_dir)
+        self.max_pixels = _setting(size, "longest_edge", 0, self.model_dir)
+        self.merge_size = _setting(self.image_processor, "merge_size", 1, self.model_dir)
+        self.patch_size = _setting(self.image_processor, "patch_size", 1, self.model_dir)
+        self._patch_side = self.patch_size * self.merge_size
+        self._check_limits()
         self._pieces: dict[int, str] = {}
         self._chat = ChatTemplate(self.model_dir, self.tokenizer)
         special = self._chat.special
@@ -85,14 +79,11 @@ class Processor:
     @property
     def max_image_tokens(self) -> int:
         """Tokens of the largest image, which rounding can make larger than `max_pixels`."""
-        side = self.patch_size * self.merge_size
-        return largest_pixels(self.min_pixels, self.max_pixels, side) // side**2
+        largest = largest_pixels(self.min_pixels, self.max_pixels, self._patch_side)
+        return largest // self._patch_side**2
 
     def encode_prompt(
-        self,
-        example: Example,
-        images: Sequence[Image.Image],
-        messages: Sequence[ChatMessage],
+        self, example: Example, images: Sequence[Image.Image], messages: Sequence[ChatMessage]
     ) -> Prompt:
         """Tokenise a prompt in both forms.
 
@@ -191,11 +182,9 @@ class Processor:
         """Return (t, h, w) of an image after resizing, in patches, without processing pixels."""
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-        factor = self.patch_size * self.merge_size
+        limits = self.min_pixels, self.max_pixels
         try:
-            height, width = smart_resize(
-                image.height, image.width, factor, self.min_pixels, self.max_pixels
-            )
+            height, width = smart_resize(image.height, image.width, self._patch_side, *limits)
         except ValueError as error:
             raise DataError(f"{where}: {image.width} x {image.height} pixels: {error}") from None
         return 1, height // self.patch_size, width // self.patch_size
@@ -204,6 +193,18 @@ class Processor:
         """Return the input of the vision tower for one or more RGB images, in order."""
         out = self.image_processor(list(images), return_tensors="pt")
         return VisionInputs(out["pixel_values"], out["image_grid_thw"])
+
+    def _check_limits(self) -> None:
+        side, least = self._patch_side, self._patch_side**2
+        if self.min_pixels < least:
+            raise ConfigError(
+                f"min_pixels={self.min_pixels} is less than a patch of {side} x {side} pixels, so "
+                f"a small image would have none; set it to {least} or more"
+            )
+        if self.min_pixels > self.max_pixels:
+            raise ConfigError(
+                f"min_pixels={self.min_pixels} is more than max_pixels={self.max_pixels}"
+            )
 
     def _expansion(self, collapsed: Sequence[int], grids: Sequence[Grid], where: str) -> np.ndarray:
         """Return how often each id is repeated, [tokens] int64."""
@@ -237,19 +238,12 @@ def _load(directory: Path, min_pixels: int | None, max_pixels: int | None) -> tu
         ) from None
 
 
-def _size(image_processor: Any, name: str, directory: Path) -> int:
-    value = getattr(image_processor, name)
-    if type(value) is not int or not 1 <= value <= 256:
-        raise DataError(f"{directory}: {_SETTINGS}: {name} is {shown(value)}; expected 1 to 256")
-    return value
-
-
-def _pixels(size: Any, name: str, directory: Path) -> int:
-    value = getattr(size, name, None)
-    if type(value) is not int:
+def _setting(holder: Any, name: str, least: int, directory: Path) -> int:
+    value = getattr(holder, name, None)
+    if type(value) is not int or value < least:
         raise DataError(
-            f"{directory}: {_SETTINGS}: {name} of size is {shown(value)}; expected pixels, or give "
-            "the limits"
+            f"{directory}: {_SETTINGS}: {name} is {shown(value)}; expected an integer of at least "
+            f"{least} (data.min_pixels and data.max_pixels replace the limits of the edges, pixels)"
         )
     return value
 

@@ -9,17 +9,32 @@ column whose content would be lost is rejected. Every error is a `DataError` tha
 
 from __future__ import annotations
 
+import base64
+import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_sr1.data.examples import Record, checked_turns
-from megatron_sr1.data.golds import gold_answers
-from megatron_sr1.data.guards import is_json, shown
+from PIL import Image
+
+from megatron_sr1.data.examples import (
+    IMAGE_MARK,
+    Record,
+    checked_turns,
+    escape_marks,
+    gold_answers,
+    place_marks,
+)
+from megatron_sr1.data.guards import (
+    MAX_IMAGE_BYTES,
+    MAX_IMAGES,
+    inside,
+    is_json,
+    read_file,
+    shown,
+)
 from megatron_sr1.data.images import decode_image
-from megatron_sr1.data.marks import place_marks
-from megatron_sr1.data.row_images import image_files
-from megatron_sr1.data.turns import read_turns
 from megatron_sr1.errors import DataError
 from megatron_sr1.records import Message
 
@@ -41,16 +56,22 @@ COLUMNS = frozenset(
     + _IMAGE_COLUMNS
 )
 """Names with a meaning; all other columns are metadata."""
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_IMAGE_PARTS = ("image", "image_url", "input_image")
+_IMAGE_FIELDS = ("image", "image_url", "url", "path")
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+_DATA_URI = re.compile(r"data:image/[\w.+-]+;base64,")
 
 
 def record_from_row(
-    row: Mapping[str, Any], *, folder: Path, where: str, columns: Mapping[str, str] | None = None
+    row: Mapping[str, Any], *, folder: Path, where: str, columns: Mapping[str, str]
 ) -> Record:
     """Convert one row of a source to a record.
 
     Args:
         row: columns of the row; see the module's docstring.
-        folder: base of relative image paths.
+        folder: base of relative image paths, which must not lead out of it.
         where: names the row in errors, e.g. `train.parquet row 17`.
         columns: name -> location of its value in the row: a column, or a dotted path into one
             (`prompt.0.content`). Alternatives of a mapped column become metadata.
@@ -62,14 +83,13 @@ def record_from_row(
         DataError: unknown columns, missing text or answer, a broken image, or marks and images
             that differ in number.
     """
-    columns = columns or {}
     known = _renamed(row, columns, where)
-    lost = [c for c in _REFUSED_COLUMNS if is_given(known.get(c))]
+    lost = next((c for c in _REFUSED_COLUMNS if _is_given(known.get(c))), None)
     if lost:
         raise DataError(
-            f"{where}: the column {lost[0]} is not empty, but training does not support it; "
+            f"{where}: the column {lost} is not empty, but training does not support it; "
             "remove the row or the column",
-            kind=f"a column {lost[0]} that training does not support",
+            kind=f"a column {lost} that training does not support",
         )
     messages, inline, used = _conversation(known, where)
     answers, answer_column = _answers(known, where)
@@ -80,12 +100,16 @@ def record_from_row(
             f"reward_model.ground_truth), got {_columns(row)}",
             kind="no gold answer",
         )
-    column = _image_column(known, inline, where)
-    images = image_files(known[column] if column else inline, folder, where)
+    images = _image_files(_images(known, inline, where), folder, where)
     for number, data in enumerate(images):
         decode_image(data, f"{where}, image {number}")
     messages = place_marks(messages, len(images), where)
-    _check_not_empty(messages, where)
+    for number, message in enumerate(messages):
+        if message.role != "system" and not message.content.strip():
+            raise DataError(
+                f"{where}: turn {number} ({message.role}) is empty; expected text",
+                kind="an empty turn",
+            )
     used = {*used, answer_column, *_IMAGE_COLUMNS, *_BEFORE_COLUMNS} - columns.keys()
     metadata = _metadata(row, used | {*columns.values()})
     return Record(messages, answers[0] if answers else None, images, metadata, answers[1:])
@@ -93,9 +117,7 @@ def record_from_row(
 
 def _renamed(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> Mapping[str, Any]:
     """Move mapped columns to their names and remove their alternatives."""
-    if not columns:
-        return row
-    found = {name: look_up(row, path) for name, path in columns.items()}
+    found = {name: _look_up(row, path) for name, path in columns.items()}
     for name, value in found.items():
         if value is None and name not in _IMAGE_COLUMNS:
             raise DataError(
@@ -107,7 +129,7 @@ def _renamed(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> 
     return {**{k: v for k, v in row.items() if k not in replaced}, **found}
 
 
-def look_up(row: Mapping[str, Any], path: str) -> Any:
+def _look_up(row: Mapping[str, Any], path: str) -> Any:
     """Return the value of a column or at a dotted path, or None if there is nothing."""
     if path in row:
         return row[path]
@@ -122,7 +144,7 @@ def look_up(row: Mapping[str, Any], path: str) -> Any:
     return value
 
 
-def is_given(value: Any) -> bool:
+def _is_given(value: Any) -> bool:
     """Return True if a column is not empty: not None, blank, an empty list or an empty object."""
     if isinstance(value, str):
         return bool(value.strip())
@@ -134,25 +156,28 @@ def _conversation(
 ) -> tuple[tuple[Message, ...], list[Any], set[str]]:
     """Return the messages, the images inside them, and the columns they were read from."""
     lists = (*_TURN_COLUMNS, *(("prompt",) if not isinstance(row.get("prompt"), str) else ()))
-    column = next((c for c in lists if is_given(row.get(c))), None)
+    column = next((c for c in lists if _is_given(row.get(c))), None)
     if column is None:
         turns, used = _single_turn(row, where)
         turns = [*_history(row, where), *turns]
-    elif is_given(row.get("history")):
+    elif _is_given(row.get("history")):
         raise DataError(f"{where}: both {column} and history; put all turns into {column}")
     else:
         turns, used = row[column], {column}
-    messages, images = read_turns(turns, column or "history", where)
+    if not isinstance(turns, list | tuple):
+        raise DataError(f"{where}: {column} is {shown(turns)}; expected a list of turns")
+    images: list[Any] = []
+    messages = [_message(turn, images, where) for turn in turns]
     return checked_turns((*_system(row, messages, where), *messages), where), images, used
 
 
 def _single_turn(row: Mapping[str, Any], where: str) -> tuple[list[dict[str, str]], set[str]]:
     """Return the turns of a row with separate text columns, and these columns."""
-    text = next((c for c in _TEXT_COLUMNS if is_given(row.get(c))), None)
+    text = next((c for c in _TEXT_COLUMNS if _is_given(row.get(c))), None)
     if text:
         return [{"role": "user", "content": _string(row, text, where)}], {text}
-    asked = [_string(row, c, where) for c in ("instruction", "input") if is_given(row.get(c))]
-    if asked and is_given(row.get("output")):
+    asked = [_string(row, c, where) for c in ("instruction", "input") if _is_given(row.get(c))]
+    if asked and _is_given(row.get("output")):
         said = {"role": "assistant", "content": _string(row, "output", where)}
         return [{"role": "user", "content": "\n\n".join(asked)}, said], {*_ALPACA_COLUMNS}
     raise DataError(
@@ -163,24 +188,22 @@ def _single_turn(row: Mapping[str, Any], where: str) -> tuple[list[dict[str, str
 
 
 def _history(row: Mapping[str, Any], where: str) -> list[dict[str, str]]:
-    """Return alpaca's earlier turns, a list of (question, answer) pairs, as messages."""
+    """Return alpaca's earlier turns, a list of (question, answer) pairs."""
     pairs = row.get("history")
-    if not is_given(pairs):
+    if not _is_given(pairs):
         return []
-    good = isinstance(pairs, list | tuple) and all(
+    if not isinstance(pairs, list | tuple) or not all(
         isinstance(p, list | tuple) and len(p) == 2 and all(isinstance(t, str) for t in p)
         for p in pairs
-    )
-    if not good:
+    ):
         raise DataError(f"{where}: history is {shown(pairs)}; expected [[question, answer], …]")
-    assert pairs is not None
     roles = ("user", "assistant")
     return [{"role": r, "content": t} for p in pairs for r, t in zip(roles, p, strict=True)]
 
 
 def _system(row: Mapping[str, Any], messages: Sequence[Message], where: str) -> list[Message]:
     """Return the system turn of the column `system`, unless the conversation has the same one."""
-    if not is_given(row.get("system")):
+    if not _is_given(row.get("system")):
         return []
     turn = Message("system", _string(row, "system", where))
     if not messages or messages[0].role != "system":
@@ -192,18 +215,64 @@ def _system(row: Mapping[str, Any], messages: Sequence[Message], where: str) -> 
     return []
 
 
+def _message(turn: Any, images: list[Any], where: str) -> Message:
+    """Convert a turn, `{"role", "content"}` or sharegpt's `{"from", "value"}`.
+
+    The content is a string, or a list of parts as in OpenAI's API, in whose texts `<image>` is not
+    a mark.
+    """
+    if isinstance(turn, Mapping):
+        role, content = (
+            turn.get(new) if turn.get(new) is not None else turn.get(old)
+            for new, old in (("role", "from"), ("content", "value"))
+        )
+        role = _SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
+        if isinstance(role, str) and isinstance(content, str):
+            return Message(role, content)
+        if isinstance(role, str) and isinstance(content, list | tuple) and content:
+            return Message(role, "".join(_part(p, role, images, where) for p in content))
+        turn = f"role {shown(role)}, content {shown(content)}"
+    raise DataError(
+        f"{where}: turn {shown(turn)}; expected {{role, content}} as strings, or content as parts",
+        kind="a turn that is not {role, content}",
+    )
+
+
+def _part(part: Any, role: str, images: list[Any], where: str) -> str:
+    """Return the text of a part, or a mark; an image inside the part is appended to `images`."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind in _TEXT_PARTS and isinstance(part.get("text"), str):
+        return part["text"] if role == "assistant" else escape_marks(part["text"])
+    if kind not in _IMAGE_PARTS:
+        what = f"of type {shown(kind)}" if isinstance(part, Mapping) else shown(part)
+        raise DataError(
+            f"{where}: a part {what} in the content; expected "
+            '{"type": "text", "text": …} or {"type": "image"}',
+            kind="a part of a content that is neither text nor image",
+        )
+    if role == "assistant":
+        raise DataError(
+            f"{where}: an image part in an assistant turn; a model that writes text shows no images"
+        )
+    found = next((part[f] for f in _IMAGE_FIELDS if part.get(f) is not None), None)
+    if isinstance(found, Mapping) and "url" in found:
+        found = found["url"]
+    if found is not None:  # otherwise the next image of the image column
+        images.append(found)
+    return IMAGE_MARK
+
+
 def _answers(row: Mapping[str, Any], where: str) -> tuple[tuple[str, ...], str]:
     """Return the gold answers of the first column that has any, and the column."""
     for column in _ANSWER_COLUMNS:
-        value = look_up(row, column)
-        answers = gold_answers(value, where) if value is not None else ()
+        answers = gold_answers(_look_up(row, column), where)
         if answers:
             return answers, column
     return (), ""
 
 
-def _image_column(row: Mapping[str, Any], inline: Sequence[Any], where: str) -> str | None:
-    """Return the column with the images, or None if they are inline or there are none."""
+def _images(row: Mapping[str, Any], inline: list[Any], where: str) -> Any:
+    """Return the value of the column with the images, or those inside the turns."""
     values = {c: row[c] for c in _IMAGE_COLUMNS if row.get(c) is not None}
     given = [c for c, v in values.items() if not (isinstance(v, list | tuple) and not v)]
     if len(given) == 2 and values["images"] in (values["image"], [values["image"]]):
@@ -213,23 +282,60 @@ def _image_column(row: Mapping[str, Any], inline: Sequence[Any], where: str) -> 
         raise DataError(
             f"{where}: images in {what}; keep only one of them", kind="images in two places"
         )
-    return given[0] if given else None
+    return values[given[0]] if given else inline
 
 
-def _check_not_empty(messages: Sequence[Message], where: str) -> None:
-    """Raise DataError if a user or assistant turn is empty."""
-    for number, message in enumerate(messages):
-        if message.role != "system" and not message.content.strip():
-            raise DataError(
-                f"{where}: turn {number} ({message.role}) is empty; expected text",
-                kind="an empty turn",
-            )
+def _image_files(value: Any, folder: Path, where: str) -> tuple[bytes, ...]:
+    """Return the bytes of an image or of a list of images."""
+    values = value if isinstance(value, list | tuple) else [value]
+    if len(values) > MAX_IMAGES:
+        raise DataError(f"{where}: {len(values)} images, at most {MAX_IMAGES}")
+    return tuple(_image_file(v, folder, f"{where}, image {i}") for i, v in enumerate(values))
+
+
+def _image_file(value: Any, folder: Path, where: str) -> bytes:
+    """Return the bytes of a path, bytes, a data: URI, a Pillow image, or `{"bytes", "path"}`."""
+    if isinstance(value, Mapping):
+        value = value.get("path") if value.get("bytes") is None else value["bytes"]
+    if isinstance(value, bytes | bytearray):
+        return bytes(value)
+    if isinstance(value, Image.Image):
+        return _encoded(value, where)
+    if isinstance(value, str) and value.startswith("data:"):
+        return _decoded(value, where)
+    if isinstance(value, str | Path):
+        return read_file(inside(folder, value, where), MAX_IMAGE_BYTES, where)
+    raise DataError(
+        f"{where}: a {type(value).__name__}; expected bytes, a path, a PIL image or "
+        "{'bytes': …, 'path': …}",
+        kind="an image that is neither bytes nor a path",
+    )
+
+
+def _encoded(image: Image.Image, where: str) -> bytes:
+    """Encode an image losslessly; PNG would clip some modes and cannot store others."""
+    buffer = io.BytesIO()
+    try:
+        image.save(buffer, format="PNG" if image.mode in _PNG_MODES else "TIFF")
+    except (OSError, KeyError, ValueError) as error:
+        raise DataError(f"{where}: an image of mode {image.mode}: {error}") from None
+    return buffer.getvalue()
+
+
+def _decoded(uri: str, where: str) -> bytes:
+    head = _DATA_URI.match(uri)
+    try:
+        if head is not None:
+            return base64.b64decode("".join(uri[head.end() :].split()), validate=True)
+    except ValueError:  # incomplete, or characters outside the alphabet
+        pass
+    raise DataError(f"{where}: {shown(uri)}; expected data:image/…;base64, followed by base64")
 
 
 def _metadata(row: Mapping[str, Any], used: set[str]) -> dict[str, Any]:
     left = {k: v for k, v in row.items() if k not in used and v is not None}
     known = COLUMNS | {*_REFUSED_COLUMNS}
-    return {k: v for k, v in left.items() if (k not in known or is_given(v)) and is_json({k: v})}
+    return {k: v for k, v in left.items() if (k not in known or _is_given(v)) and is_json({k: v})}
 
 
 def _columns(row: Mapping[str, Any]) -> str:

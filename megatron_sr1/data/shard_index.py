@@ -4,6 +4,12 @@
 key and the offset and size of its JSON and of its images. The index is rebuilt from the tar's
 headers if it is missing, inconsistent, older than the tar, for a tar of another size, or of an
 earlier version.
+
+The headers (ustar, GNU or pax format; POSIX.1-2001, pax interchange format) are read here, as
+Python's tarfile follows links, sparse maps and pax records of any length, some of them in quadratic
+time, and stops silently at a broken header. Here each header advances through the file, members
+that cannot hold a sample are rejected by name, and the last member must be followed by the end
+mark.
 """
 
 from __future__ import annotations
@@ -13,31 +19,46 @@ import logging
 import os
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from megatron_sr1.data.guards import parse_json, read_file, shown
-from megatron_sr1.data.tar_headers import BLOCK, members, parse_header, sample_key
+from megatron_sr1.data.guards import parse_json, printable, read_file, shown
 from megatron_sr1.errors import DataError
+from megatron_sr1.runtime.files import write_text
 
 logger = logging.getLogger(__name__)
 IMAGE_EXTENSIONS = frozenset("bmp gif jpeg jpg mpo png ppm tif tiff webp".split())
 MAX_INDEX_BYTES = 2**30
 VERSION = 2
 """Version of the index; 1 did not order image names that end in a number by that number."""
+BLOCK = 512
+MAX_EXTRA_BYTES = 64 * 1024
+"""Limit of a pax record or a GNU long name."""
 _NAME_BYTES = 90
 """Longer names, and names that are not ASCII, may be truncated in the header before the data."""
+_REGULAR = (b"0", b"\0", b"7")
+_LONG_NAME, _PAX, _PAX_GLOBAL, _FOLDER = b"L", b"x", b"g", b"5"
+_REJECTED = {
+    b"1": "a hard link",
+    b"2": "a symbolic link",
+    b"3": "a character device",
+    b"4": "a block device",
+    b"6": "a FIFO",
+    b"S": "a sparse file",
+}
+Span = tuple[int, int]
+"""Offset and size of a member's data, bytes."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Position of a sample in its tar: (offset, size) in bytes of the JSON and of each image."""
+    """Position of a sample in its tar: the spans of its JSON and of each image."""
 
     key: str
-    text: tuple[int, int]
-    images: tuple[tuple[int, int], ...]
+    text: Span
+    images: tuple[Span, ...]
 
 
 def index_path(tar: Path) -> Path:
@@ -45,29 +66,117 @@ def index_path(tar: Path) -> Path:
     return tar.with_suffix(".index.json")
 
 
+def read_index(tar: Path) -> list[Place]:
+    """Read a shard's index, or rebuild it if it does not match the tar."""
+    path = index_path(tar)
+    try:
+        if path.stat().st_mtime_ns >= tar.stat().st_mtime_ns:
+            return _usable(parse_json(read_file(path, MAX_INDEX_BYTES, "index"), "index"), tar)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, DataError) as error:
+        logger.debug("%s: index not usable: %s", path, error)
+    places = scan(tar)
+    try:
+        write_index(tar, places)
+    except OSError as error:
+        logger.warning("%s: cannot be written (%s); the index is kept in memory", path, error)
+    return places
+
+
+def write_index(tar: Path, places: list[Place]) -> None:
+    """Write a shard's index beside it."""
+    rows = [(p.key, p.text, p.images) for p in places]
+    size = tar.stat().st_size
+    index = {"version": VERSION, "tar_bytes": size, "crc32": _checksum(rows), "samples": rows}
+    write_text(index_path(tar), json.dumps(index) + "\n")
+
+
 def scan(tar: Path) -> list[Place]:
     """Read the positions of a shard's samples from its headers, ordered by offset.
 
     Raises:
-        DataError: not a tar, or members that do not form samples; names shard and member.
+        DataError: not a tar, truncated, damaged, or members that do not form samples; names shard
+            and member.
     """
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
-    for member in members(tar):
-        key, extension = sample_key(member.name)
-        if not member.name.isprintable() or key.startswith("/") or ".." in key.split("/"):
-            raise DataError(
-                f"{tar}: member {shown(member.name)}: expected a printable relative name"
-            )
-        found = samples.setdefault(key, {})
-        if extension in found:
-            raise DataError(f"{tar} sample {key}: {key}.{extension} occurs twice")
-        found[extension] = (member.offset, member.size)
+    samples: dict[str, dict[str, Span]] = {}
+    try:
+        if not tar.is_file():  # opening a pipe would block
+            raise DataError(f"{tar}: not a regular file; expected a tar")
+        with open(tar, "rb") as file:
+            for name, span in _members(file, tar):
+                key, extension = _sample_key(name)
+                if not name.isprintable() or key.startswith("/") or ".." in key.split("/"):
+                    raise DataError(
+                        f"{tar}: member {shown(name)}: expected a printable relative name"
+                    )
+                if extension in samples.setdefault(key, {}):
+                    raise DataError(f"{tar} sample {key}: {key}.{extension} occurs twice")
+                samples[key][extension] = span
+    except OSError as error:
+        raise DataError(f"{tar}: not a readable tar: {error.strerror}") from None
     places = []
     for key, found in samples.items():
         _check_members(found, key, f"{tar} sample {key}")
         images = sorted(filter(_is_image, found), key=_image_order)
         places.append(Place(key, found["json"], tuple(found[e] for e in images)))
     return sorted(places, key=_begin)
+
+
+def check_header(block: bytes, place: Place, span: Span, where: str) -> None:
+    """Check the header before a span of a sample.
+
+    Raises:
+        DataError: the index points to another member.
+    """
+    name, _, size = _parse_header(block, where)
+    key, extension = _sample_key(name)
+    exact = len(name) < _NAME_BYTES and place.key.isascii()
+    is_text = span == place.text
+    fits = key == place.key and (extension == "json" if is_text else _is_image(extension))
+    if size != span[1] or (exact and not fits):
+        raise DataError(
+            f"{where}: its place holds {shown(name)} of {size} bytes; remove "
+            f"{index_path(Path('SHARD.tar')).name} files to rebuild them"
+        )
+
+
+def _usable(value: Any, tar: Path) -> list[Place]:
+    """Return the positions of an index; raises ValueError or the like if it is not usable."""
+    rows, size = value["samples"], tar.stat().st_size
+    if value["version"] != VERSION:
+        raise ValueError("an earlier version")
+    if value["tar_bytes"] != size or value["crc32"] != _checksum(rows):
+        raise ValueError("made for another tar, or damaged")
+    places = [Place(k, _span(t), tuple(map(_span, i))) for k, t, i in rows]
+    spans = sorted(span for p in places for span in (p.text, *p.images))
+    ends = [0, *(offset + length for offset, length in spans)]
+    inside = all(offset - BLOCK >= end for (offset, _), end in zip(spans, ends, strict=False))
+    if not inside or ends[-1] > size:
+        raise ValueError("positions outside the tar, or overlapping")
+    if len({place.key for place in places}) != len(places) or places != sorted(places, key=_begin):
+        raise ValueError("duplicate keys, or out of order")
+    return places
+
+
+def _span(value: Any) -> Span:
+    offset, size = value
+    if type(offset) is not int or type(size) is not int or size < 0 or offset % BLOCK:
+        raise ValueError(f"{value} is not a position")
+    return offset, size
+
+
+def _begin(place: Place) -> int:
+    return min(place.text, *place.images)[0] if place.images else place.text[0]
+
+
+def _checksum(rows: Any) -> int:
+    return zlib.crc32(json.dumps(rows).encode())
+
+
+def _sample_key(name: str) -> tuple[str, str]:
+    """Split a member's name at its first dot into (key, extension)."""
+    folder, _, last = name.rpartition("/")
+    key, _, extension = last.partition(".")
+    return (f"{folder}/{key}" if folder else key), extension.lower()
 
 
 def _check_members(found: Mapping[str, object], key: str, where: str) -> None:
@@ -87,71 +196,6 @@ def _check_members(found: Mapping[str, object], key: str, where: str) -> None:
     raise DataError(f"{where}: {problem}; it holds {shown(held, 200)}{dots if texts else ''}")
 
 
-def read_index(tar: Path) -> list[Place]:
-    """Read a shard's index, or rebuild it if it does not match the tar."""
-    path = index_path(tar)
-    try:
-        if path.stat().st_mtime_ns >= tar.stat().st_mtime_ns:
-            return _usable(parse_json(read_file(path, MAX_INDEX_BYTES, "index"), "index"), tar)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, DataError) as error:
-        logger.debug("%s: index not usable: %s", path, error)
-    places = scan(tar)
-    try:
-        write_index(tar, places)
-    except OSError as error:
-        logger.warning("%s: cannot be written (%s); the index is kept in memory", path, error)
-    return places
-
-
-def check_header(block: bytes, place: Place, span: tuple[int, int], where: str) -> str:
-    """Check the header before a span against the index and return the member's extension.
-
-    Raises:
-        DataError: the index points to another member.
-    """
-    header = parse_header(block, where)
-    key, extension = sample_key(header.name)
-    exact = len(header.name) < _NAME_BYTES and place.key.isascii()
-    is_text = span == place.text
-    fits = key == place.key and (extension == "json" if is_text else _is_image(extension))
-    if header.size != span[1] or (exact and not fits):
-        raise DataError(
-            f"{where}: its place holds {shown(header.name)} of {header.size} bytes; remove "
-            f"{index_path(Path('SHARD.tar')).name} files to rebuild them"
-        )
-    return extension
-
-
-def _usable(value: Any, tar: Path) -> list[Place]:
-    """Return the positions of an index; raises ValueError or the like if it is not usable."""
-    rows, size = value["samples"], tar.stat().st_size
-    if value["version"] != VERSION:
-        raise ValueError("an earlier version")
-    if value["tar_bytes"] != size or value["crc32"] != _checksum(rows):
-        raise ValueError("made for another tar, or damaged")
-    places = [Place(k, _span(t), tuple(map(_span, i))) for k, t, i in rows]
-    spans = sorted(span for p in places for span in (p.text, *p.images))
-    ends = [0, *(offset + length for offset, length in spans)]
-    inside = all(offset - BLOCK >= end for (offset, _), end in zip(spans, ends, strict=False))
-    if not inside or ends[-1] > size:
-        raise ValueError("positions outside the tar, or overlapping")
-    keys = [place.key for place in places]
-    if len(set(keys)) != len(keys) or places != sorted(places, key=_begin):
-        raise ValueError("duplicate keys, or out of order")
-    return places
-
-
-def _span(value: Any) -> tuple[int, int]:
-    offset, size = value
-    if type(offset) is not int or type(size) is not int or size < 0 or offset % BLOCK:
-        raise ValueError(f"{value} is not a position")
-    return offset, size
-
-
-def _begin(place: Place) -> int:
-    return min(place.text, *place.images)[0] if place.images else place.text[0]
-
-
 def _is_image(extension: str) -> bool:
     return extension.split(".")[-1] in IMAGE_EXTENSIONS
 
@@ -165,26 +209,98 @@ def _image_order(extension: str) -> tuple[list[str | tuple[int, str]], str]:
     return parts, extension
 
 
-def _checksum(rows: Any) -> int:
-    return zlib.crc32(json.dumps(rows).encode())
+def _members(file: BinaryIO, tar: Path) -> Iterator[tuple[str, Span]]:
+    """Yield name and span of the regular members of a tar file; directories are skipped."""
+    total = os.fstat(file.fileno()).st_size
+    offset, long_name = 0, ""
+    while True:
+        where = f"{tar} byte {offset}"
+        block = _at(file, offset, BLOCK)
+        if len(block) < BLOCK:
+            what = "the file ends without tar's end mark" if offset else "no tar header"
+            raise DataError(f"{where}: not a readable tar: {what}; is it truncated?")
+        if not any(block):
+            if long_name or not _only_zeros(file, offset):
+                raise DataError(f"{where}: more data after the end mark; expected a single tar")
+            return
+        name, kind, size = _parse_header(block, where)
+        data = offset + BLOCK
+        offset = data + -(-size // BLOCK) * BLOCK
+        if kind in (_LONG_NAME, _PAX, _PAX_GLOBAL):
+            if size > MAX_EXTRA_BYTES or data + size > total:
+                raise DataError(f"{where}: a header record of {size} bytes; the tar is damaged")
+            long_name = _extra(_at(file, data, size), kind, where) or long_name
+            continue
+        name = long_name or name
+        if kind in _REGULAR:
+            if data + size > total:
+                short = f"{max(0, total - data)} of {size} bytes; the shard is truncated"
+                raise DataError(f"{tar} sample {printable(_sample_key(name)[0])}: {short}")
+            yield name, (data, size)
+        elif kind != _FOLDER:
+            what = _REJECTED.get(kind, f"of type {kind!r}")
+            raise DataError(f"{where}: member {shown(name)} is {what}; expected regular files")
+        long_name = ""
 
 
-def write_index(tar: Path, places: list[Place]) -> None:
-    """Write a shard's index beside it."""
-    rows = [(p.key, p.text, p.images) for p in places]
-    write_json(
-        index_path(tar),
-        {
-            "version": VERSION,
-            "tar_bytes": tar.stat().st_size,
-            "crc32": _checksum(rows),
-            "samples": rows,
-        },
-    )
+def _parse_header(block: bytes, where: str) -> tuple[str, bytes, int]:
+    """Return name, type flag and size (bytes) of a header block.
+
+    Raises:
+        DataError: its checksum, size or name is invalid.
+    """
+    wanted = _octal(block[148:156], where, "checksum")
+    if len(block) != BLOCK or wanted != sum(block) - sum(block[148:156]) + 8 * 32:
+        raise DataError(f"{where}: not a tar header (its checksum differs)")
+    name, kind = _text(block[:100], where), block[156:157]
+    if block[257:265] == b"ustar\x0000" and block[345] and kind not in (_PAX, _PAX_GLOBAL):
+        name = f"{_text(block[345:500], where)}/{name}"
+    return name, kind, _octal(block[124:136], where, "size")
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file atomically, so that another process never reads a partial file."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(value) + "\n")
-    os.replace(part, path)
+def _extra(data: bytes, kind: bytes, where: str) -> str:
+    """Return the name that a GNU long name or pax record gives the next member, or ""."""
+    if kind == _LONG_NAME:
+        return _text(data, where)
+    name = ""
+    while data.strip(b"\0"):
+        length, _, _ = data.partition(b" ")
+        size = int(length) if length.isdigit() and len(length) < 7 else 0
+        record, data = data[:size], data[size:]
+        key, mark, value = record[len(length) + 1 : -1].partition(b"=")
+        if not mark or record[-1:] != b"\n":
+            raise DataError(f"{where}: a pax record that cannot be read")
+        is_global_path = key == b"path" and kind == _PAX_GLOBAL
+        if is_global_path or key in (b"size", b"linkpath") or key.startswith(b"GNU.sparse"):
+            raise DataError(f"{where}: pax record {shown(key)}; expected plain regular files")
+        if key == b"path":
+            name = _text(value, where)
+    return name
+
+
+def _text(field: bytes, where: str) -> str:
+    name = field.partition(b"\0")[0]
+    try:
+        return name.decode()
+    except UnicodeDecodeError:
+        raise DataError(f"{where}: member name {shown(name)} is not UTF-8") from None
+
+
+def _octal(field: bytes, where: str, what: str) -> int:
+    digits = field.strip(b" \0") or b"0"
+    if not digits.isdigit() or b"8" in digits or b"9" in digits:
+        raise DataError(f"{where}: not a tar header ({what} is {shown(field)})")
+    return int(digits, 8)
+
+
+def _at(file: BinaryIO, offset: int, size: int) -> bytes:
+    file.seek(offset)
+    return file.read(size)
+
+
+def _only_zeros(file: BinaryIO, offset: int) -> bool:
+    file.seek(offset)
+    while piece := file.read(2**20):
+        if piece.count(0) != len(piece):
+            return False
+    return True

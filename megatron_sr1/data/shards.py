@@ -9,10 +9,10 @@ to files.
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import tarfile
-import threading
 from bisect import bisect_right
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,11 +20,7 @@ from typing import Any
 
 from PIL import Image
 
-from megatron_sr1.data.examples import (
-    Record,
-    example_from_stored,
-    stored,
-)
+from megatron_sr1.data.examples import Record, example_from_stored, stored
 from megatron_sr1.data.guards import (
     MAX_IMAGE_BYTES,
     MAX_JSON_BYTES,
@@ -34,20 +30,20 @@ from megatron_sr1.data.guards import (
 )
 from megatron_sr1.data.images import decode_image, image_format
 from megatron_sr1.data.shard_index import (
+    BLOCK,
     Place,
+    Span,
     check_header,
     read_index,
     write_index,
-    write_json,
 )
-from megatron_sr1.data.tar_headers import BLOCK
 from megatron_sr1.errors import DataError
 from megatron_sr1.records import Example
+from megatron_sr1.runtime.files import replacing, write_text
 
 DATASET_FILE = "dataset.json"
 NUM_SEARCHED = 100
 """First samples that are searched for an image, where rollout.canary_bound needs one."""
-MAX_OPEN_SHARDS = 256
 
 
 def write_shards(
@@ -73,29 +69,27 @@ def write_shards(
             raise DataError(
                 f"{target}: already holds shards; choose another directory or remove them"
             )
-        for leftover in [*target.glob("shard-*.tar*"), *target.glob("shard-*.index.json")]:
-            leftover.unlink()
-    iterator = iter(enumerate(samples))
+        for pattern in ("shard-*.tar*", "shard-*.index.json", ".shard-*.partial"):
+            for leftover in target.glob(pattern):
+                leftover.unlink()
+    numbered = enumerate(samples)
     counts: list[dict[str, Any]] = []
-    write_json(target / DATASET_FILE, {"format": 1, "complete": False})  # until the last shard
-    while (first := next(iterator, None)) is not None:
+    _write_dataset(target, {"complete": False})  # until the last shard
+    while batch := next(numbered, None):
         path = target / f"shard-{len(counts):06d}.tar"
-        part = path.with_suffix(".tar.part")
-        with tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar:
-            places = [_add(tar, *first)]
-            while len(places) < samples_per_shard and (entry := next(iterator, None)) is not None:
-                places.append(_add(tar, *entry))
-        os.replace(part, path)
+        rest = itertools.islice(numbered, samples_per_shard - 1)
+        with (
+            replacing(path) as partial,
+            tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar,
+        ):
+            places = [_add(tar, *entry) for entry in itertools.chain([batch], rest)]
         counts.append({"file": path.name, "samples": len(places)})
         write_index(path, places)
     if not counts:
         (target / DATASET_FILE).unlink()
         raise DataError(f"{target}: no samples to write")
     total = sum(count["samples"] for count in counts)
-    write_json(
-        target / DATASET_FILE,
-        {"format": 1, "complete": True, "num_samples": total, "shards": counts},
-    )
+    _write_dataset(target, {"complete": True, "num_samples": total, "shards": counts})
     return total
 
 
@@ -103,29 +97,20 @@ class ShardReader:
     """Random access to a directory of shards. Safe to share between threads and forks."""
 
     def __init__(self, directory: str | Path) -> None:
-        """Open a directory of shards.
-
-        Args:
-            directory: written by `write_shards` or another webdataset writer.
+        """Open a directory of shards, written by `write_shards` or another webdataset writer.
 
         Raises:
             DataError: no shards, or `dataset.json` does not match them.
         """
         self.directory = Path(directory)
-        tars = _tars(self.directory)
-        if not tars:
+        self._tars = _tars(self.directory)
+        if not self._tars:
             raise DataError(
                 f"{self.directory}: no .tar shards; make them with tools/make_shards.py"
             )
         self._places: dict[Path, list[Place]] = {}
-        self._files: dict[Path, int] = {}
-        self._lock = threading.Lock()
-        counts = _counts(self.directory, tars)
-        self._tars = tars
-        self._ends: list[int] = []
-        for number, tar in enumerate(tars):
-            size = counts[number] if counts else len(self._index(tar))
-            self._ends.append(size + (self._ends[-1] if self._ends else 0))
+        counts = _counts(self.directory, self._tars)
+        self._ends = list(itertools.accumulate(counts or [len(self._index(t)) for t in self._tars]))
 
     def __len__(self) -> int:
         """Return the number of samples in all shards."""
@@ -139,7 +124,7 @@ class ShardReader:
             DataError: the stored sample cannot be read; names shard and sample.
         """
         tar, place = self._locate(index)
-        value = parse_json(self._read(tar, place, place.text), f"{tar} sample {place.key}")
+        value = parse_json(_read(tar, place, place.text), f"{tar} sample {place.key}")
         example = example_from_stored(value, index=index, key=place.key, shard=str(tar))
         if example.num_images != len(place.images):
             raise DataError(
@@ -164,62 +149,45 @@ class ShardReader:
     def image_files(self, index: int) -> list[bytes]:
         """Read the image files of a sample as stored."""
         tar, place = self._locate(index)
-        return [self._read(tar, place, span) for span in place.images]
+        return [_read(tar, place, span) for span in place.images]
 
     def _locate(self, index: int) -> tuple[Path, Place]:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.directory}: sample {index} of {len(self)}")
         number = bisect_right(self._ends, index)
-        start = self._ends[number - 1] if number else 0
-        places = self._index(self._tars[number])
+        tar, start = self._tars[number], self._ends[number - 1] if number else 0
+        places = self._index(tar)
         if len(places) != self._ends[number] - start:
             raise DataError(
-                f"{self._tars[number]}: {len(places)} samples, {DATASET_FILE} says "
-                f"{self._ends[number] - start}; the shard is not the one that was written"
+                f"{tar}: {len(places)} samples, {DATASET_FILE} says {self._ends[number] - start}; "
+                "the shard is not the one that was written"
             )
-        return self._tars[number], places[index - start]
+        return tar, places[index - start]
 
     def _index(self, tar: Path) -> list[Place]:
         if tar not in self._places:
             self._places[tar] = read_index(tar)
         return self._places[tar]
 
-    def _read(self, tar: Path, place: Place, span: tuple[int, int]) -> bytes:
-        """Read a member and check its header, as the index may be wrong."""
-        offset, size = span
-        where = f"{tar} sample {place.key}"
-        limit = MAX_JSON_BYTES if span == place.text else MAX_IMAGE_BYTES
-        if size > limit:
-            raise DataError(f"{where}: a member of {size} bytes, at most {limit}")
-        begin, length = offset - BLOCK, size + BLOCK
-        try:
-            with self._lock:
-                file = self._files.get(tar)
-                if file is None and len(self._files) < MAX_OPEN_SHARDS:
-                    file = self._files[tar] = os.open(tar, os.O_RDONLY)
-            # pread uses no shared file position, so threads and forks can read concurrently.
-            data = _read_once(tar, begin, length) if file is None else os.pread(file, length, begin)
-        except OSError as error:
-            raise DataError(f"{where}: {error.strerror}") from None
-        if len(data) != length:
-            raise DataError(
-                f"{where}: {max(0, len(data) - BLOCK)} of {size} bytes; the shard is truncated"
-            )
-        check_header(data[:BLOCK], place, span, where)
-        return data[BLOCK:]
 
-    def close(self) -> None:
-        """Close the files of the shards; they are reopened on the next read."""
-        with self._lock:
-            for file in self._files.values():
-                os.close(file)
-            self._files.clear()
-
-
-def _read_once(tar: Path, offset: int, size: int) -> bytes:
-    with open(tar, "rb") as file:
-        file.seek(offset)
-        return file.read(size)
+def _read(tar: Path, place: Place, span: Span) -> bytes:
+    """Read a member and check its header, as the index may be wrong."""
+    offset, size = span
+    where = f"{tar} sample {place.key}"
+    limit = MAX_JSON_BYTES if span == place.text else MAX_IMAGE_BYTES
+    if size > limit:
+        raise DataError(f"{where}: a member of {size} bytes, at most {limit}")
+    try:
+        with open(tar, "rb", buffering=0) as file:
+            data = os.pread(file.fileno(), size + BLOCK, offset - BLOCK)
+    except OSError as error:
+        raise DataError(f"{where}: {error.strerror}") from None
+    if len(data) != size + BLOCK:
+        raise DataError(
+            f"{where}: {max(0, len(data) - BLOCK)} of {size} bytes; the shard is truncated"
+        )
+    check_header(data[:BLOCK], place, span, where)
+    return data[BLOCK:]
 
 
 def _tars(directory: Path) -> list[Path]:
@@ -228,6 +196,10 @@ def _tars(directory: Path) -> list[Path]:
         if not path.is_file():
             raise DataError(f"{path}: not a regular file; expected shards")
     return found
+
+
+def _write_dataset(directory: Path, value: dict[str, Any]) -> None:
+    write_text(directory / DATASET_FILE, json.dumps({"format": 1, **value}) + "\n")
 
 
 def _dataset(directory: Path) -> Any:
@@ -257,8 +229,8 @@ def _counts(directory: Path, tars: list[Path]) -> list[int] | None:
     except (LookupError, TypeError) as error:
         reason = shown(f"{type(error).__name__}: {error}")
         raise DataError(f"{path}: not readable: {reason}; remove it to count again") from None
-    if set(counts) != {t.name for t in tars}:
-        odd = sorted(set(counts) ^ {t.name for t in tars})
+    odd = sorted(set(counts) ^ {t.name for t in tars})
+    if odd:
         raise DataError(f"{path}: shards listed and shards there differ: {shown(odd)}")
     for tar in tars:  # a sample takes at least a header and a block of JSON
         count, most = counts[tar.name], tar.stat().st_size // (2 * BLOCK)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from megatron_sr1.data.examples import Record
 from megatron_sr1.data.guards import MAX_JSON_BYTES, parse_json, printable, read_file, shown
@@ -21,14 +21,10 @@ SUFFIXES = (".parquet", ".jsonl", ".json")
 MAX_SOURCE_BYTES = 4 * 2**30
 """Limit of a json file, which is read as a whole; jsonl and parquet are streamed."""
 _PARQUET_ROWS = 64
-Row = tuple[str, "dict[str, Any] | DataError"]
 
 
 def source_files(source: Path) -> list[Path]:
-    """Return the files of a source.
-
-    Args:
-        source: a file, a directory with metadata.jsonl, or a directory of files of one kind.
+    """Return the files of a file, a directory with metadata.jsonl, or one of files of one kind.
 
     Raises:
         DataError: no files, an unknown suffix, or files of several kinds.
@@ -61,44 +57,36 @@ def count_rows(files: list[Path]) -> int | None:
 
 
 def records(
-    files: list[Path],
-    image_folder: Path | None = None,
-    columns: Mapping[str, str] | None = None,
+    files: list[Path], image_folder: Path | None, columns: Mapping[str, str]
 ) -> Iterator[tuple[str, Record | DataError]]:
-    """Yield the records of source files, or the error of each row that is not one.
+    """Yield (name, record) for the rows of source files, or (name, error) if a row is not one.
 
     Args:
         files: result of `source_files`.
         image_folder: base of relative image paths; None: the directory of each file.
         columns: name -> column or dotted path in a row, for columns with other names.
 
-    Yields:
-        (name of the row, the record or its error).
-
     Raises:
         DataError: a file cannot be read at all.
     """
     for path in files:
-        for where, row in _rows(path):
-            if isinstance(row, DataError):
-                yield where, row
-                continue
+        read = {".parquet": _parquet_rows, ".jsonl": _jsonl_rows, ".json": _json_rows}[path.suffix]
+        is_empty = True
+        for where, row in read(path):
+            is_empty = False
             try:
-                folder = image_folder or path.parent
+                if isinstance(row, DataError):
+                    raise row
+                if not isinstance(row, dict):
+                    raise DataError(f"{where}: expected an object of columns")
                 if path.name == METADATA_FILE:
                     row = _with_image(row, where)
+                folder = image_folder or path.parent
                 yield where, record_from_row(row, folder=folder, where=where, columns=columns)
             except DataError as error:
                 yield where, error
-
-
-def _rows(path: Path) -> Iterator[Row]:
-    read = {".parquet": _parquet_rows, ".jsonl": _jsonl_rows, ".json": _json_rows}[path.suffix]
-    number = -1
-    for number, row in enumerate(read(path)):  # noqa: B007
-        yield row
-    if number < 0:
-        yield path.name, DataError(f"{path.name}: no samples in it")
+        if is_empty:
+            yield path.name, DataError(f"{path.name}: no samples in it")
 
 
 def _parquet(path: Path) -> Any:
@@ -111,7 +99,7 @@ def _parquet(path: Path) -> Any:
         raise DataError(f"{path}: not readable as parquet: {printable(str(error))[:200]}") from None
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     number = 0
     batches = _parquet(path).iter_batches(batch_size=_PARQUET_ROWS)
     while True:
@@ -123,56 +111,37 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         if batch is None:
             return
         for place in range(batch.num_rows):
-            yield _parquet_row(batch, place, f"{path.name} row {number}")
+            where = f"{path.name} row {number}"
+            try:
+                yield where, batch.slice(place, 1).to_pylist()[0]
+            except Exception as error:  # text that is not UTF-8, dates out of range, extensions
+                yield where, DataError(f"{where}: not readable: {printable(str(error))[:200]}")
             number += 1
 
 
-def _parquet_row(batch: Any, place: int, where: str) -> Row:
-    try:
-        return where, batch.slice(place, 1).to_pylist()[0]
-    except Exception as error:  # text that is not UTF-8, dates out of range, extension types
-        reason = printable(str(error))[:200]
-        return where, DataError(f"{where}: not readable: {reason}")
-
-
-def _jsonl_rows(path: Path) -> Iterator[Row]:
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
     with open(path, "rb") as file:
         number = 0
         while line := file.readline(MAX_JSON_BYTES + 1):
-            number += 1
+            number, length, piece = number + 1, len(line), line
+            while not piece.endswith(b"\n") and (piece := file.readline(MAX_JSON_BYTES)):
+                length += len(piece)  # the rest of a long line is not kept
             where = f"{path.name} line {number}"
-            if len(line) > MAX_JSON_BYTES:
-                length = len(line) + (0 if line.endswith(b"\n") else _skip_line(file))
+            if length > MAX_JSON_BYTES:
                 yield where, DataError(f"{where}: {length} bytes, at most {MAX_JSON_BYTES}")
             elif line.strip():
-                yield where, _object(line, where)
+                try:
+                    yield where, parse_json(line, where)
+                except DataError as error:
+                    yield where, error
 
 
-def _skip_line(file: BinaryIO) -> int:
-    length = 0
-    while piece := file.readline(MAX_JSON_BYTES):
-        length += len(piece)
-        if piece.endswith(b"\n"):
-            break
-    return length
-
-
-def _json_rows(path: Path) -> Iterator[Row]:
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     values = parse_json(read_file(path, MAX_SOURCE_BYTES, "source"), str(path))
     if not isinstance(values, list):
         raise DataError(f"{path}: a {type(values).__name__}; expected a list of samples")
     for number, value in enumerate(values):
-        where = f"{path.name} sample {number}"
-        good = isinstance(value, dict)
-        yield where, value if good else DataError(f"{where}: expected an object of columns")
-
-
-def _object(line: bytes, where: str) -> dict[str, Any] | DataError:
-    try:
-        value = parse_json(line, where)
-    except DataError as error:
-        return error
-    return value if isinstance(value, dict) else DataError(f"{where}: expected an object")
+        yield f"{path.name} sample {number}", value
 
 
 def _with_image(row: dict[str, Any], where: str) -> dict[str, Any]:

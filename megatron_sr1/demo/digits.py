@@ -25,25 +25,21 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from megatron_sr1.data.examples import Record
-from megatron_sr1.data.marks import IMAGE_MARK
+from megatron_sr1.data.examples import IMAGE_MARK, Record
 from megatron_sr1.data.prompts import PASS1_INSTRUCTIONS, flat_text, pass1_messages, pass2_messages
 from megatron_sr1.data.shards import write_shards
 from megatron_sr1.records import Example, Message
 
-KINDS = ("sum", "largest", "smallest", "leftmost", "rightmost")
-QUESTIONS = {
-    "sum": "What is the sum?",
-    "largest": "Which digit is largest?",
-    "smallest": "Which digit is smallest?",
-    "leftmost": "Which digit is leftmost?",
-    "rightmost": "Which digit is rightmost?",
+QUESTIONS = {"sum": "What is the sum?"} | {
+    kind: f"Which digit is {kind}?" for kind in ("largest", "smallest", "leftmost", "rightmost")
 }
+KINDS = tuple(QUESTIONS)
 STYLE = "brief"
 """Prompt style that the digits model is trained with (`data.prompt_style`)."""
 PASS2_ORDER = "description_first"
 """Order of the pass-2 prompt that it is trained with (`rollout.pass2_order`)."""
 NUM_TRAIN_DIGITS = 1437
+NUM_CORPUS_TEXTS = 2000
 DIGITS_PER_IMAGE = 3
 DIGIT_PIXELS = 28
 SHIFT_PIXELS = 1
@@ -74,7 +70,7 @@ def make_digits(
 
     Args:
         directory: parent of the directories train, eval and cold_start.
-        seed: seed of train and cold_start; eval is always the same.
+        seed: of train and cold_start; eval is always the same.
         num_train: samples for reinforcement learning.
         num_eval: held-out questions; a smaller set is a prefix of a larger one.
         num_cold_start: conversations for supervised fine-tuning.
@@ -117,11 +113,8 @@ def response(
 ) -> str:
     """Return the response to imitate.
 
-    Args:
-        kind: kind of the question.
-        digits: digits named in the thought.
-        described: digits in the description; None: no description.
-        answered: digits that the answer is computed from; None: `digits`.
+    Its description, if any, names `described`, its thought `digits`, and its answer is that for
+    `answered`, by default `digits`.
     """
     answer = answer_from_digits(kind, digits if answered is None else answered)
     operation = f"{kind} {_spaced(digits)}"
@@ -134,15 +127,10 @@ def response(
     return f"<description> {_spaced(described)} </description> {thought}"
 
 
-def corpus_texts(seed: int = 0, num_texts: int = 2000) -> Iterator[str]:
-    """Yield cold-start prompts and responses, to train a byte-pair vocabulary on.
-
-    Args:
-        seed: seed of the digits.
-        num_texts: number of conversations to draw.
-    """
-    rng = np.random.default_rng([seed, 2])
-    for _ in range(num_texts):
+def corpus_texts() -> Iterator[str]:
+    """Yield cold-start prompts and responses, to train a byte-pair vocabulary on."""
+    rng = np.random.default_rng([0, 2])
+    for _ in range(NUM_CORPUS_TEXTS):
         kind, digits = _ask(rng)
         for message in _conversation(_format(rng), kind, digits, digits, digits):
             yield message.content.replace(IMAGE_MARK, "")

@@ -1,8 +1,7 @@
-"""A tiny, complete Qwen2.5-VL directory with random weights: for the demo and for tests.
+"""A tiny Qwen2.5-VL with random weights, for the demo and for tests.
 
-In: texts to train a byte-pair vocabulary on. Out: a Hugging Face directory with configuration,
-weights, tokenizer, chat template and image processor settings, read by transformers and vLLM
-like a published checkpoint.
+In: texts to train a byte-pair vocabulary on. Out: a complete Hugging Face directory, which
+transformers and vLLM read like a published checkpoint.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-# No default system turn; the image parts of a turn become one pad each between their marks.
+# Without a default system turn. Each image of a turn becomes one pad between its marks.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -58,17 +57,17 @@ def make_tiny_model(
     """Write a tiny Qwen2.5-VL with random float32 weights.
 
     Args:
-        directory: where to; made if needed.
+        directory: created if needed.
         corpus: texts for the byte-pair vocabulary.
         vocab_size: rows of the embedding; the vocabulary is at most this large.
         seed: of the weights.
         hidden_size: of the language model, a multiple of 64; heads have 32 channels.
         num_layers: of the language model.
-        tie_word_embeddings: whether the output layer is the embedding.
+        tie_word_embeddings: True to use the embedding as the output layer.
     """
     import torch
 
-    from megatron_sr1.runtime.torchvision_patch import patch_torchvision
+    from megatron_sr1.runtime.cpu import patch_torchvision
 
     patch_torchvision()
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -122,7 +121,7 @@ def make_tiny_model(
 
 
 def _write_tokenizer(target: Path, corpus: Iterable[str], vocab_size: int) -> dict[str, int]:
-    """Train and write the tokenizer; returns the ids of its special tokens."""
+    """Train and write the tokenizer; return the ids of its special tokens."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

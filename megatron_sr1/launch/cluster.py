@@ -1,65 +1,83 @@
-"""Description of Slurm jobs: the records, the flags that fill them, chains of stages.
+"""A Slurm cluster and its jobs: the records, the flags that fill them, commands on the login node.
 
 In: the arguments of a launch script. Out: a `Cluster` and the `Task`s for `slurm.submit`. Nothing
-here needs nemo-run or Slurm, so `--help` is instant.
+here imports nemo-run, so `--help` is instant.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from megatron_sr1.errors import ConfigError
 
 STAGES = ("sft", "grpo", "eval")
+ANSWER_SECONDS, CONNECT_SECONDS = 60, 10
+
+
+def option(default: Any, text: str, flag: str = "", **argparse_settings: Any) -> Any:
+    """Return a field that launch scripts fill from a flag, by default --NAME.
+
+    A field with an empty tuple or a `dict` as its default takes a flag that may be repeated.
+    """
+    metadata = {"flag": flag, "argparse": {"help": text, **argparse_settings}}
+    if default is dict:
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A Slurm cluster and the resources of each job."""
+    """A Slurm cluster and the resources of each job; the help texts describe the fields."""
 
-    partition: str = ""
-    """"": Slurm's default."""
-    account: str = ""
-    """"": the user's default."""
-    nodes: int = 1
-    """Nodes per job."""
-    gpus_per_node: int = 0
-    """0 for a run on CPUs."""
-    tasks_per_node: int = 0
-    """Ranks per node; 0: one per GPU."""
-    cpus_per_task: int = 0
-    """Cores per rank; 0: Slurm's default, which may be one."""
-    time: str = "04:00:00"
-    """Time limit of a job, in sbatch's format."""
-    warning_seconds: int = 300
-    """How long before the limit (Slurm may be a minute early) the run finishes its step, saves,
-    and is requeued."""
-    launcher: str = "srun"
-    """What starts the ranks: srun (a task per rank) | torchrun (a task per node)."""
-    container: str = ""
-    """Image file or reference for pyxis; "": none."""
-    mounts: tuple[str, ...] = ()
-    """Mounted directories, HOST:CONTAINER."""
-    environment: Mapping[str, str] = field(default_factory=dict)
-    """Environment variables of the ranks."""
-    sbatch: Mapping[str, str] = field(default_factory=dict)
-    """More options of sbatch, such as qos."""
-    workdir: str = ""
-    """Working directory of the ranks, shared by all nodes."""
-    python: str = ""
-    """Interpreter of the training environment; "": .venv/bin/python in `workdir`, or `python` in a
-    container."""
-    logs: str = ""
-    """Directory of scripts and logs, shared by all nodes; "": nemo-run's home, or runs/slurm in
-    `workdir` with a tunnel."""
-    tunnel: str = ""
-    """user@host[:port] of a login node; "": this machine is one."""
-    identity: str = ""
-    """Private key file for the tunnel."""
+    partition: str = option("", "Slurm's default if not given")
+    account: str = option("", "yours in Slurm if not given")
+    nodes: int = option(1, "nodes per job", metavar="N")
+    gpus_per_node: int = option(0, "0 on CPUs (%(default)s)", metavar="N")
+    tasks_per_node: int = option(0, "ranks per node; 0: one per GPU (%(default)s)", metavar="N")
+    cpus_per_task: int = option(
+        0, "cores per rank; 0: Slurm's default, which may be one (%(default)s)", metavar="N"
+    )
+    time: str = option("04:00:00", "time limit of each job (%(default)s)", metavar="LIMIT")
+    warning_seconds: int = option(
+        300,
+        "seconds before the limit to save and requeue (%(default)s); Slurm may be a minute early",
+        "--warning",
+        metavar="S",
+    )
+    launcher: str = option(
+        "srun",
+        "what starts the ranks: srun (a task per rank) or torchrun (a task per node)",
+        choices=("srun", "torchrun"),
+    )
+    container: str = option("", "image for pyxis: a file or a reference", metavar="IMAGE")
+    mounts: tuple[str, ...] = option((), "mounted directory", "--mount", metavar="HOST:CONTAINER")
+    environment: Mapping[str, str] = option(
+        dict, "environment variable of the ranks", "--env", metavar="NAME=VALUE"
+    )
+    sbatch: Mapping[str, str] = option(dict, "such as qos=high", metavar="OPTION=VALUE")
+    workdir: str = option(
+        "", "checkout, seen by all nodes, where the ranks start (this directory)", metavar="DIR"
+    )
+    python: str = option(
+        "",
+        "interpreter of the ranks (WORKDIR/.venv/bin/python, or python in a container)",
+        metavar="FILE",
+    )
+    logs: str = option(
+        "",
+        "scripts and logs, seen by all nodes (nemo-run's home; with a tunnel WORKDIR/runs/slurm)",
+        metavar="DIR",
+    )
+    tunnel: str = option(
+        "", "login node, by ssh with a key (none: this machine is one)", metavar="USER@HOST[:PORT]"
+    )
+    identity: str = option("", "private key for the tunnel", metavar="FILE")
 
     @property
     def ranks_per_node(self) -> int:
@@ -77,25 +95,23 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Task:
-    """One job: a stage with its configuration."""
+    """One job: a stage with its configuration.
+
+    Attributes:
+        name: name in the queue and of the log file.
+        config: YAML file on this machine; the job gets a copy.
+        overrides: key=value.
+        follows: name of the task that must succeed first, and whose model this one loads; "": none.
+    """
 
     name: str
-    """Name in the queue and of the log file."""
     config: Path
-    """YAML file on this machine; the job gets a copy."""
     overrides: tuple[str, ...] = ()
-    """key=value."""
     follows: str = ""
-    """Name of the task that must succeed first, and whose model this one loads; "": none."""
 
 
 def add_arguments(parser: argparse.ArgumentParser, config: str) -> None:
-    """Add the flags of a cluster and of the stages to a launch script.
-
-    Args:
-        parser: of the script.
-        config: default of `--config`.
-    """
+    """Add the flags of a cluster and of the stages to a launch script; `config` is a default."""
     add = parser.add_argument
     add("--config", default=config, metavar="YAML", help="configuration (default: %(default)s)")
     add(
@@ -111,73 +127,47 @@ def add_arguments(parser: argparse.ArgumentParser, config: str) -> None:
         metavar="DIR",
         help="run directory; several stages: one below it each",
     )
-    add("--partition", default="", help="Slurm's default if not given")
-    add("--account", default="", help="yours in Slurm if not given")
-    add("--nodes", type=int, default=1, metavar="N")
-    add("--gpus-per-node", type=int, default=0, metavar="N", help="0 on CPUs (%(default)s)")
-    add("--tasks-per-node", type=int, default=0, metavar="N", help="0: one per GPU (%(default)s)")
-    add("--cpus-per-task", type=int, default=0, metavar="N", help="cores per rank")
-    add("--time", default="04:00:00", metavar="LIMIT", help="limit of each job (%(default)s)")
-    add(
-        "--warning",
-        type=int,
-        default=300,
-        metavar="S",
-        help="seconds before it to save (%(default)s)",
-    )
-    add("--launcher", default="srun", choices=("srun", "torchrun"), help="what starts the ranks")
-    add("--container", default="", metavar="IMAGE", help="image for pyxis: a file or a reference")
-    add("--mount", action="append", default=[], metavar="HOST:CONTAINER")
-    add("--env", action="append", default=[], metavar="NAME=VALUE", help="variable of the ranks")
-    add("--sbatch", action="append", default=[], metavar="OPTION=VALUE", help="such as qos=high")
-    add("--workdir", default="", metavar="DIR", help="checkout on the cluster (this directory)")
-    add("--python", default="", metavar="FILE", help="of the ranks (WORKDIR/.venv/bin/python)")
-    add("--logs", default="", metavar="DIR", help="scripts and logs, seen by all nodes")
-    add("--tunnel", default="", metavar="USER@HOST[:PORT]", help="login node, by ssh with a key")
-    add("--identity", default="", metavar="FILE", help="private key for the tunnel")
+    for each in fields(Cluster):
+        flag = each.metadata["flag"] or f"--{each.name.replace('_', '-')}"
+        many = {"action": "append", "default": []}
+        one = {"type": type(each.default), "default": each.default}
+        how = one if isinstance(each.default, (str, int)) else many
+        add(flag, dest=each.name, **how, **each.metadata["argparse"])
     add("overrides", nargs="*", metavar="[STAGE:]key=value", help="such as seed=2 or sft:seed=2")
 
 
 def cluster_of(arguments: argparse.Namespace) -> Cluster:
-    """Return the cluster that the flags describe.
-
-    Args:
-        arguments: of a parser with `add_arguments`.
+    """Return the cluster that the flags of `add_arguments` describe.
 
     Raises:
         ConfigError: a flag that is not NAME=VALUE, or no `--workdir` with a tunnel.
     """
     if arguments.tunnel and not arguments.workdir:
         raise ConfigError("--tunnel needs --workdir, the checkout on the cluster")
-    return Cluster(
-        partition=arguments.partition,
-        account=arguments.account,
-        nodes=arguments.nodes,
-        gpus_per_node=arguments.gpus_per_node,
-        tasks_per_node=arguments.tasks_per_node,
-        cpus_per_task=arguments.cpus_per_task,
-        time=arguments.time,
-        warning_seconds=arguments.warning,
-        launcher=arguments.launcher,
-        container=arguments.container,
-        mounts=tuple(arguments.mount),
-        environment=_pairs("--env", arguments.env),
-        sbatch=_pairs("--sbatch", arguments.sbatch),
-        workdir=arguments.workdir if arguments.tunnel else os.path.abspath(arguments.workdir),
-        python=arguments.python,
-        logs=arguments.logs,
-        tunnel=arguments.tunnel,
-        identity=arguments.identity,
-    )
+    given = {each.name: getattr(arguments, each.name) for each in fields(Cluster)}
+    given |= {
+        "mounts": tuple(arguments.mounts),
+        "environment": _pairs("--env", arguments.environment),
+        "sbatch": _pairs("--sbatch", arguments.sbatch),
+        "workdir": arguments.workdir if arguments.tunnel else os.path.abspath(arguments.workdir),
+    }
+    return Cluster(**given)
+
+
+def _pairs(flag: str, texts: Sequence[str]) -> dict[str, str]:
+    for text in texts:
+        if "=" not in text:
+            raise ConfigError(f"{flag} {text}: expected NAME=VALUE")
+    return dict(text.split("=", 1) for text in texts)
 
 
 def tasks_of(
     arguments: argparse.Namespace, settings: Mapping[str, Sequence[str]] | None = None
 ) -> list[Task]:
-    """Return the jobs that the flags describe, each one following the previous one.
+    """Return the jobs that the flags of `add_arguments` describe, each following the previous one.
 
     Args:
-        arguments: of a parser with `add_arguments`.
+        arguments: parsed flags.
         settings: stage -> overrides, applied before those of the command line.
 
     Raises:
@@ -197,17 +187,60 @@ def tasks_of(
         if tasks:
             own.append(f"model.path={arguments.output}/{tasks[-1].name}/hf")
         for text in arguments.overrides:
-            head, colon, rest = text.partition(":")
-            is_bound = bool(colon) and head in STAGES
-            if not is_bound or head == stage:
-                own.append(rest if is_bound else text)
-        follows = tasks[-1].name if tasks else ""
-        tasks.append(Task(stage, Path(arguments.config), tuple(own), follows))
+            head, _, rest = text.partition(":")
+            if head not in STAGES or not rest:
+                own.append(text)
+            elif head == stage:
+                own.append(rest)
+        tasks.append(
+            Task(stage, Path(arguments.config), tuple(own), tasks[-1].name if tasks else "")
+        )
     return tasks
 
 
-def _pairs(flag: str, texts: Sequence[str]) -> dict[str, str]:
-    for text in texts:
-        if "=" not in text:
-            raise ConfigError(f"{flag} {text}: expected NAME=VALUE")
-    return dict(text.split("=", 1) for text in texts)
+def run_there(cluster: Cluster, command: str) -> subprocess.CompletedProcess[str]:
+    """Run a shell command on the cluster's login node.
+
+    Raises:
+        ConfigError: the tunnel cannot be reached, or there is no answer within a minute.
+    """
+    argv = ["bash", "-c", command]
+    if cluster.tunnel:
+        host, port = split_tunnel(cluster.tunnel)
+        # nemo-run copies with rsync over ssh and needs a key: never ask for a password.
+        argv = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}"]
+        argv += ["-p", str(port)] if port else []
+        argv += ["-i", os.path.expanduser(cluster.identity)] if cluster.identity else []
+        argv += [host, command]
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=ANSWER_SECONDS)
+    except subprocess.TimeoutExpired:
+        where = cluster.tunnel or "this machine"
+        raise ConfigError(
+            f"{where}: no answer to `{command}` in {ANSWER_SECONDS} s; is Slurm up?"
+        ) from None
+    except FileNotFoundError:
+        raise ConfigError(f"{argv[0]} is not installed here; a tunnel needs it") from None
+    if cluster.tunnel and done.returncode == 255:  # ssh's own status
+        raise ConfigError(
+            f"tunnel {cluster.tunnel} cannot be reached: {last_line(done.stderr)}; try "
+            f"`ssh {cluster.tunnel}` (it must work with a key, without a password)"
+        )
+    return done
+
+
+def split_tunnel(tunnel: str) -> tuple[str, int | None]:
+    """Split a tunnel into user@host and the port, None if not given.
+
+    Raises:
+        ConfigError: no user, or a port that is not a number.
+    """
+    host, colon, port = tunnel.partition(":")
+    if not all(host.partition("@")) or (colon and not port.isdecimal()):
+        raise ConfigError(f"tunnel {tunnel!r}: expected user@host or user@host:port")
+    return host, int(port) if port else None
+
+
+def last_line(text: str) -> str:
+    """Return the last line of a program's output, which has the reason of its failure."""
+    return (text.strip().splitlines() or ["no reason given"])[-1].strip()

@@ -1,9 +1,11 @@
 """Submit stages to Slurm with nemo-run, one job each; a job starts once its predecessor succeeded.
 
 In: a `Cluster` and its `Task`s. Out: the job ids, and the commands to follow and cancel the jobs.
-Only the configuration file is copied, not the code: the nodes use the checkout `workdir` and its
-environment, or those of the container. nemo-run is imported in this file only, lazily, from an
-environment of its own (`make launch-env`), as its pinned versions conflict with vLLM's.
+Everything that can be checked is checked first, by the cluster's own tools, through `ssh` if there
+is a tunnel; a check is skipped if its tool gives no answer (Slurm without accounting knows no
+accounts). Only the configuration file is copied, not the code: the nodes use the checkout `workdir`
+and its environment, or those of the container. nemo-run is imported in this file only, lazily, from
+an environment of its own (`make launch-env`), as its pinned versions conflict with vLLM's.
 """
 
 from __future__ import annotations
@@ -15,14 +17,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_sr1.config.loading import load_config
 from megatron_sr1.config.run import Config
 from megatron_sr1.errors import ConfigError
-from megatron_sr1.launch.cluster import Cluster, Task
-from megatron_sr1.launch.slurm_checks import check, split_tunnel
+from megatron_sr1.launch import preflight
+from megatron_sr1.launch.cluster import Cluster, Task, last_line, run_there, split_tunnel
 
 CONFIG_NAME = "config.yaml"
 NODE_SCRIPT = Path(__file__).parents[2] / "examples" / "launch_torchrun.sh"
@@ -45,18 +48,21 @@ failed one is not."""
 
 @dataclass(frozen=True)
 class Submitted:
-    """Submitted jobs."""
+    """Submitted jobs.
+
+    Attributes:
+        experiment: nemo-run's name of the experiment.
+        jobs: Slurm job id of each task, by name.
+        logs: log file of each task, on the cluster.
+        home: nemo-run's directory on this machine; "": its default.
+        tunnel: of the cluster.
+    """
 
     experiment: str
-    """nemo-run's name of the experiment."""
     jobs: dict[str, str]
-    """Slurm job id of each task, by name."""
     logs: dict[str, str]
-    """Log file of each task, on the cluster."""
     home: str
-    """nemo-run's directory on this machine; "": its default."""
     tunnel: str
-    """Tunnel of the cluster."""
 
     def next_commands(self) -> str:
         """Return the commands that show, follow and cancel the jobs."""
@@ -85,9 +91,6 @@ def submit(title: str, cluster: Cluster, tasks: Sequence[Task]) -> Submitted:
         tasks: one job each; a job that follows another starts if that one succeeded, and is
             removed from the queue otherwise.
 
-    Returns:
-        job ids and logs.
-
     Raises:
         SR1Error: a check failed; nothing has been submitted.
         ConfigError: nemo-run is not installed, or Slurm rejected the job.
@@ -112,7 +115,7 @@ def submit(title: str, cluster: Cluster, tasks: Sequence[Task]) -> Submitted:
                 shutil.copy(NODE_SCRIPT, place)
                 experiment.add(
                     _command(run, cluster, task),
-                    executor=build_executor(cluster, place, configs[task.name]),
+                    executor=build_executor(run, cluster, place, configs[task.name]),
                     name=task.name,
                     dependencies=[task.follows] if task.follows else None,
                 )
@@ -127,18 +130,15 @@ def submit(title: str, cluster: Cluster, tasks: Sequence[Task]) -> Submitted:
     return Submitted(name, jobs, logs, home, cluster.tunnel)
 
 
-def build_executor(cluster: Cluster, package: Path, config: Config) -> Any:
+def build_executor(run: Any, cluster: Cluster, package: Path, config: Config) -> Any:
     """Build nemo-run's `SlurmExecutor` for one task.
 
     Args:
+        run: the module nemo_run.
         cluster: resources of the job.
         package: directory whose files are copied with the job.
         config: of the task; sets the threads of a rank on a CPU.
-
-    Returns:
-        a `nemo_run.SlurmExecutor`.
     """
-    run = _nemo_run(_home(cluster))
     by_srun = cluster.launcher == "srun"
     environment = dict(cluster.environment)
     if not by_srun:
@@ -151,6 +151,8 @@ def build_executor(cluster: Cluster, package: Path, config: Config) -> Any:
     extra.setdefault("kill_on_invalid_dep", "yes")
     extra.setdefault("signal", f"USR1@{cluster.warning_seconds}")
     extra.setdefault("requeue", True)
+    # Of an srun task, which is a rank or all ranks of a node.
+    cores = cluster.cpus_per_task * (1 if by_srun else cluster.ranks_per_node)
     return run.SlurmExecutor(
         account=cluster.account or None,
         partition=cluster.partition or None,
@@ -160,12 +162,12 @@ def build_executor(cluster: Cluster, package: Path, config: Config) -> Any:
         # All tasks of a node see all GPUs; each rank selects one by its number.
         gpus_per_node=cluster.gpus_per_node or None,
         ntasks_per_node=cluster.ranks_per_node if by_srun else 1,
-        cpus_per_task=_cores(cluster) or None,
+        cpus_per_task=cores or None,
         container_image=cluster.container or None,
         container_mounts=list(cluster.mounts),
         env_vars={name: shlex.quote(value) for name, value in environment.items()},
         additional_parameters=extra,
-        srun_args=_srun_options(cluster),
+        srun_args=_srun_options(cluster, cores),
         setup_lines=SETUP,
         packager=run.PatternPackager(
             include_pattern=str(package / "*"), relative_path=str(package)
@@ -176,18 +178,13 @@ def build_executor(cluster: Cluster, package: Path, config: Config) -> Any:
     )
 
 
-def _cores(cluster: Cluster) -> int:
-    """Return the cores of an srun task, which is a rank or all ranks of a node; 0: not set."""
-    return cluster.cpus_per_task * (1 if cluster.launcher == "srun" else cluster.ranks_per_node)
-
-
-def _srun_options(cluster: Cluster) -> list[str]:
+def _srun_options(cluster: Cluster, cores: int) -> list[str]:
     """Return options that come after nemo-run's own and override them."""
     options = [] if cluster.container else [f"--chdir={cluster.workdir}"]
     if cluster.container and cluster.workdir:
         options.append(f"--container-workdir={cluster.workdir}")
-    if cluster.cpus_per_task:
-        options.append(f"--cpus-per-task={_cores(cluster)}")  # new sruns do not inherit it
+    if cores:
+        options.append(f"--cpus-per-task={cores}")  # new sruns do not inherit it
     return options
 
 
@@ -207,8 +204,8 @@ def _run(experiment: Any) -> None:
     try:
         experiment.run(detach=True)
     except UnexpectedExit as error:
-        said = (error.result.stderr or error.result.stdout).strip().splitlines() or ["no reason"]
-        raise ConfigError(f"Slurm refused the job: {said[-1]}") from None
+        reason = last_line(error.result.stderr or error.result.stdout)
+        raise ConfigError(f"Slurm refused the job: {reason}") from None
 
 
 def _tunnel(run: Any, cluster: Cluster) -> Any:
@@ -230,6 +227,127 @@ def _home(cluster: Cluster) -> str:
     return os.path.abspath(cluster.logs) if cluster.logs and not cluster.tunnel else ""
 
 
+def _nemo_run(home: str) -> Any:
+    """Import nemo-run; it reads its directory from the environment at import time."""
+    if home:
+        os.environ["NEMORUN_HOME"] = home
+    try:
+        import nemo_run
+    except ImportError as error:
+        raise ConfigError(
+            f"nemo-run cannot be imported ({error}); run `make launch-env` and start this with "
+            ".venv-launch/bin/python"
+        ) from None
+    return nemo_run
+
+
+def check(cluster: Cluster, tasks: Sequence[Task]) -> dict[str, Config]:
+    """Check everything that can be checked before a job is queued.
+
+    Paths in a container are not checked, as its mounts may rename them.
+
+    Returns:
+        the resolved configuration of each task, by its name.
+
+    Raises:
+        SR1Error: what is wrong, in one line.
+    """
+    if cluster.nodes < 1 or cluster.ranks_per_node < 1:
+        raise ConfigError(
+            f"nodes={cluster.nodes}, ranks a node={cluster.ranks_per_node}: expected 1 or more; "
+            "give --gpus-per-node, or --tasks-per-node for a run on CPUs"
+        )
+    configs = {task.name: load_config(task.config, list(task.overrides)) for task in tasks}
+    for name, config in configs.items():
+        _check_layout(cluster, name, config)
+    if not cluster.container and not cluster.tunnel:
+        for task in tasks:
+            config = _based(configs[task.name], Path(cluster.workdir))
+            preflight.check_paths(config, has_model=not task.follows)
+    if run_there(cluster, "command -v sbatch").returncode:
+        raise ConfigError(
+            f"no sbatch {_where(cluster)}; start from a login node, or through one with "
+            "--tunnel user@host"
+        )
+    _check_known(
+        *(cluster, f"partition {cluster.partition!r} is not known to this Slurm; it has"),
+        *(cluster.partition.split(","), "sinfo --all --noheader --format=%R"),
+    )
+    _check_known(
+        *(cluster, f"account {cluster.account!r} is not yours in this Slurm; yours are"),
+        [cluster.account.lower()],
+        'sacctmgr --noheader --parsable2 show associations user="$(id -un)" format=account',
+    )
+    if cluster.container:
+        _check_container(cluster)
+    else:
+        _check_there(cluster, tasks, configs)
+    return configs
+
+
+def _based(config: Config, workdir: Path) -> Config:
+    """Return the configuration with the paths as seen by a rank that starts in `workdir`."""
+
+    def below(path: str) -> str:
+        return str(workdir / path) if path else ""
+
+    return replace(
+        config,
+        output=below(config.output),
+        model=replace(config.model, path=below(config.model.path)),
+        data=replace(config.data, train=below(config.data.train), eval=below(config.data.eval)),
+    )
+
+
+def _check_layout(cluster: Cluster, name: str, config: Config) -> None:
+    parts = config.parallel.replica_size
+    if cluster.nodes * cluster.ranks_per_node % parts:
+        raise ConfigError(
+            f"{name}: {cluster.nodes} x {cluster.ranks_per_node} ranks do not divide into model "
+            f"copies of {parts} (parallel.tensor x pipeline x context)"
+        )
+    if cluster.gpus_per_node and config.launch.device == "cpu":
+        raise ConfigError(f"{name}: launch.device=cpu asks for no GPU; give --gpus-per-node=0")
+
+
+def _check_known(cluster: Cluster, problem: str, names: Sequence[str], command: str) -> None:
+    """Check names against those that a command of Slurm lists, if it lists any."""
+    asked = run_there(cluster, command) if any(names) else None
+    known = set(asked.stdout.split()) if asked and not asked.returncode else set()
+    if known and not known.issuperset(names):
+        raise ConfigError(f"{problem} {', '.join(sorted(known))}")
+
+
+def _check_container(cluster: Cluster) -> None:
+    image = cluster.container
+    is_file = image.startswith(("/", ".", "~")) or image.endswith(".sqsh")
+    if is_file and run_there(cluster, f"test -e {_path(cluster, image)}").returncode:
+        raise ConfigError(f"container {image}: no such image file {_where(cluster)}")
+    asked = run_there(cluster, "srun --help")
+    if asked.returncode == 0 and "--container-image" not in asked.stdout:
+        raise ConfigError(
+            f"container {image}: this Slurm's srun knows no --container-image; it needs the plugin "
+            "pyxis, or run without --container"
+        )
+
+
+def _check_there(cluster: Cluster, tasks: Sequence[Task], configs: dict[str, Config]) -> None:
+    """Check the interpreter and, through a tunnel, the paths of the configurations."""
+    if run_there(cluster, f"command -v {shlex.quote(cluster.interpreter)}").returncode:
+        raise ConfigError(
+            f"{cluster.interpreter}: no such program {_where(cluster)}; make the training "
+            "environment there (`make env`), or name its python with --python"
+        )
+    for task in tasks if cluster.tunnel else ():
+        config = configs[task.name]
+        paths = {"data.train": config.data.train, "data.eval": config.data.eval}
+        if not task.follows:
+            paths["model.path"] = config.model.path
+        for key, path in paths.items():
+            if path and run_there(cluster, f"test -e {_path(cluster, path)}").returncode:
+                raise ConfigError(f"{task.name}: {key}={path}: no such folder {_where(cluster)}")
+
+
 def _check_names(cluster: Cluster, tasks: Sequence[Task]) -> None:
     """Refuse paths that contain JOB_FOLDER: without a container nemo-run substitutes it."""
     home = os.environ.get("NEMORUN_HOME", "")
@@ -243,15 +361,12 @@ def _check_names(cluster: Cluster, tasks: Sequence[Task]) -> None:
             )
 
 
-def _nemo_run(home: str) -> Any:
-    """Import nemo-run; it reads its directory from the environment at import time."""
-    if home:
-        os.environ["NEMORUN_HOME"] = home
-    try:
-        import nemo_run
-    except ImportError as error:
-        raise ConfigError(
-            f"nemo-run cannot be imported ({error}); run `make launch-env` and start this with "
-            ".venv-launch/bin/python"
-        ) from None
-    return nemo_run
+def _path(cluster: Cluster, path: str) -> str:
+    """Quote a path for the cluster's shell; relative paths start in the working directory."""
+    if path.startswith("~/"):
+        return '"$HOME"/' + shlex.quote(path[2:])
+    return shlex.quote(os.path.join(cluster.workdir, path))
+
+
+def _where(cluster: Cluster) -> str:
+    return f"on {cluster.tunnel}" if cluster.tunnel else "on this machine"

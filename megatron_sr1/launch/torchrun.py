@@ -2,11 +2,15 @@
 
 In: the command line of a rank and the configuration. Out: an exit status, or the environment
 variables of a rank.
+
+Run as a module, this file is torchrun without its error report, a traceback of its own frames and a
+table: the ranks have already reported why they failed.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import re
 import signal
@@ -15,11 +19,13 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import FrameType
+from typing import TYPE_CHECKING
 
-from megatron_sr1.config.run import LaunchConfig
 from megatron_sr1.errors import ConfigError, SR1Error
-from megatron_sr1.runtime.child_processes import end_with
+from megatron_sr1.runtime.signals import end_with
+
+if TYPE_CHECKING:
+    from megatron_sr1.config.run import LaunchConfig
 
 FIRST_RANK_SECONDS = 5.0
 PORT_FIRST, PORT_SPAN = 20000, 10000
@@ -27,9 +33,6 @@ PORT_FIRST, PORT_SPAN = 20000, 10000
 
 def joined(environment: Mapping[str, str]) -> dict[str, str] | None:
     """Return the variables that make this process a rank, if a launcher started it.
-
-    Args:
-        environment: of this process.
 
     Returns:
         {} under torchrun, which has set them; under srun with several tasks the five that
@@ -63,14 +66,18 @@ def joined(environment: Mapping[str, str]) -> dict[str, str] | None:
     }
 
 
+def first_node(nodes: str) -> str:
+    """Return the first host of Slurm's list: `gpu003-ib` of `gpu[003-006,009]-ib,login1`."""
+    match = re.match(r"([^\[,]*)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodes)
+    assert match is not None
+    return "".join(part for part in match.groups() if part)
+
+
 @contextmanager
 def first_rank_first(environment: Mapping[str, str]) -> Iterator[None]:
     """Let each machine's first rank report an error that all ranks raise; the others wait.
 
     torchrun, and srun with --kill-on-bad-exit, stop the others once the first one has exited.
-
-    Args:
-        environment: of this process.
     """
     try:
         yield
@@ -78,13 +85,6 @@ def first_rank_first(environment: Mapping[str, str]) -> Iterator[None]:
         if environment.get("LOCAL_RANK", "0") != "0":
             time.sleep(FIRST_RANK_SECONDS)
         raise
-
-
-def first_node(nodes: str) -> str:
-    """Return the first host of Slurm's list: `gpu003-ib` of `gpu[003-006,009]-ib,login1`."""
-    match = re.match(r"([^\[,]*)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodes)
-    assert match is not None
-    return "".join(part for part in match.groups() if part)
 
 
 def num_processes(launch: LaunchConfig) -> int:
@@ -118,7 +118,7 @@ def build_command(arguments: Sequence[str], num_ranks: int) -> list[str]:
     The rendezvous uses a free port on the loopback interface.
     """
     return [
-        *(sys.executable, "-m", "megatron_sr1.launch.ranks"),
+        *(sys.executable, "-m", "megatron_sr1.launch.torchrun"),
         *("--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(num_ranks)),
         *("-m", "megatron_sr1", *arguments),
     ]
@@ -136,23 +136,54 @@ def run(arguments: Sequence[str], launch: LaunchConfig, num_ranks: int) -> int:
         the exit status of the first rank that failed; 128 + the signal if a signal ended it.
     """
     environment = dict(os.environ, **rank_environment(launch, num_ranks))
-    command = build_command(arguments, num_ranks)
     # A launcher that is killed must not leave a run behind.
     end_with_us = functools.partial(end_with, os.getpid(), signal.SIGTERM)
-    ranks = subprocess.Popen(command, env=environment, preexec_fn=end_with_us)
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        ranks.send_signal(number)
-
+    ranks = subprocess.Popen(
+        build_command(arguments, num_ranks), env=environment, preexec_fn=end_with_us
+    )
     interrupts: list[int] = []
-    before = signal.signal(signal.SIGTERM, forward)
-    # A terminal sends Ctrl-C to the ranks as well; wait for them to end before raising it.
-    before_interrupt = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
+    before = {
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, _: ranks.send_signal(number)),
+        # A terminal sends Ctrl-C to the ranks as well; wait for them to end before raising it.
+        signal.SIGINT: signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number)),
+    }
     try:
         status = ranks.wait()
     finally:
-        signal.signal(signal.SIGTERM, before)
-        signal.signal(signal.SIGINT, before_interrupt)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if interrupts and status:
         raise KeyboardInterrupt
     return status if status >= 0 else 128 - status
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Be torchrun: start the ranks and wait for them.
+
+    Returns:
+        0, or the status of the first rank that failed; 128 + the signal if a signal ended it or
+        this process.
+    """
+    from torch.distributed import run as elastic
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.disable(logging.ERROR)  # how it stops which rank; exceptions are still shown
+    try:
+        elastic.main(list(arguments))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode >= 0:
+            return failure.exitcode
+        sys.stderr.write(f"megatron-sr1: rank {rank} was ended by {failure.signal_name()}\n")
+        return 128 - failure.exitcode
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:  # torch is still being imported
+        sys.exit(130)

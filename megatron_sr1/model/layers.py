@@ -1,4 +1,8 @@
-"""Layers of our own beside Megatron's: the RMS norm and the rotary tables.
+"""Layers beside Megatron's: their specs, the RMS norm, and the rotary tables.
+
+`local` kernels are torch alone and run anywhere; `transformer_engine` is NVIDIA's and needs CUDA.
+The models do not depend on which they have: both keep the packed row in the sbhd layout and pass
+its borders to the core attention only.
 
 A rotary table has angles [tokens, 1, 1, width] as Megatron's unfused `apply_rotary_pos_emb` takes
 them: one row per token that a rank holds, in the rank's order, so packing and context parallelism
@@ -8,9 +12,20 @@ models/qwen2_5_vl/modeling_qwen2_5_vl.py (RoFormer, arXiv 2104.09864, with secti
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_sr1.errors import ConfigError
+from megatron_sr1.model.attention import PackedAttention
 
 
 class RMSNorm(torch.nn.Module):
@@ -41,6 +56,63 @@ class RMSNorm(torch.nn.Module):
             return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
         normal = F.rms_norm(hidden.float(), self.weight.shape, None, self.eps)
         return self.weight * normal.to(hidden.dtype)
+
+
+def text_layer(kernels: str) -> ModuleSpec:
+    """Spec of a decoder layer.
+
+    Args:
+        kernels: local | transformer_engine.
+    """
+    if kernels == "transformer_engine":
+        from megatron_sr1.model.te_attention import PackedTEAttention
+
+        spec = get_gpt_layer_with_transformer_engine_spec()
+        spec.submodules.self_attention.submodules.core_attention = PackedTEAttention
+        return spec
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec.submodules.input_layernorm = RMSNorm
+    spec.submodules.pre_mlp_layernorm = RMSNorm
+    spec.submodules.self_attention.submodules.core_attention = PackedAttention
+    return spec
+
+
+def norm(kernels: str) -> Any:
+    """Class of a norm that stands alone: the decoder's last, the merger's."""
+    if kernels == "local":
+        return RMSNorm
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return TENorm
+
+
+def linears(kernels: str) -> tuple[Any, Any]:
+    """Column- and row-parallel linear classes of the merger."""
+    if kernels == "local":
+        return ColumnParallelLinear, RowParallelLinear
+    from megatron.core.extensions.transformer_engine import (
+        TEColumnParallelLinear,
+        TERowParallelLinear,
+    )
+
+    return TEColumnParallelLinear, TERowParallelLinear
+
+
+def require_transformer_engine() -> None:
+    """Refuse early where Transformer Engine cannot be used.
+
+    Raises:
+        ConfigError: there is no CUDA or no Transformer Engine.
+    """
+    if not torch.cuda.is_available():
+        raise ConfigError("model.spec=transformer_engine needs CUDA; use model.spec=local")
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"model.spec=transformer_engine, but it does not import ({error}); install it as "
+            "docs/scaling.md says, or use model.spec=local"
+        ) from None
 
 
 def inverse_frequencies(width: int, theta: float, device: torch.device) -> torch.Tensor:

@@ -19,6 +19,10 @@ import torch
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
+from megatron.core.tensor_parallel.random import (
+    get_cuda_rng_tracker,
+    model_parallel_cuda_manual_seed,
+)
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -26,17 +30,22 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_sr1.config.model import ModelConfig, ParallelConfig
 from megatron_sr1.errors import DataError
-from megatron_sr1.model import specs
+from megatron_sr1.model import layers
 from megatron_sr1.model.attention import pack_row
-from megatron_sr1.model.hf_config import HFConfig
-from megatron_sr1.model.image_shares import encode_by_turns, make_tower
-from megatron_sr1.model.layers import text_angles
-from megatron_sr1.model.logprobs import full_logits, gather_hidden, label_logprobs
+from megatron_sr1.model.hf_config import HFConfig, check_layout
+from megatron_sr1.model.logprobs import (
+    full_logits,
+    gather_hidden,
+    label_logprobs,
+    vocabulary_rows,
+)
 from megatron_sr1.model.row_split import RowSplit, split_row
-from megatron_sr1.model.transformer_config import padded_vocab_size
-from megatron_sr1.model.vision import feature_numbers
+from megatron_sr1.model.transformer_config import padded_vocab_size, text_transformer_config
+from megatron_sr1.model.vision import encode_by_turns, feature_numbers, make_tower
 from megatron_sr1.records import VisionInputs
+from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.groups import Groups
 
 
@@ -48,10 +57,8 @@ class Qwen25VL(MegatronModule):
         config: TransformerConfig,
         hf_config: HFConfig,
         groups: Groups,
-        *,
-        kernels: str,
+        model: ModelConfig,
         virtual_stage: int,
-        logprob_chunk_tokens: int,
     ) -> None:
         """Make a stage that belongs to this rank.
 
@@ -59,15 +66,14 @@ class Qwen25VL(MegatronModule):
             config: of the language model, from `text_transformer_config`.
             hf_config: shape of the model.
             groups: the layout.
-            kernels: local | transformer_engine.
+            model: kernels and size of chunks.
             virtual_stage: number of the stage among this rank's.
-            logprob_chunk_tokens: tokens whose logits exist at a time.
         """
         super().__init__(config=config)
         self.model_type = ModelType.encoder_or_decoder  # Megatron's schedules ask for it
         self.hf_config = hf_config
         self.groups = groups
-        self.logprob_chunk_tokens = logprob_chunk_tokens
+        self.logprob_chunk_tokens = model.logprob_chunk_tokens
         num_virtual = config.virtual_pipeline_model_parallel_size or 1
         # Megatron asks for the number where there are several stages, and only there.
         self.vp_stage = virtual_stage if num_virtual > 1 else None
@@ -78,8 +84,8 @@ class Qwen25VL(MegatronModule):
         self.language_model = GPTModel(
             config=config,
             transformer_layer_spec=TransformerBlockSubmodules(
-                layer_specs=[specs.text_layer(kernels)] * num_layers,
-                layer_norm=specs.norm(kernels),
+                layer_specs=[layers.text_layer(model.spec)] * num_layers,
+                layer_norm=layers.norm(model.spec),
             ),
             vocab_size=padded_vocab_size(hf_config.text.vocab_size, groups.tensor.size),
             max_sequence_length=hf_config.text.max_position_embeddings,
@@ -94,7 +100,7 @@ class Qwen25VL(MegatronModule):
             vp_stage=self.vp_stage,
         )
         self.vision_model = (
-            make_tower(config, hf_config, groups, kernels) if self.pre_process else None
+            make_tower(config, hf_config, groups, model.spec) if self.pre_process else None
         )
 
     def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -153,7 +159,7 @@ class Qwen25VL(MegatronModule):
         hidden = self.language_model.decoder(
             hidden_states=embedded,
             attention_mask=None,
-            rotary_pos_emb=text_angles(
+            rotary_pos_emb=layers.text_angles(
                 split.take(position_ids, dim=-1),
                 text.head_dim,
                 text.rope_theta,
@@ -163,7 +169,11 @@ class Qwen25VL(MegatronModule):
         )
         if not self.post_process:
             return hidden
-        group, weight = self.groups.tensor, self._output_weight()
+        group = self.groups.tensor
+        if self.share_embeddings_and_output_weights:
+            weight = self.language_model.shared_embedding_or_output_weight()
+        else:
+            weight = self.language_model.output_layer.weight
         hidden = gather_hidden(hidden, group, self.config.sequence_parallel)
         if labels is None:
             return split.join(full_logits(hidden, weight, group, text.vocab_size))
@@ -188,7 +198,8 @@ class Qwen25VL(MegatronModule):
         is_image = input_ids[0] == self.hf_config.image_token_id
         num_pads = int(is_image.sum())
         if vision is not None:
-            features = self._encode(vision)
+            assert self.vision_model is not None
+            features = encode_by_turns(self.vision_model, vision, self.groups.images)
             numbers = feature_numbers(vision, self.hf_config.vision.spatial_merge_size)
             if len(numbers) != num_pads:
                 raise DataError(
@@ -216,14 +227,52 @@ class Qwen25VL(MegatronModule):
             embedded.requires_grad_(self.config.recompute_granularity == "full")
         return embedded
 
-    def _encode(self, vision: VisionInputs) -> torch.Tensor:
-        """Features [merged tokens, width] of all images."""
-        assert self.vision_model is not None
-        if self.groups.images.size == 1:
-            return self.vision_model(vision)
-        return encode_by_turns(self.vision_model, vision, self.groups.images)
 
-    def _output_weight(self) -> torch.Tensor:
-        if self.share_embeddings_and_output_weights:
-            return self.language_model.shared_embedding_or_output_weight()
-        return self.language_model.output_layer.weight
+def build_model(
+    hf_config: HFConfig, groups: Groups, model: ModelConfig, parallel: ParallelConfig
+) -> list[Qwen25VL]:
+    """Build this rank's share of the model. Its weights are NaN until they are loaded.
+
+    Args:
+        hf_config: shape of the model.
+        groups: process groups of the layout.
+        model: dtype, kernels, recomputation and FP8; `path` and `freeze` are not used here.
+        parallel: sequence parallelism and stages; the ranks are those of `groups`.
+
+    Returns:
+        A chunk for each virtual stage of this rank.
+
+    Raises:
+        ConfigError: the layout does not divide the model, or the kernels cannot run here.
+    """
+    check_layout(
+        hf_config,
+        tensor=groups.tensor.size,
+        tower=groups.tower.size,
+        pipeline=groups.pipeline.size,
+        virtual_stages=parallel.virtual,
+        stage_layers=parallel.stage_layers,
+        sequence_parallel=parallel.sequence,
+    )
+    if model.spec == "transformer_engine":
+        layers.require_transformer_engine()
+    config = text_transformer_config(hf_config, groups, model, parallel)
+    with cpu.megatron_mode():
+        if not get_cuda_rng_tracker().is_initialized():
+            model_parallel_cuda_manual_seed(1)
+        chunks = [
+            Qwen25VL(config, hf_config, groups, model, number) for number in range(parallel.virtual)
+        ]
+    for chunk in chunks:
+        _mark_unloaded(chunk)
+    return chunks
+
+
+@torch.no_grad()
+def _mark_unloaded(chunk: Qwen25VL) -> None:
+    """Fill with NaN, so that a weight that nobody loads is noticed; padding rows with 0."""
+    for name, parameter in chunk.named_parameters():
+        parameter.fill_(float("nan"))
+        if name.endswith(("word_embeddings.weight", "output_layer.weight")):
+            vocab_size, rank = chunk.hf_config.text.vocab_size, chunk.groups.tensor.rank
+            parameter[vocabulary_rows(vocab_size, len(parameter), rank)[1] :].zero_()

@@ -13,12 +13,14 @@ the same row serves the blocks that attend over the whole image.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -30,12 +32,12 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_sr1.errors import DataError
-from megatron_sr1.model import specs
+from megatron_sr1.model import layers
 from megatron_sr1.model.attention import PackedRow, pack_row
-from megatron_sr1.model.hf_config import VisionConfig
-from megatron_sr1.model.layers import vision_angles
-from megatron_sr1.model.transformer_config import VISION_NORM_EPS
+from megatron_sr1.model.hf_config import HFConfig, VisionConfig
+from megatron_sr1.model.transformer_config import VISION_NORM_EPS, vision_transformer_config
 from megatron_sr1.records import VisionInputs
+from megatron_sr1.runtime.groups import Group, Groups, share_out
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ def vision_layer(kernels: str, full_attention_blocks: tuple[int, ...]) -> Module
         kernels: local | transformer_engine.
         full_attention_blocks: numbers, from 0, of the blocks that attend over the whole image.
     """
-    spec = specs.text_layer(kernels)
+    spec = layers.text_layer(kernels)
     attention = spec.submodules.self_attention
     attention.module = VisionSelfAttention
     attention.params = {
@@ -201,10 +203,10 @@ class PatchMerger(MegatronModule):
         """
         super().__init__(config=config)
         self.merged_size = vision.hidden_size * vision.spatial_merge_size**2
-        self.norm = specs.norm(kernels)(
+        self.norm = layers.norm(kernels)(
             config=config, hidden_size=vision.hidden_size, eps=VISION_NORM_EPS
         )
-        column, row = specs.linears(kernels)
+        column, row = layers.linears(kernels)
         common = {"config": config, "bias": True, "is_expert": False, "tp_group": collection.tp}
         self.linear_fc1 = column(
             self.merged_size,
@@ -283,7 +285,6 @@ class VisionModel(MegatronModule):
         merge = vision.spatial_merge_size
         grids = tuple((t, h, w) for t, h, w in inputs.image_grid_thw.tolist())
         layout = row_layout(grids, merge, vision.window_units, device)
-        check_patches(inputs)
         # Pixels need no gradient: to put them in order is cheaper than to do it with features.
         patches = inputs.pixel_values.to(device, self.patch_embed.weight.dtype)
         patches = patches.unflatten(0, (-1, merge**2)).index_select(0, layout.order).flatten(0, 1)
@@ -294,25 +295,87 @@ class VisionModel(MegatronModule):
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
-            rotary_pos_emb=vision_angles(layout.positions, vision.head_dim, vision.rope_theta),
+            rotary_pos_emb=layers.vision_angles(
+                layout.positions, vision.head_dim, vision.rope_theta
+            ),
             packed_seq_params=(layout.windows, layout.images),
         )
         return self.merger(hidden)[:, 0].index_select(0, layout.inverse)
 
 
-def check_patches(inputs: VisionInputs) -> None:
-    """Refuse images whose pixels are not those of their grids.
+def make_tower(
+    config: TransformerConfig, hf_config: HFConfig, groups: Groups, kernels: str
+) -> VisionModel:
+    """The tower, over the tensor-parallel ranks or whole on each of them.
+
+    Args:
+        config: of the language model.
+        hf_config: shape of the model.
+        groups: the layout.
+        kernels: local | transformer_engine.
+    """
+    vision, collection = hf_config.vision, copy.copy(groups.collection)
+    tower_config = vision_transformer_config(config, vision, groups.tower.size)
+    collection.tp = groups.tower.process_group
+    tower = VisionModel(tower_config, vision, kernels, collection)
+    for parameter in tower.parameters() if groups.tower.size < groups.tensor.size else ():
+        # Each rank adds the gradient of its own images, and encode_by_turns sums what equal
+        # copies of the language model's rows send back: so over the ranks it is the mean.
+        parameter.average_gradients_across_tp_domain = True  # type: ignore[attr-defined]
+        parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
+    return tower
+
+
+def encode_by_turns(tower: VisionModel, inputs: VisionInputs, group: Group) -> torch.Tensor:
+    """Features of all images, each encoded on one rank; collective over the group.
+
+    Args:
+        tower: the same on all ranks.
+        inputs: all images, equal on all ranks.
+        group: ranks to share them.
+
+    Returns:
+        [merged tokens, width], in the images' order.
 
     Raises:
-        DataError: naming the grids.
+        DataError: grids and pixels do not fit.
     """
     grids = [(t, h, w) for t, h, w in inputs.image_grid_thw.tolist()]
-    num_patches = sum(t * h * w for t, h, w in grids)
-    if num_patches != len(inputs.pixel_values):
+    sizes = [t * h * w for t, h, w in grids]
+    if sum(sizes) != len(inputs.pixel_values):
         raise DataError(
-            f"image grids {grids} name {num_patches} patches, pixel_values hold "
+            f"image grids {grids} name {sum(sizes)} patches, pixel_values hold "
             f"{len(inputs.pixel_values)}"
         )
+    if group.size == 1:
+        return tower(inputs)
+    merged = tower.vision.spatial_merge_size**2
+    shares = [sorted(share) for share in share_out(sizes, group.size)]
+    counts = [sum(sizes[i] for i in share) // merged for share in shares]
+    pixels, own = inputs.pixel_values.split(sizes), shares[group.rank]
+    parts = []
+    if own:
+        mine = VisionInputs(torch.cat([pixels[i] for i in own]), inputs.image_grid_thw[own])
+        parts.append(tower(mine))
+    # Ranks give equally many rows. The filling asks for a gradient, so that every rank takes part
+    # in the sum on the way back, one without images or with a frozen tower too.
+    filling = torch.zeros(
+        max(counts) - counts[group.rank],
+        tower.vision.out_hidden_size,
+        dtype=tower.config.params_dtype,
+        device=inputs.pixel_values.device,
+        requires_grad=torch.is_grad_enabled(),
+    )
+    padded = torch.cat([*parts, filling])
+    whole = gather_from_sequence_parallel_region(padded, group=group.process_group)
+    places: dict[int, torch.Tensor] = {}
+    for rank, share in enumerate(shares):
+        first = rank * max(counts)
+        for number in share:
+            places[number] = torch.arange(first, first + sizes[number] // merged)
+            first += len(places[number])
+    order = torch.cat([places[number] for number in range(len(sizes))])
+    return whole.index_select(0, order.to(whole.device))
 
 
 def feature_numbers(inputs: VisionInputs, merge: int) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """A layout of the actor over ranks, and the layouts that a model allows.
 
 In: a model's shape and a number of GPUs. Out: `Layout`s that pass the model's own checks
-(model/layout_checks.py).
+(model/hf_config.py).
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from itertools import accumulate
 from megatron_sr1.config.model import ParallelConfig
 from megatron_sr1.config.run import Config
 from megatron_sr1.errors import ConfigError
-from megatron_sr1.model.hf_config import HFConfig
-from megatron_sr1.model.layout_checks import check_layout
+from megatron_sr1.model.hf_config import HFConfig, check_layout
 from megatron_sr1.runtime.gpus import GPUS_PER_NODE
 
 CONTEXT_SIZES = (1, 2, 4, 8)

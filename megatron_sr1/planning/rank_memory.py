@@ -1,7 +1,7 @@
 """Memory of one rank by kind, during an update and while the engine samples.
 
 In: a run, a layout, a pipeline rank, the engine replica. Out: bytes at the worst moment of the
-pipeline's schedule. Activations are the tensors that autograd keeps in our layers (model/specs.py,
+pipeline's schedule. Activations are the tensors that autograd keeps in our layers (model/layers.py,
 local kernels), each named where it is added up; tests/unit/test_planning_activations.py compares
 them with what it keeps on a CPU.
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_sr1.data.image_limits import largest_pixels
+from megatron_sr1.data.images import largest_pixels
 from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.planning.costs import ENGINE_RESERVED_BYTES, RESERVED_BYTES
 from megatron_sr1.planning.engine_time import Replica

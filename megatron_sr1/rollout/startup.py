@@ -20,8 +20,8 @@ from megatron_sr1.data.processor import Processor
 from megatron_sr1.errors import EngineError
 from megatron_sr1.rollout import weight_sync
 from megatron_sr1.rollout.sampler import FullVocabularySampler
+from megatron_sr1.runtime.cpu import patch_torchvision
 from megatron_sr1.runtime.rng import preserve_rng_and_threads
-from megatron_sr1.runtime.torchvision_patch import patch_torchvision
 
 log = logging.getLogger(__name__)
 

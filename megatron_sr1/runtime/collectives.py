@@ -1,7 +1,6 @@
-"""Work that may fail on some ranks, and then fails on all of them with the same message.
+"""Collectives over Python objects, and work that fails on all ranks if it fails on one.
 
-In: a function per rank. Out: every rank's result, or one `CheckpointError` on all ranks. If one
-rank raised alone, the others would wait in a collective.
+If one rank raised alone, the others would wait in a collective.
 """
 
 from __future__ import annotations
@@ -13,32 +12,37 @@ import torch.distributed as dist
 
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.runtime.device import Device, start_distributed
-from megatron_sr1.runtime.groups import Group, Groups, gather_objects
+from megatron_sr1.runtime.groups import Group, Groups
 
 
 def single_process() -> Groups:
     """Return the groups of a single process that converts files; Megatron is not imported."""
     device = Device("cpu")
     start_distributed(device)
-    world = dist.group.WORLD
-    assert world is not None
-    one = Group.of(world)
+    one = Group.of(dist.group.WORLD)
     assert one.size == 1, "a conversion is one process; start it without torchrun"
     return Groups(one, one, one, one, one, one, one, one, collection=None, device=device)
 
 
+def gather_objects(value: Any, group: Group | None = None) -> list[Any]:
+    """Gather every rank's value, in the order of the group (by default the world).
+
+    Only for small Python objects that this program has made: they are pickled.
+    """
+    size = dist.get_world_size() if group is None else group.size
+    if size == 1:
+        return [value]
+    gathered: list[Any] = [None] * size
+    dist.all_gather_object(gathered, value, group=group and group.process_group)
+    return gathered
+
+
 def on_all_ranks(groups: Groups, work: Callable[[], Any]) -> list[Any]:
-    """Call a function on each rank; collective over all ranks, and a barrier.
-
-    Args:
-        groups: of the layout.
-        work: called on this rank; may raise OSError or CheckpointError.
-
-    Returns:
-        the results, by rank.
+    """Call a function on each rank and return the results by rank; a barrier over all ranks.
 
     Raises:
-        CheckpointError: on all ranks, with the cause of the first rank that failed.
+        CheckpointError: on all ranks, with the cause of the first rank whose call raised OSError
+            or CheckpointError.
     """
     result, problem = None, None
     try:
@@ -57,7 +61,7 @@ def on_writer(groups: Groups, work: Callable[[], Any]) -> Any:
 
 
 def agree(problems: Iterable[str | None]) -> None:
-    """Raise the first problem; None stands for a rank that has none."""
+    """Raise the first problem; None stands for a rank without one."""
     for problem in problems:
         if problem is not None:
             raise CheckpointError(problem)

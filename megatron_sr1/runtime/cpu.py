@@ -1,4 +1,4 @@
-"""Patches that let Megatron-Core run without CUDA.
+"""Patches that let Megatron-Core and torchvision run with a CPU build of torch.
 
 Megatron refers to CUDA in three ways, each handled in the narrowest place that works:
 
@@ -15,8 +15,11 @@ Megatron refers to CUDA in three ways, each handled in the narrowest place that 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import functools
+import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,9 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
 _TYPE_NAMES = {
-    "torch.FloatTensor": "torch.cuda.FloatTensor",
-    "torch.HalfTensor": "torch.cuda.HalfTensor",
-    "torch.BFloat16Tensor": "torch.cuda.BFloat16Tensor",
+    f"torch.{name}Tensor": f"torch.cuda.{name}Tensor" for name in ("Float", "Half", "BFloat16")
 }
 
 
@@ -43,11 +44,6 @@ class _Stream:
 
     def query(self) -> bool:
         return True
-
-
-@contextlib.contextmanager
-def _stream_context(stream: Any) -> Iterator[None]:
-    yield
 
 
 class _CPUMode(TorchFunctionMode):
@@ -82,35 +78,33 @@ def megatron_mode() -> AbstractContextManager[Any]:
     return contextlib.nullcontext() if torch.cuda.is_available() else _CPUMode()
 
 
-_installed = False
-
-
 def install() -> None:
     """Replace the `torch.cuda` functions that Megatron calls, unless CUDA is available.
 
     Call it before using Megatron-Core. Calling it again has no effect.
     """
-    global _installed
-    if _installed or torch.cuda.is_available():
-        return
-    _installed = True
+    if not torch.cuda.is_available():
+        _install()
 
-    def get_rng_state(device: Any = None) -> torch.Tensor:
+
+@functools.cache
+def _install() -> None:
+    def get_state(device: Any = None, clone: bool = False, graph_safe: bool = False) -> Any:
         return torch.get_rng_state()
 
-    def set_rng_state(new_state: torch.Tensor, device: Any = None) -> None:
+    def set_state(new_state: Any, device: Any = None, graph_safe: bool = False) -> None:
         torch.set_rng_state(new_state)
 
     answers: dict[str, Any] = {
         "current_device": lambda: _CPU,
-        "get_rng_state": get_rng_state,
-        "set_rng_state": set_rng_state,
+        "get_rng_state": get_state,
+        "set_rng_state": set_state,
         "manual_seed": torch.default_generator.manual_seed,
         "Stream": _Stream,
         "Event": type("_Event", (_Stream,), {}),
         "current_stream": lambda device=None: _Stream(),
         "default_stream": lambda device=None: _Stream(),
-        "stream": _stream_context,
+        "stream": contextlib.nullcontext,
         "memory_reserved": lambda device=None: 0,
         "max_memory_reserved": lambda device=None: 0,
     }
@@ -120,18 +114,39 @@ def install() -> None:
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
     torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign]
-    _install_random()
-
-
-def _install_random() -> None:
-    """Make Megatron's per-region RNG states use the CPU generator."""
     from megatron.core.tensor_parallel import random as megatron_random
-
-    def get_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> Any:
-        return torch.get_rng_state()
-
-    def set_state(new_state: Any, device: Any = -1, graph_safe: bool = False) -> None:
-        torch.set_rng_state(new_state)
 
     megatron_random._get_cuda_rng_state = get_state
     megatron_random._set_cuda_rng_state = set_state
+
+
+@functools.cache
+def patch_torchvision() -> bool:
+    """Import torchvision, without its operator descriptions if they cannot be loaded.
+
+    PyPI's torchvision is compiled for CUDA builds of torch. With a CPU build its compiled operators
+    are not registered, and `import torchvision` fails in the two modules that describe them
+    (`operator torchvision::nms does not exist`). transformers and vLLM only need its transforms, so
+    those two modules are replaced by empty ones, and only if the plain import has failed. In the
+    environment of `make env` they are empty files (tools/make_env.py); this function serves
+    environments made with pip. Call it before importing transformers' models or vLLM.
+
+    Returns:
+        True if the patch was needed.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        return False
+    except RuntimeError as error:
+        if "does not exist" not in str(error):
+            raise
+    else:
+        return False
+    for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
+        del sys.modules[name]
+    for name in ("torchvision._meta_registrations", "torchvision._autograd_registrations"):
+        sys.modules[name] = ModuleType(name)
+    import torchvision  # noqa: F401, F811
+
+    return True

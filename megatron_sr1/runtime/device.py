@@ -50,7 +50,10 @@ def select_device(kind: str = "auto") -> Device:
         ConfigError: cuda was requested but there is none, or there are fewer GPUs than local ranks.
     """
     if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
-        hide_gpus()
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for child processes, and CUDA if not loaded yet
+        if torch.cuda.is_available():  # CUDA has already read the variable
+            torch.cuda.is_available = lambda: False
+            torch.cuda.device_count = lambda: 0  # type: ignore[assignment]
         return Device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError(
@@ -63,14 +66,6 @@ def select_device(kind: str = "auto") -> Device:
             "one process per GPU (launch.num_processes)"
         )
     return Device("cuda", index)
-
-
-def hide_gpus() -> None:
-    """Hide all GPUs from this process and its children."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    if torch.cuda.is_available():  # CUDA has already read the variable
-        torch.cuda.is_available = lambda: False
-        torch.cuda.device_count = lambda: 0  # type: ignore[assignment]
 
 
 def start_distributed(device: Device, timeout_seconds: float = 1800.0) -> None:

@@ -1,11 +1,11 @@
 """Failure handling: deadlines, stack dumps, and the end of all ranks when one of them fails.
 
-`guard` wraps a rank's main function. A failure is recorded in `RUN/failure.json` (which rank and
-why), and each rank dumps its stacks to `RUN/stacks/rank_N.txt`. A watcher thread on every rank
-checks for that file, for missed deadlines, for SIGTERM, for the death of the next rank and of the
-process that started this one. It ends the process with `os._exit`, which works while the main
-thread is blocked in a collective. Ranks wait up to `LINGER_SECONDS` for each other's dumps, because
-a launcher kills the remaining ranks once the first one has exited.
+`guard` wraps a rank's main function. A failure is recorded in `RUN/failure.json`, and each rank
+dumps its stacks to `RUN/stacks/rank_N.txt`. A watcher thread on every rank checks for that file,
+for missed deadlines, for SIGTERM, for the death of the next rank and of the process that started
+this one. It ends the process with `os._exit`, which works while the main thread is blocked in a
+collective. Ranks wait up to `LINGER_SECONDS` for each other's dumps, because a launcher kills the
+remaining ranks once the first one has exited.
 
 Two fallbacks need no Python: faulthandler's timer, in case the interpreter lock is held past a
 deadline, and its handlers for SIGTERM and crashes, which dump the stacks first.
@@ -24,12 +24,11 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 from megatron_sr1.errors import SR1Error
-from megatron_sr1.runtime.child_processes import end_children
-from megatron_sr1.runtime.failure_files import STACKS_FOLDER, Launch, main_thread_frame, place
-from megatron_sr1.runtime.liveness import Presence
+from megatron_sr1.runtime.failure_files import STACKS_FOLDER, Failure, Launch, Presence
+from megatron_sr1.runtime.signals import end_children
 
 POLL_SECONDS = 0.25
 MOMENT_SECONDS = 1.0
@@ -40,28 +39,15 @@ GONE = "its process is gone (killed from outside, or out of memory)"
 _current: ContextVar[FailureWatch | None] = ContextVar("failure_watch", default=None)
 
 
-class Culprit(NamedTuple):
-    """The failure of another rank that ends this one."""
-
-    rank: int
-    cause: str
-    code: int
-
-
 class FailureWatch:
     """Watches one rank: its deadlines, and failures of other ranks.
-
-    Args:
-        run_dir: run directory, shared by all ranks.
-        rank: of this process in the world.
-        world_size: ranks in the world.
 
     Attributes:
         phase: innermost `deadline` block, "" outside; after an exception, where it was raised.
     """
 
     def __init__(self, run_dir: Path, rank: int, world_size: int) -> None:
-        """Open the stack file and start the watcher thread.
+        """Open the stack file in the run directory, which all ranks share, and start the watcher.
 
         Raises:
             ConfigError: another process is this rank of the same run directory.
@@ -107,27 +93,19 @@ class FailureWatch:
 
     @contextmanager
     def deadline(self, phase: str, seconds: float) -> Iterator[None]:
-        """End the process if the block takes longer; deadlines nest.
-
-        Args:
-            phase: name of the block, for the message.
-            seconds: limit; 0 or less means none.
-        """
+        """End the process if the block takes longer; 0 or less means no limit; deadlines nest."""
         outer, self.phase = self.phase, phase  # kept if the block raises
-        if seconds <= 0:
-            yield
-            self.phase = outer
-            return
-        entry = (time.monotonic() + seconds, phase, seconds)
+        entries = [(time.monotonic() + seconds, phase, seconds)] if seconds > 0 else []
         with self._lock:
-            self._deadlines.append(entry)
+            self._deadlines += entries
             self._arm_backup()
         try:
             yield
             self.phase = outer
         finally:
             with self._lock:
-                self._deadlines.remove(entry)
+                for entry in entries:
+                    self._deadlines.remove(entry)
                 self._arm_backup()
 
     def _arm_backup(self) -> None:
@@ -140,27 +118,26 @@ class FailureWatch:
         while not self._stop.wait(POLL_SECONDS):
             culprit = self.culprit()
             if culprit is not None:
-                self.fail(culprit.cause, code=1, culprit=culprit)
+                self.fail(culprit.cause, 1, culprit=culprit)
             if self._terminated():
                 culprit = self.culprit(MOMENT_SECONDS)  # a launcher stops the others after a death
-                code = 128 + signal.SIGTERM
-                self.fail("stopped from outside by SIGTERM", code, culprit=culprit)
+                self.fail("stopped from outside by SIGTERM", 128 + signal.SIGTERM, culprit=culprit)
             if self.world_size > 1 and os.getppid() != self._parent:
-                self.fail("the process that started this rank is gone", code=1)
+                self.fail("the process that started this rank is gone", 1)
             with self._lock:
                 first = min(self._deadlines, default=None)
             if first is not None and time.monotonic() > first[0]:
-                self.fail(f"{first[1]} took longer than its deadline of {first[2]:g} s", code=1)
+                self.fail(f"{first[1]} took longer than its deadline of {first[2]:g} s", 1)
 
-    def culprit(self, patience_seconds: float = 0.0) -> Culprit | None:
+    def culprit(self, patience_seconds: float = 0.0) -> Failure | None:
         """Return an earlier failure of another rank; wait up to `patience_seconds` for one."""
         until = time.monotonic() + patience_seconds
         while self.world_size > 1:
             failure, gone = self._launch.failure(), self._presence.gone()
             if failure is not None:
-                return Culprit(failure["rank"], failure["cause"], failure["code"])
+                return failure
             if gone is not None:
-                return Culprit(gone, GONE, 1)
+                return Failure(gone, GONE, 1)
             if time.monotonic() >= until:
                 break
             time.sleep(0.05)
@@ -176,38 +153,42 @@ class FailureWatch:
         return False
 
     def fail(
-        self, cause: str, code: int, trace: str = "", culprit: Culprit | None = None
+        self, cause: str, code: int, trace: str = "", culprit: Failure | None = None
     ) -> NoReturn:
         """Record the failure unless there is one, dump the stacks, log why, and exit.
 
         Args:
             cause: one line.
             code: exit status.
-            trace: formatted traceback, "" for none. It is written to the stack file, and also to
-                stderr if this rank is the first to fail and `code` is not 2 (a user's error).
-            culprit: the rank whose failure ends this one; None if it is this one.
+            trace: formatted traceback. It is written to the stack file, and also to stderr if this
+                rank is the first to fail and `code` is not 2 (a user's error).
+            culprit: failure of another rank that ends this one; None if this one failed.
         """
         self._ending.acquire()  # main thread or watcher, whichever is first; the other one waits
         try:
-            cause = " ".join(cause.split())  # one line
+            own = Failure(self.rank, " ".join(cause.split()), code)
             with suppress(OSError):  # the disk may be full, or nobody may read stderr
-                self._report(cause, code, trace, culprit or Culprit(self.rank, cause, code))
+                self._report(own, trace, culprit or own)
             self._linger(culprit)
             end_children()
         finally:
             os._exit(code)
 
-    def _report(self, cause: str, code: int, trace: str, culprit: Culprit) -> None:
-        first = self._launch.record(culprit.rank, culprit.cause, culprit.code)
-        why, is_ours = f"rank {first['rank']}: {first['cause']}", first["rank"] == self.rank
+    def _report(self, own: Failure, trace: str, culprit: Failure) -> None:
+        first = self._launch.record(culprit)
+        why, is_ours = f"rank {first.rank}: {first.cause}", first.rank == self.rank
         in_main = threading.current_thread() is threading.main_thread()
         where = self.phase or "no phase"
         if not in_main:
-            where += f", {place(main_thread_frame())}"
-        self._dump(f"{cause if is_ours else f'stopped by {why}'}\nwas in {where}", trace)
+            where += f", {_main_thread_place()}"
+        headline = f"{own.cause if is_ours else f'stopped by {why}'}\nwas in {where}"
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._stacks.write(f"{stamp} rank {self.rank}: {headline}\n{trace}\n")
+        self._stacks.flush()
+        faulthandler.dump_traceback(self._stacks, all_threads=True)
         if is_ours:
-            text = f"{trace if code != 2 else ''}megatron-sr1: error: {why}"
-        elif first["code"] == 2:
+            text = f"{trace if own.code != 2 else ''}megatron-sr1: error: {why}"
+        elif first.code == 2:
             return  # a user's error, already reported; where the other ranks were does not help
         else:
             text = f"megatron-sr1: rank {self.rank} stops in {where}, because of {why}"
@@ -216,13 +197,7 @@ class FailureWatch:
             sys.stderr.flush()
         os.write(2, (text + "\n").encode())
 
-    def _dump(self, headline: str, trace: str) -> None:
-        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-        self._stacks.write(f"{stamp} rank {self.rank}: {headline}\n{trace}\n")
-        self._stacks.flush()
-        faulthandler.dump_traceback(self._stacks, all_threads=True)
-
-    def _linger(self, culprit: Culprit | None) -> None:
+    def _linger(self, culprit: Failure | None) -> None:
         until = time.monotonic() + LINGER_SECONDS
         folder = self.run_dir / STACKS_FOLDER
         dead = culprit.rank if culprit is not None and culprit.cause == GONE else None
@@ -245,6 +220,15 @@ class FailureWatch:
             self._launch.forget()
 
 
+def _main_thread_place() -> str:
+    """Describe where the main thread is: `all_reduce (torch/distributed/c10d.py:3078)`."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    if frame is None:
+        return "unknown"
+    path = "/".join(Path(frame.f_code.co_filename).parts[-3:])
+    return f"{frame.f_code.co_name} ({path}:{frame.f_lineno})"
+
+
 @contextmanager
 def guard(
     run_dir: str | Path, rank: int | None = None, world_size: int | None = None
@@ -252,7 +236,7 @@ def guard(
     """Run a rank's main function; if it raises, end this process and all other ranks.
 
     An `SR1Error` is reported as one line, with exit status 2; other exceptions with a traceback and
-    status 1. `SystemExit` and Ctrl-C pass through.
+    status 1. `SystemExit` and Ctrl-C pass through. In another guard, it does nothing.
 
     Args:
         run_dir: run directory, created if absent.
@@ -263,25 +247,25 @@ def guard(
         ConfigError: another process is this rank of the same run directory.
     """
     outer = _current.get()
-    if outer is not None:  # nested: the outer guard ends the process
+    if outer is not None:
         yield outer
         return
-    if rank is None:
-        rank = int(os.environ.get("RANK", "0"))
-    if world_size is None:
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    watch = FailureWatch(Path(run_dir), rank, world_size)
+    watch = FailureWatch(
+        Path(run_dir),
+        int(os.environ.get("RANK", "0")) if rank is None else rank,
+        int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size,
+    )
     token = _current.set(watch)
     try:
         yield watch
-    except SR1Error as error:
-        # The cause of any exception may be another rank's death, e.g. through a broken connection.
-        culprit = watch.culprit(MOMENT_SECONDS)
-        watch.fail(str(error), 2, traceback.format_exc(), culprit)
     except Exception as error:
-        cause = f"{type(error).__name__}: {error}" + (f" (in {watch.phase})" if watch.phase else "")
-        culprit = watch.culprit(MOMENT_SECONDS)
-        watch.fail(cause, 1, traceback.format_exc(), culprit)
+        if isinstance(error, SR1Error):
+            cause, code = str(error), 2
+        else:
+            where = f" (in {watch.phase})" if watch.phase else ""
+            cause, code = f"{type(error).__name__}: {error}{where}", 1
+        # The cause of any exception may be another rank's death, e.g. through a broken connection.
+        watch.fail(cause, code, traceback.format_exc(), watch.culprit(MOMENT_SECONDS))
     finally:
         _current.reset(token)
         watch.close()

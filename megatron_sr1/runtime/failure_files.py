@@ -1,137 +1,204 @@
-"""Files of a failed run: `RUN/failure.json` (which rank and why) and `RUN/stacks/rank_N.txt`.
+"""Files by which the ranks of a run learn of each other's failures.
 
-In: a failure. Out: the failure of this launch (the first that was recorded), and a summary for the
-end of the output: the cause and where every rank was, unusual places first.
+`RUN/failure.json` holds the first failure of a launch: which rank and why. `RUN/stacks/rank_N.txt`
+receives rank N's stacks, and says whether the rank is alive: it is locked, and the kernel releases
+the lock when the process dies. SIGKILL and the kernel's out-of-memory killer leave no message, but
+they free the lock.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
 import re
-import sys
-import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
+from typing import NamedTuple, TextIO
 
 import psutil
+
+from megatron_sr1.errors import ConfigError
 
 FAILURE_FILE = "failure.json"
 STACKS_FOLDER = "stacks"
 MOST_PLACES, MOST_RANKS = 8, 8
 WRITING_SECONDS = 1.0
+PATIENCE_SECONDS = 20.0
+"""How long a launch that has just been killed may still hold its locks."""
 _WHERE = re.compile(r"^was in (.*)$", re.MULTILINE)
 
 log = logging.getLogger(__name__)
 
 
-def launch_start() -> float:
-    """Return the start of the process that started us, as Unix time: no rank is older.
+class Failure(NamedTuple):
+    """The failure of a rank; if it was killed, another one recorded it.
 
-    Under torchrun and srun that is the node's agent. An older failure file belongs to an earlier
-    launch.
+    Attributes:
+        rank: the one that failed.
+        cause: one line.
+        code: exit status.
+        time: of the recording, Unix seconds.
+        launch: name of the launch.
     """
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    return psutil.Process(os.getpid() if alone else os.getppid()).create_time()
+
+    rank: int
+    cause: str
+    code: int
+    time: float = 0.0
+    launch: str = ""
 
 
-def read_failure(run_dir: Path, since: float) -> dict | None:
-    """Return the failure that a rank recorded after `since` (Unix seconds), or None.
-
-    Returns:
-        `{"rank", "cause", "code", "time", "launch"}`; `rank` is the one that failed; if it was
-        killed, another one wrote the file.
-    """
+def read_failure(run_dir: Path, since: float) -> Failure | None:
+    """Return the failure that a rank recorded after `since` (Unix seconds), or None."""
     try:
-        failure = json.loads((run_dir / FAILURE_FILE).read_text())
+        failure = Failure(**json.loads((run_dir / FAILURE_FILE).read_text()))
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
         return None
     # A process's start time is coarse, and the clocks of machines differ a little.
-    return failure if failure["time"] >= since - 1.0 else None
+    return failure if failure.time >= since - 1.0 else None
 
 
 class Launch:
-    """The failure file of one launch.
-
-    Args:
-        run_dir: run directory, shared by all ranks.
-    """
+    """The failure file of one launch in a run directory, which all ranks share."""
 
     def __init__(self, run_dir: Path) -> None:
         """Remember what identifies this launch.
 
-        Time is not enough: a command that is restarted at once begins within the same second.
+        A failure from before the start of the process that started this one (under torchrun and
+        srun the node's agent) is of an earlier launch: no rank is older. Time alone is not enough,
+        as a command that is restarted at once begins within the same second.
         """
-        self._run_dir, self._since = run_dir, launch_start()
+        self._path = run_dir / FAILURE_FILE
+        single = int(os.environ.get("WORLD_SIZE", "1")) == 1
+        self._since = psutil.Process(os.getpid() if single else os.getppid()).create_time()
         names = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
         self._name = " ".join(os.environ.get(name, "") for name in names)
 
-    def failure(self) -> dict | None:
-        """Return what a rank of this launch recorded, or None."""
-        failure = read_failure(self._run_dir, self._since)
-        return failure if failure and failure.get("launch") == self._name else None
+    def failure(self) -> Failure | None:
+        """Return the failure that a rank of this launch recorded, or None."""
+        failure = read_failure(self._path.parent, self._since)
+        return failure if failure is not None and failure.launch == self._name else None
 
-    def record(self, rank: int, cause: str, code: int) -> dict:
+    def record(self, failure: Failure) -> Failure:
         """Record a failure unless this launch has one already; return the recorded one."""
-        failure = {"rank": rank, "cause": cause, "code": code, "time": time.time()}
-        failure["launch"] = self._name
-        target, text = self._run_dir / FAILURE_FILE, json.dumps(failure) + "\n"
+        failure = failure._replace(time=time.time(), launch=self._name)
+        text = json.dumps(failure._asdict()) + "\n"
         try:
-            with open(target, "x") as file:  # if several ranks try at once, one succeeds
+            with open(self._path, "x") as file:  # if several ranks try at once, one succeeds
                 file.write(text)
         except FileExistsError:
             until = time.monotonic() + WRITING_SECONDS
-            while self._is_empty(target) and time.monotonic() < until:
+            while self._is_empty() and time.monotonic() < until:
                 time.sleep(0.01)  # the other rank has created the file and is writing it
             recorded = self.failure()
             if recorded is not None:
                 return recorded
-            target.write_text(text)  # replaces an earlier launch's
+            self._path.write_text(text)  # replaces an earlier launch's
         except OSError as error:
-            log.error("%s could not be written: %s", target, error)
+            log.error("%s could not be written: %s", self._path, error)
         return failure
 
-    @staticmethod
-    def _is_empty(path: Path) -> bool:
+    def _is_empty(self) -> bool:
         with suppress(FileNotFoundError):
-            return path.stat().st_size == 0
+            return self._path.stat().st_size == 0
         return False
 
     def forget(self) -> None:
         """Remove the failure of an earlier launch."""
         if self.failure() is None:
-            (self._run_dir / FAILURE_FILE).unlink(missing_ok=True)
+            self._path.unlink(missing_ok=True)
 
 
-def place(frame: FrameType | None) -> str:
-    """Describe where a thread is: `all_reduce (torch/distributed/distributed_c10d.py:3078)`."""
-    if frame is None:
-        return "unknown"
-    path = "/".join(Path(frame.f_code.co_filename).parts[-3:])
-    return f"{frame.f_code.co_name} ({path}:{frame.f_lineno})"
+class Presence:
+    """The stack file and lock of this rank, and a check of the next rank's lock.
+
+    Each rank watches only the next one, so that the cost does not depend on the number of ranks. A
+    rank counts as dead only if it was seen to hold its lock: on a file system without locks, or
+    whose locks are local to each host, no rank is ever taken for dead.
+
+    Attributes:
+        file: `rank_N.txt`, empty and open for writing.
+    """
+
+    def __init__(self, folder: Path, rank: int, world_size: int) -> None:
+        """Open and lock the file in the directory of stack files, which all ranks share.
+
+        Raises:
+            ConfigError: another process is this rank of the same run directory, or the directory
+                cannot be created or written to.
+        """
+        self._next = (rank + 1) % world_size if world_size > 1 else None
+        self._folder, self._seen = folder, False
+        self.file = self._open(rank)
+        self.file.truncate(0)
+
+    def _open(self, rank: int) -> TextIO:
+        path, until = self._folder / f"rank_{rank}.txt", time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                file: TextIO = open(path, "a")  # noqa: SIM115
+            except OSError as error:
+                # Another rank removes the directory when it ends.
+                if isinstance(error, FileNotFoundError) and time.monotonic() < until:
+                    time.sleep(0.01)
+                    continue
+                raise ConfigError(
+                    f"output={self._folder.parent} cannot be written to ({error.strerror}: "
+                    f"{error.filename}); name another directory, or free this one"
+                ) from None
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                if time.monotonic() > until:
+                    raise ConfigError(
+                        f"{self._folder.parent}: another process is rank {rank} of this run; wait "
+                        "for that run or stop it, or give another output"
+                    ) from None
+                time.sleep(0.1)
+                continue
+            except OSError:  # no locks on this file system
+                return file
+            if os.fstat(file.fileno()).st_nlink:
+                return file
+            file.close()  # it was removed between opening and locking
+
+    def gone(self) -> int | None:
+        """Return the next rank if it was alive and its process died; None otherwise."""
+        if self._next is None:
+            return None
+        try:
+            with open(self._folder / f"rank_{self._next}.txt", "r+") as file:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                ended_well = os.fstat(file.fileno()).st_nlink == 0
+                return self._next if self._seen and not ended_well else None
+        except BlockingIOError:
+            self._seen = True
+        except OSError:  # it does not exist yet, or was removed after a normal end
+            pass
+        return None
+
+    def leave(self) -> None:
+        """Remove the file, then release the lock, so that this rank is not taken for dead."""
+        Path(self.file.name).unlink(missing_ok=True)
+        self.file.close()
+        with suppress(OSError):  # other ranks' files are in it, or another rank removed it
+            self._folder.rmdir()
 
 
-def main_thread_frame() -> FrameType | None:
-    """Return the main thread's innermost frame."""
-    identity = threading.main_thread().ident
-    return None if identity is None else sys._current_frames().get(identity)
-
-
-def last_words(run_dir: Path, failure: dict, since: float) -> list[str]:
+def last_words(run_dir: Path, failure: Failure, since: float) -> list[str]:
     """Summarize a failed run, for the end of its output.
 
-    Args:
-        run_dir: run directory.
-        failure: as returned by `read_failure`.
-        since: Unix time of the launch; older stack files belong to earlier ones.
+    Stack files from before `since`, the Unix time of the launch, belong to earlier launches.
 
     Returns:
         lines: the cause, then where the ranks were; the places of the fewest ranks first.
     """
-    cause = f"megatron-sr1: error: rank {failure['rank']}: {failure['cause']}"
+    cause = f"megatron-sr1: error: rank {failure.rank}: {failure.cause}"
     folder = run_dir / STACKS_FOLDER
     ranks: dict[str, list[int]] = {}
     for path in folder.glob("rank_*.txt"):

@@ -1,8 +1,7 @@
 """Atomic replacement of files: readers see the old contents or the new, never a part.
 
-In: a path and its new contents. Out: the file, optionally also safe from a loss of power. The
-contents are first written to `.NAME.PID.partial` in the same directory, so that processes writing
-the same file do not disturb each other. Only a process that is killed leaves such a file.
+The contents are first written to `.NAME.PID.partial` in the same directory, so that processes
+writing the same file do not disturb each other. Only a process that is killed leaves such a file.
 """
 
 from __future__ import annotations
@@ -17,9 +16,8 @@ from pathlib import Path
 def replacing(path: Path, sync: bool = False) -> Iterator[Path]:
     """Yield a path to write to; rename it to `path` afterwards, or remove it if the block raises.
 
-    Args:
-        path: of the file to replace; its directory exists.
-        sync: flush the contents and the file's name to the disk.
+    The directory of `path` must exist. With `sync`, the contents and the name are flushed to the
+    disk, so that the file survives a loss of power.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

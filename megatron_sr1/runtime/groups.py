@@ -1,8 +1,10 @@
-"""Process groups of the actor's layout: created once and passed as arguments, never None."""
+"""Process groups of the actor's layout, created once and passed as arguments, and fair shares."""
 
 from __future__ import annotations
 
 import gc
+import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_sr1.config.model import ParallelConfig
 from megatron_sr1.errors import ConfigError
-from megatron_sr1.runtime import child_processes, cpu
+from megatron_sr1.runtime import cpu, signals
 from megatron_sr1.runtime.device import Device
 
 
@@ -21,7 +23,7 @@ class Group:
     Attributes:
         process_group: torch's group.
         rank: of this process in the group.
-        size: ranks in the group.
+        size: number of ranks in the group.
         ranks: their global ranks, in the group's order.
     """
 
@@ -31,14 +33,11 @@ class Group:
     ranks: tuple[int, ...]
 
     @classmethod
-    def of(cls, group: dist.ProcessGroup) -> Group:
+    def of(cls, group: dist.ProcessGroup | None) -> Group:
         """Wrap torch's group."""
-        return cls(
-            group,
-            dist.get_rank(group),
-            dist.get_world_size(group),
-            tuple(dist.get_process_group_ranks(group)),
-        )
+        assert group is not None, "torch.distributed has not been started"
+        ranks = dist.get_process_group_ranks(group)
+        return cls(group, dist.get_rank(group), len(ranks), tuple(ranks))
 
 
 @dataclass(frozen=True)
@@ -81,10 +80,7 @@ class Groups:
 
     @property
     def counts_tokens(self) -> bool:
-        """True if this rank counts the tokens of its rows.
-
-        All context-parallel ranks have the totals of the whole row; the first one counts them.
-        """
+        """True on the one context-parallel rank that counts a row's tokens; all have its totals."""
         return self.context.rank == 0
 
     @property
@@ -96,16 +92,13 @@ class Groups:
 def make_groups(parallel: ParallelConfig, device: Device, *, on_host: bool = True) -> Groups:
     """Create Megatron's groups for a layout; torch.distributed must have been started.
 
-    Args:
-        parallel: sizes of the layout.
-        device: where this rank computes.
-        on_host: also create gloo groups, over which optimizer state is gathered in host memory.
+    With `on_host`, also create gloo groups, over which optimizer state is gathered in host memory.
 
     Raises:
         ConfigError: the layout does not divide the number of ranks.
     """
     cpu.install()
-    child_processes.install()
+    signals.tie_checkpoint_writers()
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -125,8 +118,6 @@ def make_groups(parallel: ParallelConfig, device: Device, *, on_host: bool = Tru
             create_gloo_process_groups=on_host,
         )
         collection = ProcessGroupCollection.use_mpu_process_groups()
-    world = dist.group.WORLD
-    assert world is not None
     tensor = Group.of(parallel_state.get_tensor_model_parallel_group())
     context = Group.of(parallel_state.get_context_parallel_group())
     tower, images = tensor, context
@@ -141,7 +132,7 @@ def make_groups(parallel: ParallelConfig, device: Device, *, on_host: bool = Tru
         context=context,
         data=Group.of(parallel_state.get_data_parallel_group()),
         data_context=Group.of(parallel_state.get_data_parallel_group(with_context_parallel=True)),
-        world=Group.of(world),
+        world=Group.of(dist.group.WORLD),
         tower=tower,
         images=images,
         collection=collection,
@@ -166,14 +157,19 @@ def destroy_groups() -> None:
     gc.collect()  # models and optimizers hold groups in reference cycles
 
 
-def gather_objects(value: Any, group: Group | None = None) -> list[Any]:
-    """Gather every rank's value, in the group's order; in the world's without a group.
+def share_out(costs: Sequence[float], num_shares: int) -> list[list[int]]:
+    """Partition items by cost: the largest first, each to the share with the least load.
 
-    For small Python objects of our own only: they are pickled.
+    No two shares differ by more than the largest item (Graham, 1969, doi:10.1137/0117039).
+
+    Returns:
+        for each share the indices of its items, in the order in which they were assigned; a share
+        may be empty.
     """
-    size = dist.get_world_size() if group is None else group.size
-    if size == 1:
-        return [value]
-    gathered: list[Any] = [None] * size
-    dist.all_gather_object(gathered, value, group=group and group.process_group)
-    return gathered
+    shares: list[list[int]] = [[] for _ in range(num_shares)]
+    least = [(0.0, share) for share in range(num_shares)]  # a heap
+    for number in sorted(range(len(costs)), key=lambda n: -costs[n]):
+        load, share = heapq.heappop(least)
+        shares[share].append(number)
+        heapq.heappush(least, (load + costs[number], share))
+    return shares

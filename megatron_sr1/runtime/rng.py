@@ -22,8 +22,7 @@ from megatron_sr1.runtime.groups import Groups
 def rng_state() -> dict[str, Any]:
     """Return the states of Python, NumPy, torch and Megatron's tensor-parallel regions.
 
-    Returns:
-        tensors, numbers and strings only, so that `torch.load(weights_only=True)` reads it.
+    They are tensors, numbers and strings only, so that `torch.load(weights_only=True)` reads them.
     """
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
@@ -76,12 +75,12 @@ def seed_everything(seed: int, groups: Groups) -> None:
 
     Pipeline stages differ; data-parallel ranks agree, as they hold the same weights.
     """
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
     stage_seed = seed + 100 * groups.pipeline.rank
     random.seed(stage_seed)
     np.random.seed(stage_seed % 2**32)
     torch.manual_seed(stage_seed)
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
     with cpu.megatron_mode():
         model_parallel_cuda_manual_seed(stage_seed)
 

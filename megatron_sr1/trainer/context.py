@@ -16,21 +16,25 @@ import torch.distributed as dist
 
 from megatron_sr1.config.loading import save_config
 from megatron_sr1.config.run import Config
-from megatron_sr1.data.balance import Size, plan_ranks
 from megatron_sr1.data.loader import Loader
-from megatron_sr1.data.packing import pack_samples
+from megatron_sr1.data.packing import Size, pack_samples, plan_ranks
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.errors import DataError, GradingError
 from megatron_sr1.model.flops import patch_cost
 from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.model.row_split import sequence_multiple
 from megatron_sr1.model.transformer_config import fp8_row_multiple
-from megatron_sr1.observability.memory import PeakMemory
-from megatron_sr1.observability.metrics import MetricsFile, PhaseTimer
-from megatron_sr1.observability.profiler import StepProfiler
+from megatron_sr1.observability.metrics import MetricsFile
+from megatron_sr1.observability.profiling import (
+    STEPS_BETWEEN_TRIMS,
+    PeakMemory,
+    PhaseTimer,
+    StepProfiler,
+    trim_host_memory,
+)
 from megatron_sr1.observability.sinks import Sink, make_sinks
 from megatron_sr1.records import PackedBatch, TrainSample
-from megatron_sr1.runtime import failure, host_memory, stop_signal
+from megatron_sr1.runtime import failure, signals
 from megatron_sr1.runtime.files import write_text
 from megatron_sr1.runtime.groups import Groups
 from megatron_sr1.trainer.actor import Actor
@@ -287,8 +291,8 @@ class Context:
             rate: evaluates the actor before a save that is due, for `checkpoint.keep_best`.
         """
         self.step += 1
-        if self.step % host_memory.STEPS_BETWEEN == 0:
-            host_memory.give_back()
+        if self.step % STEPS_BETWEEN_TRIMS == 0:
+            trim_host_memory()
         every, last = self.config.checkpoint.every_steps, self.config.optimizer.num_steps
         is_due = self.step == last or bool(every and self.step % every == 0)
         with failure.deadline("profile", self.config.launch.phase_deadline_seconds):
@@ -317,7 +321,7 @@ class Context:
         """
         saves = self._checkpoints.saves
         with failure.deadline("ask", self.config.launch.phase_deadline_seconds):
-            states = {"asked": stop_signal.stop_requested(), "writing": saves.is_writing}
+            states = {"asked": signals.stop_requested(), "writing": saves.is_writing}
             totals = self.sum_over_ranks({name: float(is_so) for name, is_so in states.items()})
         asked = totals["asked"] > 0
         if saves and not totals["writing"]:
@@ -340,7 +344,7 @@ class Context:
                 self.step,
                 self.config.optimizer.num_steps,
             )
-            stop_signal.mark_unfinished()
+            signals.mark_unfinished()
 
     def _save(self, actor: Actor, rates: Mapping[str, float]) -> None:
         state = {

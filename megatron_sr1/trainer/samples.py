@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_sr1.data.balance import Size
+from megatron_sr1.data.packing import Size
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.data.prompts import pass1_messages, pass2_messages
 from megatron_sr1.data.shards import ShardReader

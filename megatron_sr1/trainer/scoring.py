@@ -17,7 +17,8 @@ from typing import Any
 from megatron_sr1.errors import GradingLimit
 from megatron_sr1.records import RIGHT_FROM, Example, Reward, Rollout
 from megatron_sr1.rewards.score import Scorer
-from megatron_sr1.runtime.groups import Groups, gather_objects
+from megatron_sr1.runtime.collectives import gather_objects
+from megatron_sr1.runtime.groups import Groups
 from megatron_sr1.trainer.samples import Samples
 
 log = logging.getLogger(__name__)

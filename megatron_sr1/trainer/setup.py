@@ -17,8 +17,8 @@ from megatron_sr1.checkpoint.hf_files import HFSource
 from megatron_sr1.checkpoint.loading import load_model
 from megatron_sr1.config.run import Config, LaunchConfig
 from megatron_sr1.data.processor import Processor
-from megatron_sr1.model.build import build_model
 from megatron_sr1.model.hf_config import HFConfig, read_hf_config
+from megatron_sr1.model.qwen25_vl import build_model
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.runtime import cpu, failure

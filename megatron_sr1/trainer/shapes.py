@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 from megatron_sr1.config.model import ParallelConfig
 from megatron_sr1.config.run import Config
-from megatron_sr1.model.build import build_model
 from megatron_sr1.model.hf_config import HFConfig
+from megatron_sr1.model.qwen25_vl import build_model
 from megatron_sr1.runtime.device import Device, stop_distributed
 from megatron_sr1.runtime.groups import Groups, make_groups
 

@@ -34,8 +34,8 @@ from megatron_sr1.checkpoint.tensors import Trained  # noqa: E402
 from megatron_sr1.config.loading import load_config  # noqa: E402
 from megatron_sr1.data.packing import pack_samples  # noqa: E402
 from megatron_sr1.data.processor import Processor  # noqa: E402
-from megatron_sr1.model.build import build_model  # noqa: E402
 from megatron_sr1.model.hf_config import read_hf_config  # noqa: E402
+from megatron_sr1.model.qwen25_vl import build_model  # noqa: E402
 from megatron_sr1.model.row_split import sequence_multiple  # noqa: E402
 from megatron_sr1.records import TrainSample  # noqa: E402
 from megatron_sr1.runtime.device import select_device, start_distributed  # noqa: E402

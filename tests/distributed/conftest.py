@@ -18,7 +18,15 @@ def demo_of(tmp_path_factory):
     def run(seed):
         output = tmp_path_factory.mktemp(f"demo_{seed}_")
         command = [sys.executable, "-m", "megatron_sr1", "demo", "--output", str(output)]
-        subprocess.run([*command, "--seed", str(seed)], check=True, cwd=ROOT, timeout=1500)
+        with open(output / "terminal.txt", "w") as said:
+            subprocess.run(
+                [*command, "--seed", str(seed)],
+                check=True,
+                cwd=ROOT,
+                timeout=1500,
+                stdout=said,
+                stderr=subprocess.STDOUT,
+            )
         return output
 
     return run

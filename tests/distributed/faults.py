@@ -327,7 +327,7 @@ def import_all(with_engine):
     """What a rank imports on its way, without starting a thread."""
     from megatron_sr1.rollout.startup import set_environment
     from megatron_sr1.runtime import cpu
-    from megatron_sr1.runtime.torchvision_patch import patch_torchvision
+    from megatron_sr1.runtime.cpu import patch_torchvision
 
     set_environment(1)
     patch_torchvision()

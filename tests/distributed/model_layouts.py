@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 from megatron_sr1.checkpoint.hf import load_hf
 from megatron_sr1.config.model import ModelConfig, ParallelConfig
-from megatron_sr1.model.build import build_model
 from megatron_sr1.model.hf_config import read_hf_config
+from megatron_sr1.model.qwen25_vl import build_model
 from megatron_sr1.model.row_split import sequence_multiple
 from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.device import select_device, start_distributed, stop_distributed

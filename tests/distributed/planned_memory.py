@@ -20,8 +20,8 @@ import torch.distributed as dist  # noqa: E402
 
 from megatron_sr1.checkpoint.mapping import is_tower_frozen  # noqa: E402
 from megatron_sr1.config.loading import load_config  # noqa: E402
-from megatron_sr1.model.build import build_model  # noqa: E402
 from megatron_sr1.model.hf_config import read_hf_config  # noqa: E402
+from megatron_sr1.model.qwen25_vl import build_model  # noqa: E402
 from megatron_sr1.planning.layout import check, configured  # noqa: E402
 from megatron_sr1.planning.rank_memory import (  # noqa: E402
     Kernels,

@@ -21,8 +21,9 @@ import torch.distributed as dist  # noqa: E402
 from megatron_sr1.checkpoint.manifest import read_manifest  # noqa: E402
 from megatron_sr1.config.loading import load_config  # noqa: E402
 from megatron_sr1.observability.metrics import read_lines  # noqa: E402
+from megatron_sr1.runtime.collectives import gather_objects  # noqa: E402
 from megatron_sr1.runtime.device import select_device, start_distributed  # noqa: E402
-from megatron_sr1.runtime.groups import destroy_groups, gather_objects, make_groups  # noqa: E402
+from megatron_sr1.runtime.groups import destroy_groups, make_groups  # noqa: E402
 from megatron_sr1.runtime.rng import seed_everything  # noqa: E402
 from megatron_sr1.stages import start  # noqa: E402
 from megatron_sr1.trainer.context import Context  # noqa: E402

@@ -15,7 +15,7 @@ from transformer_engine.pytorch.fp8 import STATE
 from megatron_sr1.checkpoint.hf import load_hf
 from megatron_sr1.config.model import ModelConfig, ParallelConfig
 from megatron_sr1.errors import ConfigError
-from megatron_sr1.model import build, specs
+from megatron_sr1.model import layers, qwen25_vl
 from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.model.transformer_config import FP8_RECIPES
 from megatron_sr1.runtime import cpu
@@ -45,7 +45,7 @@ def run(directory, groups, format_, recipe, kept):
         bf16_layers_at_start=kept[0],
         bf16_layers_at_end=kept[1],
     )
-    (chunk,) = build.build_model(hf_config, groups, model, ParallelConfig())
+    (chunk,) = qwen25_vl.build_model(hf_config, groups, model, ParallelConfig())
     load_hf([chunk], directory, hf_config, groups)
     seen = {}
     for name, module in chunk.named_modules():
@@ -83,7 +83,7 @@ def main():
     device = select_device("cpu")
     start_distributed(device)
     groups = make_groups(ParallelConfig(), device)
-    specs.require_transformer_engine = lambda: None  # it asks for CUDA
+    layers.require_transformer_engine = lambda: None  # it asks for CUDA
     plain, _ = run(directory, groups, None, "delayed", (0, 0))
     num_runs = 0
     for recipe in FP8_RECIPES:

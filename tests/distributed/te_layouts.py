@@ -10,7 +10,7 @@ from pathlib import Path
 import transformer_engine
 
 from megatron_sr1.config.model import ParallelConfig
-from megatron_sr1.model import specs
+from megatron_sr1.model import layers
 from megatron_sr1.runtime.device import select_device, start_distributed
 from megatron_sr1.runtime.groups import destroy_groups, make_groups
 from tests.distributed import model_layouts
@@ -26,7 +26,7 @@ def main():
     start_distributed(device)
     alone = make_groups(ParallelConfig(), device)
     expected = {case: model_layouts.measure(case, alone) for case in cases}
-    specs.require_transformer_engine = lambda: None  # it asks for CUDA
+    layers.require_transformer_engine = lambda: None  # it asks for CUDA
     problems = []
     for tensor, pipeline, letters in layouts:
         destroy_groups()

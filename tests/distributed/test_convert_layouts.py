@@ -43,7 +43,7 @@ def described_by_megatron(directory, groups):
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-    from megatron_sr1.model.build import build_model
+    from megatron_sr1.model.qwen25_vl import build_model
 
     with cpu.megatron_mode():
         (chunk,) = build_model(

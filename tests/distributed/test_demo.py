@@ -15,6 +15,7 @@ from megatron_sr1.observability.metrics import read_lines
 from megatron_sr1.report.panels import TITLES
 from megatron_sr1.trainer.scoring import VERDICTS
 
+PARTS = ("data", "cold start (600 steps)", "GRPO, answer only (40", "GRPO + self-reward (40")
 MODELS = ("cold_start", "see_think", "vision_sr1")
 
 
@@ -77,6 +78,17 @@ def test_both_recipes_had_the_same_budget_and_left_what_a_run_leaves(demo):
         assert (demo / name / "hf" / "config.json").is_file()
     assert set(TITLES) <= set(steps["vision_sr1"][0]), "a title for what no step writes"
     assert (demo / "report.html").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_a_log_names_the_four_parts_and_not_every_step(demo):
+    text = (demo / "terminal.txt").read_text()
+    parts = [text.index(f"{n}/4 {name}") for n, name in enumerate(PARTS, start=1)]
+    assert parts == sorted(parts)
+    logged = [line for line in text.splitlines() if " sft " in line]
+    assert "sft 1/600" in logged[0] and "sft 600/600" in logged[-1] and len(logged) < 200
+    assert text.index("Held-out questions") < text.index(str(demo / "report.html"))
+    assert "megatron-sr1 train examples/digits_cpu.yaml" in text.splitlines()[-2]
 
 
 def test_the_terminal_shows_every_rate_of_every_model():

@@ -15,7 +15,7 @@ import pytest
 
 from megatron_sr1.demo.digits import make_digits
 from megatron_sr1.observability.metrics import read_lines
-from megatron_sr1.runtime.stop_signal import UNFINISHED
+from megatron_sr1.runtime.signals import UNFINISHED
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_STEPS = 40

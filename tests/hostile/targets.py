@@ -17,12 +17,16 @@ from pathlib import Path
 import numpy as np
 from hypothesis import strategies as st
 
-from megatron_sr1.data.balance import cost, plan_rows, size_of
-from megatron_sr1.data.examples import Record, example_from_stored
+from megatron_sr1.data.examples import (
+    ESCAPED_MARK,
+    IMAGE_MARK,
+    Record,
+    count_marks,
+    example_from_stored,
+)
 from megatron_sr1.data.guards import is_json
 from megatron_sr1.data.images import MAX_ASPECT_RATIO, MAX_IMAGE_PIXELS, decode_image
-from megatron_sr1.data.marks import ESCAPED_MARK, IMAGE_MARK, count_marks
-from megatron_sr1.data.packing import PER_TOKEN, pack_samples
+from megatron_sr1.data.packing import PER_TOKEN, cost, pack_samples, plan_rows, size_of
 from megatron_sr1.data.prompts import strip_image_marks
 from megatron_sr1.data.rows import record_from_row
 from megatron_sr1.data.shard_index import index_path
@@ -273,7 +277,7 @@ def check_example(row):
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "a.png").write_bytes(VALID_IMAGES[3])
         with refused_or_right(), in_time("a row"):
-            record = record_from_row(row, folder=Path(folder), where="row 1")
+            record = record_from_row(row, folder=Path(folder), where="row 1", columns={})
             assert write_shards([record], Path(folder) / "out") == 1
             reader = ShardReader(Path(folder) / "out")
             example = reader.example(0)
@@ -369,7 +373,6 @@ def _read_all(folder, check_answers, strict):
                     assert [image.size for image in images] == wanted, "another sample's image"
         for tar in Path(folder).glob("*.tar"):
             assert not index_path(tar).name.endswith(".part")
-        reader.close()
 
 
 TARGETS = {

@@ -13,7 +13,7 @@ from PIL import Image
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.data.prompts import pass1_messages
 from megatron_sr1.records import Example, Message
-from megatron_sr1.runtime.torchvision_patch import patch_torchvision
+from megatron_sr1.runtime.cpu import patch_torchvision
 
 LIMITS = (3136, 50176)  # not the directory's own: the limits themselves must arrive
 SIZES = [(84, 28), (300, 500), (40, 44)]

@@ -10,8 +10,8 @@ from megatron_sr1.checkpoint.hf import load_hf
 from megatron_sr1.checkpoint.mapping import canonical_hf_name
 from megatron_sr1.config.model import ModelConfig, ParallelConfig
 from megatron_sr1.errors import DataError
-from megatron_sr1.model.build import build_model
 from megatron_sr1.model.hf_config import read_hf_config
+from megatron_sr1.model.qwen25_vl import build_model
 from megatron_sr1.runtime import cpu
 from tests.model_cases import make_row, worst_relative_gap, write_case
 from tools.layout_parts import published_gradients

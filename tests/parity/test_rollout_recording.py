@@ -12,8 +12,7 @@ from megatron_sr1.data.prompts import pass2_messages
 from megatron_sr1.rollout.engine import Request
 from megatron_sr1.rollout.pass2 import Pass2, RolloutHooks
 from megatron_sr1.rollout.two_pass import roll_out
-from tools.recording import recorded
-from tools.schedules import SCHEDULES, Limits, jobs_of, simulate
+from tools.engine_steps import SCHEDULES, Limits, jobs_of, recorded, simulate
 
 LIMITS = Limits(max_num_seqs=128, max_step_tokens=32768, block_tokens=32, chunked=False)
 PASS2 = {"one": None, "barrier": "barrier", "forked": "fork"}

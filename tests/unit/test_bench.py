@@ -5,9 +5,8 @@ The measurements here are made up; `make bench` takes real ones.
 
 import pytest
 
-from tools.bench import summary
-from tools.bench_tables import SEQUENCES, forked_over_barrier, model_tables, verdicts
-from tools.schedules import SCHEDULES
+from tools.bench import SEQUENCES, forked_over_barrier, model_tables, summary, verdicts
+from tools.engine_steps import SCHEDULES
 
 
 def schedule(steps, seconds):

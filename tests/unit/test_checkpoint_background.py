@@ -22,7 +22,7 @@ from megatron_sr1.checkpoint.manifest import read_manifest
 from megatron_sr1.checkpoint.saving import SaveQueue, begin_save
 from megatron_sr1.config.loading import load_config
 from megatron_sr1.errors import CheckpointError
-from megatron_sr1.runtime import stop_signal
+from megatron_sr1.runtime import signals
 from megatron_sr1.trainer.context import Context
 from tests.checkpoint_run import fill, held, load, make_run, save
 
@@ -208,7 +208,7 @@ def test_a_run_that_is_asked_to_leave_waits_for_its_saves(run, gate, monkeypatch
     context, actor = run
     context.finish_step("sft", {}, actor)
     assert steps(context.checkpoints) == []
-    monkeypatch.setattr(stop_signal, "stop_requested", lambda: True)
+    monkeypatch.setattr(signals, "stop_requested", lambda: True)
     opener = threading.Timer(0.5, lambda: [(gate / f"step_{step}").touch() for step in (1, 2)])
     opener.start()
     context.finish_step("sft", {}, actor)

@@ -87,7 +87,7 @@ def test_a_run_keeps_its_best_across_a_restart_and_always_the_newest(tiny_model,
 REFUSED = {
     "data.eval, which is not set": [],
     "keep_last=0 keeps all": ["data.eval=x", "checkpoint.keep_last=0"],
-    "stage=sft makes none": ["data.eval=x", "stage=sft"],
+    "stage=sft has none": ["data.eval=x", "stage=sft"],
     "needs descriptions": [
         *("data.eval=x", "reward.recipe=vision_r1", "checkpoint.best_by=min shortcut_rate"),
     ],

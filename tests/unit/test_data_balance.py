@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from megatron_sr1.data.balance import Size, cost, plan_ranks, plan_rows
+from megatron_sr1.data.packing import Size, cost, plan_ranks, plan_rows
 
 WEIGHT = 0.25
 

@@ -9,10 +9,10 @@ from megatron_sr1.data import images as image_module
 from megatron_sr1.data.examples import (
     Record,
     example_from_stored,
+    place_marks,
     stored,
 )
 from megatron_sr1.data.images import decode_image
-from megatron_sr1.data.marks import place_marks
 from megatron_sr1.data.rows import record_from_row
 from megatron_sr1.errors import DataError
 from megatron_sr1.records import Message
@@ -27,7 +27,7 @@ def png(size=(8, 8), color="red", mode="RGB", **options):
 def read(row, folder="."):
     from pathlib import Path
 
-    return record_from_row(row, folder=Path(folder), where="rows.jsonl line 3")
+    return record_from_row(row, folder=Path(folder), where="rows.jsonl line 3", columns={})
 
 
 @pytest.mark.parametrize("text", ["problem", "question"])

@@ -12,7 +12,7 @@ from PIL import Image
 
 from megatron_sr1.config.loading import load_config
 from megatron_sr1.config.rollout import RolloutConfig
-from megatron_sr1.data.image_limits import largest_pixels
+from megatron_sr1.data.images import largest_pixels
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.errors import ConfigError, DataError
 from megatron_sr1.model.hf_config import parse_hf_config

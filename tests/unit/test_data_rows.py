@@ -12,9 +12,15 @@ import pytest
 from PIL import Image
 
 from megatron_sr1.config.rollout import RewardConfig
-from megatron_sr1.data.examples import Record, example_from_stored, stored
+from megatron_sr1.data.examples import (
+    ESCAPED_MARK,
+    IMAGE_MARK,
+    Record,
+    count_marks,
+    example_from_stored,
+    stored,
+)
 from megatron_sr1.data.images import decode_image
-from megatron_sr1.data.marks import ESCAPED_MARK, IMAGE_MARK, count_marks
 from megatron_sr1.data.prompts import (
     chat_messages,
     flat_text,

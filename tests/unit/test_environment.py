@@ -71,7 +71,7 @@ class Fail:
         if name in ("torchvision._meta_registrations", "torchvision._autograd_registrations"):
             raise RuntimeError("operator torchvision::nms does not exist")
 sys.meta_path.insert(0, Fail())
-from megatron_sr1.runtime.torchvision_patch import patch_torchvision
+from megatron_sr1.runtime.cpu import patch_torchvision
 assert patch_torchvision() and patch_torchvision()
 from torchvision.transforms.v2 import functional
 """

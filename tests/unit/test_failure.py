@@ -12,9 +12,9 @@ import pytest
 
 from megatron_sr1 import cli
 from megatron_sr1.errors import ConfigError
-from megatron_sr1.runtime import liveness
+from megatron_sr1.runtime import failure_files
 from megatron_sr1.runtime.failure import deadline, guard
-from megatron_sr1.runtime.failure_files import FAILURE_FILE, last_words, read_failure
+from megatron_sr1.runtime.failure_files import FAILURE_FILE, Failure, last_words, read_failure
 
 AT_ONCE_SECONDS = 100
 """Start and end of two ranks on a loaded machine; what hangs in these tests would hang for 300."""
@@ -108,7 +108,7 @@ def test_a_passed_deadline_ends_all_ranks_and_names_the_phase(tmp_path):
 
 @pytest.mark.field
 def test_a_users_error_is_one_line_without_traceback(tmp_path):
-    done, _, run_dir = run_two_ranks(tmp_path, "user_error", "megatron_sr1.launch.ranks")
+    done, _, run_dir = run_two_ranks(tmp_path, "user_error", "megatron_sr1.launch.torchrun")
     assert done.stderr == "megatron-sr1: error: rank 1: shard-3.tar: sample 7: no answer\n"
     assert done.returncode != 0
     assert json.loads((run_dir / FAILURE_FILE).read_text())["code"] == 2
@@ -196,7 +196,6 @@ with guard({str(tmp_path)!r}):
 def test_the_cause_is_the_last_line_and_the_status_is_two(tmp_path):
     code = f"""
 from megatron_sr1.errors import ConfigError
-from megatron_sr1.runtime import liveness
 with guard({str(tmp_path)!r}):
     raise ConfigError("seed is 'x';\\n  expected a number")
 """
@@ -282,7 +281,7 @@ def test_a_rank_ends_when_the_process_that_started_it_is_killed(tmp_path):
 
 
 def test_a_run_directory_takes_one_run_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(liveness, "PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(failure_files, "PATIENCE_SECONDS", 0.3)
     code = "import sys\nfrom megatron_sr1.runtime.failure import guard\n"
     code += "with guard(sys.argv[1]):\n    print('up', flush=True)\n    sys.stdin.read()\n"
     command = [sys.executable, "-c", code, str(tmp_path)]
@@ -315,7 +314,7 @@ def test_last_words_name_the_rank_that_is_elsewhere_first(tmp_path):
     for rank in range(12):
         where = "reward, hang (a.py:1)" if rank == 7 else "share, all_gather (b.py:2)"
         (tmp_path / "stacks" / f"rank_{rank}.txt").write_text(f"now: why\nwas in {where}\n\n")
-    failure = {"rank": 3, "cause": "share took longer", "code": 1}
+    failure = Failure(3, "share took longer", 1)
     cause, odd, others = last_words(tmp_path, failure, since=time.time() - 60)
     assert cause.startswith("megatron-sr1: error: rank 3: share took longer (stacks in ")
     assert odd == "  rank 7 in reward, hang (a.py:1)"

@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_sr1.config.model import ModelConfig, ParallelConfig
 from megatron_sr1.model import flops
-from megatron_sr1.model.build import build_model
 from megatron_sr1.model.hf_config import parse_hf_config
+from megatron_sr1.model.qwen25_vl import build_model
 from megatron_sr1.runtime import cpu
 from tests.planned_models import fill, make_row, raw_config
 

@@ -78,7 +78,7 @@ def test_the_first_node_of_slurms_list(nodes, first):
 
 def test_the_command_runs_the_package_on_each_rank():
     command = torchrun.build_command(["train", "a.yaml", "seed=2"], 4)
-    assert command[:3] == [sys.executable, "-m", "megatron_sr1.launch.ranks"]
+    assert command[:3] == [sys.executable, "-m", "megatron_sr1.launch.torchrun"]
     assert command[command.index("--nproc-per-node") + 1] == "4"
     assert command[-5:] == ["-m", "megatron_sr1", "train", "a.yaml", "seed=2"]
 
@@ -122,7 +122,7 @@ def test_the_exit_status_comes_through():
 def test_sigterm_reaches_the_ranks():
     process = launcher("import time; print('up', flush=True); time.sleep(60)")
     assert process.stdout.readline() == "up\n"
-    time.sleep(0.2)  # the launcher installs its handler behind the start of the ranks
+    time.sleep(0.2)  # the launcher installs its handler after the start of the ranks
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 128 + signal.SIGTERM
 
@@ -131,7 +131,7 @@ def test_sigterm_reaches_the_ranks():
 def test_a_rank_that_is_killed_before_it_can_speak_is_named(tmp_path):
     program = tmp_path / "rank.py"
     program.write_text("import os\nos.kill(os.getpid(), 9)\n")
-    command = [sys.executable, "-m", "megatron_sr1.launch.ranks", "--standalone", str(program)]
+    command = [sys.executable, "-m", "megatron_sr1.launch.torchrun", "--standalone", str(program)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.stderr == "megatron-sr1: rank 0 was ended by SIGKILL\n"
     assert done.returncode == 128 + signal.SIGKILL
@@ -142,7 +142,7 @@ def test_what_all_ranks_would_say_the_first_of_a_machine_says(tmp_path):
     ranks = tmp_path / "ranks.py"
     program = "import sys\nfrom megatron_sr1 import cli\n"
     ranks.write_text(program + "sys.exit(cli.main(['train', 'not_there.yaml']))\n")
-    command = [sys.executable, "-m", "megatron_sr1.launch.ranks", "--standalone"]
+    command = [sys.executable, "-m", "megatron_sr1.launch.torchrun", "--standalone"]
     done = subprocess.run(
         [*command, "--nproc-per-node", "3", str(ranks)], capture_output=True, text=True, timeout=100
     )

@@ -27,7 +27,7 @@ LAYER |= {"trainer": 5, "evaluation": 6, "stages": 7, "dry_run": 7, "cli": 9, "_
 LAYER |= dict.fromkeys(("demo", "launch", "doctor", "doctor_distributed"), 8)
 LAZY = {
     "vllm": {"rollout/engine.py", "rollout/weight_sync.py"},
-    "wandb": {"observability/sinks.py"},
+    "wandb": {"observability/wandb_sink.py"},
     "transformer_engine": 1,
     "nemo_run": {"launch/slurm.py"},
 }
@@ -105,7 +105,7 @@ def test_a_wrong_import_is_found(package, source):
         ("rollout", "from megatron_sr1.model.hf_config import read_hf_config"),
         ("config", "from megatron_sr1.errors import ConfigError"),
         ("launch", "from megatron_sr1.config.run import Config"),
-        ("launch", "from megatron_sr1.runtime.child_processes import end_with"),
+        ("launch", "from megatron_sr1.runtime.signals import end_with"),
     ],
 )
 def test_a_right_import_is_not_a_problem(package, source):

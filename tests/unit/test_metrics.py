@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_sr1.config.loading import load_config
-from megatron_sr1.observability import memory, sinks
-from megatron_sr1.observability.memory import PeakMemory
-from megatron_sr1.observability.metrics import MetricsFile, PhaseTimer, read_lines
+from megatron_sr1.observability import profiling, sinks
+from megatron_sr1.observability.metrics import MetricsFile, read_lines
+from megatron_sr1.observability.profiling import PeakMemory, PhaseTimer
 from megatron_sr1.observability.sinks import ProgressSink, make_sinks
 
 
@@ -123,7 +123,7 @@ def test_memory_peaks_are_told_by_the_innermost_phase():
 
 
 def test_where_the_peak_cannot_be_set_back_phases_have_none(monkeypatch, tmp_path):
-    monkeypatch.setattr(memory, "CLEAR", tmp_path / "absent" / "clear_refs")
+    monkeypatch.setattr(profiling, "CLEAR", tmp_path / "absent" / "clear_refs")
     peaks = PeakMemory()
     with peaks.phase("sync"):
         pass

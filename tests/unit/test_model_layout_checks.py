@@ -7,8 +7,8 @@ import torch
 
 from megatron_sr1.config.model import ModelConfig, ParallelConfig
 from megatron_sr1.errors import ConfigError
-from megatron_sr1.model.build import build_model
-from megatron_sr1.model.layout_checks import check_layout
+from megatron_sr1.model.hf_config import check_layout
+from megatron_sr1.model.qwen25_vl import build_model
 from megatron_sr1.model.transformer_config import padded_vocab_size
 from tests.unit.test_model_hf_config import FLAT, parse_hf_config
 

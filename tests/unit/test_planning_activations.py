@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from megatron_sr1.config.model import ModelConfig, ParallelConfig
-from megatron_sr1.model.build import build_model
 from megatron_sr1.model.hf_config import parse_hf_config
 from megatron_sr1.model.logprobs import label_logprobs
+from megatron_sr1.model.qwen25_vl import build_model
 from megatron_sr1.planning.layout import Layout
 from megatron_sr1.planning.rank_memory import (
     Kernels,

@@ -13,7 +13,7 @@ import torch
 
 from megatron_sr1.checkpoint.mapping import canonical_hf_name, entries
 from megatron_sr1.model.hf_config import parse_hf_config
-from megatron_sr1.runtime.torchvision_patch import patch_torchvision
+from megatron_sr1.runtime.cpu import patch_torchvision
 
 FOLDER = Path(__file__).resolve().parents[1] / "published"
 NUM_PARAMETERS = {

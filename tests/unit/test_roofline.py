@@ -8,9 +8,18 @@ from dataclasses import replace
 import pytest
 
 from megatron_sr1.planning.engine_time import Replica
-from tools.recording import EngineStep
-from tools.roofline import H100, read_published, replay_seconds, step_seconds, whole_gpu
-from tools.schedules import DeclaredWorkload, Job, Limits, simulate
+from tools.engine_steps import (
+    H100,
+    DeclaredWorkload,
+    EngineStep,
+    Job,
+    Limits,
+    read_published,
+    replay_seconds,
+    simulate,
+    step_seconds,
+    whole_gpu,
+)
 
 SEVEN = read_published("7b")
 TEXT = replace(

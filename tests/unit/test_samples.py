@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megatron_sr1.data.balance import size_of
+from megatron_sr1.data.packing import size_of
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.demo.digits import make_digits
 from megatron_sr1.records import Completion, Rollout

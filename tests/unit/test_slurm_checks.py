@@ -18,8 +18,15 @@ from pathlib import Path
 import pytest
 
 from megatron_sr1.errors import ConfigError, DataError, SR1Error
-from megatron_sr1.launch.cluster import Cluster, Task, add_arguments, cluster_of, tasks_of
-from megatron_sr1.launch.slurm_checks import check, split_tunnel
+from megatron_sr1.launch.cluster import (
+    Cluster,
+    Task,
+    add_arguments,
+    cluster_of,
+    split_tunnel,
+    tasks_of,
+)
+from megatron_sr1.launch.slurm import check
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "examples" / "slurm").glob("*.py"))

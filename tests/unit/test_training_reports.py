@@ -15,7 +15,7 @@ from megatron_sr1.data.loader import Loader
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.errors import DataError
 from megatron_sr1.records import Example, Message
-from megatron_sr1.runtime import stop_signal
+from megatron_sr1.runtime import signals
 from megatron_sr1.runtime.rng import request_seed
 from megatron_sr1.trainer.context import Context
 from tests.checkpoint_run import make_run
@@ -99,9 +99,9 @@ def test_the_last_step_is_saved_and_unrated_or_removed_checkpoints_leave_the_bes
 
     context, actor = context_of(tiny_model, groups, tmp_path)
     go_on(context, actor, 2, rating=0.9)
-    monkeypatch.setattr(stop_signal, "stop_requested", lambda: True)
+    monkeypatch.setattr(signals, "stop_requested", lambda: True)
     go_on(context, actor, 3, rating=0.0)  # saved, as it was asked to leave, without a rating
-    monkeypatch.setattr(stop_signal, "stop_requested", lambda: False)
+    monkeypatch.setattr(signals, "stop_requested", lambda: False)
     context.close()
     assert context.is_leaving and steps(context.checkpoints) == [2, 3]
 

@@ -16,14 +16,13 @@ from PIL import Image
 
 from megatron_sr1.config.loading import load_config
 from megatron_sr1.observability.metrics import MetricsFile
-from megatron_sr1.observability.sinks import (
+from megatron_sr1.observability.wandb_sink import (
     WANDB_FILES,
     WANDB_ID_FILE,
     WandbSink,
-    _history_step,
+    last_step,
     side_by_side,
 )
-from megatron_sr1.observability.wandb_files import last_step
 from tests.wandb_runs import history, read_table
 
 pytest.importorskip("wandb")
@@ -96,13 +95,13 @@ def test_a_file_that_is_cut_is_read_up_to_there(tmp_path):
     (file,) = tmp_path.glob("wandb/offline-run-*/run-long.wandb")
     whole = file.read_bytes()
     assert len(whole) > 3 * 32768, "records do not cross the borders of blocks"
-    assert last_step(tmp_path, "long", _history_step) == 39
+    assert last_step(tmp_path, "long") == 39
     # The folder of a start in the same second as another gets a suffix from wandb.
     file = file.parent.rename(f"{file.parent}-1") / file.name
-    assert last_step(tmp_path, "long", _history_step) == 39
+    assert last_step(tmp_path, "long") == 39
     file.write_bytes(whole[: len(whole) // 2])
-    assert 0 < last_step(tmp_path, "long", _history_step) < 39
-    assert last_step(tmp_path, "other", _history_step) == 0
+    assert 0 < last_step(tmp_path, "long") < 39
+    assert last_step(tmp_path, "other") == 0
 
 
 def rollout(index, accuracy, self_reward):

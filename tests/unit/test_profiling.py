@@ -1,15 +1,18 @@
-"""The profiler window: which steps are recorded, and what the file holds."""
+"""The profiler's window and file, and host memory that goes back to the system."""
 
 import gzip
 import json
 
+import psutil
 import pytest
 import torch
 
 from megatron_sr1.config.loading import load_config
 from megatron_sr1.errors import ConfigError
-from megatron_sr1.observability.profiler import StepProfiler
+from megatron_sr1.observability.profiling import StepProfiler, trim_host_memory
 from megatron_sr1.trainer.context import Context
+
+BLOCK_BYTES, NUM_BLOCKS, LIVING = 4096, 30_000, 100
 
 
 def run_steps(profiler: StepProfiler, done: int, num_steps: int) -> None:
@@ -75,3 +78,14 @@ def test_phases_stand_in_the_profile_of_the_ranks_that_record(groups, tmp_path):
         assert len(list(folder.rglob("*.gz"))) == expected
         if path is not None:
             assert b'"pass1"' in gzip.open(path).read()
+
+
+def test_free_pages_between_live_blocks_go_back_to_the_system():
+    resident = psutil.Process().memory_info
+    blocks = [bytearray(BLOCK_BYTES) for _ in range(NUM_BLOCKS)]
+    living = blocks[::LIVING] + blocks[-1:]
+    del blocks
+    held = resident().rss
+    trim_host_memory()
+    assert held - resident().rss > 0.5 * BLOCK_BYTES * NUM_BLOCKS
+    assert len(living) == NUM_BLOCKS // LIVING + 1
