@@ -322,13 +322,7 @@ def label_then_text(cleaned: str, options: Mapping[str, str]) -> tuple[str, str]
 
 
 def names_another(cleaned: str, label: str, options: Mapping[str, str]) -> bool:
-    """Return True if the text after a label names another option, by label or by text.
-
-    Args:
-        cleaned: the text after `label`.
-        label: the label named first.
-        options: of the question; may be empty.
-    """
+    """Return True if the text after a label names another option, by label or by text."""
     key, labelled = text_key(cleaned), text_key(clean(options.get(label, "")))
     if not key or key == labelled:
         return False

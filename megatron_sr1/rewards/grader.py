@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
+from operator import eq
 
 from megatron_sr1.errors import ConfigError, GradingError
 from megatron_sr1.rewards.answers import (
@@ -76,12 +77,7 @@ class Grader:
     def __init__(self, kind: str, timeout_seconds: float) -> None:
         """Prepare the grading process, which starts when it is first needed.
 
-        Args:
-            kind: rules | math_verify.
-            timeout_seconds: time limit per comparison, > 0.
-
-        Raises:
-            ConfigError: unknown kind.
+        `timeout_seconds`, > 0, limits each comparison. Raises ConfigError for an unknown kind.
         """
         if kind not in GRADERS:
             raise ConfigError(f"reward.grader is {kind!r}; expected {' | '.join(GRADERS)}")
@@ -89,13 +85,9 @@ class Grader:
         self.worker = MathWorker(timeout_seconds, grader=kind)
 
     def judge(self, answer: str | None, gold: str, question: str, sample_name: str) -> Verdict:
-        """Judge an answer.
+        """Judge the content of a box, None without one; messages name the sample.
 
-        Args:
-            answer: content of the box; None without a box.
-            gold: as in the dataset; may be boxed.
-            question: with its options.
-            sample_name: for messages.
+        The gold answer may be boxed; the question contains its options.
 
         Raises:
             GradingLimit: a comparison exceeded the time or memory limit.
@@ -168,11 +160,7 @@ def gold_label(cleaned_gold: str, options: Mapping[str, str]) -> str | None:
     # Without options a lower-case letter is a variable, not a label.
     if label and not options and cleaned_gold.strip("()[].:") == label:
         return label
-    same = [
-        label
-        for label, text in options.items()
-        if _same_value(cleaned_gold, clean(text), lambda gold, answer: gold == answer)
-    ]
+    same = [name for name, text in options.items() if _same_value(cleaned_gold, clean(text), eq)]
     return same[0] if len(same) == 1 else None
 
 
@@ -204,9 +192,8 @@ def _is_text_of(label: str, given: str, options: Mapping[str, str], compare: Com
     if not text or text_key(text) == text_key(given):
         return bool(text)
     others = (clean(other) for name, other in options.items() if name != label)
-    return _same_value(text, given, compare) and not any(
-        _same_value(other, given, lambda gold, answer: gold == answer) for other in others
-    )
+    is_same = _same_value(text, given, compare)
+    return is_same and not any(_same_value(other, given, eq) for other in others)
 
 
 def _same_value(wanted: str, given: str, compare: Compare) -> bool:

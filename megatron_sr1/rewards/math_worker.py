@@ -134,12 +134,9 @@ class MathWorker:
     def __init__(
         self, timeout_seconds: float, command: tuple[str, ...] = (), grader: str = "rules"
     ) -> None:
-        """Set the limits; no process starts yet.
+        """Set the time limit per comparison, > 0; no process starts yet.
 
-        Args:
-            timeout_seconds: time limit per comparison, > 0.
-            command: starts another process than mathematics.py, for tests.
-            grader: rules | math_verify.
+        `command` replaces the one that starts mathematics.py with a grader, rules | math_verify.
         """
         assert timeout_seconds > 0, timeout_seconds
         self._timeout_seconds = timeout_seconds

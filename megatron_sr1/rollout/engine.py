@@ -23,7 +23,12 @@ from megatron_sr1.data.processor import Processor
 from megatron_sr1.errors import EngineError
 from megatron_sr1.records import Completion
 from megatron_sr1.rollout import weight_sync
-from megatron_sr1.rollout.startup import shut_down, start_vllm
+from megatron_sr1.rollout.vllm_api import (
+    preprocess,
+    sampling_parameters,
+    shut_down,
+    start_vllm,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -155,18 +160,17 @@ class Engine:
         for request in requests:
             key = (request.token_ids, *map(id, request.images))
             if key not in processed:
-                processed[key] = self._process(request)
+                processed[key] = preprocess(self._core, request)
             self._check(request, processed[key]["prompt_token_ids"])
             if request.id in self._live:
                 raise EngineError(f"request {request.id} is already live; ids must be unique")
             self._live[request.id] = request
-            self._core.add_request(request.id, processed[key], _parameters(request))
+            self._core.add_request(request.id, processed[key], sampling_parameters(request))
 
     def step(self) -> list[Progress]:
         """Run one engine step, which adds a token to every running sequence.
 
-        Returns:
-            progress of the watched and of the finished requests, in the engine's order.
+        Returns the progress of watched and of finished requests, in the engine's order.
         """
         self.num_steps += 1
         progress = []
@@ -192,15 +196,9 @@ class Engine:
         response_token_ids: Sequence[int],
         images: Sequence[Image.Image] = (),
     ) -> list[float]:
-        """Score a given response at temperature 1, by prefill only.
+        """Return the logprob of each token of a given response, nats, at temperature 1.
 
-        Args:
-            prompt_token_ids: one image-pad id per image.
-            response_token_ids: tokens to score.
-            images: images of the prompt.
-
-        Returns:
-            one logprob per response token, nats.
+        The prompt has one image-pad id per image. Only prefill runs.
 
         Raises:
             EngineError: prompt and response leave no token of `max_model_len` free.
@@ -227,10 +225,7 @@ class Engine:
         return self._sleep_level != 2
 
     def sync(
-        self,
-        weights: Iterable[tuple[str, torch.Tensor]],
-        version: int,
-        whole: bool = True,
+        self, weights: Iterable[tuple[str, torch.Tensor]], version: int, whole: bool = True
     ) -> None:
         """Load the actor's weights and drop every cache computed with the old ones.
 
@@ -287,19 +282,6 @@ class Engine:
             finish_reason=sampled.finish_reason,
         )
 
-    def _process(self, request: Request) -> dict[str, Any]:
-        """Expand image placeholders and preprocess images."""
-        from vllm.exceptions import VLLMValidationError
-
-        prompt: dict[str, Any] = {"prompt_token_ids": list(request.token_ids)}
-        if request.images:
-            prompt["multi_modal_data"] = {"image": list(request.images)}
-        try:
-            (engine_input,) = self._core.renderer.render_cmpl([prompt])
-        except (ValueError, RuntimeError, VLLMValidationError) as error:
-            raise EngineError(f"request {request.id}: vLLM rejects the prompt: {error}") from error
-        return dict(engine_input)
-
     def _check(self, request: Request, engine_token_ids: Sequence[int]) -> None:
         """Raise EngineError if a prompt is too long or expands to other tokens."""
         expanded, length = request.expanded_token_ids, len(engine_token_ids)
@@ -330,25 +312,3 @@ def _place(tensor_parallel: int) -> tuple[int, int]:
             f"rollout.tensor_parallel={tensor_parallel} does not divide the {world} ranks"
         )
     return torch.distributed.get_rank(), world
-
-
-def _parameters(request: Request) -> Any:
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    kind = RequestOutputKind.CUMULATIVE if request.watched else RequestOutputKind.FINAL_ONLY
-    settings: dict[str, Any] = {
-        "temperature": request.temperature,
-        "max_tokens": request.max_tokens,
-        "seed": request.seed,
-        "logprobs": 0 if request.with_logprobs else None,
-    }
-    if request.num_scored:  # vLLM samples at least one token after the scored ones
-        settings = {"temperature": 0.0, "max_tokens": 1, "prompt_logprobs": 0}
-    return SamplingParams(
-        **settings,
-        flat_logprobs=True,
-        detokenize=False,
-        output_kind=kind,
-        skip_clone=True,  # a deep copy would take a tenth of the time, and nobody shares this one
-    )

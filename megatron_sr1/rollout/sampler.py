@@ -29,10 +29,14 @@ class FullVocabularySampler(torch.nn.Module):
 
     logprobs_mode = "raw_logprobs"
 
-    def __init__(self, draw: torch.nn.Module, banned_token_ids: Iterable[int]):
-        """Wrap vLLM's `TopKTopPSampler`, which uses each request's generator; never sample bans."""
+    def __init__(self, draw: torch.nn.Module, outputs: Any, banned_token_ids: Iterable[int]):
+        """Wrap vLLM's `TopKTopPSampler`, which uses each request's generator; never sample bans.
+
+        `outputs` is vLLM's module of output records.
+        """
         super().__init__()
         self.topk_topp_sampler = draw
+        self._outputs = outputs
         self._banned = torch.tensor(sorted(set(banned_token_ids)), dtype=torch.int64)
 
     def forward(
@@ -47,8 +51,6 @@ class FullVocabularySampler(torch.nn.Module):
         Returns:
             vLLM's `SamplerOutput`. The last two arguments, which vLLM passes, are not used.
         """
-        from vllm.v1.outputs import SamplerOutput
-
         logits = logits.float()
         temperature = sampling_metadata.temperature
         if temperature is not None:
@@ -69,7 +71,7 @@ class FullVocabularySampler(torch.nn.Module):
         if log_total is not None:
             logprobs = logits.gather(1, drawn.unsqueeze(1)) - log_total
             tensors = self._tensors(drawn.unsqueeze(1), logprobs)
-        return SamplerOutput(sampled_token_ids=drawn.int().unsqueeze(1), logprobs_tensors=tensors)
+        return self._outputs.SamplerOutput(drawn.int().unsqueeze(1), tensors)
 
     def _draw(self, logits: torch.Tensor, generators: dict[int, torch.Generator]) -> torch.Tensor:
         """Sample with each row's generator; preserves the trainer's CPU random state."""
@@ -86,20 +88,11 @@ class FullVocabularySampler(torch.nn.Module):
     def gather_logprobs(
         self, logprobs: torch.Tensor, num_logprobs: int, token_ids: torch.Tensor
     ) -> Any:
-        """Select the logprobs of given tokens; vLLM calls it for prompt positions.
-
-        Args:
-            logprobs: [tokens, vocabulary] float32, nats.
-            num_logprobs: alternatives per token; must be 0.
-            token_ids: [tokens] int64.
-        """
+        """Select logprobs [tokens, vocabulary] of given tokens; vLLM calls it for prompts."""
         assert num_logprobs == 0, "alternatives are not supported"
         columns = token_ids.unsqueeze(1)
         return self._tensors(columns, logprobs.gather(1, columns))
 
-    @staticmethod
-    def _tensors(token_ids: torch.Tensor, logprobs: torch.Tensor) -> Any:
-        from vllm.v1.outputs import LogprobsTensors
-
+    def _tensors(self, token_ids: torch.Tensor, logprobs: torch.Tensor) -> Any:
         ranks = torch.zeros(len(token_ids), dtype=torch.int64, device=token_ids.device)
-        return LogprobsTensors(token_ids.int(), logprobs, ranks)
+        return self._outputs.LogprobsTensors(token_ids.int(), logprobs, ranks)

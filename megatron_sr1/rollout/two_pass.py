@@ -10,7 +10,7 @@ the same tokens. A closing tag may share a token with its neighbours, so it is s
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_sr1.records import Completion, Prompt, Rollout
@@ -105,7 +105,12 @@ def roll_out(
         for name, s in samples.items()
     ]
     engine.submit(first)
-    num_open, ready = len(first), _ask_questions_only(samples.values(), readings, pass2)
+    num_open, ready = len(first), list[Request]()
+    if pass2 is not None and pass2.question_only:
+        for sample in samples.values():
+            if readings.apply_to(sample.prompt):
+                sample.question_key, requests = readings.ask(sample.prompt, "")
+                ready += requests
     while engine.num_live:
         step_started, alone = time.perf_counter(), num_open == 0
         for progress in engine.step():
@@ -126,22 +131,18 @@ def roll_out(
         if alone:
             pass2_only += time.perf_counter() - step_started
     rollouts = [_rollout(s, readings, hooks, engine.weight_version) for s in samples.values()]
-    seconds, steps = time.perf_counter() - started, engine.num_steps - steps_before
-    return rollouts, _stats(rollouts, readings, steps, seconds, pass2_only)
-
-
-def _ask_questions_only(
-    samples: Iterable[_Sample], readings: Readings, pass2: Pass2 | None
-) -> list[Request]:
-    """Return the requests for questions without a description, one per question, if enabled."""
-    requests = list[Request]()
-    if pass2 is None or not pass2.question_only:
-        return requests
-    for sample in samples:
-        if readings.apply_to(sample.prompt):
-            sample.question_key, new = readings.ask(sample.prompt, "")
-            requests += new
-    return requests
+    completions = [r.completion for r in rollouts]
+    stats = RolloutStats(
+        engine_steps=engine.num_steps - steps_before,
+        seconds=time.perf_counter() - started,
+        pass2_only_seconds=pass2_only,
+        pass1_tokens=sum(len(c.token_ids) for c in completions),
+        pass2_tokens=readings.num_tokens,
+        truncated=sum(c.finish_reason == "length" for c in completions),
+        num_pass2=sum(r.reading is not None for r in rollouts),
+        num_prompts2=readings.num_asked,
+    )
+    return rollouts, stats
 
 
 def _has_closed(
@@ -177,20 +178,4 @@ def _rollout(
         reading=None if sample.key is None else readings.result(sample.key),
         weight_version=weight_version,
         question_only=None if sample.question_key is None else readings.result(sample.question_key),
-    )
-
-
-def _stats(
-    rollouts: Sequence[Rollout], readings: Readings, steps: int, seconds: float, pass2_only: float
-) -> RolloutStats:
-    completions = [r.completion for r in rollouts]
-    return RolloutStats(
-        engine_steps=steps,
-        seconds=seconds,
-        pass2_only_seconds=pass2_only,
-        pass1_tokens=sum(len(c.token_ids) for c in completions),
-        pass2_tokens=readings.num_tokens,
-        truncated=sum(c.finish_reason == "length" for c in completions),
-        num_pass2=sum(r.reading is not None for r in rollouts),
-        num_prompts2=readings.num_asked,
     )

@@ -30,17 +30,10 @@ def register() -> str:
     return BACKEND
 
 
-def push(
-    llm: Any, weights: Iterable[tuple[str, torch.Tensor]], version: int, whole: bool = True
-) -> None:
+def push(llm: Any, weights: Iterable[tuple[str, torch.Tensor]], version: int, whole: bool) -> None:
     """Run a weight update, then drop every cache computed with the old weights.
 
-    Args:
-        llm: vLLM's `LLM`, awake and without live requests.
-        weights: (Hugging Face name, full tensor) pairs of any dtype, the same on each rank of a
-            replica. Iterated once; the iteration may be collective.
-        version: number that vLLM reports afterwards.
-        whole: if False, layers that receive no tensor keep their weights.
+    The arguments are those of `Engine.sync`; `llm` is vLLM's `LLM`, awake and without requests.
 
     Raises:
         EngineError: a tensor is missing or unknown, or has another shape.

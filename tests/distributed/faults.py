@@ -325,7 +325,7 @@ def run_case(case):
 
 def import_all(with_engine):
     """What a rank imports on its way, without starting a thread."""
-    from megatron_sr1.rollout.startup import set_environment
+    from megatron_sr1.rollout.vllm_api import set_environment
     from megatron_sr1.runtime import cpu
     from megatron_sr1.runtime.cpu import patch_torchvision
 

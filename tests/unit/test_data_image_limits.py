@@ -19,7 +19,7 @@ from megatron_sr1.model.hf_config import parse_hf_config
 from megatron_sr1.planning.layout import Layout
 from megatron_sr1.planning.rank_memory import _max_patches
 from megatron_sr1.planning.workload import PlannedRun, workload
-from megatron_sr1.rollout.startup import device_arguments
+from megatron_sr1.rollout.vllm_api import device_arguments
 from megatron_sr1.runtime.gpus import GPUS
 from tools import scoring_backends
 

@@ -1,7 +1,4 @@
-"""Starts vLLM in the process of the trainer and on its process group.
-
-vLLM takes its rank and a part of its settings from environment variables.
-"""
+"""What the engine calls of vLLM: start in this process, requests, shutdown."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,6 +19,9 @@ from megatron_sr1.rollout import weight_sync
 from megatron_sr1.rollout.sampler import FullVocabularySampler
 from megatron_sr1.runtime.cpu import patch_torchvision
 from megatron_sr1.runtime.rng import preserve_rng_and_threads
+
+if TYPE_CHECKING:
+    from megatron_sr1.rollout.engine import Request
 
 log = logging.getLogger(__name__)
 
@@ -138,8 +138,48 @@ def device_arguments(
 
 
 def _replace_sampler(core: Any, banned_token_ids: Iterable[int]) -> None:
+    from vllm.v1 import outputs
+
     runner = core.model_executor.driver_worker.model_runner
-    runner.sampler = FullVocabularySampler(runner.sampler.topk_topp_sampler, banned_token_ids)
+    draw = runner.sampler.topk_topp_sampler
+    runner.sampler = FullVocabularySampler(draw, outputs, banned_token_ids)
+
+
+def preprocess(core: Any, request: Request) -> dict[str, Any]:
+    """Return a request's prompt with expanded image placeholders and preprocessed images."""
+    from vllm.exceptions import VLLMValidationError
+
+    prompt: dict[str, Any] = {"prompt_token_ids": list(request.token_ids)}
+    if request.images:
+        prompt["multi_modal_data"] = {"image": list(request.images)}
+    try:
+        (engine_input,) = core.renderer.render_cmpl([prompt])
+    except (ValueError, RuntimeError, VLLMValidationError) as error:
+        raise EngineError(f"request {request.id}: vLLM rejects the prompt: {error}") from error
+    return dict(engine_input)
+
+
+def sampling_parameters(request: Request) -> Any:
+    """Return vLLM's `SamplingParams` of a request."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    kind = RequestOutputKind.CUMULATIVE if request.watched else RequestOutputKind.FINAL_ONLY
+    settings: dict[str, Any] = {
+        "temperature": request.temperature,
+        "max_tokens": request.max_tokens,
+        "seed": request.seed,
+        "logprobs": 0 if request.with_logprobs else None,
+    }
+    if request.num_scored:  # vLLM samples at least one token after the scored ones
+        settings = {"temperature": 0.0, "max_tokens": 1, "prompt_logprobs": 0}
+    return SamplingParams(
+        **settings,
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=kind,
+        skip_clone=True,  # a deep copy would take a tenth of the time, and nobody shares this one
+    )
 
 
 def shut_down(core: Any) -> None:
