@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO_OUTPUT ?= runs/demo
 CORE_LATEST ?= 0.19.2
+# Two processes, each with whole files of tests, the long ones in tests/distributed first.
+IN_PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 # More threads than cores slow small tensors down; torchrun ranks set their own.
 export OMP_NUM_THREADS ?= 1
 
@@ -46,7 +48,7 @@ docs: env
 	$(BIN)/python -m sphinx -n -W --keep-going -q docs docs/_build
 
 test: lint docs
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(IN_PARALLEL)
 	@if ls /dev/nvidia[0-9]* > /dev/null 2>&1; then $(BIN)/python -m pytest tests/gpu; fi
 
 test-slow: env
@@ -54,7 +56,7 @@ test-slow: env
 
 test-core-latest: env
 	PYTHONPATH=$$($(PYTHON) tools/make_env.py --core $(CORE_LATEST)) \
-		$(BIN)/python -m pytest tests/parity tests/distributed
+		$(BIN)/python -m pytest $(IN_PARALLEL) tests/parity tests/distributed
 
 clean:
 	rm -rf .mypy_cache .ruff_cache .pytest_cache

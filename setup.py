@@ -50,6 +50,7 @@ setup(
         "dev": [
             "dashscope>=2",  # for Qwen's vocabulary, a file of it; never imported
             "pytest>=9",
+            "pytest-xdist>=3.8",
             "webdataset>=1.0.2",  # a test reads our shards with it
             "hypothesis>=6.150",
             "ruff>=0.14",

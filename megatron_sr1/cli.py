@@ -162,27 +162,28 @@ def run_command(arguments: argparse.Namespace) -> int:
     silence_native_warnings(config.logging.level)
     if arguments.dry_run:
         return dry_run_command(config)
-    return start_ranks(config, ["train", str(arguments.config), *overrides])
+    num_ranks = check_start(config)
+    try:
+        if num_ranks == 1:
+            os.environ.update(torchrun.rank_environment(config.launch, num_ranks))
+            return rank_main(config)
+        started, own = time.time(), ["train", str(arguments.config), *overrides]
+        status = torchrun.run(own, config.launch, num_ranks)
+    except KeyboardInterrupt:
+        print(f"\nmegatron-sr1: interrupted; {how_to_continue(config)}", file=sys.stderr)
+        return 130
+    return _with_cause(status, Path(config.output), started)
 
 
-def start_ranks(config: Config, rank_arguments: Sequence[str]) -> int:
-    """Check a run, then start its ranks with torchrun, or run in this process if there is one."""
+def check_start(config: Config) -> int:
+    """Check a run, with warnings on stderr; return the number of ranks to start."""
     from megatron_sr1.dry_run import check_run
     from megatron_sr1.launch import preflight, torchrun
 
     preflight.check_paths(config)
     num_ranks = torchrun.num_processes(config.launch)
     warn(*check_run(config, num_ranks), preflight.crowded(config.launch, num_ranks))
-    started = time.time()
-    try:
-        if num_ranks == 1:
-            os.environ.update(torchrun.rank_environment(config.launch, num_ranks))
-            return rank_main(config)
-        status = torchrun.run(rank_arguments, config.launch, num_ranks)
-    except KeyboardInterrupt:
-        print(f"\nmegatron-sr1: interrupted; {how_to_continue(config)}", file=sys.stderr)
-        return 130
-    return _with_cause(status, Path(config.output), started)
+    return num_ranks
 
 
 def how_to_continue(config: Config) -> str:

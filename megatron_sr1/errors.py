@@ -14,16 +14,7 @@ class ConfigError(SR1Error):
 
 
 class DataError(SR1Error):
-    """A sample, shard or source file that cannot be read; names the file and the sample.
-
-    Attributes:
-        kind: the error without names and numbers, for counting in reports; may be empty.
-    """
-
-    def __init__(self, message: str, kind: str = "") -> None:
-        """Store the message and the kind."""
-        super().__init__(message)
-        self.kind = kind
+    """A sample, shard or source file that cannot be read; names the file and the sample."""
 
 
 class CheckpointError(SR1Error):

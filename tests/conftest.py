@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests import ranks
+from tests.ranks import ROOT
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -77,23 +79,16 @@ def groups():
 
 @pytest.fixture(scope="session")
 def run_ranks():
-    """Run a script under torchrun; returns its output, fails the test on a non-zero exit."""
+    """Run a script on ranks; returns its output, fails the test on a non-zero exit.
+
+    With `env` the ranks are started by torchrun, so that libraries see it when they are imported.
+    """
 
     def run(script, num_ranks, *arguments, timeout=240, check=True, env=None):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(num_ranks), str(script), *map(str, arguments)]
-        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-        environment |= env or {}
-        done = subprocess.run(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=timeout,
-            env=environment,
-            cwd=ROOT,
-        )
+        if env is None:
+            done = ranks.run_ranks(script, num_ranks, arguments, timeout)
+        else:
+            done = torchrun(script, num_ranks, arguments, timeout, env)
         if check and done.returncode:
             pytest.fail(
                 f"{script} on {num_ranks} ranks left with {done.returncode}:\n{done.stdout}"
@@ -101,3 +96,17 @@ def run_ranks():
         return done
 
     return run
+
+
+def torchrun(script, num_ranks, arguments, timeout, env):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(num_ranks), str(script), *map(str, arguments)]
+    return subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        env=os.environ | env,
+        cwd=ROOT,
+    )

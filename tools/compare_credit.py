@@ -19,7 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megatron_sr1.demo.demo import COLD_START, COMMON, GRPO, prepare
+from megatron_sr1.demo.demo import COLD_START, prepare
 from megatron_sr1.observability.metrics import read_lines
 from megatron_sr1.report.panels import VERDICTS, paired, rate
 from tools.bench import ROOT, table
@@ -32,7 +32,7 @@ def train(output: Path, *overrides: str) -> None:
     """Run a stage of the demo with the command line."""
     command = [sys.executable, "-m", "megatron_sr1", "train", "examples/digits_cpu.yaml"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    settings = [*COMMON, *overrides, f"output={output}"]
+    settings = ["checkpoint.every_steps=0", *overrides, f"output={output}"]
     subprocess.run([*command, *settings], check=True, cwd=ROOT, env=environment, stdout=sys.stderr)
 
 
@@ -48,7 +48,7 @@ def run_seed(folder: Path, seed: int, more: list[str]) -> dict[str, Path]:
         if not (run / "report.html").is_file():  # the last file that a run writes
             own = [f"model.path={cold / 'hf'}", f"data.train={data / 'train'}"]
             own += [f"data.eval={data / 'eval'}", "data.eval_limit=0", f"seed={seed}"]
-            train(run, *GRPO, *own, f"algorithm.credit={credit}", *more)
+            train(run, *own, f"algorithm.credit={credit}", *more)
     return runs
 
 

@@ -1,9 +1,8 @@
-#!/usr/bin/env python3
-"""Compare the rules with math-verify over the cases in tests: tools/compare_graders.py [--every].
+"""Print where our rules and math-verify differ over the cases in tests: tools/compare_graders.py.
 
-Prints the table of docs/rewards.md, one line per rule: how many cases of tests/grading_*.py it
-decides, in how many of them the library agrees with the verdict of the case, and examples in which
-the library errs (all of them with --every). A test compares the page with it.
+The cases are those of tests/grading_*.py, whose verdicts are ours. Prints the table of
+docs/rewards.md, with a line per rule: how many cases it decides, on how many the library agrees,
+and examples of the others, where the library is wrong. A test compares it with the page.
 """
 
 from __future__ import annotations
@@ -11,9 +10,6 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_sr1.errors import GradingLimit
 from megatron_sr1.rewards.grader import Grader
@@ -23,7 +19,7 @@ TABLES = (grading_cases, grading_forms, grading_attacks, grading_field)
 MAX_SHOWN_CHARACTERS = 40
 EXAMPLES = 4
 LIMIT_SECONDS = 3.0
-"""Time limit of the library, in which some of the cases hang; that counts as "wrong"."""
+"""Time limit of the library, which hangs in some of the cases; that counts as "wrong"."""
 
 
 def main(every: bool = False) -> str:
@@ -58,7 +54,7 @@ def main(every: bool = False) -> str:
 
 
 def _short(found: Iterable[tuple[str, str, bool]]) -> list[tuple[str, str, bool]]:
-    """Return a few that are short enough for a table, wrongly accepted ones first."""
+    """Return a few that fit into a table, those wrongly accepted first."""
     fit = [f for f in found if max(len(f[0]), len(f[1])) <= MAX_SHOWN_CHARACTERS]
     fit = [f for f in fit if "|" not in f[0] + f[1] and f[1].isprintable()]
     accepted, refused = ([f for f in fit if f[2] is right] for right in (False, True))

@@ -2,10 +2,10 @@
 
     python tools/fuzz.py --minutes 60 --seed 1 --findings runs/fuzz
 
-Each target of tests/hostile/targets.py gets random inputs in turn, by hypothesis, which shrinks
-what fails. A finding is written to a file in the folder, and the target goes on with another
-seed. Counts come at the end; the exit status is 1 if there are findings. A case that does not
-come back within its time is a finding, and ends the run.
+Each target of tests/hostile/targets.py gets random inputs in turn from hypothesis, which shrinks
+those that fail. A finding is written to a file, and the target continues with another seed. The
+exit status is 1 if there are findings. A case that does not return within its time limit is a
+finding, and ends the run.
 """
 
 from __future__ import annotations
@@ -16,11 +16,8 @@ import itertools
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as with_seed
@@ -33,36 +30,35 @@ HANGS_SECONDS = 120
 
 
 class Findings:
-    """Failures, each kind once, as files in a folder."""
+    """Failures, each kind once, as files in a directory."""
 
     def __init__(self, folder: Path) -> None:
-        """Make the folder."""
+        """Create the directory."""
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.kinds = folder, set[str]()
 
-    def add(self, target: str, seed: int, case: Any, error: BaseException) -> bool:
-        """Store a failing case; False if one like it is known."""
+    def add(self, target: str, seed: int, case: Any, error: BaseException) -> None:
+        """Store a failing case unless one like it is known."""
         frames = [f for f in traceback.extract_tb(error.__traceback__) if "hypothesis" not in f[0]]
         last = frames[-1]
         kind = f"{target}: {type(error).__name__} in {last.name} line {last.lineno}"
         if kind in self.kinds:
-            return False
+            return
         self.kinds.add(kind)
         shown = "".join(traceback.format_exception(error))
         path = self.folder / f"{target}-{len(self.kinds):03d}.txt"
         path.write_text(f"{kind}\nseed {seed}\ncase {case!r}\n\n{shown}", errors="backslashreplace")
         print(f"finding: {kind}; see {path}", flush=True)
-        return True
 
 
-def fuzz_round(target: str, seed: int, findings: Findings, cases: int) -> int:
-    """Run one target on fresh cases; returns how many ran, those of shrinking included."""
+def fuzz_round(target: str, seed: int, findings: Findings) -> int:
+    """Run one target on fresh cases; return how many ran, those of shrinking included."""
     strategy, check = TARGETS[target]
     count, last = 0, None
 
     @with_seed(seed)
     @settings(
-        max_examples=cases,
+        max_examples=ROUND_CASES,
         database=None,
         deadline=None,
         suppress_health_check=list(HealthCheck),
@@ -80,33 +76,33 @@ def fuzz_round(target: str, seed: int, findings: Findings, cases: int) -> int:
         run()
     except HypothesisException:
         raise
-    except Exception as error:  # whatever a target lets out is a finding
+    except Exception as error:  # any exception of a target is a finding
         findings.add(target, seed, last, error)
     finally:
         faulthandler.cancel_dump_traceback_later()
     return count
 
 
-def fuzz(
-    targets: list[str], seconds: float, seed: int, findings: Findings, say: Callable[[str], None]
-) -> dict[str, int]:
-    """Rounds of all targets until the time is up; returns the cases run by target."""
+def fuzz(targets: list[str], seconds: float, seed: int, findings: Findings) -> dict[str, int]:
+    """Run rounds of all targets until the time is up; return the number of cases by target."""
     counts = dict.fromkeys(targets, 0)
-    started = told = time.monotonic()
-    for number in itertools.count():
-        for target in targets:
-            if time.monotonic() - started >= seconds:
-                return counts
-            counts[target] += fuzz_round(target, seed * 1_000_000 + number, findings, ROUND_CASES)
-        if time.monotonic() - told > 60:
-            told = time.monotonic()
-            shown = ", ".join(f"{t} {c}" for t, c in counts.items())
-            say(f"{(told - started) / 60:.0f} min: {shown}; {len(findings.kinds)} findings")
-    raise AssertionError
+    started = reported = time.monotonic()
+    rounds = ((number, target) for number in itertools.count() for target in targets)
+    for number, target in rounds:
+        now = time.monotonic()
+        if now - started >= seconds:
+            break
+        if now - reported > 60:
+            reported = now
+            shown = ", ".join(f"{name} {count}" for name, count in counts.items())
+            minutes = (now - started) / 60
+            print(f"{minutes:.0f} min: {shown}; {len(findings.kinds)} findings", flush=True)
+        counts[target] += fuzz_round(target, seed * 1_000_000 + number, findings)
+    return counts
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the tool; returns its exit status."""
+    """Run the tool; return its exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=1)
@@ -115,10 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     findings = Findings(options.findings)
     started = time.monotonic()
-    seconds = options.minutes * 60
-    counts = fuzz(
-        options.targets, seconds, options.seed, findings, lambda text: print(text, flush=True)
-    )
+    counts = fuzz(options.targets, options.minutes * 60, options.seed, findings)
     for target, count in counts.items():
         print(f"{target}: {count} executions")
     minutes = (time.monotonic() - started) / 60

@@ -1,11 +1,11 @@
-#!/usr/bin/env python3
 """Grade the answers in a file: tools/grade.py FILE.jsonl [--output FILE].
 
-Input lines are `{"response": str, "gold": str, "question": str}`, with `"answer"`, the content of
-the box, in place of `"response"` if you like; the question, whose options the grader reads, is
-optional. Output lines add `"right"`, true or false, and `"because"`: the rule that decided,
+Input lines are `{"response": str, "gold": str, "question": str}`, or have `"answer"`, the content
+of the box, in place of `"response"`; the question, whose options the grader reads, is optional. The
+output has the same lines, with `"right"`, true or false, and `"because"`: the rule that decided,
 `uncomparable:` with the exception that the answer raised, or `ungraded:` with the limit that it
-exceeded (training leaves its prompt out of the step). The exit status is 2 if a line is invalid.
+reached, in which case a run leaves it out of its step. The exit status is 2 if a line cannot be
+used.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from megatron_sr1.errors import DataError, GradingError, GradingLimit, SR1Error
 from megatron_sr1.rewards.grader import GRADERS, Grader, Verdict
 from megatron_sr1.rewards.response import find_answer
@@ -27,11 +25,7 @@ EXPECTED = 'expected {"response" or "answer": text, "gold": text, "question": te
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the place of each line, for messages, and the line.
-
-    Raises:
-        DataError: the file or a line of it cannot be used.
-    """
+    """Yield the place and the content of each line; a DataError names what cannot be used."""
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
@@ -43,7 +37,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def parse_line(text: bytes, where: str) -> dict[str, Any]:
-    """Parse and check a line; raises DataError."""
+    """Read and check a line; raise a DataError if it is not JSON or has other fields."""
     try:
         line = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -62,7 +56,7 @@ def parse_line(text: bytes, where: str) -> dict[str, Any]:
 
 
 def grade(line: dict[str, Any], where: str, grader: Grader) -> Verdict:
-    """Judge a line; raises DataError if its gold answer cannot be compared with itself."""
+    """Judge a line; raise a DataError if its gold answer cannot be compared with itself."""
     answer = find_answer(line["response"]) if "response" in line else line["answer"].strip() or None
     try:
         return grader.judge(answer, line["gold"], line.get("question", ""), where)
@@ -73,7 +67,7 @@ def grade(line: dict[str, Any], where: str, grader: Grader) -> Verdict:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Grade a file; returns the exit status."""
+    """Grade a file; return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -90,8 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
         output = open(options.output, "w") if options.output else sys.stdout
         for where, line in lines:
             verdict = grade(line, where, grader)
-            graded = line | {"right": verdict.right, "because": verdict.because}
-            print(json.dumps(graded), file=output, flush=True)
+            line |= {"right": verdict.right, "because": verdict.because}
+            print(json.dumps(line), file=output, flush=True)
         if options.output:
             output.close()
     except SR1Error as error:

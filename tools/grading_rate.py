@@ -1,21 +1,16 @@
-#!/usr/bin/env python3
-"""Measure answers graded per second, with and without hanging ones: tools/grading_rate.py.
+"""Answers graded per second, with and without some that hang: tools/grading_rate.py [--count N].
 
-Prints one line for a grader without hanging answers and one for a grader with some, with the rate
-of the other answers, and how much longer those took. The answers are synthetic: numbers, units,
-option labels, words and one formula in ten, half of them right.
+Prints a line for a grader that meets none that hang and for one that does: the rate of the other
+answers, and how much longer those took. The answers are made here: numbers, units, option labels,
+words and one formula in ten, half of them right.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
-import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_sr1.config.rollout import RewardConfig
 from megatron_sr1.errors import GradingLimit
@@ -31,15 +26,15 @@ WORDS = ("cat", "dog", "yes", "no", "blue", "left of it", "a red car", "10:30")
 
 @dataclass
 class Measured:
-    """Times of one grader.
+    """Times of one of two graders for the same answers.
 
     Attributes:
-        start_seconds: the first comparison, which loads the grader.
-        seconds: wall time of the answers that do not hang.
-        longest_seconds: longest time of one of those.
-        limit_seconds: wall time of those that hang.
-        num_right: right answers.
-        num_limits: answers that exceeded the time limit.
+        start_seconds: time of the first comparison, which loads the grader.
+        seconds: total time of the answers that do not hang.
+        longest_seconds: time of the slowest of those.
+        limit_seconds: total time of the answers that hang.
+        num_right: answers found right.
+        num_limits: answers that reached the time limit.
     """
 
     start_seconds: float = 0.0
@@ -49,9 +44,8 @@ class Measured:
     num_right: int = 0
     num_limits: int = 0
 
-    def grade(self, scorer: Scorer, name: str, asked: tuple[str, str, str]) -> None:
+    def grade(self, scorer: Scorer, name: str, gold: str, answer: str, question: str) -> None:
         """Grade one answer and count its time."""
-        gold, answer, question = asked
         text, since = f"<think> so </think> \\boxed{{{answer}}}", time.monotonic()
         try:
             reward = scorer.score(name, *case(text, gold, question, has_image=True))
@@ -66,7 +60,7 @@ class Measured:
 
 
 def make_answer(number: int, chance: random.Random) -> tuple[str, str, str]:
-    """Return gold, answer and question; every tenth is a formula, no two of which are equal."""
+    """Return gold, answer and question; one in ten is a formula, each a different one."""
     n, wrong = chance.randrange(2, 900), chance.random() < 0.5
     kind = number % 10
     if kind == 0:
@@ -87,42 +81,36 @@ def make_answer(number: int, chance: random.Random) -> tuple[str, str, str]:
 
 
 def measure(count: int, num_slow: int, timeout_seconds: float) -> tuple[Measured, Measured]:
-    """Grade the same answers with two graders in turn; only the second also gets hanging ones.
+    """Grade `count` answers with two graders in turn, so that load on the machine slows both.
 
-    Alternating between them exposes both to the same load of the machine.
-
-    Args:
-        count: answers that do not hang.
-        num_slow: hanging answers, spread evenly among them.
-        timeout_seconds: time limit per comparison.
+    Only the second grader gets the `num_slow` answers that hang, evenly spread among the others.
     """
     chance = random.Random(1)
-    asked = [make_answer(number, chance) for number in range(count)]
     slow_at = {(number + 1) * count // (num_slow + 1): number for number in range(num_slow)}
     found = (Measured(), Measured())
-    with (
-        Scorer(RewardConfig("vision_r1", grader_timeout_seconds=timeout_seconds)) as plain,
-        Scorer(RewardConfig("vision_r1", grader_timeout_seconds=timeout_seconds)) as with_slow,
-    ):
+    reward = RewardConfig("vision_r1", grader_timeout_seconds=timeout_seconds)
+    with Scorer(reward) as plain, Scorer(reward) as with_slow:
         pairs = list(zip(found, (plain, with_slow), strict=True))
         for measured, scorer in pairs:
             since = time.monotonic()
             scorer.score("first", *case(r"\boxed{1+x}", "x+1", PLAIN, has_image=True))
             measured.start_seconds = time.monotonic() - since
-        for number, one in enumerate(asked):
+        for number in range(count):
             if number in slow_at:
-                slow = (SLOW[0], f"{SLOW[1]}+{slow_at[number]}", PLAIN)
-                found[1].grade(with_slow, f"slow answer {number}", slow)
+                slow = slow_at[number]
+                gold, answer = SLOW
+                found[1].grade(with_slow, f"slow answer {slow}", gold, f"{answer}+{slow}", PLAIN)
+            sample = make_answer(number, chance)
             for measured, scorer in pairs if number % 2 else reversed(pairs):
-                measured.grade(scorer, f"answer {number}", one)
+                measured.grade(scorer, f"answer {number}", *sample)
     return found
 
 
-def main() -> int:
-    """Measure both graders and print the comparison."""
+def main() -> None:
+    """Measure both graders and compare them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--count", type=int, default=10_000, help="answers that do not hang")
-    parser.add_argument("--slow", type=int, default=1, help="answers that hang")
+    parser.add_argument("--slow", type=int, default=1, help="answers that do")
     parser.add_argument("--timeout", type=float, default=5.0, help="seconds per comparison")
     options = parser.parse_args()
     found = measure(options.count, options.slow, options.timeout)
@@ -130,13 +118,12 @@ def main() -> int:
         print(
             f"{options.count} answers and {measured.num_limits} that hang: "
             f"{measured.seconds:.1f} s and {measured.limit_seconds:.1f} s; {measured.num_right} "
-            f"right; the others {options.count / measured.seconds:.0f} a second, the longest "
+            f"right; the others {options.count / measured.seconds:.0f} per second, the longest "
             f"{measured.longest_seconds:.2f} s; the grader loaded in {measured.start_seconds:.1f} s"
         )
     lost = 100 * (found[1].seconds / found[0].seconds - 1)
     print(f"with time-outs the others took {lost:+.1f} % more time")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

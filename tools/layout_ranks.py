@@ -21,7 +21,6 @@ from megatron_sr1.runtime import cpu  # noqa: E402
 
 cpu.install()
 
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from PIL import Image  # noqa: E402
@@ -30,9 +29,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from megatron_sr1.config.loading import load_config  # noqa: E402
 from megatron_sr1.config.run import Config  # noqa: E402
 from megatron_sr1.config.training import AlgorithmConfig  # noqa: E402
-from megatron_sr1.data.packing import pack_samples  # noqa: E402
 from megatron_sr1.data.processor import Processor  # noqa: E402
-from megatron_sr1.model.row_split import sequence_multiple  # noqa: E402
 from megatron_sr1.records import PackedBatch, TrainSample  # noqa: E402
 from megatron_sr1.runtime.device import select_device, start_distributed  # noqa: E402
 from megatron_sr1.runtime.groups import Groups, destroy_groups, make_groups  # noqa: E402
@@ -40,14 +37,20 @@ from megatron_sr1.trainer.actor import Actor, make_actor  # noqa: E402
 from megatron_sr1.trainer.objective import grpo_loss  # noqa: E402
 from megatron_sr1.trainer.setup import load_actor_model  # noqa: E402
 from megatron_sr1.trainer.step import update  # noqa: E402
-from tools.layout_parts import exported, published_gradients, random_images  # noqa: E402
+from tools.layout_parts import (  # noqa: E402
+    exported,
+    pack_rows,
+    published_gradients,
+    random_samples,
+)
 
 NUM_UPDATES, LEARNING_RATE, TEMPERATURE = 2, 1e-3, 0.7
 EPSILON = 1e-4
 """Of AdamW: a gradient far below it is not blown up to a whole step."""
 MEASURES = ("gradient", "sgd", "adamw")
-SHORT, LONG = 40, 400  # text tokens of a sample, most and of the longest one
-IMAGES = ((), ((84, 28),), ((56, 112), (140, 84), (28, 28)), (), ((84, 84),), ())  # of each sample
+IMAGES = ((), ((84, 28),), ((56, 112), (140, 84), (28, 28)), (), ((84, 84),), ())
+NUM_TEXT = (12, 39, 25, 33, 8, 400)
+"""Text tokens of each sample; the last is longer than all others together."""
 
 
 @dataclass(frozen=True)
@@ -80,29 +83,7 @@ class Gap:
 
 def make_batch(processor: Processor) -> tuple[list[TrainSample], list[list[Image.Image]]]:
     """Samples with random tokens and numbers, the last longer than all others together."""
-    rng = np.random.default_rng(7)
-    samples: list[TrainSample] = []
-    pictures = []
-    for index, sizes in enumerate(IMAGES):
-        images, grids, tokens = random_images(rng, sizes, processor)
-        num_text = int(rng.integers(8, SHORT)) if index < len(IMAGES) - 1 else LONG
-        tokens += rng.integers(10, 300, size=num_text).tolist()
-        length = len(tokens)
-        numbers = [rng.standard_normal(length).astype(np.float32) for _ in range(3)]
-        samples.append(
-            TrainSample(
-                index=index,
-                num_images=len(images),
-                token_ids=np.array(tokens),
-                loss_mask=(np.arange(length) >= length - num_text) & (rng.random(length) < 0.8),
-                image_grid_thw=grids,
-                advantages=numbers[0],
-                old_logprobs=-6 + 0.2 * numbers[1],
-                engine_logprobs=-6 + 0.2 * numbers[1],
-                reference_logprobs=-6 + 0.2 * numbers[2],
-            )
-        )
-        pictures.append(images)
+    samples, pictures = random_samples(processor, IMAGES, NUM_TEXT)
     lengths = [len(sample.token_ids) for sample in samples]
     assert lengths[-1] > sum(lengths[:-1]), lengths
     return samples, pictures
@@ -122,16 +103,7 @@ def make_rows(
 ) -> list[PackedBatch]:
     """This rank's samples in packed rows, or each in a row of its own."""
     samples, pictures = make_batch(processor)
-    multiple = sequence_multiple(config.parallel.context)
-    return pack_samples(
-        samples[groups.data.rank :: groups.data.size],
-        4096 if packing else 1,
-        lambda index: processor.vision(pictures[index]) if pictures[index] else None,
-        image_pad_id=processor.image_pad_id,
-        merge_size=processor.merge_size,
-        pad_multiple=config.parallel.tensor * multiple,
-        sequence_multiple=multiple,
-    )
+    return pack_rows(samples, pictures, processor, groups, 4096 if packing else 1)
 
 
 def with_sgd(actor: Actor) -> Actor:

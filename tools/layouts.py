@@ -1,10 +1,10 @@
 """Print how far each layout is from one process: loss, gradients, weights after two updates.
 
 One checkpoint and one batch (text alone, one image, several of unequal sizes, a sample longer than
-the others together) go through every layout, packed and one sample a row, with and without
+the others together) go through every layout, packed and one sample per row, with and without
 recomputation, the tower by tensor parallelism and by images. A gap is |found - expected| over
-|expected| by norm, of the tensor and the rank where it is largest; what is expected is one
-process's, unpacked. Runs on a CPU in float32.
+|expected| by norm, of the tensor and the rank where it is largest; expected are the numbers of one
+process with unpacked samples. Runs on a CPU in float32.
 """
 
 from __future__ import annotations
@@ -19,11 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from megatron_sr1.demo.digits import corpus_texts  # noqa: E402
-from megatron_sr1.demo.tiny_model import make_tiny_model  # noqa: E402
+from megatron_sr1.demo.digits import corpus_texts
+from megatron_sr1.demo.tiny_model import make_tiny_model
 
 RANKS = Path(__file__).with_name("layout_ranks.py")
 BOUND = 1e-5
@@ -50,7 +47,7 @@ COLUMNS = ("loss", "gradient", "sgd", "adamw")
 
 
 def start(num_ranks: int, folder: Path, layouts: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Run ranks over layouts; yields what they find as they find it."""
+    """Run ranks over layouts; yield their records as they arrive."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(num_ranks), str(RANKS), str(folder), json.dumps(layouts)]
     log = folder / f"ranks_{num_ranks}.log"
@@ -65,12 +62,7 @@ def start(num_ranks: int, folder: Path, layouts: dict[str, Any]) -> Iterator[dic
 
 
 def measure(chosen: list[str], folder: Path) -> list[dict[str, Any]]:
-    """A record for each layout and variant, printed as it comes.
-
-    Args:
-        chosen: names of layouts; empty for all.
-        folder: for the model and the expected numbers.
-    """
+    """Return a record for each layout and variant, of all layouts if none is chosen."""
     make_tiny_model(folder / "model", corpus_texts(), num_layers=4)
     list(start(1, folder, {}))
     records = []
@@ -84,7 +76,7 @@ def measure(chosen: list[str], folder: Path) -> list[dict[str, Any]]:
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """Markdown: of each layout the largest gaps over its variants."""
+    """Format the largest gaps of each layout over its variants as a Markdown table."""
     lines = ["| layout | ways | loss | gradients | 2 x SGD | 2 x AdamW | farthest gradient |"]
     lines.append("|---|---|---|---|---|---|---|")
     for layout in dict.fromkeys(record["layout"] for record in records):
@@ -96,7 +88,7 @@ def table(records: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Measure, print the table, and fail beyond the bound."""
+    """Measure and print the table; exit with 1 if a gap exceeds the limit."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     names = [name for layouts in LAYOUTS.values() for name in layouts]
     parser.add_argument("--only", action="append", default=[], choices=names, metavar="LAYOUT",

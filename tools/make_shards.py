@@ -22,7 +22,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,48 +48,28 @@ the source cannot be read (nothing usable is left in DST then), 2 for a wrong op
 """
 REPORT_FILE = "report.json"
 NUM_EXAMPLES = 3
-"""Of a kind of fault, in the report."""
-NUM_TOLD = 10
-"""Of a kind of fault, on stderr while reading."""
+"""Messages of each kind of fault in the report."""
+NUM_SHOWN = 10
+"""Messages of each kind of fault on stderr while reading."""
 
 
-@dataclass(frozen=True)
-class Bound:
-    """How many rows may be skipped.
-
-    Attributes:
-        text: as it was given.
-        count: at most so many; None: by share.
-        share: at most this share of the rows read.
-    """
-
-    text: str
-    count: int | None
-    share: float = 1.0
-
-    def holds(self, skipped: int, rows: int) -> bool:
-        """Whether no more rows were skipped than are allowed."""
-        return skipped <= (self.share * rows if self.count is None else self.count)
-
-
-def bound(text: str) -> Bound:
-    """A bound from its text, a count or a percentage.
+def max_skipped(text: str) -> str:
+    """Return the limit of skipped rows if it is a count or a percentage.
 
     Raises:
         argparse.ArgumentTypeError: anything else.
     """
-    if re.fullmatch("[0-9]{1,12}", text):
-        return Bound(text, int(text))
-    if re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,9})?%", text) and float(text[:-1]) <= 100:
-        return Bound(text, None, float(text[:-1]) / 100)
+    share = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]{1,9})?)%", text)
+    if re.fullmatch("[0-9]{1,12}", text) or (share and float(share[1]) <= 100):
+        return text
     raise argparse.ArgumentTypeError(f"{text!r}; expected a count or a share, as 100 or 5%")
 
 
 def column(text: str) -> tuple[str, str]:
-    """NAME and PATH of `NAME=PATH`.
+    """Split `NAME=PATH`.
 
     Raises:
-        argparse.ArgumentTypeError: no such form, or a name that means nothing.
+        argparse.ArgumentTypeError: another form, or a name that has no meaning.
     """
     name, mark, path = text.partition("=")
     if not mark or not path or name not in COLUMNS:
@@ -100,46 +80,51 @@ def column(text: str) -> tuple[str, str]:
 
 @dataclass
 class Faults:
-    """Rows that were read, and what was wrong with those that were skipped.
+    """Counts the rows read, and those skipped by kind of fault.
 
     Attributes:
-        bound: how many may be skipped.
+        limit: how many rows may be skipped, a count or a percentage of those read.
+        image_path: where --column takes the images from; empty if it does not.
         rows: read so far.
         count: skipped so far.
         kinds: kind of fault -> (count, first messages).
-        image_path: where --column takes the images from; empty if it does not.
         num_with_images: good rows that have images.
     """
 
-    bound: Bound
-    image_path: str = ""
+    limit: str
+    image_path: str
     rows: int = 0
     count: int = 0
     kinds: dict[str, tuple[int, list[str]]] = field(default_factory=dict)
     num_with_images: int = 0
 
     def add(self, where: str, error: DataError) -> None:
-        """Count one; the first of its kind are named on stderr."""
+        """Count a row; the first ones of each kind are reported on stderr."""
         self.count += 1
-        kind = error.kind or kind_of(str(error), where)
+        kind = kind_of(str(error), where)
         count, examples = self.kinds.get(kind, (0, []))
         examples = [*examples, str(error)] if count < NUM_EXAMPLES else examples
         self.kinds[kind] = count + 1, examples
-        if count < NUM_TOLD:
+        if count < NUM_SHOWN:
             print(f"skipped: {error}", file=sys.stderr)
-        elif count == NUM_TOLD:
+        elif count == NUM_SHOWN:
             print(f"skipped: more of this kind ({kind}); counted from here on", file=sys.stderr)
 
+    def too_many(self) -> bool:
+        """Return True if more rows were skipped than the limit allows, of those read so far."""
+        allowed = float(self.limit.rstrip("%"))
+        return self.count > (allowed * self.rows / 100 if self.limit.endswith("%") else allowed)
+
     def check(self) -> None:
-        """Whether the source may be used, at its end.
+        """Check that the source can be used, once all of it has been read.
 
         Raises:
             DataError: more rows were skipped than are allowed, or no image was found.
         """
-        if not self.bound.holds(self.count, self.rows):
+        if self.too_many():
             raise DataError(
                 f"{self.count} of {self.rows} rows ({self.count / self.rows:.1%}) cannot be used, "
-                f"--max-skipped is {self.bound.text}; correct the source, or raise it to "
+                f"--max-skipped is {self.limit}; correct the source, or raise it to "
                 f"{self.count} to leave them out"
             )
         if self.image_path and not self.num_with_images:
@@ -147,61 +132,50 @@ class Faults:
                 f"no row has an image at {self.image_path}, where --column looks; correct the path"
             )
 
-    def lines(self) -> list[str]:
-        """A line a kind, the most frequent first."""
-        kinds = sorted(self.kinds.items(), key=lambda item: -item[1][0])
-        return [f"{count:8d}  {kind}: first {texts[0]}" for kind, (count, texts) in kinds]
-
     def report(self, written: int) -> dict[str, Any]:
-        """What report.json holds."""
-        kinds = [{"kind": k, "count": c, "examples": t} for k, (c, t) in self.kinds.items()]
+        """Return the contents of report.json, the most frequent kind first."""
+        kinds = sorted(self.kinds.items(), key=lambda item: -item[1][0])
         return {
             "rows": self.rows,
             "written": written,
             "skipped": self.count,
-            "max_skipped": self.bound.text,
-            "kinds": sorted(kinds, key=lambda kind: -int(str(kind["count"]))),
+            "max_skipped": self.limit,
+            "kinds": [{"kind": k, "count": c, "examples": texts} for k, (c, texts) in kinds],
         }
 
 
 def kind_of(message: str, where: str) -> str:
-    """A message without the row's name and without what differs from row to row."""
+    """Return a message without the row's name and without what differs from row to row."""
     text = re.sub(r", image [0-9]+", "", message.removeprefix(where)).lstrip(":, ")
-    return re.sub(r"'[^']*'|\[[^\]]*\]|[0-9]+", "…", text)[:80]
+    return re.sub(r"'[^']*'|\"[^\"]*\"|\[[^\]]*\]|[0-9]+", "…", text)[:80]
 
 
 def good_records(
-    source: Iterator[tuple[str, Record | DataError]],
-    faults: Faults,
-    limit: int,
-    total: int | None,
-    progress: bool,
+    source: Iterator[tuple[str, Record | DataError]], faults: Faults, limit: int, total: int | None
 ) -> Iterator[Record]:
-    """The records that can be read, with a progress bar on stderr.
+    """Yield the records that can be read, with a progress bar on a terminal's stderr.
 
     Args:
         source: named records and errors.
-        faults: counts the others. Beyond its bound nothing comes, but all is still read.
+        faults: counts the errors. Above its limit nothing is yielded, but all is still read.
         limit: stop after this many; 0 reads all.
         total: rows to come, if that is known.
-        progress: whether to show a bar.
 
     Raises:
-        DataError: at the end, where `Faults.check` finds fault.
+        DataError: at the end, by `Faults.check`.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
     columns = ("making shards", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not progress) as bar:
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("", total=limit or total)
         given = 0
         for where, record in source:
             faults.rows += 1
             if isinstance(record, DataError):
                 faults.add(where, record)
-            elif faults.bound.count is None or faults.count <= faults.bound.count:
+            elif faults.limit.endswith("%") or not faults.too_many():
                 faults.num_with_images += bool(record.images)
                 yield record
                 given += 1
@@ -237,8 +211,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add(
         "--max-skipped",
-        type=bound,
-        default=bound("100"),
+        type=max_skipped,
+        default="100",
         metavar="N|N%",
         help="how many rows may be skipped, as a count or as a share of those read; all are read "
         "first, so that the totals are known; default: 100",
@@ -257,41 +231,32 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def make(options: argparse.Namespace, faults: Faults) -> int:
-    """Read the source and write the shards; returns the number of samples.
-
-    Raises:
-        DataError: the source cannot be read, has no good row, or too many were skipped.
-    """
-    files = source_files(options.source)
-    columns: Mapping[str, str] = dict(options.column)
-    rows = records(files, options.image_folder, columns)
-    total = count_rows(files)
-    found = good_records(rows, faults, options.limit, total, sys.stderr.isatty())
-    return write_shards(found, options.target, samples_per_shard=options.samples_per_shard)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool; returns its exit status."""
     options = parse(arguments)
     columns = dict(options.column)
-    image_path = columns.get("images") or columns.get("image") or ""
-    faults = Faults(options.max_skipped, image_path)
+    faults = Faults(options.max_skipped, columns.get("images") or columns.get("image") or "")
     written, failure = 0, None
     try:
-        written = make(options, faults)
+        files = source_files(options.source)
+        rows = records(files, options.image_folder, columns)
+        found = good_records(rows, faults, options.limit, count_rows(files))
+        written = write_shards(found, options.target, samples_per_shard=options.samples_per_shard)
         print(f"{options.target}: {written} samples, {faults.count} skipped")
     except (SR1Error, OSError) as error:  # OSError: a target that cannot be written, a full disk
         failure = error
     except KeyboardInterrupt:
         return 130
+    report = faults.report(written)
     try:
         if faults.rows:
-            write_text(options.target / REPORT_FILE, json.dumps(faults.report(written)) + "\n")
+            write_text(options.target / REPORT_FILE, json.dumps(report) + "\n")
     except OSError as error:
         failure = failure or error
+    for kind in report["kinds"]:
+        print(f"{kind['count']:8d}  {kind['kind']}: first {kind['examples'][0]}")
     if faults.count:
-        print(*faults.lines(), f"{'':10}more in {options.target / REPORT_FILE}", sep="\n")
+        print(f"{'':10}more in {options.target / REPORT_FILE}")
     if failure:
         print(f"make_shards: {failure}", file=sys.stderr)
     return int(failure is not None)

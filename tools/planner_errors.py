@@ -1,8 +1,7 @@
-"""Print the table of docs/planner.md that compares the planner with published figures.
+"""Print the table of docs/planner.md that compares the planner with figures of other systems.
 
-Usage: python tools/planner_errors.py
-The figures are those of other systems. Lengths and layouts that are not published were assumed
-before the comparison, and nothing was adjusted after it.
+Lengths and layouts that are not published were assumed before the comparison, and nothing was
+adjusted after it.
 """
 
 from __future__ import annotations

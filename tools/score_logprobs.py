@@ -1,8 +1,8 @@
-"""Per-token logprobs of given responses under a backend: shows where two backends disagree.
+"""Score given responses with a backend, a logprob per token, to see where backends disagree.
 
-Input, a JSON object a line: {"prompt": [token ids, each image one expanded run of image-pad ids],
-"response": [token ids], "images": ["path", ...]}. Output: the same lines with "logprobs": [...],
-one a response token, in nats at temperature 1. The tool starts its own ranks.
+Each input line is a JSON object: {"prompt": [token ids, each image one expanded run of image-pad
+ids], "response": [token ids], "images": ["path", ...]}. The output has the same lines with
+"logprobs": [...], one per response token, in nats at temperature 1. The tool starts its own ranks.
 """
 
 from __future__ import annotations
@@ -16,20 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_sr1.errors import ConfigError, DataError, SR1Error
 from megatron_sr1.runtime.files import replacing
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the input, checked.
-
-    Attributes:
-        where: file and line, for messages.
-        content: the object as it came.
-        prompt: token ids, images expanded.
-        response: token ids.
-        images: files of the prompt's images, in order.
-    """
+    """A checked line of the input; `content` is the whole object, `where` names file and line."""
 
     where: str
     content: dict[str, Any]
@@ -52,17 +45,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     add("--spec", choices=("local", "transformer_engine"), default="local", help="default: local")
-    add("--pack-tokens", type=int, default=8192, help="megatron: tokens a row; default: 8192")
-    add("--min-pixels", type=int, help="smallest image area; default: as the model says")
-    add("--max-pixels", type=int, help="largest image area; default: as the model says")
+    add("--pack-tokens", type=int, default=8192, help="megatron: tokens per row; default: 8192")
+    add("--min-pixels", type=int, help="smallest image area; default: the model's")
+    add("--max-pixels", type=int, help="largest image area; default: the model's")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Score, or start the ranks that do; returns the exit status."""
+    """Score, or start the ranks that do; return the exit status."""
     arguments = parse(argv)
-    from megatron_sr1.errors import SR1Error
-
     try:
         num_ranks = check(arguments)
         lines = read_lines(arguments.input)
@@ -76,13 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check(arguments: argparse.Namespace) -> int:
-    """Refuse what a backend cannot do; returns the number of ranks.
-
-    Raises:
-        ConfigError: naming the option.
-    """
-    from megatron_sr1.errors import ConfigError
-
+    """Return the number of ranks; raise a ConfigError if the backend has no such layout."""
     sizes = {
         "--tensor-parallel": arguments.tensor_parallel,
         "--pipeline-parallel": arguments.pipeline_parallel,
@@ -100,13 +85,7 @@ def check(arguments: argparse.Namespace) -> int:
 
 
 def read_lines(path: Path) -> list[Line]:
-    """Read and check the input.
-
-    Raises:
-        DataError: naming file and line.
-    """
-    from megatron_sr1.errors import DataError
-
+    """Read and check the input; a DataError names file and line."""
     if not path.is_file():
         raise DataError(f"{path}: no such file; expected one JSON object a line")
     lines = []
@@ -137,21 +116,15 @@ def read_lines(path: Path) -> list[Line]:
 
 
 def find_image(name: str, folder: Path, where: str) -> Path:
-    """An image's file, as named or beside the input.
-
-    Raises:
-        DataError: it is not there.
-    """
-    from megatron_sr1.errors import DataError
-
+    """Return an image's file, as named or beside the input."""
     for path in (Path(name), folder / name):
         if path.is_file():
             return path
-    raise DataError(f"{where}: image {name} is not there, nor is {folder / name}")
+    raise DataError(f"{where}: image {name} does not exist, nor does {folder / name}")
 
 
 def start_ranks(argv: list[str], num_ranks: int) -> int:
-    """Run this file under torchrun; returns its exit status."""
+    """Run this file under torchrun; return its exit status."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(num_ranks), str(Path(__file__).resolve()), *argv]
     threads = max((os.cpu_count() or 1) // num_ranks, 1)

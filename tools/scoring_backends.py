@@ -1,7 +1,7 @@
-"""The three backends of score_logprobs.py: each scores all lines on the ranks that it needs.
+"""The three backends of score_logprobs.py.
 
-In: the tool's options and its lines. Out: for each line the logprobs of its response, nats, on the
-first rank at least.
+Each takes the tool's options and lines, and returns for each line the logprobs of its response, in
+nats, on the first rank at least.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Scores = list[list[float]]
 def megatron(
     arguments: argparse.Namespace, source: ModelSource, device: Device, lines: Lines
 ) -> Scores:
-    """Score with the Megatron model under the layout asked for."""
+    """Score with the Megatron model under the chosen layout."""
     from megatron_sr1.trainer.actor import Actor
     from megatron_sr1.trainer.step import sample_logprobs
 
@@ -143,7 +143,7 @@ def vllm(
 
 
 def loaded(source: ModelSource, groups: Groups, model: ModelConfig) -> tuple[list[Any], Any]:
-    """A model with the source's weights, and its configuration."""
+    """Build a model, load the source's weights, and return it with its configuration."""
     hf_config = read_hf_config(source.hf_files)
     with cpu.megatron_mode():
         chunks = build_model(hf_config, groups, model, ParallelConfig())
@@ -153,7 +153,7 @@ def loaded(source: ModelSource, groups: Groups, model: ModelConfig) -> tuple[lis
 
 @contextlib.contextmanager
 def huggingface_directory(source: ModelSource, device: Device) -> Iterator[Path]:
-    """A Hugging Face directory of the model: its own, or an export that lives while in use."""
+    """Yield a Hugging Face directory of the model: its own, or a temporary export."""
     if source.kind == "huggingface":
         check_tensors(HFSource(source.weights), read_hf_config(source.hf_files))
         yield source.weights
@@ -175,18 +175,14 @@ def huggingface_directory(source: ModelSource, device: Device) -> Iterator[Path]
 
 
 def make_processor(arguments: argparse.Namespace, source: ModelSource) -> Processor:
-    """Tokenizer and image processor, with the model's own pixel limits unless told otherwise."""
+    """Load tokenizer and image processor; pixel limits are the model's unless options set them."""
     return Processor(source.hf_files, arguments.min_pixels, arguments.max_pixels)
 
 
 def train_sample(
     number: int, line: Any, images: Sequence[Any], processor: Processor
 ) -> TrainSample:
-    """A line as a sequence; its image-pad runs must be those of its images.
-
-    Raises:
-        DataError: naming the line.
-    """
+    """Convert a line to a sample; raise a DataError if its image-pad runs do not fit its images."""
     grids = tuple(processor.grid(image, line.where) for image in images)
     collapsed = collapse(line.prompt, processor.image_pad_id)
     expanded = processor.expand(collapsed, grids, line.where)
@@ -202,15 +198,13 @@ def train_sample(
 
 
 def collapse(token_ids: Sequence[int], image_pad_id: int) -> tuple[int, ...]:
-    """The prompt with one image-pad id an image."""
-    found: list[int] = []
-    for token, run in itertools.groupby(token_ids):
-        found += [token] if token == image_pad_id else list(run)
-    return tuple(found)
+    """Return the prompt with one image-pad id per image."""
+    runs = itertools.groupby(token_ids)
+    return tuple(t for token, run in runs for t in ([token] if token == image_pad_id else run))
 
 
 def open_images(line: Any) -> list[Any]:
-    """The images of a line, decoded under the limits that hold for all data."""
+    """Decode the images of a line under the limits for all data."""
     return [decode_image(path.read_bytes(), f"{line.where}: {path}") for path in line.images]
 
 

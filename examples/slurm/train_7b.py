@@ -33,7 +33,7 @@ def main() -> int:
         from megatron_sr1.launch.slurm import submit
 
         cluster = cluster_of(arguments)
-        print(submit("vision_sr1_7b", cluster, tasks_of(arguments, SETTINGS)).next_commands())
+        print(submit("vision_sr1_7b", cluster, tasks_of(arguments, SETTINGS)))
     except SR1Error as error:
         print(f"train_7b: error: {error}", file=sys.stderr)
         return 2

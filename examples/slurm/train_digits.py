@@ -38,7 +38,7 @@ def main() -> int:
         from megatron_sr1.launch.slurm import submit
 
         cluster = cluster_of(arguments)
-        print(submit("digits", cluster, tasks_of(arguments, SETTINGS)).next_commands())
+        print(submit("digits", cluster, tasks_of(arguments, SETTINGS)))
     except SR1Error as error:
         print(f"train_digits: error: {error}", file=sys.stderr)
         return 2

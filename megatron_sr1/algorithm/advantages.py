@@ -1,10 +1,10 @@
 """Advantages: rewards relative to those of the same prompt's other responses.
 
-In: rewards [groups, n], NaN where a reward is absent. Out: advantages of the same shape. Sources:
-GRPO (DeepSeekMath, arXiv 2402.03300, section 4.1.2), with a minimum standard deviation; Dr. GRPO
-(arXiv 2503.20783, section 3.2), which does not divide; RLOO (arXiv 2402.14740), whose baseline is
-the mean of the others; components that are normalised separately, then added (GDPO, arXiv
-2601.05242, without its final normalisation over the batch).
+Rewards are [groups, n], NaN where one is absent; advantages have the same shape. Sources: GRPO
+(DeepSeekMath, arXiv 2402.03300, section 4.1.2), with a minimum standard deviation; Dr. GRPO (arXiv
+2503.20783, section 3.2), which does not divide; RLOO (arXiv 2402.14740), whose baseline is the mean
+of the others; components that are normalised separately, then added (GDPO, arXiv 2601.05242,
+without its final normalisation over the batch).
 """
 
 from __future__ import annotations
@@ -26,14 +26,9 @@ def group_advantages(
         dr_grpo  reward - mean
         rloo     reward - mean of the others = (reward - mean) n / (n - 1)
 
-    The floor, in place of upstream's + 1e-6, keeps tiny differences in reward (rounding, a small
-    format reward) from becoming huge advantages. The standard deviation is unbiased (n - 1), like
-    upstream's torch.std. The advantages are 0 in a group of equal rewards or of one reward.
-
-    Args:
-        rewards: [groups, n] float; NaN marks an absent reward, which is ignored.
-        std_floor: smallest divisor, > 0.
-        estimator: grpo | dr_grpo | rloo.
+    The floor, > 0, in place of upstream's + 1e-6, keeps tiny differences in reward (rounding, a
+    small format reward) from becoming huge advantages. The standard deviation is unbiased (n - 1),
+    like upstream's torch.std. The advantages are 0 in a group of equal rewards or of one reward.
 
     Returns:
         advantages [groups, n] float32, NaN where the reward is; and statistics over the groups with
@@ -71,16 +66,10 @@ def group_advantages(
 def weighted_sum(parts: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
     """Add up the advantages of reward components, each normalised within its groups.
 
-    The weight of an absent component goes to those that are present: the advantage of a text-only
-    sample is that of its answer, on the same scale as for samples with both components.
-
-    Args:
-        parts: per component [groups, n] float32, NaN where absent; each sample has at least one.
-        weights: per component, > 0.
-
-    Returns:
-        [groups, n] float32: sum of weight x part over the present components, times the sum of all
-        weights / the sum of the present ones.
+    The weight, > 0, of an absent component (NaN) goes to those that are present: the advantage of a
+    text-only sample is that of its answer, on the same scale as for samples with both components.
+    Each sample has at least one. The result, [groups, n] float32, is the sum of weight x part over
+    the present components, times the sum of all weights / the sum of the present ones.
     """
     stacked = np.stack([part.astype(np.float64) for part in parts])
     column = np.asarray(weights, np.float64)[:, None, None]

@@ -4,6 +4,9 @@ Both compute logprobs of the same tokens, which differ by kernels, precision and
 (arXiv 2510.26788). Measured per token: k1 and k3 estimates of KL(engine || actor), the largest
 difference, and the share of tokens with a large one. Corrected by truncated importance weights, per
 token or per sequence, and by masking sequences whose mismatch is too large.
+
+The engine's logprobs are those at sampling, the actor's (`old_logprobs`) those before this batch's
+updates; shapes and types are as in losses.py.
 """
 
 from __future__ import annotations
@@ -28,14 +31,8 @@ def mismatch_sums(
 ) -> dict[str, torch.Tensor]:
     """Sum the mismatch over target tokens.
 
-    Args:
-        engine_logprobs: [1, T] float32 nats, as sampled.
-        actor_logprobs: [1, T] float32 nats, of the same weights.
-        loss_mask: [1, T] float32, 1 at target tokens.
-
-    Returns:
-        scalars: the sums `mismatch/k1`, `mismatch/kl` (k3) and `mismatch/far_share` (tokens), and
-        the maximum `mismatch/abs_max`.
+    Returns the sums `mismatch/k1`, `mismatch/kl` (k3) and `mismatch/far_share` (tokens), and the
+    maximum `mismatch/abs_max`, all scalars.
     """
     targets = loss_mask.bool()
     engine, actor = engine_logprobs[targets], actor_logprobs[targets].detach()
@@ -58,18 +55,9 @@ def truncated_importance_weights(
     """Return min(pi_old / pi_engine, cap), the weights of truncated importance sampling.
 
     Source: Ionides, JCGS 2008. The ratio is that of each token or, with `cu_seqlens`, the product
-    over its sequence. Multiply the advantages by the weights: the policy loss is homogeneous in
-    the advantage.
-
-    Args:
-        engine_logprobs: [1, T] float32 nats, as sampled.
-        old_logprobs: [1, T] float32 nats, of the actor before this batch's updates.
-        loss_mask: [1, T] float32, 1 at target tokens.
-        cap: largest weight, >= 1.
-        cu_seqlens: [sequences + 1] int32, boundaries on the row; None: a weight per token.
-
-    Returns:
-        [1, T] float32, without gradients; 1 outside the targets.
+    over its sequence; `cap` is at least 1. The weights, [1, T] float32, have no gradients and are 1
+    outside the targets. Multiply the advantages by them: the policy loss is homogeneous in the
+    advantage.
     """
     assert cap >= 1, cap
     targets = loss_mask.bool()
@@ -87,22 +75,12 @@ def near_sequences(
     cu_seqlens: torch.Tensor,
     max_nats: float,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Mask the sequences on which engine and actor are too far apart.
+    """Mask the sequences on which engine and actor differ by more than `max_nats` (> 0) per token.
 
     The measure is |sum of (old - engine)| / target tokens: the logarithm of the geometric mean of
     the token ratios. A masked sequence is also left out of the denominator, as if it had not been
-    sampled.
-
-    Args:
-        engine_logprobs: [1, T] float32 nats, as sampled.
-        old_logprobs: [1, T] float32 nats, of the actor before this batch's updates.
-        loss_mask: [1, T] float32, 1 at target tokens.
-        cu_seqlens: [sequences + 1] int32, boundaries on the row.
-        max_nats: largest mean difference of a sequence that is kept, > 0.
-
-    Returns:
-        [1, T] float32, `loss_mask` or 0; and scalars: `mismatch/masked_share` (tokens masked) and
-        `mismatch/num_masked_sequences`.
+    sampled. Returns the mask with 0 in these sequences, and the scalars `mismatch/masked_share`
+    (tokens masked) and `mismatch/num_masked_sequences`.
     """
     counts = target_counts(loss_mask, cu_seqlens)
     gaps = sequence_sums((old_logprobs - engine_logprobs).detach(), loss_mask, cu_seqlens)
@@ -120,13 +98,7 @@ def weight_sums(
 ) -> dict[str, torch.Tensor]:
     """Sum importance weights over target tokens, and count those at the cap.
 
-    Args:
-        weights: [1, T] float32, from `truncated_importance_weights`.
-        loss_mask: [1, T] float32, 1 at target tokens.
-        cap: largest weight.
-
-    Returns:
-        scalars: `importance/weight`, `importance/capped_share` (tokens).
+    Returns the scalars `importance/weight` and `importance/capped_share` (tokens).
     """
     chosen = weights[loss_mask.bool()]
     # exp(log(cap)) may differ from the cap by rounding.

@@ -1,10 +1,9 @@
 """Losses over packed tokens, and how they are reduced to the loss of an update.
 
-In: logprobs [1, T] float32 of the labels, values per token, a mask, the boundaries of sequences.
-Out: loss sums with gradients, detached sums to report, token weights, and this row's part of the
-denominator. Sums and denominators are added over all micro-batches and data-parallel ranks of an
-update, then divided (trainer/step.py). A sequence is never split over rows, so nothing here
-communicates.
+Logprobs, advantages and masks are [1, T] float32, logprobs in nats; a mask is 1 at target tokens;
+`cu_seqlens` is [sequences + 1] int32, the boundaries on the row. A loss is a sum over target
+tokens. Sums and denominators are added over all micro-batches and data-parallel ranks of an update,
+then divided (trainer/step.py). A sequence is never split over rows, so nothing here communicates.
 
 Sources of the policy loss: PPO's clipped ratio (arXiv 1707.06347, equation 7), the dual clip (arXiv
 1912.09729, equation 5), the k3 estimator (Schulman, "Approximating KL divergence", 2020), as
@@ -38,18 +37,17 @@ def policy_loss(
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Return the clipped policy loss plus KL to the reference, summed over target tokens.
 
-    The sum is not divided here; see the module's docstring. Tokens outside the mask are ignored,
-    whatever they hold.
+    Other tokens are ignored, whatever they hold.
 
     Args:
-        policy_logprobs: [1, T] float32 nats, with gradients.
-        old_logprobs: [1, T] float32 nats, of the weights for which the batch is on-policy.
+        policy_logprobs: of the labels, with gradients.
+        old_logprobs: of the weights for which the batch is on-policy.
         batch: mask, advantages and, unless `kl_coefficient` is 0, the reference's logprobs.
         algorithm: reduction, clips and weight of the KL term.
         max_response_tokens: L of dr_grpo, the longest response that may be sampled.
 
     Returns:
-        the sum, a scalar; the row's part of the denominator, a scalar; and unweighted sums over
+        the sum, a scalar; this row's part of the denominator, a scalar; and unweighted sums over
         target tokens: `clipped_share`, `dual_clipped_share`, `old_kl` (k1, KL(old || policy)),
         `entropy` (-log pi of the sampled tokens, whose mean estimates it) and, with a reference,
         `reference_kl` (k3); and the maximum `ratio_max`.
@@ -93,39 +91,22 @@ def k3_divergence(policy_logprobs: torch.Tensor, reference_logprobs: torch.Tenso
 
     The estimate is exp(d) - d - 1 with d = reference - policy: 0 where they agree, else positive.
     As upstream, d is clamped to [-20, 20] and the result to 10; clamped values have no gradient.
-
-    Args:
-        policy_logprobs: any shape, float32 nats.
-        reference_logprobs: the same shape.
     """
     gap = (reference_logprobs - policy_logprobs).clamp(-RATIO_LOG_BOUND, RATIO_LOG_BOUND)
     return (torch.expm1(gap) - gap).clamp(max=10.0)
 
 
 def sft_loss(policy_logprobs: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
-    """Return the negative log-likelihood summed over target tokens.
-
-    Args:
-        policy_logprobs: [1, T] float32 nats.
-        loss_mask: [1, T] float32, 1 at target tokens.
-    """
+    """Return the negative log-likelihood summed over target tokens."""
     return -torch.where(loss_mask.bool(), policy_logprobs, 0.0).sum()
 
 
 def _reduction(
     kind: str, loss_mask: torch.Tensor, cu_seqlens: torch.Tensor, max_response_tokens: int
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Return the token weights and this row's part of the denominator.
+    """Return token weights [1, T], None if all are 1, and this row's part of the denominator.
 
-    Args:
-        kind: token_mean | sequence_mean | dr_grpo | gspo.
-        loss_mask: [1, T] float32, 1 at target tokens.
-        cu_seqlens: [sequences + 1] int32, boundaries on the row.
-        max_response_tokens: L of dr_grpo, the longest response that may be sampled.
-
-    Returns:
-        weights [1, T] float32, None if all are 1; and the denominator, a scalar: the number of
-        target tokens for token_mean, else of sequences with target tokens.
+    The denominator counts target tokens for token_mean, else sequences with target tokens.
     """
     if kind == "token_mean":
         return None, loss_mask.sum()
@@ -147,16 +128,8 @@ def _sequence_log_ratios(
 
     s_it = sg[s_i] pi_t / sg[pi_t], where s_i = (pi(y_i) / pi_old(y_i))^(1 / |y_i|) and sg stops the
     gradient. If all tokens of a sequence share an advantage, value and gradient of the loss are
-    those with the ratio s_i; with credit per span, each token keeps its own advantage.
-
-    Args:
-        policy_logprobs: [1, T] float32 nats, with gradients.
-        old_logprobs: [1, T] float32 nats, of the weights for which the batch is on-policy.
-        loss_mask: [1, T] float32, 1 at target tokens.
-        cu_seqlens: [sequences + 1] int32, boundaries on the row.
-
-    Returns:
-        log s_it [1, T] float32 nats, with gradients; undefined outside the targets.
+    those with the ratio s_i; with credit per span, each token keeps its own advantage. The result
+    is undefined outside the targets.
     """
     policy = policy_logprobs.detach()
     counts = target_counts(loss_mask, cu_seqlens).clamp(min=1)
@@ -167,15 +140,9 @@ def _sequence_log_ratios(
 def sequence_sums(
     values: torch.Tensor, loss_mask: torch.Tensor, cu_seqlens: torch.Tensor
 ) -> torch.Tensor:
-    """Sum the values of each sequence's target tokens.
+    """Return the sum over each sequence's target tokens, [sequences] float32, with gradients.
 
-    Args:
-        values: [1, T] float32; ignored outside the targets.
-        loss_mask: [1, T] float32, 1 at target tokens.
-        cu_seqlens: [sequences + 1] int32, boundaries on the row.
-
-    Returns:
-        [sequences] float32, with gradients; 0 for sequences without targets, such as padding.
+    It is 0 for sequences without targets, such as padding.
     """
     chosen = torch.where(loss_mask.bool(), values, 0.0)[0]
     # One thread adds up a sequence, so unlike scatter_add the result is deterministic.
@@ -188,13 +155,5 @@ def target_counts(loss_mask: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Te
 
 
 def expand_to_tokens(per_sequence: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """Give every token the value of its sequence.
-
-    Args:
-        per_sequence: [sequences].
-        cu_seqlens: [sequences + 1] int32, boundaries on the row.
-
-    Returns:
-        [1, T] of the same dtype.
-    """
+    """Give every token, [1, T], the value of its sequence, [sequences]."""
     return per_sequence.repeat_interleave(cu_seqlens.diff().long())[None]

@@ -66,11 +66,7 @@ def stored(record: Record) -> dict[str, Any]:
 
 
 def example_from_stored(value: Any, *, index: int, key: str, shard: str) -> Example:
-    """Convert a stored JSON object to an example.
-
-    Raises:
-        DataError: a field is missing or of the wrong type; names shard and sample.
-    """
+    """Convert a stored JSON object to an example."""
     where = f"{shard} sample {key}"
     try:
         turns, num_images = value["messages"], value["num_images"]
@@ -93,23 +89,18 @@ def example_from_stored(value: Any, *, index: int, key: str, shard: str) -> Exam
     messages = place_marks(checked_turns(messages, where), num_images, where)
     golds = [_gold_text(a, where) for a in (answer, *others) if a is not None]
     golds = [gold for gold in golds if gold.strip()]  # an empty one cannot be compared with
-    metadata = {k: v for k, v in metadata.items() if is_json({k: v})}
+    metadata = {k: v for k, v in metadata.items() if is_json(k, v)}
     first = golds[0] if golds else None
     return Example(index, key, shard, messages, first, num_images, metadata, tuple(golds[1:]))
 
 
 def checked_turns(messages: tuple[Message, ...], where: str) -> tuple[Message, ...]:
-    """Return the turns after checking their roles and text.
-
-    Raises:
-        DataError: unknown roles, no user turn, or text that cannot be tokenised.
-    """
+    """Return the turns after checking their roles (at least one user turn) and text."""
     roles = [m.role for m in messages]
     if any(role not in _ROLES for role in roles) or "user" not in roles:
         raise DataError(
             f"{where}: roles {shown(roles)}; expected {', '.join(_ROLES)} with at least one user "
-            "turn",
-            kind="roles other than system, user and assistant, or no user turn",
+            "turn"
         )
     check_text("".join(m.content for m in messages), where)
     return messages
@@ -135,12 +126,9 @@ def escape_marks(text: str) -> str:
 
 
 def place_marks(messages: Sequence[Message], num_images: int, where: str) -> tuple[Message, ...]:
-    """Check the `<image>` marks of a conversation against its images.
+    """Check that a conversation has a mark per image.
 
     If it has no marks, one per image is inserted at the start of the first user turn.
-
-    Raises:
-        DataError: marks and images differ in number, or no user turn to insert marks into.
     """
     marks = count_marks(messages)
     if marks == num_images:
@@ -150,8 +138,7 @@ def place_marks(messages: Sequence[Message], num_images: int, where: str) -> tup
         raise DataError(
             f"{where}: {marks} {IMAGE_MARK} marks in the text but {num_images} images; expected "
             f"one mark per image, or none at all; write {ESCAPED_MARK} where a user's text means "
-            "these characters (in an assistant turn they are never a mark)",
-            kind="image marks and images differ in number",
+            "these characters (in an assistant turn they are never a mark)"
         )
     placed = Message("user", IMAGE_MARK * num_images + messages[user].content)
     return (*messages[:user], placed, *messages[user + 1 :])
@@ -162,10 +149,8 @@ def gold_answers(value: Any, where: str) -> tuple[str, ...]:
 
     A text may be a whole solution, whose answer follows `</think>`, is enclosed by `<answer>`, or
     follows `####` or "The answer is" in the last line. A solution without any of these markers
-    stays unchanged (the grader uses its last `\boxed{}`).
-
-    Raises:
-        DataError: another type, or an answer that no response can match.
+    stays unchanged (the grader uses its last `\boxed{}`). An answer that no response can match is
+    an error.
     """
     values = value if isinstance(value, list | tuple) else [value]
     if len(values) > MAX_GOLDS:
@@ -180,8 +165,7 @@ def _gold_text(value: Any, where: str) -> str:
     if isinstance(value, str) or (number and math.isfinite(value)):
         return check_text(str(value), f"{where}, answer")
     raise DataError(
-        f"{where}: the answer is {shown(value)}; expected a string or a number, or a list of them",
-        kind="gold answer of a wrong type",
+        f"{where}: the answer is {shown(value)}; expected a string or a number, or a list of them"
     )
 
 
@@ -192,9 +176,7 @@ def _answer_alone(text: str, where: str) -> str:
     if "<think>" in found and "</think>" not in text:
         raise DataError(f"{where}: the gold answer opens <think> and does not close it; {_TO_DO}")
     if not _NOTHING.sub("", found):
-        raise DataError(
-            f"{where}: the gold answer {shown(text)} is empty; {_TO_DO}", kind="empty gold answer"
-        )
+        raise DataError(f"{where}: the gold answer {shown(text)} is empty; {_TO_DO}")
     return found
 
 
@@ -206,8 +188,7 @@ def _in_tags(text: str, where: str) -> str:
     if pieces[1::2] != ["", "/"] * (len(pieces) // 4) or len(answers) != 1:
         raise DataError(
             f"{where}: {len(pieces) // 2} <answer> and </answer> tags in the gold answer that do "
-            f"not enclose one answer; {_TO_DO}",
-            kind="<answer> tags that do not enclose one answer",
+            f"not enclose one answer; {_TO_DO}"
         )
     return answers.pop()
 
@@ -220,8 +201,5 @@ def _in_last_line(text: str, where: str) -> str:
     if said is not None:
         return said[1]
     if "####" in text and "\\boxed" not in text:
-        raise DataError(
-            f"{where}: #### in the gold answer, but not in its last line; {_TO_DO}",
-            kind="#### not in the last line of the gold answer",
-        )
+        raise DataError(f"{where}: #### in the gold answer, but not in its last line; {_TO_DO}")
     return text

@@ -1,7 +1,7 @@
 """Safe reading of untrusted files, JSON and text, each within limits.
 
-Nothing here blocks (on a pipe), executes its input, or reads without a limit. Every failure is a
-`DataError` whose message is one line.
+Nothing here blocks (on a pipe), executes its input, or reads without a limit. What is not valid
+raises a `DataError` with a message of one line, which starts with `where`.
 """
 
 from __future__ import annotations
@@ -24,17 +24,8 @@ MAX_IMAGES = 1024
 
 
 def read_file(path: Path, max_bytes: int, where: str) -> bytes:
-    """Read a regular file; a pipe, a device or a directory is rejected without blocking on it.
-
-    Args:
-        path: symbolic links are followed.
-        max_bytes: larger files are rejected before they are read.
-        where: prefix of errors, which names the sample or the file.
-
-    Raises:
-        DataError: the file is missing, not a regular file, or too large.
-    """
-    name = f"{where}: {printable(str(path))}"
+    """Read a regular file, also through links; a pipe or device is rejected without blocking."""
+    name = f"{where}: {shown(str(path), 400)}"
     file = None
     try:
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -47,41 +38,28 @@ def read_file(path: Path, max_bytes: int, where: str) -> bytes:
             return opened.read(max_bytes)
     except (OSError, ValueError) as error:  # ValueError: a NUL or half a character in the name
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise DataError(f"{name}: {reason}", kind=f"file: {reason}") from None
+        raise DataError(f"{name}: {reason}") from None
     finally:
         if file is not None:
             os.close(file)
 
 
-def inside(folder: Path, name: str | Path, where: str) -> Path:
-    """Return the path of a file that a sample names, which must resolve to a place in `folder`.
-
-    Raises:
-        DataError: the name is a URL, leads out of the folder, or is not a valid path.
-    """
-    if "://" in str(name) or str(name).startswith(("file:", "data:", "~")):
-        raise DataError(
-            f"{where}: {shown(str(name))} is a URL; expected a path in {folder}",
-            kind="a URL in place of a file",
-        )
+def inside(folder: Path, name: str, where: str) -> Path:
+    """Return the path of a file that a sample names, which is neither a URL nor out of `folder`."""
+    if "://" in name or name.startswith(("file:", "~")):
+        raise DataError(f"{where}: {shown(name)} is a URL; expected a path in {folder}")
     try:
-        found = (folder / name).resolve()
-        if found.is_relative_to(folder.resolve()):
-            return folder / name
+        is_inside = (folder / name).resolve().is_relative_to(folder.resolve())
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a cycle of links
         reason = printable(str(error), 200)
-        raise DataError(f"{where}: {shown(str(name))} is no path: {reason}") from None
-    raise DataError(
-        f"{where}: {shown(str(name))} leads out of {folder}", kind="a path out of the folder"
-    )
+        raise DataError(f"{where}: {shown(name)} is no path: {reason}") from None
+    if not is_inside:
+        raise DataError(f"{where}: {shown(name)} leads out of {folder}")
+    return folder / name
 
 
 def parse_json(data: bytes, where: str) -> Any:
-    """Parse UTF-8 JSON with unique keys per object; a byte order mark is allowed.
-
-    Raises:
-        DataError: invalid input, a repeated key, or too deep nesting.
-    """
+    """Parse UTF-8 JSON with unique keys per object; a byte order mark is allowed."""
     try:
         return json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
@@ -92,12 +70,13 @@ def parse_json(data: bytes, where: str) -> Any:
         raise DataError(f"{where}: not JSON: {printable(str(error))[:200]}") from None
 
 
-def check_text(text: str, where: str) -> str:
-    """Return the text if it can be encoded as UTF-8 and tokenised.
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """Read a JSON file as `read_file` and `parse_json` do."""
+    return parse_json(read_file(path, max_bytes, str(path.parent)), str(path))
 
-    Raises:
-        DataError: the text contains half of a surrogate pair, or is too long.
-    """
+
+def check_text(text: str, where: str) -> str:
+    """Return the text if it can be encoded as UTF-8 and is not too long."""
     if len(text) > MAX_TEXT_CHARACTERS:
         raise DataError(f"{where}: {len(text)} characters, at most {MAX_TEXT_CHARACTERS}")
     try:
@@ -109,10 +88,10 @@ def check_text(text: str, where: str) -> str:
     return text
 
 
-def is_json(value: Any) -> bool:
-    """Return True if a value can be written as UTF-8 JSON, without infinities and NaN."""
+def is_json(name: Any, value: Any) -> bool:
+    """Return True if an entry can be written as UTF-8 JSON, without infinities and NaN."""
     try:
-        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+        json.dumps({name: value}, allow_nan=False, ensure_ascii=False).encode()
     except (TypeError, ValueError, RecursionError):
         return False
     return True
@@ -137,9 +116,9 @@ def printable(text: str, limit: int = 400) -> str:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in value if keys.count(key) > 1)
-        raise ValueError(f"key {twice[:40]!r} twice in one object")
+    value: dict[str, Any] = {}
+    for key, entry in pairs:
+        if key in value:
+            raise ValueError(f"key {key[:40]!r} twice in one object")
+        value[key] = entry
     return value

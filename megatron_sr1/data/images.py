@@ -1,9 +1,8 @@
 """Image files to RGB pixels, with limits checked before anything is decoded.
 
-In: the original bytes of an image file. Out: an upright RGB image of Pillow; of an animation, the
-first frame. The size is read from the header first, so that a small file cannot unpack to
-gigabytes. Only formats that Pillow decodes by itself are accepted; for some others (PostScript) it
-starts programs. Errors are `DataError`s that name the image.
+The size is read from the header first, so that a small file cannot unpack to gigabytes. Only
+formats that Pillow decodes by itself are accepted; for some others (PostScript) it starts programs.
+Of an animation, the first frame is read. Errors are `DataError`s that name the image.
 """
 
 from __future__ import annotations
@@ -66,30 +65,20 @@ def largest_pixels(min_pixels: int, max_pixels: int, patch_side: int) -> int:
 
 
 def image_format(data: bytes, where: str) -> str:
-    """Return the file extension of an image's bytes, e.g. `png` or `jpeg`.
-
-    Raises:
-        DataError: not an image of a supported format, or too large.
-    """
+    """Return the file extension of an image's bytes, e.g. `png` or `jpeg`."""
     with _open(data, where) as image:
         return str(image.format).lower()
 
 
 def decode_image(data: bytes, where: str) -> Image.Image:
-    """Decode an image file to RGB, rotated upright, with transparency composited over white.
-
-    Raises:
-        DataError: not an image, truncated, too large, or too elongated.
-    """
+    """Decode an image file to RGB, rotated upright, with transparency composited over white."""
     with _open(data, where) as image, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             return _to_rgb(image)
         except Exception as error:  # Pillow's decoders raise almost any error on broken files
             reason = printable(str(error))[:200] or type(error).__name__
-            raise DataError(
-                f"{where}: the image does not decode: {reason}", kind="an image does not decode"
-            ) from None
+            raise DataError(f"{where}: the image does not decode: {reason}") from None
 
 
 def _open(data: bytes, where: str) -> Image.Image:
@@ -108,20 +97,17 @@ def _open(data: bytes, where: str) -> Image.Image:
         reason = printable(str(error))[:120] or type(error).__name__
         raise DataError(
             f"{where}: not an image that can be read as {', '.join(FORMATS)} ({len(data)} bytes, "
-            f"{reason})",
-            kind="a file is not an image that can be read",
+            f"{reason})"
         ) from None
     width, height = image.size
     if width * height > MAX_IMAGE_PIXELS:
         raise DataError(
-            f"{where}: {width} x {height} pixels, more than {MAX_IMAGE_PIXELS}; scale it down",
-            kind="an image is too large",
+            f"{where}: {width} x {height} pixels, more than {MAX_IMAGE_PIXELS}; scale it down"
         )
     if max(width, height) > MAX_ASPECT_RATIO * max(1, min(width, height)):
         raise DataError(
             f"{where}: {width} x {height} pixels; the model takes a longer side of at most "
-            f"{MAX_ASPECT_RATIO} times the shorter one",
-            kind="an image is too long for its width",
+            f"{MAX_ASPECT_RATIO} times the shorter one"
         )
     return image
 
@@ -147,14 +133,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_eight_bits(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
-    """Scale an image of mode F, I or I;16 to 8 bits.
-
-    Args:
-        image: grey values of more than 8 bits, or in floating point.
-        tags: tags of the file if it is a TIFF.
+    """Scale an image of mode F, I or I;16 to 8 bits, by the tags of the file if it is a TIFF.
 
     Raises:
-        ValueError: the range of values does not tell which ones are black and white.
+        ValueError: the range of values does not show which ones are black and white.
     """
     deep = np.asarray(image).astype(np.float64)
     if not np.isfinite(deep).all():
@@ -164,11 +146,11 @@ def _to_eight_bits(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
     grey = np.rint(grey) if image.mode == "F" else np.floor(grey)
     if tags.get(_PHOTOMETRIC) == 0:  # white is zero
         grey = 255 - grey
-    layers = [Image.fromarray(grey.astype(np.uint8))]
+    scaled = Image.fromarray(grey.astype(np.uint8))
     if isinstance(image.info.get("transparency"), int):
-        shown = deep != image.info["transparency"]
-        layers.append(Image.fromarray((shown * 255).astype(np.uint8)))
-    return Image.merge("LA", layers) if len(layers) == 2 else layers[0]
+        opaque = deep != image.info["transparency"]
+        scaled.putalpha(Image.fromarray((opaque * 255).astype(np.uint8)))  # mode LA
+    return scaled
 
 
 def _white(mode: str, tags: Mapping[int, Any], least: float, most: float) -> float:

@@ -1,8 +1,7 @@
 """Order of samples: each one exactly once per epoch, the same under every layout.
 
-In: the number of samples and a seed. Out: the global indices of a step; each data-parallel rank
-takes its part with `shard`. The state is a cursor in plain JSON that does not depend on ranks, so a
-run can be resumed on another number of them.
+The state is a cursor in plain JSON that does not depend on ranks, so a run can be resumed on
+another number of them.
 """
 
 from __future__ import annotations
@@ -16,16 +15,13 @@ from megatron_sr1.errors import DataError
 
 
 class Loader:
-    """Yields the sample indices of each step, epoch after epoch."""
+    """Yields the sample indices of each step, those of all ranks, epoch after epoch."""
 
     def __init__(self, num_samples: int, per_step: int, seed: int, shuffle: bool = True) -> None:
         """Start at the first sample of epoch 0.
 
-        Args:
-            num_samples: of the dataset; 0 is a DataError.
-            per_step: samples per step. A step may extend into the next epoch.
-            seed: determines the order of an epoch together with the epoch's number.
-            shuffle: if False, every epoch has the order of the dataset.
+        The seed and the epoch's number determine an epoch's order; without shuffling, it is that of
+        the dataset.
         """
         if num_samples < 1:
             raise DataError("the dataset is empty: there is nothing to draw a step from")
@@ -47,9 +43,8 @@ class Loader:
     def more(self, count: int, held: Iterable[int]) -> list[int]:
         """Return further indices for a step and advance; they count as consumed.
 
-        Args:
-            count: fewer are returned if the step already holds the rest of the dataset.
-            held: indices that the step holds already; none of them is returned again.
+        None of `held`, which the step has already, is returned again. If it has the rest of the
+        dataset, fewer than `count` are returned.
         """
         seen = set(held)
         return self._draw(min(count, self.num_samples - len(seen)), seen, True)
@@ -79,11 +74,7 @@ class Loader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved cursor; the number of samples per step may differ.
-
-        Raises:
-            DataError: the cursor belongs to another dataset or another order.
-        """
+        """Continue from a saved cursor; only the number of samples per step may differ."""
         for name in ("num_samples", "seed", "shuffle"):
             if state[name] != getattr(self, name):
                 raise DataError(

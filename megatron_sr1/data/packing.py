@@ -1,10 +1,9 @@
 """Samples to micro-batches: partitioned over ranks and rows by cost, then packed into rows.
 
-In: `TrainSample`s, whose values are aligned with their tokens. Out: `PackedBatch`es of sequences
-concatenated without separators, aligned with the *predicting* position, with mRoPE positions that
-restart at each sequence (Qwen2-VL, arXiv 2409.12191, section 2.1; equal to transformers'
-`get_rope_index`). Samples of a prompt have the same images, which a row encodes once, so they stay
-together as far as the limit allows.
+Sequences are concatenated without separators, aligned with the *predicting* position, with mRoPE
+positions that restart at each sequence (Qwen2-VL, arXiv 2409.12191, section 2.1; equal to
+transformers' `get_rope_index`). Samples of a prompt have the same images, which a row encodes once,
+so they stay together as far as the limit allows.
 """
 
 from __future__ import annotations
@@ -78,10 +77,9 @@ def plan_rows(sizes: Sequence[Size], budget: float, patch_cost: float) -> list[l
 
 
 def plan_ranks(sizes: Sequence[Size], num_ranks: int, patch_cost: float) -> list[list[int]]:
-    """Assign the samples of an update, those of all ranks, to data-parallel ranks.
+    """Return the sample numbers of each data-parallel rank, ascending and possibly none.
 
-    Returns:
-        sample numbers of each rank, ascending; possibly none.
+    `sizes` are those of an update's samples on all ranks.
     """
     parts, costs = _parts(sizes, cost(sizes, patch_cost) / num_ranks, patch_cost)
     return [sorted(n for p in share for n in parts[p]) for share in share_out(costs, num_ranks)]
@@ -90,11 +88,7 @@ def plan_ranks(sizes: Sequence[Size], num_ranks: int, patch_cost: float) -> list
 def _parts(
     sizes: Sequence[Size], limit: float, patch_cost: float
 ) -> tuple[list[list[int]], list[float]]:
-    """Group samples by prompt, a prompt above the limit in the fewest parts within it.
-
-    Returns:
-        the sample numbers of each part, and its cost.
-    """
+    """Return the samples by prompt, one above the limit in the fewest parts, and their costs."""
     prompts: dict[Hashable, list[int]] = {}
     for number, size in enumerate(sizes):
         alone = (number,)  # text-only samples share no images
@@ -126,7 +120,7 @@ def pack_samples(
 
     Args:
         samples: samples in any order.
-        pack_tokens: budget of a row, tokens and patches without padding; 0: one row per sample.
+        pack_tokens: budget of a row without padding, tokens; 0: one row per sample.
         vision_of: returns the pixels of a sample by its index; None on ranks without the vision
             tower, whose batches then have no `vision`.
         image_pad_id: token id of expanded images.
@@ -169,7 +163,7 @@ def mrope_positions(
     merge_size: int,
     where: str = "sample",
 ) -> np.ndarray:
-    """Return the mRoPE positions of one sequence.
+    """Return the mRoPE positions of one sequence, [3, tokens] int64: time, height, width.
 
     Args:
         token_ids: [tokens] int64, images expanded.
@@ -177,9 +171,6 @@ def mrope_positions(
         image_pad_id: token id of images.
         merge_size: patches per side that are merged into one token.
         where: names the sample in errors.
-
-    Returns:
-        [3, tokens] int64: time, height, width.
 
     Raises:
         DataError: the number of image tokens does not match the grids, or an image's tokens are

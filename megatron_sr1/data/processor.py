@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from megatron_sr1.data.guards import MAX_JSON_BYTES, parse_json, printable, read_file, shown
+from megatron_sr1.data.guards import printable, read_json, shown
 from megatron_sr1.data.images import largest_pixels
 from megatron_sr1.data.prompts import ChatMessage, ChatTemplate, chat_messages
 from megatron_sr1.errors import ConfigError, DataError
@@ -23,13 +23,7 @@ from megatron_sr1.records import Example, Prompt, TrainSample, VisionInputs
 from megatron_sr1.runtime.cpu import patch_torchvision
 
 IMAGE_PAD = "<|image_pad|>"
-VISION_TOKENS = (
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    IMAGE_PAD,
-    "<|video_pad|>",
-)
+VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", IMAGE_PAD, "<|video_pad|>")
 Grid = tuple[int, int, int]
 _SETTINGS = "image processor (preprocessor_config.json or processor_config.json)"
 
@@ -43,17 +37,14 @@ class Processor:
         """Read a Hugging Face directory.
 
         Args:
-            model_dir: holds the tokenizer, the chat template and the image processor's
-                configuration, in preprocessor_config.json or, as transformers 5 saves it,
-                processor_config.json.
-            min_pixels: smallest image area after resizing, pixels; None: the model's own.
-            max_pixels: largest image area, before sides are rounded to patches; None: the model's
-                own.
+            model_dir: has the image processor's configuration in preprocessor_config.json or, as
+                transformers 5 saves it, processor_config.json.
+            min_pixels: smallest image area after resizing; None: the model's own.
+            max_pixels: largest one, before sides are rounded to patches; None: the model's own.
 
         Raises:
             ConfigError: the pixel limits leave a small image without a patch.
-            DataError: files cannot be read or require code from the directory, or the chat template
-                or the image token is missing.
+            DataError: files cannot be read, or the chat template or the image token is missing.
         """
         self.model_dir = Path(model_dir)
         self.tokenizer, self.image_processor = _load(self.model_dir, min_pixels, max_pixels)
@@ -85,12 +76,7 @@ class Processor:
     def encode_prompt(
         self, example: Example, images: Sequence[Image.Image], messages: Sequence[ChatMessage]
     ) -> Prompt:
-        """Tokenise a prompt in both forms.
-
-        Args:
-            example: the example that the prompt belongs to.
-            images: its decoded RGB images, in order.
-            messages: chat messages with one image part per image.
+        """Tokenise the chat messages of an example and its RGB images in both forms.
 
         Raises:
             DataError: image parts and images differ in number.
@@ -135,13 +121,9 @@ class Processor:
 
         Each assistant turn is tokenised as the engine would sample it after its prompt.
 
-        Args:
-            example: must have an assistant turn.
-            images: its decoded RGB images, in order.
-            max_tokens: longest allowed sequence, images expanded; None: no limit.
-
         Raises:
-            DataError: no assistant turn, a template that rewrites earlier turns, or too long.
+            DataError: no assistant turn, a template that rewrites earlier turns, or more than
+                `max_tokens` with images expanded.
         """
         where = f"{example.shard} sample {example.key}"
         ids: list[int] = []
@@ -253,7 +235,7 @@ def _end_token_ids(directory: Path, tokenizer: Any) -> tuple[int, ...]:
     ids = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     path = directory / "generation_config.json"
     if path.is_file():
-        value = parse_json(read_file(path, MAX_JSON_BYTES, str(directory)), str(path))
+        value = read_json(path)
         more = value.get("eos_token_id") if isinstance(value, dict) else None
         more = more if isinstance(more, list) else [more]
         if any(i is not None and type(i) is not int for i in more):

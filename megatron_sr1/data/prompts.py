@@ -23,13 +23,7 @@ from types import FrameType
 from typing import Any
 
 from megatron_sr1.data.examples import ESCAPED_MARK, IMAGE_MARK, escape_marks, split_at_marks
-from megatron_sr1.data.guards import (
-    MAX_JSON_BYTES,
-    MAX_TEXT_CHARACTERS,
-    parse_json,
-    printable,
-    read_file,
-)
+from megatron_sr1.data.guards import MAX_TEXT_CHARACTERS, printable, read_json
 from megatron_sr1.errors import ConfigError, DataError
 from megatron_sr1.records import Example, Message
 
@@ -88,13 +82,8 @@ PASS2_TEMPLATES: Mapping[str, Mapping[str, tuple[str, str, str]]] = {
 def pass1_messages(example: Example, recipe: str, style: str = "full") -> list[ChatMessage]:
     """Return the chat messages of pass 1: the turns up to the last user turn, then the instruction.
 
-    Args:
-        example: its turns may have images, but none after the last user turn.
-        recipe: `reward.recipe`: vision_sr1 | see_think | vision_r1.
-        style: full | brief.
-
     Raises:
-        ConfigError: unknown recipe or style.
+        ConfigError: unknown recipe or style (keys of `PASS1_INSTRUCTIONS`).
         DataError: there are image marks after the last user turn.
     """
     instruction = _choice(_choice(PASS1_INSTRUCTIONS, style, "style"), recipe, "recipe")
@@ -121,8 +110,8 @@ def pass2_messages(
         question: the question of pass 1 with its options; its image marks are removed.
         description: the text inside the description span; `<image>` in it stays text.
         style: full | brief.
-        order: question_first (the part that a prompt's descriptions share comes first, so that the
-            engine's prefix cache serves it) | description_first (as in arXiv 2508.19652).
+        order: question_first (so that the engine's prefix cache serves what the descriptions of a
+            prompt share) | description_first (as in arXiv 2508.19652).
     """
     templates = _choice(PASS2_TEMPLATES, style, "style")
     before, between, after = _choice(templates, order, "order of pass 2")
@@ -175,10 +164,7 @@ class ChatTemplate:
     """The chat template and tokenizer of a model directory."""
 
     def __init__(self, directory: Path, tokenizer: Any) -> None:
-        """Read the template and the names of the special tokens.
-
-        In `directory`, chat_template.json, which supports images, is preferred. `tokenizer` is a
-        fast tokenizer of transformers.
+        """Read the template and the names of the special tokens of transformers' fast tokenizer.
 
         Raises:
             DataError: no template, or one that cannot render a question.
@@ -201,11 +187,8 @@ class ChatTemplate:
     ) -> list[tuple[tuple[int, ...], bool]]:
         """Tokenise a conversation in pieces, split before and after each assistant turn's text.
 
-        Each piece is tokenised on its own, as the engine samples a response after its prompt.
-
-        Args:
-            messages: at least one assistant turn; turns after the last one are ignored.
-            where: names the sample in errors.
+        Each piece is tokenised on its own, as the engine samples a response after its prompt. Turns
+        after the last assistant turn are ignored.
 
         Returns:
             (ids, whether the assistant wrote them) per piece; the assistant's pieces include the
@@ -278,11 +261,8 @@ class ChatTemplate:
 
 @contextlib.contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError after this much processor time, which does not depend on machine load.
-
-    There is no limit outside the main thread, as only that one receives signals.
-    """
-    if threading.current_thread() is not threading.main_thread():
+    """Raise TimeoutError after this much processor time, which does not depend on machine load."""
+    if threading.current_thread() is not threading.main_thread():  # only it receives signals
         yield
         return
 
@@ -300,8 +280,8 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 def _read_template(directory: Path, tokenizer: Any) -> str:
     path = directory / "chat_template.json"
-    if path.is_file():
-        value = parse_json(read_file(path, MAX_JSON_BYTES, str(directory)), str(path))
+    if path.is_file():  # preferred, as it supports images
+        value = read_json(path)
         if not isinstance(value, dict) or not isinstance(value.get("chat_template"), str):
             raise DataError(f"{path}: expected an object with the text chat_template")
         return value["chat_template"]

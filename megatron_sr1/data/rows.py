@@ -10,13 +10,10 @@ column whose content would be lost is rejected. Every error is a `DataError` tha
 from __future__ import annotations
 
 import base64
-import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from megatron_sr1.data.examples import (
     IMAGE_MARK,
@@ -26,14 +23,7 @@ from megatron_sr1.data.examples import (
     gold_answers,
     place_marks,
 )
-from megatron_sr1.data.guards import (
-    MAX_IMAGE_BYTES,
-    MAX_IMAGES,
-    inside,
-    is_json,
-    read_file,
-    shown,
-)
+from megatron_sr1.data.guards import MAX_IMAGE_BYTES, MAX_IMAGES, inside, is_json, read_file, shown
 from megatron_sr1.data.images import decode_image
 from megatron_sr1.errors import DataError
 from megatron_sr1.records import Message
@@ -60,7 +50,6 @@ _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _IMAGE_PARTS = ("image", "image_url", "input_image")
 _IMAGE_FIELDS = ("image", "image_url", "url", "path")
-_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 _DATA_URI = re.compile(r"data:image/[\w.+-]+;base64,")
 
 
@@ -78,18 +67,13 @@ def record_from_row(
 
     Returns:
         the record, after a trial decoding of its images and a check of its marks.
-
-    Raises:
-        DataError: unknown columns, missing text or answer, a broken image, or marks and images
-            that differ in number.
     """
     known = _renamed(row, columns, where)
     lost = next((c for c in _REFUSED_COLUMNS if _is_given(known.get(c))), None)
     if lost:
         raise DataError(
             f"{where}: the column {lost} is not empty, but training does not support it; "
-            "remove the row or the column",
-            kind=f"a column {lost} that training does not support",
+            "remove the row or the column"
         )
     messages, inline, used = _conversation(known, where)
     answers, answer_column = _answers(known, where)
@@ -97,8 +81,7 @@ def record_from_row(
     if not answers and not is_sft:
         raise DataError(
             f"{where}: no gold answer; expected a column answer or solution that is not empty (or "
-            f"reward_model.ground_truth), got {_columns(row)}",
-            kind="no gold answer",
+            f"reward_model.ground_truth), got {_columns(row)}"
         )
     images = _image_files(_images(known, inline, where), folder, where)
     for number, data in enumerate(images):
@@ -106,10 +89,7 @@ def record_from_row(
     messages = place_marks(messages, len(images), where)
     for number, message in enumerate(messages):
         if message.role != "system" and not message.content.strip():
-            raise DataError(
-                f"{where}: turn {number} ({message.role}) is empty; expected text",
-                kind="an empty turn",
-            )
+            raise DataError(f"{where}: turn {number} ({message.role}) is empty; expected text")
     used = {*used, answer_column, *_IMAGE_COLUMNS, *_BEFORE_COLUMNS} - columns.keys()
     metadata = _metadata(row, used | {*columns.values()})
     return Record(messages, answers[0] if answers else None, images, metadata, answers[1:])
@@ -122,8 +102,7 @@ def _renamed(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> 
         if value is None and name not in _IMAGE_COLUMNS:
             raise DataError(
                 f"{where}: nothing at {columns[name]}, which is mapped to the column {name}; the "
-                f"row has {_columns(row)}",
-                kind=f"nothing at {columns[name]}",
+                f"row has {_columns(row)}"
             )
     replaced = {c for group in _ALTERNATIVES if not found.keys().isdisjoint(group) for c in group}
     return {**{k: v for k, v in row.items() if k not in replaced}, **found}
@@ -182,8 +161,7 @@ def _single_turn(row: Mapping[str, Any], where: str) -> tuple[list[dict[str, str
         return [{"role": "user", "content": "\n\n".join(asked)}, said], {*_ALPACA_COLUMNS}
     raise DataError(
         f"{where}: columns {_columns(row)}; expected problem or question (with answer or "
-        "solution), messages or conversations, or instruction and output, and not empty",
-        kind="no columns with a question or a conversation",
+        "solution), messages or conversations, or instruction and output, and not empty"
     )
 
 
@@ -233,8 +211,7 @@ def _message(turn: Any, images: list[Any], where: str) -> Message:
             return Message(role, "".join(_part(p, role, images, where) for p in content))
         turn = f"role {shown(role)}, content {shown(content)}"
     raise DataError(
-        f"{where}: turn {shown(turn)}; expected {{role, content}} as strings, or content as parts",
-        kind="a turn that is not {role, content}",
+        f"{where}: turn {shown(turn)}; expected {{role, content}} as strings, or content as parts"
     )
 
 
@@ -247,8 +224,7 @@ def _part(part: Any, role: str, images: list[Any], where: str) -> str:
         what = f"of type {shown(kind)}" if isinstance(part, Mapping) else shown(part)
         raise DataError(
             f"{where}: a part {what} in the content; expected "
-            '{"type": "text", "text": …} or {"type": "image"}',
-            kind="a part of a content that is neither text nor image",
+            '{"type": "text", "text": …} or {"type": "image"}'
         )
     if role == "assistant":
         raise DataError(
@@ -279,9 +255,7 @@ def _images(row: Mapping[str, Any], inline: list[Any], where: str) -> Any:
         given.pop()
     if len(given) + bool(inline) > 1:
         what = " and in ".join([*given, *(["the turns themselves"] if inline else [])])
-        raise DataError(
-            f"{where}: images in {what}; keep only one of them", kind="images in two places"
-        )
+        raise DataError(f"{where}: images in {what}; keep only one of them")
     return values[given[0]] if given else inline
 
 
@@ -294,48 +268,31 @@ def _image_files(value: Any, folder: Path, where: str) -> tuple[bytes, ...]:
 
 
 def _image_file(value: Any, folder: Path, where: str) -> bytes:
-    """Return the bytes of a path, bytes, a data: URI, a Pillow image, or `{"bytes", "path"}`."""
+    """Return the bytes of an image: a path, bytes, a data: URI, or `{"bytes", "path"}`."""
     if isinstance(value, Mapping):
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
-    if isinstance(value, bytes | bytearray):
-        return bytes(value)
-    if isinstance(value, Image.Image):
-        return _encoded(value, where)
-    if isinstance(value, str) and value.startswith("data:"):
-        return _decoded(value, where)
-    if isinstance(value, str | Path):
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str):
+        raise DataError(
+            f"{where}: a {type(value).__name__}; expected bytes, a path, or "
+            "{'bytes': …, 'path': …}"
+        )
+    if not value.startswith("data:"):
         return read_file(inside(folder, value, where), MAX_IMAGE_BYTES, where)
-    raise DataError(
-        f"{where}: a {type(value).__name__}; expected bytes, a path, a PIL image or "
-        "{'bytes': …, 'path': …}",
-        kind="an image that is neither bytes nor a path",
-    )
-
-
-def _encoded(image: Image.Image, where: str) -> bytes:
-    """Encode an image losslessly; PNG would clip some modes and cannot store others."""
-    buffer = io.BytesIO()
-    try:
-        image.save(buffer, format="PNG" if image.mode in _PNG_MODES else "TIFF")
-    except (OSError, KeyError, ValueError) as error:
-        raise DataError(f"{where}: an image of mode {image.mode}: {error}") from None
-    return buffer.getvalue()
-
-
-def _decoded(uri: str, where: str) -> bytes:
-    head = _DATA_URI.match(uri)
+    head = _DATA_URI.match(value)
     try:
         if head is not None:
-            return base64.b64decode("".join(uri[head.end() :].split()), validate=True)
+            return base64.b64decode("".join(value[head.end() :].split()), validate=True)
     except ValueError:  # incomplete, or characters outside the alphabet
         pass
-    raise DataError(f"{where}: {shown(uri)}; expected data:image/…;base64, followed by base64")
+    raise DataError(f"{where}: {shown(value)}; expected data:image/…;base64, followed by base64")
 
 
 def _metadata(row: Mapping[str, Any], used: set[str]) -> dict[str, Any]:
     left = {k: v for k, v in row.items() if k not in used and v is not None}
     known = COLUMNS | {*_REFUSED_COLUMNS}
-    return {k: v for k, v in left.items() if (k not in known or _is_given(v)) and is_json({k: v})}
+    return {k: v for k, v in left.items() if (k not in known or _is_given(v)) and is_json(k, v)}
 
 
 def _columns(row: Mapping[str, Any]) -> str:

@@ -5,11 +5,10 @@ key and the offset and size of its JSON and of its images. The index is rebuilt 
 headers if it is missing, inconsistent, older than the tar, for a tar of another size, or of an
 earlier version.
 
-The headers (ustar, GNU or pax format; POSIX.1-2001, pax interchange format) are read here, as
-Python's tarfile follows links, sparse maps and pax records of any length, some of them in quadratic
-time, and stops silently at a broken header. Here each header advances through the file, members
-that cannot hold a sample are rejected by name, and the last member must be followed by the end
-mark.
+Python's tarfile reads a header block, but not a whole tar: it follows links, sparse maps and pax
+records of any length, some of them in quadratic time, and stops silently at a broken header. Here
+each header advances through the file, members that cannot hold a sample are rejected by name, and
+the last member must be followed by the end mark. Source: POSIX.1-2001, pax interchange format.
 """
 
 from __future__ import annotations
@@ -18,13 +17,14 @@ import json
 import logging
 import os
 import re
+import tarfile
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_sr1.data.guards import parse_json, printable, read_file, shown
+from megatron_sr1.data.guards import printable, read_json, shown
 from megatron_sr1.errors import DataError
 from megatron_sr1.runtime.files import write_text
 
@@ -71,7 +71,7 @@ def read_index(tar: Path) -> list[Place]:
     path = index_path(tar)
     try:
         if path.stat().st_mtime_ns >= tar.stat().st_mtime_ns:
-            return _usable(parse_json(read_file(path, MAX_INDEX_BYTES, "index"), "index"), tar)
+            return _usable(read_json(path, MAX_INDEX_BYTES), tar)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, DataError) as error:
         logger.debug("%s: index not usable: %s", path, error)
     places = scan(tar)
@@ -94,8 +94,7 @@ def scan(tar: Path) -> list[Place]:
     """Read the positions of a shard's samples from its headers, ordered by offset.
 
     Raises:
-        DataError: not a tar, truncated, damaged, or members that do not form samples; names shard
-            and member.
+        DataError: not a tar, truncated, damaged, or members that do not form samples.
     """
     samples: dict[str, dict[str, Span]] = {}
     try:
@@ -122,11 +121,7 @@ def scan(tar: Path) -> list[Place]:
 
 
 def check_header(block: bytes, place: Place, span: Span, where: str) -> None:
-    """Check the header before a span of a sample.
-
-    Raises:
-        DataError: the index points to another member.
-    """
+    """Check the header before a span of a sample; the index may point to another member."""
     name, _, size = _parse_header(block, where)
     key, extension = _sample_key(name)
     exact = len(name) < _NAME_BYTES and place.key.isascii()
@@ -180,10 +175,7 @@ def _sample_key(name: str) -> tuple[str, str]:
 
 
 def _check_members(found: Mapping[str, object], key: str, where: str) -> None:
-    """Raise DataError unless a sample has exactly one JSON member.
-
-    Several of them belong to different samples whose keys contain a dot.
-    """
+    """Raise DataError unless a sample has one JSON member; several have keys with a dot."""
     texts = sorted(e for e in found if e.split(".")[-1] == "json")
     if texts == ["json"]:
         return
@@ -202,11 +194,8 @@ def _is_image(extension: str) -> bool:
 
 def _image_order(extension: str) -> tuple[list[str | tuple[int, str]], str]:
     """Return a sort key that compares numbers in a name by value: image_2 before image_10."""
-    parts: list[str | tuple[int, str]] = [*re.split("([0-9]+)", extension)]
-    for place in range(1, len(parts), 2):
-        digits = str(parts[place]).lstrip("0")
-        parts[place] = len(digits), digits
-    return parts, extension
+    parts = [part.lstrip("0") for part in re.split("([0-9]+)", extension)]
+    return [(len(p), p) if n % 2 else p for n, p in enumerate(parts)], extension
 
 
 def _members(file: BinaryIO, tar: Path) -> Iterator[tuple[str, Span]]:
@@ -215,12 +204,14 @@ def _members(file: BinaryIO, tar: Path) -> Iterator[tuple[str, Span]]:
     offset, long_name = 0, ""
     while True:
         where = f"{tar} byte {offset}"
-        block = _at(file, offset, BLOCK)
+        file.seek(offset)
+        block = file.read(BLOCK)
         if len(block) < BLOCK:
             what = "the file ends without tar's end mark" if offset else "no tar header"
             raise DataError(f"{where}: not a readable tar: {what}; is it truncated?")
         if not any(block):
-            if long_name or not _only_zeros(file, offset):
+            rest = iter(lambda: file.read(2**20), b"")
+            if long_name or any(piece.strip(b"\0") for piece in rest):
                 raise DataError(f"{where}: more data after the end mark; expected a single tar")
             return
         name, kind, size = _parse_header(block, where)
@@ -229,7 +220,7 @@ def _members(file: BinaryIO, tar: Path) -> Iterator[tuple[str, Span]]:
         if kind in (_LONG_NAME, _PAX, _PAX_GLOBAL):
             if size > MAX_EXTRA_BYTES or data + size > total:
                 raise DataError(f"{where}: a header record of {size} bytes; the tar is damaged")
-            long_name = _extra(_at(file, data, size), kind, where) or long_name
+            long_name = _extra(file.read(size), kind, where) or long_name
             continue
         name = long_name or name
         if kind in _REGULAR:
@@ -244,24 +235,20 @@ def _members(file: BinaryIO, tar: Path) -> Iterator[tuple[str, Span]]:
 
 
 def _parse_header(block: bytes, where: str) -> tuple[str, bytes, int]:
-    """Return name, type flag and size (bytes) of a header block.
-
-    Raises:
-        DataError: its checksum, size or name is invalid.
-    """
-    wanted = _octal(block[148:156], where, "checksum")
-    if len(block) != BLOCK or wanted != sum(block) - sum(block[148:156]) + 8 * 32:
-        raise DataError(f"{where}: not a tar header (its checksum differs)")
-    name, kind = _text(block[:100], where), block[156:157]
-    if block[257:265] == b"ustar\x0000" and block[345] and kind not in (_PAX, _PAX_GLOBAL):
-        name = f"{_text(block[345:500], where)}/{name}"
-    return name, kind, _octal(block[124:136], where, "size")
+    """Return name, type flag and size (bytes) of a header block."""
+    try:
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError as error:
+        raise DataError(f"{where}: not a tar header ({error})") from None
+    if not 0 <= header.size < 2**63:
+        raise DataError(f"{where}: not a tar header (size is {header.size})")
+    return header.name, header.type, header.size
 
 
 def _extra(data: bytes, kind: bytes, where: str) -> str:
     """Return the name that a GNU long name or pax record gives the next member, or ""."""
     if kind == _LONG_NAME:
-        return _text(data, where)
+        return _text(data)
     name = ""
     while data.strip(b"\0"):
         length, _, _ = data.partition(b" ")
@@ -274,33 +261,10 @@ def _extra(data: bytes, kind: bytes, where: str) -> str:
         if is_global_path or key in (b"size", b"linkpath") or key.startswith(b"GNU.sparse"):
             raise DataError(f"{where}: pax record {shown(key)}; expected plain regular files")
         if key == b"path":
-            name = _text(value, where)
+            name = _text(value)
     return name
 
 
-def _text(field: bytes, where: str) -> str:
-    name = field.partition(b"\0")[0]
-    try:
-        return name.decode()
-    except UnicodeDecodeError:
-        raise DataError(f"{where}: member name {shown(name)} is not UTF-8") from None
-
-
-def _octal(field: bytes, where: str, what: str) -> int:
-    digits = field.strip(b" \0") or b"0"
-    if not digits.isdigit() or b"8" in digits or b"9" in digits:
-        raise DataError(f"{where}: not a tar header ({what} is {shown(field)})")
-    return int(digits, 8)
-
-
-def _at(file: BinaryIO, offset: int, size: int) -> bytes:
-    file.seek(offset)
-    return file.read(size)
-
-
-def _only_zeros(file: BinaryIO, offset: int) -> bool:
-    file.seek(offset)
-    while piece := file.read(2**20):
-        if piece.count(0) != len(piece):
-            return False
-    return True
+def _text(field: bytes) -> str:
+    """Decode a name; bytes that are not UTF-8 become characters that `scan` rejects."""
+    return field.partition(b"\0")[0].decode("utf-8", "surrogateescape")

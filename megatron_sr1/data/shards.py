@@ -2,8 +2,7 @@
 
 A directory holds `shard-000000.tar`, … with members `KEY.json`, `KEY.0.png`, `KEY.1.jpeg`, …;
 `dataset.json` with the number of samples per shard; and an index of each tar, by which a member is
-read in one operation. Any webdataset reader can stream the same files. Members are never extracted
-to files.
+read in one operation. Any webdataset reader can stream the same files.
 """
 
 from __future__ import annotations
@@ -21,22 +20,9 @@ from typing import Any
 from PIL import Image
 
 from megatron_sr1.data.examples import Record, example_from_stored, stored
-from megatron_sr1.data.guards import (
-    MAX_IMAGE_BYTES,
-    MAX_JSON_BYTES,
-    parse_json,
-    read_file,
-    shown,
-)
+from megatron_sr1.data.guards import MAX_IMAGE_BYTES, MAX_JSON_BYTES, parse_json, read_json, shown
 from megatron_sr1.data.images import decode_image, image_format
-from megatron_sr1.data.shard_index import (
-    BLOCK,
-    Place,
-    Span,
-    check_header,
-    read_index,
-    write_index,
-)
+from megatron_sr1.data.shard_index import BLOCK, Place, Span, check_header, read_index, write_index
 from megatron_sr1.errors import DataError
 from megatron_sr1.records import Example
 from megatron_sr1.runtime.files import replacing, write_text
@@ -49,29 +35,19 @@ NUM_SEARCHED = 100
 def write_shards(
     samples: Iterable[Record], directory: str | Path, *, samples_per_shard: int = 1000
 ) -> int:
-    """Write samples as numbered shards with their indices and `dataset.json`.
+    """Write samples as numbered shards with their indices and `dataset.json`; return their number.
 
-    Args:
-        samples: samples in the order of their numbers.
-        directory: created if needed; must not hold shards, except those of an interrupted call.
-        samples_per_shard: samples per tar.
-
-    Returns:
-        number of samples written.
-
-    Raises:
-        DataError: the directory already holds shards, or there are no samples.
+    The directory is created if needed. It must not hold shards, except those of an interrupted
+    call, and there must be samples.
     """
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
-    if _tars(target) or (target / DATASET_FILE).exists():
-        if not _is_incomplete(target):
-            raise DataError(
-                f"{target}: already holds shards; choose another directory or remove them"
-            )
+    if _is_incomplete(target):
         for pattern in ("shard-*.tar*", "shard-*.index.json", ".shard-*.partial"):
             for leftover in target.glob(pattern):
                 leftover.unlink()
+    elif _tars(target) or (target / DATASET_FILE).exists():
+        raise DataError(f"{target}: already holds shards; choose another directory or remove them")
     numbered = enumerate(samples)
     counts: list[dict[str, Any]] = []
     _write_dataset(target, {"complete": False})  # until the last shard
@@ -94,14 +70,13 @@ def write_shards(
 
 
 class ShardReader:
-    """Random access to a directory of shards. Safe to share between threads and forks."""
+    """Random access to a directory of shards. Safe to share between threads and forks.
+
+    A number without a sample is an `IndexError`, a sample that cannot be read a `DataError`.
+    """
 
     def __init__(self, directory: str | Path) -> None:
-        """Open a directory of shards, written by `write_shards` or another webdataset writer.
-
-        Raises:
-            DataError: no shards, or `dataset.json` does not match them.
-        """
+        """Open a directory of shards, written by `write_shards` or another webdataset writer."""
         self.directory = Path(directory)
         self._tars = _tars(self.directory)
         if not self._tars:
@@ -117,12 +92,7 @@ class ShardReader:
         return self._ends[-1]
 
     def example(self, index: int) -> Example:
-        """Read a sample without its images.
-
-        Raises:
-            IndexError: no sample has this number.
-            DataError: the stored sample cannot be read; names shard and sample.
-        """
+        """Read a sample without its images."""
         tar, place = self._locate(index)
         value = parse_json(_read(tar, place, place.text), f"{tar} sample {place.key}")
         example = example_from_stored(value, index=index, key=place.key, shard=str(tar))
@@ -134,12 +104,7 @@ class ShardReader:
         return example
 
     def images(self, index: int) -> list[Image.Image]:
-        """Read and decode the images of a sample, in order, as RGB.
-
-        Raises:
-            IndexError: no sample has this number.
-            DataError: an image does not decode; names shard, sample and image.
-        """
+        """Read and decode the images of a sample, in order, as RGB."""
         tar, place = self._locate(index)
         return [
             decode_image(data, f"{tar} sample {place.key}, image {number}")
@@ -202,15 +167,10 @@ def _write_dataset(directory: Path, value: dict[str, Any]) -> None:
     write_text(directory / DATASET_FILE, json.dumps({"format": 1, **value}) + "\n")
 
 
-def _dataset(directory: Path) -> Any:
-    path = directory / DATASET_FILE
-    return parse_json(read_file(path, MAX_JSON_BYTES, str(directory)), str(path))
-
-
 def _is_incomplete(directory: Path) -> bool:
     """Return True if an interrupted `write_shards` left these shards."""
     try:
-        value = _dataset(directory)
+        value = read_json(directory / DATASET_FILE)
     except DataError:
         return False
     return isinstance(value, dict) and value.get("complete") is False
@@ -221,30 +181,25 @@ def _counts(directory: Path, tars: list[Path]) -> list[int] | None:
     path = directory / DATASET_FILE
     if not path.is_file():
         return None
-    value = _dataset(directory)
+    value = read_json(path)
     if _is_incomplete(directory):
         raise DataError(f"{directory}: writing these shards was cut short; make them again")
     try:
         counts = {str(s["file"]): s["samples"] for s in value["shards"]}
-    except (LookupError, TypeError) as error:
-        reason = shown(f"{type(error).__name__}: {error}")
+        odd = sorted(counts.keys() ^ {t.name for t in tars})
+        if odd:
+            raise DataError(f"{path}: shards listed and shards there differ: {shown(odd)}")
+        for tar in tars:  # a sample takes at least a header and a block of JSON
+            count, most = counts[tar.name], tar.stat().st_size // (2 * BLOCK)
+            if type(count) is not int or not 0 <= count <= most:
+                raise ValueError(
+                    f"{shown(count)} samples in {tar.name}, which holds {most} at most"
+                )
+        if sum(counts.values()) != value["num_samples"]:  # would shift sample numbers
+            raise ValueError("the samples of the shards do not add up to num_samples")
+    except (LookupError, TypeError, ValueError) as error:
+        reason = shown(f"{type(error).__name__}: {error}", 200)
         raise DataError(f"{path}: not readable: {reason}; remove it to count again") from None
-    odd = sorted(set(counts) ^ {t.name for t in tars})
-    if odd:
-        raise DataError(f"{path}: shards listed and shards there differ: {shown(odd)}")
-    for tar in tars:  # a sample takes at least a header and a block of JSON
-        count, most = counts[tar.name], tar.stat().st_size // (2 * BLOCK)
-        if type(count) is not int or not 0 <= count <= most:
-            raise DataError(
-                f"{path}: {shown(count)} samples in {tar.name}, which holds {most} at most; "
-                "remove it to count again"
-            )
-    total = value.get("num_samples")
-    if total != sum(counts.values()):  # a wrong count would shift sample numbers
-        raise DataError(
-            f"{path}: {sum(counts.values())} samples in the shards, num_samples is {shown(total)}; "
-            "remove it to count again"
-        )
     return [counts[t.name] for t in tars]
 
 

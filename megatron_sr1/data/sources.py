@@ -1,8 +1,7 @@
 """Reads rows from source files: parquet, jsonl, json, or image folders with metadata.jsonl.
 
-In: a file or a directory. Out: rows with a name each ("train.parquet row 17"), streamed if the
-format allows it. For a row that cannot be read, its error is yielded, so that the caller can count
-it and continue.
+Each row has a name ("train.parquet row 17"). For one that cannot be read, its error is yielded, so
+that the caller can count it and continue.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sr1.data.examples import Record
-from megatron_sr1.data.guards import MAX_JSON_BYTES, parse_json, printable, read_file, shown
+from megatron_sr1.data.guards import MAX_JSON_BYTES, parse_json, printable, read_json, shown
 from megatron_sr1.data.rows import record_from_row
 from megatron_sr1.errors import DataError
 
@@ -24,29 +23,23 @@ _PARQUET_ROWS = 64
 
 
 def source_files(source: Path) -> list[Path]:
-    """Return the files of a file, a directory with metadata.jsonl, or one of files of one kind.
-
-    Raises:
-        DataError: no files, an unknown suffix, or files of several kinds.
-    """
+    """Return the files of a file, a directory with metadata.jsonl, or one of files of one kind."""
+    if (source / METADATA_FILE).is_file():
+        return [source / METADATA_FILE]
+    found = [source]
     if source.is_dir():
-        if (source / METADATA_FILE).is_file():
-            return [source / METADATA_FILE]
         found = sorted(p for p in source.iterdir() if p.suffix in SUFFIXES)
         if len({p.suffix for p in found}) != 1:
             raise DataError(
                 f"{source}: holds {shown([p.name for p in found])}; expected {METADATA_FILE} "
                 f"beside images, or files of one kind out of {', '.join(SUFFIXES)}"
             )
-        odd = [p.name for p in found if not p.is_file()]
-        if odd:
-            raise DataError(f"{source}: {shown(odd)}: not a regular file; move it elsewhere")
-        return found
-    if not source.is_file():
-        raise DataError(f"{source}: no such file or directory")
-    if source.suffix not in SUFFIXES:
+    elif source.exists() and source.suffix not in SUFFIXES:
         raise DataError(f"{source}: suffix {source.suffix!r}; expected {', '.join(SUFFIXES)}")
-    return [source]
+    odd = [p.name for p in found if not p.is_file()]
+    if odd:
+        raise DataError(f"{source}: {shown(odd)}: no such file, or not a regular file")
+    return found
 
 
 def count_rows(files: list[Path]) -> int | None:
@@ -61,19 +54,17 @@ def records(
 ) -> Iterator[tuple[str, Record | DataError]]:
     """Yield (name, record) for the rows of source files, or (name, error) if a row is not one.
 
+    A file that cannot be read at all raises its error.
+
     Args:
         files: result of `source_files`.
         image_folder: base of relative image paths; None: the directory of each file.
         columns: name -> column or dotted path in a row, for columns with other names.
-
-    Raises:
-        DataError: a file cannot be read at all.
     """
     for path in files:
         read = {".parquet": _parquet_rows, ".jsonl": _jsonl_rows, ".json": _json_rows}[path.suffix]
-        is_empty = True
+        where = ""
         for where, row in read(path):
-            is_empty = False
             try:
                 if isinstance(row, DataError):
                     raise row
@@ -85,7 +76,7 @@ def records(
                 yield where, record_from_row(row, folder=folder, where=where, columns=columns)
             except DataError as error:
                 yield where, error
-        if is_empty:
+        if not where:
             yield path.name, DataError(f"{path.name}: no samples in it")
 
 
@@ -137,7 +128,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    values = parse_json(read_file(path, MAX_SOURCE_BYTES, "source"), str(path))
+    values = read_json(path, MAX_SOURCE_BYTES)
     if not isinstance(values, list):
         raise DataError(f"{path}: a {type(values).__name__}; expected a list of samples")
     for number, value in enumerate(values):
@@ -151,8 +142,4 @@ def _with_image(row: dict[str, Any], where: str) -> dict[str, Any]:
         return row
     if row.get("images") or row.get("image"):
         raise DataError(f"{where}: both file_name and an image column; keep one of them")
-    if not isinstance(names, str) and not (
-        isinstance(names, list) and all(isinstance(name, str) for name in names)
-    ):
-        raise DataError(f"{where}: file_name is {shown(names)}; expected a name or a list of names")
     return {**row, "images": names}

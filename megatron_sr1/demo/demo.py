@@ -22,7 +22,7 @@ from rich.table import Table
 from megatron_sr1 import stages
 from megatron_sr1.config.loading import load_config
 from megatron_sr1.config.run import Config
-from megatron_sr1.demo.digits import PASS2_ORDER, corpus_texts, make_digits
+from megatron_sr1.demo.digits import corpus_texts, make_digits
 from megatron_sr1.demo.tiny_model import make_tiny_model
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.evaluation.evaluate import HeldOut
@@ -43,47 +43,15 @@ log = logging.getLogger(__name__)
 NUM_RANKS = 2
 MODELS = tuple(DEMO_RUNS)
 WAYS = {"sampled": 1.0, "greedy": 0.0}
-COMMON = [
-    "model.dtype=float32",
-    "data.prompt_style=brief",
-    "data.max_prompt_tokens=128",
-    "data.pack_tokens=2048",
-    "data.min_pixels=784",
-    "data.max_pixels=200704",
-    "launch.device=cpu",
-    "launch.num_processes=2",
-    "launch.threads=1",
-    "optimizer.beta2=0.95",
-    "checkpoint.every_steps=0",
-]
+CONFIG = Path(__file__).parents[2] / "examples" / "digits_cpu.yaml"
+"""Settings of the GRPO runs, and of the cold start what `COLD_START` does not change."""
 COLD_START = [
     "stage=sft",
     "data.prompts_per_step=64",
     "optimizer.num_steps=600",
     "optimizer.learning_rate=2e-3",
     "optimizer.min_learning_rate=2e-4",
-    "optimizer.schedule=linear",
     "optimizer.warmup_steps=20",
-]
-GRPO = [
-    "stage=grpo",
-    "data.prompts_per_step=32",
-    "rollout.samples_per_prompt=8",
-    f"rollout.pass2_order={PASS2_ORDER}",
-    "rollout.max_response_tokens=48",
-    "rollout.max_reading_tokens=32",
-    "rollout.max_model_len=256",
-    "rollout.max_num_seqs=256",
-    "rollout.mismatch_bound=1e-3",
-    "rollout.canary_bound=1e-3",
-    "algorithm.prompts_per_update=32",
-    # Keeps what a recipe does not pay for, such as see_think's descriptions, where it was: without
-    # it they sharpen along with the answers, on some seeds.
-    "algorithm.kl_coefficient=0.1",
-    "optimizer.num_steps=40",
-    "optimizer.learning_rate=1.5e-4",
-    "optimizer.min_learning_rate=1.5e-5",
-    "optimizer.schedule=linear",
 ]
 
 
@@ -205,7 +173,8 @@ def _config(output: Path, seed: int, name: str, *more: str) -> Config:
     """Configuration of one of the demo's stages."""
     cold = name == "cold_start"
     own = [
-        *(COLD_START if cold else GRPO),
+        *(COLD_START if cold else ()),
+        *("checkpoint.every_steps=0", "data.eval_limit=0"),
         f"reward.recipe={'vision_sr1' if cold else name}",
         f"model.path={output / ('model' if cold else 'cold_start/hf')}",
         f"data.train={output / 'data' / ('cold_start' if cold else 'train')}",
@@ -213,4 +182,4 @@ def _config(output: Path, seed: int, name: str, *more: str) -> Config:
         f"output={output / name}",
         f"seed={seed}",
     ]
-    return load_config(None, [*COMMON, *own, *more])
+    return load_config(CONFIG, [*own, *more])

@@ -24,7 +24,7 @@ def check_paths(config: Config, has_model: bool = True, is_dry_run: bool = False
     """Check that model, data and output are usable for the stage.
 
     Args:
-        config: of the run.
+        config: names the paths.
         has_model: False if an earlier run will have written the model by then.
         is_dry_run: model and data need not exist, and a config.json alone is accepted as a model.
 
@@ -41,7 +41,12 @@ def check_paths(config: Config, has_model: bool = True, is_dry_run: bool = False
         _check_shards("data.train", config.data.train, needed=True)
     if "data.eval" not in absent:
         _check_shards("data.eval", config.data.eval, needed=config.stage == "eval")
-    _check_function(config.reward.function)
+    function = config.reward.function
+    file = function.rpartition(":")[0]
+    if function and not Path(file).is_file():
+        raise ConfigError(
+            f"reward.function={function}: no file {file or function}; expected FILE.py:NAME"
+        )
     check_output(config.output)
 
 
@@ -54,7 +59,7 @@ def check_output(output: str) -> None:
     path = Path(output).absolute()
     if "\0" in output or any(len(os.fsencode(part)) > LONGEST_NAME for part in path.parts):
         raise ConfigError(f"output={output[:80]!r}… is not a valid directory name")
-    there = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
+    there = next(part for part in (path, *path.parents) if os.path.lexists(part))
     if not there.is_dir():
         below = "" if there == path else f" lies below {there}, which"
         raise ConfigError(f"output={output}{below} is a file; name a directory for the run")
@@ -79,13 +84,13 @@ def crowded(launch: LaunchConfig, num_ranks: int) -> str:
 def _check_model(path: Path) -> None:
     if not path.exists():
         raise CheckpointError(
-            f"model.path={path}: {_absent(path)}; give a Hugging Face directory or a checkpoint"
+            f"model.path={path}: {_absent(path)}; give a Hugging Face or a checkpoint directory"
         )
     is_published = (path / "config.json").is_file() and any(path.glob("*.safetensors"))
     is_ours = (path / "latest").exists() or (path / ".metadata").exists()
     if not is_published and not is_ours and not any(path.glob("step_*")):
         raise CheckpointError(
-            f"model.path={path} is no checkpoint: expected a folder with config.json and "
+            f"model.path={path} is no checkpoint: expected a directory with config.json and "
             "*.safetensors (Hugging Face), or one that a run or tools/convert_checkpoint.py wrote"
             f"{_seen(path)}"
         )
@@ -94,8 +99,8 @@ def _check_model(path: Path) -> None:
 def _absent(path: Path) -> str:
     """Say that a directory does not exist, where it was expected, and what would create it."""
     where = "" if path.is_absolute() else f" in {Path.cwd()}"
-    made = ", which make demo makes" if path.parts[:2] == ("runs", "demo") else ""
-    return f"no such folder{where}{made}"
+    made = ", which make demo creates" if path.parts[:2] == ("runs", "demo") else ""
+    return f"no such directory{where}{made}"
 
 
 def _seen(path: Path) -> str:
@@ -109,31 +114,20 @@ def _seen(path: Path) -> str:
         weights = ", ".join(sorted(p.name for p in path.glob("*.bin"))[:3])
         held = f"weights in {weights} only, which are not read" if weights else "no weights"
         return f"; this has config.json and {held}"
-    if any(path.glob("*.tar")):
-        return "; this has shards: a folder for data.train"
-    return ""
+    return "; this has shards: a directory for data.train" if any(path.glob("*.tar")) else ""
 
 
-def _check_function(named: str) -> None:
-    file = named.rpartition(":")[0]
-    if named and not Path(file).is_file():
-        raise ConfigError(
-            f"reward.function={named}: no file {file or named}; expected FILE.py:NAME"
-        )
-
-
-def _check_shards(key: str, folder: str, needed: bool) -> None:
-    advice = "tools/make_shards.py writes shards"
-    if not folder:
-        if needed:
-            raise DataError(f"{key} is not set; name a folder of webdataset shards ({advice})")
+def _check_shards(key: str, given: str, needed: bool) -> None:
+    path, advice = Path(given), "tools/make_shards.py writes shards"
+    if not given and not needed:
         return
-    path = Path(folder)
+    if not given:
+        raise DataError(f"{key} is not set; name a directory of webdataset shards ({advice})")
     if path.is_file():
-        raise DataError(f"{key}={folder} is a file; name the folder of its shards ({advice})")
+        raise DataError(f"{key}={path} is a file; name the directory of its shards ({advice})")
     if not path.is_dir():
-        raise DataError(f"{key}={folder}: {_absent(path)} ({advice})")
+        raise DataError(f"{key}={path}: {_absent(path)} ({advice})")
     if not any(path.glob("*.tar")):
         below = sorted({str(shard.parent) for shard in path.glob("*/*.tar")})
         nearest = f"; there are some in {', '.join(below[:5])}" if below else f" ({advice})"
-        raise DataError(f"{key}={folder} holds no *.tar shard{nearest}")
+        raise DataError(f"{key}={path} holds no *.tar shard{nearest}")

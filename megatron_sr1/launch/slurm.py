@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -46,50 +46,14 @@ trap '[[ $? -ne 0 || ! -e $unfinished ]] || scontrol requeue "$SLURM_JOB_ID" || 
 failed one is not."""
 
 
-@dataclass(frozen=True)
-class Submitted:
-    """Submitted jobs.
-
-    Attributes:
-        experiment: nemo-run's name of the experiment.
-        jobs: Slurm job id of each task, by name.
-        logs: log file of each task, on the cluster.
-        home: nemo-run's directory on this machine; "": its default.
-        tunnel: of the cluster.
-    """
-
-    experiment: str
-    jobs: dict[str, str]
-    logs: dict[str, str]
-    home: str
-    tunnel: str
-
-    def next_commands(self) -> str:
-        """Return the commands that show, follow and cancel the jobs."""
-        nemo = shlex.quote(str(Path(sys.executable).with_name("nemo")))
-        if self.home:
-            nemo = f"NEMORUN_HOME={shlex.quote(self.home)} {nemo}"
-        lines = [f"# {name} is job {job}" for name, job in self.jobs.items()]
-        lines.append("# nemo-run's commands (status and logs need a Slurm with accounting):")
-        lines.append(f"{nemo} experiment status {self.experiment}")
-        for index, name in enumerate(self.jobs):
-            lines.append(f"{nemo} experiment logs {self.experiment} {index}    # {name}")
-        lines.append(f"{nemo} experiment cancel --all {self.experiment}")
-        lines.append(f"# Slurm's own{f', on {self.tunnel}' if self.tunnel else ''}:")
-        lines.append(f"squeue --jobs {','.join(self.jobs.values())}")
-        lines += [f"tail -f {shlex.quote(path)}" for path in self.logs.values()]
-        lines.append(f"scancel {' '.join(self.jobs.values())}")
-        return "\n".join(lines)
-
-
-def submit(title: str, cluster: Cluster, tasks: Sequence[Task]) -> Submitted:
+def submit(title: str, cluster: Cluster, tasks: Sequence[Task]) -> str:
     """Check everything, then submit the tasks and return immediately.
 
-    Args:
-        title: of the experiment, without spaces.
-        cluster: where to run them.
-        tasks: one job each; a job that follows another starts if that one succeeded, and is
-            removed from the queue otherwise.
+    Each task is a job; one that follows another starts if that one succeeded, and is removed from
+    the queue otherwise. `title`, without spaces, names nemo-run's experiment.
+
+    Returns:
+        the job ids and the commands that show, follow and cancel the jobs, for the terminal.
 
     Raises:
         SR1Error: a check failed; nothing has been submitted.
@@ -120,25 +84,34 @@ def submit(title: str, cluster: Cluster, tasks: Sequence[Task]) -> Submitted:
                     dependencies=[task.follows] if task.follows else None,
                 )
             _run(experiment)
-    jobs = {job.id: job.handle.partition("://")[2].split("/")[1] for job in experiment.jobs}
-    logs = {
-        job.id: str(job.executor.job_details.srun_stdout)
-        .replace("%j", jobs[job.id])
-        .replace("${SLURM_RESTART_COUNT:-0}", "0")
-        for job in experiment.jobs
-    }
-    return Submitted(name, jobs, logs, home, cluster.tunnel)
+    return _next_commands(name, experiment.jobs, home, cluster.tunnel)
+
+
+def _next_commands(name: str, submitted: Sequence[Any], home: str, tunnel: str) -> str:
+    nemo = shlex.quote(str(Path(sys.executable).with_name("nemo")))
+    nemo = f"NEMORUN_HOME={shlex.quote(home)} {nemo}" if home else nemo
+    jobs, follow = dict[str, str](), []
+    for job in submitted:
+        jobs[job.id] = job.handle.partition("://")[2].split("/")[1]
+        log = str(job.executor.job_details.srun_stdout).replace("%j", jobs[job.id])
+        follow.append(f"tail -f {shlex.quote(log.replace('${SLURM_RESTART_COUNT:-0}', '0'))}")
+    return "\n".join(
+        [
+            *(f"# {task} is job {job}" for task, job in jobs.items()),
+            "# nemo-run's commands (status and logs need a Slurm with accounting):",
+            f"{nemo} experiment status {name}",
+            *(f"{nemo} experiment logs {name} {i}    # {task}" for i, task in enumerate(jobs)),
+            f"{nemo} experiment cancel --all {name}",
+            f"# Slurm's own{f', on {tunnel}' if tunnel else ''}:",
+            f"squeue --jobs {','.join(jobs.values())}",
+            *follow,
+            f"scancel {' '.join(jobs.values())}",
+        ]
+    )
 
 
 def build_executor(run: Any, cluster: Cluster, package: Path, config: Config) -> Any:
-    """Build nemo-run's `SlurmExecutor` for one task.
-
-    Args:
-        run: the module nemo_run.
-        cluster: resources of the job.
-        package: directory whose files are copied with the job.
-        config: of the task; sets the threads of a rank on a CPU.
-    """
+    """Build the executor of a task, nemo-run being `run`; files of `package` go with the job."""
     by_srun = cluster.launcher == "srun"
     environment = dict(cluster.environment)
     if not by_srun:
@@ -287,16 +260,12 @@ def check(cluster: Cluster, tasks: Sequence[Task]) -> dict[str, Config]:
 
 def _based(config: Config, workdir: Path) -> Config:
     """Return the configuration with the paths as seen by a rank that starts in `workdir`."""
-
-    def below(path: str) -> str:
-        return str(workdir / path) if path else ""
-
-    return replace(
-        config,
-        output=below(config.output),
-        model=replace(config.model, path=below(config.model.path)),
-        data=replace(config.data, train=below(config.data.train), eval=below(config.data.eval)),
-    )
+    based = deepcopy(config)
+    parts = (based, "output"), (based.model, "path"), (based.data, "train"), (based.data, "eval")
+    for group, name in parts:
+        if getattr(group, name):
+            setattr(group, name, str(workdir / getattr(group, name)))
+    return based
 
 
 def _check_layout(cluster: Cluster, name: str, config: Config) -> None:
@@ -345,7 +314,7 @@ def _check_there(cluster: Cluster, tasks: Sequence[Task], configs: dict[str, Con
             paths["model.path"] = config.model.path
         for key, path in paths.items():
             if path and run_there(cluster, f"test -e {_path(cluster, path)}").returncode:
-                raise ConfigError(f"{task.name}: {key}={path}: no such folder {_where(cluster)}")
+                raise ConfigError(f"{task.name}: {key}={path}: no such directory {_where(cluster)}")
 
 
 def _check_names(cluster: Cluster, tasks: Sequence[Task]) -> None:

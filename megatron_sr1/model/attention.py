@@ -1,14 +1,13 @@
-"""Core attention over a packed row: every sequence attends to itself, on torch's SDPA.
+"""Core attention over a packed row with torch's SDPA: every sequence attends to itself.
 
-In: query, key and value of a row of T tokens with sequences one behind the other, and a plan made
-once a row from `cu_seqlens`. Out: the context of each token. Sequences of like length go through
-SDPA together, as a batch: causal ones padded at their end, where no earlier token looks; others
-only with sequences of exactly their length. So no mask is built, but where a row is split over
-context-parallel ranks: a chunk's queries see more keys than they are, which SDPA's causal flag
-cannot say. Keys and values are gathered then.
+Sequences of similar length are batched into one SDPA call: causal ones are padded at the end, where
+no earlier token attends to them; others are batched only with sequences of exactly their length. So
+no mask is built, except where a row is split over context-parallel ranks: the queries of a chunk
+attend to more keys than the chunk has, which SDPA's causal flag cannot express. Keys and values are
+gathered for that.
 
-The row keeps Megatron's [T, 1, heads, width] layout, so that the rotary embedding stays a table
-with one row a token (exact for packed rows), and only this module knows about the packing.
+The row keeps Megatron's [T, 1, heads, width] layout, so that the rotary embedding remains a table
+with one row per token (exact for packed rows), and only this module deals with packing.
 """
 
 from __future__ import annotations
@@ -26,22 +25,22 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_sr1.model.row_split import RowSplit, Segment, whole_sequences
 
-# A causal sequence joins a longer one's batch if it fills this share of it, or lacks at most so
-# many tokens: short ones are cheaper to pad than to start a kernel for.
+# A causal sequence is padded to the longest of a batch if it fills this share of it, or lacks at
+# most this many tokens: padding short sequences is cheaper than another kernel launch.
 MIN_FILL = 0.75
 FREE_PADDING_TOKENS = 32
 
 
 @dataclass(frozen=True)
 class SequenceBatch:
-    """Sequences, or chunks of them, that go through SDPA together.
+    """Sequences, or chunks of them, of one SDPA call.
 
     Attributes:
-        num_sequences: in the batch.
-        num_queries: slots of each.
+        num_sequences: number of sequences.
+        num_queries: slots of each sequence.
         key_rows: [num_sequences * keys] int64, the row of each key; None: the queries' slots.
-        mask: [num_sequences, 1, queries, keys] bool, True where a query sees a key; None: as the
-            plan says, with as many queries as keys.
+        mask: [num_sequences, 1, queries, keys] bool, True where a query attends to a key; None:
+            given by `AttentionPlan.is_causal`, with as many queries as keys.
     """
 
     num_sequences: int
@@ -51,25 +50,8 @@ class SequenceBatch:
 
 
 @dataclass(frozen=True)
-class AttentionPlan:
-    """How a packed row is cut into batches.
-
-    Attributes:
-        batches: all sequences, each in one batch.
-        slots: where tokens lie in the batches; None: in order, without padding.
-        num_tokens: T, tokens that this rank holds.
-        is_causal: a token sees itself and what is before it, else its whole sequence.
-    """
-
-    batches: tuple[SequenceBatch, ...]
-    slots: Slots | None
-    num_tokens: int
-    is_causal: bool
-
-
-@dataclass(frozen=True)
 class Slots:
-    """Places of tokens in the batches, one behind the other.
+    """Positions of tokens in the concatenated batches.
 
     Attributes:
         rows: [slots] int64, the token in each slot; a padding slot repeats its sequence's first.
@@ -82,11 +64,24 @@ class Slots:
     padding: torch.Tensor
 
 
+@dataclass(frozen=True)
+class AttentionPlan:
+    """How a packed row of `num_tokens` tokens of this rank is divided into batches.
+
+    Without `slots` the batches hold the tokens in order, without padding.
+    """
+
+    batches: tuple[SequenceBatch, ...]
+    slots: Slots | None
+    num_tokens: int
+    is_causal: bool
+
+
 @dataclass
 class PackedRow(PackedSeqParams):
-    """Megatron's packing parameters with a plan; the layout stays sbhd, see above.
+    """Megatron's packing parameters plus a plan; the layout remains sbhd.
 
-    The borders are those of the whole row; the plan and `split` are of this rank's share.
+    The boundaries are those of the whole row; `plan` and `split` are of this rank's share.
     """
 
     plan: AttentionPlan | None = None
@@ -100,13 +95,13 @@ def plan_attention(
     places: torch.Tensor | None = None,
     device: torch.device | str = "cpu",
 ) -> AttentionPlan:
-    """Cut a packed row into batches of sequences of like length.
+    """Divide a packed row into batches of sequences of similar length.
 
     Args:
         segments: this rank's queries in order, with their keys.
-        is_causal: whether padding at the end is harmless.
-        places: [tokens of the row] int64, where each key lies; None: in order.
-        device: of the index tensors.
+        is_causal: if not, sequences are never padded.
+        places: [tokens of the row] int64, the position of each key; None: in order.
+        device: device of the index tensors.
     """
     total = sum(segment.num_queries for segment in segments)
     if places is None and len({segment.num_keys for segment in segments}) == 1:
@@ -142,12 +137,12 @@ def pack_row(
     is_causal: bool,
     split: RowSplit | None = None,
 ) -> PackedRow:
-    """Packing parameters of a row for Megatron's attention layers.
+    """Return the packing parameters of a row for Megatron's attention layers.
 
     Args:
-        cu_seqlens: [sequences + 1] int32, borders on the row.
-        is_causal: text is, vision is not.
-        split: of the row over the context-parallel ranks; None: each holds all of it.
+        cu_seqlens: [sequences + 1] int32, boundaries on the row.
+        is_causal: True for text, False for vision.
+        split: of the row over the context-parallel ranks; None: each rank holds the whole row.
     """
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
     segments = whole_sequences(lengths) if split is None else split.segments
@@ -157,7 +152,7 @@ def pack_row(
         qkv_format="sbhd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
-        # Transformer Engine's context parallelism cuts at these; they are the same borders.
+        # Transformer Engine's context parallelism splits sequences at these.
         cu_seqlens_q_padded=None if places is None else cu_seqlens,
         cu_seqlens_kv_padded=None if places is None else cu_seqlens,
         max_seqlen_q=max(lengths, default=0),
@@ -174,14 +169,14 @@ def attend(
     plan: AttentionPlan,
     softmax_scale: float | None = None,
 ) -> torch.Tensor:
-    """Attention of a packed row.
+    """Compute attention within each sequence of a packed row.
 
     Args:
         query: [T, heads, width].
         key: [tokens of the whole row, key/value heads, width].
-        value: as `key`.
-        plan: of the row.
-        softmax_scale: of the scores; None is 1 / sqrt(width).
+        value: same shape as `key`.
+        plan: made for this row.
+        softmax_scale: factor of the scores; None: 1 / sqrt(width).
 
     Returns:
         [T, heads * width].
@@ -214,9 +209,9 @@ def attend(
 def _batches_of(
     tensor: torch.Tensor, plan: AttentionPlan, *, are_keys: bool = False
 ) -> Sequence[torch.Tensor]:
-    """What each batch takes of queries, or of keys or values: [slots, heads, width]."""
+    """Split queries, or keys or values, into one [slots, heads, width] tensor per batch."""
     places = [batch.key_rows for batch in plan.batches if batch.key_rows is not None]
-    if are_keys and places:  # chunks of a sequence see the same keys
+    if are_keys and places:  # chunks of a sequence share keys
         return [tensor.index_select(0, rows) for rows in places]
     if plan.slots is not None:
         tensor = _Gather.apply(tensor, plan.slots.rows, plan.slots.places)
@@ -224,10 +219,10 @@ def _batches_of(
 
 
 class _Gather(torch.autograd.Function):
-    """Rows of a tensor, each once, whose gradients are gathered back instead of added up.
+    """Select rows of a tensor, each once, so that gradients are gathered back, not added up.
 
-    Padding repeats a row; as nobody looks at padding, its gradient is 0, and not added. Where rows
-    are left out, which is padding again, their gradient is 0.
+    Padding repeats a row. Nothing attends to padding, so its gradient is 0 and is not added; rows
+    in `left_out` are padding, too, and get the gradient 0.
     """
 
     @staticmethod
@@ -250,10 +245,9 @@ class _Gather(torch.autograd.Function):
 
 
 class PackedAttention(MegatronModule):
-    """Megatron's core attention for packed rows, text and vision alike.
+    """Core attention of Megatron's layers for packed rows, used for text and vision.
 
-    It takes the place of `DotProductAttention` in a layer's spec. What a row looks like comes
-    with each call, as a `PackedRow`.
+    Replaces `DotProductAttention` in a layer's spec; each call is given its `PackedRow`.
     """
 
     def __init__(
@@ -265,7 +259,7 @@ class PackedAttention(MegatronModule):
         softmax_scale: float | None = None,
         **unused: Any,
     ) -> None:
-        """Take what Megatron's `Attention` hands to any core attention."""
+        """Accept the arguments that Megatron's `Attention` passes to any core attention."""
         super().__init__(config=config)
         assert config.attention_dropout == 0.0, "attention dropout is not supported"
         self.softmax_scale = softmax_scale
@@ -281,20 +275,11 @@ class PackedAttention(MegatronModule):
         packed_seq_params: PackedRow | None = None,
         **unused: Any,
     ) -> torch.Tensor:
-        """Attend within each sequence of the row.
+        """Attend within each sequence of the row, which `packed_seq_params` describes.
 
-        Args:
-            query: [T, 1, heads, width], heads of this rank.
-            key: [T, 1, key/value heads, width].
-            value: [T, 1, key/value heads, width].
-            attention_mask: None; the row says who sees whom.
-            attn_mask_type: of the layer, unused: the row knows.
-            attention_bias: None.
-            packed_seq_params: the row.
-            unused: what newer releases add.
-
-        Returns:
-            [T, 1, heads * width].
+        The query is [T, 1, heads, width], with this rank's heads, key and value are [T, 1,
+        key/value heads, width]; the result is [T, 1, heads * width]. The other arguments, which
+        Megatron passes to any core attention, are ignored.
         """
         assert packed_seq_params is not None and packed_seq_params.plan is not None
         assert query.shape[1] == 1, "a packed row has batch size 1"
@@ -307,26 +292,24 @@ class PackedAttention(MegatronModule):
 
 
 def _slots(starts: Sequence[int], counts: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows [sequences, longest] of a batch's slots, and whether a slot is a token, not padding."""
+    """Return each slot's row, [sequences, longest], and whether it holds a token, not padding."""
     place = torch.arange(max(counts))
     is_token = place < torch.tensor(counts)[:, None]
     return torch.tensor(starts)[:, None] + torch.where(is_token, place, 0), is_token
 
 
 def _group_by_length(segments: Sequence[Segment], is_causal: bool) -> list[list[Segment]]:
-    """The segments of each batch, the longest first."""
+    """Group the segments by similar length, the longest first."""
 
-    def is_like(one: int, other: int) -> bool:
-        free = max(FREE_PADDING_TOKENS, (1 - MIN_FILL) * max(one, other)) if is_causal else 0
-        return abs(one - other) <= free
+    def is_similar(longer: int, other: int) -> bool:
+        free = max(FREE_PADDING_TOKENS, (1 - MIN_FILL) * max(longer, other)) if is_causal else 0
+        return abs(longer - other) <= free
 
     groups: list[list[Segment]] = []
     for segment in sorted(segments, key=lambda s: (-s.num_keys, -s.num_queries)):
         head = groups[-1][0] if groups else segment
-        alike = is_like(head.num_keys, segment.num_keys) and is_like(
-            head.num_queries, segment.num_queries
-        )
-        if groups and alike:
+        is_alike = is_similar(head.num_keys, segment.num_keys)
+        if groups and is_alike and is_similar(head.num_queries, segment.num_queries):
             groups[-1].append(segment)
         else:
             groups.append([segment])

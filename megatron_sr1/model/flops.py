@@ -1,8 +1,8 @@
 """Floating-point operations of the model; a product of m x k and k x n counts 2 m k n.
 
-In: a model's shape, tokens, patches. Out: `Work`, with products of weights and attention apart, as
-GPUs run them at different rates. Norms, rotary embedding and the optimizer are not counted, because
-they are limited by memory. tests/unit/test_flops.py compares with torch's count of the real model.
+Products with weights and attention are counted separately, because GPUs run them at different
+rates. Norms, rotary embedding and the optimizer are not counted: they are limited by memory.
+tests/unit/test_flops.py compares with torch's count of the real model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CAUSAL_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Work:
-    """Operations, those of products with weights (`dense`) and those of attention."""
+    """Operations of products with weights (`dense`) and of attention."""
 
     dense: float = 0.0
     attention: float = 0.0
@@ -41,10 +41,8 @@ class Work:
 def text_layer(hf_config: HFConfig, tokens: float, keys: float) -> Work:
     """Return the forward pass of a decoder layer.
 
-    Args:
-        hf_config: shape of the model.
-        tokens: queries.
-        keys: mean number of keys per query; half of a sequence if a causal kernel skips the rest.
+    `keys` is the mean number of keys per query: half of a sequence if a causal kernel skips the
+    rest.
     """
     text = hf_config.text
     q = text.num_attention_heads * text.head_dim
@@ -68,21 +66,18 @@ def text(hf_config: HFConfig, tokens: float, logits: float, before: float = 0) -
 
     Args:
         hf_config: shape of the model.
-        tokens: that are computed.
-        logits: tokens among them whose logits are computed.
-        before: earlier tokens, whose keys and values are cached.
+        tokens: number of tokens that are computed.
+        logits: number of tokens whose logits are computed.
+        before: number of earlier tokens, whose keys and values are cached.
     """
     layer = text_layer(hf_config, tokens, before + tokens * CAUSAL_SHARE)
     return layer.times(hf_config.text.num_layers) + head(hf_config, logits)
 
 
 def vision_blocks(hf_config: HFConfig, patches: float, image_patches: float) -> Work:
-    """Return the forward pass of the tower's blocks.
+    """Return the forward pass of the tower's blocks over the patches of all images.
 
-    Args:
-        hf_config: shape of the model.
-        patches: of all images.
-        image_patches: mean per image, the keys of a query in blocks with full attention.
+    `image_patches` is the mean per image, the keys of a query in blocks with full attention.
     """
     vision = hf_config.vision
     h, full = vision.hidden_size, len(vision.full_attention_blocks)

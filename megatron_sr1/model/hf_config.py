@@ -1,8 +1,9 @@
-"""A published Qwen2.5-VL configuration, read once into frozen records.
+"""A published Qwen2.5-VL configuration, read into frozen records; free of torch.
 
-In: `config.json` of a Hugging Face directory, flat (as on the hub: text keys at the top) or nested
-(`text_config`, as transformers 5 writes). Out: `HFConfig`. What the model cannot do (other rotary
-kinds, sliding windows, other activations) is refused here, by name.
+Both forms of `config.json` are read: flat, as on the hub (text keys at the top), and nested
+(`text_config`, as transformers 5 writes it). What the model does not support (other rotary kinds,
+sliding windows, other activations) is refused with the key's name, and so is a layout that does not
+divide the model.
 """
 
 from __future__ import annotations
@@ -18,19 +19,10 @@ from megatron_sr1.errors import CheckpointError, ConfigError
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The language model.
+    """Shape of the language model.
 
-    Attributes:
-        vocab_size: rows of the embedding as published, before any padding.
-        hidden_size: width.
-        intermediate_size: width of the gated MLP.
-        num_layers: decoder layers.
-        num_attention_heads: query heads.
-        num_key_value_heads: key/value heads, a divisor of the query heads.
-        rms_norm_eps: epsilon of all norms.
-        rope_theta: rotary base.
-        mrope_section: frequencies that turn by (time, height, width); sums to head_dim / 2.
-        max_position_embeddings: longest context, tokens.
+    `vocab_size` is the published one, before padding; `mrope_section` holds the numbers of rotary
+    frequencies for time, height and width, whose sum is head_dim / 2.
     """
 
     vocab_size: int
@@ -52,21 +44,12 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower.
+    """Shape of the vision tower.
 
-    Attributes:
-        depth: blocks.
-        hidden_size: width.
-        intermediate_size: width of the gated MLP.
-        num_heads: attention heads.
-        in_channels: of the image.
-        patch_size: side of a patch, pixels.
-        temporal_patch_size: frames in a patch.
-        spatial_merge_size: side of the square of patches that becomes one token.
-        window_size: side of an attention window, pixels.
-        full_attention_blocks: blocks that attend over the whole image.
-        out_hidden_size: width of the features handed on, the language model's.
-        rope_theta: rotary base.
+    A patch has `patch_size` x `patch_size` pixels of `temporal_patch_size` frames; a square of
+    `spatial_merge_size` x `spatial_merge_size` patches becomes one token, of width
+    `out_hidden_size`. Blocks in `full_attention_blocks` attend over the whole image, the others
+    within windows of `window_size` x `window_size` pixels.
     """
 
     depth: int
@@ -89,57 +72,50 @@ class VisionConfig:
 
     @property
     def patch_dim(self) -> int:
-        """Values in a flattened patch."""
+        """Number of values in a flattened patch."""
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
 
     @property
     def window_units(self) -> int:
-        """Side of a window, merged tokens."""
+        """Side of a window in merged tokens."""
         return self.window_size // self.spatial_merge_size // self.patch_size
 
 
 @dataclass(frozen=True)
 class HFConfig:
-    """A model as its publisher describes it.
+    """A published model.
 
     Attributes:
-        text: the language model.
-        vision: the vision tower.
-        image_token_id: stands for one image feature in the token row.
-        video_token_id: the same for video; never accepted here.
-        vision_start_token_id: opens an image.
-        vision_end_token_id: closes an image.
-        tie_word_embeddings: the output layer is the embedding; true where any of `tie_flags` is.
+        text: shape of the language model.
+        vision: shape of the vision tower.
+        image_token_id: the image pad; each one in a row is replaced by an image feature.
         raw: the whole file.
     """
 
     text: TextConfig
     vision: VisionConfig
     image_token_id: int
-    video_token_id: int
-    vision_start_token_id: int
-    vision_end_token_id: int
-    tie_word_embeddings: bool
     raw: Mapping[str, Any] = field(repr=False, hash=False)
 
     @property
     def tie_flags(self) -> dict[str, bool]:
         """Values of `tie_word_embeddings` in the file, by the place where each was found."""
-        return _tie_flags(self.raw)
+        places = {"": self.raw, "text_config.": self.raw.get("text_config") or {}}
+        key = "tie_word_embeddings"
+        return {place + key: bool(found[key]) for place, found in places.items() if key in found}
+
+    @property
+    def tie_word_embeddings(self) -> bool:
+        """Whether the output layer is the embedding: true where any of `tie_flags` is."""
+        return any(self.tie_flags.values())
 
 
 def read_hf_config(directory: str | Path) -> HFConfig:
     """Read `config.json` of a Hugging Face directory.
 
-    Args:
-        directory: holds `config.json`.
-
-    Returns:
-        the configuration.
-
     Raises:
-        CheckpointError: no `config.json`, or it is not a Qwen2.5-VL's.
-        ConfigError: it asks for something that the model cannot do.
+        CheckpointError: there is no `config.json`, or it is not that of a Qwen2.5-VL.
+        ConfigError: it requires something that the model does not support.
     """
     path = Path(directory) / "config.json"
     if not path.is_file():
@@ -165,10 +141,10 @@ def read_hf_config(directory: str | Path) -> HFConfig:
 
 
 def parse_hf_config(raw: Mapping[str, Any]) -> HFConfig:
-    """Make the records of a `config.json` that is already a mapping.
+    """Parse the content of a `config.json`.
 
     Raises:
-        ConfigError: it asks for something that the model cannot do.
+        ConfigError: it requires something that the model does not support.
         KeyError: a key without a safe default is missing.
     """
     text_raw = raw.get("text_config") or raw
@@ -179,22 +155,7 @@ def parse_hf_config(raw: Mapping[str, Any]) -> HFConfig:
             f"vision_config.out_hidden_size is {vision.out_hidden_size}, the language model's "
             f"hidden_size {text.hidden_size}; they must be equal"
         )
-    return HFConfig(
-        text=text,
-        vision=vision,
-        image_token_id=raw["image_token_id"],
-        video_token_id=raw.get("video_token_id", -1),
-        vision_start_token_id=raw.get("vision_start_token_id", -1),
-        vision_end_token_id=raw.get("vision_end_token_id", -1),
-        tie_word_embeddings=any(_tie_flags(raw).values()),
-        raw=dict(raw),
-    )
-
-
-def _tie_flags(raw: Mapping[str, Any]) -> dict[str, bool]:
-    places = {"": raw, "text_config.": raw.get("text_config") or {}}
-    key = "tie_word_embeddings"
-    return {place + key: bool(found[key]) for place, found in places.items() if key in found}
+    return HFConfig(text, vision, raw["image_token_id"], dict(raw))
 
 
 def _parse_text(raw: Mapping[str, Any]) -> TextConfig:
@@ -274,62 +235,45 @@ def check_layout(
     pipeline: int = 1,
     virtual_stages: int = 1,
     stage_layers: Sequence[int] = (),
-    sequence_parallel: bool = False,
 ) -> None:
-    """Refuse a layout that does not divide the model.
+    """Raise a ConfigError if the layout does not divide the model.
 
     Args:
         hf_config: shape of the model.
         tensor: tensor-parallel ranks.
         tower: ranks that share each layer of the tower.
-        pipeline: ranks of the pipeline.
-        virtual_stages: of each of them.
-        stage_layers: layers of each stage; empty for equally many.
-        sequence_parallel: whether rows are split too.
-
-    Raises:
-        ConfigError: naming what does not divide.
+        pipeline: pipeline-parallel ranks.
+        virtual_stages: stages of each pipeline rank.
+        stage_layers: layers of each stage; empty: equally many.
     """
     text, vision = hf_config.text, hf_config.vision
-    parts = {
-        "num_attention_heads": text.num_attention_heads,
-        "num_key_value_heads": text.num_key_value_heads,
-        "intermediate_size": text.intermediate_size,
-    }
-    tower_parts = {
-        "vision num_heads": vision.num_heads,
-        "vision intermediate_size": vision.intermediate_size,
-    }
-    for name, value in (parts | tower_parts).items():
-        of_tower = name in tower_parts
-        if value % (tower if of_tower else tensor):
-            other = " or parallel.vision=images" if of_tower else ""
+    parts = [
+        ("num_attention_heads", text.num_attention_heads, tensor),
+        ("num_key_value_heads", text.num_key_value_heads, tensor),
+        ("intermediate_size", text.intermediate_size, tensor),
+        ("vision num_heads", vision.num_heads, tower),
+        ("vision intermediate_size", vision.intermediate_size, tower),
+    ]
+    for name, value, num_ranks in parts:
+        if value % num_ranks:
+            other = " or parallel.vision=images" if name.startswith("vision") else ""
             raise ConfigError(
                 f"{name} is {value}, which parallel.tensor={tensor} does not divide; use a divisor"
                 f"{other}"
             )
-    _check_stages(text.num_layers, pipeline, virtual_stages, stage_layers)
-    if sequence_parallel and tensor == 1:
-        raise ConfigError("parallel.sequence=true needs parallel.tensor of 2 or more")
-
-
-def _check_stages(
-    num_layers: int, pipeline: int, virtual_stages: int, stage_layers: Sequence[int]
-) -> None:
-    """Refuse a pipeline that the layers do not fill."""
     num_stages = pipeline * virtual_stages
     ranks = f"parallel.pipeline={pipeline}"
     ranks += f" x virtual={virtual_stages}" if virtual_stages > 1 else ""
-    if not stage_layers and num_layers % num_stages:
+    if not stage_layers and text.num_layers % num_stages:
         raise ConfigError(
-            f"{num_layers} layers do not divide over {ranks} stages; use a divisor, or name the "
-            "layers of each stage in parallel.stage_layers"
+            f"{text.num_layers} layers do not divide over {ranks} stages; use a divisor, or give "
+            "the layers of each stage in parallel.stage_layers"
         )
-    if stage_layers and (
-        len(stage_layers) != num_stages or sum(stage_layers) != num_layers or min(stage_layers) < 1
-    ):
+    right = num_stages, text.num_layers
+    given = len(stage_layers), sum(stage_layers)
+    if stage_layers and (given != right or min(stage_layers) < 1):
         raise ConfigError(
             f"parallel.stage_layers is {list(stage_layers)}: {len(stage_layers)} stages with "
             f"{sum(stage_layers)} layers; expected {num_stages} numbers ({ranks}) of 1 or more "
-            f"that add up to the model's {num_layers}"
+            f"that add up to the model's {text.num_layers}"
         )

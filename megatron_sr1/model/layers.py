@@ -1,8 +1,7 @@
 """Layers beside Megatron's: their specs, the RMS norm, and the rotary tables.
 
-`local` kernels are torch alone and run anywhere; `transformer_engine` is NVIDIA's and needs CUDA.
-The models do not depend on which they have: both keep the packed row in the sbhd layout and pass
-its borders to the core attention only.
+`local` kernels are pure torch and run anywhere; `transformer_engine` is NVIDIA's and needs CUDA.
+Both keep the packed row in the sbhd layout and pass its boundaries to the core attention only.
 
 A rotary table has angles [tokens, 1, 1, width] as Megatron's unfused `apply_rotary_pos_emb` takes
 them: one row per token that a rank holds, in the rank's order, so packing and context parallelism
@@ -29,20 +28,14 @@ from megatron_sr1.model.attention import PackedAttention
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm; under sequence parallelism its gradient is summed over the ranks.
+    """Root-mean-square norm.
 
-    Megatron sums the gradients of parameters that carry `sequence_parallel` over the
-    tensor-parallel ranks, as each rank saw only its share of the tokens.
+    Under sequence parallelism each rank sees only its share of the tokens; Megatron sums gradients
+    of parameters marked `sequence_parallel` over the tensor-parallel ranks.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
-        """Make a weight of ones.
-
-        Args:
-            config: of the layer.
-            hidden_size: width.
-            eps: added to the mean square.
-        """
+        """Create a weight of ones; `eps` is added to the mean square."""
         super().__init__()
         self.eps = eps
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
@@ -51,7 +44,7 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Normalise the last dimension in float32, then scale in the hidden type."""
+        """Normalise the last dimension in float32, then scale in the input's dtype."""
         if hidden.dtype == torch.float32:
             return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
         normal = F.rms_norm(hidden.float(), self.weight.shape, None, self.eps)
@@ -59,11 +52,7 @@ class RMSNorm(torch.nn.Module):
 
 
 def text_layer(kernels: str) -> ModuleSpec:
-    """Spec of a decoder layer.
-
-    Args:
-        kernels: local | transformer_engine.
-    """
+    """Return the spec of a decoder layer; `kernels` is local or transformer_engine."""
     if kernels == "transformer_engine":
         from megatron_sr1.model.te_attention import PackedTEAttention
 
@@ -78,7 +67,7 @@ def text_layer(kernels: str) -> ModuleSpec:
 
 
 def norm(kernels: str) -> Any:
-    """Class of a norm that stands alone: the decoder's last, the merger's."""
+    """Return the class of the norms outside of layers: the decoder's last and the merger's."""
     if kernels == "local":
         return RMSNorm
     from megatron.core.extensions.transformer_engine import TENorm
@@ -87,7 +76,7 @@ def norm(kernels: str) -> Any:
 
 
 def linears(kernels: str) -> tuple[Any, Any]:
-    """Column- and row-parallel linear classes of the merger."""
+    """Return the classes of the merger's column- and row-parallel linear layers."""
     if kernels == "local":
         return ColumnParallelLinear, RowParallelLinear
     from megatron.core.extensions.transformer_engine import (
@@ -99,11 +88,7 @@ def linears(kernels: str) -> tuple[Any, Any]:
 
 
 def require_transformer_engine() -> None:
-    """Refuse early where Transformer Engine cannot be used.
-
-    Raises:
-        ConfigError: there is no CUDA or no Transformer Engine.
-    """
+    """Raise a ConfigError if there is no CUDA or no Transformer Engine."""
     if not torch.cuda.is_available():
         raise ConfigError("model.spec=transformer_engine needs CUDA; use model.spec=local")
     try:
@@ -116,7 +101,7 @@ def require_transformer_engine() -> None:
 
 
 def inverse_frequencies(width: int, theta: float, device: torch.device) -> torch.Tensor:
-    """theta^(-2i/width) for i < width/2: [width / 2] float32."""
+    """Return theta^(-2i/width) for i < width/2: [width / 2] float32."""
     exponents = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
     return 1.0 / theta**exponents
 
@@ -124,13 +109,13 @@ def inverse_frequencies(width: int, theta: float, device: torch.device) -> torch
 def text_angles(
     position_ids: torch.Tensor, head_dim: int, theta: float, sections: tuple[int, int, int]
 ) -> torch.Tensor:
-    """Angles of the language model's multimodal rotary embedding.
+    """Return the angles of the language model's multimodal rotary embedding.
 
     Args:
         position_ids: [3, 1, T] int64: time, height, width.
         head_dim: width of a head.
-        theta: base.
-        sections: frequencies that turn by each of the three; sums to head_dim / 2.
+        theta: rotary base.
+        sections: numbers of frequencies for each position row; their sum is head_dim / 2.
 
     Returns:
         [T, 1, 1, head_dim] float32.
@@ -143,15 +128,10 @@ def text_angles(
 
 
 def vision_angles(positions: torch.Tensor, head_dim: int, theta: float) -> torch.Tensor:
-    """Angles of the vision tower: half of the frequencies turn by row, half by column.
+    """Return the angles of the vision tower, [patches, 1, 1, head_dim] float32.
 
-    Args:
-        positions: [patches, 2] int64: row and column of each patch in its image.
-        head_dim: width of a head.
-        theta: base.
-
-    Returns:
-        [patches, 1, 1, head_dim] float32.
+    Half of the frequencies are for rows, half for columns. `positions` is [patches, 2] int64, row
+    and column of each patch in its image.
     """
     frequencies = inverse_frequencies(head_dim // 2, theta, positions.device)
     half = (positions[:, :, None].float() * frequencies).flatten(1)

@@ -1,9 +1,8 @@
 """Logprobs of labels from hidden states, over a vocabulary split across ranks.
 
-In: hidden states of a whole row (`gather_hidden`), this rank's rows of the output layer, labels.
-Out: one float32 number a token. Logits exist for one chunk of tokens at a time and are computed
-again in the backward pass. Tokens that are not wanted, and in the backward pass those without a
-gradient, have none: prompts and images cost nothing.
+Logits exist for one chunk of tokens at a time and are computed again in the backward pass. Tokens
+that are not wanted, and in the backward pass those without a gradient, have none: prompts and
+images cost nothing.
 
 With l the logits over the temperature and p = softmax(l), d logprob(y) / d l_j = [j = y] - p_j.
 """
@@ -15,35 +14,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-    gather_from_tensor_model_parallel_region,
-)
+from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 
 from megatron_sr1.runtime.groups import Group
 
-# A shard without real rows has no largest logit; this stands for it, finite so that 0 * it is 0.
-NO_LOGIT = -1e30
-
 
 def vocabulary_rows(vocab_size: int, num_rows: int, rank: int) -> tuple[int, int]:
-    """First id of a rank's shard, and how many of its rows are ids and not padding.
-
-    Args:
-        vocab_size: ids there are.
-        num_rows: of each rank's shard.
-        rank: of the shard.
-    """
+    """Return the first id of a rank's shard of `num_rows` rows, and how many are not padding."""
     first = rank * num_rows
     return first, min(max(vocab_size - first, 0), num_rows)
-
-
-def gather_hidden(hidden: torch.Tensor, group: Group, sequence_parallel: bool) -> torch.Tensor:
-    """The whole row on every rank; the ranks' gradients are summed on the way back."""
-    if sequence_parallel:
-        return gather_from_sequence_parallel_region(hidden, group=group.process_group)
-    return copy_to_tensor_model_parallel_region(hidden, group=group.process_group)
 
 
 def full_logits(
@@ -96,9 +75,9 @@ def label_logprobs(
 
 
 class _LabelLogprobs(torch.autograd.Function):
-    """One rank's part; gradients are of this rank's shard and are summed by the caller.
+    """Logprobs of one rank's shard; the caller sums gradients over the ranks.
 
-    Labels count from the shard's first id, of which `num_ids` are no padding.
+    Labels are relative to the shard's first id; its first `num_ids` rows are not padding.
     """
 
     @staticmethod
@@ -116,7 +95,7 @@ class _LabelLogprobs(torch.autograd.Function):
         chunks = zip(hidden.split(chunk_tokens), labels.split(chunk_tokens), strict=True)
         parts = [_shard_sums(_logits(h, own, temperature), ids) for h, ids in chunks]
         shard_largest, sums, targets = (torch.cat(column) for column in zip(*parts, strict=True))
-        # Each shard's sums, made relative to the largest logit of all ranks, are added up.
+        # Shift each shard's sums to the largest logit of all ranks, then add them up.
         largest = shard_largest.clone()
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group.process_group)
         shift = shard_largest - largest
@@ -134,7 +113,7 @@ class _LabelLogprobs(torch.autograd.Function):
         (gradient,) = gradients
         own = weight[: ctx.num_ids]
         hidden_gradient = torch.zeros_like(hidden)
-        # Chunks are summed in float32, whatever the weight's type.
+        # Chunks are summed in float32, whatever the weight's dtype.
         weight_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         own_gradient = weight_gradient[: ctx.num_ids]
         for rows in gradient.nonzero()[:, 0].split(ctx.chunk_tokens):
@@ -142,27 +121,26 @@ class _LabelLogprobs(torch.autograd.Function):
             log_p = _logits(inputs, own, ctx.temperature).sub_(normalisers[rows][:, None])
             change = log_p.exp_().mul_(-g)
             ids, is_own = _own_labels(labels[rows], ctx.num_ids)
-            if ctx.num_ids:
-                change.scatter_add_(1, ids, g * is_own)
+            change.scatter_add_(1, ids, g * is_own)
             change = change.div_(ctx.temperature).to(weight.dtype)
             hidden_gradient.index_copy_(0, rows, change @ own)
             if ctx.needs_input_grad[1] and change.dtype == torch.float32:
                 own_gradient.addmm_(change.t(), inputs)
             elif ctx.needs_input_grad[1]:
                 own_gradient.add_(change.t() @ inputs)
-            del log_p, change  # not beside the next chunk's
+            del log_p, change  # before the next chunk's are allocated
         answer = weight_gradient.to(weight.dtype) if ctx.needs_input_grad[1] else None
         return hidden_gradient, answer, *[None] * 5
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
-    """[tokens, ids] float32, a tensor of its own."""
+    """Return the logits [tokens, ids] float32, in a tensor of their own."""
     logits = F.linear(hidden, weight).float()
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 
 def _own_labels(labels: torch.Tensor, num_ids: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Labels as columns [tokens, 1] of the shard, and whether they are in it."""
+    """Return labels as columns [tokens, 1] of the shard, and whether they are in it."""
     is_own = (labels >= 0) & (labels < num_ids)
     return labels.where(is_own, 0)[:, None], is_own[:, None]
 
@@ -170,16 +148,12 @@ def _own_labels(labels: torch.Tensor, num_ids: int) -> tuple[torch.Tensor, torch
 def _shard_sums(
     logits: torch.Tensor, labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Per token of a chunk, over this shard: max m, sum exp(l - m), and l_y - m.
+    """Return max m, sum exp(l - m), and l_y - m of each token over this shard.
 
-    The last is 0 where the label is another rank's.
+    The last is 0 if the label is in another rank's shard.
     """
-    num_tokens, num_ids = logits.shape
-    if num_ids == 0:
-        zeros = logits.new_zeros(num_tokens)
-        return zeros + NO_LOGIT, zeros, zeros
     largest = logits.amax(dim=-1)
     logits.sub_(largest[:, None])
-    ids, is_own = _own_labels(labels, num_ids)
+    ids, is_own = _own_labels(labels, logits.shape[1])
     targets = (logits.gather(1, ids) * is_own)[:, 0]
     return largest, logits.exp_().sum(-1), targets

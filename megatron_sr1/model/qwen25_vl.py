@@ -1,13 +1,13 @@
-"""Qwen2.5-VL on Megatron-Core: one pipeline stage of it, and how to build one.
+"""Qwen2.5-VL on Megatron-Core: one pipeline stage of it, and how stages are built.
 
-In: a packed row of tokens with its positions and borders, and the images in it. Out: hidden states
+In: a packed row of tokens with positions and boundaries, and the images in it. Out: hidden states
 for the next stage; on the last stage logprobs of the labels, or logits. Numbers are those of
 transformers' Qwen2_5_VLForConditionalGeneration, sequence by sequence.
 
 The row keeps Megatron's [T, 1, width] layout and each token has its own row of the rotary table, so
-packing is known to the core attention only. Context-parallel ranks are given the same whole row,
-compute on their own share of it, and answer for the whole (row_split.py). Image features take their
-places in the embedded share before it is split for sequence parallelism: so each of those ranks
+only the core attention deals with packing. Context-parallel ranks are given the same whole row,
+compute on their own share of it and return the whole result (row_split.py). Image features are
+inserted into the embedded share before it is split for sequence parallelism, so each of these ranks
 gets the whole gradient of the share's features.
 """
 
@@ -18,7 +18,11 @@ from typing import Any
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from megatron.core.tensor_parallel.random import (
     get_cuda_rng_tracker,
     model_parallel_cuda_manual_seed,
@@ -37,7 +41,6 @@ from megatron_sr1.model.attention import pack_row
 from megatron_sr1.model.hf_config import HFConfig, check_layout
 from megatron_sr1.model.logprobs import (
     full_logits,
-    gather_hidden,
     label_logprobs,
     vocabulary_rows,
 )
@@ -50,7 +53,7 @@ from megatron_sr1.runtime.groups import Groups
 
 
 class Qwen25VL(MegatronModule):
-    """One stage: the first holds vision tower and embedding, the last the output layer."""
+    """One stage: the first has the vision tower and the embedding, the last the output layer."""
 
     def __init__(
         self,
@@ -60,22 +63,22 @@ class Qwen25VL(MegatronModule):
         model: ModelConfig,
         virtual_stage: int,
     ) -> None:
-        """Make a stage that belongs to this rank.
+        """Build a stage of this rank.
 
         Args:
             config: of the language model, from `text_transformer_config`.
             hf_config: shape of the model.
-            groups: the layout.
-            model: kernels and size of chunks.
-            virtual_stage: number of the stage among this rank's.
+            groups: process groups of the layout.
+            model: kernels, and tokens per chunk of logits.
+            virtual_stage: index among this rank's stages.
         """
         super().__init__(config=config)
-        self.model_type = ModelType.encoder_or_decoder  # Megatron's schedules ask for it
+        self.model_type = ModelType.encoder_or_decoder  # Megatron's schedules read it
         self.hf_config = hf_config
         self.groups = groups
         self.logprob_chunk_tokens = model.logprob_chunk_tokens
         num_virtual = config.virtual_pipeline_model_parallel_size or 1
-        # Megatron asks for the number where there are several stages, and only there.
+        # Megatron accepts a number only if there are several stages.
         self.vp_stage = virtual_stage if num_virtual > 1 else None
         self.pre_process = groups.is_first_stage and virtual_stage == 0
         self.post_process = groups.is_last_stage and virtual_stage == num_virtual - 1
@@ -92,9 +95,9 @@ class Qwen25VL(MegatronModule):
             pre_process=self.pre_process,
             post_process=self.post_process,
             share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
-            # Our own table, one row for each token of this rank: Megatron's is cut in its own way.
+            # Our own table has a row per token of this rank; Megatron's is split differently.
             position_embedding_type="none",
-            # Image features come in between.
+            # Image features are inserted first.
             scatter_embedding_sequence_parallel=False,
             pg_collection=groups.collection,
             vp_stage=self.vp_stage,
@@ -104,7 +107,7 @@ class Qwen25VL(MegatronModule):
         )
 
     def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Megatron's; a tower that is whole on the tensor-parallel ranks has as many copies."""
+        """Mark a tower that each tensor-parallel rank holds entirely as replicated over them."""
         found = super().sharded_state_dict(prefix, *args, **kwargs)
         if self.groups.tower.size < self.groups.tensor.size:
             for name, value in found.items():
@@ -114,11 +117,11 @@ class Qwen25VL(MegatronModule):
         return found
 
     def set_input_tensor(self, input_tensor: Any) -> None:
-        """Take the hidden states of the stage before, as Megatron's schedules hand them over."""
+        """Take the hidden states of the previous stage; called by Megatron's schedules."""
         self.language_model.set_input_tensor(input_tensor)
 
     def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
-        """The tied weight of this stage; Megatron sums its gradients over first and last stage."""
+        """Return this stage's tied weight, whose gradients Megatron sums over both end stages."""
         return self.language_model.shared_embedding_or_output_weight()
 
     def forward(
@@ -134,24 +137,23 @@ class Qwen25VL(MegatronModule):
         """Run the stage on one packed row.
 
         Args:
-            input_ids: [1, T] int64; context-parallel ranks get the same row, each sequence in it a
-                multiple of `sequence_multiple`. Under sequence parallelism T over the
-                context-parallel ranks is a multiple of the ranks.
+            input_ids: [1, T] int64, the same row on all context-parallel ranks; each sequence's
+                length is a multiple of `sequence_multiple`. Under sequence parallelism each
+                context-parallel rank's share is a multiple of the tensor-parallel ranks.
             position_ids: [3, 1, T] int64, time, height and width, from 0 in each sequence.
-            cu_seqlens: [sequences + 1] int32, borders; the last is T.
-            vision: the row's images in order, None if there are none.
-            labels: [1, T] int64, the token after each position; None asks for logits.
-            wanted: [1, T] bool, positions whose logprobs are looked at, 0 elsewhere; None for all.
-            temperature: divides the logits of logprobs, > 0.
+            cu_seqlens: [sequences + 1] int32, boundaries; the last is T.
+            vision: the row's images in order; None: no images.
+            labels: [1, T] int64, the token after each position; None: return logits.
+            wanted: [1, T] bool, positions whose logprobs are computed, 0 elsewhere; None: all.
+            temperature: divisor of the logits for logprobs, > 0.
 
         Returns:
-            not the last stage: hidden states [T, 1, width], T split over context-parallel ranks
-            and under sequence parallelism.
-            last stage with labels: logprobs [1, T] float32.
-            last stage without labels: logits [1, T, ids] float32, temperature not applied.
+            logprobs [1, T] float32 on the last stage, or without labels logits [1, T, ids] float32,
+            to which the temperature is not applied. On other stages hidden states [T, 1, width], T
+            split over context-parallel ranks and under sequence parallelism.
 
         Raises:
-            DataError: the row and its images do not fit.
+            DataError: the row and its images do not match.
         """
         text = self.hf_config.text
         split = split_row(cu_seqlens, self.groups.context)
@@ -174,7 +176,10 @@ class Qwen25VL(MegatronModule):
             weight = self.language_model.shared_embedding_or_output_weight()
         else:
             weight = self.language_model.output_layer.weight
-        hidden = gather_hidden(hidden, group, self.config.sequence_parallel)
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, group=group.process_group)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden, group=group.process_group)
         if labels is None:
             return split.join(full_logits(hidden, weight, group, text.vocab_size))
         logprobs = label_logprobs(
@@ -192,7 +197,7 @@ class Qwen25VL(MegatronModule):
     def _embed(
         self, input_ids: torch.Tensor, vision: VisionInputs | None, split: RowSplit
     ) -> torch.Tensor:
-        """This rank's share [T, 1, width] with image features in their places, split if SP."""
+        """Return this rank's share [T, 1, width], image features included, split if SP."""
         own_ids = split.take(input_ids, dim=1)
         embedded = self.language_model.embedding(input_ids=own_ids, position_ids=None)
         is_image = input_ids[0] == self.hf_config.image_token_id
@@ -203,16 +208,16 @@ class Qwen25VL(MegatronModule):
             numbers = feature_numbers(vision, self.hf_config.vision.spatial_merge_size)
             if len(numbers) != num_pads:
                 raise DataError(
-                    f"the row holds {num_pads} image-pad tokens, its images have "
+                    f"the row has {num_pads} image-pad tokens, its images have "
                     f"{len(numbers)} features: expand each image to as many pads as it has "
                     "merged tokens and never sample the pad"
                 )
             places = torch.nonzero(split.take(is_image, dim=0))[:, 0]
-            pads = split.take(is_image.cumsum(0) - 1, dim=0)[places]  # the row's, as counted
+            pads = split.take(is_image.cumsum(0) - 1, dim=0)[places]  # numbered over the row
             features = features.index_select(0, numbers.to(pads.device)[pads]).unsqueeze(1)
             embedded = embedded.index_copy(0, places, features.to(embedded.dtype))
         elif num_pads:
-            raise DataError(f"the row holds {num_pads} image-pad tokens, but no images came")
+            raise DataError(f"the row has {num_pads} image-pad tokens, but no images were given")
         if self.config.sequence_parallel:
             size = self.groups.tensor.size
             if len(embedded) % size:
@@ -223,7 +228,7 @@ class Qwen25VL(MegatronModule):
             group = self.groups.tensor.process_group
             embedded = scatter_to_sequence_parallel_region(embedded, group=group)
         if torch.is_grad_enabled() and not embedded.requires_grad:
-            # Recomputation follows the gradient of its input; a frozen embedding gives it none.
+            # Recomputation requires an input with a gradient; a frozen embedding has none.
             embedded.requires_grad_(self.config.recompute_granularity == "full")
         return embedded
 
@@ -231,16 +236,15 @@ class Qwen25VL(MegatronModule):
 def build_model(
     hf_config: HFConfig, groups: Groups, model: ModelConfig, parallel: ParallelConfig
 ) -> list[Qwen25VL]:
-    """Build this rank's share of the model. Its weights are NaN until they are loaded.
+    """Build this rank's share of the model, one chunk per virtual stage.
+
+    Weights are NaN until they are loaded.
 
     Args:
         hf_config: shape of the model.
-        groups: process groups of the layout.
+        groups: process groups of the layout, which give the numbers of ranks.
         model: dtype, kernels, recomputation and FP8; `path` and `freeze` are not used here.
-        parallel: sequence parallelism and stages; the ranks are those of `groups`.
-
-    Returns:
-        A chunk for each virtual stage of this rank.
+        parallel: sequence parallelism and stages.
 
     Raises:
         ConfigError: the layout does not divide the model, or the kernels cannot run here.
@@ -252,7 +256,6 @@ def build_model(
         pipeline=groups.pipeline.size,
         virtual_stages=parallel.virtual,
         stage_layers=parallel.stage_layers,
-        sequence_parallel=parallel.sequence,
     )
     if model.spec == "transformer_engine":
         layers.require_transformer_engine()
@@ -270,7 +273,7 @@ def build_model(
 
 @torch.no_grad()
 def _mark_unloaded(chunk: Qwen25VL) -> None:
-    """Fill with NaN, so that a weight that nobody loads is noticed; padding rows with 0."""
+    """Fill weights with NaN, so that one that is not loaded is noticed, and padding rows with 0."""
     for name, parameter in chunk.named_parameters():
         parameter.fill_(float("nan"))
         if name.endswith(("word_embeddings.weight", "output_layer.weight")):

@@ -1,22 +1,20 @@
-"""How a packed row is split over the context-parallel ranks: the one place that knows.
+"""Split of a packed row over the context-parallel ranks.
 
-In: the borders of a row and the ranks. Out: a `RowSplit`, which takes this rank's share of
-anything per token, gathers keys and values, and joins what the ranks computed.
+Zigzag: each sequence is divided into 2 x ranks equal chunks, and rank r holds chunks r and
+2 x ranks - 1 - r. So all ranks have equally many tokens and, under a causal mask, equally many
+pairs of a query and a key. The order is that of Transformer Engine's context-parallel attention, so
+that its kernels take the same rows.
 
-Zigzag: each sequence is cut into 2 x ranks equal chunks, and rank r holds chunks r and
-2 x ranks - 1 - r. So all ranks have as many tokens, and under a causal mask as many pairs of a
-query and a key. Source of the order: Transformer Engine's context-parallel attention, so that its
-kernels take the same rows.
-
-Outside of the decoder every rank has the whole row: labels, masks and losses are not split. A rank
-goes back from the whole loss to its own tokens, so gradients are summed over context-parallel ranks
-as they are over data-parallel ones, and tokens are counted on one of them.
+Outside of the decoder every rank has the whole row: labels, masks and losses are not split. Each
+rank backpropagates from the whole loss to its own tokens, so gradients are summed over
+context-parallel ranks as over data-parallel ones, and tokens are counted on one of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
@@ -27,16 +25,16 @@ from megatron_sr1.runtime.groups import Group
 
 @dataclass(frozen=True)
 class Segment:
-    """Queries of one rank, one behind the other, and the keys of their sequence up to the last.
+    """Consecutive queries of one rank, and the keys of their sequence up to the last query.
 
-    The last query sees all the keys, the one before it all but one, and so on; without a causal
-    mask there are as many queries as keys, and all see all.
+    The last query attends to all the keys, the one before it to all but one, and so on. Without a
+    causal mask there are as many queries as keys, and all attend to all.
 
     Attributes:
-        first_query: place among the rank's tokens.
-        num_queries: tokens.
-        first_key: place on the row.
-        num_keys: tokens, at least as many as queries.
+        first_query: position among the rank's tokens.
+        num_queries: number of queries.
+        first_key: position on the row.
+        num_keys: number of keys, at least that of the queries.
     """
 
     first_query: int
@@ -52,9 +50,9 @@ class RowSplit:
     Attributes:
         group: context-parallel ranks.
         segments: this rank's queries in order.
-        own: [T / ranks] int64, place on the row of each token of this rank; None: all in order.
-        places: [T] int64, where each token of the row lies in the ranks' shares, one behind the
-            other; None: in order.
+        own: [T / ranks] int64, position on the row of each token of this rank; None: all in order.
+        places: [T] int64, position of each token of the row in the concatenated shares of the
+            ranks; None: in order.
     """
 
     group: Group
@@ -63,22 +61,23 @@ class RowSplit:
     places: torch.Tensor | None = None
 
     def take(self, whole: torch.Tensor, dim: int) -> torch.Tensor:
-        """This rank's share of a tensor with one entry a token along `dim`."""
+        """Return this rank's share of a tensor with one entry per token along `dim`."""
         return whole if self.own is None else whole.index_select(dim, self.own)
 
     def gather(self, share: torch.Tensor) -> torch.Tensor:
-        """All ranks' shares [T / ranks, ...], one behind the other; gradients are summed back.
+        """Concatenate all ranks' shares [T / ranks, ...]; gradients are summed over the ranks.
 
-        For what every rank goes on with in its own way: keys and values.
+        For tensors that each rank then uses in its own way: keys and values.
         """
         if self.places is None:
             return share
         return gather_from_sequence_parallel_region(share, group=self.group.process_group)
 
     def join(self, share: torch.Tensor) -> torch.Tensor:
-        """The whole row [1, T, ...] of the ranks' shares [1, T / ranks, ...].
+        """Return the whole row [1, T, ...] of the ranks' shares [1, T / ranks, ...].
 
-        For what every rank goes on with in the same way: a share's gradient is its own part.
+        For tensors that all ranks then use in the same way: the gradient of a share is its part of
+        the row's.
         """
         if self.places is None:
             return share
@@ -91,16 +90,12 @@ class RowSplit:
 
 
 def sequence_multiple(num_ranks: int) -> int:
-    """What each sequence's length must be a multiple of, tokens.
-
-    Args:
-        num_ranks: context-parallel ranks.
-    """
+    """Return the number of tokens that each sequence's length must be a multiple of."""
     return 1 if num_ranks == 1 else 2 * num_ranks
 
 
 def whole_sequences(lengths: Sequence[int]) -> tuple[Segment, ...]:
-    """Sequences that one rank holds as they are; empty ones are left out."""
+    """Return the segments of sequences that one rank holds entirely; empty ones have none."""
     segments, start = [], 0
     for length in lengths:
         if length:
@@ -113,14 +108,14 @@ def split_row(cu_seqlens: torch.Tensor, group: Group) -> RowSplit:
     """Split a row over the context-parallel ranks.
 
     Args:
-        cu_seqlens: [sequences + 1] int32, borders on the row.
+        cu_seqlens: [sequences + 1] int32, boundaries on the row.
         group: context-parallel ranks.
 
     Raises:
-        DataError: a sequence that cannot be cut into equal chunks.
+        DataError: a sequence cannot be divided into equal chunks.
     """
     borders, multiple = cu_seqlens.tolist(), sequence_multiple(group.size)
-    lengths = [end - start for start, end in zip(borders, borders[1:], strict=False)]
+    lengths = [end - start for start, end in pairwise(borders)]
     if group.size == 1:
         return RowSplit(group, whole_sequences(lengths))
     for length in lengths:
@@ -129,28 +124,22 @@ def split_row(cu_seqlens: torch.Tensor, group: Group) -> RowSplit:
                 f"a sequence of {length} tokens cannot be split over {group.size} context-parallel "
                 f"ranks; pad each sequence to a multiple of {multiple}"
             )
+    chunks = [list(_chunks(borders, rank, group.size)) for rank in range(group.size)]
     segments, num_own = [], 0
-    for start, length in zip(borders, lengths, strict=False):
-        chunk = length // multiple
-        for number in _chunks_of(group.rank, group.size) if chunk else ():
-            segments.append(Segment(num_own, chunk, start, (number + 1) * chunk))
-            num_own += chunk
-    shares = [_share(borders, rank, group.size) for rank in range(group.size)]
+    for start, first, size in chunks[group.rank]:
+        if size:
+            segments.append(Segment(num_own, size, start, first + size - start))
+            num_own += size
+    shares = [torch.cat([torch.arange(a, a + size) for _, a, size in own]) for own in chunks]
     places = torch.empty(borders[-1], dtype=torch.int64)
     places[torch.cat(shares)] = torch.arange(borders[-1])
     device = cu_seqlens.device
     return RowSplit(group, tuple(segments), shares[group.rank].to(device), places.to(device))
 
 
-def _chunks_of(rank: int, num_ranks: int) -> tuple[int, int]:
-    return rank, 2 * num_ranks - 1 - rank
-
-
-def _share(borders: Sequence[int], rank: int, num_ranks: int) -> torch.Tensor:
-    """Places on the row of a rank's tokens, in its order."""
-    parts = [torch.zeros(0, dtype=torch.int64)]
-    for start, end in zip(borders, borders[1:], strict=False):
-        chunk = (end - start) // (2 * num_ranks)
-        for number in _chunks_of(rank, num_ranks):
-            parts.append(torch.arange(chunk) + start + number * chunk)
-    return torch.cat(parts)
+def _chunks(borders: Sequence[int], rank: int, num_ranks: int) -> Iterator[tuple[int, int, int]]:
+    """Yield for each chunk of a rank the start of its sequence, its own start, and its length."""
+    for start, end in pairwise(borders):
+        size = (end - start) // (2 * num_ranks)
+        for number in (rank, 2 * num_ranks - 1 - rank):
+            yield start, start + number * size, size

@@ -1,7 +1,4 @@
-"""Transformer Engine's core attention over a packed row.
-
-Imported only where Transformer Engine is installed (specs.py).
-"""
+"""Transformer Engine's core attention over a packed row, imported only if layers.py needs it."""
 
 from __future__ import annotations
 
@@ -16,10 +13,11 @@ from megatron_sr1.model.attention import PackedRow
 
 
 class PackedTEAttention(TEDotProductAttention):
-    """Transformer Engine's attention in its packed layout, the row in sbhd outside of it.
+    """Transformer Engine's attention in its packed layout, for a row that is sbhd elsewhere.
 
-    Context parallelism is its own then (point to point, the one kind that takes packed rows):
-    it is given this rank's share in the order of row_split.py, and the whole row's borders.
+    Context parallelism is Transformer Engine's own here (point to point, the only kind that
+    supports packed rows): it takes this rank's share in the order of row_split.py, and the
+    boundaries of the whole row.
     """
 
     def forward(
@@ -33,7 +31,7 @@ class PackedTEAttention(TEDotProductAttention):
         packed_seq_params: PackedRow | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """As `PackedAttention.forward`."""
+        """Attend as `PackedAttention.forward` does."""
         assert packed_seq_params is not None
         packed = copy.copy(packed_seq_params)
         packed.qkv_format = "thd"

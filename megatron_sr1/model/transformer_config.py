@@ -1,4 +1,4 @@
-"""Megatron's configurations of the language model's and the tower's layers, from shape and layout.
+"""Megatron's configurations of the layers of the language model and of the vision tower.
 
 Losses are sums over tokens, divided by the number of tokens of the whole update
 (`calculate_per_token_loss`).
@@ -6,7 +6,6 @@ Losses are sums over tokens, divided by the number of tokens of the whole update
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,26 +21,36 @@ from megatron_sr1.model.hf_config import HFConfig, VisionConfig
 from megatron_sr1.runtime.groups import Groups
 
 VISION_NORM_EPS = 1e-6
+UNIFORM_RECOMPUTE = {"recompute_method": "uniform", "recompute_num_layers": 1}
 FP8_RECIPES = {
     "delayed": Fp8Recipe.delayed,
     "current": Fp8Recipe.tensorwise,
     "blockwise": Fp8Recipe.blockwise,
     "mxfp8": Fp8Recipe.mxfp8,
 }
-"""`model.fp8_recipe` to Megatron's name. In Transformer Engine these are DelayedScaling,
-Float8CurrentScaling, Float8BlockScaling and MXFP8BlockScaling."""
+"""`model.fp8_recipe` -> Megatron's name, which it turns into a recipe of Transformer Engine
+(megatron/core/fp8_utils.py): DelayedScaling, Float8CurrentScaling, Float8BlockScaling,
+MXFP8BlockScaling."""
 
 
 def text_transformer_config(
     hf_config: HFConfig, groups: Groups, model: ModelConfig, parallel: ParallelConfig
 ) -> TransformerConfig:
-    """Return Megatron's configuration of the language model; arguments as `build_model`'s."""
+    """Return the configuration of the language model's layers; arguments as `build_model`'s."""
     text, on_cpu = hf_config.text, groups.device.kind == "cpu"
     dtype = getattr(torch, model.dtype)
     extra: dict[str, Any] = {}
     if model.recompute == "full":
-        extra = {"recompute_method": "uniform", "recompute_num_layers": 1}
-    extra |= _pipeline_settings(parallel.virtual, parallel.stage_layers)
+        extra |= UNIFORM_RECOMPUTE
+    if parallel.stage_layers:
+        stages = [["decoder"] * number for number in parallel.stage_layers]
+        stages = [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
+        extra["pipeline_model_parallel_layout"] = stages
+    if parallel.virtual > 1:
+        extra["virtual_pipeline_model_parallel_size"] = parallel.virtual
+        # Between two ranks that are each other's next and previous, batched messages would mix up
+        # forward and backward; separate ones also overlap with computation.
+        extra |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     extra |= _fp8_settings(model, text.num_layers // groups.pipeline.size)
     return TransformerConfig(
         num_layers=text.num_layers,
@@ -67,13 +76,13 @@ def text_transformer_config(
         context_parallel_size=groups.context.size,
         sequence_parallel=parallel.sequence and groups.tensor.size > 1,
         variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # variable lengths ask for it, experts or none
+        moe_token_dispatcher_type="alltoall",  # required by variable_seq_lengths
         calculate_per_token_loss=True,
         use_cpu_initialization=on_cpu,
         init_method=_leave,
         output_layer_init_method=_leave,
         embedding_init_method=_leave,
-        # The fused forms are compiled, which costs more than it brings on a CPU.
+        # The fused forms are compiled, which is not worth it on a CPU.
         bias_activation_fusion=not on_cpu,
         bias_dropout_fusion=not on_cpu,
         recompute_granularity=None if model.recompute == "none" else model.recompute,
@@ -82,44 +91,24 @@ def text_transformer_config(
     )
 
 
-def _pipeline_settings(virtual_stages: int, stage_layers: Sequence[int]) -> dict[str, Any]:
-    """What an uneven pipeline, and one of several model chunks a rank, add."""
-    settings: dict[str, Any] = {}
-    if stage_layers:
-        settings["pipeline_model_parallel_layout"] = _stages(stage_layers)
-    if virtual_stages > 1:
-        settings["virtual_pipeline_model_parallel_size"] = virtual_stages
-        # A batch of messages between two ranks that are each other's next and previous would mix
-        # up forward and backward; apart from one another they are also hidden behind computing.
-        settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
-    return settings
-
-
-def _stages(stage_layers: Sequence[int]) -> list[list[str]]:
-    """Megatron's description of an uneven pipeline: what stands on each stage."""
-    stages = [["decoder"] * number for number in stage_layers]
-    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
-
-
 def vision_transformer_config(
     text: TransformerConfig, vision: VisionConfig, tower_size: int
 ) -> TransformerConfig:
-    """Megatron's configuration of the tower's layers.
+    """Return the configuration of the tower's layers.
+
+    Types and kernels are those of the language model's configuration. The tower is on the first
+    stage only and sees whole rows of any length: no pipeline, context or sequence parallelism, no
+    FP8. If the language model recomputes its MLPs, the tower recomputes whole blocks: Megatron's
+    recomputation of an MLP returns the MLP's bias and its backward pass never ends.
 
     Args:
-        text: the language model's, for types, kernels and tensor parallelism. The tower is on the
-            first stage only and sees whole rows: no pipeline, context or sequence parallelism.
-            Its rows have any length, so no FP8 either.
-        vision: shape.
+        text: configuration of the language model.
+        vision: shape of the tower.
         tower_size: ranks that share each layer of the tower.
-
-    Where the language model recomputes its MLPs, the tower recomputes whole blocks: Megatron's
-    recomputation of an MLP hands the MLP's bias out as a result and never ends its backward pass.
     """
     recompute: dict[str, Any] = {}
     if text.recompute_granularity is not None:
-        recompute = {"recompute_granularity": "full", "recompute_method": "uniform"}
-        recompute["recompute_num_layers"] = 1
+        recompute = {"recompute_granularity": "full", **UNIFORM_RECOMPUTE}
     return replace(
         text,
         **recompute,
@@ -145,28 +134,22 @@ def vision_transformer_config(
 
 
 def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
-    """Rows of the embedding over all ranks: padded only if the ids do not divide."""
+    """Return the rows of the embedding over all ranks: padded only if ids do not divide evenly."""
     return -(-vocab_size // tensor_parallel) * tensor_parallel
 
 
 def _leave(weight: torch.Tensor) -> torch.Tensor:
-    """Weights are loaded; drawing random ones first would take minutes."""
+    """Leave the weight as it is: it is loaded, and drawing random values would take minutes."""
     return weight
 
 
 def _fp8_settings(model: ModelConfig, stage_layers: int) -> dict[str, Any]:
-    """Return the FP8 fields of Megatron's configuration.
+    """Return the FP8 fields, which concern the linear layers of the language model only.
 
-    They concern the linear layers of the language model; the tower, the embedding and the output
-    layer stay in the activations' dtype. Megatron turns the recipe into one of Transformer Engine's
-    (megatron/core/fp8_utils.py).
-
-    Args:
-        model: the FP8 format, its recipe, and the layers without it.
-        stage_layers: layers of a pipeline stage.
+    The tower, the embedding and the output layer remain in the activations' dtype.
 
     Raises:
-        ConfigError: more layers in bfloat16 than Megatron takes.
+        ConfigError: more layers are kept in bfloat16 than Megatron supports.
     """
     if model.fp8 is None:
         return {}
@@ -186,5 +169,5 @@ def _fp8_settings(model: ModelConfig, stage_layers: int) -> dict[str, Any]:
 
 
 def fp8_row_multiple(recipe: str) -> int:
-    """Tokens that a rank's rows are to be a multiple of, for FP8's products."""
+    """Return the number of tokens that a rank's rows must be a multiple of for FP8 products."""
     return get_fp8_align_size(FP8_RECIPES[recipe])

@@ -1,14 +1,13 @@
-"""The vision tower on Megatron layers: patches in, one feature per merged token out.
+"""The vision tower on Megatron layers, from patches to one feature per merged token.
 
-In: flattened patches of any number of images and their grids. Out: features in the order of the
-image-pad tokens. Linears are split over the tensor-parallel ranks; patch embedding and norms are on
-all of them, each with the whole gradient, as every rank sees all patches (the tower never runs
-under sequence parallelism). Source of the computation: transformers,
-models/qwen2_5_vl/modeling_qwen2_5_vl.py.
+Linear layers are split over the tensor-parallel ranks; patch embedding and norms are replicated,
+each with the whole gradient, as every rank sees all patches (the tower never runs under sequence
+parallelism). Source of the computation: transformers, models/qwen2_5_vl/modeling_qwen2_5_vl.py.
 
-Patches come in merge order: the patches of one merged token lie together. For windowed attention
-merged tokens are put in order of their windows; images, and frames in them, stay contiguous, so
-the same row serves the blocks that attend over the whole image.
+Patches come in merge order: those of a merged token are adjacent. For windowed attention merged
+tokens are sorted by window; images, and frames in them, remain contiguous, so the same row serves
+the blocks that attend over the whole image. Whole images may be divided among ranks, balanced by
+patches (`encode_by_turns`).
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlock,
     TransformerBlockSubmodules,
@@ -42,10 +40,10 @@ from megatron_sr1.runtime.groups import Group, Groups, share_out
 
 @dataclass(frozen=True)
 class ImageLayout:
-    """Where one image's merged tokens go for windowed attention; cached by grid.
+    """Order of one image's merged tokens for windowed attention; cached by grid.
 
     Attributes:
-        order: [merged tokens] int64, the token at each place of the window order.
+        order: [merged tokens] int64, the token at each position of the window order.
         window_lengths: patches of each window, in order.
         frame_lengths: patches of each frame.
         positions: [patches, 2] int64, row and column of each patch, in window order.
@@ -59,14 +57,9 @@ class ImageLayout:
 
 @dataclass(frozen=True)
 class RowLayout:
-    """The same for all images of a micro-batch, one behind the other.
+    """The same for all images of a micro-batch, one after the other.
 
-    Attributes:
-        order: [merged tokens] int64.
-        inverse: [merged tokens] int64, undoes `order`.
-        positions: [patches, 2] int64.
-        windows: the row cut into windows.
-        images: the row cut into frames.
+    `inverse` undoes `order`; `windows` and `images` pack the row by windows and by frames.
     """
 
     order: torch.Tensor
@@ -78,14 +71,9 @@ class RowLayout:
 
 @lru_cache(maxsize=4096)
 def image_layout(time: int, height: int, width: int, merge: int, window: int) -> ImageLayout:
-    """Layout of one image.
+    """Return the layout of one image of time frames and height x width patches.
 
-    Args:
-        time: frames.
-        height: patches.
-        width: patches.
-        merge: side of a merged token, patches.
-        window: side of a window, merged tokens.
+    `merge` is the side of a merged token in patches, `window` that of a window in merged tokens.
 
     Raises:
         DataError: the grid is not a multiple of the merge size.
@@ -116,25 +104,16 @@ def image_layout(time: int, height: int, width: int, merge: int, window: int) ->
 def row_layout(
     grids: tuple[tuple[int, int, int], ...], merge: int, window: int, device: torch.device
 ) -> RowLayout:
-    """Layout of some images, one behind the other.
-
-    Args:
-        grids: (time, height, width) of each image, patches; at least one.
-        merge: side of a merged token, patches.
-        window: side of a window, merged tokens.
-        device: of the result.
-    """
+    """Return the layout of images with these (time, height, width) grids, at least one."""
     layouts = [image_layout(*grid, merge, window) for grid in grids]
     orders, first = [], 0
     for layout in layouts:
         orders.append(layout.order + first)
         first += len(layout.order)
     order = torch.cat(orders)
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(len(order))
     return RowLayout(
         order=order.to(device),
-        inverse=inverse.to(device),
+        inverse=order.argsort().to(device),
         positions=torch.cat([layout.positions for layout in layouts]).to(device),
         windows=_pack([n for layout in layouts for n in layout.window_lengths], device),
         images=_pack([n for layout in layouts for n in layout.frame_lengths], device),
@@ -142,65 +121,29 @@ def row_layout(
 
 
 class VisionSelfAttention(SelfAttention):
-    """Self-attention of a vision block: over its window, or in some blocks over the image."""
+    """Self-attention of a vision block: over windows, in some blocks over the image."""
 
     def __init__(self, *args: Any, full_attention_blocks: tuple[int, ...], **kwargs: Any) -> None:
-        """Make Megatron's self-attention.
-
-        Args:
-            args: as Megatron's.
-            full_attention_blocks: numbers, from 0, of the blocks that attend over the image.
-            kwargs: as Megatron's.
-        """
+        """Build Megatron's self-attention; block numbers count from 0."""
         super().__init__(*args, **kwargs)
         self.is_full = self.layer_number - 1 in full_attention_blocks
 
     def forward(  # type: ignore[override]
         self, *args: Any, packed_seq_params: tuple[PackedRow, PackedRow], **kwargs: Any
     ) -> Any:
-        """Attend with the block's own borders.
-
-        Args:
-            args: as Megatron's.
-            packed_seq_params: the row cut into windows, and cut into images.
-            kwargs: as Megatron's.
-        """
+        """Attend over one of the given rows: packed by windows, packed by images."""
         windows, images = packed_seq_params
         row = images if self.is_full else windows
         return super().forward(*args, packed_seq_params=row, **kwargs)
 
 
-def vision_layer(kernels: str, full_attention_blocks: tuple[int, ...]) -> ModuleSpec:
-    """Spec of a vision block.
-
-    Args:
-        kernels: local | transformer_engine.
-        full_attention_blocks: numbers, from 0, of the blocks that attend over the whole image.
-    """
-    spec = layers.text_layer(kernels)
-    attention = spec.submodules.self_attention
-    attention.module = VisionSelfAttention
-    attention.params = {
-        "attn_mask_type": AttnMaskType.no_mask,
-        "full_attention_blocks": full_attention_blocks,
-    }
-    return spec
-
-
 class PatchMerger(MegatronModule):
-    """Norm, then an MLP over the patches of each merged token."""
+    """Norm, then an MLP over the patches of each merged token, which are adjacent."""
 
     def __init__(
         self, config: TransformerConfig, vision: VisionConfig, kernels: str, collection: Any
     ) -> None:
-        """Make the merger.
-
-        Args:
-            config: of the tower.
-            vision: shape.
-            kernels: local | transformer_engine.
-            collection: Megatron's process groups.
-        """
+        """Build the merger; arguments as `VisionModel`'s."""
         super().__init__(config=config)
         self.merged_size = vision.hidden_size * vision.spatial_merge_size**2
         self.norm = layers.norm(kernels)(
@@ -226,30 +169,23 @@ class PatchMerger(MegatronModule):
         )
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Merge.
-
-        Args:
-            hidden: [patches, 1, width], patches of a merged token together.
-
-        Returns:
-            [merged tokens, 1, width of the language model].
-        """
+        """Merge [patches, 1, width] into [merged tokens, 1, width of the language model]."""
         merged = self.norm(hidden).reshape(-1, 1, self.merged_size)
         inner, _ = self.linear_fc1(merged)
         return self.linear_fc2(F.gelu(inner))[0]
 
 
 class VisionModel(MegatronModule):
-    """Patch embedding, blocks, merger."""
+    """Patch embedding, blocks and merger."""
 
     def __init__(
         self, config: TransformerConfig, vision: VisionConfig, kernels: str, collection: Any
     ) -> None:
-        """Make the tower.
+        """Build the tower.
 
         Args:
-            config: its layers, from transformer_config.py.
-            vision: shape.
+            config: from `vision_transformer_config`.
+            vision: shape of the tower.
             kernels: local | transformer_engine.
             collection: Megatron's process groups.
         """
@@ -263,7 +199,13 @@ class VisionModel(MegatronModule):
             dtype=config.params_dtype,
             device=device,
         )
-        layer = vision_layer(kernels, vision.full_attention_blocks)
+        layer = layers.text_layer(kernels)
+        attention = layer.submodules.self_attention
+        attention.module = VisionSelfAttention
+        attention.params = {
+            "attn_mask_type": AttnMaskType.no_mask,
+            "full_attention_blocks": vision.full_attention_blocks,
+        }
         self.decoder = TransformerBlock(
             config=config,
             spec=TransformerBlockSubmodules(layer_specs=[layer] * vision.depth, layer_norm=None),
@@ -273,24 +215,20 @@ class VisionModel(MegatronModule):
         self.merger = PatchMerger(config, vision, kernels, collection)
 
     def forward(self, inputs: VisionInputs) -> torch.Tensor:
-        """Features of all images.
+        """Return the features of all images, in the order of the image-pad tokens.
 
-        Args:
-            inputs: patches and grids.
-
-        Returns:
-            [merged tokens, width of the language model], in the order of the image-pad tokens.
+        Features are [merged tokens, width of the language model].
         """
         vision, device = self.vision, self.patch_embed.weight.device
         merge = vision.spatial_merge_size
         grids = tuple((t, h, w) for t, h, w in inputs.image_grid_thw.tolist())
         layout = row_layout(grids, merge, vision.window_units, device)
-        # Pixels need no gradient: to put them in order is cheaper than to do it with features.
+        # Pixels need no gradient, so reordering them is cheaper than reordering features.
         patches = inputs.pixel_values.to(device, self.patch_embed.weight.dtype)
         patches = patches.unflatten(0, (-1, merge**2)).index_select(0, layout.order).flatten(0, 1)
         hidden = self.patch_embed(patches).unsqueeze(1)
         if torch.is_grad_enabled() and not hidden.requires_grad:
-            # Recomputation follows the gradient of its input; a frozen embedding gives it none.
+            # Recomputation requires an input with a gradient; a frozen embedding has none.
             hidden.requires_grad_(self.config.recompute_granularity == "full")
         hidden = self.decoder(
             hidden_states=hidden,
@@ -306,39 +244,39 @@ class VisionModel(MegatronModule):
 def make_tower(
     config: TransformerConfig, hf_config: HFConfig, groups: Groups, kernels: str
 ) -> VisionModel:
-    """The tower, over the tensor-parallel ranks or whole on each of them.
+    """Build the tower, split over the tensor-parallel ranks or whole on each of them.
 
-    Args:
-        config: of the language model.
-        hf_config: shape of the model.
-        groups: the layout.
-        kernels: local | transformer_engine.
+    `config` is that of the language model.
     """
     vision, collection = hf_config.vision, copy.copy(groups.collection)
     tower_config = vision_transformer_config(config, vision, groups.tower.size)
     collection.tp = groups.tower.process_group
     tower = VisionModel(tower_config, vision, kernels, collection)
     for parameter in tower.parameters() if groups.tower.size < groups.tensor.size else ():
-        # Each rank adds the gradient of its own images, and encode_by_turns sums what equal
-        # copies of the language model's rows send back: so over the ranks it is the mean.
+        # Each rank has the gradient of its own images, and encode_by_turns sums the equal gradients
+        # of the tensor-parallel ranks: the gradient is the mean over the ranks.
         parameter.average_gradients_across_tp_domain = True  # type: ignore[attr-defined]
         parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
     return tower
 
 
 def encode_by_turns(tower: VisionModel, inputs: VisionInputs, group: Group) -> torch.Tensor:
-    """Features of all images, each encoded on one rank; collective over the group.
+    """Return the features of all images, each encoded on one rank; collective over the group.
+
+    In the backward pass a feature's gradient is summed over the ranks and goes to the one that
+    encoded it: context-parallel ranks each had a share of the row. Tensor-parallel ranks had equal
+    copies, so there the sum is too large by their number, which `make_tower` accounts for.
 
     Args:
         tower: the same on all ranks.
         inputs: all images, equal on all ranks.
-        group: ranks to share them.
+        group: ranks among which the images are divided.
 
     Returns:
         [merged tokens, width], in the images' order.
 
     Raises:
-        DataError: grids and pixels do not fit.
+        DataError: grids and pixels do not match.
     """
     grids = [(t, h, w) for t, h, w in inputs.image_grid_thw.tolist()]
     sizes = [t * h * w for t, h, w in grids]
@@ -357,16 +295,16 @@ def encode_by_turns(tower: VisionModel, inputs: VisionInputs, group: Group) -> t
     if own:
         mine = VisionInputs(torch.cat([pixels[i] for i in own]), inputs.image_grid_thw[own])
         parts.append(tower(mine))
-    # Ranks give equally many rows. The filling asks for a gradient, so that every rank takes part
-    # in the sum on the way back, one without images or with a frozen tower too.
-    filling = torch.zeros(
+    # All ranks contribute equally many rows. The padding requires a gradient, so that every rank
+    # takes part in the backward sum, also one without images or with a frozen tower.
+    padding = torch.zeros(
         max(counts) - counts[group.rank],
         tower.vision.out_hidden_size,
         dtype=tower.config.params_dtype,
         device=inputs.pixel_values.device,
         requires_grad=torch.is_grad_enabled(),
     )
-    padded = torch.cat([*parts, filling])
+    padded = torch.cat([*parts, padding])
     whole = gather_from_sequence_parallel_region(padded, group=group.process_group)
     places: dict[int, torch.Tensor] = {}
     for rank, share in enumerate(shares):
@@ -379,14 +317,10 @@ def encode_by_turns(tower: VisionModel, inputs: VisionInputs, group: Group) -> t
 
 
 def feature_numbers(inputs: VisionInputs, merge: int) -> torch.Tensor:
-    """Which feature stands at each image token of a row; an image's may stand at several places.
+    """Return the index of the tower's feature at each image token of a row.
 
-    Args:
-        inputs: images and where they occur.
-        merge: side of a merged token, patches.
-
-    Returns:
-        [image tokens] int64 on the host, numbers of the tower's features.
+    [image tokens] int64 on the host; an image may occur several times. `merge` is the side of a
+    merged token in patches.
     """
     sizes = inputs.image_grid_thw.cpu().prod(dim=-1) // merge**2
     numbers = torch.arange(int(sizes.sum()))

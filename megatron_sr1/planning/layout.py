@@ -148,7 +148,6 @@ def check(hf_config: HFConfig, layout: Layout) -> None:
         pipeline=layout.pipeline,
         virtual_stages=layout.virtual,
         stage_layers=layout.stage_layers,
-        sequence_parallel=layout.sequence,
     )
 
 

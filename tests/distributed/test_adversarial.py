@@ -18,7 +18,7 @@ from tests.grading_raising import RAISING
 
 pytestmark = [pytest.mark.field, pytest.mark.slow]
 
-SCRIPT = Path(__file__).parent / "adversarial_rank.py"
+SCRIPT = Path(__file__).parent / "ranks" / "adversarial.py"
 GOLDS = list(
     dict.fromkeys(
         ("x \\neq 5", "1<x<3", TINY, COLUMN, TWO_ROOTS, CUBES, *(gold for gold, _ in RAISING))

@@ -19,7 +19,7 @@ from tests.distributed.test_resume import command, numbers, run_to_the_end
 
 pytestmark = pytest.mark.slow  # unit/test_checkpoint_background.py has the quick ones
 
-SCRIPT = Path(__file__).parent / "background_ranks.py"
+SCRIPT = Path(__file__).parent / "ranks" / "background_saves.py"
 ROOT = Path(__file__).resolve().parents[2]
 NAMED_BY_TIME = {".metadata"}  # it holds a name that each writing makes up
 

@@ -14,10 +14,10 @@ import pytest
 
 from tests.checkpoint_files import files_of, write_two_files
 
-SCRIPT = Path(__file__).parent / "checkpoint_ranks.py"
+SCRIPT = Path(__file__).parent / "ranks" / "checkpoints.py"
 ROOT = Path(__file__).resolve().parents[2]
-TIED = ("1x1", "2x1", "2x1s", "2x1i", "1x2", "1x2u", "1x2v", "1x1c")
-UNTIED = ("2x1b", "1x2b")
+TIED = ("1x1x1", "2x1x1", "2x1x1s", "2x1x1i", "1x2x1", "1x2x1u", "1x2x1v", "1x1x2")
+UNTIED = ("2x1x1b", "1x2x1b")
 CONVERT = ROOT / "tools" / "convert_checkpoint.py"
 
 
@@ -63,7 +63,7 @@ def test_an_untied_model_in_two_files_comes_back_byte_for_byte(written, untied, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["2x2", "2x2s"])
+@pytest.mark.parametrize("layout", ["2x2x1", "2x2x1s"])
 def test_a_model_on_four_ranks_comes_back_byte_for_byte(model, run_ranks, tmp_path, layout):
     run_ranks(SCRIPT, 4, "roundtrip", tmp_path, f"{model}:{layout}")
     assert files_of(tmp_path / model.name / layout) == files_of(model)
@@ -72,13 +72,21 @@ def test_a_model_on_four_ranks_comes_back_byte_for_byte(model, run_ranks, tmp_pa
 @pytest.fixture(scope="module")
 def resumed(model, run_ranks, tmp_path_factory):
     out = tmp_path_factory.mktemp("resumed")
-    plans = ["1x1:1x1,2x1s,1x2,1x1c", "1x2:1x2", "1x1c:1x1c,1x1,1x2", "1x1p:1x1p", "1x1b:1x1b"]
-    plans += ["2x1i:2x1i,1x2v", "1x2v:1x2v,1x2u"]
+    plans = [
+        "1x1x1:1x1x1,2x1x1s,1x2x1,1x1x2",
+        "1x2x1:1x2x1",
+        "1x1x2:1x1x2,1x1x1,1x2x1",
+        "1x1x1w:1x1x1w",
+        "1x1x1b:1x1x1b",
+    ]
+    plans += ["2x1x1i:2x1x1i,1x2x1v", "1x2x1v:1x2x1v,1x2x1u"]
     run_ranks(SCRIPT, 2, "resume", out, model, *plans)
     return out, json.loads((out / "results.json").read_text())
 
 
-@pytest.mark.parametrize("layout", ["1x1", "1x2", "1x2v", "2x1i", "1x1c", "1x1p", "1x1b"])
+@pytest.mark.parametrize(
+    "layout", ["1x1x1", "1x2x1", "1x2x1v", "2x1x1i", "1x1x2", "1x1x1w", "1x1x1b"]
+)
 def test_a_resumed_run_has_the_numbers_of_one_never_stopped(resumed, layout):
     """Bitwise: losses, gradient norms, learning rates, generators and weights."""
     _, results = resumed
@@ -89,8 +97,14 @@ def test_a_resumed_run_has_the_numbers_of_one_never_stopped(resumed, layout):
 
 @pytest.mark.parametrize(
     ("saved", "layout"),
-    [("1x1", "2x1s"), ("1x1", "1x2"), ("1x1", "1x1c"), ("1x1c", "1x1"), ("1x1c", "1x2")]
-    + [("2x1i", "1x2v"), ("1x2v", "1x2u")],
+    [
+        ("1x1x1", "2x1x1s"),
+        ("1x1x1", "1x2x1"),
+        ("1x1x1", "1x1x2"),
+        ("1x1x2", "1x1x1"),
+        ("1x1x2", "1x2x1"),
+    ]
+    + [("2x1x1i", "1x2x1v"), ("1x2x1v", "1x2x1u")],
 )
 def test_a_run_resumed_under_another_layout_goes_on_alike(resumed, saved, layout):
     _, results = resumed
@@ -106,16 +120,16 @@ def test_a_run_resumed_under_another_layout_goes_on_alike(resumed, saved, layout
 def test_updates_after_the_checkpoint_differ_from_each_other(resumed):
     """Otherwise the equalities above would hold for a model that does not learn."""
     _, results = resumed
-    first, second = results["1x1"]["updates"]
+    first, second = results["1x1x1"]["updates"]
     assert second["loss"] < first["loss"] - 0.1
     assert first["learning_rate"] < second["learning_rate"]
-    assert results["1x1"]["draw"][0] != results["1x1"]["draw"][1]
+    assert results["1x1x1"]["draw"][0] != results["1x1x1"]["draw"][1]
 
 
 def test_only_the_checkpoints_asked_for_are_kept(resumed):
     out, _ = resumed
-    assert sorted(p.name for p in (out / "1x1").iterdir()) == ["latest", "step_2"]
-    assert (out / "1x1" / "latest").read_text() == "step_2\n"
+    assert sorted(p.name for p in (out / "1x1x1").iterdir()) == ["latest", "step_2"]
+    assert (out / "1x1x1" / "latest").read_text() == "step_2\n"
 
 
 def convert(*arguments):
@@ -134,7 +148,7 @@ def test_the_converter_goes_both_ways_without_a_loss(untied, tmp_path):
 def test_a_checkpoint_of_a_run_becomes_a_model(resumed, model, tmp_path):
     """Two updates later it is another model, in the same files."""
     out, _ = resumed
-    done = convert("megatron-to-hf", out / "1x2", tmp_path / "hf")
+    done = convert("megatron-to-hf", out / "1x2x1", tmp_path / "hf")
     assert done.returncode == 0, done.stderr
     model, trained = files_of(model), files_of(tmp_path / "hf")
     assert model.keys() == trained.keys()

@@ -16,7 +16,7 @@ from tests.distributed.test_resume import ROOT, command, numbers
 
 pytestmark = pytest.mark.slow
 
-SCRIPT = Path(__file__).parent / "checkpoint_faults.py"
+SCRIPT = Path(__file__).parent / "ranks" / "checkpoint_faults.py"
 
 
 @pytest.fixture(scope="module")

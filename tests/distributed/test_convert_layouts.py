@@ -19,8 +19,8 @@ from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.runtime import cpu
 from tests.checkpoint_files import files_of, write_two_files
 
-SCRIPT = Path(__file__).parent / "checkpoint_ranks.py"
-LAYOUTS = ("1x1b", "2x1b", "1x2b")
+SCRIPT = Path(__file__).parent / "ranks" / "checkpoints.py"
+LAYOUTS = ("1x1x1b", "2x1x1b", "1x2x1b")
 
 
 def quiet(what, done_bytes, total_bytes):
@@ -73,13 +73,13 @@ def loaded(tiny_model, untied, run_ranks, tmp_path_factory):
         hf_to_megatron(source, out / "converted" / source.name, None, quiet, 2**20)
     converted = [out / "converted" / source.name for source in (tiny_model, untied)]
     run_ranks(
-        SCRIPT, 2, "resave", out, f"{converted[0]}:1x2", f"{converted[1]}:{','.join(LAYOUTS)}"
+        SCRIPT, 2, "resave", out, f"{converted[0]}:1x2x1", f"{converted[1]}:{','.join(LAYOUTS)}"
     )
     return out
 
 
 def test_a_converted_model_loads_under_a_pipeline_with_tied_embeddings(loaded, tiny_model):
-    assert files_of(loaded / tiny_model.name / "1x2") == files_of(tiny_model)
+    assert files_of(loaded / tiny_model.name / "1x2x1") == files_of(tiny_model)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -93,6 +93,6 @@ def test_what_every_layout_saved_converts_back(loaded, untied, tmp_path, layout)
     found = resolve_model(loaded / untied.name / f"{layout}.saved")
     all_units = units(read_hf_config(found.hf_files))
     pieces = {UnitReader(found.weights, all_units).num_pieces(unit) for unit in all_units}
-    assert pieces == ({1, 2} if layout == "2x1b" else {1})
+    assert pieces == ({1, 2} if layout == "2x1x1b" else {1})
     megatron_to_hf(found, tmp_path / "hf", True, quiet)
     assert files_of(tmp_path / "hf") == files_of(untied)

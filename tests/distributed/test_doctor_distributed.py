@@ -31,7 +31,7 @@ def test_two_ranks_find_that_they_can_train(tmp_path):
     assert list(run_dir.iterdir()) == []
 
 
-def test_ranks_that_differ_are_told(run_ranks, tmp_path):
+def test_ranks_that_differ_are_reported(run_ranks, tmp_path):
     done = run_ranks(__file__, 2, tmp_path, check=False)
     assert done.returncode != 0
     for words in (
@@ -44,13 +44,13 @@ def test_ranks_that_differ_are_told(run_ranks, tmp_path):
         assert re.search(words, done.stdout), done.stdout
 
 
-def test_a_run_directory_that_cannot_be_written_is_told(groups, tmp_path):
+def test_a_run_directory_that_cannot_be_written_is_reported(groups, tmp_path):
     (tmp_path / "file").touch()
     (finding,) = doctor_distributed._files(tmp_path / "file")
     assert finding.level == "fail" and finding.found.startswith("rank 0: ")
 
 
-def test_alone_it_says_how_to_start_it(capsys, monkeypatch):
+def test_without_a_launch_it_says_how_to_start_one(capsys, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert main(["doctor", "--distributed"]) == 2

@@ -26,7 +26,7 @@ from megatron_sr1.runtime.failure import LINGER_SECONDS
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = Path(__file__).parent / "faults.py"
+SCRIPT = Path(__file__).parent / "ranks" / "faults.py"
 DEADLINE_SECONDS, SAVE_SECONDS = 6.0, 25.0
 MARGIN_SECONDS = 30.0
 """For two loaded cores; the usual deadlines are ten minutes here."""
@@ -55,10 +55,10 @@ def deadline_of(phase):
 class Server:
     """faults.py with everything imported."""
 
-    def __init__(self, *arguments):
+    def __init__(self):
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
-            [sys.executable, str(SCRIPT), "server", *arguments],
+            [sys.executable, str(SCRIPT), "server"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
@@ -120,7 +120,7 @@ def sft(tiny_model, tmp_path_factory):
 def grpo(demo, tmp_path_factory):
     """The demo's GRPO stage from its cold start, with few prompts."""
     small = ["data.prompts_per_step=4", "algorithm.prompts_per_update=4"]
-    server, config = Server("engine"), demo / "vision_sr1" / "config.json"
+    server, config = Server(), demo / "vision_sr1" / "config.json"
     yield Stage(server, tmp_path_factory.mktemp("grpo"), config, *small)
     server.close()
 

@@ -45,5 +45,5 @@ def test_two_node_agents_make_one_run(tiny_model, tmp_path):
             agent.kill()
     assert [agent.returncode for agent in agents] == [0, 0], "\n".join(said)
     assert [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
-    # Rank 0 alone tells of the steps: one agent has it, the other has rank 1.
+    # Only rank 0 logs the steps: one agent has it, the other has rank 1.
     assert sorted("sft 2/2" in text for text in said) == [False, True]

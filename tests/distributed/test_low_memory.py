@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from megatron_sr1.demo.digits import make_digits
 from megatron_sr1.observability.metrics import read_lines
 
-SCRIPT = Path(__file__).parent / "low_memory.py"
+SCRIPT = Path(__file__).parent / "ranks" / "low_memory.py"
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = ("f-f", "f-fo", "b-f", "b-fo", "b-b", "b-bo", "b-bg")
 BYTES = {"f-f": 8, "f-fo": 8, "b-f": 12, "b-fo": 12, "b-b": 6, "b-bo": 6, "b-bg": 6}

@@ -13,7 +13,7 @@ import torch
 
 from tests.model_cases import write_case
 
-SCRIPT = Path(__file__).parent / "model_layouts.py"
+SCRIPT = Path(__file__).parent / "ranks" / "model_layouts.py"
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +28,8 @@ def write_cases(tmp_path_factory):
     return write
 
 
-TWO = ["2,1,1,", "2,1,1,s", "2,1,1,i", "2,1,1,si", "1,2,1,", "1,2,1,u", "1,2,1,v", "1,1,2,"]
-FOUR = ["2,2,1,", "2,2,1,s", "2,1,2,", "2,1,2,s", "2,1,2,i", "2,2,1,iv", "1,2,2,v", "1,1,4,"]
+TWO = ["2x1x1", "2x1x1s", "2x1x1i", "2x1x1si", "1x2x1", "1x2x1u", "1x2x1v", "1x1x2"]
+FOUR = ["2x2x1", "2x2x1s", "2x1x2", "2x1x2s", "2x1x2i", "2x2x1iv", "1x2x2v", "1x1x4"]
 
 
 def test_two_ranks_compute_what_one_does_under_each_kind_of_parallelism(write_cases, run_ranks):

@@ -11,7 +11,7 @@ import pytest
 
 from tests.planned_models import write_config
 
-SCRIPT = Path(__file__).parent / "planned_memory.py"
+SCRIPT = Path(__file__).parent / "ranks" / "planned_memory.py"
 # 131 ids are divided by neither 2 nor 4; 132 by both.
 MODELS = {
     "tied": {"tied": True},
@@ -21,35 +21,35 @@ MODELS = {
     "deep-tied": {"tied": True, "text": {"num_hidden_layers": 9}},
 }
 CASES = [
-    "untied:1,1,0:float32",
-    "tied:1,1,0:bfloat16",
-    "untied:2,1,0:bfloat16",
-    "tied:2,1,1:bfloat16",
-    "tied:4,1,1:low",
-    "tied:1,2,0:bfloat16",
-    "untied:1,4,0:bfloat16",
-    "tied:2,2,0:low",
-    "even:2,2,1:float32",
-    "tied:1,2,0:float32-whole",
-    "untied:2,1,1:bfloat16-whole",
-    "even:1,2,0:offload",
-    "tied:1,1,0:lowest",
-    "untied:1,2,0:lowest",
-    "untied:2,1,0:frozen",
-    "deep:1,2,0:bfloat16:stage_layers=[3,6]",
-    "deep-tied:1,4,0:low:stage_layers=[1,3,3,2]",
-    "tied:1,2,0:bfloat16:virtual=2",
-    "untied:1,2,0:bfloat16-whole:virtual=2",
-    "deep-tied:2,2,1:bfloat16:virtual=2 stage_layers=[1,4,2,2]",
-    "deep:1,4,0:float32:virtual=2 stage_layers=[1,1,1,2,1,1,1,1]",
-    "deep:1,2,0:frozen:virtual=3 stage_layers=[1,2,1,2,1,2]",
-    "untied:2,1,1:bfloat16:vision=images",
-    "tied:4,1,0:lowest:vision=images",
-    "untied:2,1,0:frozen:vision=images",
-    "even:2,2,0:low:vision=images stage_layers=[1,3]",
-    "untied:1,1,0:bfloat16:context=2",
-    "tied:2,1,1:float32:context=2 vision=images",
-    "tied:1,2,0:bfloat16:context=2 virtual=2",
+    "untied:1x1x1:float32",
+    "tied:1x1x1:bfloat16",
+    "untied:2x1x1:bfloat16",
+    "tied:2x1x1s:bfloat16",
+    "tied:4x1x1s:low",
+    "tied:1x2x1:bfloat16",
+    "untied:1x4x1:bfloat16",
+    "tied:2x2x1:low",
+    "even:2x2x1s:float32",
+    "tied:1x2x1:float32-whole",
+    "untied:2x1x1s:bfloat16-whole",
+    "even:1x2x1:offload",
+    "tied:1x1x1:lowest",
+    "untied:1x2x1:lowest",
+    "untied:2x1x1:frozen",
+    "deep:1x2x1:bfloat16:stage_layers=[3,6]",
+    "deep-tied:1x4x1:low:stage_layers=[1,3,3,2]",
+    "tied:1x2x1v:bfloat16",
+    "untied:1x2x1v:bfloat16-whole",
+    "deep-tied:2x2x1sv:bfloat16:stage_layers=[1,4,2,2]",
+    "deep:1x4x1v:float32:stage_layers=[1,1,1,2,1,1,1,1]",
+    "deep:1x2x1:frozen:virtual=3 stage_layers=[1,2,1,2,1,2]",
+    "untied:2x1x1si:bfloat16",
+    "tied:4x1x1i:lowest",
+    "untied:2x1x1i:frozen",
+    "even:2x2x1i:low:stage_layers=[1,3]",
+    "untied:1x1x2:bfloat16",
+    "tied:2x1x2si:float32",
+    "tied:1x2x2v:bfloat16",
 ]
 
 
@@ -81,5 +81,5 @@ def test_activations_of_a_rank_are_planned_within_8_percent(found, case):
 
 def test_ranks_of_one_layout_may_hold_different_state(found):
     """The comparison above says something: the last shard of a bucket is not as full."""
-    state = {rank["held"]["optimizer"] for rank in found["tied:1,1,0:bfloat16"]}
+    state = {rank["held"]["optimizer"] for rank in found["tied:1x1x1:bfloat16"]}
     assert len(state) > 1

@@ -12,16 +12,16 @@ import pytest
 
 from megatron_sr1.demo.digits import make_digits
 from megatron_sr1.observability.metrics import read_lines
-from tests.distributed.resume_ranks import NUM_STEPS, PER_STEP, SAVED_STEP
+from tests.distributed.ranks.resumes import NUM_STEPS, PER_STEP, SAVED_STEP
 from tests.distributed.test_resume import command, numbers, run_to_the_end
 
-SCRIPT = Path(__file__).parent / "resume_ranks.py"
+SCRIPT = Path(__file__).parent / "ranks" / "resumes.py"
 NUM_SAMPLES = 24  # the steps after the checkpoint reach into the second epoch
 
 
 @pytest.fixture(scope="module")
 def runs(tiny_model, run_ranks, tmp_path_factory):
-    """What resume_ranks.py tells of each plan; `dp1` and `dp2` are data parallelism alone."""
+    """What resumes.py tells of each plan; `dp1` and `dp2` are data parallelism alone."""
     folder, out = tmp_path_factory.mktemp("digits"), tmp_path_factory.mktemp("runs")
     shards = make_digits(folder, 1, num_train=1, num_eval=1, num_cold_start=NUM_SAMPLES)
     common = (out, tiny_model, shards["cold_start"])

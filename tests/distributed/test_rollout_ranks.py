@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent / "rollout_ranks.py"
+SCRIPT = Path(__file__).parent / "ranks" / "rollouts.py"
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import torch
 
 from tests.model_cases import write_case
 
-SCRIPT = Path(__file__).parent / "shared_images.py"
-LAYOUTS = ["1,1,1,", "2,1,1,s", "1,2,1,", "1,1,2,", "2,1,1,i"]
+SCRIPT = Path(__file__).parent / "ranks" / "shared_images.py"
+LAYOUTS = ["1x1x1", "2x1x1s", "1x2x1", "1x1x2", "2x1x1i"]
 
 
 def test_the_tower_sees_each_image_once_and_loss_and_gradients_stay(tmp_path, run_ranks):

@@ -262,7 +262,7 @@ def test_a_failed_job_is_not_started_again_and_takes_its_followers_with_it(
         (["--container", "/no/such.sqsh"], "container /no/such.sqsh: no such image file"),
         (["--container", "image:1"], "srun knows no --container-image"),
         (["--python", "/no/python"], "/no/python: no such program"),
-        (["data.train=/no/shards"], "data.train=/no/shards: no such folder"),
+        (["data.train=/no/shards"], "data.train=/no/shards: no such directory"),
         (["--sbatch", "gres=gpu:1"], "Slurm refused the job: sbatch: error: "),
     ],
 )

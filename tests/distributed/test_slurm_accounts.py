@@ -1,4 +1,4 @@
-"""Accounts, on a real Slurm with its database: a wrong one is said before anything is queued."""
+"""Accounts, on a real Slurm with its database: a wrong one is reported before a job is queued."""
 
 import subprocess
 import sys

@@ -16,7 +16,7 @@ import torch
 
 from tests.model_cases import write_case
 
-SCRIPT = Path(__file__).parent / "te_layouts.py"
+SCRIPT = Path(__file__).parent / "ranks" / "te_layouts.py"
 DOUBLE = Path(__file__).resolve().parents[1] / "te_double"
 
 
@@ -27,7 +27,7 @@ def with_double():
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "layouts"), [(2, ("1,1,", "2,1,", "2,1,s", "1,2,"))], ids=["2 ranks"]
+    ("num_ranks", "layouts"), [(2, ("1x1x1", "2x1x1", "2x1x1s", "1x2x1"))], ids=["2 ranks"]
 )
 def test_fused_layers_compute_what_local_ones_do(num_ranks, layouts, tmp_path, run_ranks):
     for seed in (0, 3):  # tied and untied

@@ -12,7 +12,7 @@ from megatron_sr1.demo.digits import make_digits
 
 pytestmark = pytest.mark.slow
 
-SCRIPT = Path(__file__).parent / "two_updates.py"
+SCRIPT = Path(__file__).parent / "ranks" / "two_updates.py"
 LOW, HIGH = "1e-7", "3e-3"
 
 

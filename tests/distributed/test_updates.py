@@ -13,7 +13,7 @@ from safetensors import safe_open
 from megatron_sr1.demo.digits import corpus_texts
 from megatron_sr1.demo.tiny_model import make_tiny_model
 
-SCRIPT = Path(__file__).parent / "updates.py"
+SCRIPT = Path(__file__).parent / "ranks" / "updates.py"
 ONE, SPLIT, ALONE = "1x1x1@4096", "1x1x1@48", "1x1x1@0"  # the last without packing
 FROZEN, FROZEN_OTHERS = "1x1x1@4096f", ["1x2x1@64f", "1x1x2@64f"]
 OBJECTIVES = ["sequence_mean", "dr_grpo", "gspo", "gspo_corrected", "token_corrected"]

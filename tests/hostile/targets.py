@@ -295,7 +295,9 @@ def _check_example(example):
     assert {m.role for m in example.messages} <= {"system", "user", "assistant"}
     assert count_marks(example.messages) == example.num_images
     assert example.answer is None or type(example.answer) is str
-    assert is_json(dict(example.metadata)) and "user" in {m.role for m in example.messages}
+    assert is_json("metadata", dict(example.metadata)) and "user" in {
+        m.role for m in example.messages
+    }
 
 
 # Shards

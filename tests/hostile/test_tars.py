@@ -53,7 +53,7 @@ HOSTILE = {
     "climbing inside": (member(b"x/../../a.json") + END, "expected a printable relative name"),
     "new line in a name": (member(b"a\nb.json") + END, r"'a\\nb.json': expected a printable"),
     "terminal escape in a name": (member(b"\x1b[2J.json") + END, r"x1b\[2J.json': expected"),
-    "name not UTF-8": (member(b"\xff\xfe.json") + END, "is not UTF-8"),
+    "name not UTF-8": (member(b"\xff\xfe.json") + END, "udcfe.json': expected a printable"),
     "symbolic link": (GOOD + header(b"b.json", 0, b"2") + END, "'b.json' is a symbolic link"),
     "hard link": (GOOD + header(b"b.json", 0, b"1") + END, "'b.json' is a hard link"),
     "character device": (GOOD + header(b"b", 0, b"3") + END, "'b' is a character device"),

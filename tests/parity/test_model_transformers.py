@@ -145,5 +145,5 @@ def test_image_pads_and_features_that_do_not_match_are_refused(tmp_path, groups)
     with torch.no_grad(), cpu.megatron_mode():
         with pytest.raises(DataError, match="features"):
             model(**{**inputs, "input_ids": ids})
-        with pytest.raises(DataError, match="no images came"):
+        with pytest.raises(DataError, match="no images were given"):
             model(**{**inputs, "vision": None})

@@ -14,21 +14,28 @@ import pytest
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "score_logprobs.py"
 LAYOUTS = {
     "one": [],
-    "tensor": ["--tensor-parallel", "2"],
     "pipeline": ["--pipeline-parallel", "2"],
     "context": ["--context-parallel", "2"],
 }
 
 
-def run(model, lines, output, backend, *options):
-    command = [sys.executable, str(TOOL), "--model", str(model), "--input", str(lines)]
-    command += ["--output", str(output), "--backend", backend, *options]
+def arguments(model, lines, output, backend, *options):
+    return ["--model", model, "--input", lines, "--output", output, "--backend", backend, *options]
+
+
+def run(*content):
+    """The tool as a user starts it; it starts its ranks."""
+    command = [sys.executable, str(TOOL), *map(str, arguments(*content))]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
-def scores(model, lines, output, backend, *options):
-    done = run(model, lines, output, backend, *options)
+def scores(model, lines, output, *options):
+    done = run(model, lines, output, *options)
     assert done.returncode == 0, done.stdout + done.stderr
+    return read(output)
+
+
+def read(output):
     return [json.loads(line) for line in output.read_text().splitlines()]
 
 
@@ -61,9 +68,10 @@ def lines(tiny_model, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def expected(tiny_model, lines, tmp_path_factory):
+def expected(tiny_model, lines, tmp_path_factory, run_ranks):
     output = tmp_path_factory.mktemp("expected") / "out.jsonl"
-    return scores(tiny_model, lines, output, "transformers")
+    run_ranks(TOOL, 1, *arguments(tiny_model, lines, output, "transformers"))
+    return read(output)
 
 
 def compare(found, expected, bound):
@@ -76,10 +84,19 @@ def compare(found, expected, bound):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_megatron_scores_as_transformers_does(tiny_model, lines, expected, tmp_path, layout):
-    found = scores(tiny_model, lines, tmp_path / "out.jsonl", "megatron", *LAYOUTS[layout])
-    compare(found, expected, 1e-4)
-    assert np.ptp(found[4]["logprobs"]) > 0.1
+def test_megatron_scores_as_transformers_does(
+    tiny_model, lines, expected, tmp_path, layout, run_ranks
+):
+    output, options = tmp_path / "out.jsonl", LAYOUTS[layout]
+    content = arguments(tiny_model, lines, output, "megatron", *options)
+    run_ranks(TOOL, 2 if options else 1, *content)
+    compare(read(output), expected, 1e-4)
+    assert np.ptp(read(output)[4]["logprobs"]) > 0.1
+
+
+def test_the_tool_starts_its_own_ranks(tiny_model, lines, expected, tmp_path):
+    options = ["megatron", "--tensor-parallel", "2"]
+    compare(scores(tiny_model, lines, tmp_path / "out.jsonl", *options), expected, 1e-4)
 
 
 @pytest.mark.slow
@@ -118,14 +135,15 @@ def test_wrong_input_is_named_with_its_line(tiny_model, tmp_path):
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_prompts_that_do_not_fit_their_images_are_refused(tiny_model, lines, tmp_path):
+def test_prompts_that_do_not_fit_their_images_are_refused(tiny_model, lines, tmp_path, run_ranks):
     content = json.loads(lines.read_text().splitlines()[1])
     content["prompt"].remove(6)  # one image-pad id fewer
     path = lines.with_name("short.jsonl")
     path.write_text(json.dumps(content))
-    done = run(tiny_model, path, tmp_path / "out.jsonl", "megatron")
+    content = arguments(tiny_model, path, tmp_path / "out.jsonl", "megatron")
+    done = run_ranks(TOOL, 1, *content, check=False)
     assert done.returncode == 1
-    assert "expand each image to its own number of image-pad ids" in done.stderr
+    assert "expand each image to its own number of image-pad ids" in done.stdout
 
 
 def test_layouts_that_a_backend_does_not_have_are_refused(tiny_model, lines, tmp_path):

@@ -1,4 +1,4 @@
-"""The command line: instant help, one clear line for what a user can mend."""
+"""The command line: instant help, one clear line for an error that the user can fix."""
 
 import os
 import resource
@@ -94,7 +94,7 @@ def test_the_module_and_the_command_are_the_same():
         ["train", "run.yaml", "seed=2", "--dry-run", "stage=sft"],
     ],
 )
-def test_overrides_may_stand_around_options(argv):
+def test_overrides_may_come_before_and_after_options(argv):
     arguments = parse(argv)
     assert arguments.dry_run and str(arguments.config) == "run.yaml"
     assert arguments.overrides == ["seed=2", "stage=sft"]
@@ -116,7 +116,7 @@ def test_an_unknown_key_names_the_nearest(tmp_path, checkpoint, shards, capsys):
     assert "optimizer.learning_rat" in line and "'optimizer.learning_rate'" in line
 
 
-def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path, shards, capsys):
+def test_a_directory_without_a_checkpoint_is_refused(tmp_path, shards, capsys):
     empty = tmp_path / "empty"
     empty.mkdir()
     config = write_config(tmp_path, empty, shards)
@@ -124,7 +124,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path, shards, capsys):
     assert f"model.path={empty} is no checkpoint" in line
 
 
-def test_a_model_folder_without_weights_is_refused(tmp_path, checkpoint, shards, capsys):
+def test_a_model_directory_without_weights_is_refused(tmp_path, checkpoint, shards, capsys):
     (checkpoint / "model.safetensors").unlink()
     config = write_config(tmp_path, checkpoint, shards)
     assert "is no checkpoint" in fails_with_one_line(capsys, "train", config)
@@ -132,15 +132,15 @@ def test_a_model_folder_without_weights_is_refused(tmp_path, checkpoint, shards,
 
 def test_a_missing_model_is_named(tmp_path, shards, capsys):
     config = write_config(tmp_path, "nowhere", shards)
-    assert "model.path=nowhere: no such folder" in fails_with_one_line(capsys, "train", config)
+    assert "model.path=nowhere: no such directory" in fails_with_one_line(capsys, "train", config)
 
 
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("data.train=nowhere", "data.train=nowhere: no such folder"),
+        ("data.train=nowhere", "data.train=nowhere: no such directory"),
         ("data.train=''", "data.train is not set"),
-        ("data.eval=nowhere", "data.eval=nowhere: no such folder"),
+        ("data.eval=nowhere", "data.eval=nowhere: no such directory"),
     ],
 )
 def test_a_missing_data_path_is_named(tmp_path, checkpoint, shards, capsys, override, words):
@@ -148,7 +148,7 @@ def test_a_missing_data_path_is_named(tmp_path, checkpoint, shards, capsys, over
     assert words in fails_with_one_line(capsys, "train", config, override)
 
 
-def test_a_data_folder_without_shards_is_named(tmp_path, checkpoint, capsys):
+def test_a_data_directory_without_shards_is_named(tmp_path, checkpoint, capsys):
     config = write_config(tmp_path, checkpoint, checkpoint)
     assert "holds no *.tar shard" in fails_with_one_line(capsys, "sft", config)
 
@@ -168,7 +168,7 @@ def test_an_output_that_is_a_file_is_refused(tmp_path, checkpoint, shards, capsy
     assert "is a file" in line
 
 
-def test_a_report_of_no_run_folder_is_refused(checkpoint, capsys):
+def test_a_report_needs_a_run_directory(checkpoint, capsys):
     assert "nowhere: no such run" in fails_with_one_line(capsys, "report", "nowhere")
     assert "no such run" in fails_with_one_line(capsys, "report", str(checkpoint))
     assert not (checkpoint / "report.html").exists()
@@ -192,7 +192,7 @@ def test_report_writes_the_page_and_says_where(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_rank_error_is_told_again_below_torchruns_words(tmp_path, checkpoint, shards):
+def test_a_rank_error_is_repeated_after_torchruns_output(tmp_path, checkpoint, shards):
     # What is known beforehand is right. Both ranks start, and find that there is no tokenizer.
     (checkpoint / "config.json").write_text((PUBLISHED / "qwen25vl_3b.json").read_text())
     (shards / "shard-000000.tar").unlink()

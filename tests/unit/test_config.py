@@ -93,7 +93,7 @@ def test_settings_of_pass_2_that_contradict_each_other_are_refused(overrides, sa
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
-def test_an_evaluation_refuses_what_its_engine_would_not_heed():
+def test_an_evaluation_refuses_settings_that_its_engine_would_ignore():
     with pytest.raises(ConfigError, match="top_k=0"):
         load_config(None, ["model.path=x", "stage=eval", "rollout.top_k=5"])
 
@@ -146,7 +146,7 @@ def test_a_file_that_is_no_configuration_is_named(tmp_path, text, said):
     assert str(path) in str(error.value)
 
 
-def test_what_must_be_set_is_asked_for():
+def test_a_missing_mandatory_key_is_named():
     with pytest.raises(ConfigError, match="model.path is not set"):
         load_config(None)
 

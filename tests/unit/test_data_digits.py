@@ -1,4 +1,4 @@
-"""The digits: held-out ones are never learnt from, what is wrong is wrong by the stated share."""
+"""The digits: held-out ones are never trained on, errors have the stated rates."""
 
 import itertools
 import re
@@ -87,7 +87,7 @@ def test_a_description_is_exact_if_it_names_the_expected_items_in_order_and_no_o
     assert not is_exact("red square", ["red", "square", "blue", "circle"])
 
 
-def test_held_out_digits_are_never_learnt_from(unmoved):
+def test_held_out_digits_are_never_trained_on(unmoved):
     learnt, held_out = ({d.tobytes() for tens in s for d in tens} for s in _draw_images())
     assert sum(map(len, _draw_images()[0])) == 1437 and sum(map(len, _draw_images()[1])) == 360
     assert not learnt & held_out
@@ -97,7 +97,7 @@ def test_held_out_digits_are_never_learnt_from(unmoved):
         assert seen and seen <= allowed
 
 
-def test_digits_are_moved_where_they_are_learnt_from_and_nowhere_else(readers, unmoved):
+def test_only_training_digits_are_moved(readers, unmoved):
     written = {d.tobytes() for tens in _draw_images()[0] for d in tens}
     for name in ("train", "cold_start"):
         seen = [t for i in range(100) for image in readers[name].images(i) for t in tiles(image)]

@@ -84,7 +84,7 @@ def test_a_missing_package_fails_and_says_what_to_do(monkeypatch):
     assert "[ FAIL ] not-a-package-of-anyone" in text and "-> make env" in text
 
 
-def test_without_our_own_metadata_the_doctor_says_so(monkeypatch):
+def test_missing_metadata_of_the_project_is_reported(monkeypatch):
     def nothing(name):
         raise metadata.PackageNotFoundError(name)
 
@@ -103,7 +103,7 @@ def test_an_unsupported_version_fails(monkeypatch):
     ("folders", "kind"),
     [(["apex/normalization"], "nvidia"), (["apex/lib"], "namesake"), ([], "none")],
 )
-def test_nvidias_apex_is_told_from_its_namesake(tmp_path, folders, kind):
+def test_nvidias_apex_is_distinguished_from_its_namesake(tmp_path, folders, kind):
     for folder in folders:
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "__init__.py").touch()

@@ -61,7 +61,7 @@ def said(text, topic):
     return [float(number.replace(",", "")) for number in re.findall(r"\d[\d,]*\.?\d*", line)]
 
 
-def test_a_dry_run_tells_what_the_fullest_rank_holds(dry_runs):
+def test_a_dry_run_reports_the_memory_of_the_fullest_rank(dry_runs):
     """As docs/memory.md has it for two ranks a replica and four replicas, a half of 33.8 GB."""
     *parts, ranks = said(dry_runs["qwen25vl_3b"], "memory")
     assert sum(parts) == pytest.approx(16.9, abs=0.1) and ranks == 8

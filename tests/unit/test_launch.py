@@ -23,11 +23,11 @@ STEP = {
 }
 
 
-def test_alone_nothing_is_joined():
+def test_a_process_without_a_launcher_is_no_rank():
     assert torchrun.joined({}) is None
 
 
-def test_under_torchrun_nothing_is_added():
+def test_torchruns_variables_are_used_as_they_are():
     ready = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
     assert torchrun.joined(ready | STEP) == {}
 
@@ -83,7 +83,7 @@ def test_the_command_runs_the_package_on_each_rank():
     assert command[-5:] == ["-m", "megatron_sr1", "train", "a.yaml", "seed=2"]
 
 
-def test_ranks_and_threads_are_shared_out():
+def test_cores_are_divided_between_the_ranks():
     assert torchrun.num_processes(LaunchConfig(device="cpu")) == 1
     assert torchrun.num_processes(LaunchConfig(device="cpu", num_processes=3)) == 3
     cores = len(os.sched_getaffinity(0))
@@ -92,7 +92,7 @@ def test_ranks_and_threads_are_shared_out():
     assert torchrun.rank_environment(LaunchConfig(threads=1), 2) == {"OMP_NUM_THREADS": "1"}
 
 
-def test_threads_of_a_rank_wait_awake_unless_the_user_says_otherwise(monkeypatch):
+def test_idle_threads_spin_unless_the_user_sets_otherwise(monkeypatch):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     expected = {"OMP_NUM_THREADS": "5", "OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "300000"}
     assert torchrun.rank_environment(LaunchConfig(threads=5), 2) == expected
@@ -115,7 +115,7 @@ def launcher(rank: str) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
 
 
-def test_the_exit_status_comes_through():
+def test_the_exit_status_is_passed_on():
     assert launcher("import sys; sys.exit(7)").wait(timeout=30) == 7
 
 
@@ -128,7 +128,7 @@ def test_sigterm_reaches_the_ranks():
 
 
 @pytest.mark.field
-def test_a_rank_that_is_killed_before_it_can_speak_is_named(tmp_path):
+def test_a_rank_that_is_killed_before_it_reports_is_named(tmp_path):
     program = tmp_path / "rank.py"
     program.write_text("import os\nos.kill(os.getpid(), 9)\n")
     command = [sys.executable, "-m", "megatron_sr1.launch.torchrun", "--standalone", str(program)]
@@ -138,7 +138,7 @@ def test_a_rank_that_is_killed_before_it_can_speak_is_named(tmp_path):
 
 
 @pytest.mark.field
-def test_what_all_ranks_would_say_the_first_of_a_machine_says(tmp_path):
+def test_only_the_first_rank_of_a_machine_reports_a_common_error(tmp_path):
     ranks = tmp_path / "ranks.py"
     program = "import sys\nfrom megatron_sr1 import cli\n"
     ranks.write_text(program + "sys.exit(cli.main(['train', 'not_there.yaml']))\n")

@@ -26,7 +26,6 @@ HF_CONFIG = parse_hf_config(FLAT)
         ({"pipeline": 2, "stage_layers": [12, 12, 12]}, "3 stages with 36 layers; expected 2"),
         ({"pipeline": 2, "stage_layers": [17, 18]}, "with 35 layers; .* the model's 36"),
         ({"pipeline": 2, "stage_layers": [0, 36]}, "numbers .* of 1 or more"),
-        ({"sequence_parallel": True}, "needs parallel.tensor of 2"),
     ],
 )
 def test_a_layout_that_does_not_divide_the_model_is_refused(layout, message):
@@ -41,7 +40,7 @@ def test_the_model_asks_for_the_same(groups):
 
 
 def test_a_layout_that_divides_the_model_is_taken():
-    check_layout(HF_CONFIG, tensor=2, tower=2, sequence_parallel=True)
+    check_layout(HF_CONFIG, tensor=2, tower=2)
     check_layout(HF_CONFIG, pipeline=2, virtual_stages=2, stage_layers=[5, 11, 11, 9])
 
 

@@ -51,11 +51,11 @@ def test_what_is_right_is_accepted(folder):
 @pytest.mark.parametrize(
     ("model", "told"),
     [
-        ("nothing", "no such folder"),
+        ("nothing", "no such directory"),
         ("run", "this is a run, try {}/run/hf"),
         ("bare", "this has config.json and no weights"),
         ("old", "weights in pytorch_model.bin only, which are not read"),
-        ("shards/train", "this has shards: a folder for data.train"),
+        ("shards/train", "this has shards: a directory for data.train"),
         ("model/model.safetensors", "this is a file, try {}/model"),
     ],
 )
@@ -69,10 +69,10 @@ def test_a_path_that_is_no_model_says_what_it_is(folder, model, told):
 @pytest.mark.parametrize(
     ("train", "told"),
     [
-        ("nothing", "no such folder (tools/make_shards.py writes shards)"),
+        ("nothing", "no such directory (tools/make_shards.py writes shards)"),
         ("model", "holds no *.tar shard (tools/make_shards.py writes shards)"),
         ("shards", "holds no *.tar shard; there are some in {0}/shards/eval, {0}/shards/train"),
-        ("shards/train/shard-0.tar", "is a file; name the folder of its shards"),
+        ("shards/train/shard-0.tar", "is a file; name the directory of its shards"),
     ],
 )
 def test_a_path_that_holds_no_shards_says_where_there_are_some(folder, train, told):
@@ -85,8 +85,11 @@ def test_a_relative_path_says_from_where_and_the_demos_what_makes_it(folder, mon
     monkeypatch.chdir(folder)
     absent = config(folder)
     for path, told in (
-        ("runs/demo/cold_start/hf", f"no such folder in {folder}, which make demo makes; give"),
-        ("models/qwen", f"no such folder in {folder}; give"),
+        (
+            "runs/demo/cold_start/hf",
+            f"no such directory in {folder}, which make demo creates; give",
+        ),
+        ("models/qwen", f"no such directory in {folder}; give"),
     ):
         with pytest.raises(CheckpointError) as error:
             check_paths(

@@ -114,11 +114,11 @@ def test_a_step_of_more_prompts_than_there_are_samples(refused):
         (["reward.function={made}/run.yaml:f"], "expected FILE.py:NAME"),
     ],
 )
-def test_what_shards_and_configuration_tell(refused, made, overrides, said):
+def test_conflicts_between_shards_and_configuration(refused, made, overrides, said):
     assert said in refused(*(text.format(made=made) for text in overrides))
 
 
-def test_an_output_that_cannot_be_made(refused, made, tmp_path):
+def test_an_output_that_cannot_be_created(refused, made, tmp_path):
     file = made / "run.yaml"
     assert f"lies below {file}, which is a file" in refused(f"output={file}/below/run")
     assert "is a file" in refused(f"output={file}")

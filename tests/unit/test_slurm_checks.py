@@ -1,4 +1,4 @@
-"""What a launch script checks before anything is queued, without a Slurm.
+"""What a launch script checks before a job is queued, without a Slurm.
 
 Where Slurm's tools must answer, small programs on PATH give the answers of sinfo and sacctmgr.
 The real sinfo, srun and sbatch are met in tests/distributed/test_slurm.py, the real sacctmgr in the
@@ -56,7 +56,7 @@ def cluster(tmp_path):
 
 @pytest.fixture
 def task(tmp_path):
-    """A run whose model and shards lie below the working folder, named by relative paths."""
+    """A run whose model and shards are in the working directory, with relative paths."""
     for name in ("model", "shards"):
         (tmp_path / name).mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
@@ -67,11 +67,13 @@ def task(tmp_path):
     return Task("grpo", config)
 
 
-def test_a_right_submission_passes_and_paths_start_in_the_working_folder(tools, cluster, task):
+def test_a_right_submission_passes_with_paths_relative_to_the_working_directory(
+    tools, cluster, task
+):
     tools(sinfo="echo main; echo gpu", sacctmgr="echo lab; echo lab")
     right = replace(cluster, partition="gpu,main", account="Lab")
     assert check(right, [task])["grpo"].model.path == "model"
-    with pytest.raises(SR1Error, match="no such folder"):
+    with pytest.raises(SR1Error, match="no such directory"):
         check(replace(right, workdir="/"), [task])
 
 
@@ -80,7 +82,7 @@ def test_a_right_submission_passes_and_paths_start_in_the_working_folder(tools, 
     [
         ({"overrides": ("data.trian=x",)}, ConfigError, "the nearest is 'data.train'"),
         ({"config": Path("/no/run.yaml")}, ConfigError, "no such configuration file"),
-        ({"overrides": ("data.train=gone",)}, DataError, "data.train=.*gone: no such folder"),
+        ({"overrides": ("data.train=gone",)}, DataError, "data.train=.*gone: no such directory"),
         ({"overrides": ("parallel.tensor=4",)}, ConfigError, "1 x 2 ranks do not divide"),
     ],
 )
@@ -109,7 +111,7 @@ def test_a_wrong_cluster_is_one_line(tools, cluster, task, change, says):
     assert "\n" not in str(caught.value)
 
 
-def test_a_tool_that_does_not_answer_forbids_nothing(tools, cluster, task):
+def test_a_check_is_skipped_if_its_tool_does_not_answer(tools, cluster, task):
     tools(sinfo="exit 1", sacctmgr="echo 'You are not running a supported plugin'; exit 1")
     check(replace(cluster, partition="nope", account="nope"), [task])
 
@@ -122,7 +124,7 @@ def test_a_task_that_follows_another_needs_no_model_yet(tools, cluster, task):
         check(cluster, [late])
 
 
-def test_without_sbatch_the_way_out_is_named(tools, cluster, task, tmp_path):
+def test_without_sbatch_the_message_suggests_a_tunnel(tools, cluster, task, tmp_path):
     tools()
     (tmp_path / "bin" / "sbatch").unlink()
     with pytest.raises(ConfigError, match="no sbatch on this machine; .* --tunnel user@host"):
@@ -176,7 +178,7 @@ def test_wrong_stages_are_refused(stages):
         tasks_of(parsed("--stages", stages, "--output", "out"))
 
 
-def test_several_stages_need_a_folder_and_a_tunnel_needs_a_checkout():
+def test_several_stages_need_an_output_and_a_tunnel_needs_a_checkout():
     with pytest.raises(ConfigError, match="needs --output"):
         tasks_of(parsed("--stages", "sft,grpo"))
     with pytest.raises(ConfigError, match="--tunnel needs --workdir"):
@@ -185,12 +187,12 @@ def test_several_stages_need_a_folder_and_a_tunnel_needs_a_checkout():
         cluster_of(parsed("--env", "A"))
 
 
-def test_jobs_are_not_started_again_unless_asked():
+def test_a_job_is_warned_five_minutes_before_its_limit():
     assert cluster_of(parsed()).warning_seconds == 300
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_overrides_stand_before_and_behind_flags(script):
+def test_overrides_may_come_before_and_after_flags(script):
     done = subprocess.run(
         [sys.executable, script, "seed=2", "--tunnel", "me@login", "seed=3"],
         capture_output=True,

@@ -12,26 +12,21 @@ import json
 import sys
 from pathlib import Path
 
-from megatron_sr1.runtime import cpu
+import torch
+import torch.distributed as dist
 
-cpu.install()
-
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from checkpoint_ranks import make_samples, nll  # noqa: E402
-
-from megatron_sr1.checkpoint.loading import load_checkpoint  # noqa: E402
-from megatron_sr1.checkpoint.saving import save_checkpoint  # noqa: E402
-from megatron_sr1.config.loading import load_config  # noqa: E402
-from megatron_sr1.data.packing import pack_samples  # noqa: E402
-from megatron_sr1.data.processor import Processor  # noqa: E402
-from megatron_sr1.errors import CheckpointError  # noqa: E402
-from megatron_sr1.runtime.device import select_device, start_distributed  # noqa: E402
-from megatron_sr1.runtime.groups import destroy_groups, make_groups  # noqa: E402
-from megatron_sr1.runtime.rng import seed_everything  # noqa: E402
-from megatron_sr1.trainer.actor import make_actor  # noqa: E402
-from megatron_sr1.trainer.setup import load_actor_model  # noqa: E402
-from megatron_sr1.trainer.step import update  # noqa: E402
+from megatron_sr1.checkpoint.loading import load_checkpoint
+from megatron_sr1.checkpoint.saving import save_checkpoint
+from megatron_sr1.config.loading import load_config
+from megatron_sr1.data.processor import Processor
+from megatron_sr1.errors import CheckpointError
+from megatron_sr1.runtime.device import select_device, start_distributed
+from megatron_sr1.runtime.groups import destroy_groups, make_groups
+from megatron_sr1.runtime.rng import seed_everything
+from megatron_sr1.trainer.actor import make_actor
+from megatron_sr1.trainer.setup import load_actor_model
+from megatron_sr1.trainer.step import update
+from tests.distributed.ranks.checkpoints import make_batches, nll
 
 DTYPES = {"f": "float32", "b": "bfloat16"}
 
@@ -68,14 +63,8 @@ class Run:
         loaded = load_actor_model(config, self.groups)
         self.actor = make_actor(config, *loaded, self.groups, num_updates=8)
         processor = Processor(model_dir, 784, 200704)
-        samples, vision = make_samples(processor)
-        self.batches = pack_samples(
-            samples[self.groups.data.rank :: self.groups.data.size],
-            1,  # every sequence by itself: the same products on one rank and on two
-            lambda index: vision[index],
-            image_pad_id=processor.image_pad_id,
-            merge_size=processor.merge_size,
-        )
+        # Each sequence by itself: the same products on one rank and on two.
+        self.batches = make_batches(processor, self.groups, 1)
 
     @property
     def parts(self):

@@ -1,8 +1,7 @@
 """One start of ranks, many models and layouts: logits, loss and gradients under each.
 
-Run by test_model_layouts.py as `model_layouts.py CASES LAYOUT…`; a layout is written tensor,
-pipeline,context,letters: s sequence parallel, i the tower by images, v two virtual stages a rank, u
-an uneven pipeline. A model with too few layers for the stages is left out.
+Run by test_model_layouts.py as `model_layouts.py CASES LAYOUT…`; a layout is a short form of
+`layout_settings`. A model with too few layers for the stages is left out.
 What one process computes comes from the same ranks: under tensor 1, pipeline 1, context 1 each
 holds the whole model. Prints a line a failure and a count; exits non-zero on any failure.
 """
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sr1.checkpoint.hf import load_hf
+from megatron_sr1.config.loading import load_config
 from megatron_sr1.config.model import ModelConfig, ParallelConfig
 from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.model.qwen25_vl import build_model
@@ -22,7 +22,7 @@ from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.device import select_device, start_distributed, stop_distributed
 from megatron_sr1.runtime.groups import destroy_groups, make_groups
 from tests.model_cases import make_row, worst_relative_gap
-from tools.layout_parts import published_gradients
+from tools.layout_parts import layout_settings, published_gradients
 
 TOLERANCE = 1e-5
 TEMPERATURE = 0.8
@@ -76,27 +76,25 @@ def run_schedule(chunks, rows, groups, labels, forward_only):
     return outputs
 
 
-def stages_of(num_layers, groups, letters):
-    """Virtual stages and layers a stage; None where the model has too few layers."""
-    virtual = 2 if "v" in letters else 1
-    num_stages = virtual * groups.pipeline.size
-    if num_layers < num_stages + ("u" in letters):
-        return None
-    rest = num_layers - num_stages
-    return virtual, [1] * (num_stages - 1) + [1 + rest] if "u" in letters else []
+def parallel_of(layout, num_layers=9):
+    """The settings of a layout; None where the model has too few layers for its stages."""
+    config = load_config(None, ["model.path=unused", *layout_settings(layout, num_layers)])
+    parallel = config.parallel
+    num_stages = parallel.pipeline * parallel.virtual
+    return parallel if num_layers >= num_stages + bool(parallel.stage_layers) else None
 
 
-def measure(directory, groups, letters="", spec="local"):
+def measure(directory, groups, layout="1x1x1", spec="local"):
     """Logits, losses (None off the last stage) and published gradients of a model."""
     hf_config = read_hf_config(directory)
-    stages = stages_of(hf_config.text.num_layers, groups, letters)
-    if stages is None:
+    parallel = parallel_of(layout, hf_config.text.num_layers)
+    if parallel is None:
         return None
     chunks = build_model(
         hf_config,
         groups,
         ModelConfig(dtype="float32", spec=spec, logprob_chunk_tokens=9),
-        ParallelConfig(sequence="s" in letters, virtual=stages[0], stage_layers=stages[1]),
+        parallel,
     )
     load_hf(chunks, directory, hf_config, groups)
     multiple = sequence_multiple(groups.context.size)
@@ -155,17 +153,6 @@ def compare(found, expected, directory):
     return gaps
 
 
-def layout_of(tensor, pipeline, context, letters):
-    """The layout that an argument names."""
-    return ParallelConfig(
-        tensor=tensor,
-        pipeline=pipeline,
-        context=context,
-        virtual=2 if "v" in letters else 1,
-        vision="images" if "i" in letters else "tensor",
-    )
-
-
 def leave(failed):
     """End all ranks together, with a status of 1 if this one failed."""
     dist.barrier()
@@ -175,18 +162,16 @@ def leave(failed):
 
 def main():
     cases = sorted(Path(sys.argv[1]).iterdir())
-    layouts = [argument.split(",") for argument in sys.argv[2:]]
     device = select_device("cpu")
     start_distributed(device)
     alone = make_groups(ParallelConfig(), device)
     expected = {case: measure(case, alone) for case in cases}
     num_problems, num_checked = 0, 0
-    for *sizes, letters in layouts:
-        tensor, pipeline, context = map(int, sizes)
+    for layout in sys.argv[2:]:
         destroy_groups()
-        groups = make_groups(layout_of(tensor, pipeline, context, letters), device)
+        groups = make_groups(parallel_of(layout), device)
         for case in cases:
-            found = measure(case, groups, letters)
+            found = measure(case, groups, layout)
             if found is None:
                 continue
             gaps = compare(found, expected[case], case)
@@ -194,8 +179,7 @@ def main():
             for what, gap in gaps.items():
                 if not gap < TOLERANCE:
                     num_problems += 1
-                    shape = f"{tensor} x {pipeline} x {context} {letters}"
-                    print(f"GAP {case.name} {shape}: {what} {gap:.2e}", flush=True)
+                    print(f"GAP {case.name} {layout}: {what} {gap:.2e}", flush=True)
     print(f"CHECKED {num_checked} layouts of models", flush=True)
     leave(num_problems)
 

@@ -1,9 +1,8 @@
 """Run two updates from one batch under several layouts and packings; write what came of each.
 
 Usage: updates.py MODEL_DIR OUT.json LAYOUT...
-A layout is TPxPPxCP[siuv]@pack_tokens[f][:objective]: s for sequence parallel, i for the tower by
-images, u for an uneven pipeline, v for two virtual stages, f for a frozen vision tower, the
-objective a key of OBJECTIVES. Data parallelism is what remains of the ranks.
+A layout is SHORT_FORM@pack_tokens[f][:objective]: the short form is that of `layout_settings`, f
+freezes the vision tower, and the objective is a key of OBJECTIVES.
 """
 
 import json
@@ -12,28 +11,23 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_sr1.runtime import cpu
+import numpy as np
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
 
-cpu.install()
-
-import numpy as np  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from PIL import Image  # noqa: E402
-
-from megatron_sr1.config.loading import load_config  # noqa: E402
-from megatron_sr1.config.training import AlgorithmConfig  # noqa: E402
-from megatron_sr1.data.packing import pack_samples  # noqa: E402
-from megatron_sr1.data.processor import Processor  # noqa: E402
-from megatron_sr1.model.row_split import sequence_multiple, split_row  # noqa: E402
-from megatron_sr1.records import PackedBatch, TrainSample  # noqa: E402
-from megatron_sr1.runtime.device import select_device, start_distributed  # noqa: E402
-from megatron_sr1.runtime.groups import Group, destroy_groups, make_groups  # noqa: E402
-from megatron_sr1.trainer.actor import Reference, make_actor  # noqa: E402
-from megatron_sr1.trainer.objective import grpo_loss  # noqa: E402
-from megatron_sr1.trainer.setup import load_actor_model  # noqa: E402
-from megatron_sr1.trainer.step import sample_logprobs, update  # noqa: E402
-from tools.layout_parts import random_images  # noqa: E402
+from megatron_sr1.config.loading import load_config
+from megatron_sr1.config.training import AlgorithmConfig
+from megatron_sr1.data.processor import Processor
+from megatron_sr1.model.row_split import split_row
+from megatron_sr1.records import PackedBatch, TrainSample
+from megatron_sr1.runtime.device import select_device, start_distributed
+from megatron_sr1.runtime.groups import Group, destroy_groups, make_groups
+from megatron_sr1.trainer.actor import Reference, make_actor
+from megatron_sr1.trainer.objective import grpo_loss
+from megatron_sr1.trainer.setup import load_actor_model
+from megatron_sr1.trainer.step import sample_logprobs, update
+from tools.layout_parts import layout_settings, pack_rows, random_samples
 
 WIDE = {"gspo_clip_low": 0.02, "gspo_clip_high": 0.03}
 OBJECTIVES = {
@@ -49,42 +43,19 @@ OBJECTIVES = {
 }
 
 
-def make_samples(processor: Processor) -> tuple[list[TrainSample], dict[int, list[Image.Image]]]:
+def make_samples(processor: Processor) -> tuple[list[TrainSample], list[list[Image.Image]]]:
     """Eleven sequences: no image, one, two of unequal sizes; random tokens and numbers.
 
     The tenth is long, is text alone, and learns its last two tokens only. The ninth has the images
     of the sixth, as another response to its prompt: some packings and layouts have both in a row.
     """
-    rng = np.random.default_rng(7)
-    samples, pictures = [], {}
-    for index in range(11):
-        sizes = [(84, 28), (56, 112), (140, 84)][: index % 3]
-        images, grids, tokens = random_images(rng, sizes, processor)
-        num_prompt = len(tokens) + 3
-        num_text = 3 + int(rng.integers(4, 30)) if index != 9 else 64
-        tokens += rng.integers(10, 300, size=num_text).tolist()
-        length = len(tokens)
-        mask = (np.arange(length) >= num_prompt) & (rng.random(length) < 0.8)
-        if index == 9:
-            mask = np.arange(length) >= length - 2
-
-        def numbers(scale, length=length):
-            return (scale * rng.standard_normal(length)).astype(np.float32)
-
-        samples.append(
-            TrainSample(
-                index=5 if index == 8 else index,
-                num_images=len(images),
-                token_ids=np.array(tokens),
-                loss_mask=mask,
-                image_grid_thw=grids,
-                advantages=numbers(1.0),
-                old_logprobs=-6 + numbers(0.2),
-                engine_logprobs=-6 + numbers(0.2),
-                reference_logprobs=-6 + numbers(0.2),
-            )
-        )
-        pictures[index] = images
+    images = [[(84, 28), (56, 112), (140, 84)][: index % 3] for index in range(11)]
+    num_text = [7 + 5 * index % 26 for index in range(11)]
+    num_text[9] = 64
+    samples, pictures = random_samples(processor, images, num_text)
+    samples[8] = replace(samples[8], index=5)
+    length = len(samples[9].token_ids)
+    samples[9] = replace(samples[9], loss_mask=np.arange(length) >= length - 2)
     return samples, pictures
 
 
@@ -92,24 +63,11 @@ def run_layout(layout: str, model_dir: str, processor: Processor) -> dict:
     """What one layout gives, with the vision tower frozen where it says f.
 
     Loss and gradient norm of two updates, logprobs before and after, exported weights."""
-    matched = re.fullmatch(r"(\d)x(\d)x(\d)([siuv]*)@(\d+)(f?)(?::(\w+))?", layout)
-    assert matched is not None, layout
-    tensor, pipeline, context, letters, pack_tokens, frozen, objective = matched.groups()
-    config = load_config(
-        None,
-        [
-            f"model.path={model_dir}",
-            "model.dtype=float32",
-            f"parallel.tensor={tensor}",
-            f"parallel.pipeline={pipeline}",
-            f"parallel.context={context}",
-            f"parallel.sequence={'s' in letters}".lower(),
-            f"parallel.vision={'images' if 'i' in letters else 'tensor'}",
-            f"parallel.virtual={2 if 'v' in letters else 1}",
-            f"parallel.stage_layers={[1, 3] if 'u' in letters else []}",
-            "optimizer.learning_rate=1e-3",
-        ],
-    )
+    short_form, pack_tokens, frozen, objective = re.fullmatch(
+        r"(\w+)@(\d+)(f?)(?::(\w+))?", layout
+    ).groups()
+    settings = [*layout_settings(short_form), f"model.path={model_dir}"]
+    config = load_config(None, [*settings, "optimizer.learning_rate=1e-3"])
     groups = make_groups(config.parallel, select_device("cpu"))
     chunks, hf_config, source = load_actor_model(config, groups)
     reference = Reference(chunks)
@@ -123,17 +81,8 @@ def run_layout(layout: str, model_dir: str, processor: Processor) -> dict:
             for s, gap in zip(samples, far, strict=True)
         ]
     own = samples[groups.data.rank :: groups.data.size]
-    multiple = sequence_multiple(int(context))
-    batches = pack_samples(
-        own,
-        int(pack_tokens),
-        lambda index: processor.vision(pictures[index]) if pictures[index] else None,
-        image_pad_id=processor.image_pad_id,
-        merge_size=processor.merge_size,
-        pad_multiple=int(tensor) * multiple,
-        sequence_multiple=multiple,
-    )
-    if groups.data.size == 1 and int(context) > 1 and len(batches) > 1:
+    batches = pack_rows(samples, pictures, processor, groups, int(pack_tokens))
+    if groups.data.size == 1 and groups.context.size > 1 and len(batches) > 1:
         check_hard_cases(batches, groups.context, processor.image_pad_id)
     before = sample_logprobs(actor, own, batches, 0.7)
     algorithm = AlgorithmConfig(kl_coefficient=0.1, **OBJECTIVES[objective or "token_mean"])

@@ -1,6 +1,6 @@
 """Supervised runs that are saved under one layout and resumed under another, on each rank.
 
-Usage: resume_ranks.py OUT MODEL SHARDS PLAN ...
+Usage: resumes.py OUT MODEL SHARDS PLAN ...
        A plan is a layout, `tp2`, whose run goes from start to end, or two, `tp2:pp2`: the second
        goes on from what the first had saved on its way, in this call or in one of another world
        before. Writes OUT/PLAN/ and OUT/PLAN.json: {"lines": of metrics.jsonl, without times,
@@ -12,24 +12,20 @@ import shutil
 import sys
 from pathlib import Path
 
-from megatron_sr1.runtime import cpu
+import torch.distributed as dist
 
-cpu.install()
+from megatron_sr1.checkpoint.manifest import read_manifest
+from megatron_sr1.config.loading import load_config
+from megatron_sr1.observability.metrics import read_lines
+from megatron_sr1.runtime.collectives import gather_objects
+from megatron_sr1.runtime.device import select_device, start_distributed
+from megatron_sr1.runtime.groups import destroy_groups, make_groups
+from megatron_sr1.runtime.rng import seed_everything
+from megatron_sr1.stages import start
+from megatron_sr1.trainer.context import Context
+from megatron_sr1.trainer.sft import train_sft
 
-import torch.distributed as dist  # noqa: E402
-
-from megatron_sr1.checkpoint.manifest import read_manifest  # noqa: E402
-from megatron_sr1.config.loading import load_config  # noqa: E402
-from megatron_sr1.observability.metrics import read_lines  # noqa: E402
-from megatron_sr1.runtime.collectives import gather_objects  # noqa: E402
-from megatron_sr1.runtime.device import select_device, start_distributed  # noqa: E402
-from megatron_sr1.runtime.groups import destroy_groups, make_groups  # noqa: E402
-from megatron_sr1.runtime.rng import seed_everything  # noqa: E402
-from megatron_sr1.stages import start  # noqa: E402
-from megatron_sr1.trainer.context import Context  # noqa: E402
-from megatron_sr1.trainer.sft import train_sft  # noqa: E402
-
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "digits_cpu.yaml"
+EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "digits_cpu.yaml"
 NUM_STEPS, SAVED_STEP, PER_STEP = 4, 2, 7  # 7: two data-parallel ranks get 4 and 3
 LEFT_OUT = ("time/", "memory/", "perf/", "stage")
 LAYOUTS = {

@@ -3,9 +3,8 @@
 Also twelve images of one colour each, in order and reversed: every rank has each image's features
 at its place.
 
-Run by test_shared_images.py as `shared_images.py CASES LAYOUT…`; a layout is written as for
-model_layouts.py. What is expected comes from one process with repeated images. Prints a line a
-failure and a count; exits non-zero on any failure.
+Run by test_shared_images.py as `shared_images.py CASES LAYOUT…`. What is expected comes from one
+process with repeated images. Prints a line a failure and a count; exits non-zero on any failure.
 """
 
 import sys
@@ -25,7 +24,13 @@ from megatron_sr1.records import VisionInputs
 from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.device import select_device, start_distributed
 from megatron_sr1.runtime.groups import destroy_groups, make_groups
-from tests.distributed.model_layouts import TOLERANCE, layout_of, leave, run_schedule, samples_of
+from tests.distributed.ranks.model_layouts import (
+    TOLERANCE,
+    leave,
+    parallel_of,
+    run_schedule,
+    samples_of,
+)
 from tests.model_cases import make_row, worst_relative_gap
 from tools.layout_parts import published_gradients
 
@@ -68,7 +73,7 @@ def encode_twelve(tower, groups, numbers):
     return features.split([size // vision.spatial_merge_size**2 for size in sizes])
 
 
-def measure(directory, groups, letters, is_shared):
+def measure(directory, groups, layout, is_shared):
     """Losses (None off the last stage), published gradients, patches encoded and distinct ones.
 
     Then the features of twelve images in order and reversed, None off the first stage.
@@ -78,7 +83,7 @@ def measure(directory, groups, letters, is_shared):
         hf_config,
         groups,
         ModelConfig(dtype="float32", logprob_chunk_tokens=9),
-        ParallelConfig(sequence="s" in letters),
+        parallel_of(layout, hf_config.text.num_layers),
     )
     load_hf(chunks, directory, hf_config, groups)
     rows, num_patches = make_rows(directory, groups, is_shared)
@@ -109,15 +114,13 @@ def main():
     device = select_device("cpu")
     start_distributed(device)
     alone = make_groups(ParallelConfig(), device)
-    expected = {case: measure(case, alone, "", is_shared=False) for case in cases}
+    expected = {case: measure(case, alone, "1x1x1", is_shared=False) for case in cases}
     problems, num_checked = [], 0
-    for argument in sys.argv[2:]:
-        *sizes, letters = argument.split(",")
-        tensor, pipeline, context = map(int, sizes)
+    for layout in sys.argv[2:]:
         destroy_groups()
-        groups = make_groups(layout_of(tensor, pipeline, context, letters), device)
+        groups = make_groups(parallel_of(layout), device)
         for case in cases:
-            found = measure(case, groups, letters, is_shared=True)
+            found = measure(case, groups, layout, is_shared=True)
             losses, gradients, encoded, wanted, twelve = found
             gap, name = worst_relative_gap(gradients, expected[case][1])
             gaps = {f"gradient of {name}": gap, "patches": abs(encoded - wanted)}
@@ -131,7 +134,7 @@ def main():
                     gap = max(float((got - want).abs().max()) for got, want in pairs)
                     gaps[f"twelve images in {what}"] = gap
             problems += [
-                f"{case.name} {argument}: {what} {gap}"
+                f"{case.name} {layout}: {what} {gap}"
                 for what, gap in gaps.items()
                 if not gap < TOLERANCE
             ]

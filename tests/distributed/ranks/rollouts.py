@@ -10,14 +10,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_sr1.runtime import cpu
+from megatron_sr1.config.rollout import RolloutConfig
+from megatron_sr1.errors import EngineError
+from megatron_sr1.rollout.engine import Engine
+from megatron_sr1.rollout.pass2 import Pass2, RolloutHooks
+from megatron_sr1.rollout.two_pass import roll_out
 from megatron_sr1.runtime.device import select_device, start_distributed, stop_distributed
+from tests.parity import rollout_setup as setup
 
 
 def refusal(call):
     """Message of the error that a call ends with."""
-    from megatron_sr1.errors import EngineError
-
     try:
         call()
     except EngineError as error:
@@ -26,16 +29,7 @@ def refusal(call):
 
 
 def main(model_dir, output, tensor_parallel):
-    cpu.install()
     start_distributed(select_device("cpu"), timeout_seconds=120)
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "parity"))
-    import rollout_setup as setup
-
-    from megatron_sr1.config.rollout import RolloutConfig
-    from megatron_sr1.rollout.engine import Engine
-    from megatron_sr1.rollout.pass2 import Pass2, RolloutHooks
-    from megatron_sr1.rollout.two_pass import roll_out
-
     processor = setup.processor(model_dir)
     engine = Engine(
         model_dir,

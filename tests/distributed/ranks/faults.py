@@ -323,30 +323,9 @@ def run_case(case):
     return {"statuses": statuses, "seconds": seconds, "late": late, "left": left, "output": output}
 
 
-def import_all(with_engine):
-    """What a rank imports on its way, without starting a thread."""
-    from megatron_sr1.rollout.vllm_api import set_environment
-    from megatron_sr1.runtime import cpu
-    from megatron_sr1.runtime.cpu import patch_torchvision
-
-    set_environment(1)
-    patch_torchvision()
-    cpu.install()
-    for name in ("distributed", "optimizer", "dist_checkpointing", "pipeline_parallel"):
-        importlib.import_module(f"megatron.core.{name}")
-    for name in ("stages", "report.report"):
-        importlib.import_module(f"megatron_sr1.{name}")
-    transformers = importlib.import_module("transformers")
-    assert transformers.AutoTokenizer and transformers.Qwen2VLImageProcessor
-    if with_engine:
-        importlib.import_module("vllm")
-        importlib.import_module("vllm.model_executor.models.qwen2_5_vl")
-        assert importlib.import_module("vllm.platforms").current_platform.is_cpu()
-
-
 def serve():
-    """Cases until standard input ends."""
-    import_all("engine" in sys.argv)
+    """Run cases until standard input ends."""
+    importlib.import_module("tests.ranks_libraries")
     for line in sys.stdin:
         print(json.dumps(run_case(json.loads(line))), flush=True)
 

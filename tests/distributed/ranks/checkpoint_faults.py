@@ -8,18 +8,14 @@ import resource
 import sys
 from pathlib import Path
 
-from megatron_sr1.runtime import cpu
+import torch.distributed as dist
 
-cpu.install()
-
-import torch.distributed as dist  # noqa: E402
-
-from megatron_sr1.checkpoint import manifest  # noqa: E402
-from megatron_sr1.config.model import ParallelConfig  # noqa: E402
-from megatron_sr1.errors import CheckpointError  # noqa: E402
-from megatron_sr1.runtime.device import select_device, start_distributed  # noqa: E402
-from megatron_sr1.runtime.groups import make_groups  # noqa: E402
-from tests.checkpoint_run import fill, held, load, make_run, save  # noqa: E402
+from megatron_sr1.checkpoint import disk, manifest, saving, writers
+from megatron_sr1.config.model import ParallelConfig
+from megatron_sr1.errors import CheckpointError
+from megatron_sr1.runtime.device import select_device, start_distributed
+from megatron_sr1.runtime.groups import make_groups
+from tests.checkpoint_run import fill, held, load, make_run, save
 
 
 def told(work):
@@ -44,13 +40,14 @@ def main():
     groups = make_groups(ParallelConfig(tensor=2), device)
     rank, folder = groups.world.rank, out / "checkpoints"
     actor = make_run(source, groups)
-    measured, plain = [], manifest.measure
+    measured, plain = [], disk.measure
 
     def note(path, **more):
         measured.append(Path(path).name)
         return plain(path, **more)
 
-    manifest.measure = note
+    for module in (manifest, saving, writers):
+        module.measure = note
     fill(actor, 2)
     save(actor, groups, folder, 2, source)
     results = {"hashed": list(measured)}

@@ -1,6 +1,6 @@
 """Saves in the background on two ranks; writes what each rank saw.
 
-Usage: background_ranks.py OUT SOURCE
+Usage: background_saves.py OUT SOURCE
 """
 
 import json
@@ -10,22 +10,18 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_sr1.runtime import cpu
+import torch.distributed as dist
 
-cpu.install()
+from megatron_sr1.checkpoint import writers
+from megatron_sr1.checkpoint.folders import steps
+from megatron_sr1.checkpoint.loading import load_checkpoint
+from megatron_sr1.checkpoint.saving import begin_save, save_checkpoint
+from megatron_sr1.data.processor import Processor
+from megatron_sr1.errors import CheckpointError
+from megatron_sr1.runtime.device import select_device, start_distributed
+from tests.distributed.ranks.checkpoints import Run
 
-import torch.distributed as dist  # noqa: E402
-
-from megatron_sr1.checkpoint import writers  # noqa: E402
-from megatron_sr1.checkpoint.folders import steps  # noqa: E402
-from megatron_sr1.checkpoint.loading import load_checkpoint  # noqa: E402
-from megatron_sr1.checkpoint.saving import begin_save, save_checkpoint  # noqa: E402
-from megatron_sr1.data.processor import Processor  # noqa: E402
-from megatron_sr1.errors import CheckpointError  # noqa: E402
-from megatron_sr1.runtime.device import select_device, start_distributed  # noqa: E402
-from tests.distributed.checkpoint_ranks import Run  # noqa: E402
-
-LAYOUT = "2x1"
+LAYOUT = "2x1x1"
 
 
 def hold_rank_1(gate):

@@ -21,7 +21,7 @@ from megatron_sr1.model.transformer_config import FP8_RECIPES
 from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.device import select_device, start_distributed, stop_distributed
 from megatron_sr1.runtime.groups import make_groups
-from tests.distributed.model_layouts import samples_of
+from tests.distributed.ranks.model_layouts import samples_of
 from tests.model_cases import make_row
 
 EXPECTED = {

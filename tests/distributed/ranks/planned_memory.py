@@ -1,45 +1,42 @@
 """Many layouts and settings under one start of ranks: bytes planned against bytes allocated.
 
-Usage: planned_memory.py MODELS OUT LAYOUT…
-MODELS holds directories with a config.json; a layout is MODEL:TENSOR,PIPELINE,SEQUENCE:SETTING, a
-setting as in SETTINGS; behind another colon stand more keys of `parallel`. Every rank builds the
-real model, wraps it as a run does, makes one update over rows of text and images, and counts. OUT
-gets one line a rank and layout.
+Usage: planned_memory.py MODELS OUT CASE…
+MODELS holds directories with a config.json. A case is MODEL:LAYOUT:SETTING, the layout a short form
+of `layout_settings`, the setting a key of SETTINGS; after another colon come more keys of
+`parallel`. Every rank builds the real model, wraps it as a run does, makes one update over rows of
+text and images, and counts. OUT gets one line a rank and case.
 """
 
 import json
 import sys
 from pathlib import Path
 
-from megatron_sr1.runtime import cpu
+import torch
+import torch.distributed as dist
 
-cpu.install()
-
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-
-from megatron_sr1.checkpoint.mapping import is_tower_frozen  # noqa: E402
-from megatron_sr1.config.loading import load_config  # noqa: E402
-from megatron_sr1.model.hf_config import read_hf_config  # noqa: E402
-from megatron_sr1.model.qwen25_vl import build_model  # noqa: E402
-from megatron_sr1.planning.layout import check, configured  # noqa: E402
-from megatron_sr1.planning.rank_memory import (  # noqa: E402
+from megatron_sr1.checkpoint.mapping import is_tower_frozen
+from megatron_sr1.config.loading import load_config
+from megatron_sr1.model.hf_config import read_hf_config
+from megatron_sr1.model.qwen25_vl import build_model
+from megatron_sr1.planning.layout import check, configured
+from megatron_sr1.planning.rank_memory import (
     Kernels,
     text_ends_bytes,
     text_layer_bytes,
     vision_bytes,
 )
-from megatron_sr1.planning.schedule import in_flight  # noqa: E402
-from megatron_sr1.planning.static_memory import (  # noqa: E402
+from megatron_sr1.planning.schedule import in_flight
+from megatron_sr1.planning.static_memory import (
     DTYPE_BYTES,
     static_memory,
 )
-from megatron_sr1.records import PackedBatch  # noqa: E402
-from megatron_sr1.runtime.device import select_device, start_distributed  # noqa: E402
-from megatron_sr1.runtime.groups import destroy_groups, make_groups  # noqa: E402
-from megatron_sr1.trainer.actor import make_actor  # noqa: E402
-from megatron_sr1.trainer.step import update  # noqa: E402
-from tests.planned_models import SavedBytes, make_row  # noqa: E402
+from megatron_sr1.records import PackedBatch
+from megatron_sr1.runtime.device import select_device, start_distributed
+from megatron_sr1.runtime.groups import destroy_groups, make_groups
+from megatron_sr1.trainer.actor import make_actor
+from megatron_sr1.trainer.step import update
+from tests.planned_models import SavedBytes, make_row
+from tools.layout_parts import layout_settings
 
 TOKENS, GRIDS = 256, [(20, 12)] * 4  # as many images as four ranks share out evenly
 BFLOAT16 = ["model.dtype=bfloat16"]
@@ -136,10 +133,8 @@ def main():
     lines = []
     for case in cases:
         model, layout, setting, *more = case.split(":")
-        tensor, pipeline, sequence = map(int, layout.split(","))
         path = Path(models) / model
-        keys = [f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}"]
-        keys += [f"parallel.sequence={bool(sequence)}".lower(), f"model.path={path}"]
+        keys = [*layout_settings(layout), f"model.path={path}"]
         keys += [f"parallel.{key}" for key in " ".join(more).split()]
         config = load_config(None, [*keys, *SETTINGS[setting]])
         destroy_groups()
