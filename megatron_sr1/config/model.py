@@ -48,8 +48,8 @@ class ParallelConfig:
     virtual: int = number(1, at_least=1)
     """Virtual stages per pipeline rank; more than 1 selects the interleaved schedule."""
     stage_layers: list[int] = number([], at_least=1)
-    """Text layers on each of the pipeline x virtual stages, in order; empty: equally many. The first
-    stage also has the vision tower; `megatron-sr1 plan` proposes a split."""
+    """Text layers on each of the pipeline x virtual stages, in order; empty: equally many. The
+    first stage also has the vision tower; `megatron-sr1 plan` proposes a split."""
     vision: str = choice("tensor", "tensor", "images")
     """How tensor-parallel ranks divide the vision tower: tensor (its layers are split like the
     language model's), images (each rank has the whole tower and processes some of the images).
