@@ -330,7 +330,7 @@ SHARDS = st.tuples(
     st.integers(0, 9),
     EDITS,
     st.sampled_from(
-        ["as it is", "headers repaired", "no index", "no dataset.json", "index repaired"]
+        ["as it is", "headers fixed", "no index", "no dataset.json", "index fixed"]
     ),
 )
 
@@ -342,9 +342,9 @@ def check_shards(given):
     name = sorted(files)[which % len(files)]
     is_tar = name.endswith(".tar")
     data = mutated(files[name], edits)
-    if how == "headers repaired" and is_tar:
+    if how == "headers fixed" and is_tar:
         data = repaired_headers(data)
-    if how == "index repaired" and name.endswith("index.json"):
+    if how == "index fixed" and name.endswith("index.json"):
         data = repaired_index(data)
     files[name] = data
     if how == "no dataset.json":
