@@ -49,11 +49,8 @@ failed one is not."""
 def submit(title: str, cluster: Cluster, tasks: Sequence[Task]) -> str:
     """Check everything, then submit the tasks and return immediately.
 
-    Args:
-        title: of the experiment, without spaces.
-        cluster: where to run them.
-        tasks: one job each; a job that follows another starts if that one succeeded, and is
-            removed from the queue otherwise.
+    Each task is a job; one that follows another starts if that one succeeded, and is removed from
+    the queue otherwise. `title`, without spaces, names nemo-run's experiment.
 
     Returns:
         the job ids and the commands that show, follow and cancel the jobs, for the terminal.
@@ -114,14 +111,7 @@ def _next_commands(name: str, submitted: Sequence[Any], home: str, tunnel: str) 
 
 
 def build_executor(run: Any, cluster: Cluster, package: Path, config: Config) -> Any:
-    """Build nemo-run's `SlurmExecutor` for one task.
-
-    Args:
-        run: the module nemo_run.
-        cluster: resources of the job.
-        package: directory whose files are copied with the job.
-        config: of the task; sets the threads of a rank on a CPU.
-    """
+    """Build the executor of a task, nemo-run being `run`; files of `package` go with the job."""
     by_srun = cluster.launcher == "srun"
     environment = dict(cluster.environment)
     if not by_srun:

@@ -3,7 +3,6 @@
 import json
 import random
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace as Of
 
@@ -17,8 +16,8 @@ from megatron_sr1.data.processor import Processor
 from megatron_sr1.errors import ConfigError, DataError, EngineError
 from megatron_sr1.model.hf_config import parse_hf_config
 from megatron_sr1.planning.layout import Layout
-from megatron_sr1.planning.rank_memory import _max_patches
-from megatron_sr1.planning.workload import PlannedRun, workload
+from megatron_sr1.planning.memory import max_patches
+from megatron_sr1.planning.workload import planned_run
 from megatron_sr1.rollout import engine as engine_module
 from megatron_sr1.runtime.gpus import GPUS
 from tools import scoring_backends
@@ -173,10 +172,9 @@ def test_the_planner_uses_the_largest_image_after_rounding():
     config = load_config(ROOT / "examples" / "qwen25vl_7b.yaml", keys)
     published = ROOT / "tests" / "published" / "qwen25vl_7b.json"
     hf_config = parse_hf_config(json.loads(published.read_text()))
-    work = replace(workload(config, hf_config), image_tokens=1.0)
     layout = Layout(tensor=4, data=2, sequence=True, vision="images")
-    run = PlannedRun(config, hf_config, GPUS["h100"], work)
-    assert _max_patches(run, layout) == 4 * largest_pixels(262144, 262144, 28) / 784 == 4 * 518
+    run = planned_run(config, hf_config, GPUS["h100"], {"image_tokens": 1.0})
+    assert max_patches(run, layout) == 4 * largest_pixels(262144, 262144, 28) / 784 == 4 * 518
 
 
 def test_the_engines_step_holds_the_largest_image_after_rounding(monkeypatch):

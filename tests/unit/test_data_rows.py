@@ -26,7 +26,7 @@ from megatron_sr1.data.rows import record_from_row
 from megatron_sr1.data.shards import ShardReader, write_shards
 from megatron_sr1.errors import DataError
 from megatron_sr1.records import Completion, Message, Reward, Rollout
-from megatron_sr1.report.gallery import question_card
+from megatron_sr1.report.page import question_card
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.trainer.scoring import rollout_line
 
