@@ -329,9 +329,7 @@ SHARDS = st.tuples(
     st.integers(0, len(VALID_SHARDS) - 1),
     st.integers(0, 9),
     EDITS,
-    st.sampled_from(
-        ["as it is", "headers fixed", "no index", "no dataset.json", "index fixed"]
-    ),
+    st.sampled_from(["as it is", "headers fixed", "no index", "no dataset.json", "index fixed"]),
 )
 
 
