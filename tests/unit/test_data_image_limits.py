@@ -1,4 +1,4 @@
-"""How large an image can be: the bound holds for every size, is met, and is what others use."""
+"""The largest image: the limit holds for every size, is reached, and is used everywhere."""
 
 import json
 import random
@@ -42,7 +42,7 @@ def resized(processor, width, height):
 
 
 @pytest.mark.parametrize("limits", LIMITS)
-def test_no_image_is_larger_than_the_bound_and_some_thin_or_square_one_meets_it(tiny_model, limits):
+def test_no_image_exceeds_the_limit_and_some_thin_or_square_one_reaches_it(tiny_model, limits):
     processor = Processor(tiny_model, *limits)
     bound = largest_pixels(*limits, 28)
     assert processor.max_image_tokens == bound // 784
@@ -58,7 +58,7 @@ def test_no_image_is_larger_than_the_bound_and_some_thin_or_square_one_meets_it(
         assert found == bound
 
 
-def test_limits_that_are_one_number_are_exceeded_as_reported(tiny_model):
+def test_equal_limits_are_exceeded_by_rounding(tiny_model):
     processor = Processor(tiny_model, 262144, 262144)
     assert resized(processor, 500, 500) == 532 * 532 > 262144
     assert largest_pixels(262144, 262144, 28) == 56 * 7252  # of 30 x 6000 pixels
@@ -132,7 +132,7 @@ def test_the_models_own_limits_are_read_in_both_files_and_spellings(tiny_model, 
     assert (processor.patch_size, processor.merge_size) == (14, 2)
 
 
-def test_limits_that_are_given_are_those_and_the_others_the_models(tiny_model, tmp_path):
+def test_given_limits_replace_those_of_the_model(tiny_model, tmp_path):
     folder = write_settings(tiny_model, tmp_path / "m", new=SIZE)
     processor = Processor(folder, 784)
     assert (processor.min_pixels, processor.max_pixels) == (784, 50176)
@@ -152,7 +152,7 @@ def test_settings_without_limits_are_named(tiny_model, tmp_path, size):
         Processor(folder)
 
 
-def test_scoring_reads_the_models_limits_as_everybody_does(tiny_model, tmp_path):
+def test_scoring_reads_the_models_limits(tiny_model, tmp_path):
     """56 x 28 pixels under a smallest area of 784 are 2 tokens, as saved by transformers 5."""
     small = {"size": {"shortest_edge": 784, "longest_edge": 200704}}
     folder = write_settings(tiny_model, tmp_path / "m", new=small)
@@ -167,7 +167,7 @@ def test_scoring_reads_the_models_limits_as_everybody_does(tiny_model, tmp_path)
         scoring_backends.train_sample(0, line, [image], processor)
 
 
-def test_the_planner_reckons_with_the_largest_image_after_rounding():
+def test_the_planner_uses_the_largest_image_after_rounding():
     keys = ["data.min_pixels=262144", "data.max_pixels=262144"]
     config = load_config(ROOT / "examples" / "qwen25vl_7b.yaml", keys)
     published = ROOT / "tests" / "published" / "qwen25vl_7b.json"
