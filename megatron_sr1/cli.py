@@ -311,16 +311,15 @@ def plan_command(arguments: argparse.Namespace) -> int:
     """Run `plan`; it needs the model's config.json, but no weights and no torch."""
     from megatron_sr1.config.loading import load_config
     from megatron_sr1.model.hf_config import read_hf_config
-    from megatron_sr1.planning.page import plan_page
-    from megatron_sr1.planning.workload import workload
+    from megatron_sr1.planning.plan import plan
+    from megatron_sr1.planning.workload import planned_run
     from megatron_sr1.runtime.gpus import find_gpu
 
     gpu = find_gpu(arguments.gpu)
     config = load_config(arguments.config, list(arguments.overrides))
     hf_config = read_hf_config(config.model.path)
     lengths = {f"{name}_tokens": getattr(arguments, f"{name}_tokens") for name in LENGTHS}
-    work = workload(config, hf_config, **lengths)
-    print(plan_page(config, hf_config, gpu, arguments.gpus, work))
+    print(plan(planned_run(config, hf_config, gpu, lengths), arguments.gpus))
     return 0
 
 

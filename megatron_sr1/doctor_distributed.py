@@ -38,13 +38,9 @@ NUM_STAMPS = 20
 
 
 def examine_together(run_dir: Path) -> tuple[str, bool]:
-    """Run all checks; collective over all ranks.
+    """Run all checks; return the report, on every rank, and True if nothing failed. Collective.
 
-    Args:
-        run_dir: created if absent; files written into it are removed.
-
-    Returns:
-        the report, on every rank, and True if nothing failed.
+    `run_dir` is created if absent; the files that are written into it are removed.
     """
     device = select_device()
     start_distributed(device, TIMEOUT_SECONDS)

@@ -16,13 +16,13 @@ from math import prod
 from pathlib import Path
 
 from megatron_sr1.checkpoint.folders import latest_step, resolve_model
-from megatron_sr1.checkpoint.mapping import entries, matched_entries
+from megatron_sr1.checkpoint.mapping import check_freeze, entries
 from megatron_sr1.config.run import Config
 from megatron_sr1.data.shards import NUM_SEARCHED, ShardReader
 from megatron_sr1.errors import ConfigError, DataError
 from megatron_sr1.model.hf_config import HFConfig, read_hf_config
 from megatron_sr1.planning.layout import check, configured
-from megatron_sr1.planning.static_memory import stage_parameters, static_memory
+from megatron_sr1.planning.memory import stage_parameters, static_memory
 from megatron_sr1.records import Example
 from megatron_sr1.rewards.user_reward import UserReward
 
@@ -231,7 +231,7 @@ def _check_shape(config: Config, hf_config: HFConfig, num_ranks: int) -> None:
     layout = configured(config, num_ranks)
     if layout is not None:
         check(hf_config, layout)
-    matched_entries(hf_config, config.model.freeze)
+    check_freeze(hf_config, config.model.freeze)
     if config.stage == "sft":
         return
     rollout, text = config.rollout, hf_config.text

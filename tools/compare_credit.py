@@ -63,14 +63,14 @@ def tables(found: dict[int, dict[str, Path]], way: str) -> str:
         differences[seed] = [paired(lines["scalar"], lines["span"], v) for v in VERDICTS]
     for seed, gaps in differences.items():
         cells = [f"{mean:+.3f} ± {half:.3f}" for mean, half in gaps]
-        rows.append([str(seed), "span less scalar", *cells])
+        rows.append([str(seed), "span - scalar", *cells])
     if len(found) - 1 in T95:
         cells = []
         for column in range(len(VERDICTS)):
             means = [gaps[column][0] for gaps in differences.values()]
             half = T95[len(means) - 1] * statistics.stdev(means) / math.sqrt(len(means))
             cells.append(f"{statistics.mean(means):+.3f} ± {half:.3f}")
-        rows.append(["all", "span less scalar", *cells])
+        rows.append(["all", "span - scalar", *cells])
     return table([f"seed, {way}", "credit", *VERDICTS.values()], rows)
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from megatron_sr1.config.loading import load_config
 from megatron_sr1.model.hf_config import HFConfig, parse_hf_config
-from megatron_sr1.planning.estimate import Estimate, estimate
 from megatron_sr1.planning.layout import Layout
-from megatron_sr1.planning.workload import PlannedRun, Workload, workload
+from megatron_sr1.planning.plan import Estimate, estimate
+from megatron_sr1.planning.workload import PlannedRun, planned_run
 from megatron_sr1.runtime.gpus import find_gpu
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,19 +53,19 @@ def read_published(size: str) -> HFConfig:
     return parse_hf_config(json.loads(path.read_text()))
 
 
-def text_flops(hf_config: HFConfig, work: Workload) -> float:
+def text_flops(run: PlannedRun) -> float:
     """Return a step's operations as EasyR1 counts them.
 
     It counts no tower, both vocabulary matrices and the whole squares of attention.
 
     Source: verl/utils/flops_counter.py of EasyR1.
     """
-    text, length = hf_config.text, work.sequence_tokens
+    text, length = run.hf_config.text, run.sequence_tokens
     k = text.num_key_value_heads * text.head_dim
     layer = text.hidden_size * (2 * text.hidden_size + 2 * k + 3 * text.intermediate_size)
     weights = layer * text.num_layers + 2 * text.vocab_size * text.hidden_size
     squares = 12 * length**2 * text.hidden_size * text.num_layers
-    return work.num_sequences * (6 * weights * length + squares)
+    return run.num_sequences * (6 * weights * length + squares)
 
 
 def easyr1_rows(line: EasyR1) -> list[str]:
@@ -73,19 +73,17 @@ def easyr1_rows(line: EasyR1) -> list[str]:
     hf_config = read_published(line.size)
     keys = ["rollout.samples_per_prompt=5", "reward.recipe=vision_r1", "model.recompute=full"]
     config = load_config(EXAMPLE, [*keys, "rollout.gpu_memory_utilization=0.6"])
-    work = workload(
-        config,
-        hf_config,
-        text_tokens=TEXT_TOKENS,
-        image_tokens=IMAGE_TOKENS,
-        response_tokens=line.sequence_tokens - TEXT_TOKENS - IMAGE_TOKENS,
-    )
-    layout = Layout(data=NUM_GPUS, recompute="full", engine=line.engine)
     gpu = find_gpu("h100")
-    found = estimate(PlannedRun(config, hf_config, gpu, work), layout)
-    flops = text_flops(hf_config, work)
-    mfu = flops / (found.seconds["update"] * NUM_GPUS * gpu.peak_flops)
-    rate = work.step_tokens / found.step_seconds / NUM_GPUS
+    lengths = {
+        "text_tokens": TEXT_TOKENS,
+        "image_tokens": IMAGE_TOKENS,
+        "response_tokens": line.sequence_tokens - TEXT_TOKENS - IMAGE_TOKENS,
+    }
+    run = planned_run(config, hf_config, gpu, lengths)
+    layout = Layout(data=NUM_GPUS, recompute="full", engine=line.engine)
+    found = estimate(run, layout)
+    mfu = text_flops(run) / (found.seconds["update"] * NUM_GPUS * gpu.peak_flops)
+    rate = run.num_sequences * run.sequence_tokens / found.step_seconds / NUM_GPUS
     name = f"EasyR1 {line.size.upper()}, 8 x H100"
     return [
         row(f"{name}: step, s", line.step_seconds, found.step_seconds),
@@ -97,10 +95,8 @@ def easyr1_rows(line: EasyR1) -> list[str]:
 def example(gpu: str, size: str = "7b", engine: int = 1, tensor: int = 4) -> Estimate:
     """Estimate the 7B example with assumed lengths; pass 2 waits for pass 1, as upstream."""
     config = load_config(EXAMPLE, ["rollout.pass2=barrier"])
-    hf_config = read_published(size)
     layout = Layout(tensor, data=NUM_GPUS // tensor, sequence=True, recompute="full", engine=engine)
-    run = PlannedRun(config, hf_config, find_gpu(gpu), workload(config, hf_config))
-    return estimate(run, layout)
+    return estimate(planned_run(config, read_published(size), find_gpu(gpu)), layout)
 
 
 def row(name: str, published: float, planned: float) -> str:

@@ -51,14 +51,7 @@ _ENVIRONMENT = re.compile(r"\$\{oc\.env:[A-Za-z_][A-Za-z0-9_]*(,[^${}]*)?\}")
 
 
 def load_config(path: str | Path | None, overrides: list[str] | None = None) -> Config:
-    """Resolve a YAML file and `group.key=value` overrides over the defaults.
-
-    Args:
-        path: YAML file; None: the defaults alone.
-        overrides: dotted assignments; later ones win.
-
-    Returns:
-        the validated configuration.
+    """Resolve a YAML file, if given, and `group.key=value` overrides; validate the result.
 
     Raises:
         ConfigError: the file is missing or not a mapping, unknown key, wrong type or impossible

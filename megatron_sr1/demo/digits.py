@@ -1,13 +1,12 @@
 """Questions about real handwritten digits: a vision task that a CPU learns in minutes.
 
 scikit-learn ships 1,797 digits of 8 x 8 pixels (UCI, written by 43 people). Three of them, enlarged
-to 28 x 28 and placed side by side, make an 84 x 28 image, three vision tokens of Qwen2.5-VL. The
-questions ask for their sum, the largest, the smallest, the leftmost or the rightmost. 1,437 digits
-are for training; the other 360 are for the held-out questions, which do not depend on the seed.
+to 28 x 28 and placed side by side, make an 84 x 28 image, three vision tokens of Qwen2.5-VL. 1,437
+digits are for training; the other 360 are for the held-out questions, whatever the seed.
 
-Out: shards like any other data: `train` (questions and answers), `eval` (held out) and `cold_start`
-(conversations to imitate). In `train` and `cold_start`, each digit is shifted and rotated a little,
-so that a model cannot memorise 1,437 pictures; held-out digits are unchanged.
+Out: shards `train` (questions and answers), `eval` (held out) and `cold_start` (conversations to
+imitate). In `train` and `cold_start`, each digit is shifted and rotated a little, so that a model
+cannot memorise 1,437 pictures; held-out digits are unchanged.
 
 The cold start is imperfect on purpose, so that GRPO has something to learn. In its *descriptions*,
 each digit is wrong with probability 0.33. Its thoughts name the right digits, but one response in

@@ -166,9 +166,7 @@ def tasks_of(
 ) -> list[Task]:
     """Return the jobs that the flags of `add_arguments` describe, each following the previous one.
 
-    Args:
-        arguments: parsed flags.
-        settings: stage -> overrides, applied before those of the command line.
+    The overrides of `settings`, by stage, apply before those of the command line.
 
     Raises:
         ConfigError: an unknown stage, stages out of order, or several without `--output`.

@@ -24,7 +24,7 @@ def check_paths(config: Config, has_model: bool = True, is_dry_run: bool = False
     """Check that model, data and output are usable for the stage.
 
     Args:
-        config: of the run.
+        config: names the paths.
         has_model: False if an earlier run will have written the model by then.
         is_dry_run: model and data need not exist, and a config.json alone is accepted as a model.
 

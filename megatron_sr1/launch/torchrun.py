@@ -125,12 +125,9 @@ def build_command(arguments: Sequence[str], num_ranks: int) -> list[str]:
 
 
 def run(arguments: Sequence[str], launch: LaunchConfig, num_ranks: int) -> int:
-    """Run the ranks in the foreground; they receive SIGTERM and Ctrl-C, and end with us.
+    """Run `megatron-sr1 ARGUMENTS` on ranks in the foreground.
 
-    Args:
-        arguments: of `megatron-sr1`, the subcommand first.
-        launch: threads per rank.
-        num_ranks: ranks to start.
+    The ranks receive SIGTERM and Ctrl-C, and end with this process.
 
     Returns:
         the exit status of the first rank that failed; 128 + the signal if a signal ended it.

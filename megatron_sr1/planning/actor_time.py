@@ -1,9 +1,9 @@
 """Time of the actor's phases: logprobs (forward passes) and updates.
 
-In: a run and a layout. Out: seconds. The slowest rank of the pipeline sets the time of a
-micro-batch, and the schedule adds its bubble. On a rank the products, the memory traffic of the
-activations and the collectives of its layers, the tower and the logits add up: none of them overlap
-here. An update ends with the gradient reduction over data-parallel ranks and the optimizer.
+The slowest rank of the pipeline sets the time of a micro-batch, and the schedule adds its bubble.
+On a rank the products, the memory traffic of the activations and the collectives of its layers, the
+tower and the logits add up: none of them overlap here. An update ends with the gradient reduction
+over data-parallel ranks and the optimizer.
 """
 
 from __future__ import annotations
@@ -12,19 +12,15 @@ from dataclasses import dataclass
 
 from megatron_sr1.checkpoint.mapping import TOWER
 from megatron_sr1.model import flops
-from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.planning.costs import (
-    all_reduce_seconds,
     compute_seconds,
     gather_seconds,
     memory_seconds,
     transfer_seconds,
 )
-from megatron_sr1.planning.layout import Layout
-from megatron_sr1.planning.rank_memory import kernels_of, text_layer_bytes, vision_bytes
-from megatron_sr1.planning.schedule import balanced_stages, num_slots
-from megatron_sr1.planning.static_memory import DTYPE_BYTES, StaticMemory, num_parameters
-from megatron_sr1.planning.workload import PlannedRun, Workload
+from megatron_sr1.planning.layout import Layout, balanced_stages, num_slots
+from megatron_sr1.planning.memory import Activations, StaticMemory, activations_of
+from megatron_sr1.planning.workload import DTYPE_BYTES, PlannedRun, num_parameters
 from megatron_sr1.runtime.gpus import GPUS_PER_NODE, Gpu
 
 
@@ -33,11 +29,11 @@ class PartCost:
     """Cost of one micro-batch in a part of a stage: a layer, the tower or the logits.
 
     Attributes:
-        work: operations of the forward pass, all ranks that share the part together.
-        ranks: that share the part.
+        work: operations of the forward pass, all ranks together.
+        ranks: number of ranks that share the part.
         recomputed: operations that the backward pass repeats.
         traffic: activations of a forward pass without recomputation, bytes.
-        collective_seconds: of one pass.
+        collective_seconds: time of one pass's collectives.
         is_repeated: recomputation repeats the traffic and the collectives too.
         is_trained: there is a backward pass.
     """
@@ -73,6 +69,11 @@ class ActorCost:
     layout: Layout
 
     @property
+    def activations(self) -> Activations:
+        """Activations of a rank."""
+        return activations_of(self.run, self.layout)
+
+    @property
     def tokens(self) -> float:
         """Tokens of a rank's share of a row."""
         return self.run.row_tokens / self.layout.context
@@ -85,23 +86,19 @@ class ActorCost:
     @property
     def patches(self) -> float:
         """Patches of a row that a rank encodes: its share, but at least one whole image."""
-        work = self.run.work
-        row = self.run.row_tokens * work.image_patches / work.sequence_tokens
-        return max(row / self.layout.images, work.image_patches)
+        row = self.run.row_tokens * self.run.image_patches / self.run.sequence_tokens
+        return max(row / self.layout.images, self.run.image_patches)
 
     def text_layer(self) -> PartCost:
         """Return the cost of a decoder layer."""
         run, layout, tokens = self.run, self.layout, self.tokens
-        layer = flops.text_layer(
-            run.hf_config, tokens, run.work.sequence_tokens * flops.CAUSAL_SHARE
-        )
+        layer = flops.text_layer(run.hf_config, tokens, run.sequence_tokens * flops.CAUSAL_SHARE)
         mlp = flops.text_mlp(run.hf_config, tokens)
-        kept = text_layer_bytes(run.hf_config, layout, kernels_of(run), "none")
         return PartCost(
             layer,
             layout.tensor,
             {"none": flops.Work(), "selective": mlp, "full": layer}[layout.recompute],
-            tokens * kept,
+            tokens * self.activations.text_layer("none"),
             self._all_reduces_seconds(self.row_bytes, layout.tensor) + self._context_seconds(),
             is_repeated=layout.recompute == "full",
         )
@@ -110,18 +107,17 @@ class ActorCost:
         """Return the cost of the tower; any recomputation repeats it."""
         run, layout, patches = self.run, self.layout, self.patches
         vision = run.hf_config.vision
-        whole = flops.vision(run.hf_config, patches, run.work.image_patches)
+        whole = flops.vision(run.hf_config, patches, run.image_patches)
         is_repeated = layout.recompute != "none"
         hidden_bytes = patches * (vision.hidden_size * run.dtype_bytes)
         collectives = vision.depth * self._all_reduces_seconds(hidden_bytes, layout.tower)
-        image_share = run.work.image_tokens / run.work.sequence_tokens
-        features = image_share * self.row_bytes * layout.context
+        features = run.image_tokens / run.sequence_tokens * self.row_bytes * layout.context
         collectives += gather_seconds(features, layout.images, run.gpu.nvlink_rate)
         return PartCost(
             whole,
             layout.tower,
             whole if is_repeated else flops.Work(),
-            patches * vision_bytes(run.hf_config, layout, kernels_of(run), "none"),
+            patches * self.activations.vision("none"),
             collectives,
             is_repeated,
             is_trained=run.trains_tower,
@@ -139,7 +135,7 @@ class ActorCost:
         layer, seconds = self.text_layer().seconds(gpu, with_backward), 0.0
         for stage in layout.stages(pipeline_rank):
             seconds += len(stages[stage]) * layer
-            if stage == 0 and self.run.work.image_tokens:
+            if stage == 0 and self.run.image_tokens:
                 seconds += self.tower().seconds(gpu, with_backward)
             if stage == len(stages) - 1:
                 seconds += self.logits().seconds(gpu, with_backward)
@@ -149,50 +145,43 @@ class ActorCost:
 
     def balanced_layers(self) -> tuple[int, ...]:
         """Return the layers per stage that minimize the time of the slowest rank."""
-        gpu, has_images = self.run.gpu, self.run.work.image_tokens
-        first = self.tower().seconds(gpu, True) if has_images else 0.0
+        gpu = self.run.gpu
+        first = self.tower().seconds(gpu, True) if self.run.image_tokens else 0.0
         layer, last = (part.seconds(gpu, True) for part in (self.text_layer(), self.logits()))
         return balanced_stages(self.layout, self.run.hf_config.text.num_layers, first, layer, last)
 
     def forward_seconds(self) -> float:
         """Return the time to compute the logprobs of all sequences of a step."""
-        return self._pipeline_seconds(self.run.work.num_sequences, with_backward=False)
+        return self._pipeline_seconds(self.run.num_sequences, with_backward=False)
 
-    def reference_seconds(self, held: StaticMemory) -> float:
-        """Return the same with the reference's weights, which are swapped in and out.
-
-        Four copies of the weights cross PCIe: both models' to the host and to the GPU.
-        """
-        copies = transfer_seconds(4 * held.weights, self.run.gpu.host_rate)
-        return self.forward_seconds() + copies
+    def swap_seconds(self, held: StaticMemory) -> float:
+        """Return the time to swap the reference's weights in and out over PCIe: four copies."""
+        return transfer_seconds(4 * held.weights, self.run.gpu.host_rate)
 
     def update_seconds(self, held: StaticMemory) -> float:
         """Return the time of all updates of a step on ranks that hold `held`."""
-        work = self.run.work
-        share = work.num_sequences / work.num_updates
-        once = self._pipeline_seconds(share, with_backward=True)
-        reduced = self._reduce_seconds(held) + self._tower_reduce_seconds()
-        return work.num_updates * (once + reduced + self._optimizer_seconds(held))
+        num_updates = self.run.num_updates
+        once = self._pipeline_seconds(self.run.num_sequences / num_updates, with_backward=True)
+        return num_updates * (once + self._reduce_seconds(held) + self._optimizer_seconds(held))
 
     def update_flops(self) -> float:
         """Return the operations of a step's updates; a frozen tower has no backward pass."""
-        work, hf_config = self.run.work, self.run.hf_config
-        total = 3 * forward_work(hf_config, work).total
-        if self.run.trains_tower or not work.image_tokens:
+        run, total = self.run, 3 * forward_work(self.run).total
+        if run.trains_tower or not run.image_tokens:
             return total
-        tower = flops.vision(hf_config, work.image_patches, work.image_patches)
-        return total - 2 * tower.total * work.num_sequences
+        tower = flops.vision(run.hf_config, run.image_patches, run.image_patches)
+        return total - 2 * tower.total * run.num_sequences
 
     def _pipeline_seconds(self, sequences: float, with_backward: bool) -> float:
         """Time of `sequences` over all data-parallel ranks, at least one row each."""
-        tokens = sequences * self.run.work.sequence_tokens / self.layout.data
+        tokens = sequences * self.run.sequence_tokens / self.layout.data
         rows = max(1.0, tokens / self.run.row_tokens)
         slowest = max(self.rank_seconds(rank, with_backward) for rank in self.layout.ends)
         return slowest * num_slots(self.layout, rows)
 
     def _all_reduces_seconds(self, num_bytes: float, ranks: int) -> float:
         """Time of a layer's two all-reduces, or of the equivalent under sequence parallelism."""
-        return 2 * all_reduce_seconds(num_bytes, ranks, self.run.gpu.nvlink_rate)
+        return 2 * gather_seconds(2 * num_bytes, ranks, self.run.gpu.nvlink_rate)
 
     def _context_seconds(self) -> float:
         """Time to gather a layer's keys and values over context-parallel ranks."""
@@ -209,21 +198,21 @@ class ActorCost:
 
     def _reduce_seconds(self, held: StaticMemory) -> float:
         """Time to reduce gradients over the ranks that share the state, and to gather weights."""
-        layout, gpu = self.layout, self.run.gpu
-        rate = gpu.network_rate if layout.data_spans_nodes else gpu.nvlink_rate
-        if not self.run.config.parallel.distributed_optimizer:
-            return all_reduce_seconds(held.gradients, layout.num_sharing, rate)
-        reduced = gather_seconds(held.gradients, layout.num_sharing, rate)
-        return reduced + gather_seconds(held.weights, layout.num_sharing, rate)
-
-    def _tower_reduce_seconds(self) -> float:
-        """Time to reduce the gradients of a tower that each tensor-parallel rank holds whole."""
-        run, layout = self.run, self.layout
-        if layout.tower == layout.tensor or not run.trains_tower:
-            return 0.0
-        gradient_bytes = DTYPE_BYTES[run.config.optimizer.gradients]
-        held = gradient_bytes * num_parameters(run.hf_config, TOWER)
-        return all_reduce_seconds(held, layout.tensor, run.gpu.nvlink_rate)
+        run, layout, gpu = self.run, self.layout, self.run.gpu
+        # Ranks are ordered tensor, context, data; pipeline comes last.
+        spans_nodes = layout.tensor * layout.num_sharing > GPUS_PER_NODE
+        rate = gpu.network_rate if spans_nodes else gpu.nvlink_rate
+        seconds = 0.0
+        if run.config.parallel.distributed_optimizer:
+            for num_bytes in (held.gradients, held.weights):
+                seconds += gather_seconds(num_bytes, layout.num_sharing, rate)
+        else:
+            seconds += gather_seconds(2 * held.gradients, layout.num_sharing, rate)
+        if layout.tower != layout.tensor and run.trains_tower:  # each rank holds the whole tower
+            gradient_bytes = DTYPE_BYTES[run.config.optimizer.gradients]
+            tower = gradient_bytes * num_parameters(run.hf_config, TOWER)
+            seconds += gather_seconds(2 * tower, layout.tensor, gpu.nvlink_rate)
+        return seconds
 
     def _optimizer_seconds(self, held: StaticMemory) -> float:
         """Time to read gradients and to update the state, which may cross PCIe both ways."""
@@ -234,8 +223,9 @@ class ActorCost:
         return seconds + transfer_seconds(2 * moved, gpu.host_rate)
 
 
-def forward_work(hf_config: HFConfig, work: Workload) -> flops.Work:
+def forward_work(run: PlannedRun) -> flops.Work:
     """Return the model's operations in a forward pass over a step's sequences."""
-    tokens, patches = work.sequence_tokens, work.image_patches
-    once = flops.text(hf_config, tokens, tokens) + flops.vision(hf_config, patches, patches)
-    return once.times(work.num_sequences)
+    tokens, patches = run.sequence_tokens, run.image_patches
+    once = flops.text(run.hf_config, tokens, tokens)
+    once += flops.vision(run.hf_config, patches, patches)
+    return once.times(run.num_sequences)

@@ -1,4 +1,4 @@
-"""Times of products, memory traffic and collectives, and the rates that programs reach.
+"""Times of products, memory traffic and collectives, and all assumptions of the planner.
 
 In: operations or bytes and a GPU's datasheet rates (runtime/gpus.py). Out: seconds. The constants
 were chosen before any comparison with published runs and are not fitted to one (docs/planner.md).
@@ -9,6 +9,12 @@ from __future__ import annotations
 from megatron_sr1.model.flops import Work
 from megatron_sr1.runtime.gpus import Gpu
 
+PROMPT_TEXT_TOKENS = 250
+"""Assumption: mean length of instructions and question."""
+SHARE_OF_LIMIT = 0.5
+"""Assumption: mean length of a response or reading over its limit."""
+DESCRIPTION_SHARE = 0.5
+"""Assumption: share of a response that is generated when its description ends."""
 MEMORY_SHARE = 0.85
 """Assumption: share of the memory bandwidth that streaming kernels reach."""
 LINK_SHARE = 0.8
@@ -28,28 +34,26 @@ ENGINE_RESERVED_BYTES = 3e9
 
 
 def compute_seconds(work: Work, gpu: Gpu) -> float:
-    """Time of products and attention on one GPU."""
+    """Return the time of products and attention on one GPU."""
     dense = work.dense / (gpu.peak_flops * gpu.matmul_share)
     return dense + work.attention / (gpu.peak_flops * gpu.attention_share)
 
 
 def memory_seconds(num_bytes: float, gpu: Gpu) -> float:
-    """Time to read or write bytes of the GPU's memory once."""
+    """Return the time to read or write bytes of the GPU's memory once."""
     return num_bytes / (gpu.memory_rate * MEMORY_SHARE)
 
 
 def transfer_seconds(num_bytes: float, rate: float) -> float:
-    """Time to send bytes over a link of a datasheet rate, bytes a second in one direction."""
+    """Return the time to send bytes over a link; `rate` is its datasheet's, one direction."""
     return num_bytes / (rate * LINK_SHARE)
 
 
-def all_reduce_seconds(num_bytes: float, ranks: int, rate: float) -> float:
-    """Time of a ring all-reduce: each rank sends 2 (ranks - 1) / ranks of the bytes."""
-    return gather_seconds(2 * num_bytes, ranks, rate)
-
-
 def gather_seconds(num_bytes: float, ranks: int, rate: float) -> float:
-    """Time of a ring all-gather or reduce-scatter; `num_bytes` is the size of the whole tensor."""
+    """Return the time of a ring all-gather or reduce-scatter of a tensor of `num_bytes`.
+
+    An all-reduce takes as long as a gather of twice the bytes.
+    """
     if ranks == 1:
         return 0.0
     return COLLECTIVE_SECONDS + transfer_seconds(num_bytes * (ranks - 1) / ranks, rate)

@@ -1,9 +1,9 @@
 """Time of the engine's phases: weight sync, prefill, decoding of both passes.
 
-In: an engine replica and a workload. Out: seconds. An engine step takes the longer of its memory
-traffic (all weights, the keys and values of the running sequences) and its products. Lengths are
-memoryless, each token being equally likely to be the last, up to their limit: the slots stay full
-while requests wait, then the number of running sequences halves again and again.
+An engine step takes the longer of its memory traffic (all weights, the keys and values of the
+running sequences) and its products. Lengths are memoryless, each token being equally likely to be
+the last, up to their limit: the slots stay full while requests wait, then the number of running
+sequences halves again and again.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from megatron_sr1.model import flops
 from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.planning.costs import (
     COLLECTIVE_SECONDS,
+    DESCRIPTION_SHARE,
     ENGINE_RESERVED_BYTES,
     ENGINE_SEQUENCE_SECONDS,
     ENGINE_STEP_SECONDS,
-    all_reduce_seconds,
+    gather_seconds,
     memory_seconds,
     transfer_seconds,
 )
-from megatron_sr1.planning.static_memory import num_parameters
-from megatron_sr1.planning.workload import DESCRIPTION_SHARE, Workload
+from megatron_sr1.planning.workload import PlannedRun, num_parameters
 from megatron_sr1.runtime.gpus import Gpu
 
 
@@ -32,10 +32,8 @@ class Replica:
     """An engine replica.
 
     Attributes:
-        hf_config: shape of the model.
-        gpu: type of its ranks.
-        ranks: tensor-parallel ranks that it spans.
-        memory_bytes: its share of each GPU's memory.
+        ranks: tensor-parallel ranks, one GPU each.
+        memory_bytes: the engine's share of each GPU's memory.
         dtype_bytes: size of a weight, key or value.
         max_num_seqs: slots.
         step_overhead_seconds: time of a step outside its kernels: scheduling, launches, sampling.
@@ -88,9 +86,7 @@ class Replica:
     def step_seconds(self, running: float, context_tokens: float) -> float:
         """Return the time of a decoding step: one token for each running sequence.
 
-        Args:
-            running: sequences.
-            context_tokens: tokens before the new one, mean over the sequences.
+        `context_tokens` is the mean number of tokens before the new one.
         """
         text, gpu = self.hf_config.text, self.gpu
         weights = self.layer_weights + self.output_weights
@@ -100,7 +96,7 @@ class Replica:
         collectives = 0.0
         if self.ranks > 1:
             row = running * text.hidden_size * self.dtype_bytes
-            once = all_reduce_seconds(row, self.ranks, gpu.nvlink_rate)
+            once = gather_seconds(2 * row, self.ranks, gpu.nvlink_rate)
             collectives = 2 * text.num_layers * max(once, COLLECTIVE_SECONDS)
         overhead = self.step_overhead_seconds + ENGINE_SEQUENCE_SECONDS * running
         return max(memory_seconds(traffic, gpu), products) + collectives + overhead
@@ -108,12 +104,12 @@ class Replica:
     def decode_seconds(
         self, requests: float, mean: float, limit: float, context: float, load: float = 1.0
     ) -> float:
-        """Return the time until all requests have finished.
+        """Return the time until all requests of this replica have finished.
 
         Args:
-            requests: of this replica.
+            requests: number of them.
             mean: steps that a request holds its slot.
-            limit: most steps of a request.
+            limit: maximum steps of a request.
             context: tokens before the new one of a running sequence, mean.
             load: sequences that run per slot, mean.
         """
@@ -129,22 +125,18 @@ class Replica:
             running, steps_left = running / 2, steps_left - steps
         return seconds + min(mean, steps_left) * self.step_seconds(load, context)
 
-    def pass_seconds(self, work: Workload, replicas: int) -> tuple[float, float]:
+    def pass_seconds(self, run: PlannedRun, replicas: int) -> tuple[float, float]:
         """Return the decoding time of pass 1, and what pass 2 adds to it.
 
-        Args:
-            work: of the whole step.
-            replicas: that share the step.
+        `replicas` share the sequences of a step.
         """
-        requests = work.num_sequences / replicas
-        first, limit = work.response_tokens, work.max_response_tokens
-        second, second_limit = work.reading_tokens, work.max_reading_tokens
-        context = work.prompt_tokens + first / 2
+        requests, rollout = run.num_sequences / replicas, run.config.rollout
+        first, limit = run.response_tokens, rollout.max_response_tokens
+        second, second_limit = run.reading_tokens, rollout.max_reading_tokens
+        context = run.prompt_tokens + first / 2
         alone = self.decode_seconds(requests, first, limit, context)
-        if not second:
-            return alone, 0.0
-        second_context = work.reading_prompt_tokens + second / 2
-        if not work.is_forked:
+        second_context = run.reading_prompt_tokens + second / 2
+        if not second or rollout.pass2 != "fork":
             return alone, self.decode_seconds(requests, second, second_limit, second_context)
         # A rollout ends with its response or its reading, which starts when the description ends.
         chain = max(first, DESCRIPTION_SHARE * first + second)
@@ -162,16 +154,16 @@ class Replica:
         return moving + memory_seconds(4 * num_bytes, self.gpu)
 
 
-def prefill_work(hf_config: HFConfig, work: Workload) -> flops.Work:
+def prefill_work(run: PlannedRun) -> flops.Work:
     """Return the operations of a step's prefill.
 
     Each prompt and its image count once, as its samples share them; pass 2 has a prompt per
     rollout. Logits, which are computed for the last token only, are not counted.
     """
-    prompt = flops.text(hf_config, work.prompt_tokens, 0)
-    prompt += flops.vision(hf_config, work.image_patches, work.image_patches)
-    total = prompt.times(work.num_prompts)
-    if work.reading_tokens:
-        reading = flops.text(hf_config, work.reading_prompt_tokens, 0)
-        total += reading.times(work.num_sequences)
+    prompt = flops.text(run.hf_config, run.prompt_tokens, 0)
+    prompt += flops.vision(run.hf_config, run.image_patches, run.image_patches)
+    total = prompt.times(run.config.data.prompts_per_step)
+    if run.reading_tokens:
+        reading = flops.text(run.hf_config, run.reading_prompt_tokens, 0)
+        total += reading.times(run.num_sequences)
     return total

@@ -1,12 +1,15 @@
-"""A layout of the actor over ranks, and the layouts that a model allows.
+"""Layouts of the actor over ranks, those that a model allows, and the schedule of their pipeline.
 
-In: a model's shape and a number of GPUs. Out: `Layout`s that pass the model's own checks
-(model/hf_config.py).
+With one stage per rank the schedule is 1F1B. With v stages per rank it is the interleaved schedule
+of Narayanan et al. (arXiv 2104.04473, section 2.2) as implemented by
+megatron/core/pipeline_parallel/schedules.py: p rows pass a rank's first stage, then its second, and
+so on, before the next p rows; the backward pass visits the stages in reverse.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -18,6 +21,8 @@ from megatron_sr1.runtime.gpus import GPUS_PER_NODE
 
 CONTEXT_SIZES = (1, 2, 4, 8)
 """Context-parallel sizes that are tried."""
+NUM_GROUPS = 3
+"""Groups of p rows after which the schedule has passed through all of its states."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +53,6 @@ class Layout:
     def num_sharing(self) -> int:
         """Ranks that reduce gradients together and partition the optimizer state."""
         return self.data * self.context
-
-    @property
-    def data_spans_nodes(self) -> bool:
-        """True if gradients cross the network; ranks are ordered tensor, context, data."""
-        return self.tensor * self.context * self.data > GPUS_PER_NODE
 
     @property
     def sequence_split(self) -> int:
@@ -126,16 +126,16 @@ def configured(config: Config, num_gpus: int) -> Layout | None:
     if num_gpus % parallel.replica_size or num_gpus % engine:
         return None
     return Layout(
-        tensor=parallel.tensor,
-        pipeline=parallel.pipeline,
-        context=parallel.context,
-        data=num_gpus // parallel.replica_size,
-        sequence=parallel.sequence,
-        recompute=config.model.recompute,
-        engine=engine,
-        virtual=parallel.virtual,
-        stage_layers=tuple(parallel.stage_layers),
-        vision=parallel.vision,
+        parallel.tensor,
+        parallel.pipeline,
+        parallel.context,
+        num_gpus // parallel.replica_size,
+        parallel.sequence,
+        config.model.recompute,
+        engine,
+        parallel.virtual,
+        tuple(parallel.stage_layers),
+        parallel.vision,
     )
 
 
@@ -173,19 +173,77 @@ def candidates(hf_config: HFConfig, num_gpus: int, max_data: int) -> Iterator[La
                     yield replace(split, recompute=recompute)
 
 
-def engine_sizes(hf_config: HFConfig, num_gpus: int) -> list[int]:
-    """Return the possible sizes of an engine replica: divisors of all heads, within a node."""
-    heads = hf_config.text.num_attention_heads, hf_config.vision.num_heads
-    return [
-        size
-        for size in range(1, min(GPUS_PER_NODE, num_gpus) + 1)
-        if num_gpus % size == 0 and not any(h % size for h in heads)
-    ]
-
-
 def _divides(hf_config: HFConfig, layout: Layout) -> bool:
     try:
         check(hf_config, layout)
     except ConfigError:
         return False
     return True
+
+
+def engine_sizes(hf_config: HFConfig, num_gpus: int) -> list[int]:
+    """Return the possible sizes of an engine replica: divisors of all heads, within a node."""
+    heads = math.gcd(hf_config.text.num_attention_heads, hf_config.vision.num_heads, num_gpus)
+    return [size for size in range(1, GPUS_PER_NODE + 1) if heads % size == 0]
+
+
+def num_warmup(layout: Layout, pipeline_rank: int) -> int:
+    """Return a rank's forward passes, of one row in one stage, before its first backward pass."""
+    to_come = layout.pipeline - pipeline_rank - 1
+    if layout.virtual == 1:
+        return to_come
+    return 2 * to_come + (layout.virtual - 1) * layout.pipeline
+
+
+def in_flight(layout: Layout, pipeline_rank: int, stage_bytes: Sequence[float]) -> list[int]:
+    """Return how many micro-batches a rank holds in each of its stages at peak memory.
+
+    `stage_bytes` are the activations of one micro-batch in each of the rank's stages.
+    """
+    order = [stage for stage in range(layout.virtual) for _ in range(layout.pipeline)] * NUM_GROUPS
+    warmup, last = num_warmup(layout, pipeline_rank), layout.virtual - 1
+    held, worst, peak = [0] * layout.virtual, [0] * layout.virtual, -1.0
+    for number, stage in enumerate(order):
+        held[stage] += 1
+        num_bytes = sum(n * size for n, size in zip(held, stage_bytes, strict=True))
+        if num_bytes > peak:
+            worst, peak = list(held), num_bytes
+        if number >= warmup:
+            held[last - order[number - warmup]] -= 1
+    return worst
+
+
+def num_slots(layout: Layout, rows: float) -> float:
+    """Return the time of `rows` rows in a pipeline, in units of a micro-batch on one rank.
+
+    Ranks are idle for p - 1 micro-batches while the pipeline fills and drains, or 1/v of that with
+    v stages per rank. A last group of q < p rows takes p + (q - 1)/v, because its first row must
+    return from the last rank before it enters the next stage of the first.
+    """
+    ranks = layout.pipeline
+    before = (math.ceil(rows / ranks - 1e-9) - 1) * ranks
+    return before + ranks + (rows - before - 1) / layout.virtual
+
+
+def balanced_stages(
+    layout: Layout, num_layers: int, first: float, layer: float, last: float
+) -> tuple[int, ...]:
+    """Return the layers per stage, at least one, that minimize the time of the slowest rank.
+
+    Args:
+        layout: gives the ranks and their stages.
+        num_layers: layers to distribute.
+        first: time of the first stage without its layers (the tower).
+        layer: time of a layer.
+        last: time of the last stage without its layers (the logits).
+    """
+    layers = [1] * (layout.pipeline * layout.virtual)
+    others = [first, *[0.0] * (len(layers) - 2), last]
+
+    def seconds(stage: int) -> float:
+        return others[stage] + layers[stage] * layer
+
+    for _ in range(num_layers - len(layers)):
+        rank = min(range(layout.pipeline), key=lambda r: sum(map(seconds, layout.stages(r))))
+        layers[min(layout.stages(rank), key=seconds)] += 1
+    return tuple(layers)

@@ -1,38 +1,35 @@
-"""The report's page: its frame, style sheet and small parts. All texts are escaped here.
+"""The parts of a report's page: frame, style sheet, tables, and samples to look at.
 
-The page runs no scripts and loads nothing, which its content security policy enforces: what a model
-wrote stays text.
+The page runs no scripts and loads nothing, which its content security policy enforces. All texts of
+models and data sets are escaped here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import base64
+import io
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
+from typing import TYPE_CHECKING, Any
 
+from megatron_sr1.errors import SR1Error
+from megatron_sr1.records import RIGHT_FROM
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+log = logging.getLogger(__name__)
+Line = Mapping[str, Any]
+"""A line of an evaluation or rollout file."""
+Images = Callable[[int], "Sequence[Image.Image]"]
+"""Index of a sample -> its RGB images."""
 MAX_TEXT_CHARACTERS = 1500
+MAX_SIDE_PIXELS = 512
+SMALL_PIXELS = 16384
+"""Images up to this many pixels are embedded losslessly and enlarged."""
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-PALETTE = {
-    "light": (
-        "#8a919c",
-        "#d98324",
-        "#1f77a8",
-        "#4b9b5f",
-        "#b4536f",
-        "#7a63b0",
-        "#a88c2e",
-        "#4aa3a2",
-    ),
-    "dark": (
-        "#8b93a1",
-        "#e69f4c",
-        "#5aaede",
-        "#74c08a",
-        "#dd8aa2",
-        "#a592dc",
-        "#d0b65c",
-        "#74c9c7",
-    ),
-}
 STYLE = """
 :root{color-scheme:light dark;--bg:#fbfbfa;--card:#fff;--ink:#20242a;--soft:#6a717c;--rule:#e4e6e9;
 --good:#2f7d4f;--bad:#b3434b;--mark:31,119,168}
@@ -81,19 +78,15 @@ dt{color:var(--soft)}dd{margin:0;white-space:pre-wrap;overflow-wrap:anywhere}
 .tag{font-size:12.5px;font-weight:600}.tag span{margin-right:8px;white-space:nowrap}
 .good{color:var(--good)}.bad{color:var(--bad)}
 @media print{body{background:#fff}figure,.card{break-inside:avoid}}
-"""
-
-
-def _colours() -> str:
-    rules = []
-    for mode, colours in PALETTE.items():
-        named = "".join(f"--c{i}:{colour};" for i, colour in enumerate(colours))
-        rule = f":root{{{named}}}"
-        rules.append(rule if mode == "light" else f"@media(prefers-color-scheme:dark){{{rule}}}")
-    for i in range(len(PALETTE["light"])):
-        rules.append(f".s{i}{{stroke:var(--c{i})}}.f{i}{{fill:var(--c{i})}}")
-        rules.append(f".b{i}{{background:var(--c{i})}}")
-    return "".join(rules)
+:root{--c0:#8a919c;--c1:#d98324;--c2:#1f77a8;--c3:#4b9b5f;--c4:#b4536f;--c5:#7a63b0;
+--c6:#a88c2e;--c7:#4aa3a2;}
+@media(prefers-color-scheme:dark){:root{
+--c0:#8b93a1;--c1:#e69f4c;--c2:#5aaede;--c3:#74c08a;--c4:#dd8aa2;--c5:#a592dc;
+--c6:#d0b65c;--c7:#74c9c7;}}
+""" + "".join(
+    f".s{i}{{stroke:var(--c{i})}}.f{i}{{fill:var(--c{i})}}.b{i}{{background:var(--c{i})}}"
+    for i in range(8)
+)
 
 
 def page(title: str, body: str) -> str:
@@ -102,7 +95,7 @@ def page(title: str, body: str) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}{_colours()}</style></head>"
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>"
         f"<body><main>{body}</main></body></html>\n"
     )
 
@@ -114,29 +107,25 @@ def section(title: str, note: str, *parts: str) -> str:
     return f"<section><h2>{escape(title)}</h2>{note}{inner}</section>" if inner else ""
 
 
-def grid(parts: Sequence[str], columns: int = 2) -> str:
-    """Arrange parts side by side where they fit."""
+def box(kind: str, parts: Iterable[str]) -> str:
+    """Arrange parts: grid2 and grid3 side by side where they fit, stack one below another."""
     inner = "".join(parts)
-    return f'<div class="grid{columns}">{inner}</div>' if inner else ""
-
-
-def stack(parts: Sequence[str]) -> str:
-    """Stack parts vertically, as one cell of a grid."""
-    inner = "".join(parts)
-    return f'<div class="stack">{inner}</div>' if inner else ""
+    return f'<div class="{kind}">{inner}</div>' if inner else ""
 
 
 def tiles(values: Sequence[tuple[str, str]]) -> str:
     """Show large numbers with their names; `values` holds (number, name)."""
-    inner = "".join(
-        f'<div class="card tile"><b>{escape(number)}</b><span>{escape(name)}</span></div>'
-        for number, name in values
+    return box(
+        "tiles",
+        (
+            f'<div class="card tile"><b>{escape(number)}</b><span>{escape(name)}</span></div>'
+            for number, name in values
+        ),
     )
-    return f'<div class="tiles">{inner}</div>' if inner else ""
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table of texts, its first column left-aligned."""
+    """Return a table of texts, its first column left-aligned; "" without rows."""
     if not rows:
         return ""
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
@@ -145,26 +134,24 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="card scroll">{inner}</div>'
 
 
-def cross_table(title: str, cells: dict[tuple[bool, bool], int]) -> str:
+def cross_table(title: str, cells: Mapping[tuple[bool, bool], int]) -> str:
     """Return the table of pass 1 x pass 2, with shares and counts; the shortcut is framed.
 
-    Args:
-        title: above the table.
-        cells: (pass 1 right, pass 2 right) -> samples.
+    `cells` maps (pass 1 right, pass 2 right) to a number of samples.
     """
     total = sum(cells.values())
     if not total:
         return ""
 
-    def cell(key: tuple[bool, bool]) -> str:
-        share = cells.get(key, 0) / total
-        kind = ' class="shortcut"' if key == (True, False) else ""
-        tint = f'style="background:rgba(var(--mark),{0.04 + 0.4 * share:.3f})"'
-        return f"<td{kind} {tint}>{share:.1%}<small>{cells.get(key, 0)}</small></td>"
+    def cell(first: bool, second: bool) -> str:
+        count = cells.get((first, second), 0)
+        kind = ' class="shortcut"' if first and not second else ""
+        tint = f'style="background:rgba(var(--mark),{0.04 + 0.4 * count / total:.3f})"'
+        return f"<td{kind} {tint}>{count / total:.1%}<small>{count}</small></td>"
 
     rows = "".join(
         f"<tr><th>pass 1 {'right' if first else 'wrong'}</th>"
-        f"{cell((first, True))}{cell((first, False))}</tr>"
+        f"{cell(first, True)}{cell(first, False)}</tr>"
         for first in (True, False)
     )
     rate = cells.get((True, False), 0) / total
@@ -184,3 +171,91 @@ def text(value: str | None, absent: str = "none") -> str:
         more = len(value) - MAX_TEXT_CHARACTERS
         value = f"{value[:MAX_TEXT_CHARACTERS]} … ({more} more characters)"
     return escape(value.strip())
+
+
+def question_card(rule: str, runs: Mapping[str, Line], images: Images | None) -> str:
+    """Show one question with each run's responses.
+
+    Args:
+        rule: why the question was selected.
+        runs: name -> its line about this question.
+        images: None to show none.
+    """
+    said = []
+    for name, line in runs.items():
+        verdicts = _verdict("answer", line["accuracy"])
+        verdicts += _verdict("read from the description", line["self_reward"])
+        verdicts += _verdict("description exact", line["description_exact"])
+        said.append(_response(name, line, verdicts))
+    return _card(next(iter(runs.values())), rule, images, box("grid3", said))
+
+
+def rollout_card(lines: Sequence[Line], images: Images | None) -> str:
+    """Show one prompt of a training step with its best and its worst response."""
+    ordered = sorted(lines, key=lambda line: -line["advantage"])
+    said = []
+    for line in [ordered[0], ordered[-1]] if len(ordered) > 1 else ordered:
+        reward = line["reward"]
+        verdicts = _verdict("answer", reward["accuracy"])
+        verdicts += _verdict("read from the description", reward["self_reward"])
+        verdicts += _verdict("form", reward["format"])
+        verdicts += '<span class="bad">states the answer</span> ' if reward["leak"] else ""
+        verdicts += f'<span class="soft">reward {reward["total"]:.2f}</span>'
+        title = f"sample {line['sample']}, advantage {line['advantage']:+.2f}"
+        said.append(_response(title, line, verdicts))
+    rule = f"best and worst of {len(lines)}" if len(lines) > 2 else f"{len(lines)} responses"
+    return _card(lines[0], rule, images, box("grid2", said))
+
+
+def _card(line: Line, rule: str, images: Images | None, said: str) -> str:
+    shown = _pictures(line["index"], images) if images is not None else ""
+    question = text(re.sub(r"(?<!\\)<image>", "", str(line["question"])).strip())
+    golds = " or ".join(text(gold) for gold in (line["gold"], *line.get("other_golds", ())))
+    facts = f"<dl><dt>question</dt><dd>{question}</dd><dt>gold</dt><dd>{golds}</dd></dl>"
+    note = f'<span class="note">no. {int(line["index"])}, {escape(rule)}</span>'
+    head = f"<header>{shown}<div>{facts}{note}</div></header>"
+    return f'<article class="card sample">{head}{said}</article>'
+
+
+def _response(title: str, line: Line, verdicts: str) -> str:
+    rest = line["response"] or ""
+    if line["description"]:
+        rest = rest.split("</description>", 1)[-1]
+    return (
+        f'<div class="said"><h3>{escape(title)}</h3><div class="tag">{verdicts}</div><dl>'
+        f"<dt>saw</dt><dd>{text(line['description'], 'no description')}</dd>"
+        f"<dt>answered</dt><dd>{text(rest, 'nothing')}</dd>"
+        f"<dt>read back</dt><dd>{text(line['reading'], 'no second pass')}</dd></dl></div>"
+    )
+
+
+def _verdict(name: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    kind, mark = ("good", "✓") if value >= RIGHT_FROM else ("bad", "✗")
+    if 0 < value < 1:  # several answers, or a likelihood
+        mark += f" {value:.2f}"
+    return f'<span class="{kind}">{mark} {name}</span> '
+
+
+def _pictures(index: int, images: Images) -> str:
+    try:
+        found = images(index)
+    except SR1Error as error:
+        log.warning("report: no image of sample %d: %s", index, error)
+        return '<span class="note">image not available</span>'
+    return "".join(f'<img alt="image of the question" src="{_data_url(one)}">' for one in found)
+
+
+def _data_url(image: Image.Image) -> str:
+    small = image.width * image.height <= SMALL_PIXELS
+    if max(image.size) > MAX_SIDE_PIXELS:
+        image = image.copy()
+        image.thumbnail((MAX_SIDE_PIXELS, MAX_SIDE_PIXELS))
+    elif small:
+        factor = max(1, min(256 // image.width, 200 // image.height))
+        image = image.resize((image.width * factor, image.height * factor), resample=0)
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "PNG" if small else "JPEG", quality=80, optimize=True)
+    kind = "png" if small else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

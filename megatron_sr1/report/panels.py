@@ -23,15 +23,15 @@ VERDICTS = {
     "description_exact": "description exact",
     "shortcut": "shortcut",
 }
-CURVES: list[tuple[str, dict[str, str], bool]] = [
-    (
-        "Rewards",
-        {"accuracy": "answer", "self_reward": "self-reward", "format": "form"},
-        True,
-    ),
-    ("Shortcuts and leaks", {"shortcut_rate": "shortcut", "leak_rate": "leak"}, True),
-]
-"""Charts of several `reward/` metrics: title, name -> legend, True if they are shares."""
+CURVES = {
+    "Rewards": {
+        "reward/accuracy": "answer",
+        "reward/self_reward": "self-reward",
+        "reward/format": "form",
+    },
+    "Shortcuts and leaks": {"reward/shortcut_rate": "shortcut", "reward/leak_rate": "leak"},
+}
+"""Charts of several metrics, which are shares: title -> name -> legend."""
 TITLES = {
     "reward/total": "Reward",
     "reward/accuracy": "Answer right",
@@ -45,13 +45,13 @@ TITLES = {
     "rollout/response_tokens": "Response tokens per step",
 }
 PHASE_COLOURS = {
-    "pass1": 2,
-    "pass2": 1,
-    "reward": 4,
-    "old_logprobs": 7,
-    "reference": 6,
-    "update": 3,
-    "sync": 5,
+    "time/pass1_seconds": 2,
+    "time/pass2_seconds": 1,
+    "time/reward_seconds": 4,
+    "time/old_logprobs_seconds": 7,
+    "time/reference_seconds": 6,
+    "time/update_seconds": 3,
+    "time/sync_seconds": 5,
 }
 """Phases with their own layer, from the bottom up."""
 RATES = {
@@ -73,16 +73,11 @@ def _bar(lines: Lines, verdict: str) -> Bar | None:
     share = rate(lines, verdict)
     if share is None:
         return None
-    return Bar(share, 1.96 * math.sqrt(share * (1 - share) / len(lines)))
+    return share, 1.96 * math.sqrt(share * (1 - share) / len(lines))
 
 
 def paired(first: Lines, second: Lines, verdict: str) -> tuple[float, float] | None:
-    """Compare two models on the same questions.
-
-    Args:
-        first: evaluation lines of one model.
-        second: those of the other.
-        verdict: which of VERDICTS.
+    """Compare evaluation lines of two models on the same questions.
 
     Returns:
         mean of second minus first over the questions for which both have the verdict, and half the
@@ -97,31 +92,24 @@ def paired(first: Lines, second: Lines, verdict: str) -> tuple[float, float] | N
 
 
 def verdict_bars(judged: Mapping[str, Lines], way: str = "") -> str:
-    """Draw a bar chart of the verdicts' rates.
+    """Draw a bar chart of the verdicts' rates, by the name of a model.
 
-    Args:
-        judged: name of a model -> evaluation lines.
-        way: how the models answered, for the title.
+    `way` says in the title how the models answered.
     """
     if not judged:
         return ""
     bars = {name: [_bar(lines, v) for v in VERDICTS] for name, lines in judged.items()}
-    title = ", ".join(["Share of held-out questions, %", *filter(None, [way])])
+    title = f"Share of held-out questions, %{', ' if way else ''}{way}"
     return bar_chart(title, list(VERDICTS.values()), bars)
 
 
 def verdict_table(title: str, judged: Mapping[str, Lines]) -> str:
-    """Return a table of the verdicts' rates, %, with 95 % intervals.
-
-    Args:
-        title: of the column of names.
-        judged: name of a model -> evaluation lines.
-    """
+    """Return a table of the verdicts' rates, %, with 95 % intervals, by the name of a model."""
     rows = []
     for name, lines in judged.items():
         if lines:
             bars = [_bar(lines, verdict) for verdict in VERDICTS]
-            cells = (_percent(bar.value, bar.error) if bar else "–" for bar in bars)
+            cells = (_percent(*bar) if bar else "–" for bar in bars)
             rows.append([name, *cells])
     return page.table([title, *VERDICTS.values()], rows)
 
@@ -129,8 +117,7 @@ def verdict_table(title: str, judged: Mapping[str, Lines]) -> str:
 def difference_table(judged: Mapping[str, Mapping[str, Lines]]) -> str:
     """Return a table of paired differences between all models, points, with 95 % intervals.
 
-    Args:
-        judged: how the models answered -> name of a model -> evaluation lines.
+    `judged` maps how the models answered to their evaluation lines by name.
     """
     rows = []
     for way, models in judged.items():
@@ -156,9 +143,8 @@ def cross(title: str, lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _series(lines: Lines, metric: str, name: str, colour: int) -> Series:
-    return Series(
-        name, [line["step"] for line in lines], [line.get(metric) for line in lines], colour
-    )
+    steps = [line["step"] for line in lines]
+    return Series(name, steps, [line.get(metric) for line in lines], colour)
 
 
 def overlay(metric: str, runs: Mapping[str, Lines]) -> str:
@@ -170,15 +156,13 @@ def overlay(metric: str, runs: Mapping[str, Lines]) -> str:
 def run_charts(lines: Lines) -> list[str]:
     """Draw the known charts, then one for each remaining metric."""
     charts, seen = [], {"step", "stage"}
-    for title, metrics, percent in CURVES:
-        named = {f"reward/{name}": shown for name, shown in metrics.items()}
-        series = [_series(lines, m, s, i + 1) for i, (m, s) in enumerate(named.items())]
-        charts.append(line_chart(title, series, percent))
+    for title, named in CURVES.items():
+        series = [_series(lines, m, s, i) for i, (m, s) in enumerate(named.items(), start=1)]
+        charts.append(line_chart(title, series, percent=True))
         seen |= set(named)
     rest = {name for line in lines for name in line} - seen
     charts += [_rate_chart(lines, rest, *titled) for titled in RATES.items()]
-    ordered = [n for n in TITLES if n in rest] + sorted(rest - set(TITLES))
-    for name in ordered:
+    for name in [*(n for n in TITLES if n in rest), *sorted(rest - set(TITLES))]:
         if not name.startswith(("time/", "table/", "perf/")):
             charts.append(line_chart(TITLES.get(name, name), [_series(lines, name, name, 2)]))
     return [chart for chart in charts if chart]
@@ -188,8 +172,8 @@ def _rate_chart(lines: Lines, names: set[str], ending: str, title: str) -> str:
     """Draw the `perf/` metrics of all phases that have this ending."""
     found = sorted(n for n in names if n.startswith("perf/") and n.endswith(ending))
     series = [
-        _series(lines, name, name.removeprefix("perf/").removesuffix(f"_{ending}"), colour + 1)
-        for colour, name in enumerate(found)
+        _series(lines, name, name.removeprefix("perf/").removesuffix(f"_{ending}"), colour)
+        for colour, name in enumerate(found, start=1)
     ]
     return line_chart(title, series, percent=ending == "mfu") if series else ""
 
@@ -212,23 +196,22 @@ def time_chart(title: str, lines: Lines) -> str:
     """Draw the seconds per step by phase; phases without their own colour are summed."""
     steps, phases = [line["step"] for line in lines], _phases(lines)
     layers = [
-        _series(lines, f"time/{name}_seconds", name.replace("_", " "), colour)
+        _series(lines, name, _phase_name(name), colour)
         for name, colour in PHASE_COLOURS.items()
-        if f"time/{name}_seconds" in phases
+        if name in phases
     ]
-    own = {f"time/{name}_seconds" for name in PHASE_COLOURS}
-    rest = [sum(line.get(name) or 0.0 for name in phases if name not in own) for line in lines]
+    others = [name for name in phases if name not in PHASE_COLOURS]
+    rest = [sum(line.get(name) or 0.0 for name in others) for line in lines]
     return stacked_chart(title, [*layers, Series("others", steps, rest, 0)])
 
 
 def time_table(runs: Mapping[str, Lines]) -> str:
     """Return a table of the median seconds of each phase; `runs`: column name -> its lines."""
-    head, rows = ["median seconds"], []
+    rows = []
     names = list(dict.fromkeys(name for lines in runs.values() for name in _phases(lines)))
-    head += [run or "a step" for run in runs]
     for name in [*names, "time/step_seconds"]:
         columns = [[line[name] for line in lines if line.get(name)] for lines in runs.values()]
         cells = [f"{statistics.median(column):.3g}" if column else "–" for column in columns]
         if any(columns):
             rows.append([_phase_name(name), *cells])
-    return page.table(head, rows) if names else ""
+    return page.table(["median seconds", *runs], rows) if names else ""

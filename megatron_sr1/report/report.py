@@ -1,8 +1,7 @@
 """The report of a run: one HTML file, made only from the files of the run directory.
 
-In: a run directory, or the demo's directory of three of them. Out: `report.html`: curves, time by
-phase, the table of pass 1 against pass 2, and samples to look at. It needs neither network nor
-scripts, and can be written again at any time.
+It holds curves, time by phase, the table of pass 1 against pass 2, and samples to look at. It needs
+neither network nor scripts, and can be written again at any time.
 """
 
 from __future__ import annotations
@@ -15,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sr1.observability.metrics import read_lines
-from megatron_sr1.report import gallery, page, panels
-from megatron_sr1.report.gallery import Images
+from megatron_sr1.records import RIGHT_FROM
+from megatron_sr1.report import page, panels
+from megatron_sr1.report.page import Images
 from megatron_sr1.report.panels import Lines
 from megatron_sr1.runtime import files
 
@@ -25,6 +25,7 @@ DEMO_RUNS = {
     "see_think": "GRPO, answer only",
     "vision_sr1": "GRPO + self-reward",
 }
+WAYS = ("sampled", "greedy")
 NUM_PROMPTS_SHOWN = 6
 
 
@@ -33,11 +34,8 @@ def write_report(run_dir: str | Path, images: Images | None = None) -> Path:
 
     Args:
         run_dir: with config.json and metrics.jsonl, or with the demo's three runs.
-        images: index -> RGB images: of the held-out set for the demo and an evaluation, of the
-            training set for other runs (see `shards_of`). None: no images.
-
-    Returns:
-        the file's path.
+        images: those of the held-out set for the demo and an evaluation, of the training set for
+            other runs (see `shards_of`); None for no images.
     """
     run_dir = Path(run_dir)
     is_demo = all((run_dir / name).is_dir() for name in DEMO_RUNS)
@@ -73,54 +71,46 @@ def _demo_page(run_dir: Path, images: Images | None) -> str:
             shown: read_lines(run_dir / "eval" / f"{name}_{way}.jsonl")
             for name, shown in DEMO_RUNS.items()
         }
-        for way in ("sampled", "greedy")
+        for way in WAYS
     }
     sampled = {name: lines for name, lines in judged["sampled"].items() if lines}
     grpo = {DEMO_RUNS[name]: runs[name] for name in ("see_think", "vision_sr1")}
-    summary = _json(run_dir / "summary.json")
     bars = [panels.verdict_bars(models, way) for way, models in judged.items()]
     rated = {f"{way}: {name}": rows for way, ms in judged.items() for name, rows in ms.items()}
     sizes = ", ".join(sorted({str(len(lines)) for lines in sampled.values()}))
+    tables = [panels.verdict_table("rate, %", rated), panels.difference_table(judged)]
+    times = [panels.time_chart(name, lines) for name, lines in grpo.items()]
     body = [
         "<h1>Digits, from scratch</h1>",
         '<p class="soft">A small Qwen2.5-VL learns to read three handwritten digits; then GRPO '
         "twice from one cold start, without and with the self-reward.</p>",
         f'<p class="lead">{_finding(judged)}</p>',
-        page.tiles(_demo_tiles(summary, runs["vision_sr1"])),
+        page.tiles(_demo_tiles(_json(run_dir / "summary.json"))),
         page.section(
             "Comparison",
             f"{sizes} held-out questions, answered at temperature 1 and greedily. Intervals are of "
             "95 %; differences are paired, as all were asked the same questions.",
-            page.stack(
-                [
-                    page.grid(bars),
-                    panels.verdict_table("rate, %", rated),
-                    panels.difference_table(judged),
-                ]
-            ),
+            page.box("stack", [page.box("grid2", bars), *tables]),
         ),
         page.section(
             "Pass 1 against pass 2",
             "Pass 1 sees the image, pass 2 reads the description alone. Framed: right with the "
             "image, wrong without it, so the description does not contain the answer.",
-            page.grid([panels.cross(name, lines) for name, lines in sampled.items()], 3),
+            page.box("grid3", [panels.cross(name, lines) for name, lines in sampled.items()]),
         ),
         page.section(
             "Both GRPO runs",
             "Training samples, step by step; full colour is a moving average.",
-            page.grid([panels.overlay(name, grpo) for name in panels.TITLES]),
+            page.box("grid2", [panels.overlay(name, grpo) for name in panels.TITLES]),
         ),
         page.section(
             "Time",
             "Wall seconds of the GRPO steps by phase.",
-            page.stack(
-                [
-                    page.grid([panels.time_chart(name, lines) for name, lines in grpo.items()]),
-                    panels.time_table(grpo),
-                ]
-            ),
+            page.box("stack", [page.box("grid2", times), panels.time_table(grpo)]),
         ),
-        page.section("Cold start", "", page.grid(panels.run_charts(runs["cold_start"])[:2])),
+        page.section(
+            "Cold start", "", page.box("grid2", panels.run_charts(runs["cold_start"])[:2])
+        ),
         page.section(
             "Samples",
             "Selected by rule, not by hand: the first questions; some where the cold start took a "
@@ -133,59 +123,55 @@ def _demo_page(run_dir: Path, images: Images | None) -> str:
 
 def _run_page(run_dir: Path, images: Images | None) -> str:
     config, lines = _json(run_dir / "config.json"), read_lines(run_dir / "metrics.jsonl")
-    files = {way: read_lines(run_dir / "eval" / f"{way}.jsonl") for way in ("sampled", "greedy")}
-    judged = {way: rows for way, rows in files.items() if rows}
-    rollouts = _last_rollouts(run_dir)
+    found = {way: read_lines(run_dir / "eval" / f"{way}.jsonl") for way in WAYS}
+    judged = {way: rows for way, rows in found.items() if rows}
+    rollouts, name = _last_rollouts(run_dir), run_dir.resolve().name
     facts = [config.get("stage"), config.get("reward", {}).get("recipe"), f"{len(lines)} steps"]
     tables = [panels.cross(f"held out, {way}", rows) for way, rows in judged.items()]
     if rollouts:
         verdicts = [line["reward"] for line in rollouts]
         tables.append(panels.cross(f"training, step {rollouts[0]['step']}", verdicts))
     rates = [panels.verdict_bars(judged), panels.verdict_table("rate, %", judged)]
+    times = [panels.time_chart("Seconds per step", lines), panels.time_table({"a step": lines})]
+    cards = _rollout_cards(rollouts, images) if rollouts else _question_cards(judged, images)
     body = [
-        f"<h1>{page.text(run_dir.resolve().name)}</h1>",
+        f"<h1>{page.text(name)}</h1>",
         f'<p class="soft">{page.text(", ".join(str(f) for f in facts if f))}</p>',
         page.tiles(_run_tiles(lines)),
-        page.section("Held out", "", page.grid(rates)),
-        page.section("Curves", "", page.grid(panels.run_charts(lines))),
+        page.section("Held out", "", page.box("grid2", rates)),
+        page.section("Curves", "", page.box("grid2", panels.run_charts(lines))),
         page.section(
             "Pass 1 against pass 2",
             "Framed: right with the image, wrong from the description alone.",
-            page.grid(tables, 3),
+            page.box("grid3", tables),
         ),
-        page.section(
-            "Time",
-            "",
-            page.grid(
-                [panels.time_chart("Seconds per step", lines), panels.time_table({"": lines})]
-            ),
-        ),
-        page.section("Samples", "", *_sample_cards(judged, rollouts, images)),
+        page.section("Time", "", page.box("grid2", times)),
+        page.section("Samples", "", *cards),
     ]
-    return page.page(f"megatron_sr1: {run_dir.resolve().name}", "".join(body))
+    return page.page(f"megatron_sr1: {name}", "".join(body))
 
 
 def _finding(judged: Mapping[str, Mapping[str, Lines]]) -> str:
     """Summarize the effect of GRPO on the answers and of the self-reward on the descriptions."""
     if not all(lines for models in judged.values() for lines in models.values()):
         return "The evaluation files in this directory are incomplete."
-    cold, plain, rewarded = judged["sampled"].values()
-    (s0, s1), (l0, l1) = (
-        (panels.rate(plain, verdict) or 0.0, panels.rate(rewarded, verdict) or 0.0)
-        for verdict in ("self_reward", "shortcut")
-    )
-    c, a0, a1 = (panels.rate(lines, "accuracy") or 0.0 for lines in (cold, plain, rewarded))
-    greedy = [panels.rate(lines, "accuracy") or 0.0 for lines in judged["greedy"].values()]
+
+    def rates(way: str, verdict: str) -> list[str]:
+        return [f"{panels.rate(lines, verdict) or 0.0:.0%}" for lines in judged[way].values()]
+
+    cold, plain, rewarded = rates("sampled", "accuracy")
+    _, read_plain, read_rewarded = rates("sampled", "self_reward")
+    _, shortcuts_plain, shortcuts_rewarded = rates("sampled", "shortcut")
     return page.text(
-        f"Right answers, sampled: {c:.0%} after the cold start, {a0:.0%} after GRPO rewarded "
-        f"answers only, {a1:.0%} after GRPO with the self-reward; decoded greedily: "
-        f"{greedy[0]:.0%}, {greedy[1]:.0%}, {greedy[2]:.0%}. With the self-reward, the "
-        f"description alone leads to the right answer in {s1:.0%} of the questions; without it in "
-        f"{s0:.0%}. Language shortcuts: {l1:.0%} with, {l0:.0%} without."
+        f"Right answers, sampled: {cold} after the cold start, {plain} after GRPO rewarded "
+        f"answers only, {rewarded} after GRPO with the self-reward; decoded greedily: "
+        f"{', '.join(rates('greedy', 'accuracy'))}. With the self-reward, the description alone "
+        f"leads to the right answer in {read_rewarded} of the questions; without it in "
+        f"{read_plain}. Language shortcuts: {shortcuts_rewarded} with, {shortcuts_plain} without."
     )
 
 
-def _demo_tiles(summary: Mapping[str, Any], lines: Lines) -> list[tuple[str, str]]:
+def _demo_tiles(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     found = []
     if "seconds" in summary:
         found.append((f"{summary['seconds'] / 60:.1f} min", "whole demo"))
@@ -215,32 +201,52 @@ def _run_tiles(lines: Lines) -> list[tuple[str, str]]:
 
 def _last_rollouts(run_dir: Path) -> Lines:
     """Read the rollouts of the last step."""
-    files = [
-        (int(match[1]), path)
-        for path in (run_dir / "rollouts").glob("step_*.jsonl")
-        if (match := re.fullmatch(r"step_(\d+)\.jsonl", path.name))
-    ]
-    return read_lines(max(files)[1]) if files else []
+    found = (run_dir / "rollouts").glob("step_*.jsonl")
+    steps = {int(m[1]): path for path in found if (m := re.fullmatch(r"step_(\d+)", path.stem))}
+    return read_lines(steps[max(steps)]) if steps else []
 
 
 def _question_cards(judged: Mapping[str, Lines], images: Images | None) -> list[str]:
+    """Show informative questions with the responses of each model or way of answering."""
     if not judged:
         return []
     rows = {name: {line["index"]: line for line in lines} for name, lines in judged.items()}
     return [
-        gallery.question_card(
+        page.question_card(
             rule, {name: found[index] for name, found in rows.items() if index in found}, images
         )
-        for rule, index in gallery.pick_questions(judged)
+        for rule, index in pick_questions(judged)
     ]
 
 
-def _sample_cards(judged: Mapping[str, Lines], rollouts: Lines, images: Images | None) -> list[str]:
-    """Show rollouts if there are any (`images` is then about the training set)."""
-    if not rollouts:
-        return _question_cards(judged, images)
+def pick_questions(judged: Mapping[str, Lines], each: int = 4) -> list[tuple[str, int]]:
+    """Select at most `each` questions by each of some fixed rules, as pairs of rule and index.
+
+    The first questions; those where the first run took a shortcut and the last run's description
+    suffices (of one run: its shortcuts); those that the last run still answers wrongly.
+
+    Args:
+        judged: name of a run -> evaluation lines on the same questions.
+        each: maximum number of questions per rule.
+    """
+    rows = [{line["index"]: line for line in lines} for lines in judged.values()]
+    first, last = rows[0], rows[-1]
+    shortcuts = [i for i in last if first.get(i, {}).get("shortcut") == 1]
+    wrong = [i for i in last if last[i]["accuracy"] < RIGHT_FROM]
+    rules = {"one of the first": list(last), "shortcut": shortcuts, "wrong": wrong}
+    if len(rows) > 1:
+        fixed = [i for i in shortcuts if (last[i]["self_reward"] or 0) >= RIGHT_FROM]
+        rules = {"one of the first": list(last), "fixed": fixed, "still wrong": wrong}
+    chosen: dict[int, str] = {}
+    for rule, indices in rules.items():
+        for index in [i for i in indices if i not in chosen][:each]:
+            chosen[index] = rule
+    return [(rule, index) for index, rule in chosen.items()]
+
+
+def _rollout_cards(rollouts: Lines, images: Images | None) -> list[str]:
+    """Show the first prompts of a training step."""
     prompts: dict[int, Lines] = {}
     for line in rollouts:
         prompts.setdefault(line["index"], []).append(line)
-    chosen = list(prompts.values())[:NUM_PROMPTS_SHOWN]
-    return [gallery.rollout_card(lines, images) for lines in chosen]
+    return [page.rollout_card(p, images) for p in list(prompts.values())[:NUM_PROMPTS_SHOWN]]

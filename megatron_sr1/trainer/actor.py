@@ -18,7 +18,7 @@ import torch
 
 from megatron_sr1.checkpoint.folders import ModelSource
 from megatron_sr1.checkpoint.hf import export_weights, local_parameters, save_hf
-from megatron_sr1.checkpoint.mapping import entries, matched_entries
+from megatron_sr1.checkpoint.mapping import check_freeze, entries, is_frozen
 from megatron_sr1.checkpoint.tensors import Trained
 from megatron_sr1.config.run import Config
 from megatron_sr1.model.hf_config import HFConfig
@@ -134,10 +134,10 @@ def freeze(chunks: list[Any], hf_config: HFConfig, patterns: Sequence[str]) -> f
     Raises:
         ConfigError: a pattern that matches nothing, or only a part of a fused parameter.
     """
-    frozen = matched_entries(hf_config, patterns)
+    check_freeze(hf_config, patterns)
     for entry, parameter in local_parameters(chunks, hf_config):
-        parameter.requires_grad_(entry.name not in frozen)
-    learning = {n for e in entries(hf_config) if e.name not in frozen for n in e.hf_names}
+        parameter.requires_grad_(not is_frozen(entry, patterns))
+    learning = {n for e in entries(hf_config) if not is_frozen(e, patterns) for n in e.hf_names}
     layers = {name.rpartition(".")[0] for name in learning}
     names = {name for entry in entries(hf_config) for name in entry.hf_names}
     return frozenset(name for name in names if name.rpartition(".")[0] not in layers)

@@ -14,8 +14,7 @@ from typing import Any
 
 from megatron_sr1.checkpoint.folders import fingerprint, latest_step
 from megatron_sr1.checkpoint.loading import load_checkpoint
-from megatron_sr1.checkpoint.retention import EVALUATION, Keep
-from megatron_sr1.checkpoint.saving import SaveQueue
+from megatron_sr1.checkpoint.saving import EVALUATION, Keep, SaveQueue
 from megatron_sr1.config.run import Config
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.trainer.actor import Actor
@@ -39,7 +38,9 @@ class RunCheckpoints:
         """Touch no file yet."""
         self._config, saved = config, config.checkpoint
         self.directory = Path(config.output) / "checkpoints"
-        self.saves = SaveQueue(saved.max_in_flight if saved.asynchronous else 0)
+        keep = Keep(saved.keep_last, saved.keep_best, saved.best_by)
+        limit = saved.max_in_flight if saved.asynchronous else 0
+        self.saves = SaveQueue(self.directory, keep, limit)
         self._origin: dict[str, str] = {}
 
     def resume(self, actor: Actor) -> dict[str, Any] | None:
@@ -92,13 +93,6 @@ class RunCheckpoints:
             state: JSON values that `resume` returns.
             rates: what an evaluation of the actor gave; empty where there was none.
         """
-        kept = self._config.checkpoint
         rated = {EVALUATION: dict(rates)} if rates else {}
-        self.saves.add(
-            self.directory,
-            step,
-            actor.trained,
-            {**state, **rated, **self._origin},
-            keep=Keep.by(kept.keep_last, kept.keep_best, kept.best_by),
-            source_directory=actor.source.hf_files,
-        )
+        state = {**state, **rated, **self._origin}
+        self.saves.add(step, actor.trained, state, actor.source.hf_files)

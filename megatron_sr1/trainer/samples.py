@@ -18,7 +18,7 @@ from megatron_sr1.data.prompts import pass1_messages, pass2_messages
 from megatron_sr1.data.shards import ShardReader
 from megatron_sr1.errors import ConfigError, DataError
 from megatron_sr1.records import Example, Prompt, Rollout, TrainSample, VisionInputs
-from megatron_sr1.rewards.accuracy import bare_gold
+from megatron_sr1.rewards.response import bare_gold
 from megatron_sr1.trainer.credit import description_tokens
 
 if TYPE_CHECKING:

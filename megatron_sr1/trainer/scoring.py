@@ -82,18 +82,7 @@ def score(rollouts: Iterable[Rollout], samples: Samples, scorer: Scorer) -> Grad
         example = samples.example(rollout.index)
         name = f"{example.shard} sample {example.key} rollout {rollout.sample}"
         try:
-            reward = scorer.score(
-                sample_name=name,
-                response_text=rollout.completion.text,
-                gold=example.answer or "",
-                question=example.question,
-                description=rollout.description,
-                reading=rollout.reading,
-                question_only=rollout.question_only,
-                has_image=example.num_images > 0,
-                metadata=example.metadata,
-                other_golds=example.other_answers,
-            )
+            reward = scorer.score(name, rollout, example)
         except GradingLimit as error:
             ungraded[rollout.index] = str(error)
             continue
@@ -103,11 +92,8 @@ def score(rollouts: Iterable[Rollout], samples: Samples, scorer: Scorer) -> Grad
             raised.append(f"{name}: answer {shown}, gold {example.answer!r}: {reward.uncomparable}")
     _name("left out with its group", list(ungraded.values()))
     _name("counted as wrong, as reading or comparing it raised", raised)
-    aside = (
-        Scored(r, scorer.ungraded(r.completion.text, samples.example(r.index).num_images > 0))
-        for r in given
-        if r.index in ungraded
-    )
+    left_out = (r for r in given if r.index in ungraded)
+    aside = (Scored(r, scorer.ungraded(r, samples.example(r.index))) for r in left_out)
     whole = tuple(s for s in scored if s.rollout.index not in ungraded)
     return Graded(whole, ungraded, tuple(aside))
 

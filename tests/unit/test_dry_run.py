@@ -14,7 +14,8 @@ import pytest
 from megatron_sr1.config.loading import load_config
 from megatron_sr1.model.hf_config import parse_hf_config
 from megatron_sr1.planning.layout import Layout
-from megatron_sr1.planning.static_memory import num_parameters, stage_parameters
+from megatron_sr1.planning.memory import stage_parameters
+from megatron_sr1.planning.workload import num_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = ROOT / "tests" / "published"

@@ -16,17 +16,16 @@ from megatron_sr1.errors import ConfigError
 from megatron_sr1.model.hf_config import parse_hf_config
 from megatron_sr1.planning.actor_time import ActorCost
 from megatron_sr1.planning.engine_time import Replica
-from megatron_sr1.planning.estimate import choose, estimate, estimates, variants
 from megatron_sr1.planning.layout import (
     Layout,
+    balanced_stages,
     check,
     configured,
     cut_keys,
 )
-from megatron_sr1.planning.rank_memory import Kernels, vision_bytes
-from megatron_sr1.planning.schedule import balanced_stages
-from megatron_sr1.planning.static_memory import num_parameters, static_memory
-from megatron_sr1.planning.workload import PlannedRun, workload
+from megatron_sr1.planning.memory import Activations, static_memory
+from megatron_sr1.planning.plan import choose, estimate, estimates, variants
+from megatron_sr1.planning.workload import num_parameters, planned_run
 from megatron_sr1.runtime.gpus import GPUS, find_gpu
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,8 +51,7 @@ def model(tmp_path):
 
 def planned(size, *keys, path=SEVEN):
     num_gpus, name = ENOUGH[size]
-    config, hf_config, gpu = load_config(path, list(keys)), published(size), find_gpu(name)
-    run = PlannedRun(config, hf_config, gpu, workload(config, hf_config))
+    run = planned_run(load_config(path, list(keys)), published(size), find_gpu(name))
     return run, estimates(run, num_gpus)
 
 
@@ -75,9 +73,7 @@ def test_the_proposed_layout_of_a_published_model_divides_it_and_fits(size):
                                            ("7b", GPUS["h100"]), ("7b", GPUS["a100"])])  # fmt: skip
 def test_the_layout_of_an_example_fits_the_machine_that_it_names(size, gpu):
     config = load_config(ROOT / "examples" / f"qwen25vl_{size}.yaml")
-    hf_config = published(size)
-    layout = configured(config, 8)
-    own = estimate(PlannedRun(config, hf_config, gpu, workload(config, hf_config)), layout)
+    own = estimate(planned_run(config, published(size), gpu), configured(config, 8))
     assert own.fits and own.memory.peak < gpu.memory_bytes
 
 
@@ -157,15 +153,14 @@ def test_overrides_reset_the_splits_that_a_configuration_sets():
 
 def test_layouts_that_the_model_refuses_are_refused():
     for wrong in (Layout(pipeline=3), Layout(pipeline=2, virtual=3), Layout(tensor=8),
-                  Layout(pipeline=2, stage_layers=(13, 14)), Layout(sequence=True)):  # fmt: skip
+                  Layout(pipeline=2, stage_layers=(13, 14))):  # fmt: skip
         with pytest.raises(ConfigError):
             check(published("7b"), wrong)
     check(published("7b"), Layout(pipeline=3, stage_layers=(8, 10, 10)))
 
 
 def test_more_stages_per_rank_shorten_the_bubble_and_need_more_memory():
-    run, _ = planned("32b")
-    few = replace(run, work=replace(run.work, num_prompts=25, num_updates=1))
+    few, _ = planned("32b", "data.prompts_per_step=25", "algorithm.prompts_per_update=25")
     one = Layout(tensor=4, pipeline=4, data=2, sequence=True)
     two = replace(one, virtual=2)
     first, second = (estimate(few, layout) for layout in (one, two))
@@ -180,15 +175,14 @@ def test_a_tower_split_by_images_is_whole_and_shares_patches_without_all_reduces
     whole = replace(split, vision="images")
     first, second = (static_memory(config, hf_config, layout, 0) for layout in (split, whole))
     assert second.gradients - first.gradients > 0.7 * 4 * num_parameters(hf_config, TOWER)
-    kernels = Kernels()
-    held = [vision_bytes(hf_config, layout, kernels, "none") for layout in (split, whole)]
+    held = [Activations(hf_config, layout).vision("none") for layout in (split, whole)]
     assert held[1] > 1.5 * held[0]
-    many = replace(run, work=replace(run.work, image_tokens=64.0))  # many small images a row
+    many = replace(run, image_tokens=64.0)  # many small images a row
     actors = [ActorCost(many, layout) for layout in (split, whole)]
     assert actors[1].patches == pytest.approx(actors[0].patches / 4)
     assert actors[1].tower().collective_seconds < actors[0].tower().collective_seconds / 10
-    one_image = ActorCost(replace(run, work=replace(run.work, image_tokens=8000.0)), whole)
-    assert one_image.patches == one_image.run.work.image_patches
+    one_image = ActorCost(replace(run, image_tokens=8000.0), whole)
+    assert one_image.patches == one_image.run.image_patches
 
 
 def test_a_proposal_comes_with_its_variants_as_keys():
@@ -202,15 +196,16 @@ def test_a_proposal_comes_with_its_variants_as_keys():
 
 
 def test_the_engine_is_slower_with_more_to_do():
-    config, hf_config = load_config(SEVEN), published("7b")
-    work = workload(config, hf_config)
+    hf_config = published("7b")
     replica = Replica(hf_config, GPUS["h100"], 1, 40e9, 2, 512)
     one = replica.decode_seconds(100, 500, 2048, 1000)
     assert one < replica.decode_seconds(200, 500, 2048, 1000)
     assert one < replica.decode_seconds(100, 600, 2048, 1000)
     assert one < replace(replica, gpu=GPUS["a100"]).decode_seconds(100, 500, 2048, 1000)
-    forked = replica.pass_seconds(work, 8)
-    barrier = replica.pass_seconds(replace(work, is_forked=False), 8)
+    forked, barrier = (
+        replica.pass_seconds(planned_run(load_config(SEVEN, keys), hf_config, replica.gpu), 8)
+        for keys in (["rollout.pass2=fork"], ["rollout.pass2=barrier"])
+    )
     assert forked[0] == barrier[0] and 0 < forked[1] < barrier[1]
 
 

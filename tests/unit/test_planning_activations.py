@@ -12,13 +12,7 @@ from megatron_sr1.model.hf_config import parse_hf_config
 from megatron_sr1.model.logprobs import label_logprobs
 from megatron_sr1.model.qwen25_vl import build_model
 from megatron_sr1.planning.layout import Layout
-from megatron_sr1.planning.rank_memory import (
-    Kernels,
-    logits_bytes,
-    text_ends_bytes,
-    text_layer_bytes,
-    vision_bytes,
-)
+from megatron_sr1.planning.memory import Activations
 from tests.planned_models import fill, make_row, raw_config, saved_bytes
 
 HF_CONFIG = parse_hf_config(raw_config())
@@ -33,8 +27,8 @@ LENGTHS = ([256], [400, 130, 90, 20])
 GRIDS = ([(20, 24)], [(32, 32), (8, 12), (20, 6)])
 
 
-def kernels(dtype):
-    return Kernels(dtype_bytes=DTYPES[dtype], fused_mlp=False)
+def activations(hf_config, dtype):
+    return Activations(hf_config, Layout(), DTYPES[dtype], fused_mlp=False)
 
 
 def model(hf_config, groups, dtype, recompute):
@@ -53,10 +47,8 @@ def test_text_activations_are_planned_within_8_percent(
 ):
     chunk = model(hf_config, groups, dtype, recompute)
     kept = saved_bytes(chunk, make_row(hf_config, lengths))
-    layout = Layout(recompute=recompute)
-    per_token = text_layer_bytes(hf_config, layout, kernels(dtype), recompute)
-    per_token *= hf_config.text.num_layers
-    per_token += text_ends_bytes(hf_config, layout, kernels(dtype))
+    planned = activations(hf_config, dtype)
+    per_token = planned.text_layer(recompute) * hf_config.text.num_layers + planned.text_ends()
     assert sum(lengths) * per_token == pytest.approx(kept, rel=0.08)
 
 
@@ -71,7 +63,7 @@ def test_vision_activations_are_planned_within_8_percent(
     without = saved_bytes(chunk, make_row(hf_config, [512]))
     kept = saved_bytes(chunk, make_row(hf_config, [512], grids)) - without
     patches = sum(height * width for height, width in grids)
-    planned = vision_bytes(hf_config, Layout(), kernels(dtype), recompute)
+    planned = activations(hf_config, dtype).vision(recompute)
     assert patches * planned == pytest.approx(kept, rel=0.08)
 
 
@@ -93,5 +85,4 @@ def test_the_peak_of_logits_is_planned_within_8_percent(groups, dtype):
             live += event.nbytes()
             peak = max(peak, live)
     hf_config = parse_hf_config(raw_config(vocab_size=vocab))
-    planned = logits_bytes(hf_config, Layout(), kernels(dtype), chunk)
-    assert planned == pytest.approx(peak, rel=0.08)
+    assert activations(hf_config, dtype).logits(chunk) == pytest.approx(peak, rel=0.08)

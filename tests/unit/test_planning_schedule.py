@@ -8,8 +8,7 @@ import math
 import pytest
 from megatron.core.pipeline_parallel.schedules import get_schedule_table
 
-from megatron_sr1.planning.layout import Layout
-from megatron_sr1.planning.schedule import in_flight, num_slots, num_warmup
+from megatron_sr1.planning.layout import Layout, in_flight, num_slots, num_warmup
 
 BACKWARD = 2  # times as long as the forward pass
 

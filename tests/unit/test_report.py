@@ -9,10 +9,9 @@ import pytest
 from PIL import Image
 
 from megatron_sr1.errors import DataError
-from megatron_sr1.report.charts import Bar, Series, bar_chart, line_chart, stacked_chart
-from megatron_sr1.report.gallery import pick_questions
+from megatron_sr1.report.charts import Series, bar_chart, line_chart, stacked_chart
 from megatron_sr1.report.panels import paired
-from megatron_sr1.report.report import DEMO_RUNS, shards_of, write_report
+from megatron_sr1.report.report import DEMO_RUNS, pick_questions, shards_of, write_report
 
 EVIL = '</dd></article><script>alert(1)</script><img src=x onerror="alert(2)"> & "quoted"'
 
@@ -239,5 +238,5 @@ def test_stacked_layers_sum_to_the_step():
 
 
 def test_a_bar_without_a_value_is_left_out():
-    svg = bar_chart("b", ["x", "y"], {"m": [Bar(0.5, 0.1), None]})
+    svg = bar_chart("b", ["x", "y"], {"m": [(0.5, 0.1), None]})
     assert svg.count("<rect") == 1 and svg.count('class="error"') == 1

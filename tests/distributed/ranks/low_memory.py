@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sr1.checkpoint.loading import load_checkpoint
-from megatron_sr1.checkpoint.saving import save_checkpoint
+from megatron_sr1.checkpoint.saving import begin_save
 from megatron_sr1.config.loading import load_config
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.errors import CheckpointError
@@ -112,7 +112,7 @@ def in_order(tensors):
 def train(out, model_dir, setting):
     run = Run(setting, model_dir)
     first = run.updates(3)
-    save_checkpoint(out / "saved" / setting, 3, run.actor.trained, {})
+    begin_save(out / "saved" / setting, 3, run.actor.trained, {}).finish()
     return run.found(out / f"{setting}.pt", first + run.updates(2))
 
 

@@ -18,18 +18,9 @@ from megatron_sr1.checkpoint.mapping import is_tower_frozen
 from megatron_sr1.config.loading import load_config
 from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.model.qwen25_vl import build_model
-from megatron_sr1.planning.layout import check, configured
-from megatron_sr1.planning.rank_memory import (
-    Kernels,
-    text_ends_bytes,
-    text_layer_bytes,
-    vision_bytes,
-)
-from megatron_sr1.planning.schedule import in_flight
-from megatron_sr1.planning.static_memory import (
-    DTYPE_BYTES,
-    static_memory,
-)
+from megatron_sr1.planning.layout import check, configured, in_flight
+from megatron_sr1.planning.memory import Activations, static_memory
+from megatron_sr1.planning.workload import DTYPE_BYTES
 from megatron_sr1.records import PackedBatch
 from megatron_sr1.runtime.device import select_device, start_distributed
 from megatron_sr1.runtime.groups import destroy_groups, make_groups
@@ -113,15 +104,15 @@ def measure(config, hf_config, groups):
 
 def plan_activations(config, hf_config, layout, pipeline_rank):
     """Of the same rows."""
-    kernels = Kernels(DTYPE_BYTES[config.model.dtype], fused_mlp=False)
+    held = Activations(hf_config, layout, DTYPE_BYTES[config.model.dtype], fused_mlp=False)
     tokens, patches = TOKENS / layout.context, sum(h * w for h, w in GRIDS) / layout.images
     layers, stages = layout.layers(hf_config.text.num_layers), layout.stages(pipeline_rank)
-    layer = tokens * text_layer_bytes(hf_config, layout, kernels, "none")
+    layer = tokens * held.text_layer("none")
     kept = [layer * len(layers[stage]) for stage in stages]
     if pipeline_rank == 0 and not is_tower_frozen(hf_config, config.model.freeze):
-        kept[0] += patches * vision_bytes(hf_config, layout, kernels, "none")
+        kept[0] += patches * held.vision("none")
     if pipeline_rank == layout.pipeline - 1:
-        kept[-1] += tokens * text_ends_bytes(hf_config, layout, kernels)
+        kept[-1] += tokens * held.text_ends()
     numbers = in_flight(layout, pipeline_rank, kept)
     return sum(n * size for n, size in zip(numbers, kept, strict=True))
 
