@@ -249,7 +249,7 @@ def _with_cause(status: int, run_dir: Path, started: float) -> int:
     """Repeat why the ranks failed, unless it was a user's error; return the exit status."""
     if status in (0, 2):
         return status
-    from megatron_sr1.runtime.failure_files import last_words, read_failure
+    from megatron_sr1.runtime.failure_files import read_failure, summarize_failure
 
     failure = read_failure(run_dir, since=started)
     if failure is None:
@@ -257,7 +257,7 @@ def _with_cause(status: int, run_dir: Path, started: float) -> int:
     elif failure.code == 2:
         return 2
     else:
-        lines, status = last_words(run_dir, failure, started), failure.code
+        lines, status = summarize_failure(run_dir, failure, started), failure.code
     print(*lines, sep="\n", file=sys.stderr)
     return status
 

@@ -46,13 +46,13 @@ PASS2 = {"one": None, "barrier": "barrier", "forked": "fork"}
 class Bench:
     """Actor, engine and data of one model on this process."""
 
-    def __init__(self, model: str, data: str, folder: str) -> None:
+    def __init__(self, model: str, data: str, directory: str) -> None:
         """Load everything, as a GRPO run on one rank would."""
         slots = 2 * NUM_PROMPTS * SAMPLES
         config = load_config(
             ROOT / "examples/digits_cpu.yaml",
             [
-                *(f"model.path={model}", f"data.train={data}", "data.eval=", f"output={folder}"),
+                *(f"model.path={model}", f"data.train={data}", "data.eval=", f"output={directory}"),
                 *(f"rollout.max_num_seqs={slots}", "launch.num_processes=1", "launch.threads=2"),
                 f"rollout.max_response_tokens={CAP_TOKENS}",
                 f"rollout.max_reading_tokens={CAP_TOKENS}",
@@ -235,8 +235,8 @@ def main() -> int:
     parser.add_argument("--data", required=True)
     parser.add_argument("--result", type=Path, required=True)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(arguments.model, arguments.data, folder)
+    with tempfile.TemporaryDirectory() as directory:
+        bench = Bench(arguments.model, arguments.data, directory)
         result = {"schedules": measure_schedules(bench), "sync": measure_sync(bench)}
     arguments.result.write_text(json.dumps(result))
     return 0

@@ -261,14 +261,14 @@ def padded_samples(job: Job, pad_for: str) -> int:
     return 2 ** int(math.log2(job.pack_tokens / length))
 
 
-def start_side(side: str, job: Job, folder: Path) -> list[tuple[int, float]]:
+def start_side(side: str, job: Job, directory: Path) -> list[tuple[int, float]]:
     """Run one side in a process of its own; return tokens and seconds of its counted steps."""
-    result = folder / "steps.json"
+    result = directory / "steps.json"
     python = trl_python() if side == "trainer" else sys.executable
     command = [python, __file__, "--side", side, json.dumps(asdict(job)), str(result)]
     environment = {**os.environ, **rank_environment(LaunchConfig(threads=job.num_threads), 1)}
     environment["PYTHONPATH"] = str(ROOT)
-    subprocess.run(command, check=True, cwd=folder, env=environment, stdout=sys.stderr)
+    subprocess.run(command, check=True, cwd=directory, env=environment, stdout=sys.stderr)
     return [(tokens, seconds) for tokens, seconds in json.loads(result.read_text())][WARM_UP_STEPS:]
 
 
@@ -298,18 +298,18 @@ def main() -> None:
         return
     found: dict[str, list[list[tuple[int, float]]]] = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
+        directory = Path(temporary)
         from megatron_sr1.demo.digits import corpus_texts
         from megatron_sr1.demo.tiny_model import make_tiny_model
 
-        make_tiny_model(folder / "model", corpus_texts(), hidden_size=arguments.hidden_size)
+        make_tiny_model(directory / "model", corpus_texts(), hidden_size=arguments.hidden_size)
         num_steps = arguments.steps + WARM_UP_STEPS
         num_samples = arguments.samples * num_steps
-        write_conversations(folder / "data", folder / "digits", num_samples, arguments.turns)
+        write_conversations(directory / "data", directory / "digits", num_samples, arguments.turns)
         job = Job(
-            model=str(folder / "model"),
-            data=str(folder / "data"),
-            output=str(folder / "run"),
+            model=str(directory / "model"),
+            data=str(directory / "data"),
+            output=str(directory / "run"),
             pack_tokens=arguments.pack_tokens,
             samples_per_step=arguments.samples,
             num_steps=num_steps,
@@ -318,7 +318,7 @@ def main() -> None:
         job = replace(job, padded_samples=padded_samples(job, arguments.pad_for))
         for number in range(arguments.rounds):
             for side in SIDES:
-                found[side].append(start_side(side, job, folder))
+                found[side].append(start_side(side, job, directory))
                 tokens_per_second = rate(found[side][-1])
                 print(f"round {number + 1}: {side} {tokens_per_second:.0f} tokens/s", flush=True)
     rates = {side: [rate(steps) for steps in rounds] for side, rounds in found.items()}

@@ -60,9 +60,9 @@ class WandbSink(Sink):
         id_file = run_dir / WANDB_ID_FILE
         if not id_file.exists() or not id_file.read_text().strip():
             id_file.write_text(uuid.uuid4().hex[:12] + "\n")
+        run_id = id_file.read_text().strip()
         os.environ.setdefault(WANDB_FILES, str((run_dir / "wandb").resolve()))
-        run_id, is_offline = id_file.read_text().strip(), settings.wandb == "offline"
-        self._last = last_step(run_dir, run_id) if is_offline else 0
+        self._last = last_step(run_dir, run_id) if settings.wandb == "offline" else 0
         try:
             self._run = wandb.init(
                 project=settings.wandb_project,
@@ -70,7 +70,7 @@ class WandbSink(Sink):
                 name=run_dir.name,
                 id=run_id,
                 resume="allow",
-                mode="offline" if is_offline else "online",
+                mode="offline" if settings.wandb == "offline" else "online",
                 config=to_dict(config),
             )
         except wandb.Error as error:
@@ -78,12 +78,12 @@ class WandbSink(Sink):
                 f"logging.wandb={settings.wandb}: wandb did not start ({error}); "
                 "logging.wandb=offline needs neither network nor account"
             ) from None
-        if not is_offline:  # the server knows the next step
+        if settings.wandb == "online":  # the server knows the next step
             self._last = self._run.starting_step - 1
         for line in read_lines(run_dir / METRICS_FILE):
-            if line["stage"] == config.stage and line["step"] <= step:
-                values = {k: v for k, v in line.items() if k not in ("step", "stage")}
-                self.log(line["step"], {k: nan if v is None else v for k, v in values.items()})
+            number, stage = line.pop("step"), line.pop("stage")
+            if stage == config.stage and number <= step:
+                self.log(number, {k: nan if v is None else v for k, v in line.items()})
 
     def show(self, step: int, rollouts: Rollouts, images: Images, cells: Cells) -> None:
         """Prepare the tables of samples and verdicts for `log`, if they are due."""

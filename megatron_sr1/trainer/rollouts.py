@@ -205,18 +205,7 @@ def score(rollouts: Sequence[Rollout], samples: Samples, scorer: Scorer) -> Grad
         example = samples.example(rollout.index)
         name = f"{example.shard} sample {example.key} rollout {rollout.sample}"
         try:
-            reward = scorer.score(
-                sample_name=name,
-                response_text=rollout.completion.text,
-                gold=example.answer or "",
-                question=example.question,
-                description=rollout.description,
-                reading=rollout.reading,
-                question_only=rollout.question_only,
-                has_image=example.num_images > 0,
-                metadata=example.metadata,
-                other_golds=example.other_answers,
-            )
+            reward = scorer.score(name, rollout, example)
         except GradingLimit as error:
             ungraded[rollout.index] = str(error)
             continue
@@ -226,11 +215,8 @@ def score(rollouts: Sequence[Rollout], samples: Samples, scorer: Scorer) -> Grad
             raised.append(f"{name}: answer {shown}, gold {example.answer!r}: {reward.uncomparable}")
     _log_first("left out with its group", list(ungraded.values()))
     _log_first("counted as wrong, as reading or comparing it raised", raised)
-    aside = (
-        Scored(r, scorer.ungraded(r.completion.text, samples.example(r.index).num_images > 0))
-        for r in rollouts
-        if r.index in ungraded
-    )
+    left_out = (r for r in rollouts if r.index in ungraded)
+    aside = (Scored(r, scorer.ungraded(r, samples.example(r.index))) for r in left_out)
     whole = tuple(s for s in scored if s.rollout.index not in ungraded)
     return Graded(whole, ungraded, tuple(aside))
 

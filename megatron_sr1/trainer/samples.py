@@ -25,8 +25,7 @@ from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.model.row_split import sequence_multiple
 from megatron_sr1.model.transformer_config import fp8_row_multiple
 from megatron_sr1.records import Example, PackedBatch, Prompt, Rollout, TrainSample, VisionInputs
-from megatron_sr1.rewards.accuracy import bare_gold
-from megatron_sr1.rewards.response import DESCRIPTION, find_span
+from megatron_sr1.rewards.response import DESCRIPTION, bare_gold, find_span
 from megatron_sr1.runtime.groups import Group, Groups
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Order and identity of images and rows: reports from elsewhere that hold here."""
+"""Order and identity of images and rows, after bug reports of other projects."""
 
 import io
 import logging

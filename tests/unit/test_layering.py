@@ -26,7 +26,7 @@ LAYER |= dict.fromkeys(("model", "data", "rewards", "algorithm", "observability"
 LAYER |= {"trainer": 5, "evaluation": 6, "dry_run": 6, "stages": 7, "cli": 9, "__main__": 9}
 LAYER |= dict.fromkeys(("demo", "launch", "doctor", "doctor_distributed"), 8)
 LAZY = {
-    "vllm": {"rollout/engine.py", "rollout/weight_sync.py"},
+    "vllm": {"rollout/vllm_api.py", "rollout/weight_sync.py"},
     "wandb": {"observability/wandb_sink.py"},
     "transformer_engine": 1,
     "nemo_run": {"launch/slurm.py"},

@@ -80,7 +80,7 @@ def test_phases_stand_in_the_profile_of_the_ranks_that_record(groups, tmp_path):
             assert b'"pass1"' in gzip.open(path).read()
 
 
-def test_free_pages_between_live_blocks_go_back_to_the_system():
+def test_free_pages_between_live_blocks_are_returned_to_the_system():
     resident = psutil.Process().memory_info
     blocks = [bytearray(BLOCK_BYTES) for _ in range(NUM_BLOCKS)]
     living = blocks[::LIVING] + blocks[-1:]

@@ -84,7 +84,7 @@ def test_every_step_is_in_wandb_once_after_a_stop(tmp_path, end, width, least, m
     assert names == [f"run-{run_id.strip()}.wandb"] * 2
 
 
-def test_a_file_that_is_cut_is_read_up_to_there(tmp_path):
+def test_a_truncated_file_is_read_up_to_its_end(tmp_path):
     import wandb
 
     run = wandb.init(mode="offline", dir=str(tmp_path), id="long", project="p")
@@ -141,7 +141,7 @@ def test_samples_with_images_and_the_table_of_verdicts_are_in_the_run(tmp_path, 
             assert row[0].tobytes() == images(index)[0].tobytes()
 
 
-def test_images_of_a_sample_stand_side_by_side():
+def test_images_of_a_sample_are_joined_side_by_side():
     assert side_by_side([]) is None
     whole = side_by_side(images(2))
     assert whole.size == (44, 10)
