@@ -1,7 +1,7 @@
 """A dataset's samples by index, as prompts, training samples, pixels and packed micro-batches.
 
-Images do not travel between ranks: each rank reads the pixels that it needs from the shard. They and
-all other things read are kept until `forget`.
+Images do not travel between ranks: each rank reads the pixels that it needs from the shard, and
+keeps what it has read until `forget`.
 """
 
 from __future__ import annotations
