@@ -74,7 +74,9 @@ def load_checkpoint(
     """
     step = latest_step(directory) if step is None else step
     if step is None:
-        raise CheckpointError(f"{directory}: no checkpoint; looked for {LATEST} and step_N folders")
+        raise CheckpointError(
+            f"{directory}: no checkpoint; looked for {LATEST} and step_N directories"
+        )
     folder = Path(directory) / f"step_{step}"
     record = read_state(folder)
     if record["step"] != step:

@@ -77,7 +77,7 @@ def read_manifest(folder: Path) -> dict[str, Measure]:
     for name in found:
         parts = PurePosixPath(name).parts
         if name.startswith("/") or ".." in parts or "/".join(parts) != name:
-            raise CheckpointError(f"{path}: {name!r} is no name of a file in its folder")
+            raise CheckpointError(f"{path}: {name!r} is no name of a file in its directory")
     return found
 
 

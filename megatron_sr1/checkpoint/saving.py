@@ -190,8 +190,8 @@ def _whole_or_not(target: Path, partial: Path, groups: Groups) -> Iterator[None]
         if groups.world.rank == 0:  # the log may need the space
             shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
-            f"{target} was not saved: {error}; make room or mend the cause, then start the same "
-            "command again: it goes on from the checkpoint before"
+            f"{target} was not saved: {error}; make room or remove the cause, then start the same "
+            "command again: it resumes from the checkpoint before"
         ) from error
 
 

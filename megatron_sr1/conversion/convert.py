@@ -249,7 +249,7 @@ def _need_empty(target: Path, but: Collection[str] = ()) -> None:
     if target.exists() and (
         not target.is_dir() or any(p.name not in but for p in target.iterdir())
     ):
-        raise CheckpointError(f"{target} is there already; name a new or an empty folder")
+        raise CheckpointError(f"{target} is there already; name a new or an empty directory")
 
 
 def _remove_others(partial: Path, keep: Collection[str]) -> None:
@@ -283,5 +283,5 @@ def _space_checked(folder: Path, needed: int) -> Iterator[None]:
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
             f"{write_failure(folder, needed, reason(error))}; make room and start the same command "
-            "again: it goes on from the last finished file"
+            "again: it continues after the last finished file"
         ) from error

@@ -1,8 +1,8 @@
-"""Units out of a distributed checkpoint, one at a time, and compared with published tensors.
+"""Read units from a distributed checkpoint, one at a time, and compare them with published tensors.
 
-In: a checkpoint that any layout wrote, and a unit. Out: the unit's parameter, which torch's own
-reader puts together from the pieces that overlap it. Memory: the unit, and the largest piece of it
-if it is in several.
+In: a checkpoint that any layout wrote, and a unit. Out: the unit's parameter, put together by
+torch's own reader from the pieces that overlap it. Memory: the unit, and its largest piece if there
+are several.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def test_a_folder_of_neither_kind_is_told_what_was_looked_for(tmp_path):
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(CheckpointError, match=r"config.json.*latest.*found notes.txt"):
         resolve_model(tmp_path)
-    with pytest.raises(CheckpointError, match="no such folder"):
+    with pytest.raises(CheckpointError, match="no such directory"):
         resolve_model(tmp_path / "absent")
 
 
@@ -126,7 +126,7 @@ def test_common_state_that_would_run_code_is_refused_without_running_it(tmp_path
 
 def test_metadata_may_not_point_outside_its_folder(tmp_path):
     (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata(path="../other/__0_0.distcp")))
-    with pytest.raises(CheckpointError, match="outside its folder"):
+    with pytest.raises(CheckpointError, match="outside its directory"):
         check_folder(tmp_path)
 
 
