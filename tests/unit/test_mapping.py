@@ -85,7 +85,7 @@ def test_fused_vision_qkv_is_cut_into_three_before_it_is_split(tiny_model):
     ]  # fmt: skip
 
 
-def test_gate_stands_before_up_on_every_rank(tiny_model):
+def test_gate_rows_come_before_up_rows_on_every_rank(tiny_model):
     entry = entry_of(read_hf_config(tiny_model), "layers.0.mlp.linear_fc1.bias")
     gate, up = torch.arange(256), 1000 + torch.arange(256)
     tensors = dict(zip(entry.hf_names, (gate, up), strict=True))
@@ -213,7 +213,7 @@ def test_an_index_may_not_point_outside_its_directory(tmp_path):
         HFSource(tmp_path)
 
 
-def test_a_folder_without_weights_is_told_what_was_looked_for(tmp_path):
+def test_the_error_for_missing_weights_says_what_was_looked_for(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(CheckpointError, match="looked for model.safetensors.index.json"):
         HFSource(tmp_path)
