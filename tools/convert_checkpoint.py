@@ -102,7 +102,7 @@ def from_hf(arguments: argparse.Namespace, report: Progress) -> None:
     import torch
 
     from megatron_sr1.checkpoint.folders import LATEST, resolve_model
-    from megatron_sr1.conversion.convert import compare_with_hf, hf_to_megatron
+    from megatron_sr1.conversion.convert import hf_to_megatron, verify_conversion
     from megatron_sr1.conversion.plan import plan_to_megatron, rows
     from megatron_sr1.errors import CheckpointError
 
@@ -116,7 +116,7 @@ def from_hf(arguments: argparse.Namespace, report: Progress) -> None:
     if not (arguments.verify and (target / LATEST).is_file()):
         hf_to_megatron(source, target, dtype, report)
     if arguments.verify:
-        compare_with_hf(source, resolve_model(target), report)
+        verify_conversion(source, resolve_model(target), report, to_published=False)
 
 
 def from_megatron(arguments: argparse.Namespace, report: Progress) -> None:
@@ -126,7 +126,7 @@ def from_megatron(arguments: argparse.Namespace, report: Progress) -> None:
         CheckpointError: the source is no such checkpoint, or the target is something else.
     """
     from megatron_sr1.checkpoint.folders import resolve_model
-    from megatron_sr1.conversion.convert import compare_with_megatron, megatron_to_hf
+    from megatron_sr1.conversion.convert import megatron_to_hf, verify_conversion
     from megatron_sr1.conversion.plan import plan_to_hf, rows
     from megatron_sr1.errors import CheckpointError
 
@@ -140,7 +140,7 @@ def from_megatron(arguments: argparse.Namespace, report: Progress) -> None:
     if not (arguments.verify and (target / "config.json").is_file()):
         megatron_to_hf(found, target, arguments.checksums, report)
     if arguments.verify:
-        compare_with_megatron(found, target, report)
+        verify_conversion(target, found, report, to_published=True)
 
 
 class Progress:

@@ -43,8 +43,7 @@ STATE_TYPES: dict[str, tuple[type, ...]] = {
 def latest_step(directory: str | Path) -> int | None:
     """Return the step that `latest` names, or else the newest complete one; None if none.
 
-    Raises:
-        CheckpointError: `latest` names a directory that is not there.
+    Raises `CheckpointError` if `latest` names a directory that is not there.
     """
     folder = Path(directory)
     if (folder / LATEST).is_file():
@@ -111,11 +110,7 @@ class ModelSource:
 
 
 def resolve_model(directory: str | Path) -> ModelSource:
-    """Find the model in a Hugging Face directory, a directory of checkpoints, or one `step_N`.
-
-    Raises:
-        CheckpointError: it is none of these.
-    """
+    """Find the model in a Hugging Face directory, a directory of checkpoints, or one `step_N`."""
     path = Path(directory)
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such directory; give a model or checkpoint directory")
@@ -176,10 +171,10 @@ def write_state(
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Read `state.json` of a checkpoint, which may be damaged or written by someone else.
+    """Read `state.json` of a checkpoint.
 
-    Raises:
-        CheckpointError: absent, a link, too large, not JSON, or not of this form.
+    Raises `CheckpointError` if it is absent, a link, too large, not JSON, or not of this form: it
+    may be damaged or written by someone else.
     """
     path = folder / STATE
     try:

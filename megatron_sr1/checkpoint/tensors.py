@@ -171,11 +171,8 @@ class PendingTensors:
     def finish(self) -> dict[str, Measure]:
         """Wait for all ranks' processes and write the tensors' metadata; collective.
 
-        Returns:
-            This rank's files, which are on the disk, by name.
-
-        Raises:
-            CheckpointError: on all ranks, if one of the processes could not write or died.
+        Returns this rank's files, which are on the disk, by name. Raises `CheckpointError` on all
+        ranks if one of the processes could not write or died.
         """
         with cpu.megatron_mode(), _explained(self._folder, self._needed, self._groups):
             measures = on_all_ranks(self._groups, self._collect)[self._groups.world.rank]

@@ -19,25 +19,15 @@ import torch
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.runtime.collectives import reason
 
-_RECORDS = "torch.distributed.checkpoint.metadata"
-_PLANNER = "torch.distributed.checkpoint.planner"
+_CHECKPOINT = "torch.distributed.checkpoint"
 ALLOWED = {
-    (_RECORDS, "Metadata"),
-    (_RECORDS, "BytesStorageMetadata"),
-    (_RECORDS, "ChunkStorageMetadata"),
-    (_RECORDS, "TensorStorageMetadata"),
-    (_RECORDS, "TensorProperties"),
-    (_RECORDS, "MetadataIndex"),
-    (_RECORDS, "StorageMeta"),
-    (_RECORDS, "_MEM_FORMAT_ENCODING"),
-    (_PLANNER, "SavePlan"),
-    (_PLANNER, "TensorWriteData"),
-    (_PLANNER, "WriteItem"),
-    (_PLANNER, "WriteItemType"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("collections", "OrderedDict"),
+    f"{_CHECKPOINT}.metadata": "Metadata BytesStorageMetadata ChunkStorageMetadata MetadataIndex "
+    "TensorStorageMetadata TensorProperties StorageMeta _MEM_FORMAT_ENCODING",
+    f"{_CHECKPOINT}.planner": "SavePlan TensorWriteData WriteItem WriteItemType",
+    f"{_CHECKPOINT}.filesystem": "_StorageInfo",
+    "torch": "Size",
+    "torch.serialization": "_get_layout",
+    "collections": "OrderedDict",
 }
 # Newer releases of Megatron-Core keep the values of common.pt in this object instead.
 COMMON_OBJECT = "common_state/shard_0_1"
@@ -54,7 +44,7 @@ class _Reader(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if (module, name) not in ALLOWED and not is_dtype:
+        if name not in ALLOWED.get(module, "").split() and not is_dtype:
             raise CheckpointError(f"it names {module}.{name}, which no checkpoint of ours does")
         return super().find_class(module, name)
 
