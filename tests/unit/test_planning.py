@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = ROOT / "tests" / "published"
 SEVEN = ROOT / "examples" / "qwen25vl_7b.yaml"
 ENOUGH = {"3b": (8, "a100"), "7b": (8, "h100"), "32b": (32, "h100"), "72b": (64, "h100")}
+TEXT, VISION = "text activations", "vision activations"
 NOT_TORCH = (
     "import sys\nfrom megatron_sr1.cli import main\nmain(sys.argv[1:])\n"
     "print([name for name in ('torch', 'megatron', 'vllm') if name in sys.modules])"
@@ -109,7 +110,7 @@ def test_a_frozen_tower_keeps_no_activations_and_updates_faster():
     frozen_keys = [*keys, "model.freeze=['^visual[.]']"]
     run, _ = planned("7b", *frozen_keys)
     frozen = estimate(run, trained.layout)
-    assert trained.memory.vision > 0 == frozen.memory.vision
+    assert trained.memory.activations[VISION] > 0 == frozen.memory.activations[VISION]
     assert frozen.seconds["update"] < trained.seconds["update"]
     assert set(frozen.seconds) == {"update"}
 
@@ -134,7 +135,7 @@ def test_balanced_stages_are_faster_and_are_proposed():
     assert sum(best.stage_layers) == 80 and best.stage_layers[0] == min(best.stage_layers)
     even = estimate(run, replace(best, stage_layers=()))
     assert choose(found).seconds["update"] < even.seconds["update"]
-    assert choose(found).memory.text != even.memory.text
+    assert choose(found).memory.activations[TEXT] != even.memory.activations[TEXT]
 
 
 def test_overrides_reset_the_splits_that_a_configuration_sets():
@@ -165,7 +166,7 @@ def test_more_stages_per_rank_shorten_the_bubble_and_need_more_memory():
     two = replace(one, virtual=2)
     first, second = (estimate(few, layout) for layout in (one, two))
     assert second.seconds["update"] < first.seconds["update"]
-    assert second.memory.text > first.memory.text
+    assert second.memory.activations[TEXT] > first.memory.activations[TEXT]
 
 
 def test_a_tower_split_by_images_is_whole_and_shares_patches_without_all_reduces():
