@@ -1,4 +1,4 @@
-"""Groups are undone whole: their threads end, and others' groups stay."""
+"""Destroying our process groups ends their threads and leaves other groups alone."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ print("threads", len(set(threads)), "others'", dist.get_process_group_ranks(engi
 """
 
 
-def test_groups_that_are_destroyed_leave_no_thread_and_no_gap_in_others():
+def test_destroying_groups_ends_their_threads_and_keeps_other_groups():
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],
         capture_output=True,

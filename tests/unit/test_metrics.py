@@ -88,7 +88,7 @@ def test_inner_phases_are_not_counted_twice():
     assert timer.take() == {"time/step_seconds": 2.0}
 
 
-def test_moved_time_is_never_more_than_there_was():
+def test_no_more_time_is_moved_than_a_phase_took():
     clock = Clock()
     timer = PhaseTimer(clock)
     with timer.phase("pass1"):
@@ -103,7 +103,7 @@ def ballast(mib: int) -> bytes:
     return b"x" * (mib * 2**20)  # written to, so resident
 
 
-def test_memory_peaks_are_told_by_the_innermost_phase():
+def test_a_memory_peak_is_reported_for_the_innermost_phase():
     peaks = PeakMemory()
     with peaks.phase("sync"):
         pass
@@ -122,7 +122,7 @@ def test_memory_peaks_are_told_by_the_innermost_phase():
     assert again["memory/host_peak_gib"] == values["memory/host_peak_gib"]
 
 
-def test_where_the_peak_cannot_be_set_back_phases_have_none(monkeypatch, tmp_path):
+def test_phases_have_no_peak_where_it_cannot_be_reset(monkeypatch, tmp_path):
     monkeypatch.setattr(profiling, "CLEAR", tmp_path / "absent" / "clear_refs")
     peaks = PeakMemory()
     with peaks.phase("sync"):
@@ -152,7 +152,7 @@ def test_short_steps_share_a_log_line_and_the_last_step_always_has_one(caplog, m
     assert logged == ["sft 1", "sft 17", "sft 33", "sft 40"]
 
 
-def test_a_log_line_shows_above_the_bar_and_the_stream_is_given_back(capsys):
+def test_a_log_line_appears_above_the_bar_and_the_stream_is_restored(capsys):
     stream = logging.StreamHandler(sys.stderr)
     logging.getLogger().addHandler(stream)
     try:
