@@ -4,8 +4,7 @@ import torch
 
 from megatron_sr1.checkpoint.folders import resolve_model
 from megatron_sr1.checkpoint.loading import load_checkpoint, load_model
-from megatron_sr1.checkpoint.retention import Keep
-from megatron_sr1.checkpoint.saving import save_checkpoint
+from megatron_sr1.checkpoint.saving import Keep, SaveQueue
 from megatron_sr1.config.loading import load_config
 from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.model.qwen25_vl import build_model
@@ -57,8 +56,9 @@ def held(actor):
 
 def save(actor, groups, folder, step, source=None, keep_last=0):
     """Save a step whose state is {"n": step}."""
-    keep = Keep(keep_last)
-    return save_checkpoint(folder, step, actor.trained, {"n": step}, keep, source_directory=source)
+    queue = SaveQueue(folder, Keep(keep_last), 0)
+    queue.add(step, actor.trained, {"n": step}, source)
+    return folder / f"step_{step}"
 
 
 def load(actor, groups, folder, **more):

@@ -125,7 +125,7 @@ def run_watched(command: list[str]) -> tuple[float, int]:
 
 def copy_files(source: Path, target: Path) -> float:
     """Copy a folder's files to the disk and remove the copy; returns the copying's seconds."""
-    from megatron_sr1.checkpoint.disk import forget_pages
+    from megatron_sr1.checkpoint.disk import flush_and_evict
 
     forget(source)
     started = time.monotonic()
@@ -133,7 +133,7 @@ def copy_files(source: Path, target: Path) -> float:
         copy = target / path.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
-        forget_pages(copy)  # and so it is on the disk
+        flush_and_evict(copy)  # and so it is on the disk
     seconds = time.monotonic() - started
     shutil.rmtree(target)
     return seconds
@@ -141,10 +141,10 @@ def copy_files(source: Path, target: Path) -> float:
 
 def forget(folder: Path) -> None:
     """Drop a folder's files from memory."""
-    from megatron_sr1.checkpoint.disk import forget_pages
+    from megatron_sr1.checkpoint.disk import flush_and_evict
 
     for path in files_under(folder):
-        forget_pages(path)
+        flush_and_evict(path)
 
 
 def files_under(folder: Path) -> Iterator[Path]:

@@ -100,8 +100,8 @@ def from_hf(arguments: argparse.Namespace, report: Progress) -> None:
     import torch
 
     from megatron_sr1.checkpoint.folders import LATEST, resolve_model
+    from megatron_sr1.conversion.convert import compare_with_hf, hf_to_megatron
     from megatron_sr1.conversion.plan import plan_to_megatron, rows
-    from megatron_sr1.conversion.to_megatron import compare_with_hf, hf_to_megatron
     from megatron_sr1.errors import CheckpointError
 
     source, target = arguments.source, arguments.target
@@ -124,8 +124,8 @@ def from_megatron(arguments: argparse.Namespace, report: Progress) -> None:
         CheckpointError: the source is no such checkpoint, or the target is something else.
     """
     from megatron_sr1.checkpoint.folders import resolve_model
+    from megatron_sr1.conversion.convert import compare_with_megatron, megatron_to_hf
     from megatron_sr1.conversion.plan import plan_to_hf, rows
-    from megatron_sr1.conversion.to_hf import compare_with_megatron, megatron_to_hf
     from megatron_sr1.errors import CheckpointError
 
     source, target = arguments.source, arguments.target

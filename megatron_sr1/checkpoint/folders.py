@@ -1,22 +1,26 @@
-"""Directories of models and checkpoints: which kind one is, which checkpoint is the latest.
+"""Directories of models and checkpoints: what kind one is, its steps, `latest`, `state.json`.
 
 In: a path that a user gives, or a run's directory of checkpoints. Out: where weights, configuration
-and tokenizer are, a fingerprint that changes when the weights do, and the steps that are complete.
-Free of torch, so that the planner and checks before a start can use it.
+and tokenizer are, a fingerprint that changes when the weights do, the complete steps, and what
+`state.json` of a step holds: `{"format", "step", "layout", "scheduler", "state"}`. Free of torch,
+for the planner and the checks before a start.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-import shutil
-from collections.abc import Collection, Sequence
+import stat
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from megatron_sr1.checkpoint.disk import DIGEST
-from megatron_sr1.checkpoint.manifest import is_whole
+from megatron_sr1.checkpoint.disk import size_text
+from megatron_sr1.checkpoint.manifest import DIGEST, is_whole
 from megatron_sr1.errors import CheckpointError
+from megatron_sr1.runtime.files import write_text
 
 LATEST, STATE = "latest", "state.json"
 MAX_NAME_BYTES = 100
@@ -24,49 +28,63 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 HF_FILES = "hf_files"
 FINGERPRINTED = ("config.json", INDEX, "*.safetensors", ".metadata", "*.distcp")
 NUM_BLOCKS, BLOCK_BYTES = 64, 4096
+STATE_FORMAT = 2
+WITH_MANIFEST = 2  # formats before this one had none
+MAX_STATE_BYTES = 16 * 2**20
+STATE_TYPES: dict[str, tuple[type, ...]] = {
+    "format": (int,),
+    "step": (int,),
+    "layout": (dict,),
+    "scheduler": (dict, type(None)),
+    "state": (dict,),
+}
 
 
 def latest_step(directory: str | Path) -> int | None:
-    """Step to resume from: what `latest` names, or else the newest complete folder; None if none.
+    """Return the step that `latest` names, or else the newest complete one; None if none.
 
     Raises:
-        CheckpointError: `latest` names a folder that is not there.
+        CheckpointError: `latest` names a directory that is not there.
     """
     folder = Path(directory)
     if (folder / LATEST).is_file():
         with (folder / LATEST).open("rb") as file:
             name = file.read(MAX_NAME_BYTES).decode(errors="replace").strip()
-        found = re.fullmatch(r"step_(0|[1-9][0-9]*)", name)
-        if not found or not (folder / name / STATE).is_file():
+        step = _step_of(name)
+        if step is None or not (folder / name / STATE).is_file():
             there = step_names(whole_steps(folder)) or "there is none"
             raise CheckpointError(
                 f"{folder / LATEST} names {name!r}, which is not there or not complete; write the "
                 f"name of a complete folder into it ({there})"
             )
-        return int(found[1])
-    # Of damaged ones only, the newest: loading it says what is wrong with it.
+        return step
+    # If all are damaged, the newest: the error on loading it says what is wrong.
     return max(whole_steps(folder) or steps(folder), default=None)
 
 
 def steps(folder: Path) -> list[int]:
-    """Steps of the checkpoints in a folder, ascending, damaged ones too."""
-    names = (p.parent.name for p in folder.glob(f"step_*/{STATE}"))
-    found = [re.fullmatch(r"step_(0|[1-9][0-9]*)", name) for name in names]
-    return sorted(int(match[1]) for match in found if match)
+    """Return the steps of all checkpoints in a directory, ascending, damaged ones included."""
+    found = [_step_of(path.parent.name) for path in folder.glob(f"step_*/{STATE}")]
+    return sorted(step for step in found if step is not None)
+
+
+def _step_of(name: str) -> int | None:
+    found = re.fullmatch(r"step_(0|[1-9][0-9]*)", name)
+    return int(found[1]) if found else None
 
 
 def whole_steps(folder: Path) -> list[int]:
-    """Steps of the checkpoints whose files are all there with their sizes, ascending."""
+    """Return the steps of the checkpoints that are complete by their sizes, ascending."""
     return [step for step in steps(folder) if is_whole(folder / f"step_{step}")]
 
 
 def step_names(steps: Sequence[int]) -> str:
-    """The folders of some steps, for messages."""
+    """Join the names of checkpoint directories for a message."""
     return ", ".join(f"step_{step}" for step in steps)
 
 
 def other_steps(folder: Path) -> str:
-    """What to do about a damaged `step_N` folder, naming the complete ones beside it."""
+    """Advise what to do about a damaged checkpoint, naming the complete ones next to it."""
     others = [s for s in whole_steps(folder.parent) if f"step_{s}" != folder.name]
     if not others:
         return "no other complete checkpoint is beside it: fetch its files again, or start anew"
@@ -76,20 +94,13 @@ def other_steps(folder: Path) -> str:
     )
 
 
-def remove_remains(folder: Path, busy: Collection[str] = ()) -> None:
-    """Remove what saves and removals that were cut short have left, but folders named `busy`."""
-    for partial in folder.glob(".step_*"):
-        if partial.name not in busy:
-            shutil.rmtree(partial, ignore_errors=True)
-
-
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model's weights and the files beside them are.
+    """Where a model's weights and the files that belong to them are.
 
     Attributes:
         kind: huggingface | megatron.
-        weights: folder of the weights.
+        weights: directory of the weights.
         hf_files: Hugging Face directory with configuration and tokenizer; with weights only where
             `kind` is huggingface.
     """
@@ -100,11 +111,7 @@ class ModelSource:
 
 
 def resolve_model(directory: str | Path) -> ModelSource:
-    """Tell what kind of model directory this is.
-
-    Args:
-        directory: a Hugging Face directory, a folder of checkpoints with `latest` in it, or one
-            `step_N` folder of those.
+    """Find the model in a Hugging Face directory, a directory of checkpoints, or one `step_N`.
 
     Raises:
         CheckpointError: it is none of these.
@@ -132,14 +139,11 @@ def resolve_model(directory: str | Path) -> ModelSource:
 
 
 def fingerprint(source: ModelSource) -> str:
-    """A mark of a model directory's weights, cheap at any size.
+    """Return 32 hexadecimal digits that identify a model's weights, cheap at any size.
 
-    It covers the names and sizes of the weight files and blocks of each, evenly spread from the
-    first bytes to the last: all of a file up to 256 KiB. Training moves all weights, so that
-    another model has another mark; a single value changed by hand may go unseen.
-
-    Returns:
-        32 hexadecimal digits.
+    They cover the names and sizes of the weight files and evenly spaced blocks of each: all of a
+    file up to 256 KiB. Training moves all weights, so another model has another fingerprint; a
+    single value changed by hand may go unseen.
     """
     mark = hashlib.new(DIGEST)
     for path in sorted({p for pattern in FINGERPRINTED for p in source.weights.glob(pattern)}):
@@ -151,3 +155,53 @@ def fingerprint(source: ModelSource) -> str:
                 file.seek(last * number // (NUM_BLOCKS - 1))
                 mark.update(file.read(BLOCK_BYTES))
     return mark.hexdigest()[:32]
+
+
+def write_state(
+    folder: Path, step: int, layout: Mapping[str, int], scheduler: Any, state: Mapping[str, Any]
+) -> None:
+    """Write `state.json` of a checkpoint, to the disk; on one rank.
+
+    The layout is empty for a conversion, which has no ranks' generators; the scheduler is
+    Megatron's learning-rate schedule or None; the state has JSON values.
+    """
+    record = {
+        "format": STATE_FORMAT,
+        "step": step,
+        "layout": dict(layout),
+        "scheduler": None if scheduler is None else scheduler.state_dict(),
+        "state": dict(state),
+    }
+    write_text(folder / STATE, json.dumps(record, indent=2) + "\n", sync=True)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Read `state.json` of a checkpoint, which may be damaged or written by someone else.
+
+    Raises:
+        CheckpointError: absent, a link, too large, not JSON, or not of this form.
+    """
+    path = folder / STATE
+    try:
+        facts = path.lstat()
+        if not stat.S_ISREG(facts.st_mode):  # a link could lead anywhere, a pipe never ends
+            raise CheckpointError(f"{path}: a link or no regular file, which no save leaves")
+        if facts.st_size > MAX_STATE_BYTES:
+            raise CheckpointError(
+                f"{path}: {size_text(facts.st_size)}, at most {size_text(MAX_STATE_BYTES)} expected"
+            )
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        there = step_names(whole_steps(folder.parent)) or "nothing"
+        raise CheckpointError(f"{path}: no such file; complete here: {there}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON: {error}") from None
+    came = record.get("format") if isinstance(record, dict) else type(record).__name__
+    if came not in range(1, STATE_FORMAT + 1):
+        raise CheckpointError(
+            f"{path}: format {came!r} came, expected 1 to {STATE_FORMAT} of a checkpoint's state"
+        )
+    for name, types in STATE_TYPES.items():
+        if not isinstance(record.get(name), types) or isinstance(record[name], bool):
+            raise CheckpointError(f"{path}: {name} is {str(record.get(name))[:40]!r}")
+    return dict(record)

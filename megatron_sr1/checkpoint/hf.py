@@ -2,7 +2,7 @@
 
 In: Megatron chunks under any tensor- and pipeline-parallel layout, and a Hugging Face directory.
 Out: loaded chunks, a stream of whole tensors under their published names (export, weight sync), or
-a directory like the source's, with the chunks' weights.
+a directory like the source's with the chunks' weights.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from megatron_sr1.checkpoint.mapping import (
     HF_EMBEDDING,
     HF_OUTPUT,
     OUTPUT,
+    TOWER,
     Entry,
     canonical_parameter,
     entries,
@@ -42,34 +43,23 @@ def load_hf(
 ) -> None:
     """Fill the chunks from safetensors; each rank reads its own blocks, one tensor at a time.
 
-    Args:
-        chunks: the model, one chunk a virtual stage.
-        directory: of the weights.
-        hf_config: shape of the model.
-        groups: the layout.
-
     Raises:
         CheckpointError: tensors are missing, unexpected or of the wrong shape; all ranks raise.
     """
     source = HFSource(directory)
     check_tensors(source, hf_config)
-    if not source.has_weights:
-        raise CheckpointError(f"{directory}: headers of weight files, but not the weights")
+    source.need_weights()
     for entry, parameter in local_parameters(chunks, hf_config):
         group = _sharing(entry, groups)
         wanted = slices(entry, group.rank, group.size, parameter.shape[0])
         value = join(entry, [source.read(w) for w in wanted], group.size)
-        _fill(entry, parameter, value)
-
-
-def with_tied_copy(
-    weights: Iterable[tuple[str, torch.Tensor]], source: HFSource, hf_config: HFConfig
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The stream; after the embedding its copy, where the source keeps a tied output layer."""
-    for name, tensor in weights:
-        yield name, tensor
-        if name == HF_EMBEDDING and hf_config.tie_word_embeddings and HF_OUTPUT in source.tensors:
-            yield HF_OUTPUT, tensor
+        with torch.no_grad():
+            if entry.form == "vocabulary":
+                parameter[len(value) :].zero_()
+                parameter[: len(value)].copy_(value)
+            else:
+                assert parameter.shape == value.shape, (entry.name, parameter.shape, value.shape)
+                parameter.copy_(value)
 
 
 def check_tensors(source: HFSource, hf_config: HFConfig) -> None:
@@ -86,15 +76,14 @@ def check_tensors(source: HFSource, hf_config: HFConfig) -> None:
     }
     found = source.tensors
     missing = [f"{name} {list(shape)}" for name, shape in expected.items() if name not in found]
-    if hf_config.tie_word_embeddings and HF_OUTPUT in found:
-        # Some publishers write a tied output layer all the same.
+    has_tied_copy = hf_config.tie_word_embeddings and HF_OUTPUT in found
+    if has_tied_copy:  # some publishers write a tied output layer all the same
         expected[HF_OUTPUT] = expected[HF_EMBEDDING]
     unexpected = [f"{t.name} (in {t.file})" for name, t in found.items() if name not in expected]
     wrong = [
-        f"{found[name].name} (in {found[name].file}): {list(found[name].shape)}, expected "
-        f"{list(shape)}"
-        for name, shape in expected.items()
-        if name in found and found[name].shape != shape
+        f"{t.name} (in {t.file}): {list(t.shape)}, expected {list(expected[name])}"
+        for name, t in found.items()
+        if name in expected and t.shape != expected[name]
     ]
     problems = [
         f"{len(names)} {what}: {', '.join(names[:NUM_NAMED])}"
@@ -107,16 +96,12 @@ def check_tensors(source: HFSource, hf_config: HFConfig) -> None:
             f"{source.directory}: the weights are not those that config.json describes; tensors "
             + "; ".join(problems)
         )
-    if hf_config.tie_word_embeddings and HF_OUTPUT in found:
+    if has_tied_copy:
         _check_tied(source, hf_config)
 
 
 def _check_tied(source: HFSource, hf_config: HFConfig) -> None:
-    """Refuse an output layer that would be lost, because the model has its embedding there.
-
-    Raises:
-        CheckpointError: the two tensors differ.
-    """
+    """Refuse an output layer that differs from the embedding it is tied to: it would be lost."""
     flags = hf_config.tie_flags
     said = " and ".join(f"{name}={str(flag).lower()}" for name, flag in flags.items())
     if not source.has_weights:
@@ -142,10 +127,20 @@ def _check_tied(source: HFSource, hf_config: HFConfig) -> None:
             )
 
 
+def with_tied_copy(
+    weights: Iterable[tuple[str, torch.Tensor]], source: HFSource, hf_config: HFConfig
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the weights, and after the embedding its copy if the source has a tied output layer."""
+    for name, tensor in weights:
+        yield name, tensor
+        if name == HF_EMBEDDING and hf_config.tie_word_embeddings and HF_OUTPUT in source.tensors:
+            yield HF_OUTPUT, tensor
+
+
 def local_parameters(
     chunks: Sequence[Any], hf_config: HFConfig
 ) -> Iterator[tuple[Entry, torch.nn.Parameter]]:
-    """This rank's parameters, each with its entry, in the chunks' order.
+    """Yield this rank's parameters, each with its entry, in the chunks' order.
 
     With tied embeddings a last stage's copy of the embedding comes with the embedding's entry.
     """
@@ -153,7 +148,8 @@ def local_parameters(
     if hf_config.tie_word_embeddings:
         table[OUTPUT] = table[EMBEDDING]
     for chunk in chunks:
-        first_layer = _first_layer(chunk)
+        layers = unwrap(chunk).language_model.decoder.layers
+        first_layer = int(layers[0].layer_number) - 1 if len(layers) else 0
         for name, parameter in chunk.named_parameters():
             entry = table.get(canonical_parameter(name, first_layer))
             assert entry is not None, f"no row of the table is about parameter {name}"
@@ -166,56 +162,44 @@ def export_weights(
     groups: Groups,
     left_out: Collection[str] = (),
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Whole tensors under their published names, on every rank, in the order of computation.
+    """Yield whole tensors under their published names, on every rank, in the order of computation.
 
-    Collective: all ranks iterate to the end. A shard goes from its stage to the others, then the
-    tensor-parallel ranks put it together; no more than one parameter is whole at a time. What is
-    yielded may be a view of a live parameter: copy it to keep it over an update.
-
-    Args:
-        chunks: the model, one chunk a virtual stage.
-        hf_config: shape of the model.
-        groups: the layout.
-        left_out: published names; a parameter made of any of them is neither sent nor yielded.
+    Collective: all ranks iterate to the end. A stage broadcasts its shard to the others, then the
+    tensor-parallel ranks gather the parameter; no more than one is whole at a time. A parameter
+    made of any of the published names in `left_out` is neither sent nor yielded.
 
     Yields:
-        (published name, tensor in the model's type on the model's device).
+        (published name, tensor in the model's type on the model's device). It may be a view of a
+        live parameter: copy it to keep it over an update.
     """
     mine, left_out = dict[str, torch.Tensor](), frozenset(left_out)
     for entry, parameter in local_parameters(chunks, hf_config):
         mine.setdefault(entry.name, parameter.detach())
-    # Asked anew at each export: nothing about the stages is remembered from an earlier one.
     facts = {name: (tuple(shard.shape), shard.dtype) for name, shard in mine.items()}
-    by_stage = gather_objects(facts, groups.pipeline)
-    device = groups.device.torch
+    pipeline = groups.pipeline
+    by_stage = gather_objects(facts, pipeline)
     for entry in entries(hf_config):
         if not left_out.isdisjoint(entry.hf_names):
             continue
         owner = next((s for s, facts in enumerate(by_stage) if entry.name in facts), None)
         assert owner is not None, f"no stage holds {entry.name}"
         shape, dtype = by_stage[owner][entry.name]
-        if owner == groups.pipeline.rank:
+        if owner == pipeline.rank:
             shard = mine[entry.name].contiguous()
         else:
-            shard = torch.empty(shape, dtype=dtype, device=device)
-        if groups.pipeline.size > 1:
-            group = groups.pipeline
-            dist.broadcast(shard, src=group.ranks[owner], group=group.process_group)
-        yield from publish(entry, _gather_shards(entry, shard, groups))
-
-
-def _gather_shards(entry: Entry, shard: torch.Tensor, groups: Groups) -> list[torch.Tensor]:
-    group = _sharing(entry, groups)
-    if entry.shard_dim is None or group.size == 1:
-        return [shard]
-    shards = [torch.empty_like(shard) for _ in range(group.size)]
-    dist.all_gather(shards, shard, group=group.process_group)
-    return shards
+            shard = torch.empty(shape, dtype=dtype, device=groups.device.torch)
+        if pipeline.size > 1:
+            dist.broadcast(shard, src=pipeline.ranks[owner], group=pipeline.process_group)
+        shards, group = [shard], _sharing(entry, groups)
+        if entry.shard_dim is not None and group.size > 1:
+            shards = [torch.empty_like(shard) for _ in range(group.size)]
+            dist.all_gather(shards, shard, group=group.process_group)
+        yield from publish(entry, shards)
 
 
 def _sharing(entry: Entry, groups: Groups) -> Group:
-    """Ranks that each hold a shard of a parameter, where it is split."""
-    return groups.tower if entry.name.startswith("vision_model.") else groups.tensor
+    """Return the ranks that a parameter is split over."""
+    return groups.tower if entry.name.startswith(TOWER) else groups.tensor
 
 
 def save_hf(
@@ -227,16 +211,10 @@ def save_hf(
 ) -> None:
     """Write a directory like the source's with the chunks' weights; collective over all ranks.
 
-    Names, types, the split into files and the index are the source's; every file beside the
-    weights is copied byte for byte. Rank 0 writes one tensor at a time under a temporary name;
-    afterwards the directory is renamed, and it is there for all ranks.
-
-    Args:
-        chunks: the model, one chunk a virtual stage.
-        hf_config: shape of the model.
-        groups: the layout.
-        source_directory: a Hugging Face directory, or the copy of one in a Megatron checkpoint.
-        target_directory: replaced if it is there and holds a model.
+    The source is a Hugging Face directory, or the copy of one in a Megatron checkpoint; the target
+    is replaced if it holds a model. Names, types, the split into files and the index are the
+    source's; all other files are copied byte for byte. Rank 0 writes one tensor at a time under a
+    temporary name, then renames.
 
     Raises:
         CheckpointError: the source is of another shape, or the target is something else.
@@ -251,22 +229,3 @@ def save_hf(
         for _ in weights:
             pass
     dist.barrier(group=groups.world.process_group)
-
-
-def _first_layer(chunk: Any) -> int:
-    """Number of a chunk's first decoder layer in the whole language model."""
-    layers = unwrap(chunk).language_model.decoder.layers
-    return int(layers[0].layer_number) - 1 if len(layers) else 0
-
-
-@torch.no_grad()
-def _fill(entry: Entry, parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
-    if entry.form == "vocabulary" and len(value) < len(parameter):
-        parameter[len(value) :].zero_()
-        parameter[: len(value)].copy_(value)
-        return
-    assert parameter.shape == value.shape, (
-        f"{entry.name}: the model's shard is {list(parameter.shape)}, the file's "
-        f"{list(value.shape)}"
-    )
-    parameter.copy_(value)

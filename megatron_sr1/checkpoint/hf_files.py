@@ -1,9 +1,9 @@
 """Hugging Face model directories: read by their safetensors headers, and written like the source.
 
 In: a directory with `model.safetensors.index.json` or a single `model.safetensors`, or the copy of
-one without weights that a Megatron checkpoint carries. Out: names, shapes and dtypes of all
-tensors, blocks of them on demand, and directories with the same files and other weights. A
-directory gets its name only after everything in it is on the disk.
+one without weights that a Megatron checkpoint carries. Out: names, shapes and types of all tensors,
+blocks of them on demand, and directories with the same files and other weights. A directory gets
+its name only after everything in it is on the disk.
 
 The format is a little-endian 8-byte length, a JSON header, and the tensors' bytes
 (https://github.com/huggingface/safetensors). Headers are kept as bytes: a file that is written
@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from megatron_sr1.checkpoint.disk import expect_pages
+from megatron_sr1.checkpoint.disk import read_ahead
 from megatron_sr1.checkpoint.folders import INDEX, SINGLE
 from megatron_sr1.checkpoint.mapping import canonical_hf_name
 from megatron_sr1.checkpoint.transforms import Slice
@@ -43,16 +43,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor is.
-
-    Attributes:
-        name: in the file.
-        file: name of the file.
-        dtype: of the values.
-        shape: of the tensor.
-        begin: first byte, counted from the file's start.
-        num_bytes: length.
-    """
+    """A tensor in a weight file; `begin` counts from the file's start."""
 
     name: str
     file: str
@@ -63,22 +54,18 @@ class StoredTensor:
 
 
 class HFSource:
-    """A Hugging Face directory.
-
-    Args:
-        directory: with weights, or with their headers only.
+    """A Hugging Face directory, with weights or with their headers only.
 
     Attributes:
         headers: raw header of each weight file, its length field included.
         tensors: all tensors by their published name.
+
+    Raises:
+        CheckpointError: no weights, or a file that is absent, cut off or not safetensors.
     """
 
     def __init__(self, directory: str | Path) -> None:
-        """Read all headers.
-
-        Raises:
-            CheckpointError: no weights, or a file that is absent, cut off or not safetensors.
-        """
+        """Read all headers."""
         self.directory = Path(directory)
         self.headers = {name: self._read_header(name) for name in self._weight_files()}
         self.tensors: dict[str, StoredTensor] = {}
@@ -95,43 +82,42 @@ class HFSource:
 
     @cached_property
     def has_weights(self) -> bool:
-        """Whether the values are here, not only the headers."""
+        """True if the values are here, not only the headers."""
         return all((self.directory / name).is_file() for name in self.headers)
 
+    def need_weights(self) -> None:
+        """Raise `CheckpointError` if only the headers are here."""
+        if not self.has_weights:
+            raise CheckpointError(f"{self.directory}: headers of weight files, but not the weights")
+
     def read(self, wanted: Slice) -> torch.Tensor:
-        """A block of a tensor, in the type of the file."""
+        """Read a block of a tensor, in the type of the file."""
         from safetensors import safe_open
 
         stored = self.tensors[wanted.hf_name]
-        with safe_open(str(self.directory / stored.file), framework="pt") as file:
+        path = self.directory / stored.file
+        with safe_open(str(path), framework="pt") as file:
             view = file.get_slice(stored.name)
             if wanted.rows is not None:
                 return view[wanted.rows[0] : wanted.rows[1]]
             if wanted.columns is not None:
                 return view[:, wanted.columns[0] : wanted.columns[1]]
-            with (self.directory / stored.file).open("rb") as whole:
-                expect_pages(whole.fileno(), stored.begin, stored.num_bytes)
+            with path.open("rb") as whole:
+                read_ahead(whole.fileno(), stored.begin, stored.num_bytes)
             return file.get_tensor(stored.name)
 
-    def other_files(self) -> list[Path]:
-        """Files beside the weights, relative to the directory; not those of hidden folders."""
-        found = []
-        for folder, subfolders, names in os.walk(self.directory):
-            subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
-            for name in sorted(names):
-                ours = name.endswith(HEADER_SUFFIX)
-                if not ours and not name.endswith(WEIGHT_SUFFIXES):
-                    found.append((Path(folder) / name).relative_to(self.directory))
-        return found
-
     def copy_other_files(self, target: Path) -> None:
-        """Copy the files beside the weights, byte for byte."""
-        for name in self.other_files():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self.directory / name, target / name)
+        """Copy all files but weights and those of hidden directories, byte for byte."""
+        for folder, subfolders, names in os.walk(self.directory):
+            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+            copies = target / Path(folder).relative_to(self.directory)
+            for name in names:
+                if not name.endswith((HEADER_SUFFIX, *WEIGHT_SUFFIXES)):
+                    copies.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(Path(folder) / name, copies / name)
 
     def copy_without_weights(self, target: Path) -> None:
-        """Copy the files beside the weights, and of the weight files their headers."""
+        """Copy the other files, and the headers of the weight files."""
         self.copy_other_files(target)
         for name, header in self.headers.items():
             (target / (name + HEADER_SUFFIX)).write_bytes(header)
@@ -143,7 +129,7 @@ class HFSource:
         for name in (SINGLE, SINGLE + HEADER_SUFFIX):
             if (self.directory / name).is_file():
                 return [SINGLE]
-        found = sorted(p.name for p in self.directory.glob("*")) if self.directory.is_dir() else []
+        found = sorted(p.name for p in self.directory.glob("*"))
         raise CheckpointError(
             f"{self.directory}: no weights; looked for {INDEX} and {SINGLE}, found "
             f"{', '.join(found[:12]) or 'nothing'}; save other formats as safetensors first"
@@ -174,7 +160,7 @@ class HFSource:
 
 
 def _read_index(index: Path) -> list[str]:
-    """Names of the weight files that an index names."""
+    """Return the names of the weight files that an index lists."""
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError):
@@ -186,17 +172,12 @@ def _read_index(index: Path) -> list[str]:
 
 
 def _parse_header(path: Path, header: bytes) -> list[StoredTensor]:
-    """All tensors that a header names.
-
-    Raises:
-        CheckpointError: no JSON of the expected form, or values that are not floating point.
-    """
+    """Return all tensors that a header lists, or raise `CheckpointError`."""
     found = []
     try:
         content: dict[str, Any] = json.loads(header[8:])
+        content.pop("__metadata__", None)
         for name, entry in content.items():
-            if name == "__metadata__":
-                continue
             if entry["dtype"] not in DTYPES:
                 raise CheckpointError(
                     f"{path}: tensor {name} has type {entry['dtype']}; expected one of "
@@ -215,11 +196,7 @@ def _parse_header(path: Path, header: bytes) -> list[StoredTensor]:
 
 
 def check_target(source: HFSource, target: Path) -> None:
-    """Refuse a target that would harm something else.
-
-    Raises:
-        CheckpointError: a file, a folder that holds no model, or a folder inside the source.
-    """
+    """Refuse a target that is a file, holds something else, or lies inside the source."""
     if source.directory.resolve() in target.resolve().parents:
         raise CheckpointError(
             f"{target} lies inside the source {source.directory}; write elsewhere"
@@ -259,7 +236,8 @@ def write_like(source: HFSource, target: Path, weights: Iterable[tuple[str, torc
             stored = awaited.pop(name, None)
             if stored is None:
                 raise CheckpointError(f"{source.directory} has no tensor {name} to be written")
-            write_tensor(files[stored.file], stored, tensor)
+            files[stored.file].seek(stored.begin)
+            files[stored.file].write(tensor_bytes(stored, tensor))
         if awaited:
             raise CheckpointError(f"{target}: no values came for {', '.join(list(awaited)[:12])}")
         for file in files.values():
@@ -268,26 +246,21 @@ def write_like(source: HFSource, target: Path, weights: Iterable[tuple[str, torc
     replace_directory(partial, target)
 
 
+def tensor_bytes(stored: StoredTensor, tensor: torch.Tensor) -> memoryview:
+    """Return a tensor as it is stored; raise `CheckpointError` if its shape is another."""
+    if tuple(tensor.shape) != stored.shape:
+        raise CheckpointError(
+            f"{stored.name}: {list(tensor.shape)} came, {stored.file} has {list(stored.shape)}"
+        )
+    values = tensor.detach().to("cpu", stored.dtype).contiguous()
+    return memoryview(values.flatten().view(torch.uint8).numpy())
+
+
 def replace_directory(new: Path, target: Path) -> None:
-    """Give a finished directory its name; an older one of that name goes afterwards."""
+    """Rename a finished directory to the target's name; remove an older one of that name after."""
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)
     new.rename(target)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def write_tensor(file: BinaryIO, stored: StoredTensor, tensor: torch.Tensor) -> None:
-    """Write a tensor to its place in a weight file.
-
-    Raises:
-        CheckpointError: it is of another shape.
-    """
-    if tuple(tensor.shape) != stored.shape:
-        raise CheckpointError(
-            f"{stored.name}: {list(tensor.shape)} came, {stored.file} has {list(stored.shape)}"
-        )
-    values = tensor.detach().to("cpu", stored.dtype).contiguous()
-    file.seek(stored.begin)
-    file.write(memoryview(values.view(torch.uint8).numpy()))

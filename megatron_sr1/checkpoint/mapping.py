@@ -1,9 +1,8 @@
 """One table between Megatron's parameters and the tensors of a published Qwen2.5-VL.
 
-In: a model's configuration. Out: an `Entry` for every parameter: what the publisher calls its
-tensors, their shapes, how a parameter is made of them, and along which dimension it is split over
-tensor-parallel ranks. Loading, export and weight sync use the same entries; what they do with them
-is in transforms.py.
+In: a model's configuration. Out: an `Entry` for every parameter: the published tensors' names and
+shapes, how they form the parameter, and the dimension that is split over tensor-parallel ranks.
+Loading, export and weight sync use the same entries, through transforms.py. Free of torch.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ COLUMN, ROW, WHOLE = 0, 1, None  # the dimension that is split over tensor-paral
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter and the published tensors that it is made of.
+    """One parameter and the published tensors that it consists of.
 
     Attributes:
-        name: of the parameter, local spelling, layers counted over the whole model from 0.
+        name: of the parameter in the local specification, layers counted over the whole model.
         hf_names: of the tensors, in the order in which they are joined.
-        hf_shapes: of the tensors, whole.
-        shard_dim: dimension split over tensor-parallel ranks, None if every rank has it all.
+        hf_shapes: of the whole tensors.
+        shard_dim: dimension split over tensor-parallel ranks, None if every rank has all of it.
         form: plain | flat (trailing dimensions flattened) | stacked (one part above the other) |
             grouped (q, k and v rows, by key/value head) | vocabulary (rows may be padded).
         num_groups: key/value heads of the whole model, for `grouped`.
@@ -94,9 +93,9 @@ _MERGER: tuple[_Row, ...] = (
 
 @lru_cache(maxsize=8)
 def entries(config: HFConfig) -> tuple[Entry, ...]:
-    """Every parameter of a model, in the order of computation.
+    """Return the entries of all parameters of a model, in the order of computation.
 
-    With tied embeddings the output layer is no parameter of its own and has no entry.
+    With tied embeddings the output layer is not a parameter of its own and has no entry.
     """
     text, vision = config.text, config.vision
     text_dims = {
@@ -154,17 +153,31 @@ def is_frozen(entry: Entry, patterns: Sequence[str]) -> bool:
     return any(all(re.search(p, name) for name in entry.hf_names) for p in patterns)
 
 
+def check_freeze(config: HFConfig, patterns: Sequence[str]) -> None:
+    """Raise `ConfigError` if a pattern matches nothing, or only a part of a fused parameter."""
+    for pattern in patterns:
+        for entry in entries(config):
+            is_hit = any(re.search(pattern, name) for name in entry.hf_names)
+            if is_hit and not is_frozen(entry, [pattern]):
+                raise ConfigError(
+                    f"model.freeze: {pattern!r} matches some of {', '.join(entry.hf_names)}, which "
+                    "are one parameter here; match all of them or none"
+                )
+        if not any(is_frozen(entry, [pattern]) for entry in entries(config)):
+            some = ", ".join(entry.hf_names[0] for entry in entries(config)[:3])
+            raise ConfigError(f"model.freeze: {pattern!r} matches no parameter, as {some}, …")
+
+
 def is_tower_frozen(config: HFConfig, patterns: Sequence[str]) -> bool:
     """Return True if nothing of the vision tower is trained."""
     return all(is_frozen(e, patterns) for e in entries(config) if e.name.startswith(TOWER))
 
 
 def canonical_parameter(name: str, first_layer: int = 0) -> str:
-    """A parameter's name as the entries spell it.
+    """Return the name that the entries have for a parameter of a chunk.
 
-    Args:
-        name: in a chunk; Transformer Engine's fused norms and wrappers' prefixes are understood.
-        first_layer: number of this chunk's first decoder layer of the language model.
+    Wrappers' prefixes and Transformer Engine's fused norms are translated; `first_layer` numbers
+    the chunk's first decoder layer in the whole language model.
     """
     while name.startswith("module."):
         name = name.removeprefix("module.")
@@ -178,37 +191,8 @@ def canonical_parameter(name: str, first_layer: int = 0) -> str:
 
 
 def canonical_hf_name(name: str) -> str:
-    """A tensor's published name; transformers 5 spells it otherwise in memory."""
+    """Return a tensor's published name; transformers 5 has other names in memory."""
     for inner, published in (("model.language_model.", "model."), ("model.visual.", "visual.")):
         if name.startswith(inner):
             return published + name.removeprefix(inner)
     return name
-
-
-def matched_entries(config: HFConfig, patterns: Sequence[str]) -> set[str]:
-    """Names of the parameters that model.freeze takes out of training.
-
-    Args:
-        config: shape of the model.
-        patterns: regular expressions, searched for in published names.
-
-    Raises:
-        ConfigError: a pattern that matches nothing, or only a part of a fused parameter.
-    """
-    found = set()
-    for pattern in patterns:
-        matched = False
-        for entry in entries(config):
-            hits = [bool(re.search(pattern, name)) for name in entry.hf_names]
-            if any(hits) and not all(hits):
-                raise ConfigError(
-                    f"model.freeze: {pattern!r} matches some of {', '.join(entry.hf_names)}, which "
-                    "are one parameter here; match all of them or none"
-                )
-            if all(hits):
-                matched = True
-                found.add(entry.name)
-        if not matched:
-            some = ", ".join(entry.hf_names[0] for entry in entries(config)[:3])
-            raise ConfigError(f"model.freeze: {pattern!r} matches no parameter, as {some}, …")
-    return found

@@ -28,21 +28,23 @@ import torch
 
 from megatron_sr1.errors import CheckpointError
 
+MASTER, COMPENSATION = "optimizer.state.param.", "optimizer.state.compensation."
 
-def distributed_parts(optimizer: Any) -> list[Any]:
-    """Megatron's `DistributedOptimizer`s over torch's Adam inside an optimizer; None has none."""
-    chained = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [
-        part
-        for part in chained
-        if hasattr(part, "gbuf_ranges")
-        and isinstance(part.optimizer, (torch.optim.Adam, torch.optim.AdamW))
-    ]
+
+def _chained(optimizer: Any) -> list[Any]:
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def _over_torch(optimizer: Any) -> list[Any]:
+    """Return Megatron's `DistributedOptimizer`s over torch's Adam inside an optimizer or None."""
+    adams = (torch.optim.Adam, torch.optim.AdamW)
+    found = [part for part in _chained(optimizer) if hasattr(part, "gbuf_ranges")]
+    return [part for part in found if isinstance(part.optimizer, adams)]
 
 
 def ensure_state(optimizer: Any) -> None:
     """Give parameters that were never updated the state that a first update starts from."""
-    for part in distributed_parts(optimizer):
+    for part in _over_torch(optimizer):
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:
                 state = part.optimizer.state[parameter]
@@ -53,11 +55,10 @@ def ensure_state(optimizer: Any) -> None:
 
 
 @contextlib.contextmanager
-def loading(optimizer: Any) -> Iterator[None]:
-    """Around everything that loads a checkpoint into the optimizer."""
-    parts = distributed_parts(optimizer)
+def fill_step(optimizer: Any) -> Iterator[None]:
+    """Complete the loaded state with a step per parameter; around all of the loading."""
+    parts, name = _over_torch(optimizer), "_set_main_param_and_optimizer_states"
     ensure_state(optimizer)
-    name = "_set_main_param_and_optimizer_states"
     for part in parts:
         setattr(part, name, partial(_set_with_step, part, getattr(part, name)))
     try:
@@ -76,27 +77,15 @@ def _set_with_step(part: Any, original: Any, model_param: Any, tensors: dict[str
     original(model_param, {"step": part.optimizer.state[main_param]["step"], **tensors})
 
 
-MASTER, COMPENSATION = "optimizer.state.param.", "optimizer.state.compensation."
-
-
-def in_bfloat16(optimizer: Any) -> bool:
-    """Whether an optimizer of Megatron's holds its state in bfloat16; None does not."""
-    chained = getattr(optimizer, "chained_optimizers", [optimizer])
-    inner = [getattr(part, "optimizer", None) for part in chained]
+def _in_bfloat16(optimizer: Any) -> bool:
+    """Return True if an optimizer of Megatron's holds its state in bfloat16; None does not."""
+    inner = [getattr(part, "optimizer", None) for part in _chained(optimizer)]
     return any(getattr(one, "dtype", None) == torch.bfloat16 for one in inner)
 
 
 def named_by_kind(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
-    """The optimizer's sharded state dict, as it is written and read.
-
-    Args:
-        optimizer: Megatron's.
-        state: what it gave; its tensors are float32.
-
-    Returns:
-        the same where the state is float32.
-    """
-    if not in_bfloat16(optimizer) or state["param_state"] is None:
+    """Rename and narrow the sharded float32 state of an optimizer that holds it in bfloat16."""
+    if not _in_bfloat16(optimizer) or state["param_state"] is None:
         return state
     kept = {
         number: {name: _narrow(tensor) for name, tensor in tensors.items()}
@@ -105,29 +94,8 @@ def named_by_kind(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
     return {**state, "param_state": kept}
 
 
-def check_kind(folder: Path, names: Collection[str], optimizer: Any) -> None:
-    """Refuse optimizer state of the other kind before anything is read.
-
-    Args:
-        folder: of the checkpoint, for the message.
-        names: of its tensors.
-        optimizer: Megatron's, or None, which reads no state.
-
-    Raises:
-        CheckpointError: the folder's state is bfloat16 and the optimizer's float32, or the reverse.
-    """
-    kinds = {"float32": MASTER, "bfloat16": COMPENSATION}
-    found = [kind for kind, prefix in kinds.items() if any(n.startswith(prefix) for n in names)]
-    expected = "bfloat16" if in_bfloat16(optimizer) else "float32"
-    if optimizer is not None and found and expected not in found:
-        raise CheckpointError(
-            f"{folder}: its optimizer state is {found[0]}, this run's is {expected}; set "
-            f"optimizer.state={found[0]}, or start a new run with model.path={folder}"
-        )
-
-
 def _narrow(tensor: Any) -> Any:
-    """A sharded tensor, or a factory of some, in bfloat16; exact, as its values were."""
+    """Return a sharded tensor, or a factory of some, in bfloat16; exact, as its values were."""
     changes: dict[str, Any] = {
         "key": tensor.key.replace(MASTER, COMPENSATION, 1),
         "data": tensor.data.to(torch.bfloat16),
@@ -135,3 +103,18 @@ def _narrow(tensor: Any) -> Any:
     if hasattr(tensor, "dtype"):
         changes["dtype"] = torch.bfloat16
     return replace(tensor, **changes)
+
+
+def check_kind(folder: Path, names: Collection[str], optimizer: Any) -> None:
+    """Raise `CheckpointError` if the type of the stored state is not that of the optimizer's.
+
+    `names` are those of the stored tensors. An optimizer of None reads no state.
+    """
+    kinds = {"float32": MASTER, "bfloat16": COMPENSATION}
+    found = [kind for kind, prefix in kinds.items() if any(n.startswith(prefix) for n in names)]
+    expected = "bfloat16" if _in_bfloat16(optimizer) else "float32"
+    if optimizer is not None and found and expected not in found:
+        raise CheckpointError(
+            f"{folder}: its optimizer state is {found[0]}, this run's is {expected}; set "
+            f"optimizer.state={found[0]}, or start a new run with model.path={folder}"
+        )

@@ -1,30 +1,42 @@
 """A model's and an optimizer's tensors in Megatron's distributed checkpoint format.
 
-In: chunks and optimizer under any layout, and a folder. Out: the folder's `torch_dist` files, or
-the tensors filled from them. The optimizer is kept parameter by parameter ("fully reshardable"),
-so that tensor, pipeline and data parallelism may all change in between.
+In: chunks and optimizer under any layout, and a directory. Out: the directory's `torch_dist` files,
+written at once or in the background. The optimizer is kept parameter by parameter ("fully
+reshardable"), so that tensor, pipeline and data parallelism may all change in between.
+
+Megatron-Core writes in forked processes and waits until each has reported. One that is killed (by
+the kernel when memory runs out, for example) never does, so `watched_writers` handles SIGCHLD and
+raises in the main thread, out of that wait.
+
+In the background, a forked process carries out Megatron's request of an asynchronous save (0.16.1
+and 0.19.2, dist_checkpointing/strategies/async_utils.py). Forking makes the snapshot: the child
+sees the memory as it was at that moment. Tensors on a GPU are copied to the host first, and so are
+pinned ones, whose pages a device may write. The child takes part in no collective. It reports
+through a pipe, which closes when the child and everything that it started have ended.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
+from queue import SimpleQueue
+from types import FrameType
 from typing import Any
 
-from megatron_sr1.checkpoint import megatron_optimizer
-from megatron_sr1.checkpoint.disk import (
-    Measure,
-    check_room,
-    needed_bytes,
-    room_text,
-    why_not_written,
-)
-from megatron_sr1.checkpoint.megatron_optimizer import check_kind, named_by_kind
-from megatron_sr1.checkpoint.untrusted import COMMON_OBJECT, check_folder
-from megatron_sr1.checkpoint.writers import BackgroundWriter, watched_writers
+import psutil
+import torch
+
+from megatron_sr1.checkpoint.disk import check_space, needed_bytes, write_failure
+from megatron_sr1.checkpoint.manifest import Measure, measure
+from megatron_sr1.checkpoint.megatron_optimizer import ensure_state, named_by_kind
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.collectives import (
@@ -35,6 +47,7 @@ from megatron_sr1.runtime.collectives import (
     reason,
 )
 from megatron_sr1.runtime.groups import Groups
+from megatron_sr1.runtime.signals import end_with
 
 METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -48,7 +61,7 @@ EXTRA = "_extra_state"
 
 @dataclass(frozen=True)
 class Trained:
-    """What a checkpoint holds of a run beside its JSON state.
+    """What a checkpoint holds of a run besides its JSON state.
 
     Attributes:
         chunks: the model, one chunk per virtual stage, wrapped for training or not.
@@ -62,156 +75,27 @@ class Trained:
     scheduler: Any
     groups: Groups
 
-
-def save_tensors(folder: Path, trained: Trained) -> None:
-    """Write model and optimizer into an empty directory; collective over all ranks.
-
-    Raises:
-        CheckpointError: the disk is full or a writing process ended. On all ranks, unless it is in
-            files that rank 0 writes within Megatron: then on rank 0, whose end ends the others.
-    """
-    from megatron.core import dist_checkpointing
-
-    with cpu.megatron_mode():
-        state, needed = _described(folder, trained)
-        with _told(folder, needed, trained.groups), watched_writers():
-            dist_checkpointing.save(state, str(folder))
-
-
-def begin_tensors(folder: Path, trained: Trained) -> PendingTensors:
-    """`save_tensors`, with the writing left to a process of each rank; collective over all ranks.
-
-    What is written is what the tensors hold now. Torch's own `async_save` does not know Megatron's
-    sharded tensors; Megatron's queue of calls is not used, as it knows no manifest.
-    """
-    from megatron.core import dist_checkpointing
-
-    # The newer release has another way besides, in a package of its own.
-    newer = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
-    way: dict[str, Any] = {"async_strategy": "mcore"} if newer else {}
-    with cpu.megatron_mode():
-        state, needed = _described(folder, trained)
-        with _told(folder, needed, trained.groups):
-            request = dist_checkpointing.save(state, str(folder), async_sharded_save=True, **way)
-            return PendingTensors(folder, needed, trained.groups, request)
-
-
-class PendingTensors:
-    """Tensors that processes are writing."""
-
-    def __init__(self, folder: Path, needed: int, groups: Groups, request: Any) -> None:
-        """Start this rank's process."""
-        self._folder, self._needed, self._groups = folder, needed, groups
-        self._completing = request.finalize_fns
-        self._writer = BackgroundWriter(request)
-
     @property
-    def is_done(self) -> bool:
-        """Whether this rank's process has come to an end, good or bad."""
-        return self._writer.is_done
-
-    def finish(self) -> dict[str, Measure]:
-        """Wait for all ranks' processes and write what lists their tensors; collective.
-
-        Returns:
-            this rank's files, which are on the disk.
-
-        Raises:
-            CheckpointError: on all ranks, if one of the processes could not write or was ended.
-        """
-        with cpu.megatron_mode(), _told(self._folder, self._needed, self._groups):
-            measures = on_all_ranks(self._groups, self._written)[self._groups.world.rank]
-            for complete in self._completing:
-                complete()
-        return dict(measures)
-
-    def _written(self) -> dict[str, Measure]:
-        try:
-            return self._writer.finish()
-        except CheckpointError as error:
-            raise CheckpointError(_cause(error, self._folder, self._needed)) from error
-
-
-def _described(folder: Path, trained: Trained) -> tuple[dict[str, Any], int]:
-    """Return what to save, and the bytes that all ranks need for it, which are free; collective."""
-    megatron_optimizer.ensure_state(trained.optimizer)
-    state = _sharded_state(trained.chunks, trained.optimizer, is_loading=False)
-    needed = sum(on_all_ranks(trained.groups, lambda: needed_bytes(state)))
-    on_writer(trained.groups, lambda: check_room(folder, needed))
-    return state, needed
-
-
-@contextlib.contextmanager
-def _told(folder: Path, needed: int, groups: Groups) -> Iterator[None]:
-    """Around Megatron's writing: its errors in our words."""
-    from torch.distributed.checkpoint.api import CheckpointException
-
-    try:
-        yield
-    except CheckpointException as error:  # torch raises it on all ranks, the cause on one
-        cause = _cause(error, folder, needed) if error.failures else None
-        agree(gather_objects(cause, groups.world))
-        raise
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(_cause(error, folder, needed)) from error
-
-
-def _cause(error: BaseException, folder: Path, needed: int) -> str:
-    """Why tensors could not be written, with the room that they need."""
-    return f"{why_not_written(folder)}{reason(error)} ({room_text(folder, needed)})"
-
-
-def load_tensors(folder: Path, chunks: Sequence[Any], optimizer: Any) -> None:
-    """Fill model and optimizer from a folder; collective over all ranks.
-
-    Args:
-        folder: as `save_tensors` wrote it, under any layout.
-        chunks: the model, wrapped for training or not.
-        optimizer: Megatron's optimizer, or None to load the model alone.
-
-    Raises:
-        CheckpointError: the folder is damaged, not to be trusted, or of another model.
-    """
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.core import CheckpointingException
-    from megatron.core.dist_checkpointing.strategies import common
-    from torch.distributed.checkpoint.api import CheckpointException
-
-    kept = check_folder(folder).state_dict_metadata
-    if COMMON_OBJECT in kept and hasattr(common, "TorchCommonLoadStrategy"):
-        raise CheckpointError(f"{folder}: written by a newer Megatron-Core; install that one")
-    check_kind(folder, kept, optimizer)
-    with cpu.megatron_mode(), megatron_optimizer.loading(optimizer):
-        state = _sharded_state(chunks, optimizer, is_loading=True)
-        try:
-            loaded = dist_checkpointing.load(state, str(folder))
-        except (CheckpointingException, CheckpointException, RuntimeError, KeyError) as error:
-            raise CheckpointError(
-                f"{folder}: {reason(error)}; expected a checkpoint of the model at hand"
-            ) from error
-        for number, chunk in enumerate(chunks):
-            part = loaded[_key(number, len(chunks))]
-            missing, unexpected = unwrap(chunk).load_state_dict(part, strict=False)
-            left = [name for name in missing if not name.endswith(EXTRA)]
-            assert not left and not unexpected, f"missing {left}, unexpected {unexpected}"
-        if optimizer is not None:
-            optimizer.load_state_dict(loaded["optimizer"])
+    def layout(self) -> dict[str, int]:
+        """Ranks per dimension; saved generators belong to one layout."""
+        names = ("tensor", "pipeline", "context", "data")
+        return {name: getattr(self.groups, name).size for name in names}
 
 
 def unwrap(chunk: Any) -> Any:
-    """The model itself, out of Megatron's data-parallel and mixed-precision wrappers."""
+    """Take a model out of Megatron's data-parallel and mixed-precision wrappers."""
     while hasattr(chunk, "module"):
         chunk = chunk.module
     return chunk
 
 
-def _sharded_state(chunks: Sequence[Any], optimizer: Any, *, is_loading: bool) -> dict[str, Any]:
-    """Megatron's description of what is where, of model and optimizer."""
+def sharded_state(chunks: Sequence[Any], optimizer: Any, *, is_loading: bool) -> dict[str, Any]:
+    """Return Megatron's description of which part of which tensor this rank holds."""
     state: dict[str, Any] = {}
     for number, chunk in enumerate(chunks):
         sharded = unwrap(chunk).sharded_state_dict(prefix="", metadata=dict(METADATA))
         kept = {key: value for key, value in sharded.items() if not key.endswith(EXTRA)}
-        state[_key(number, len(chunks))] = kept
+        state[chunk_key(number, len(chunks))] = kept
     if optimizer is not None:
         described = optimizer.sharded_state_dict(
             dict(state), is_loading=is_loading, metadata=dict(METADATA)
@@ -220,6 +104,177 @@ def _sharded_state(chunks: Sequence[Any], optimizer: Any, *, is_loading: bool) -
     return state
 
 
-def _key(number: int, num_chunks: int) -> str:
-    """Megatron's name of a chunk in a state dict."""
+def chunk_key(number: int, num_chunks: int) -> str:
+    """Return Megatron's name of a chunk in a state dict."""
     return "model" if num_chunks == 1 else f"model{number}"
+
+
+def save_tensors(folder: Path, trained: Trained, in_background: bool) -> PendingTensors | None:
+    """Write model and optimizer into an empty directory; collective over all ranks.
+
+    In the background a process of each rank writes the tensors as they are now. Torch's own
+    `async_save` does not know Megatron's sharded tensors, and Megatron's queue of calls knows no
+    manifest.
+
+    Raises:
+        CheckpointError: the disk is full or a writing process died. On all ranks, unless it is in
+            files that rank 0 writes within Megatron: then on rank 0, whose end ends the others.
+    """
+    from megatron.core.dist_checkpointing import save
+
+    groups = trained.groups
+    with cpu.megatron_mode():
+        ensure_state(trained.optimizer)
+        state = sharded_state(trained.chunks, trained.optimizer, is_loading=False)
+        needed = sum(on_all_ranks(groups, lambda: needed_bytes(state)))
+        on_writer(groups, lambda: check_space(folder, needed))
+        with _explained(folder, needed, groups):
+            if in_background:
+                # The newer release has another way besides, in a package of its own.
+                newer = "async_strategy" in inspect.signature(save).parameters
+                way: dict[str, Any] = {"async_strategy": "mcore"} if newer else {}
+                request = save(state, str(folder), async_sharded_save=True, **way)
+                return PendingTensors(folder, needed, groups, request)
+            with watched_writers():
+                save(state, str(folder))
+    return None
+
+
+class PendingTensors:
+    """Tensors that a process of each rank is writing at Megatron's request.
+
+    `needed` is the number of bytes that all ranks write, for messages.
+    """
+
+    def __init__(self, folder: Path, needed: int, groups: Groups, request: Any) -> None:
+        """Take the snapshot and start the process, if this rank has something to write."""
+        self._folder, self._needed, self._groups = folder, needed, groups
+        self._finalizers = request.finalize_fns
+        self._process: Any = None
+        if request.async_fn is None:
+            return
+        rank, _, self._queue = request.async_fn_args
+        buckets = _unpinned(request.preload_fn())
+        fork = multiprocessing.get_context("fork")
+        self._reports, reports = fork.Pipe(duplex=False)
+        self._process = fork.Process(
+            target=_write, args=(os.getpid(), reports, request.async_fn, rank, buckets)
+        )
+        self._process.start()
+        reports.close()  # so that the pipe closes with the child's end
+
+    @property
+    def is_done(self) -> bool:
+        """True if this rank's process has written everything, has failed or has died."""
+        return self._process is None or bool(self._reports.poll())
+
+    def finish(self) -> dict[str, Measure]:
+        """Wait for all ranks' processes and write the tensors' metadata; collective.
+
+        Returns:
+            This rank's files, which are on the disk, by name.
+
+        Raises:
+            CheckpointError: on all ranks, if one of the processes could not write or died.
+        """
+        with cpu.megatron_mode(), _explained(self._folder, self._needed, self._groups):
+            measures = on_all_ranks(self._groups, self._collect)[self._groups.world.rank]
+            for finalize in self._finalizers:
+                finalize()
+        return dict(measures)
+
+    def _collect(self) -> dict[str, Measure]:
+        if self._process is None:
+            return {}
+        try:
+            results, measures, problem = self._reports.recv()
+            self._process.join()
+        except EOFError:
+            self._process.join()
+            problem = _ending(self._process.pid, self._process.exitcode)
+        if problem is not None:
+            raise CheckpointError(write_failure(self._folder, self._needed, problem))
+        self._queue.put(results)
+        return dict(measures)
+
+
+def _unpinned(buckets: list[Any]) -> list[Any]:
+    return [
+        (path, key, (others, [(i, t.clone() if t.is_pinned() else t) for i, t in tensors]))
+        for path, key, (others, tensors) in buckets
+    ]
+
+
+def _write(
+    parent: int, reports: Connection, function: Callable[..., None], rank: int, buckets: list[Any]
+) -> None:
+    """In the child: write the files, measure them, report."""
+    end_with(parent)
+    torch.set_num_threads(1)  # the threads of the parent's pool are not here
+    queue: SimpleQueue[Any] = SimpleQueue()  # the parent's own queue is filled in `_collect`
+    results, measures, problem = None, {}, None
+    try:
+        with watched_writers():
+            function(rank, buckets, queue)
+        results = queue.get_nowait()
+        if isinstance(results, Exception):
+            raise results
+        paths = [Path(path) for path, _, _ in buckets]
+        measures = {path.name: measure(path) for path in paths}
+    except Exception as error:  # reported to the parent, which raises it on all ranks
+        problem = reason(error)
+    reports.send((None if problem else results, measures, problem))
+    reports.close()
+
+
+@contextlib.contextmanager
+def watched_writers() -> Iterator[None]:
+    """Raise `CheckpointError` as soon as a child process that was started inside fails.
+
+    Only Python's main thread can be interrupted; in another one this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {child.pid for child in psutil.Process().children()}
+
+    def look(number: int, frame: FrameType | None) -> None:
+        for child in psutil.Process().children():
+            code = 0 if child.pid in before else _exit_code(child.pid)
+            if code:
+                raise CheckpointError(_ending(child.pid, code))
+
+    former = signal.signal(signal.SIGCHLD, look)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, former)
+
+
+def _exit_code(pid: int) -> int:
+    """Return a child's exit code, negative for a signal, 0 while it runs; it is not reaped."""
+    with contextlib.suppress(ChildProcessError):
+        end = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if end is not None:
+            return end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
+    return 0
+
+
+def _ending(pid: int, code: int) -> str:
+    how = f"was ended by signal {-code} (memory may have run out)"
+    return f"process {pid}, which wrote tensors, {how if code < 0 else f'left with status {code}'}"
+
+
+@contextlib.contextmanager
+def _explained(folder: Path, needed: int, groups: Groups) -> Iterator[None]:
+    """Turn errors of Megatron's writing into `CheckpointError`s that name the cause."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:  # torch raises it on all ranks, the cause on one
+        cause = write_failure(folder, needed, reason(error)) if error.failures else None
+        agree(gather_objects(cause, groups.world))
+        raise
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(write_failure(folder, needed, reason(error))) from error

@@ -1,8 +1,8 @@
-"""Parameters from published tensors and back: pure, and nothing is lost.
+"""Parameters from published tensors and back: pure functions that lose nothing.
 
-Splitting over ranks is always done on the published tensors, part by part, and a rank joins its
-own parts: so its q, k and v rows are grouped by key/value head, and its gate rows stand before
-its up rows, as Megatron's layers expect (megatron/core/transformer/attention.py and mlp.py).
+The published tensors are split over ranks, part by part, and each rank joins its own parts: so its
+q, k and v rows are grouped by key/value head, and its gate rows come before its up rows, as
+Megatron's layers expect (megatron/core/transformer/attention.py and mlp.py).
 """
 
 from __future__ import annotations
@@ -18,13 +18,7 @@ from megatron_sr1.errors import ConfigError
 
 @dataclass(frozen=True)
 class Slice:
-    """A block of a published tensor: what one rank reads for one part.
-
-    Attributes:
-        hf_name: of the tensor.
-        rows: first and last+1 index along dimension 0; None for all.
-        columns: the same along dimension 1.
-    """
+    """A block of a published tensor; first and last + 1 row and column, None for all of them."""
 
     hf_name: str
     rows: tuple[int, int] | None = None
@@ -32,13 +26,13 @@ class Slice:
 
 
 def slices(entry: Entry, rank: int, size: int, local_rows: int) -> list[Slice]:
-    """What a tensor-parallel rank reads of the published tensors, in the order of `join`.
+    """Return what a tensor-parallel rank reads of the published tensors, in the order of `join`.
 
     Args:
         entry: of the parameter.
-        rank: of the tensor-parallel group.
-        size: ranks in it.
-        local_rows: rows of the rank's parameter; they tell how far a vocabulary is padded.
+        rank: in the tensor-parallel group.
+        size: of the tensor-parallel group.
+        local_rows: rows of the rank's parameter, which include a vocabulary's padding.
 
     Raises:
         ConfigError: the dimension does not divide over the ranks.
@@ -51,8 +45,9 @@ def slices(entry: Entry, rank: int, size: int, local_rows: int) -> list[Slice]:
             if entry.shard_dim is WHOLE:
                 found.append(Slice(name))
             elif entry.form == "vocabulary":
-                borders = (min(rank * local_rows, rows), min((rank + 1) * local_rows, rows))
-                found.append(Slice(name, borders))
+                found.append(
+                    Slice(name, (min(rank * local_rows, rows), min((rank + 1) * local_rows, rows)))
+                )
             elif entry.shard_dim == ROW:
                 share = _share(entry, shape[1], size)
                 found.append(Slice(name, columns=(rank * share, (rank + 1) * share)))
@@ -74,16 +69,7 @@ def _share(entry: Entry, length: int, size: int) -> int:
 
 
 def join(entry: Entry, parts: Sequence[torch.Tensor], size: int = 1) -> torch.Tensor:
-    """A rank's parameter from its parts.
-
-    Args:
-        entry: of the parameter.
-        parts: as `slices` names them.
-        size: tensor-parallel ranks.
-
-    Returns:
-        the parameter, vocabulary rows not padded.
-    """
+    """Join the parts that `slices` names to a rank's parameter, vocabulary rows not padded."""
     if entry.form == "stacked":
         return torch.cat(list(parts))
     if entry.form == "flat":
@@ -94,18 +80,8 @@ def join(entry: Entry, parts: Sequence[torch.Tensor], size: int = 1) -> torch.Te
     return parts[0]
 
 
-def assemble(entry: Entry, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """A whole parameter from its published tensors."""
-    return join(entry, [part for t in tensors for part in t.chunk(entry.num_parts)])
-
-
-def disassemble(entry: Entry, parameter: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-    """The published tensors of a whole parameter, views of it where that can be."""
-    return _named(entry, split(entry, parameter))
-
-
 def split(entry: Entry, parameter: torch.Tensor, size: int = 1) -> list[torch.Tensor]:
-    """The parts of a rank's parameter; undoes `join`."""
+    """Return the parts of a rank's parameter; undoes `join`."""
     if entry.form == "stacked":
         return list(parameter.chunk(len(entry.hf_names)))
     if entry.form == "flat":
@@ -118,28 +94,27 @@ def split(entry: Entry, parameter: torch.Tensor, size: int = 1) -> list[torch.Te
     return [parameter]
 
 
+def assemble(entry: Entry, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return a whole parameter made of its published tensors."""
+    return join(entry, [part for t in tensors for part in t.chunk(entry.num_parts)])
+
+
 def publish(entry: Entry, shards: Sequence[torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
-    """The published tensors of a parameter.
+    """Return the published tensors of a parameter, with their names.
 
     Args:
         entry: of the parameter.
         shards: of all tensor-parallel ranks in order, each as `join` makes it; one is enough where
-            every rank has it all. Vocabulary rows may be padded.
+            every rank has all of it. Vocabulary rows may be padded.
 
     Returns:
-        (published name, whole tensor) in the entry's order; of a single shard, views where that
-        can be.
+        (published name, whole tensor) in the entry's order; views of a single shard where possible.
     """
     if entry.shard_dim is WHOLE:
         parts = split(entry, shards[0])
     else:
-        by_rank = [split(entry, shard, len(shards)) for shard in shards]
-        together = zip(*by_rank, strict=True)
-        parts = [torch.cat(p, entry.shard_dim) if len(p) > 1 else p[0] for p in together]
-    return _named(entry, parts)
-
-
-def _named(entry: Entry, parts: Sequence[torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+        by_rank = zip(*(split(entry, shard, len(shards)) for shard in shards), strict=True)
+        parts = [torch.cat(p, entry.shard_dim) if len(p) > 1 else p[0] for p in by_rank]
     n = entry.num_parts
     whole = [torch.cat(parts[i : i + n]) if n > 1 else parts[i] for i in range(0, len(parts), n)]
     if entry.form == "vocabulary":

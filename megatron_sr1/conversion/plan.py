@@ -1,8 +1,8 @@
 """What a conversion would move, before any of it is read: by headers or by the configuration alone.
 
-In: a model's units and the types on both sides. Out: a row a unit, and sums: bytes, files, and the
-anonymous memory that the conversion will need at its peak. How a unit is held on the way is what
-to_megatron.py and to_hf.py do; a test compares the prediction with what a conversion took.
+In: a model's units and the types on both sides. Out: a row per unit, and totals: bytes, files, and
+the anonymous memory that the conversion needs at its peak, by how convert.py holds a unit; a test
+compares the prediction with what a conversion took.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ import torch
 from megatron_sr1.checkpoint.disk import size_text
 from megatron_sr1.checkpoint.folders import INDEX, SINGLE, ModelSource
 from megatron_sr1.checkpoint.hf_files import HEADER_SUFFIX
-from megatron_sr1.conversion.published import Published
 from megatron_sr1.conversion.reader import UnitReader
-from megatron_sr1.conversion.to_megatron import source_dtype
-from megatron_sr1.conversion.units import Unit, units
+from megatron_sr1.conversion.units import Published, Unit, units
 from megatron_sr1.conversion.writer import FILE_BYTES, split_units
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.model.hf_config import read_hf_config
@@ -30,15 +28,7 @@ BASE_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class Move:
-    """A unit on its way.
-
-    Attributes:
-        unit: which.
-        source: type where it comes from.
-        target: type where it goes.
-        to_published: whether it goes to published weights.
-        num_pieces: that the source has it in.
-    """
+    """A unit, its types on both sides, and the number of pieces that the source has it in."""
 
     unit: Unit
     source: torch.dtype
@@ -47,36 +37,38 @@ class Move:
     num_pieces: int = 1
 
     @property
+    def source_bytes(self) -> int:
+        """Size where it comes from."""
+        return self.unit.num_values * self.source.itemsize
+
+    @property
     def target_bytes(self) -> int:
-        """What is written of it."""
+        """Size of what is written."""
         return self.unit.num_values * self.target.itemsize
 
     @property
     def held_bytes(self) -> int:
         """Anonymous memory that it takes; pages of files are not counted."""
-        source_bytes = self.unit.num_values * self.source.itemsize
         rounded = self.target_bytes if self.source != self.target else 0
         is_joined = self.unit.entry.form == "grouped"
         if not self.to_published:  # the published tensors are pages of their file
-            return (source_bytes if is_joined else 0) + rounded
-        # The whole beside a piece of it, or beside what it is split into and put together of.
-        beside = (2 if self.unit.entry.num_parts > 1 else 1) * source_bytes if is_joined else 0
-        pieces = source_bytes if self.num_pieces > 1 else 0
-        return source_bytes + max(pieces, beside + rounded)
+            return (self.source_bytes if is_joined else 0) + rounded
+        # The whole with a piece of it, or with its parts and what they are joined to.
+        copies = 2 if self.unit.entry.num_parts > 1 else 1
+        parts = copies * self.source_bytes if is_joined else 0
+        pieces = self.source_bytes if self.num_pieces > 1 else 0
+        return self.source_bytes + max(pieces, parts + rounded)
 
 
 def plan_to_megatron(directory: Path, dtype: torch.dtype | None) -> list[Move]:
-    """What `hf_to_megatron` would move, by the weight files' headers, or by config.json alone.
-
-    Args:
-        directory: of the model; headers and weights may be missing.
-        dtype: to store; None keeps the source's.
-    """
+    """Plan `hf_to_megatron` from the weight files' headers, or from config.json alone."""
     if any((directory / name).is_file() for name in (INDEX, SINGLE, SINGLE + HEADER_SUFFIX)):
         published = Published.open(directory)
-        tensors, parts = published.source.tensors, published.units
-        dtype = dtype or source_dtype(published.source)
-        return [Move(u, tensors[u.entry.hf_names[0]].dtype, dtype, False) for u in parts]
+        tensors, dtype = published.source.tensors, dtype or published.dtype
+        return [
+            Move(unit, tensors[unit.entry.hf_names[0]].dtype, dtype, False)
+            for unit in published.units
+        ]
     config = read_hf_config(directory)
     named = config.raw.get("dtype") or config.raw.get("torch_dtype")
     source = getattr(torch, str(named), None)
@@ -86,46 +78,39 @@ def plan_to_megatron(directory: Path, dtype: torch.dtype | None) -> list[Move]:
 
 
 def plan_to_hf(found: ModelSource) -> list[Move]:
-    """What `megatron_to_hf` would move, by the metadata of a checkpoint."""
+    """Plan `megatron_to_hf` from the metadata of a checkpoint."""
     published = Published.open(found.hf_files)
-    tensors, parts = published.source.tensors, published.units
-    reader = UnitReader(found.weights, parts)
-    types = [tensors[unit.entry.hf_names[0]].dtype for unit in parts]
+    tensors, reader = published.source.tensors, UnitReader(found.weights, published.units)
     return [
-        Move(unit, reader.dtype(unit), dtype, True, reader.num_pieces(unit))
-        for unit, dtype in zip(parts, types, strict=True)
-    ]
+        Move(unit, reader.dtype(unit), tensors[unit.entry.hf_names[0]].dtype, True,
+             reader.num_pieces(unit))
+        for unit in published.units
+    ]  # fmt: skip
 
 
 def peak_bytes(planned: Sequence[Move]) -> int:
-    """Anonymous memory of the whole conversion at its peak."""
+    """Return the anonymous memory of the whole conversion at its peak."""
     return BASE_BYTES + max(move.held_bytes for move in planned)
 
 
-def largest(planned: Sequence[Move]) -> Move:
-    """The move of the most bytes."""
-    return max(planned, key=lambda move: move.unit.num_values * move.source.itemsize)
-
-
 def rows(planned: Sequence[Move]) -> Iterator[str]:
-    """A line a unit, then the sums."""
+    """Yield a line per unit, then the totals."""
     for move in planned:
         unit = move.unit
         yield (
             f"{size_text(move.target_bytes):>12}  {list(unit.sizes)} at {list(unit.offsets)} of "
             f"{unit.key}  {', '.join(unit.entry.hf_names)}"
         )
-    total = sum(move.target_bytes for move in planned)
-    big = largest(planned)
-    big_bytes = big.unit.num_values * big.source.itemsize
-    names = ", ".join(big.unit.entry.hf_names)
-    if not planned[0].to_published:
-        files = split_units([move.unit for move in planned], big.target, FILE_BYTES)
+    total, peak = sum(move.target_bytes for move in planned), peak_bytes(planned)
+    largest = max(planned, key=lambda move: move.source_bytes)
+    size, names = largest.source_bytes, ", ".join(largest.unit.entry.hf_names)
+    if not largest.to_published:
+        files = split_units([move.unit for move in planned], largest.target, FILE_BYTES)
         yield f"files            {len(files)} of at most {size_text(FILE_BYTES)} or one tensor"
     yield f"tensors          {sum(len(move.unit.entry.hf_names) for move in planned)}"
     yield f"bytes to write   {total} ({size_text(total)})"
-    yield f"largest tensor   {big_bytes} ({size_text(big_bytes)}): {names}"
+    yield f"largest tensor   {size} ({size_text(size)}): {names}"
     yield (
-        f"peak memory      {peak_bytes(planned)} ({size_text(peak_bytes(planned))}) predicted; "
-        f"twice the largest and 1 GiB are {size_text(2 * big_bytes + 2**30)}"
+        f"peak memory      {peak} ({size_text(peak)}) predicted; "
+        f"twice the largest and 1 GiB are {size_text(2 * size + 2**30)}"
     )

@@ -1,13 +1,14 @@
-"""Units out of a distributed checkpoint, one at a time, whatever layout wrote it.
+"""Units out of a distributed checkpoint, one at a time, and compared with published tensors.
 
-In: a folder and a unit. Out: the unit's parameter, put together by torch's own reader from the
-pieces that overlap it. Memory: the unit; if it is in several pieces, the largest of them too.
+In: a checkpoint that any layout wrote, and a unit. Out: the unit's parameter, which torch's own
+reader puts together from the pieces that overlap it. Memory: the unit, and the largest piece of it
+if it is in several.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,54 +17,47 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from megatron_sr1.checkpoint.disk import expect_pages
+from megatron_sr1.checkpoint.disk import read_ahead
+from megatron_sr1.checkpoint.manifest import listed
+from megatron_sr1.checkpoint.transforms import Slice
 from megatron_sr1.checkpoint.untrusted import DAMAGE, check_folder
-from megatron_sr1.conversion.units import Unit
+from megatron_sr1.conversion.units import Published, Unit
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.runtime.collectives import reason
 
-NUM_NAMED = 6  # tensors that an error names
+# What is being done ("kept", "writing", "comparing"), bytes that are done, bytes in all.
+Report = Callable[[str, int, int], None]
 
 
 class UnitReader:
-    """A checkpoint's folder, opened for reading.
+    """A checkpoint's directory, opened for reading some units.
 
-    Args:
-        folder: a `step_N` folder.
-        units: that will be read.
-
-    Attributes:
-        metadata: torch's, of the whole checkpoint.
+    Raises:
+        CheckpointError: not to be trusted, damaged, or of another model.
     """
 
     def __init__(self, folder: Path, units: Sequence[Unit]) -> None:
-        """Look at the metadata; no tensor is read.
-
-        Raises:
-            CheckpointError: not to be trusted, damaged, or of another model.
-        """
+        """Check the metadata; no tensor is read."""
         self.folder = folder
         self.metadata = check_folder(folder)
         problems = [p for p in map(self._problem, units) if p]
         if problems:
-            more = f"; {len(problems) - NUM_NAMED} more" if len(problems) > NUM_NAMED else ""
             raise CheckpointError(
-                f"{folder}: not of the model that its configuration describes: "
-                f"{'; '.join(problems[:NUM_NAMED])}{more}"
+                f"{folder}: not of the model that its configuration describes: {listed(problems)}"
             )
 
     def dtype(self, unit: Unit) -> torch.dtype:
-        """Type that a unit is stored in."""
+        """Return the type that a unit is stored in."""
         dtype = self.metadata.state_dict_metadata[unit.key].properties.dtype
         assert isinstance(dtype, torch.dtype)
         return dtype
 
     def num_pieces(self, unit: Unit) -> int:
-        """How many ranks' pieces a unit is put together of."""
+        """Return the number of ranks' pieces that a unit consists of."""
         return len(self._pieces(unit))
 
     def read(self, unit: Unit) -> torch.Tensor:
-        """A unit's parameter, without the dimension of the layers.
+        """Read a unit's parameter, without the dimension of the layers.
 
         Raises:
             CheckpointError: the file is cut off, or an entry in it is no tensor of this shape.
@@ -81,10 +75,10 @@ class UnitReader:
         return whole.view(unit.parameter_shape)
 
     def _load(self, unit: Unit, piece: ReadItem) -> torch.Tensor:
-        """A piece, as torch's own `FileSystemReader` reads it, but not copied."""
+        """Read a piece as torch's `FileSystemReader` does, but without copying it."""
         place = self.metadata.storage_data[piece.storage_index]
         with (self.folder / place.relative_path).open("rb") as file:
-            expect_pages(file.fileno(), place.offset, place.length)
+            read_ahead(file.fileno(), place.offset, place.length)
             view = _create_file_view(file, place.offset, place.length)
             tensor = torch.load(view, map_location="cpu", weights_only=True)
         part = _part(tensor, piece.storage_offsets, piece.lengths)
@@ -93,7 +87,7 @@ class UnitReader:
         return part
 
     def files_of(self, unit: Unit) -> list[str]:
-        """Names of the files that a unit is in."""
+        """Return the names of the files that hold a unit."""
         places = self.metadata.storage_data
         return sorted({places[piece.storage_index].relative_path for piece in self._pieces(unit)})
 
@@ -103,7 +97,7 @@ class UnitReader:
         return create_read_items_for_chunk_list(unit.key, stored, [wanted])
 
     def _problem(self, unit: Unit) -> str:
-        """Why a unit cannot be read, or ""."""
+        """Return why a unit cannot be read, or ""."""
         stored = self.metadata.state_dict_metadata.get(unit.key)
         if not hasattr(stored, "chunks"):
             return f"{unit.key} is missing"
@@ -121,3 +115,48 @@ def _part(tensor: torch.Tensor, offsets: Sequence[int], lengths: Sequence[int]) 
     for dim, (begin, length) in enumerate(zip(offsets, lengths, strict=True)):
         tensor = tensor.narrow(dim, begin, length)
     return tensor
+
+
+def differences(
+    published: Published, reader: UnitReader, parts: Sequence[Unit], *, to_published: bool
+) -> Iterator[str]:
+    """Compare tensors bit by bit.
+
+    Args:
+        published: one side, with weights.
+        reader: of the other.
+        parts: to compare.
+        to_published: True if the published side was made from the other; the values are rounded
+            to the type of the side that was made.
+
+    Yields:
+        After each unit, the names of its tensors that differ, with their files, or "".
+    """
+    for unit in parts:
+        found = []
+        for name, stored in published.tensors(unit, reader.read(unit)):
+            other = published.source.read(Slice(name))
+            dtype = other.dtype if to_published else stored.dtype
+            # As bytes, so that equal is equal, NaN included.
+            sides = [side.to(dtype).contiguous().view(torch.uint8) for side in (stored, other)]
+            if not torch.equal(*sides):
+                files = ", ".join(reader.files_of(unit))
+                found.append(f"{name} ({published.source.tensors[name].file}; {files})")
+        yield ", ".join(found)
+
+
+def compare(
+    published: Published, reader: UnitReader, report: Report, *, to_published: bool
+) -> None:
+    """Compare all tensors, and raise `CheckpointError` naming the first that differ."""
+    done, total, different = 0, published.num_bytes(published.units), []
+    found = differences(published, reader, published.units, to_published=to_published)
+    for unit, names in zip(published.units, found, strict=True):
+        different += [names] if names else []
+        done += published.num_bytes([unit])
+        report("comparing", done, total)
+    if different:
+        raise CheckpointError(
+            f"{published.source.directory} and {reader.folder} differ in {listed(different)}; "
+            "remove what was converted and convert again"
+        )

@@ -1,22 +1,27 @@
 """What a conversion moves at a time: some published tensors, and where they are in a checkpoint.
 
 In: a model's configuration. Out: its units. A checkpoint of Megatron-Core holds global tensors,
-whatever the layout: the layers of a decoder are one above the other along a dimension of their
-own, a norm before a linear is named as Transformer Engine's fused layer names it
-(megatron/core/models/gpt/gpt_layer_specs.py), and gate and up are halves of one tensor. Which
-published tensors make a parameter is the table's business (mapping.py), how they do is that of
-transforms.py; tests compare the places below with Megatron's own `sharded_state_dict`.
+whatever the layout: the layers of a decoder are stacked along a dimension of their own, a norm
+before a linear layer is named as in Transformer Engine's fused layer
+(megatron/core/models/gpt/gpt_layer_specs.py), and gate and up are halves of one tensor. Tests
+compare these places with Megatron's own `sharded_state_dict`.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import torch
+
+from megatron_sr1.checkpoint.hf import check_tensors, with_tied_copy
+from megatron_sr1.checkpoint.hf_files import HFSource
 from megatron_sr1.checkpoint.mapping import Entry, entries
-from megatron_sr1.model.hf_config import HFConfig
+from megatron_sr1.checkpoint.transforms import publish
+from megatron_sr1.model.hf_config import HFConfig, read_hf_config
 
 _FUSED = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
@@ -27,7 +32,7 @@ _LAYER = re.compile(r"((?:vision|language)_model)\.decoder\.layers\.(\d+)\.(.+)"
 
 @dataclass(frozen=True)
 class Unit:
-    """The least that can be moved: a parameter, or a half of one that two tensors are stacked in.
+    """The smallest part that is moved: a parameter, or a half of one that stacks two tensors.
 
     Attributes:
         entry: published tensors and form; a half is an entry of its own here, plain.
@@ -50,49 +55,74 @@ class Unit:
 
     @property
     def num_values(self) -> int:
-        """Numbers in the unit."""
+        """Number of values in the unit."""
         return math.prod(self.sizes)
 
 
 def units(config: HFConfig) -> tuple[Unit, ...]:
-    """All units of a model, in the order of computation."""
+    """Return all units of a model, in the order of computation."""
     return tuple(unit for entry in entries(config) for unit in _units_of(entry, config))
 
 
 def _units_of(entry: Entry, config: HFConfig) -> Iterator[Unit]:
     key = entry.name
     first: tuple[int, ...] = ()
-    above: tuple[int, ...] = ()
+    num_layers: tuple[int, ...] = ()
     found = _LAYER.fullmatch(entry.name)
     if found:
         tower, number, rest = found.groups()
         key = f"{tower}.decoder.layers.{_FUSED.get(rest, rest)}"
         first = (int(number),)
-        above = (config.vision.depth if tower == "vision_model" else config.text.num_layers,)
-    one = (1,) * len(first)
-    rows, rest_shape = _parameter_shape(entry)
-    begin = 0
-    for part in _parts(entry):
-        size, _ = _parameter_shape(part)
+        num_layers = (config.vision.depth if tower == "vision_model" else config.text.num_layers,)
+    columns = entry.hf_shapes[0][1:]
+    if entry.form == "flat":
+        columns = (math.prod(columns),)
+    parts = [entry]
+    if entry.form == "stacked":
+        pairs = zip(entry.hf_names, entry.hf_shapes, strict=True)
+        parts = [replace(entry, hf_names=(n,), hf_shapes=(s,), form="plain") for n, s in pairs]
+    rows = [sum(shape[0] for shape in part.hf_shapes) for part in parts]
+    for number, part in enumerate(parts):
         yield Unit(
             entry=part,
             key=key,
-            global_shape=(*above, rows, *rest_shape),
-            offsets=(*first, begin, *(0 for _ in rest_shape)),
-            sizes=(*one, size, *rest_shape),
+            global_shape=(*num_layers, sum(rows), *columns),
+            offsets=(*first, sum(rows[:number]), *(0 for _ in columns)),
+            sizes=(*(1 for _ in first), rows[number], *columns),
         )
-        begin += size
 
 
-def _parts(entry: Entry) -> list[Entry]:
-    if entry.form != "stacked":
-        return [entry]
-    pairs = zip(entry.hf_names, entry.hf_shapes, strict=True)
-    return [replace(entry, hf_names=(n,), hf_shapes=(s,), form="plain") for n, s in pairs]
+@dataclass(frozen=True)
+class Published:
+    """The published side of a conversion: a directory, or the headers that a checkpoint carries.
 
+    Attributes:
+        source: its tensors.
+        config: shape of the model.
+        units: all that there is to move.
+    """
 
-def _parameter_shape(entry: Entry) -> tuple[int, tuple[int, ...]]:
-    """Rows of a parameter, and the other dimensions."""
-    rows = sum(shape[0] for shape in entry.hf_shapes)
-    rest = entry.hf_shapes[0][1:]
-    return rows, (math.prod(rest),) if entry.form == "flat" else rest
+    source: HFSource
+    config: HFConfig
+    units: tuple[Unit, ...]
+
+    @classmethod
+    def open(cls, directory: Path) -> Published:
+        """Read headers and configuration; raise `CheckpointError` if they do not agree."""
+        config, source = read_hf_config(directory), HFSource(directory)
+        check_tensors(source, config)
+        return cls(source, config, units(config))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of all tensors; float32 holds a mixture without loss."""
+        types = {tensor.dtype for tensor in self.source.tensors.values()}
+        return types.pop() if len(types) == 1 else torch.float32
+
+    def tensors(self, unit: Unit, parameter: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the published tensors of a unit's parameter, a tied copy included."""
+        return with_tied_copy(publish(unit.entry, [parameter]), self.source, self.config)
+
+    def num_bytes(self, parts: Iterable[Unit]) -> int:
+        """Return the size of the published tensors of some units, without tied copies."""
+        return sum(self.source.tensors[n].num_bytes for unit in parts for n in unit.entry.hf_names)

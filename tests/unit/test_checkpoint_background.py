@@ -16,10 +16,10 @@ import psutil
 import pytest
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from megatron_sr1.checkpoint import writers
+from megatron_sr1.checkpoint import tensors
 from megatron_sr1.checkpoint.folders import LATEST, latest_step, steps
 from megatron_sr1.checkpoint.manifest import read_manifest
-from megatron_sr1.checkpoint.saving import SaveQueue, begin_save
+from megatron_sr1.checkpoint.saving import Keep, SaveQueue, begin_save
 from megatron_sr1.config.loading import load_config
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.runtime import signals
@@ -35,7 +35,7 @@ def actor(tiny_model, groups):
 @pytest.fixture
 def gate(tmp_path, monkeypatch):
     """Folder in which a file `step_N` lets the writer of that step go on from its last deed."""
-    folder, measure = tmp_path / "gate", writers.measure
+    folder, measure = tmp_path / "gate", tensors.measure
     folder.mkdir()
 
     def measure_behind_the_gate(path):
@@ -44,17 +44,13 @@ def gate(tmp_path, monkeypatch):
             time.sleep(0.01)
         return measure(path)
 
-    monkeypatch.setattr(writers, "measure", measure_behind_the_gate)
+    monkeypatch.setattr(tensors, "measure", measure_behind_the_gate)
     yield folder
     shutil.rmtree(folder)  # lets go whom a failed test has left waiting
 
 
-def arguments(actor, groups, folder, step):
-    return (folder, step, actor.trained, {"n": step})
-
-
 def begin(actor, groups, folder, step):
-    return begin_save(*arguments(actor, groups, folder, step), in_background=True)
+    return begin_save(folder, step, actor.trained, {"n": step}, in_background=True)
 
 
 def tensors_of(folder):
@@ -94,10 +90,10 @@ def test_a_save_leaves_no_process(actor, groups, tmp_path):
 
 def test_only_so_many_are_written_at_once_and_they_appear_in_order(actor, groups, tmp_path, gate):
     """The third waits for the first; the second is written before it and does not overtake it."""
-    folder, queue = tmp_path / "checkpoints", SaveQueue(2)
+    folder, queue = tmp_path / "checkpoints", SaveQueue(tmp_path / "checkpoints", Keep(), 2)
     for step in (1, 2):
         fill(actor, step)
-        queue.add(*arguments(actor, groups, folder, step))
+        queue.add(step, actor.trained, {"n": step}, None)
     assert len(queue) == 2 and queue.is_writing and steps(folder) == []
     assert sorted(p.name for p in folder.glob(".*")) == [".step_1.partial", ".step_2.partial"]
     (gate / "step_2").touch()
@@ -105,7 +101,7 @@ def test_only_so_many_are_written_at_once_and_they_appear_in_order(actor, groups
     opener.start()
     fill(actor, 3)
     assert not (gate / "step_1").exists()
-    queue.add(*arguments(actor, groups, folder, 3))
+    queue.add(3, actor.trained, {"n": 3}, None)
     opener.join()
     assert len(queue) == 2 and steps(folder) == [1]
     (gate / "step_3").touch()
@@ -123,7 +119,7 @@ def test_a_writer_that_is_killed_ends_the_save_and_leaves_the_one_before(
     save(actor, groups, folder, 1)
     fill(actor, 2)
     pending = begin(actor, groups, folder, 2)
-    os.kill(pending.tensors._writer._process.pid, signal.SIGKILL)
+    os.kill(pending.tensors._process.pid, signal.SIGKILL)
     with pytest.raises(CheckpointError, match=r"step_2 was not saved: .*ended by signal 9"):
         pending.finish()
     assert sorted(p.name for p in folder.iterdir()) == ["latest", "step_1"]
@@ -149,7 +145,7 @@ def test_what_a_killed_writer_has_started_ends_with_it_and_so_does_the_save(
 
     monkeypatch.setattr(filesystem_async, "_write_item", write_behind_the_gate)
     pending = begin(actor, groups, tmp_path / "checkpoints", 1)
-    writer = psutil.Process(pending.tensors._writer._process.pid)
+    writer = psutil.Process(pending.tensors._process.pid)
     while not there.exists():
         time.sleep(0.01)
     started = writer.children()
@@ -184,7 +180,7 @@ def run(tiny_model, groups, tmp_path, gate):
     overrides += ["checkpoint.asynchronous=true", "checkpoint.max_in_flight=2"]
     paths = [f"model.path={tiny_model}", "data.train=x", f"output={tmp_path / 'run'}"]
     actor = make_run(tiny_model, groups)
-    context = Context(load_config(None, [*paths, *overrides]), groups, None, 8)
+    context = Context(load_config(None, [*paths, *overrides]), groups, 8)
     context.start(actor)
     yield context, actor
     context.close()

@@ -21,7 +21,7 @@ import pytest
 
 from megatron_sr1.checkpoint import disk
 from megatron_sr1.checkpoint.folders import latest_step, whole_steps
-from megatron_sr1.checkpoint.loading import check_files
+from megatron_sr1.checkpoint.loading import verify_folder
 from megatron_sr1.errors import CheckpointError
 from tests.checkpoint_run import fill, held, load, make_run, save
 
@@ -99,7 +99,7 @@ def test_a_crash_before_any_file_operation_leaves_what_can_be_resumed(
             crashes.append(str(crash))
         step = latest_step(folder)
         assert step in whole_steps(folder), crashes
-        check_files(folder / f"step_{step}", groups, digests=True, advice="")
+        verify_folder(folder / f"step_{step}", groups, digests=True)
         if count % 6 == 0 or whole:
             assert load(actor, groups, folder) == {"n": step}, crashes
             assert held(actor) == step
@@ -169,11 +169,11 @@ def test_a_full_disk_is_told_and_harms_nothing(
 
 
 def test_the_room_needed_is_estimated_closely(actor, first):
-    from megatron_sr1.checkpoint.tensors import _sharded_state
+    from megatron_sr1.checkpoint.tensors import sharded_state
     from megatron_sr1.runtime import cpu
 
     with cpu.megatron_mode():
-        needed = disk.needed_bytes(_sharded_state(actor.wrapped, actor.optimizer, is_loading=False))
+        needed = disk.needed_bytes(sharded_state(actor.wrapped, actor.optimizer, is_loading=False))
     came = size_of(first)
     assert came <= needed + disk.OTHER_BYTES < came * 1.2
 

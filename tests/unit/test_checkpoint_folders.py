@@ -7,9 +7,8 @@ import pickle
 import pytest
 import torch
 
-from megatron_sr1.checkpoint.folders import latest_step, resolve_model
-from megatron_sr1.checkpoint.retention import Keep, remove_old
-from megatron_sr1.checkpoint.state import read_state
+from megatron_sr1.checkpoint.folders import latest_step, read_state, resolve_model
+from megatron_sr1.checkpoint.saving import Keep, remove_old, remove_remains
 from megatron_sr1.checkpoint.untrusted import check_folder
 from megatron_sr1.errors import CheckpointError
 
@@ -37,7 +36,7 @@ def test_remains_of_a_save_that_was_killed_are_no_checkpoint(tmp_path):
     make_step(tmp_path, 9).rename(tmp_path / ".step_9.partial")
     (tmp_path / "step_7").mkdir()
     assert latest_step(tmp_path) == 5
-    remove_old(tmp_path, 5, Keep())
+    remove_remains(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_5", "step_7"]
 
 
@@ -51,9 +50,9 @@ def test_a_latest_that_leads_nowhere_is_an_error_that_names_the_complete_ones(tm
 def test_the_last_checkpoints_are_kept_and_later_ones_left_alone(tmp_path):
     for step in (2, 4, 10, 20):
         make_step(tmp_path, step)
-    remove_old(tmp_path, 10, Keep(2))
+    remove_old(tmp_path / "step_10", Keep(2))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_10", "step_20", "step_4"]
-    remove_old(tmp_path, 20, Keep())
+    remove_old(tmp_path / "step_20", Keep())
     assert len(list(tmp_path.iterdir())) == 3
 
 

@@ -17,10 +17,9 @@ import psutil
 import pytest
 import torch
 
-from megatron_sr1.checkpoint.folders import latest_step
+from megatron_sr1.checkpoint.folders import MAX_STATE_BYTES, latest_step, read_state
 from megatron_sr1.checkpoint.manifest import MANIFEST
 from megatron_sr1.checkpoint.saving import write_manifest
-from megatron_sr1.checkpoint.state import MAX_BYTES, read_state
 from megatron_sr1.checkpoint.untrusted import check_folder
 from megatron_sr1.errors import CheckpointError
 from tests.checkpoint_run import fill, held, load, make_run, save
@@ -143,7 +142,7 @@ def pipe(path):
 
 def grow(path):
     with path.open("ab") as file:
-        file.truncate(MAX_BYTES + 1)
+        file.truncate(MAX_STATE_BYTES + 1)
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_sr1.checkpoint import disk
 from megatron_sr1.checkpoint.folders import fingerprint, latest_step, resolve_model
 from megatron_sr1.checkpoint.loading import load_model
-from megatron_sr1.checkpoint.manifest import read_manifest
+from megatron_sr1.checkpoint.manifest import measure, read_manifest
 from megatron_sr1.errors import CheckpointError
 from tests.checkpoint_run import fill, held, load, make_run, save
 
@@ -56,8 +55,8 @@ def test_every_file_is_in_the_manifest_with_its_digest(saved):
     expected = read_manifest(step)
     assert there - {"manifest.json"} == set(expected)
     assert {"state.json", "common.pt", ".metadata", "rng_0.pt"} < set(expected)
-    for name, measure in expected.items():
-        assert disk.measure(step / name) == measure
+    for name, recorded in expected.items():
+        assert measure(step / name) == recorded
 
 
 def test_an_untouched_checkpoint_loads(actor, groups, copy):

@@ -20,10 +20,8 @@ from safetensors.torch import load_file, save_file
 from megatron_sr1.checkpoint.folders import resolve_model
 from megatron_sr1.checkpoint.manifest import MANIFEST, read_manifest
 from megatron_sr1.checkpoint.saving import write_manifest
+from megatron_sr1.conversion.convert import claimed, hf_to_megatron, megatron_to_hf
 from megatron_sr1.conversion.plan import peak_bytes, plan_to_hf, plan_to_megatron
-from megatron_sr1.conversion.published import claimed
-from megatron_sr1.conversion.to_hf import megatron_to_hf
-from megatron_sr1.conversion.to_megatron import hf_to_megatron
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.runtime.collectives import single_process
 from tests.checkpoint_files import files_of
@@ -110,8 +108,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 from megatron_sr1.checkpoint.folders import resolve_model
-from megatron_sr1.conversion.to_hf import megatron_to_hf
-from megatron_sr1.conversion.to_megatron import hf_to_megatron
+from megatron_sr1.conversion.convert import hf_to_megatron, megatron_to_hf
 
 left = int(sys.argv[4])
 def report(what, done_bytes, total_bytes):

@@ -36,7 +36,7 @@ def run(level: str, **variables: str) -> tuple[str, str]:
     return done.stdout.strip(), done.stderr
 
 
-def test_only_library_messages_that_a_user_cannot_act_on_are_dropped():
+def test_library_messages_that_nobody_can_act_on_are_dropped_and_only_those():
     variables, lines = run("info")
     assert "library:" not in lines
     assert all(f"matters: {name}" in lines for name in EXPECTED)
@@ -44,7 +44,7 @@ def test_only_library_messages_that_a_user_cannot_act_on_are_dropped():
     assert variables == "ERROR 1"
 
 
-def test_level_debug_keeps_library_messages():
+def test_level_debug_shows_library_messages():
     variables, lines = run("debug")
     parts = [part for parts in EXPECTED.values() for part in parts]
     assert all(f"library: {part}!" in lines for part in parts)

@@ -44,7 +44,7 @@ def test_resuming_drops_later_lines_of_that_stage_only(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"], "a partial file is left"
 
 
-def test_a_line_cut_short_by_a_kill_is_removed(tmp_path):
+def test_a_line_truncated_by_a_kill_is_removed(tmp_path):
     path = tmp_path / "metrics.jsonl"
     MetricsFile(path).append(0, "grpo", {"a": 1.0})
     with open(path, "a") as file:
@@ -88,7 +88,7 @@ def test_inner_phases_are_not_counted_twice():
     assert timer.take() == {"time/step_seconds": 2.0}
 
 
-def test_no_more_time_is_moved_than_a_phase_took():
+def test_moved_time_is_never_more_than_there_was():
     clock = Clock()
     timer = PhaseTimer(clock)
     with timer.phase("pass1"):
@@ -103,7 +103,7 @@ def ballast(mib: int) -> bytes:
     return b"x" * (mib * 2**20)  # written to, so resident
 
 
-def test_a_memory_peak_is_reported_for_the_innermost_phase():
+def test_memory_peaks_are_assigned_to_the_innermost_phase():
     peaks = PeakMemory()
     with peaks.phase("sync"):
         pass
@@ -132,7 +132,7 @@ def test_phases_have_no_peak_where_it_cannot_be_reset(monkeypatch, tmp_path):
     assert values["memory/host_peak_gib"] >= values["memory/host_gib"] > 0.01
 
 
-def test_a_log_line_names_the_step_and_what_matters(tmp_path, caplog):
+def test_a_log_line_has_the_step_and_the_main_metrics(tmp_path, caplog):
     config = load_config(None, ["model.path=m", "optimizer.num_steps=40", "logging.progress=false"])
     (sink,) = make_sinks(config, tmp_path)
     with caplog.at_level(logging.INFO, logger="megatron_sr1"):

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_sr1.checkpoint import writers
+from megatron_sr1.checkpoint import tensors
 from megatron_sr1.checkpoint.folders import steps
 from megatron_sr1.checkpoint.loading import load_checkpoint
-from megatron_sr1.checkpoint.saving import begin_save, save_checkpoint
+from megatron_sr1.checkpoint.saving import begin_save
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.runtime.device import select_device, start_distributed
@@ -26,14 +26,14 @@ LAYOUT = "2x1x1"
 
 def hold_rank_1(gate):
     """From now on the writer of rank 1 waits for a file before its last deed."""
-    measure, rank = writers.measure, dist.get_rank()
+    measure, rank = tensors.measure, dist.get_rank()
 
     def measure_behind_the_gate(path):
         while rank == 1 and not gate.exists():
             time.sleep(0.01)
         return measure(path)
 
-    writers.measure = measure_behind_the_gate
+    tensors.measure = measure_behind_the_gate
 
 
 def main():
@@ -42,7 +42,7 @@ def main():
     processor, gate = Processor(source, 784, 200704), out / "gate"
     run, rank = Run(LAYOUT, source, processor), dist.get_rank()
     run.updates(1)
-    save_checkpoint(out / "plain", 1, run.actor.trained, {})
+    begin_save(out / "plain", 1, run.actor.trained, {}).finish()
     hold_rank_1(gate)
     pending = begin_save(out / "background", 1, run.actor.trained, {}, in_background=True)
     seen = {"trained": run.updates(2), "before": steps(out / "background")}
@@ -59,7 +59,7 @@ def main():
     dist.barrier()
     pending = begin_save(out / "background", 2, run.actor.trained, {}, in_background=True)
     if rank == 1:
-        os.kill(pending.tensors._writer._process.pid, signal.SIGKILL)
+        os.kill(pending.tensors._process.pid, signal.SIGKILL)
     try:
         pending.finish()
     except CheckpointError as error:

@@ -20,8 +20,7 @@ import torch.distributed as dist
 from megatron_sr1.checkpoint.folders import resolve_model
 from megatron_sr1.checkpoint.hf import save_hf
 from megatron_sr1.checkpoint.loading import load_checkpoint, load_model
-from megatron_sr1.checkpoint.retention import Keep
-from megatron_sr1.checkpoint.saving import save_checkpoint
+from megatron_sr1.checkpoint.saving import Keep, SaveQueue, begin_save
 from megatron_sr1.checkpoint.tensors import Trained
 from megatron_sr1.config.loading import load_config
 from megatron_sr1.data.processor import Processor
@@ -33,7 +32,7 @@ from megatron_sr1.runtime.groups import destroy_groups, make_groups
 from megatron_sr1.runtime.rng import seed_everything
 from megatron_sr1.trainer.actor import make_actor
 from megatron_sr1.trainer.step import update
-from tools.layout_parts import layout_settings, pack_rows, random_samples
+from tests.layouts import layout_settings, pack_rows, random_samples
 
 
 def start(layout, source):
@@ -66,7 +65,7 @@ def roundtrip(out, *plans, resave=False):
             save_hf(chunks, hf_config, groups, found.hf_files, to)
             if resave:
                 to, model = to.with_name(f"{layout}.saved"), Trained(chunks, None, None, groups)
-                save_checkpoint(to, 0, model, {}, source_directory=found.hf_files)
+                begin_save(to, 0, model, {}, source_directory=found.hf_files).finish()
 
 
 def resave(out, *plans):
@@ -116,14 +115,8 @@ def resume(out, source, *plans):
         run.updates(2)
         torch.rand(3 + dist.get_rank())  # generators that differ by rank
         for step in (1, 2):
-            save_checkpoint(
-                out / saving,
-                step,
-                run.actor.trained,
-                {"cursor": [2, 5]},
-                Keep(1),
-                source_directory=source,
-            )
+            saves = SaveQueue(out / saving, Keep(1), 0)
+            saves.add(step, run.actor.trained, {"cursor": [2, 5]}, source)
         results[saving] = run.numbers()
         for layout in others.split(","):
             run = Run(layout, source, processor)

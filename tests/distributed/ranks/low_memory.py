@@ -16,15 +16,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_sr1.checkpoint.loading import load_checkpoint
-from megatron_sr1.checkpoint.saving import save_checkpoint
+from megatron_sr1.checkpoint.saving import begin_save
 from megatron_sr1.config.loading import load_config
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.runtime.device import select_device, start_distributed
 from megatron_sr1.runtime.groups import destroy_groups, make_groups
 from megatron_sr1.runtime.rng import seed_everything
-from megatron_sr1.trainer.actor import make_actor
-from megatron_sr1.trainer.setup import load_actor_model
+from megatron_sr1.trainer.actor import load_actor_model, make_actor
 from megatron_sr1.trainer.step import update
 from tests.distributed.ranks.checkpoints import make_batches, nll
 
@@ -112,7 +111,7 @@ def in_order(tensors):
 def train(out, model_dir, setting):
     run = Run(setting, model_dir)
     first = run.updates(3)
-    save_checkpoint(out / "saved" / setting, 3, run.actor.trained, {})
+    begin_save(out / "saved" / setting, 3, run.actor.trained, {}).finish()
     return run.found(out / f"{setting}.pt", first + run.updates(2))
 
 

@@ -1,0 +1,287 @@
+"""Published weights to a distributed checkpoint and back, a tensor at a time, in one process.
+
+`hf_to_megatron` writes a directory of checkpoints with one `step_0`, to be loaded under any layout
+by any supported Megatron-Core: the values besides the tensors are in `common.pt`, the older form,
+which newer releases read too. It holds no generators, and its state has no layout.
+`megatron_to_hf` writes a directory like the one that the checkpoint's model came from: the same
+names, types, files and index. Neither makes a model or imports Megatron.
+
+A conversion that is called again after it was stopped keeps the files that are finished and right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import json
+import os
+import shutil
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from megatron_sr1.checkpoint.disk import (
+    TENSOR_OVERHEAD_BYTES,
+    check_space,
+    flush_and_evict,
+    write_failure,
+)
+from megatron_sr1.checkpoint.folders import HF_FILES, ModelSource, write_state
+from megatron_sr1.checkpoint.hf_files import (
+    HFSource,
+    StoredTensor,
+    replace_directory,
+    tensor_bytes,
+)
+from megatron_sr1.checkpoint.loading import verify_source
+from megatron_sr1.checkpoint.mapping import HF_EMBEDDING, HF_OUTPUT
+from megatron_sr1.checkpoint.saving import publish_folder, write_manifest
+from megatron_sr1.checkpoint.transforms import Slice, assemble
+from megatron_sr1.conversion.reader import Report, UnitReader, compare, differences
+from megatron_sr1.conversion.units import Published, Unit
+from megatron_sr1.conversion.writer import FILE_BYTES, UnitWriter
+from megatron_sr1.errors import CheckpointError
+from megatron_sr1.runtime.collectives import reason, single_process
+from megatron_sr1.runtime.files import sync_directory
+
+STEP = "step_0"
+UNFINISHED = ".partial"
+BACKENDS = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+
+class _Progress:
+    """Counts and reports the bytes that are written, after those that an earlier call wrote."""
+
+    def __init__(self, total_bytes: int, kept_bytes: int, report: Report) -> None:
+        self._total, self._done, self._report = total_bytes, kept_bytes, report
+        self.left_bytes = total_bytes - kept_bytes
+        if kept_bytes:
+            report("kept", kept_bytes, kept_bytes)
+
+    def add(self, num_bytes: int) -> None:
+        self._done += num_bytes
+        self._report("writing", self._done, self._total)
+
+
+def hf_to_megatron(
+    directory: Path,
+    target: Path,
+    dtype: torch.dtype | None,
+    report: Report,
+    file_bytes: int = FILE_BYTES,
+) -> None:
+    """Write a checkpoint of published weights.
+
+    Args:
+        directory: of the weights.
+        target: new directory of checkpoints, or what a conversion that was stopped has left.
+        dtype: to store; None keeps the source's, float32 where it mixes types.
+        report: called after each tensor.
+        file_bytes: size limit of the tensors in a file.
+
+    Raises:
+        CheckpointError: the source is no such model, the target is not empty, or the disk is full.
+    """
+    published = Published.open(directory)
+    published.source.need_weights()
+    dtype = dtype or published.dtype
+    partial, notes = target / f".{STEP}.partial", target / f".{STEP}.notes"
+    _need_empty(target, but=(partial.name, notes.name))
+    with claimed(partial):
+        notes.mkdir(exist_ok=True)
+        writer = UnitWriter(partial, notes, published.units, dtype, file_bytes)
+        _write_other_files(partial, published.source, keep=writer.files)
+
+        def is_right(parts: Sequence[Unit]) -> bool:
+            reader = UnitReader(partial, parts)
+            return not any(differences(published, reader, parts, to_published=False))
+
+        kept = writer.keep_finished(is_right)
+        total = sum(unit.num_values for unit in published.units)
+        progress = _Progress(total * dtype.itemsize, kept * dtype.itemsize, report)
+
+        def make(unit: Unit) -> torch.Tensor:
+            tensors = [published.source.read(Slice(name)) for name in unit.entry.hf_names]
+            progress.add(unit.num_values * dtype.itemsize)
+            return assemble(unit.entry, tensors).to(dtype)
+
+        needed = progress.left_bytes + TENSOR_OVERHEAD_BYTES * len(published.units)
+        with _space_checked(partial, needed):
+            writer.write(make)
+            write_manifest(partial, single_process(), writer.measures)
+            publish_folder(partial, target / STEP)
+            shutil.rmtree(notes)
+
+
+def _write_other_files(partial: Path, source: HFSource, keep: Collection[str]) -> None:
+    """Write all of a checkpoint that is no tensor; remove everything that is not to be kept."""
+    _remove_others(partial, keep)
+    nothing = io.BytesIO()
+    torch.save({}, nothing)
+    (partial / "common.pt").write_bytes(nothing.getvalue())
+    (partial / "metadata.json").write_text(json.dumps(BACKENDS), encoding="utf-8")
+    source.copy_without_weights(partial / HF_FILES)
+    state = {"converted_from": source.directory.resolve().name}
+    write_state(partial, 0, {}, None, state)
+
+
+def megatron_to_hf(found: ModelSource, target: Path, digests: bool, report: Report) -> None:
+    """Write the published form of a checkpoint into a new directory.
+
+    With `digests`, its files are compared with the manifest's digests, not only by size.
+
+    Raises:
+        CheckpointError: the source is damaged or of another model, the target is not empty, or the
+            disk is full.
+    """
+    _need_empty(target)
+    groups = single_process()
+    verify_source(found, groups, digests=False)
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        checked = pool.submit(verify_source, found, groups, digests)
+        partial = target.with_name(f".{target.name}.partial")
+        try:
+            with claimed(partial):
+                _Export(found, partial, report).write()
+                checked.result()  # nothing gets its name before
+                replace_directory(partial, target)
+                sync_directory(target.resolve().parent)
+        except CheckpointError:
+            checked.result()  # prefer the checksum error: it names the cause
+            raise
+
+
+class _Export:
+    """The weight files of a directory that is being written."""
+
+    def __init__(self, found: ModelSource, partial: Path, report: Report) -> None:
+        """Keep the files that an earlier call has finished; remove everything else."""
+        self.partial = partial
+        self.published = Published.open(found.hf_files)
+        self.source = self.published.source
+        self.reader = UnitReader(found.weights, self.published.units)
+        units = self.published.units
+        self.unit_of = {name: unit for unit in units for name in unit.entry.hf_names}
+        self.unit_of.setdefault(HF_OUTPUT, self.unit_of[HF_EMBEDDING])
+        kept = [name for name in self.source.headers if self._is_right(name)]
+        _remove_others(partial, kept)
+        self.names = [name for name in self.source.headers if name not in kept]
+        tensors = self.source.tensors.values()
+        kept_bytes = sum(t.num_bytes for t in tensors if t.file in kept)
+        self.progress = _Progress(sum(t.num_bytes for t in tensors), kept_bytes, report)
+
+    def write(self) -> None:
+        """Write all files that are not there."""
+        needed = self.progress.left_bytes
+        with _space_checked(self.partial, needed), ThreadPoolExecutor(max_workers=1) as pool:
+            self.source.copy_other_files(self.partial)
+            synced: Future[None] = pool.submit(lambda: None)
+            for name in self.names:
+                unfinished = self.partial / (name + UNFINISHED)
+                with unfinished.open("wb") as file:
+                    file.write(self.source.headers[name])
+                    for stored, tensor in self._tensors(name):
+                        file.seek(stored.begin)
+                        file.write(tensor_bytes(stored, tensor))
+                        self.progress.add(stored.num_bytes)
+                # One file is brought to the disk while the next is written.
+                synced.result()
+                synced = pool.submit(_finish, unfinished, self.partial / name)
+            synced.result()
+
+    def _is_right(self, name: str) -> bool:
+        """Return True if a file is there, with the values of the checkpoint."""
+        header, path = self.source.headers[name], self.partial / name
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            if file.read(len(header)) != header:
+                return False
+            for stored, tensor in self._tensors(name):
+                file.seek(stored.begin)
+                if file.read(stored.num_bytes) != tensor_bytes(stored, tensor):
+                    return False
+        return True
+
+    def _tensors(self, name: str) -> Iterator[tuple[StoredTensor, torch.Tensor]]:
+        """Yield a file's tensors, by unit, so that each unit is read once."""
+        mine = {n: t for n, t in self.source.tensors.items() if t.file == name}
+        in_order = sorted(mine, key=lambda n: mine[n].begin)
+        for unit in dict.fromkeys(self.unit_of[n] for n in in_order):
+            for published_name, tensor in self.published.tensors(unit, self.reader.read(unit)):
+                if published_name in mine:
+                    yield mine[published_name], tensor
+
+
+def _finish(unfinished: Path, final: Path) -> None:
+    """Give a file its name when it is on the disk."""
+    flush_and_evict(unfinished)
+    unfinished.rename(final)
+    sync_directory(final.parent)
+
+
+def compare_with_hf(directory: Path, made: ModelSource, report: Report) -> None:
+    """Read a checkpoint back from the disk and compare it with its source as `compare` does."""
+    published = Published.open(directory)
+    for path in made.weights.glob("*.distcp"):
+        flush_and_evict(path)
+    compare(published, UnitReader(made.weights, published.units), report, to_published=False)
+
+
+def compare_with_megatron(found: ModelSource, made: Path, report: Report) -> None:
+    """Read published weights back from the disk and compare them as `compare` does."""
+    published = Published.open(made)
+    for name in published.source.headers:
+        flush_and_evict(made / name)
+    compare(published, UnitReader(found.weights, published.units), report, to_published=True)
+
+
+def _need_empty(target: Path, but: Collection[str] = ()) -> None:
+    """Raise `CheckpointError` if a target is a file, or holds anything but what is named."""
+    if target.exists() and (
+        not target.is_dir() or any(p.name not in but for p in target.iterdir())
+    ):
+        raise CheckpointError(f"{target} is there already; name a new or an empty folder")
+
+
+def _remove_others(partial: Path, keep: Collection[str]) -> None:
+    for path in partial.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in keep:
+            path.unlink()
+
+
+@contextlib.contextmanager
+def claimed(partial: Path) -> Iterator[None]:
+    """Make an unfinished directory and lock it, or raise if another process writes to it."""
+    partial.mkdir(parents=True, exist_ok=True)
+    handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise CheckpointError(f"{partial}: another conversion is writing there") from None
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _space_checked(folder: Path, needed: int) -> Iterator[None]:
+    """Check the free space; turn errors of writing into `CheckpointError`s that name the cause."""
+    check_space(folder, needed)
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{write_failure(folder, needed, reason(error))}; make room and start the same command "
+            "again: it goes on from the last finished file"
+        ) from error
