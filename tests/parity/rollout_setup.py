@@ -9,8 +9,7 @@ from PIL import Image
 from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.records import Example, Message
-from megatron_sr1.rollout.engine import Engine
-from megatron_sr1.rollout.requests import Request
+from megatron_sr1.rollout.engine import Engine, Request
 from megatron_sr1.runtime.device import select_device, start_distributed
 
 MIN_PIXELS, MAX_PIXELS = 784, 50176

@@ -11,8 +11,8 @@ import rollout_setup as setup
 
 from megatron_sr1.errors import EngineError
 from megatron_sr1.rewards.response import find_description
+from megatron_sr1.rollout.engine import Progress, Request
 from megatron_sr1.rollout.pass2 import Pass2, Readings, RolloutHooks, _digest
-from megatron_sr1.rollout.requests import Progress, Request
 from megatron_sr1.rollout.two_pass import _has_closed, _Sample, roll_out
 
 

@@ -13,12 +13,12 @@ from megatron_sr1.config.loading import load_config
 from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.data.images import largest_pixels
 from megatron_sr1.data.processor import Processor
-from megatron_sr1.errors import ConfigError, DataError, EngineError
+from megatron_sr1.errors import ConfigError, DataError
 from megatron_sr1.model.hf_config import parse_hf_config
 from megatron_sr1.planning.layout import Layout
 from megatron_sr1.planning.memory import max_patches
 from megatron_sr1.planning.workload import planned_run
-from megatron_sr1.rollout import engine as engine_module
+from megatron_sr1.rollout.vllm_api import device_arguments
 from megatron_sr1.runtime.gpus import GPUS
 from tools import scoring_backends
 
@@ -177,23 +177,14 @@ def test_the_planner_uses_the_largest_image_after_rounding():
     assert max_patches(run, layout) == 4 * largest_pixels(262144, 262144, 28) / 784 == 4 * 518
 
 
-def test_the_engines_step_holds_the_largest_image_after_rounding(monkeypatch):
+def test_the_engines_step_holds_the_largest_image_after_rounding():
     """vLLM's encoder takes no image of more tokens than a step has; its own limit is 8192."""
-    given = []
-
-    def stop(device_kind, **arguments):
-        given.append(arguments)
-        raise EngineError("far enough")
-
-    monkeypatch.setattr(engine_module, "place", lambda size: (0, 1))
-    monkeypatch.setattr(engine_module, "_start", stop)
-    monkeypatch.setattr(engine_module, "set_environment", lambda gib: None)
-    for tokens, length in ((5349, 32768), (9000, 32768), (9000, 8192)):
-        with pytest.raises(EngineError, match="far enough"):
-            engine_module.Engine(
-                "m",
-                RolloutConfig(max_model_len=length),
-                Of(max_image_tokens=tokens, min_pixels=784, max_pixels=784 * tokens),
-                device_kind="cuda",
-            )
+    given = [
+        device_arguments(
+            "cuda",
+            RolloutConfig(max_model_len=length),
+            Of(max_image_tokens=tokens, min_pixels=784, max_pixels=784 * tokens),
+        )
+        for tokens, length in ((5349, 32768), (9000, 32768), (9000, 8192))
+    ]
     assert [a.get("max_num_batched_tokens") for a in given] == [None, 9000, None]

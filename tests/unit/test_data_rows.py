@@ -28,7 +28,7 @@ from megatron_sr1.errors import DataError
 from megatron_sr1.records import Completion, Message, Reward, Rollout
 from megatron_sr1.report.page import question_card
 from megatron_sr1.rewards.score import Scorer
-from megatron_sr1.trainer.scoring import rollout_line
+from megatron_sr1.trainer.rollouts import rollout_line
 
 pytestmark = pytest.mark.field
 
@@ -147,9 +147,8 @@ def test_any_of_several_gold_answers_is_right_and_leaks(read, tmp_path):
 
         def score(answer, description):
             text = f"<description>{description}</description><think>x</think>\\boxed{{{answer}}}"
-            return scorer.score(
-                "k", text, "cat", "What is it?", description, None, True, other_golds=["kitten"]
-            )
+            rollout = Rollout(0, 0, (), Completion((), (), text, "stop"), description, None, 0)
+            return scorer.score("k", rollout, example)
 
         rewards = [score(answer, "fur") for answer in ("cat", "kitten", "dog")]
         assert [r.accuracy for r in rewards] == [1, 1, 0]

@@ -23,10 +23,10 @@ LAYER = {
     "report": 4,
 }
 LAYER |= dict.fromkeys(("model", "data", "rewards", "algorithm", "observability"), 2)
-LAYER |= {"trainer": 5, "evaluation": 6, "stages": 7, "dry_run": 7, "cli": 9, "__main__": 9}
+LAYER |= {"trainer": 5, "evaluation": 6, "dry_run": 6, "stages": 7, "cli": 9, "__main__": 9}
 LAYER |= dict.fromkeys(("demo", "launch", "doctor", "doctor_distributed"), 8)
 LAZY = {
-    "vllm": {"rollout/engine.py", "rollout/weight_sync.py"},
+    "vllm": {"rollout/vllm_api.py", "rollout/weight_sync.py"},
     "wandb": {"observability/wandb_sink.py"},
     "transformer_engine": 1,
     "nemo_run": {"launch/slurm.py"},
@@ -84,7 +84,7 @@ def test_imports_point_down_the_layers_only(path):
 @pytest.mark.parametrize(
     ("package", "source"),
     [
-        ("data", "from megatron_sr1.stages import run_stage"),
+        ("data", "from megatron_sr1.stages import run_sft"),
         ("data", "def f():\n    import megatron_sr1.rewards.score"),
         ("model", "from megatron_sr1 import algorithm"),
         ("runtime", "from megatron_sr1.model import flops"),
