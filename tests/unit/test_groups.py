@@ -1,4 +1,4 @@
-"""Destroying our process groups ends their threads and leaves other groups alone."""
+"""Groups are undone whole: their threads end, and others' groups stay."""
 
 import os
 import subprocess
@@ -23,11 +23,7 @@ print("threads", len(set(threads)), "others'", dist.get_process_group_ranks(engi
 """
 
 
-<<<<<<< HEAD
-def test_destroying_groups_ends_their_threads_and_keeps_other_groups():
-=======
 def test_destroyed_groups_leave_no_thread_and_other_groups_intact():
->>>>>>> main
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],
         capture_output=True,
