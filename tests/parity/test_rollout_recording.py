@@ -1,6 +1,6 @@
 """The engine's schedule against the simulated one that the benchmark replays.
 
-Not covered: chunked prompts and full slots; tests/unit/test_roofline.py has those by hand.
+Not covered: chunked prompts and full slots; tests/unit/test_engine_steps.py has those by hand.
 """
 
 import os

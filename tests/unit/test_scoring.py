@@ -18,7 +18,7 @@ from megatron_sr1.records import Completion, Example, Message, Rollout
 from megatron_sr1.rewards.math_worker import Uncomparable
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.trainer.context import Context
-from megatron_sr1.trainer.scoring import Graded, reward_means, score, share
+from megatron_sr1.trainer.rollouts import Graded, gather_graded, reward_means, score
 
 SLOW = "(x+y+z)^{99}"
 GOLDS = ("x+1", "2x", "5", "7")
@@ -76,7 +76,7 @@ def test_a_grader_that_breaks_raises_at_once(monkeypatch):
 def context(tmp_path, groups):
     config = Config(stage="grpo", model=ModelConfig(path="m"), output=str(tmp_path))
     config.reward.max_ungraded_share = 0.5
-    return Context(config, groups, None, 0)
+    return Context(config, groups, 0)
 
 
 def limits(count):
@@ -131,10 +131,10 @@ def test_answers_on_which_a_library_raises_are_wrong_counted_and_named(scorer, c
     assert messages[3].endswith("2 more in this step")
 
 
-def test_share_gives_back_all_of_a_world_of_one(groups, scorer):
+def test_gathering_gives_back_all_of_a_world_of_one(groups, scorer):
     graded = score(group(2, "5") + group(3, "6"), Texts(), scorer)
-    assert share(graded, [3, 2], True, groups).scored == graded.scored[::-1]
-    assert share(graded, [3, 2], False, groups) == Graded()
+    assert gather_graded(graded, [3, 2], groups).scored == graded.scored[::-1]
+    assert gather_graded(Graded(), [3, 2], groups) == Graded()
 
 
 def main(output):
@@ -147,12 +147,12 @@ def main(output):
     groups = make_groups(ParallelConfig(), device)
     config = Config(stage="grpo", model=ModelConfig(path="m"), output=output)
     config.reward.max_ungraded_share = 0.5
-    context = Context(config, groups, None, 0)
+    context = Context(config, groups, 0)
     rank = groups.world.rank
     with Scorer(RewardConfig("vision_r1", grader_timeout_seconds=2.0)) as scorer:
         mine = group(0, "1+x", SLOW) + group(1, "x+x", "3x") if rank else group(2, "5", "6")
         graded = score(mine, Texts(), scorer)
-    everyone = share(graded, [1, 2, 0], True, groups)
+    everyone = gather_graded(graded, [1, 2, 0], groups)
     share_of_step = context.count_ungraded(everyone.ungraded, 3)
     result = {
         "share": share_of_step,
