@@ -13,8 +13,8 @@ from megatron_sr1.errors import DataError
 from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.model.qwen25_vl import build_model
 from megatron_sr1.runtime import cpu
+from tests.layouts import published_gradients
 from tests.model_cases import make_row, worst_relative_gap, write_case
-from tools.layout_parts import published_gradients
 
 TOLERANCE = 1e-5
 NUM_CASES = 20
