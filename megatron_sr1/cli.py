@@ -236,16 +236,20 @@ def rank_main(config: Config) -> int:
     with ExitStack() as stack:
         with torchrun.first_rank_first(os.environ):
             stack.enter_context(guard(config.output))
-        from megatron_sr1.stages import run_stage
+        from megatron_sr1.stages import STAGES, joined_ranks
 
-        return run_stage(config)
+        with joined_ranks(config) as groups:
+            STAGES[config.stage](config, groups)
+    # 0 after a request to stop, too: otherwise srun and torchrun would kill the ranks that are
+    # still closing.
+    return 0
 
 
 def _with_cause(status: int, run_dir: Path, started: float) -> int:
     """Repeat why the ranks failed, unless it was a user's error; return the exit status."""
     if status in (0, 2):
         return status
-    from megatron_sr1.runtime.failure_files import last_words, read_failure
+    from megatron_sr1.runtime.failure_files import read_failure, summarize_failure
 
     failure = read_failure(run_dir, since=started)
     if failure is None:
@@ -253,7 +257,7 @@ def _with_cause(status: int, run_dir: Path, started: float) -> int:
     elif failure.code == 2:
         return 2
     else:
-        lines, status = last_words(run_dir, failure, started), failure.code
+        lines, status = summarize_failure(run_dir, failure, started), failure.code
     print(*lines, sep="\n", file=sys.stderr)
     return status
 

@@ -2,7 +2,7 @@
 
 import importlib
 
-from megatron_sr1.rollout.process import set_environment
+from megatron_sr1.rollout.vllm_api import set_environment
 from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.cpu import patch_torchvision
 

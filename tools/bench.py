@@ -53,13 +53,13 @@ VARIANTS: dict[str, tuple[DeclaredWorkload, dict[str, Any]]] = {
     "description a quarter": (DeclaredWorkload(description_share=0.25), {}),
     "description 60 %": (DeclaredWorkload(description_share=0.6), {}),
     "longer tail, sigma 0.9": (DeclaredWorkload(response_sigma=0.9), {}),
-    "no fixed time a step": (DeclaredWorkload(), {"step_overhead_seconds": 0.0}),
+    "no fixed time per step": (DeclaredWorkload(), {"step_overhead_seconds": 0.0}),
     "half of the peak": (DeclaredWorkload(), {"gpu": replace(H100, matmul_share=0.5)}),
 }
 """Name -> workload, changed fields of the replica."""
 
 Gpu = dict[str, dict[str, dict[str, float]]]
-"""Model -> sequences a GPU -> schedule -> seconds."""
+"""Model -> sequences per GPU -> schedule -> seconds."""
 
 
 def run(*arguments: str, threads: int = 1) -> None:
@@ -171,7 +171,7 @@ def gpu_tables(gpu: dict[str, Gpu]) -> str:
         for model, by_num in gpu["declared"].items()
         for num, seconds in by_num.items()
     ]
-    names = ["model, sequences a GPU", "one, s", "barrier, s", "forked, s", "share of extra"]
+    names = ["model, sequences per GPU", "one, s", "barrier, s", "forked, s", "share of extra"]
     first = table(names, rows)
     columns = [f"{model.upper()}, {num}" for model in MODELS for num in SEQUENCES]
     rows = [
@@ -256,7 +256,7 @@ def verdicts(models: dict[str, dict[str, Any]], gpu: Gpu) -> dict[str, bool]:
         claim = f"{name}, sync: {extra:,} bytes at most beside the weights, 2 x {layer:,}"
         checked[claim] = extra <= 2 * layer
     ratio = demo["step"]["ratio"]
-    checked[f"a step of the demo's over TRL's: {ratio:.2f}, 0.8"] = ratio <= 0.8
+    checked[f"a step of the demo relative to TRL's: {ratio:.2f}, 0.8"] = ratio <= 0.8
     return checked
 
 

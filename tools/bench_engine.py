@@ -29,7 +29,10 @@ from megatron_sr1.rewards.response import find_description
 from megatron_sr1.rollout.pass2 import Pass2, RolloutHooks
 from megatron_sr1.rollout.two_pass import roll_out
 from megatron_sr1.runtime.rng import request_seed
-from megatron_sr1.trainer import setup
+from megatron_sr1.stages import start_ranks
+from megatron_sr1.trainer.actor import load_actor_model
+from megatron_sr1.trainer.samples import Samples, make_processor
+from megatron_sr1.trainer.sync import start_engine
 from tools.engine_steps import SCHEDULES, Job, Limits, jobs_of, recorded, simulate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,23 +46,23 @@ PASS2 = {"one": None, "barrier": "barrier", "forked": "fork"}
 class Bench:
     """Actor, engine and data of one model on this process."""
 
-    def __init__(self, model: str, data: str, folder: str) -> None:
+    def __init__(self, model: str, data: str, directory: str) -> None:
         """Load everything, as a GRPO run on one rank would."""
         slots = 2 * NUM_PROMPTS * SAMPLES
         config = load_config(
             ROOT / "examples/digits_cpu.yaml",
             [
-                *(f"model.path={model}", f"data.train={data}", "data.eval=", f"output={folder}"),
+                *(f"model.path={model}", f"data.train={data}", "data.eval=", f"output={directory}"),
                 *(f"rollout.max_num_seqs={slots}", "launch.num_processes=1", "launch.threads=2"),
                 f"rollout.max_response_tokens={CAP_TOKENS}",
                 f"rollout.max_reading_tokens={CAP_TOKENS}",
             ],
         )
-        device, self.groups = setup.start_ranks(config)
-        self.processor = setup.make_processor(config)
-        self.samples = setup.open_samples(config, data, self.processor)
-        self.chunks, self.hf_config, _ = setup.load_actor_model(config, self.groups)
-        self.engine = setup.make_engine(config, Path(model), self.processor, device)
+        self.groups = start_ranks(config)
+        self.processor = make_processor(config)
+        self.samples = Samples(config, data, self.processor)
+        self.chunks, self.hf_config, _ = load_actor_model(config, self.groups)
+        self.engine = start_engine(config, self.groups, self.processor)
         self.limits = Limits(slots, 32768, 32, chunked=False)  # as engine.py sets them on a CPU
         self.num_syncs = 0
 
@@ -232,8 +235,8 @@ def main() -> int:
     parser.add_argument("--data", required=True)
     parser.add_argument("--result", type=Path, required=True)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(arguments.model, arguments.data, folder)
+    with tempfile.TemporaryDirectory() as directory:
+        bench = Bench(arguments.model, arguments.data, directory)
         result = {"schedules": measure_schedules(bench), "sync": measure_sync(bench)}
     arguments.result.write_text(json.dumps(result))
     return 0

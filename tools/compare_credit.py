@@ -21,7 +21,8 @@ from pathlib import Path
 
 from megatron_sr1.demo.demo import COLD_START, prepare
 from megatron_sr1.observability.metrics import read_lines
-from megatron_sr1.report.panels import VERDICTS, paired, rate
+from megatron_sr1.report.panels import LABELS, paired
+from megatron_sr1.rewards.verdicts import VERDICTS, rate
 from tools.bench import ROOT, table
 
 CREDITS = ("scalar", "span")
@@ -36,14 +37,14 @@ def train(output: Path, *overrides: str) -> None:
     subprocess.run([*command, *settings], check=True, cwd=ROOT, env=environment, stdout=sys.stderr)
 
 
-def run_seed(folder: Path, seed: int, more: list[str]) -> dict[str, Path]:
+def run_seed(directory: Path, seed: int, more: list[str]) -> dict[str, Path]:
     """Train what a seed still lacks; return credit -> run directory."""
-    prepare(folder, seed)
-    data, cold = folder / "data", folder / "cold_start"
+    prepare(directory, seed)
+    data, cold = directory / "data", directory / "cold_start"
     if not (cold / "hf" / "config.json").is_file():
-        own = [f"model.path={folder / 'model'}", f"data.train={data / 'cold_start'}"]
+        own = [f"model.path={directory / 'model'}", f"data.train={data / 'cold_start'}"]
         train(cold, *COLD_START, *own, "data.eval=", f"seed={seed}")
-    runs = {credit: folder / credit for credit in CREDITS}
+    runs = {credit: directory / credit for credit in CREDITS}
     for credit, run in runs.items():
         if not (run / "report.html").is_file():  # the last file that a run writes
             own = [f"model.path={cold / 'hf'}", f"data.train={data / 'train'}"]
@@ -63,15 +64,15 @@ def tables(found: dict[int, dict[str, Path]], way: str) -> str:
         differences[seed] = [paired(lines["scalar"], lines["span"], v) for v in VERDICTS]
     for seed, gaps in differences.items():
         cells = [f"{mean:+.3f} ± {half:.3f}" for mean, half in gaps]
-        rows.append([str(seed), "span less scalar", *cells])
+        rows.append([str(seed), "span - scalar", *cells])
     if len(found) - 1 in T95:
         cells = []
         for column in range(len(VERDICTS)):
             means = [gaps[column][0] for gaps in differences.values()]
             half = T95[len(means) - 1] * statistics.stdev(means) / math.sqrt(len(means))
             cells.append(f"{statistics.mean(means):+.3f} ± {half:.3f}")
-        rows.append(["all", "span less scalar", *cells])
-    return table([f"seed, {way}", "credit", *VERDICTS.values()], rows)
+        rows.append(["all", "span - scalar", *cells])
+    return table([f"seed, {way}", "credit", *LABELS], rows)
 
 
 def main() -> None:

@@ -40,8 +40,8 @@ def main(every: bool = False) -> str:
             else:
                 differ[ours.because].append((gold, answer, wanted))
     finally:
-        with_rules.close()
-        library.close()
+        with_rules.worker.close()
+        library.worker.close()
     lines = ["| rule | cases | math-verify agrees | it errs on, for example |", "|---|---|---|---|"]
     for rule in sorted({*agree, *differ}, key=lambda r: -len(differ[r])):
         found = differ[rule] if every else _short(differ[rule])

@@ -32,13 +32,13 @@ from typing import TYPE_CHECKING, Any
 from megatron_sr1.config.loading import load_config
 from megatron_sr1.config.run import Config, LaunchConfig
 from megatron_sr1.launch.torchrun import rank_environment
-from megatron_sr1.trainer import setup
+from megatron_sr1.runtime.groups import Groups
+from megatron_sr1.trainer.samples import Samples, make_processor
 from tools.compare_trl import ROOT, report, trl_python
 
 if TYPE_CHECKING:
     import torch
 
-    from megatron_sr1.trainer.samples import Samples
 
 SIDES = ("packed", "padded", "trainer")
 WARM_UP_STEPS = 2
@@ -102,14 +102,14 @@ def run_ours(job: Job, *, pad: bool) -> list[tuple[int, float]]:
     from megatron_sr1.trainer.sft import train_sft
 
     config = config_of(job)
-    _, groups = setup.start_ranks(config)
-    context, samples, actor, _ = stages.start(config, groups, job.num_steps)
-    pack_own, tokens = context.pack, []
+    groups = stages.start_ranks(config)
+    context, samples, actor, _ = stages.start(config, groups)
+    pack_own, tokens = samples.pack, []
 
-    def pack(chosen: Sequence[TrainSample], samples: Samples) -> list[PackedBatch]:
+    def pack(chosen: Sequence[TrainSample], groups: Groups) -> list[PackedBatch]:
         tokens.append(sum(len(sample.token_ids) for sample in chosen))
         if not pad:
-            return pack_own(chosen, samples)
+            return pack_own(chosen, groups)
         batches = []
         for at in range(0, len(chosen), job.padded_samples):
             part = chosen[at : at + job.padded_samples]
@@ -118,14 +118,14 @@ def run_ours(job: Job, *, pad: bool) -> list[tuple[int, float]]:
                 part,
                 longest * len(part),
                 samples.vision,
-                image_pad_id=context.processor.image_pad_id,
-                merge_size=context.processor.merge_size,
+                image_pad_id=samples.processor.image_pad_id,
+                merge_size=samples.processor.merge_size,
                 pad_multiple=longest,
                 sequence_multiple=longest,
             )
         return batches
 
-    context.pack = pack  # type: ignore[method-assign]
+    samples.pack = pack  # type: ignore[method-assign]
     train_sft(context, actor, samples)
     context.close()
     stop_distributed()
@@ -167,7 +167,7 @@ def run_trainer(job: Job) -> list[tuple[int, float]]:
 
     torch.set_num_threads(job.num_threads)
     config = config_of(job)
-    processor = setup.make_processor(config)
+    processor = make_processor(config)
     from transformers import (
         Qwen2_5_VLForConditionalGeneration,
         Trainer,
@@ -175,7 +175,7 @@ def run_trainer(job: Job) -> list[tuple[int, float]]:
         TrainingArguments,
     )
 
-    samples = setup.open_samples(config, job.data, processor)
+    samples = Samples(config, job.data, processor)
     tokens: list[int] = []
     ends = [0.0]
 
@@ -255,20 +255,20 @@ def write_conversations(directory: Path, work: Path, num_samples: int, max_turns
 def padded_samples(job: Job, pad_for: str) -> int:
     """Return how many conversations of the "longest" or the "mean" length fit, a power of two."""
     config = config_of(job)
-    samples = setup.open_samples(config, job.data, setup.make_processor(config))
+    samples = Samples(config, job.data, make_processor(config))
     lengths = [len(samples.conversation(index).token_ids) for index in range(len(samples))]
     length = max(lengths) if pad_for == "longest" else statistics.mean(lengths)
     return 2 ** int(math.log2(job.pack_tokens / length))
 
 
-def start_side(side: str, job: Job, folder: Path) -> list[tuple[int, float]]:
+def start_side(side: str, job: Job, directory: Path) -> list[tuple[int, float]]:
     """Run one side in a process of its own; return tokens and seconds of its counted steps."""
-    result = folder / "steps.json"
+    result = directory / "steps.json"
     python = trl_python() if side == "trainer" else sys.executable
     command = [python, __file__, "--side", side, json.dumps(asdict(job)), str(result)]
     environment = {**os.environ, **rank_environment(LaunchConfig(threads=job.num_threads), 1)}
     environment["PYTHONPATH"] = str(ROOT)
-    subprocess.run(command, check=True, cwd=folder, env=environment, stdout=sys.stderr)
+    subprocess.run(command, check=True, cwd=directory, env=environment, stdout=sys.stderr)
     return [(tokens, seconds) for tokens, seconds in json.loads(result.read_text())][WARM_UP_STEPS:]
 
 
@@ -298,18 +298,18 @@ def main() -> None:
         return
     found: dict[str, list[list[tuple[int, float]]]] = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
+        directory = Path(temporary)
         from megatron_sr1.demo.digits import corpus_texts
         from megatron_sr1.demo.tiny_model import make_tiny_model
 
-        make_tiny_model(folder / "model", corpus_texts(), hidden_size=arguments.hidden_size)
+        make_tiny_model(directory / "model", corpus_texts(), hidden_size=arguments.hidden_size)
         num_steps = arguments.steps + WARM_UP_STEPS
         num_samples = arguments.samples * num_steps
-        write_conversations(folder / "data", folder / "digits", num_samples, arguments.turns)
+        write_conversations(directory / "data", directory / "digits", num_samples, arguments.turns)
         job = Job(
-            model=str(folder / "model"),
-            data=str(folder / "data"),
-            output=str(folder / "run"),
+            model=str(directory / "model"),
+            data=str(directory / "data"),
+            output=str(directory / "run"),
             pack_tokens=arguments.pack_tokens,
             samples_per_step=arguments.samples,
             num_steps=num_steps,
@@ -318,7 +318,7 @@ def main() -> None:
         job = replace(job, padded_samples=padded_samples(job, arguments.pad_for))
         for number in range(arguments.rounds):
             for side in SIDES:
-                found[side].append(start_side(side, job, folder))
+                found[side].append(start_side(side, job, directory))
                 tokens_per_second = rate(found[side][-1])
                 print(f"round {number + 1}: {side} {tokens_per_second:.0f} tokens/s", flush=True)
     rates = {side: [rate(steps) for steps in rounds] for side, rounds in found.items()}

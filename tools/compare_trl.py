@@ -111,14 +111,14 @@ def run_trl(model: str, data: str, num_steps: int, result: Path) -> None:
     result.write_text(json.dumps(seconds))
 
 
-def run_ours(model: str, data: str, num_steps: int, folder: Path) -> list[dict[str, float]]:
+def run_ours(model: str, data: str, num_steps: int, directory: Path) -> list[dict[str, float]]:
     """Run our side through the command line; return the seconds of each step and its phases."""
     command = [sys.executable, "-m", "megatron_sr1", "train", "examples/digits_cpu.yaml"]
-    command += [f"model.path={model}", f"data.train={data}", "data.eval=", f"output={folder}"]
+    command += [f"model.path={model}", f"data.train={data}", "data.eval=", f"output={directory}"]
     command += [f"optimizer.num_steps={num_steps}", "rollout.max_response_tokens=64"]
     command += ["algorithm.kl_coefficient=0.01", "checkpoint.export_hf=false"]
     subprocess.run(command, check=True, cwd=ROOT)
-    lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(text) for text in (directory / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k.startswith("time/")} for line in lines]
 
 
@@ -130,12 +130,12 @@ def run_rounds(
     theirs, ours = [], []
     for _ in range(num_rounds):
         with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
+            directory = Path(temporary)
             command = [trl_python(), __file__, "--model", model, "--data", data]
-            command += ["--steps", str(num_steps), "--trl-result", str(folder / "trl.json")]
-            subprocess.run(command, check=True, cwd=folder, env=environment)
-            theirs.append(json.loads((folder / "trl.json").read_text())[1:])
-            ours.append(run_ours(model, data, num_steps, folder / "ours")[1:])
+            command += ["--steps", str(num_steps), "--trl-result", str(directory / "trl.json")]
+            subprocess.run(command, check=True, cwd=directory, env=environment)
+            theirs.append(json.loads((directory / "trl.json").read_text())[1:])
+            ours.append(run_ours(model, data, num_steps, directory / "ours")[1:])
     return theirs, ours
 
 

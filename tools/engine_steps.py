@@ -3,7 +3,7 @@
 `recorded` reads each step's work off vLLM's own scheduler, so that prefix-cache hits, token budgets
 and slots are the real ones. `simulate` predicts the same records from jobs (a sampled response each
 with the reading of its description) under a schedule: one pass, a barrier between the passes, or a
-fork. Its rules are vLLM's (first come, first served): running sequences first, a token each or the
+fork. Its rules are vLLM's (first come, first served): running sequences first, a token each, or the
 next piece of their prompt; then waiting ones while slots and the step's token budget last; full
 blocks of a prompt that another sequence brought are not computed again. bench_engine.py compares
 the two.
@@ -196,7 +196,7 @@ def simulate(jobs: Sequence[Job], schedule: str, limits: Limits) -> list[EngineS
     running: list[_Sequence] = []
     held: list[_Sequence] = []
     known: set[object] = set()
-    asked: set[int] = set()
+    requested: set[int] = set()
     num_open, steps = len(jobs), list[EngineStep]()
     while waiting or running:
         steps.append(_simulated_step(waiting, running, known, limits))
@@ -206,8 +206,8 @@ def simulate(jobs: Sequence[Job], schedule: str, limits: Limits) -> list[EngineS
                 continue
             num_open -= sequence.num_sampled == sequence.response_tokens
             closes = sequence.num_sampled == job.description_tokens > 0
-            if closes and schedule != "one" and job.reading not in asked:
-                asked.add(job.reading)
+            if closes and schedule != "one" and job.reading not in requested:
+                requested.add(job.reading)
                 name = ("reading", job.reading)
                 held.append(_Sequence(name, job.reading_prompt_tokens, job.reading_tokens))
         running[:] = [s for s in running if s.num_sampled < s.response_tokens]
@@ -276,20 +276,13 @@ class DeclaredWorkload:
     reading_frame_tokens: int = 150
     longest_tokens: int = 2048
 
-    def tail_tokens(self, quantile_sigmas: float = 2.326) -> float:
-        """Return a high quantile of response lengths, by default the 99th percentile."""
-        return self._median * math.exp(quantile_sigmas * self.response_sigma)
-
-    @property
-    def _median(self) -> float:
-        return self.response_mean_tokens / math.exp(self.response_sigma**2 / 2)
-
     def draw(self, num_sequences: int, seed: int) -> list[Job]:
         """Draw the jobs of a step; a reading's mean length is that of a response's second part."""
         rng = np.random.default_rng(seed)
+        median = self.response_mean_tokens / math.exp(self.response_sigma**2 / 2)
         spread = np.exp(self.response_sigma * rng.standard_normal((2, num_sequences)))
-        means = np.array([[1.0], [1.0 - self.description_share]]) * self._median
-        lengths = np.clip(np.rint(means * spread), 1, self.longest_tokens).astype(int)
+        medians = np.array([[1.0], [1.0 - self.description_share]]) * median
+        lengths = np.clip(np.rint(medians * spread), 1, self.longest_tokens).astype(int)
         jobs = []
         for number, (response, reading) in enumerate(lengths.T.tolist()):
             description = max(1, round(self.description_share * response))

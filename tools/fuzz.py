@@ -32,10 +32,10 @@ HANGS_SECONDS = 120
 class Findings:
     """Failures, each kind once, as files in a directory."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, directory: Path) -> None:
         """Create the directory."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.kinds = folder, set[str]()
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory, self.kinds = directory, set[str]()
 
     def add(self, target: str, seed: int, case: Any, error: BaseException) -> None:
         """Store a failing case unless one like it is known."""
@@ -46,7 +46,7 @@ class Findings:
             return
         self.kinds.add(kind)
         shown = "".join(traceback.format_exception(error))
-        path = self.folder / f"{target}-{len(self.kinds):03d}.txt"
+        path = self.directory / f"{target}-{len(self.kinds):03d}.txt"
         path.write_text(f"{kind}\nseed {seed}\ncase {case!r}\n\n{shown}", errors="backslashreplace")
         print(f"finding: {kind}; see {path}", flush=True)
 

@@ -24,6 +24,7 @@ from megatron_sr1.errors import GradingLimit
 from megatron_sr1.records import Completion, Reading
 from megatron_sr1.rewards.score import Scorer
 from tests.hostile.grader_answers import CASES, make_answer
+from tests.rollout_case import case
 
 RULES_SECONDS = 1.0
 """Limit of the processor time that the rules take for one rollout, in this process."""
@@ -63,7 +64,7 @@ def fuzz(
     golds = chance.sample(unique, min(num_golds, len(unique)))
     reported = time.monotonic()
     with Scorer(RewardConfig("vision_sr1", grader_timeout_seconds=timeout_seconds)) as scorer:
-        scorer.score("start", r"\boxed{1+x}", "x+1", "", None, None, False)
+        scorer.score("start", *case(r"\boxed{1+x}", "x+1"))
         for number in range(count):
             gold, _, question, _, _ = golds[number % len(golds)]
             answer, read = make_answer(chance, gold), make_answer(chance, gold)
@@ -83,9 +84,9 @@ def _score(scorer: Scorer, found: Found, sample: dict[str, str], timeout_seconds
     wall, own = time.monotonic(), time.process_time()
     found.count += 1
     try:
-        reward = scorer.score(
-            "fuzz", response, sample["gold"], sample["question"], read, Reading((second,)), True
-        )
+        reading = Reading((second,))
+        rollout = case(response, sample["gold"], sample["question"], read, reading, True)
+        reward = scorer.score("fuzz", *rollout)
         found.right += reward.accuracy == 1.0
         if reward.uncomparable is not None:
             kind = reward.uncomparable.split(":")[0]

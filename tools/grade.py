@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sr1.errors import DataError, GradingError, GradingLimit, SR1Error
-from megatron_sr1.rewards.accuracy import Verdict
-from megatron_sr1.rewards.grader import GRADERS, Grader
+from megatron_sr1.rewards.grader import GRADERS, Grader, Verdict
 from megatron_sr1.rewards.response import find_answer
 
 EXPECTED = 'expected {"response" or "answer": text, "gold": text, "question": text or left out}'
@@ -93,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"grade.py: error: {error}", file=sys.stderr)
         return 2
     finally:
-        grader.close()
+        grader.worker.close()
     return 0
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from megatron_sr1.config.rollout import RewardConfig
 from megatron_sr1.errors import GradingLimit
 from megatron_sr1.rewards.score import Scorer
+from tests.rollout_case import case
 
 SLOW = ("x+1", "(x+y+z)^{99}")
 """Gold and an answer whose difference takes the algebra minutes to multiply out."""
@@ -47,7 +48,7 @@ class Measured:
         """Grade one answer and count its time."""
         text, since = f"<think> so </think> \\boxed{{{answer}}}", time.monotonic()
         try:
-            reward = scorer.score(name, text, gold, question, None, None, True)
+            reward = scorer.score(name, *case(text, gold, question, has_image=True))
         except GradingLimit:
             self.num_limits += 1
             self.limit_seconds += time.monotonic() - since
@@ -92,7 +93,7 @@ def measure(count: int, num_slow: int, timeout_seconds: float) -> tuple[Measured
         pairs = list(zip(found, (plain, with_slow), strict=True))
         for measured, scorer in pairs:
             since = time.monotonic()
-            scorer.score("first", r"\boxed{1+x}", "x+1", PLAIN, None, None, True)
+            scorer.score("first", *case(r"\boxed{1+x}", "x+1", PLAIN, has_image=True))
             measured.start_seconds = time.monotonic() - since
         for number in range(count):
             if number in slow_at:

@@ -22,7 +22,8 @@ from typing import Any
 from megatron_sr1.demo.digits import corpus_texts
 from megatron_sr1.demo.tiny_model import make_tiny_model
 
-RANKS = Path(__file__).with_name("layout_ranks.py")
+ROOT = Path(__file__).resolve().parent.parent
+RANKS = ROOT / "tests" / "distributed" / "ranks" / "layout_table.py"
 BOUND = 1e-5
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     2: {
@@ -46,11 +47,11 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
 COLUMNS = ("loss", "gradient", "sgd", "adamw")
 
 
-def start(num_ranks: int, folder: Path, layouts: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def start(num_ranks: int, directory: Path, layouts: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Run ranks over layouts; yield their records as they arrive."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(num_ranks), str(RANKS), str(folder), json.dumps(layouts)]
-    log = folder / f"ranks_{num_ranks}.log"
+    command += ["--nproc-per-node", str(num_ranks), str(RANKS), str(directory), json.dumps(layouts)]
+    log = directory / f"ranks_{num_ranks}.log"
     with log.open("w") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
         assert process.stdout is not None
@@ -61,14 +62,14 @@ def start(num_ranks: int, folder: Path, layouts: dict[str, Any]) -> Iterator[dic
         sys.exit(f"{num_ranks} ranks ended with {process.returncode}:\n{log.read_text()[-4000:]}")
 
 
-def measure(chosen: list[str], folder: Path) -> list[dict[str, Any]]:
+def measure(chosen: list[str], directory: Path) -> list[dict[str, Any]]:
     """Return a record for each layout and variant, of all layouts if none is chosen."""
-    make_tiny_model(folder / "model", corpus_texts(), num_layers=4)
-    list(start(1, folder, {}))
+    make_tiny_model(directory / "model", corpus_texts(), num_layers=4)
+    list(start(1, directory, {}))
     records = []
     for num_ranks, layouts in LAYOUTS.items():
         wanted = {name: keys for name, keys in layouts.items() if not chosen or name in chosen}
-        for record in start(num_ranks, folder, wanted) if wanted else ():
+        for record in start(num_ranks, directory, wanted) if wanted else ():
             gaps = ", ".join(f"{name} {record[name]['value']:.1e}" for name in COLUMNS)
             print(f"{record['layout']}: {record['variant']}: {gaps}", flush=True)
             records.append(record)
@@ -95,8 +96,8 @@ def main() -> None:
                         help=f"this layout, repeatable: {'; '.join(names)}")  # fmt: skip
     chosen = parser.parse_args().only
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="layouts_") as folder:
-        records = measure(chosen, Path(folder))
+    with tempfile.TemporaryDirectory(prefix="layouts_") as directory:
+        records = measure(chosen, Path(directory))
     print(f"\n{table(records)}\n")
     beyond = [r for r in records if any(not r[c]["value"] <= BOUND for c in COLUMNS)]
     for record in beyond:

@@ -1,19 +1,19 @@
-r"""Source files to webdataset shards.
+r"""Write webdataset shards from source files.
 
-SRC is a parquet, jsonl or json file, a folder of such files, or a folder of images with
-metadata.jsonl (file_name and the columns below). Columns that mean something:
+SRC is a parquet, jsonl or json file, a directory of such files, or a directory of images with
+metadata.jsonl (file_name and the columns below). Columns with a meaning:
 
-  problem, question or prompt      the question; <image> where an image is (\<image>: the text)
-  answer or solution               the gold answer, or a list of which any is right
+  problem, question or prompt      the question; <image> marks an image (\<image>: the text)
+  answer or solution               the gold answer, or a list of accepted answers
   images or image                  paths, bytes, data: URIs
   messages or conversations        turns {role, content} or {from, value}; content may be parts
-  instruction, input, output       alpaca's, to imitate; with history
-  prompt, reward_model             verl's: a list of messages, and its ground_truth
+  instruction, input, output       a conversation as in alpaca; with history
+  prompt, reward_model             as in verl: a list of messages, and a ground_truth
   system                           a system turn, with any of them
 
-All others are kept as metadata. A row that cannot be used is named, skipped and counted; rows
-without an image are fine. At the end the kinds of faults are listed, with their counts and first
-examples also in DST/report.json.
+All others are kept as metadata. A row that cannot be used is reported, skipped and counted; rows
+without an image are fine. At the end the kinds of faults are listed with their counts; examples of
+each are in DST/report.json.
 """
 
 from __future__ import annotations
@@ -191,14 +191,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("source", type=Path, metavar="SRC", help="file or folder to read")
-    add("target", type=Path, metavar="DST", help="folder for the shards")
+    add("source", type=Path, metavar="SRC", help="file or directory to read")
+    add("target", type=Path, metavar="DST", help="directory for the shards")
     add(
         "--image-folder",
         type=Path,
         metavar="DIR",
-        help="where relative image paths start, and out of which none may lead; default: the "
-        "folder of the file that names them",
+        help="directory of relative image paths, which must not lead out of it; default: that of "
+        "the file that names them",
     )
     add(
         "--column",
@@ -206,16 +206,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="NAME=PATH",
-        help="read the column NAME from another column, or from inside one by a dotted path, as "
-        "problem=prompt.0.content; may be given several times",
+        help="read the column NAME from another column or from a value nested in one, as in "
+        "problem=prompt.0.content; may be repeated",
     )
     add(
         "--max-skipped",
         type=max_skipped,
         default="100",
         metavar="N|N%",
-        help="how many rows may be skipped, as a count or as a share of those read; all are read "
-        "first, so that the totals are known; default: 100",
+        help="number of rows that may be skipped, or their share of the rows read; all rows are "
+        "read before it is checked; default: 100",
     )
     add("--limit", type=int, default=0, metavar="N", help="stop after N samples; default: all")
     add(
@@ -223,7 +223,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         type=int,
         default=1000,
         metavar="N",
-        help="samples of one tar; default: 1000",
+        help="samples per tar; default: 1000",
     )
     options = parser.parse_args(arguments)
     if options.samples_per_shard < 1 or options.limit < 0:

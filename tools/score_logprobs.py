@@ -115,12 +115,12 @@ def read_lines(path: Path) -> list[Line]:
     return lines
 
 
-def find_image(name: str, folder: Path, where: str) -> Path:
+def find_image(name: str, directory: Path, where: str) -> Path:
     """Return an image's file, as named or beside the input."""
-    for path in (Path(name), folder / name):
+    for path in (Path(name), directory / name):
         if path.is_file():
             return path
-    raise DataError(f"{where}: image {name} does not exist, nor does {folder / name}")
+    raise DataError(f"{where}: image {name} does not exist, nor does {directory / name}")
 
 
 def start_ranks(argv: list[str], num_ranks: int) -> int:

@@ -161,17 +161,17 @@ def huggingface_directory(source: ModelSource, device: Device) -> Iterator[Path]
     groups = make_groups(ParallelConfig(), device)
     names = [tempfile.mkdtemp(prefix="score_logprobs_") if groups.world.rank == 0 else None]
     dist.broadcast_object_list(names)
-    folder = Path(str(names[0]))
+    directory = Path(str(names[0]))
     try:
         stored = ModelConfig(dtype=str(stored_dtype(source.weights)).removeprefix("torch."))
         chunks, hf_config = loaded(source, groups, stored)
-        save_hf(chunks, hf_config, groups, source.hf_files, folder / "hf")
+        save_hf(chunks, hf_config, groups, source.hf_files, directory / "hf")
         del chunks
-        yield folder / "hf"
+        yield directory / "hf"
         dist.barrier()
     finally:
         if groups.world.rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def make_processor(arguments: argparse.Namespace, source: ModelSource) -> Processor:

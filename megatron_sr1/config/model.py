@@ -24,15 +24,13 @@ class ModelConfig:
     fp8_recipe: str = choice("delayed", "delayed", "current", "blockwise", "mxfp8")
     """How FP8 scaling factors are chosen; mxfp8 needs Blackwell."""
     bf16_layers_at_start: int = number(0, at_least=0)
-    """First layers of the language model to keep in bfloat16 under model.fp8; not with
-    fp8_recipe=delayed."""
+    """First text layers to keep in bfloat16 under model.fp8; not with fp8_recipe=delayed."""
     bf16_layers_at_end: int = number(0, at_least=0)
-    """Last layers of the language model to keep in bfloat16 under model.fp8."""
+    """Last text layers to keep in bfloat16 under model.fp8; not with fp8_recipe=delayed."""
     recompute: str = choice("none", "none", "selective", "full")
     """Activation recomputation in the backward pass."""
     freeze: list[str] = field(default_factory=list)
-    """Parameters that are not trained: regular expressions over Hugging Face names. Each must match
-    at least one."""
+    """Parameters not to train: regular expressions over Hugging Face names, each with a match."""
     logprob_chunk_tokens: int = number(1024, at_least=1)
     """Tokens whose logits are held in memory at the same time."""
 
@@ -50,9 +48,8 @@ class ParallelConfig:
     virtual: int = number(1, at_least=1)
     """Virtual stages per pipeline rank; more than 1 selects the interleaved schedule."""
     stage_layers: list[int] = number([], at_least=1)
-    """Language-model layers on each of the pipeline x virtual stages, in order; empty: the same
-    number on each. The first stage also has the vision tower; `megatron-sr1 plan` proposes a
-    split."""
+    """Text layers on each of the pipeline x virtual stages, in order; empty: equally many. The
+    first stage also has the vision tower; `megatron-sr1 plan` proposes a split."""
     vision: str = choice("tensor", "tensor", "images")
     """How tensor-parallel ranks divide the vision tower: tensor (its layers are split like the
     language model's), images (each rank has the whole tower and processes some of the images).

@@ -16,8 +16,7 @@ class RolloutConfig:
     samples_per_prompt: int = number(8, at_least=1)
     """Responses per prompt."""
     temperature: float = number(1.0, at_least=0.01, at_most=2)
-    """Sampling temperature of pass 1. vLLM refuses more than 2 and treats less than
-    0.01 as 0.01."""
+    """Sampling temperature of pass 1. The limits are those of vLLM."""
     top_p: float = number(1.0, above=0, at_most=1)
     """Must be 1: rollouts are sampled from the whole distribution."""
     top_k: int = number(0, at_least=0)
@@ -25,8 +24,7 @@ class RolloutConfig:
     max_response_tokens: int = number(2048, at_least=1)
     """Token limit of a response in pass 1."""
     pass2: str = choice("fork", "fork", "barrier")
-    """When pass 2 of a response starts: fork (once its description is complete), barrier (once all
-    of pass 1 is finished)."""
+    """When pass 2 of a response starts: fork (after its description), barrier (after pass 1)."""
     pass2_order: str = choice("question_first", "question_first", "description_first")
     """Order of the pass-2 prompt: question_first (responses to a prompt share a prefix, which the
     prefix cache reuses), description_first (as published, and as the demo's model is trained)."""
@@ -34,8 +32,7 @@ class RolloutConfig:
     """How a description is judged: generate (by answers sampled from it), likelihood (by the
     likelihood of the gold answer given the description, from prefill alone)."""
     pass2_samples: int = number(1, at_least=1)
-    """Answers per description, whose verdicts are averaged; more than 1 needs pass2_temperature
-    above 0."""
+    """Answers per description; verdicts are averaged. More than 1 needs pass2_temperature > 0."""
     pass2_temperature: float = number(0.0, at_least=0, at_most=2)
     """Sampling temperature of pass 2; 0 is greedy."""
     max_reading_tokens: int = number(1024, at_least=1)
@@ -91,13 +88,11 @@ class RewardConfig:
     likelihood_nats: float = number(10.0, above=0)
     """Negative log-likelihood at which likelihood=linear reaches 0, nats."""
     question_baseline: bool = False
-    """Also answer each question without a description, once per step, and subtract that result from
-    the self-reward."""
+    """Subtract from the self-reward the result of answering from the question alone."""
     pay_leaks: bool = True
     """Give a self-reward to descriptions that state the answer as a conclusion."""
     grader: str = choice("rules", "rules", "math_verify")
-    """rules (text, options, units, lists, then algebra), math_verify (that library alone, for LaTeX
-    and plain expressions)."""
+    """rules (text, options, units, lists, then algebra), math_verify (that library alone)."""
     grader_timeout_seconds: float = number(5.0, above=0, at_most=3600)
     """Time limit per comparison, seconds."""
     max_ungraded_share: float = number(1.0, at_least=0, at_most=1)

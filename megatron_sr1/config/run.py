@@ -34,8 +34,7 @@ class LoggingConfig:
     progress: bool = True
     """Show a progress bar if stderr is a terminal."""
     profile_steps: list[int] = number([], at_least=1)
-    """First and last step to record with torch.profiler into profile/, counted from 1; empty: none.
-    """
+    """First and last step, from 1, to record with torch.profiler into profile/; empty: none."""
     profile_ranks: list[int] = number([0], at_least=0)
     """Ranks that record a profile, one file each."""
     peak_tflops: float = number(0.0, at_least=0)
@@ -58,8 +57,7 @@ class LaunchConfig:
     phase_deadline_seconds: float = number(3600.0, at_least=0, at_most=2592000)
     """Time limit for any other phase of a step, seconds; 0: none."""
     save_on_sigterm: bool = False
-    """On SIGTERM, as on SIGUSR1, finish the step, save and exit; false: exit at once. SIGKILL
-    always ends the run at once."""
+    """On SIGTERM, as on SIGUSR1, finish the step, save and exit; false: exit at once."""
 
 
 @dataclass

@@ -22,8 +22,7 @@ class DataConfig:
     shuffle: bool = True
     """Shuffle the samples of each epoch, with the run's seed."""
     prompt_style: str = choice("full", "full", "brief")
-    """Instructions in the prompt: full (for published models), brief (for models that were trained
-    with them, such as the demo's)."""
+    """Instructions in the prompt: full (published models), brief (such as the demo's model)."""
     packing: bool = True
     """Pack several sequences into a micro-batch; false: one sequence per micro-batch."""
     pack_tokens: int = number(8192, at_least=1)
@@ -34,11 +33,9 @@ class DataConfig:
     max_skipped: int = number(100, at_least=0)
     """Abort after more than this many unusable samples."""
     min_pixels: int = number(262144, at_least=784, at_most=2**27)
-    """Smallest image area, pixels; smaller images are enlarged. A token of the language model
-    covers 28 x 28 pixels."""
+    """Smallest image area, pixels; smaller images are enlarged. A token covers 28 x 28 pixels."""
     max_pixels: int = number(4194304, at_least=784, at_most=2**27)
-    """Largest image area, pixels; larger images are shrunk. Rounding to whole patches may exceed it
-    (docs/data.md)."""
+    """Largest image area, pixels, before rounding to whole patches (docs/data.md)."""
 
     @property
     def row_budget(self) -> int:
@@ -62,8 +59,7 @@ class AlgorithmConfig:
     visual_weight: float = number(0.5, above=0)
     """Weight of the visual advantage with credit=component."""
     format_share: float = number(0.1, at_least=0)
-    """Weight of the format reward relative to accuracy and self-reward, with credit=component and
-    credit=span."""
+    """Weight of the format reward beside that of an answer, 1, with credit=component and span."""
     std_floor: float = number(1e-2, above=0)
     """Lower limit of the standard deviation that advantage=grpo divides by."""
     loss: str = choice("token_mean", "token_mean", "sequence_mean", "dr_grpo", "gspo")
@@ -81,15 +77,14 @@ class AlgorithmConfig:
     dual_clip: float = number(3.0, above=1)
     """Upper limit of the ratio where the advantage is negative."""
     kl_coefficient: float = number(1e-2, at_least=0)
-    """Weight of the KL penalty (k3 estimate) towards the frozen reference model; 0 needs no
-    reference model."""
+    """Weight of the KL penalty (k3 estimate) towards a frozen reference model; 0 needs none."""
     importance_sampling: str = choice("off", "off", "token", "sequence")
     """Weight advantages by the probability ratio of actor and engine, per token or sequence."""
     importance_cap: float = number(2.0, at_least=1)
     """Largest importance weight."""
     mask_beyond_nats: float = number(0.0, at_least=0)
-    """Exclude sequences whose logprobs under actor and engine differ by more than this on average,
-    nats per token; 0 excludes none."""
+    """Exclude sequences whose mean difference of actor and engine logprobs is larger, nats per
+    token; 0 excludes none."""
     prompts_per_update: int = number(128, at_least=1)
     """Prompts per optimizer update; must divide data.prompts_per_step."""
     filter_groups: bool = False
@@ -149,8 +144,7 @@ class CheckpointConfig:
     )
     """Which evaluated rate makes a checkpoint one of the best, and in which direction."""
     asynchronous: bool = False
-    """Continue training while tensors are written; takes host memory for a copy of the rank's
-    share."""
+    """Train on while tensors are written; takes host memory for a copy of the rank's share."""
     max_in_flight: int = number(1, at_least=1)
     """Most asynchronous saves at the same time; the next one waits for the oldest."""
     resume: bool = True

@@ -237,20 +237,7 @@ def check(cluster: Cluster, tasks: Sequence[Task]) -> dict[str, Config]:
         for task in tasks:
             config = _based(configs[task.name], Path(cluster.workdir))
             preflight.check_paths(config, has_model=not task.follows)
-    if run_there(cluster, "command -v sbatch").returncode:
-        raise ConfigError(
-            f"no sbatch {_where(cluster)}; start from a login node, or through one with "
-            "--tunnel user@host"
-        )
-    _check_known(
-        *(cluster, f"partition {cluster.partition!r} is not known to this Slurm; it has"),
-        *(cluster.partition.split(","), "sinfo --all --noheader --format=%R"),
-    )
-    _check_known(
-        *(cluster, f"account {cluster.account!r} is not yours in this Slurm; yours are"),
-        [cluster.account.lower()],
-        'sacctmgr --noheader --parsable2 show associations user="$(id -un)" format=account',
-    )
+    _check_slurm(cluster)
     if cluster.container:
         _check_container(cluster)
     else:
@@ -277,6 +264,20 @@ def _check_layout(cluster: Cluster, name: str, config: Config) -> None:
         )
     if cluster.gpus_per_node and config.launch.device == "cpu":
         raise ConfigError(f"{name}: launch.device=cpu asks for no GPU; give --gpus-per-node=0")
+
+
+def _check_slurm(cluster: Cluster) -> None:
+    if run_there(cluster, "command -v sbatch").returncode:
+        raise ConfigError(
+            f"no sbatch {_where(cluster)}; start from a login node, or through one with "
+            "--tunnel user@host"
+        )
+    problem = f"partition {cluster.partition!r} is not known to this Slurm; it has"
+    names = cluster.partition.split(",")
+    _check_known(cluster, problem, names, "sinfo --all --noheader --format=%R")
+    problem = f"account {cluster.account!r} is not yours in this Slurm; yours are"
+    command = 'sacctmgr --noheader --parsable2 show associations user="$(id -un)" format=account'
+    _check_known(cluster, problem, [cluster.account.lower()], command)
 
 
 def _check_known(cluster: Cluster, problem: str, names: Sequence[str], command: str) -> None:

@@ -132,10 +132,7 @@ def plan_attention(
 
 
 def pack_row(
-    cu_seqlens: torch.Tensor,
-    *,
-    is_causal: bool,
-    split: RowSplit | None = None,
+    cu_seqlens: torch.Tensor, *, is_causal: bool, split: RowSplit | None = None
 ) -> PackedRow:
     """Return the packing parameters of a row for Megatron's attention layers.
 
@@ -169,13 +166,13 @@ def attend(
     plan: AttentionPlan,
     softmax_scale: float | None = None,
 ) -> torch.Tensor:
-    """Compute attention within each sequence of a packed row.
+    """Compute attention within each sequence of a packed row, for which `plan` was made.
 
     Args:
         query: [T, heads, width].
         key: [tokens of the whole row, key/value heads, width].
         value: same shape as `key`.
-        plan: made for this row.
+        plan: plan of the row.
         softmax_scale: factor of the scores; None: 1 / sqrt(width).
 
     Returns:
@@ -200,10 +197,9 @@ def attend(
         )
         results.append(context.transpose(1, 2).flatten(0, 1).flatten(1))
     joined = results[0] if len(results) == 1 else torch.cat(results)
-    slots = plan.slots
-    if slots is None:
+    if plan.slots is None:
         return joined
-    return _Gather.apply(joined, slots.places, slots.rows, slots.padding)
+    return _Gather.apply(joined, plan.slots.places, plan.slots.rows, plan.slots.padding)
 
 
 def _batches_of(
@@ -283,11 +279,10 @@ class PackedAttention(MegatronModule):
         """
         assert packed_seq_params is not None and packed_seq_params.plan is not None
         assert query.shape[1] == 1, "a packed row has batch size 1"
+        plan, split = packed_seq_params.plan, packed_seq_params.split
         query, key, value = query[:, 0], key[:, 0], value[:, 0]
-        if packed_seq_params.split is not None:
-            split = packed_seq_params.split
+        if split is not None:
             key, value = split.gather(key), split.gather(value)
-        plan = packed_seq_params.plan
         return attend(query, key, value, plan, self.softmax_scale).unsqueeze(1)
 
 

@@ -39,11 +39,7 @@ from megatron_sr1.errors import DataError
 from megatron_sr1.model import layers
 from megatron_sr1.model.attention import pack_row
 from megatron_sr1.model.hf_config import HFConfig, check_layout
-from megatron_sr1.model.logprobs import (
-    full_logits,
-    label_logprobs,
-    vocabulary_rows,
-)
+from megatron_sr1.model.logprobs import full_logits, label_logprobs, vocabulary_rows
 from megatron_sr1.model.row_split import RowSplit, split_row
 from megatron_sr1.model.transformer_config import padded_vocab_size, text_transformer_config
 from megatron_sr1.model.vision import encode_by_turns, feature_numbers, make_tower
@@ -162,10 +158,7 @@ class Qwen25VL(MegatronModule):
             hidden_states=embedded,
             attention_mask=None,
             rotary_pos_emb=layers.text_angles(
-                split.take(position_ids, dim=-1),
-                text.head_dim,
-                text.rope_theta,
-                text.mrope_section,
+                split.take(position_ids, dim=-1), text.head_dim, text.rope_theta, text.mrope_section
             ),
             packed_seq_params=pack_row(cu_seqlens, is_causal=True, split=split),
         )

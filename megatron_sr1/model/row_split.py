@@ -114,8 +114,8 @@ def split_row(cu_seqlens: torch.Tensor, group: Group) -> RowSplit:
     Raises:
         DataError: a sequence cannot be divided into equal chunks.
     """
-    borders, multiple = cu_seqlens.tolist(), sequence_multiple(group.size)
-    lengths = [end - start for start, end in pairwise(borders)]
+    bounds, multiple = cu_seqlens.tolist(), sequence_multiple(group.size)
+    lengths = [end - start for start, end in pairwise(bounds)]
     if group.size == 1:
         return RowSplit(group, whole_sequences(lengths))
     for length in lengths:
@@ -124,22 +124,22 @@ def split_row(cu_seqlens: torch.Tensor, group: Group) -> RowSplit:
                 f"a sequence of {length} tokens cannot be split over {group.size} context-parallel "
                 f"ranks; pad each sequence to a multiple of {multiple}"
             )
-    chunks = [list(_chunks(borders, rank, group.size)) for rank in range(group.size)]
+    chunks = [list(_chunks(bounds, rank, group.size)) for rank in range(group.size)]
     segments, num_own = [], 0
     for start, first, size in chunks[group.rank]:
         if size:
             segments.append(Segment(num_own, size, start, first + size - start))
             num_own += size
     shares = [torch.cat([torch.arange(a, a + size) for _, a, size in own]) for own in chunks]
-    places = torch.empty(borders[-1], dtype=torch.int64)
-    places[torch.cat(shares)] = torch.arange(borders[-1])
+    places = torch.empty(bounds[-1], dtype=torch.int64)
+    places[torch.cat(shares)] = torch.arange(bounds[-1])
     device = cu_seqlens.device
     return RowSplit(group, tuple(segments), shares[group.rank].to(device), places.to(device))
 
 
-def _chunks(borders: Sequence[int], rank: int, num_ranks: int) -> Iterator[tuple[int, int, int]]:
+def _chunks(bounds: Sequence[int], rank: int, num_ranks: int) -> Iterator[tuple[int, int, int]]:
     """Yield for each chunk of a rank the start of its sequence, its own start, and its length."""
-    for start, end in pairwise(borders):
+    for start, end in pairwise(bounds):
         size = (end - start) // (2 * num_ranks)
         for number in (rank, 2 * num_ranks - 1 - rank):
             yield start, start + number * size, size

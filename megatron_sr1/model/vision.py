@@ -23,10 +23,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_block import (
-    TransformerBlock,
-    TransformerBlockSubmodules,
-)
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_sr1.errors import DataError
@@ -150,23 +147,17 @@ class PatchMerger(MegatronModule):
             config=config, hidden_size=vision.hidden_size, eps=VISION_NORM_EPS
         )
         column, row = layers.linears(kernels)
-        common = {"config": config, "bias": True, "is_expert": False, "tp_group": collection.tp}
-        self.linear_fc1 = column(
-            self.merged_size,
-            self.merged_size,
-            init_method=config.init_method,
-            gather_output=False,
-            skip_bias_add=False,
-            **common,
-        )
-        self.linear_fc2 = row(
-            self.merged_size,
-            vision.out_hidden_size,
-            init_method=config.output_layer_init_method,
-            input_is_parallel=True,
-            skip_bias_add=False,
-            **common,
-        )
+        common = {
+            "config": config,
+            "init_method": config.init_method,
+            "bias": True,
+            "skip_bias_add": False,
+            "is_expert": False,
+            "tp_group": collection.tp,
+        }
+        width = self.merged_size
+        self.linear_fc1 = column(width, width, gather_output=False, **common)
+        self.linear_fc2 = row(width, vision.out_hidden_size, input_is_parallel=True, **common)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Merge [patches, 1, width] into [merged tokens, 1, width of the language model]."""
@@ -306,14 +297,11 @@ def encode_by_turns(tower: VisionModel, inputs: VisionInputs, group: Group) -> t
     )
     padded = torch.cat([*parts, padding])
     whole = gather_from_sequence_parallel_region(padded, group=group.process_group)
-    places: dict[int, torch.Tensor] = {}
-    for rank, share in enumerate(shares):
-        first = rank * max(counts)
-        for number in share:
-            places[number] = torch.arange(first, first + sizes[number] // merged)
-            first += len(places[number])
-    order = torch.cat([places[number] for number in range(len(sizes))])
-    return whole.index_select(0, order.to(whole.device))
+    features: dict[int, torch.Tensor] = {}
+    for share, rows in zip(shares, whole.split(max(counts)), strict=True):
+        lengths = [sizes[i] // merged for i in share]
+        features |= zip(share, rows[: sum(lengths)].split(lengths), strict=True)
+    return torch.cat([features[i] for i in range(len(sizes))])
 
 
 def feature_numbers(inputs: VisionInputs, merge: int) -> torch.Tensor:
@@ -331,5 +319,5 @@ def feature_numbers(inputs: VisionInputs, merge: int) -> torch.Tensor:
 
 
 def _pack(lengths: list[int], device: torch.device) -> PackedRow:
-    borders = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
-    return pack_row(borders, is_causal=False)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    return pack_row(cu_seqlens, is_causal=False)

@@ -24,7 +24,7 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # proc(5): resets VmHWM to the current resident size
 STEPS_BETWEEN_TRIMS = 10
 """The step after a trim has to request the returned memory again."""
-PROFILE_FOLDER = "profile"
+PROFILE_DIRECTORY = "profile"
 
 
 class PhaseTimer:
@@ -171,7 +171,7 @@ class StepProfiler:
         """
         first, last = steps or (0, 0)
         self._first, self._last = first, min(last, num_steps)
-        self._folder, self._rank = run_dir / PROFILE_FOLDER, rank
+        self._directory, self._rank = run_dir / PROFILE_DIRECTORY, rank
         self._running: profile | None = None
         self._began = 0
 
@@ -190,7 +190,7 @@ class StepProfiler:
             return
         recorded, self._running = self._running, None
         recorded.stop()
-        path = self._folder / f"rank_{self._rank}_steps_{self._began}_{step}.json.gz"
-        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._directory / f"rank_{self._rank}_steps_{self._began}_{step}.json.gz"
+        self._directory.mkdir(parents=True, exist_ok=True)
         recorded.export_chrome_trace(str(path))
         log.info("profile of steps %d to %d: %s", self._began, step, path)

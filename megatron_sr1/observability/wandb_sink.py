@@ -21,8 +21,7 @@ from megatron_sr1.config.loading import to_dict
 from megatron_sr1.config.run import Config
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.observability.metrics import METRICS_FILE, read_lines
-from megatron_sr1.observability.sinks import Images, Rollouts, Sink
-from megatron_sr1.records import RIGHT_FROM
+from megatron_sr1.observability.sinks import Cells, Images, Rollouts, Sink
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -61,9 +60,9 @@ class WandbSink(Sink):
         id_file = run_dir / WANDB_ID_FILE
         if not id_file.exists() or not id_file.read_text().strip():
             id_file.write_text(uuid.uuid4().hex[:12] + "\n")
+        run_id = id_file.read_text().strip()
         os.environ.setdefault(WANDB_FILES, str((run_dir / "wandb").resolve()))
-        run_id, is_offline = id_file.read_text().strip(), settings.wandb == "offline"
-        self._last = last_step(run_dir, run_id) if is_offline else 0
+        self._last = last_step(run_dir, run_id) if settings.wandb == "offline" else 0
         try:
             self._run = wandb.init(
                 project=settings.wandb_project,
@@ -71,7 +70,7 @@ class WandbSink(Sink):
                 name=run_dir.name,
                 id=run_id,
                 resume="allow",
-                mode="offline" if is_offline else "online",
+                mode="offline" if settings.wandb == "offline" else "online",
                 config=to_dict(config),
             )
         except wandb.Error as error:
@@ -79,20 +78,24 @@ class WandbSink(Sink):
                 f"logging.wandb={settings.wandb}: wandb did not start ({error}); "
                 "logging.wandb=offline needs neither network nor account"
             ) from None
-        if not is_offline:  # the server knows the next step
+        if settings.wandb == "online":  # the server knows the next step
             self._last = self._run.starting_step - 1
         for line in read_lines(run_dir / METRICS_FILE):
-            if line["stage"] == config.stage and line["step"] <= step:
-                values = {k: v for k, v in line.items() if k not in ("step", "stage")}
-                self.log(line["step"], {k: nan if v is None else v for k, v in values.items()})
+            number, stage = line.pop("step"), line.pop("stage")
+            if stage == config.stage and number <= step:
+                self.log(number, {k: nan if v is None else v for k, v in line.items()})
 
-    def show(self, step: int, rollouts: Rollouts, images: Images) -> None:
+    def show(self, step: int, rollouts: Rollouts, images: Images, cells: Cells) -> None:
         """Prepare the tables of samples and verdicts for `log`, if they are due."""
         number, every = self._settings.wandb_samples, self._settings.wandb_tables_every
         if number and rollouts and step > self._last and (step == 1 or step % every == 0):
             chosen = rollouts[:: -(-len(rollouts) // number)]
             self._tables = {"samples": self._samples(chosen, images)}
-            columns, rows = verdict_counts(rollouts)
+            rows = [
+                [f"answer {word}", cells[right, True], cells[right, False]]
+                for right, word in ((True, "right"), (False, "wrong"))
+            ]
+            columns: list[str | int] = ["", "description suffices", "description does not"]
             self._tables["verdicts"] = self._wandb.Table(columns=columns, data=rows)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -136,20 +139,6 @@ def side_by_side(images: Sequence[Image.Image]) -> Image.Image | None:
         whole.paste(image, (left, 0))
         left += image.width
     return whole
-
-
-def verdict_counts(rollouts: Rollouts) -> tuple[list[str | int], list[list[Any]]]:
-    """Count responses by right or wrong answer x sufficient or insufficient description.
-
-    Responses without a second pass are skipped. Returns columns and rows.
-    """
-    rewards = [line["reward"] for line in rollouts if line["reward"]["self_reward"] is not None]
-    cells = [(r["accuracy"] >= RIGHT_FROM, r["self_reward"] >= RIGHT_FROM) for r in rewards]
-    rows: list[list[Any]] = [
-        [f"answer {word}", cells.count((right, True)), cells.count((right, False))]
-        for right, word in ((True, "right"), (False, "wrong"))
-    ]
-    return ["", "description suffices", "description does not"], rows
 
 
 def last_step(run_dir: Path, run_id: str) -> int:

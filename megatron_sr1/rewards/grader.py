@@ -1,34 +1,83 @@
-"""The grader: a verdict on any text that a policy may sample as an answer.
+r"""The grader: whether an answer equals the gold one, and the rule that decided.
 
-In: an answer, its gold answer, the question. Out: a verdict and the rule that gave it. An exception
-while an answer is read or compared makes it wrong, and the verdict names the exception. Errors are
-raised only for a gold answer that cannot be compared with itself, for a grading process that does
-not start, and, with a type of their own, for exceeded limits of time and memory.
+The first rule that applies decides: equal text, option labels, yes and no, lists joined by "or" and
+"and", quantities with units, and finally algebra, in another process. Plain text is never passed to
+algebra, where "AB" equals "BA", "CO2" equals "C2O" and "on" equals "no" as products.
+
+An exception while an answer is read or compared makes it wrong, and the verdict names the
+exception. Errors are raised only for a gold answer that cannot be compared with itself, for a
+grading process that does not start, and, with a type of their own, for exceeded limits of time and
+memory.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from operator import eq
+
 from megatron_sr1.errors import ConfigError, GradingError
-from megatron_sr1.rewards.accuracy import Verdict, bare_gold, is_runaway, judge_answer
+from megatron_sr1.rewards.answers import (
+    clean,
+    label_list,
+    label_then_text,
+    named_label,
+    names_another,
+    quantity,
+    question_options,
+    same_quantity,
+    split_unit,
+    text_key,
+)
 from megatron_sr1.rewards.math_worker import MathWorker, Uncomparable
+from megatron_sr1.rewards.response import bare_gold
+
+Compare = Callable[[str, str], bool]
+"""Gold, answer -> equal as mathematics."""
 
 GRADERS = ("rules", "math_verify")
 UNCOMPARABLE = "uncomparable: "
 """Prefix of a verdict's reason if reading or comparing the answer raised; the exception follows."""
+MAX_MATH_CHARACTERS = 300
+"""Longer text is prose and never passed to algebra."""
+MAX_ANSWER_CHARACTERS = 2000
+"""An answer longer than this plus twice the gold one is wrong without being read."""
+MAX_NESTING = 10
+"""Deeper nesting of brackets is not passed to algebra, whose grammar takes seconds to read it."""
+_BARS = re.compile(r"(?:\|\s*){3}")
+_COMMAND = re.compile(r"\\[A-Za-z]+")
+_ENVIRONMENT = re.compile(r"\\(?:begin|end)\s*\{[A-Za-z]*\}")
+_FUNCTION = re.compile(r"\b(?:sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi|arcsin|arccos|arctan)\b")
+_NAMED = re.compile(r"[A-Za-z∠△\\][\w\s∠△\\{}']{0,30}?\s*=\s*([^=]+)")
+_LEAD = re.compile(r"(?:the )?(?:final |correct )?answer(?: is|:)\s+(?=\S)", re.IGNORECASE)
+_DATE = re.compile(r"\d{1,4}([-/])\d{1,2}\1\d{1,4}")
+_RANGE = re.compile(r"\d+-\d+")
+_FLAT_PREFIX = re.compile(r"(yes|no|true|false)\s*[,.;:]\s+(.+)", re.DOTALL)
+_OR, _AND = r"\bor\b|\\(?:lor|vee)(?![A-Za-z])", r"\band\b|\\(?:land|wedge)(?![A-Za-z])"
+_GAP = re.compile(rf"\s*[,;]?\s*(?:(?P<any>{_OR})|(?P<all>{_AND}))\s*|\s*[,;]\s*", re.IGNORECASE)
+_SET = re.compile(r"\\\{(.*)\\\}", re.DOTALL)
+_VALUE = re.compile(r"\d|[=<>]|\\[A-Za-z]")
+_INEQUALITY = re.compile(r"[<>]|\\(?:[lg]e|ne|[lg]t)(?![a-z])")
+_NAME = re.compile(r"([^=]+)=")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether an answer is right, and the rule that decided."""
+
+    right: bool
+    because: str
 
 
 class Grader:
-    """Judge answers by the rules of accuracy.py, or by math-verify alone."""
+    """Judge answers by the rules of this file, or by math-verify alone."""
 
     def __init__(self, kind: str, timeout_seconds: float) -> None:
         """Prepare the grading process, which starts when it is first needed.
 
-        Args:
-            kind: rules | math_verify.
-            timeout_seconds: time limit per comparison, > 0.
-
-        Raises:
-            ConfigError: unknown kind.
+        `timeout_seconds`, > 0, limits each comparison. Raises ConfigError for an unknown kind.
         """
         if kind not in GRADERS:
             raise ConfigError(f"reward.grader is {kind!r}; expected {' | '.join(GRADERS)}")
@@ -36,48 +85,36 @@ class Grader:
         self.worker = MathWorker(timeout_seconds, grader=kind)
 
     def judge(self, answer: str | None, gold: str, question: str, sample_name: str) -> Verdict:
-        """Judge an answer.
+        """Judge the content of a box, None without one; messages name the sample.
 
-        Args:
-            answer: content of the box; None without a box.
-            gold: as in the dataset; may be boxed.
-            question: with its options.
-            sample_name: for messages.
+        The gold answer may be boxed; the question contains its options.
 
         Raises:
             GradingLimit: a comparison exceeded the time or memory limit.
             GradingError: the gold answer is empty or cannot be compared with itself, or the
                 grading process does not start.
         """
+
+        def judge(answer: str | None) -> Verdict:
+            if self._kind == "rules":
+                return judge_answer(answer, gold, question, compare)
+            wanted = bare_gold(gold).strip()
+            unread = _judge_unread(answer, gold, wanted)
+            return unread or Verdict(compare(wanted, answer or ""), "math_verify")
+
+        def compare(gold: str, answer: str) -> bool:
+            return self.worker.equal(gold, answer, sample_name)
+
         try:
-            return self._judge(answer, gold, question, sample_name)
+            return judge(answer)
         except GradingError:
             raise
         except Uncomparable as error:
             return Verdict(False, f"{UNCOMPARABLE}{error}")
         except Exception as error:  # raised by a rule, in this process
-            self._check_gold(gold, question, sample_name)
-            return Verdict(False, f"{UNCOMPARABLE}{type(error).__name__}: {error}")
-
-    def _judge(self, answer: str | None, gold: str, question: str, sample_name: str) -> Verdict:
-        def compare(gold: str, answer: str) -> bool:
-            return self.worker.equal(gold, answer, sample_name)
-
-        if self._kind == "rules":
-            return judge_answer(answer, gold, question, compare)
-        wanted = bare_gold(gold).strip()
-        if not wanted:
-            raise GradingError(f"the gold answer is {gold!r}; expected some text to compare with")
-        if answer is None:
-            return Verdict(False, "no box")
-        if is_runaway(answer, gold):
-            return Verdict(False, "too long")
-        return Verdict(compare(wanted, answer), "math_verify")
-
-    def _check_gold(self, gold: str, question: str, sample_name: str) -> None:
-        """Raise a GradingError if gold cannot be compared with itself."""
+            raised = f"{type(error).__name__}: {error}"
         try:
-            self._judge(bare_gold(gold), gold, question, sample_name)
+            judge(bare_gold(gold))
         except GradingError:
             raise
         except Exception as error:
@@ -85,7 +122,200 @@ class Grader:
                 f"the gold answer {gold!r} cannot be compared with itself: "
                 f"{type(error).__name__}: {error}"
             ) from error
+        return Verdict(False, f"{UNCOMPARABLE}{raised}")
 
-    def close(self) -> None:
-        """Stop the grading process; a later comparison starts a new one."""
-        self.worker.close()
+
+def judge_answer(answer: str | None, gold: str, question: str, compare: Compare) -> Verdict:
+    """Judge the content of a box by the rules; `compare` is called if no other rule applies."""
+    wanted = clean(bare_gold(gold))
+    unread = _judge_unread(answer, gold, wanted)
+    if unread is not None:
+        return unread
+    assert answer is not None
+    given = _LEAD.sub("", clean(answer), count=1)
+    if text_key(wanted) == text_key(given):
+        return Verdict(True, "text")
+    options = question_options(question)
+    by_label = _labels_agree(wanted, given, options, compare)
+    if by_label is not None:
+        return Verdict(bool(by_label), "option")
+    return _judge_value(wanted, given, compare)
+
+
+def _judge_unread(answer: str | None, gold: str, wanted: str) -> Verdict | None:
+    """Judge an answer that is missing or too long; None for others. Raise if gold is empty."""
+    if not wanted:
+        raise GradingError(f"the gold answer is {gold!r}; expected some text to compare with")
+    if answer is None:
+        return Verdict(False, "no box")
+    is_long = len(answer) > MAX_ANSWER_CHARACTERS + 2 * len(gold)
+    return Verdict(False, "too long") if is_long else None
+
+
+def gold_label(cleaned_gold: str, options: Mapping[str, str]) -> str | None:
+    """Return the label of the gold option, whether gold is the label, the text or both."""
+    label, text = named_label(cleaned_gold) or ("", "")
+    if label in options and (not text or text_key(clean(options[label])) == text_key(text)):
+        return label
+    # Without options a lower-case letter is a variable, not a label.
+    if label and not options and cleaned_gold.strip("()[].:") == label:
+        return label
+    same = [name for name, text in options.items() if _same_value(cleaned_gold, clean(text), eq)]
+    return same[0] if len(same) == 1 else None
+
+
+def _labels_agree(
+    wanted: str, given: str, options: Mapping[str, str], compare: Compare
+) -> bool | None:
+    """Compare option labels; None if that does not decide."""
+    several = label_list(wanted, options)
+    if several is not None:
+        named_several = label_list(given, options)
+        if named_several is None:
+            return None
+        # Letters without separators may be a name, in which order matters: AB is not BA.
+        run_together = wanted.isalpha() and given.isalpha()
+        return not run_together and sorted(several) == sorted(named_several)
+    label, named = gold_label(wanted, options), named_label(given)
+    if label is None:
+        # Gold is not a known option, but "(B) cat" still means "cat".
+        return _same_value(wanted, clean(named[1]), compare) or None if named else None
+    named = named or label_then_text(given, options)
+    if named is None or (options and named[0] not in options):
+        return _is_text_of(label, given, options, compare)
+    return named[0] == label and not names_another(clean(named[1]), label, options)
+
+
+def _is_text_of(label: str, given: str, options: Mapping[str, str], compare: Compare) -> bool:
+    """Return True if an answer means this option's text and no other: 5 is neither 5 cm nor 5 m."""
+    text = clean(options.get(label, ""))
+    if not text or text_key(text) == text_key(given):
+        return bool(text)
+    others = (clean(other) for name, other in options.items() if name != label)
+    is_same = _same_value(text, given, compare)
+    return is_same and not any(_same_value(other, given, eq) for other in others)
+
+
+def _same_value(wanted: str, given: str, compare: Compare) -> bool:
+    return _judge_value(wanted, given, compare).right
+
+
+def _judge_value(wanted: str, given: str, compare: Compare) -> Verdict:
+    """Compare as text, yes or no, lists, quantities, or mathematics."""
+    gold_key, key = text_key(wanted), text_key(given)
+    if gold_key == key:
+        return Verdict(True, "text")
+    if gold_key in ("yes", "no", "true", "false"):
+        flat = _FLAT_PREFIX.fullmatch(given.casefold())
+        opposite = {"yes": "no", "no": "yes", "true": "false", "false": "true"}[gold_key]
+        said = flat is not None and flat[1] == gold_key and opposite not in flat[2].split()
+        return Verdict(said, "yes or no")
+    if _RANGE.fullmatch(wanted) or _DATE.fullmatch(wanted) or _DATE.fullmatch(given):
+        return Verdict(False, "range or date")  # algebra would see a difference or a quotient
+    (golds, gold_word), (answers, word) = _split_values(wanted), _split_values(given)
+    if gold_word or word:
+        as_many = len(golds) == len(answers)
+        if "\\pm" in wanted + given and not as_many:
+            return _judge_single(", ".join(golds), ", ".join(answers), compare)
+        # A comma can mean either word.
+        fits = gold_word == word or not gold_word or not word or _and_is_or(golds + answers)
+        return Verdict(as_many and fits and _match_parts(golds, answers, compare), "list")
+    return _judge_single(wanted, given, compare)
+
+
+def _judge_single(wanted: str, given: str, compare: Compare) -> Verdict:
+    """Compare as quantities or as mathematics."""
+    wanted, given = _without_name(wanted, given)
+    # A number word is its digits in the key.
+    keys = [(text_key(side), side) for side in (wanted, given)]
+    one, other = (quantity(key if key.isdigit() else side) for key, side in keys)
+    if one and other:
+        return Verdict(same_quantity(one, other), "quantity")
+    if keys[0][0] == keys[1][0]:
+        return Verdict(True, "text")
+    (wanted, gold_unit), (given, unit) = split_unit(wanted), split_unit(given)
+    if gold_unit and unit and gold_unit != unit:
+        return Verdict(False, "unit")
+    if not _is_mathematics(wanted) or not _is_mathematics(given):
+        return Verdict(False, "other text")
+    return Verdict(compare(wanted, given), "algebra")
+
+
+def _without_name(wanted: str, given: str) -> tuple[str, str]:
+    """Reduce `AB = 5` to 5 if the other side has no name."""
+    if ("=" in wanted) == ("=" in given):
+        return wanted, given
+    named = [_NAMED.fullmatch(side) for side in (wanted, given)]
+    sides = zip(named, (wanted, given), strict=True)
+    wanted, given = (found[1].strip() if found else side for found, side in sides)
+    return wanted, given
+
+
+def _is_mathematics(cleaned: str) -> bool:
+    """Return True if algebra may read a text: it has digits or operators, but no prose or names."""
+    if len(cleaned) > MAX_MATH_CHARACTERS or ":" in cleaned or max(_depths(cleaned)) > MAX_NESTING:
+        return False
+    if _BARS.search(cleaned):
+        return False
+    bare = _FUNCTION.sub(" ", _COMMAND.sub(" | ", _ENVIRONMENT.sub("|", cleaned)))
+    if re.search(r"[A-Za-z]\d|\d\s+\d", bare):  # CO2, H2O and x1 are names; 7 8 is two numbers
+        return False
+    if re.search(r"(?<![^\s,;])[A-Za-z]{2,}(?![^\s,;])", bare):  # prose
+        return False
+    runs = re.findall(r"[A-Za-z]{3,}", bare)  # abc and xyz are products, others are names
+    if any(not re.fullmatch(r"[abcxyz]{3}", run) for run in runs):
+        return False
+    return bool(re.search(r"[0-9=<>^_+*/|]|\\[A-Za-z]", cleaned))
+
+
+def _depths(text: str) -> list[int]:
+    """Return the depth of brackets, of any kind, so that `[0, 1)` is balanced, from 0 on."""
+    steps = ((c in "([{") - (c in ")]}") for c in text)
+    return list(accumulate(steps, initial=0))
+
+
+def _split_values(cleaned: str) -> tuple[list[str], str]:
+    """Split an answer at "or", "and" and commas outside brackets.
+
+    Order has no meaning, but the number of values has: an answer that hedges is wrong. Prose, as in
+    "cat and dog", stays a single part.
+
+    Returns:
+        one or more parts, and the word that joins them: or | and | both; "" for commas or one part.
+    """
+    inside = _SET.fullmatch(cleaned)
+    text = inside[1] if inside else cleaned
+    parts, words, start, seen, depth = [], set[str](), 0, 0, 0
+    for gap in _GAP.finditer(text):
+        depth += _depths(text[seen : gap.start()])[-1]
+        seen = gap.end()
+        if depth:
+            continue
+        parts.append(text[start : gap.start()].strip())
+        words |= {"or"} if gap["any"] else {"and"} if gap["all"] else set()
+        start = gap.end()
+    parts.append(text[start:].strip())
+    if len(parts) == 1 or not all(_VALUE.search(part) for part in parts):
+        return [cleaned], ""
+    return parts, "both" if len(words) == 2 else "".join(words)
+
+
+def _and_is_or(parts: list[str]) -> bool:
+    """Return True if the word that joins the parts does not matter.
+
+    "x = 2 and x = 3" lists the same solutions as "x = 2 or x = 3"; for inequalities and for
+    equations of several names, "and" and "or" differ.
+    """
+    names = {found[1].strip() for part in parts if (found := _NAME.match(part))}
+    return len(names) <= 1 and not any(_INEQUALITY.search(part) for part in parts)
+
+
+def _match_parts(golds: list[str], answers: list[str], compare: Compare) -> bool:
+    """Return True if each gold part equals an answer part of its own, in any order."""
+    left = list(answers)
+    for gold in golds:
+        found = next((n for n, part in enumerate(left) if _same_value(gold, part, compare)), None)
+        if found is None:
+            return False
+        del left[found]
+    return True

@@ -1,9 +1,9 @@
 r"""Detect descriptions that state the answer as a conclusion instead of what the image shows.
 
-In: a description, the gold answer, the question. Out: a flag. A description must contain the value
-asked for if the image shows it (a digit, a colour, a label), so that alone is not a leak. A leak is
-a boxed answer, a description that consists of the answer alone, or a sentence that concludes with
-it: "the answer is 7", "option B is correct", "…, so 7.", "3 + 4 = 7".
+A description must contain the value asked for if the image shows it (a digit, a colour, a label),
+so that alone is not a leak. A leak is a boxed answer, a description that consists of the answer
+alone, or a sentence that concludes with it: "the answer is 7", "option B is correct", "…, so 7.",
+"3 + 4 = 7".
 
 In the patterns of such sentences, `{said}` stands for a value, `{named}` for an option label,
 `{place}` for an ordinal. Patterns of values are searched in case-folded text, those of labels in
@@ -15,9 +15,9 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from megatron_sr1.rewards.accuracy import bare_gold, gold_label
-from megatron_sr1.rewards.answers import clean, number_spellings
-from megatron_sr1.rewards.options import question_options
+from megatron_sr1.rewards.answers import clean, number_spellings, question_options
+from megatron_sr1.rewards.grader import gold_label
+from megatron_sr1.rewards.response import bare_gold
 
 MAX_SENTENCE_CHARACTERS = 300
 _SENTENCE = re.compile(r"(?<=[.;!?\n])\s+|\n+")
@@ -91,11 +91,6 @@ def states_answer(description: str, gold: str, question: str) -> bool:
 
     Not detected: unusual phrases ("one gets 7"), exclusion ("not A, not C"), other spellings (XIV,
     28/2). docs/rewards.md has the measured recall.
-
-    Args:
-        description: text inside the description span.
-        gold: as in the dataset.
-        question: with its options.
     """
     if re.search(r"\\boxed\b", description):
         return True

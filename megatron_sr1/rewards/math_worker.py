@@ -1,11 +1,10 @@
 """Processes that compare mathematical answers, started when first needed and killed at a limit.
 
-In: two mathematical answers. Out: whether they are equal, or that the answer cannot be compared.
 math-verify can hang or use up all memory on sampled text, so it runs in a process of its own
-(mathematics.py), which answers each line of JSON with one. Time and memory are watched from here,
-because the algebra catches its own MemoryError and returns "not equal". During a slow comparison a
-spare process loads, which takes over if the first is killed, so that other comparisons wait for the
-time limit and no longer. The processes exit with this one, at the end of their standard input.
+(mathematics.py). Time and memory are watched from here, because the algebra catches its own
+MemoryError and returns "not equal". During a slow comparison a spare process loads, which takes
+over if the first is killed, so that other comparisons wait for the time limit and no longer. The
+processes exit with this one, at the end of their standard input.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from megatron_sr1.errors import GradingError, GradingLimit
 
@@ -44,12 +43,9 @@ class GraderProcess:
         root = str(Path(__file__).resolve().parents[2])
         paths = [root, os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}
+        pipe = subprocess.PIPE
         self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            bufsize=0,
+            command, stdin=pipe, stdout=pipe, env=environment, bufsize=0
         )
         self._line = b""
 
@@ -97,24 +93,22 @@ class GraderProcess:
             left = ends - time.monotonic()
             if left <= 0:
                 raise TimeoutError
-            if not poll.poll(1000 * min(left, WATCH_SECONDS)):
-                if self._resident_bytes() > MEMORY_BYTES:
-                    raise MemoryError
-                continue
-            part = os.read(pipe, 65536)
-            if not part:
-                raise OSError("its output ended; see standard error above")
-            self._line += part
+            if poll.poll(1000 * min(left, WATCH_SECONDS)):
+                part = os.read(pipe, 65536)
+                if not part:
+                    raise OSError("its output ended; see standard error above")
+                self._line += part
+            elif self._resident_bytes() > MEMORY_BYTES:
+                raise MemoryError
         line, self._line = self._line, b""
-        reply = json.loads(line)
-        assert isinstance(reply, dict)
+        reply: dict[str, Any] = json.loads(line)
         return reply
 
     def stop(self, seconds: float = 0.0) -> int:
         """Stop the process, killing it after `seconds`; returns its exit status."""
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.stdout.close()
         try:
             return self._process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -138,17 +132,11 @@ class MathWorker:
     """Compare mathematical answers in another process, with a spare one for slow comparisons."""
 
     def __init__(
-        self,
-        timeout_seconds: float,
-        command: tuple[str, ...] | None = None,
-        grader: str = "rules",
+        self, timeout_seconds: float, command: tuple[str, ...] = (), grader: str = "rules"
     ) -> None:
-        """Set the limits; no process starts yet.
+        """Set the time limit per comparison, > 0; no process starts yet.
 
-        Args:
-            timeout_seconds: time limit per comparison, > 0.
-            command: starts another process than mathematics.py, for tests.
-            grader: rules | math_verify.
+        `command` replaces the one that starts mathematics.py with a grader, rules | math_verify.
         """
         assert timeout_seconds > 0, timeout_seconds
         self._timeout_seconds = timeout_seconds
@@ -196,10 +184,9 @@ class MathWorker:
 
     def _compare(self, gold: str, answer: str, what: str) -> dict[str, Any]:
         """Return a reply that holds `equal`, `uncomparable`, or the description of a `limit`."""
-        request = {"gold": gold, "answer": answer, "seconds": self._timeout_seconds}
         timed_out = f"took more than {self._timeout_seconds:g} s (reward.grader_timeout_seconds)"
         try:
-            reply = self._ask(request)
+            reply = self._ask(gold, answer)
         except TimeoutError:
             self._stop_current()
             return {"limit": timed_out}
@@ -212,32 +199,30 @@ class MathWorker:
             if code == -signal.SIGALRM:
                 return {"limit": timed_out}
             ended = f"the grader ended (exit status {code})"
-            self._check_alive(gold, f"{what}: {ended}: {error}")
+            if not self._is_alive(gold):
+                raise GradingError(f"{what}: {ended}: {error}") from None
             raise GradingLimit(f"{what} failed, {ended}") from None
         if "limit" in reply:
             self._stop_current()
             return {"limit": f"ended with {reply['limit']}"}
         if "equal" not in reply and "uncomparable" not in reply:
-            _raise(f"{what}: the grader broke: {reply.get('error', reply)}")
+            raise GradingError(f"{what}: the grader broke: {reply.get('error', reply)}")
         return reply
 
-    def _check_alive(self, gold: str, message: str) -> None:
-        """Raise unless a new process can compare gold with itself: then the answer is at fault."""
-        request = {"gold": gold, "answer": gold, "seconds": self._timeout_seconds}
+    def _is_alive(self, gold: str) -> bool:
+        """Return True if a new process can compare gold with itself: the answer is at fault."""
         try:
-            reply = self._ask(request)
+            return "equal" in self._ask(gold, gold)
         except (OSError, ValueError, MemoryError):
             self._stop_current()
-            _raise(message)
-        if "equal" not in reply:
-            _raise(message)
+            return False
 
-    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+    def _ask(self, gold: str, answer: str) -> dict[str, Any]:
         if self._process is None:
             self._process = self._spare or GraderProcess(self._command)
             self._spare = None
             self._process.wait_ready(START_SECONDS)
-        self._process.ask(request)
+        self._process.ask({"gold": gold, "answer": answer, "seconds": self._timeout_seconds})
         first_wait = min(SLOW_SECONDS, self._timeout_seconds)
         try:
             return self._process.reply(first_wait)
@@ -249,10 +234,6 @@ class MathWorker:
         """Stop the current process; returns its exit status."""
         process, self._process = self._process, None
         return None if process is None else process.stop(seconds)
-
-
-def _raise(message: str) -> NoReturn:
-    raise GradingError(message) from None
 
 
 def _shorten(text: str) -> str:

@@ -30,6 +30,7 @@ import signal
 import sys
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import product
 from typing import Any
 
 MAX_ADDRESS_BYTES = 4 << 30
@@ -72,9 +73,7 @@ def equal(gold: str, answer: str) -> bool:
     it leaves the work undone: a sum, an integral, a limit, a huge power or factorial.
     """
     golds, answers = read_gold(gold), parse(answer)
-    if not golds or not answers or any(_is_undone(a) for a in answers):
-        return False
-    if any(_has_no_value(answer) for answer in answers):
+    if not golds or any(map(_is_undone, answers)) or any(map(_has_no_value, answers)):
         return False
     return _verify(golds, answers)
 
@@ -124,15 +123,14 @@ def _verify(golds: list[Any], answers: list[Any]) -> bool:
     from math_verify import verify
 
     raised: Exception | None = None
-    for gold in golds:
-        for answer in answers:
-            try:
-                if verify(gold, answer, timeout_seconds=None, raise_on_error=True):
-                    return True
-            except MemoryError:
-                raise
-            except Exception as error:
-                raised = error
+    for gold, answer in product(golds, answers):
+        try:
+            if verify(gold, answer, timeout_seconds=None, raise_on_error=True):
+                return True
+        except MemoryError:
+            raise
+        except Exception as error:
+            raised = error
     if raised is not None:
         raise raised
     return False
@@ -157,14 +155,11 @@ def _is_undone(expression: Any) -> bool:
     for part in preorder_traversal(expression):
         if isinstance(part, Sum | Integral | Limit | Product | Derivative):
             return True
-        size, largest = None, LARGEST_EXPONENT
-        if isinstance(part, Pow):
-            base, size = part.args
-            largest = LARGEST_SYMBOLIC_EXPONENT if base.free_symbols else LARGEST_EXPONENT
-        elif isinstance(part, factorial):
-            size = part.args[0]
-        if size is None or size.free_symbols:
+        if not isinstance(part, Pow | factorial) or part.args[-1].free_symbols:
             continue
+        size = part.args[-1]
+        is_symbolic = isinstance(part, Pow) and part.args[0].free_symbols
+        largest = LARGEST_SYMBOLIC_EXPONENT if is_symbolic else LARGEST_EXPONENT
         if size.has(Pow, factorial) and not _is_root(size):
             return True
         if size.is_number and size.is_Rational and abs(size) > largest:

@@ -1,7 +1,6 @@
 r"""The parts of a response, and whether it has its recipe's format.
 
-In: sampled text, complete or still growing. Out: the text inside a span, or None; whether the
-format is right. Source: Vision-SR1 (arXiv 2508.19652, section 3), whose responses have the form
+Source: Vision-SR1 (arXiv 2508.19652, section 3), whose responses have the form
 `<description> … </description> <think> … </think> \boxed{…}`.
 """
 
@@ -9,8 +8,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-
-from megatron_sr1.errors import ConfigError
 
 DESCRIPTION = ("<description>", "</description>")
 THINK = ("<think>", "</think>")
@@ -38,9 +35,6 @@ def find_description(text: str) -> str | None:
 
     The result depends only on the text up to the first closing mark: as a text grows, it changes
     from None to a description at most once and then stays, so that pass 2 can start at once.
-
-    Args:
-        text: response, complete or partial.
 
     Returns:
         the text between the marks, stripped; None if they are missing or unclosed, if the text is
@@ -86,17 +80,18 @@ def find_answer(text: str) -> str | None:
     return None if span is None else span.content.strip() or None
 
 
+def bare_gold(gold: str) -> str:
+    """Return a gold answer without its box, if it has one."""
+    boxed = find_boxed(gold)
+    return gold if boxed is None else boxed.content
+
+
 def has_format(text: str, recipe: str) -> bool:
     """Return True if a response is the recipe's blocks and a boxed answer, and nothing else.
 
     Source: the format reward of Vision-SR1 (arXiv 2508.19652, section 3.2). Each block occurs once,
     in order, and is not empty; whitespace between blocks is ignored.
-
-    Raises:
-        ConfigError: unknown recipe.
     """
-    if recipe not in BLOCKS:
-        raise ConfigError(f"reward.recipe is {recipe!r}; expected {' | '.join(BLOCKS)}")
     for mark in (*DESCRIPTION, *THINK):
         expected = sum(mark in block for block in BLOCKS[recipe])
         if text.count(mark) != expected:

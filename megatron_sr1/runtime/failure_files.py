@@ -23,7 +23,7 @@ import psutil
 from megatron_sr1.errors import ConfigError
 
 FAILURE_FILE = "failure.json"
-STACKS_FOLDER = "stacks"
+STACKS_DIRECTORY = "stacks"
 MOST_PLACES, MOST_RANKS = 8, 8
 WRITING_SECONDS = 1.0
 PATIENCE_SECONDS = 20.0
@@ -123,7 +123,7 @@ class Presence:
         file: `rank_N.txt`, empty and open for writing.
     """
 
-    def __init__(self, folder: Path, rank: int, world_size: int) -> None:
+    def __init__(self, directory: Path, rank: int, world_size: int) -> None:
         """Open and lock the file in the directory of stack files, which all ranks share.
 
         Raises:
@@ -131,15 +131,15 @@ class Presence:
                 cannot be created or written to.
         """
         self._next = (rank + 1) % world_size if world_size > 1 else None
-        self._folder, self._seen = folder, False
+        self._directory, self._seen = directory, False
         self.file = self._open(rank)
         self.file.truncate(0)
 
     def _open(self, rank: int) -> TextIO:
-        path, until = self._folder / f"rank_{rank}.txt", time.monotonic() + PATIENCE_SECONDS
+        path, until = self._directory / f"rank_{rank}.txt", time.monotonic() + PATIENCE_SECONDS
         while True:
             try:
-                self._folder.mkdir(parents=True, exist_ok=True)
+                self._directory.mkdir(parents=True, exist_ok=True)
                 file: TextIO = open(path, "a")  # noqa: SIM115
             except OSError as error:
                 # Another rank removes the directory when it ends.
@@ -147,8 +147,8 @@ class Presence:
                     time.sleep(0.01)
                     continue
                 raise ConfigError(
-                    f"output={self._folder.parent} cannot be written to ({error.strerror}: "
-                    f"{error.filename}); name another directory, or free this one"
+                    f"output={self._directory.parent} cannot be written to ({error.strerror}: "
+                    f"{error.filename}); choose another directory, or make this one writable"
                 ) from None
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -156,8 +156,8 @@ class Presence:
                 file.close()
                 if time.monotonic() > until:
                     raise ConfigError(
-                        f"{self._folder.parent}: another process is rank {rank} of this run; wait "
-                        "for that run or stop it, or give another output"
+                        f"{self._directory.parent}: another process is rank {rank} of this run; "
+                        "wait for that run or stop it, or choose another output"
                     ) from None
                 time.sleep(0.1)
                 continue
@@ -172,7 +172,7 @@ class Presence:
         if self._next is None:
             return None
         try:
-            with open(self._folder / f"rank_{self._next}.txt", "r+") as file:
+            with open(self._directory / f"rank_{self._next}.txt", "r+") as file:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 ended_well = os.fstat(file.fileno()).st_nlink == 0
                 return self._next if self._seen and not ended_well else None
@@ -187,10 +187,10 @@ class Presence:
         Path(self.file.name).unlink(missing_ok=True)
         self.file.close()
         with suppress(OSError):  # other ranks' files are in it, or another rank removed it
-            self._folder.rmdir()
+            self._directory.rmdir()
 
 
-def last_words(run_dir: Path, failure: Failure, since: float) -> list[str]:
+def summarize_failure(run_dir: Path, failure: Failure, since: float) -> list[str]:
     """Summarize a failed run, for the end of its output.
 
     Stack files from before `since`, the Unix time of the launch, belong to earlier launches.
@@ -199,15 +199,15 @@ def last_words(run_dir: Path, failure: Failure, since: float) -> list[str]:
         lines: the cause, then where the ranks were; the places of the fewest ranks first.
     """
     cause = f"megatron-sr1: error: rank {failure.rank}: {failure.cause}"
-    folder = run_dir / STACKS_FOLDER
+    directory = run_dir / STACKS_DIRECTORY
     ranks: dict[str, list[int]] = {}
-    for path in folder.glob("rank_*.txt"):
+    for path in directory.glob("rank_*.txt"):
         found = _WHERE.search(path.read_text(errors="replace"))
         if found and path.stat().st_mtime >= since - 1.0:
             ranks.setdefault(found[1], []).append(int(path.stem.removeprefix("rank_")))
     places = sorted(ranks.items(), key=lambda item: (len(item[1]), item[1]))
     lines = [f"  {_names(sorted(who))} in {where}" for where, who in places[:MOST_PLACES]]
-    return [f"{cause} (stacks in {folder})", *lines]
+    return [f"{cause} (stacks in {directory})", *lines]
 
 
 def _names(ranks: list[int]) -> str:

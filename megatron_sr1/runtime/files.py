@@ -39,9 +39,9 @@ def write_text(path: Path, text: str, sync: bool = False) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def sync_directory(folder: Path) -> None:
+def sync_directory(directory: Path) -> None:
     """Flush the names in a directory to the disk."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
     finally:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from megatron_sr1.errors import ConfigError
 
 GPUS_PER_NODE = 8
-"""In the HGX and DGX machines of all GPUs below, connected by NVLink."""
+"""GPUs in the HGX and DGX machines of all types below, connected by NVLink."""
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,12 @@ class Gpu:
 
     Attributes:
         name: on the command line.
-        memory_bytes: datasheet's, GB of 10^9 bytes.
-        peak_flops: dense bfloat16 operations a second, datasheet's (without sparsity).
-        memory_rate: bytes a second, datasheet's.
-        nvlink_rate: bytes a second in one direction, half of the datasheet's sum.
-        network_rate: bytes a second in one direction; one adapter per GPU as in NVIDIA's DGX.
-        host_rate: bytes a second in one direction over PCIe.
+        memory_bytes: from the datasheet, GB of 10^9 bytes.
+        peak_flops: dense bfloat16 operations per second, from the datasheet (without sparsity).
+        memory_rate: bytes per second, from the datasheet.
+        nvlink_rate: bytes per second in one direction, half of the datasheet's sum.
+        network_rate: bytes per second in one direction; one adapter per GPU as in NVIDIA's DGX.
+        host_rate: bytes per second in one direction over PCIe.
         matmul_share: best measured share of the peak in large products (ml-engineering, MAMF).
         attention_share: share of the peak that FlashAttention-2 reaches.
     """
@@ -72,6 +72,6 @@ def find_gpu(name: str) -> Gpu:
 
 
 def peak_of(device_name: str) -> float | None:
-    """Return the peak of a GPU by CUDA's device name, operations a second; None if unknown."""
+    """Return the peak of a GPU by CUDA's device name, operations per second; None if unknown."""
     name = DEVICE_NAMES.get(device_name)
     return None if name is None else GPUS[name].peak_flops

@@ -33,7 +33,7 @@ def configure_logging(level: str) -> None:
     chosen = getattr(logging, level.upper()) if rank == 0 else logging.WARNING
     logging.getLogger("megatron_sr1").setLevel(chosen)
     if level == "debug":
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")  # rollout/process.py's is ERROR
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")  # rollout/vllm_api.py's is ERROR
         return
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)

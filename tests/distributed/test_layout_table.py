@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools.layout_ranks import worst
+from tests.distributed.ranks.layout_table import worst
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,7 +1,6 @@
 """Valid files, and the damage that fuzzing does to them.
 
-In: bytes and a list of edits that hypothesis drew. Out: the bytes with those edits, some with their
-checksums mended, so that the damage gets past them.
+Some edited files get correct checksums again, so that the damage is not detected by them.
 """
 
 import io
@@ -76,7 +75,7 @@ def mutated(data, edits):
     return bytes(out)
 
 
-def mended_png(data):
+def repaired_png(data):
     """A PNG with its chunks' checksums right again, so that edits reach the decoder."""
     if data[:8] != b"\x89PNG\r\n\x1a\n":
         return data
@@ -90,7 +89,7 @@ def mended_png(data):
     return bytes(out)
 
 
-def mended_headers(data):
+def repaired_headers(data):
     """A tar whose header checksums are right again, so that edits get past them."""
     out = bytearray(data)
     for at in range(0, len(out) - 511, 512):
@@ -100,7 +99,7 @@ def mended_headers(data):
     return bytes(out)
 
 
-def mended_index(data):
+def repaired_index(data):
     """An index with its checksum right again, where it is still JSON."""
     try:
         value = json.loads(data)

@@ -1,4 +1,4 @@
-"""What fuzzing checks: one function a target, from bytes that choose to an assertion.
+"""The targets of fuzzing: a hypothesis strategy each, and a property of its values.
 
 `tools/fuzz.py` runs them for an hour with random choices, `test_properties.py` for seconds with
 fixed ones. Each target is a hypothesis strategy and a property over its values; the code under
@@ -43,11 +43,11 @@ from megatron_sr1.rewards.response import (
 from tests.hostile.mutations import (
     EDITS,
     VALID_IMAGES,
-    mended_headers,
-    mended_index,
-    mended_png,
     mutated,
     picture,
+    repaired_headers,
+    repaired_index,
+    repaired_png,
 )
 
 PAD = 9
@@ -190,9 +190,9 @@ IMAGES = st.tuples(st.integers(0, len(VALID_IMAGES) - 1), EDITS, st.booleans())
 
 def check_image(given):
     """An image within the limits or a DataError, in time."""
-    number, edits, mend = given
+    number, edits, repair = given
     data = mutated(VALID_IMAGES[number], edits)
-    data = mended_png(data) if mend else data
+    data = repaired_png(data) if repair else data
     with refused_or_right(), in_time("decoding", 30.0):
         image = decode_image(data, "sample")
         width, height = image.size
@@ -329,7 +329,7 @@ SHARDS = st.tuples(
     st.integers(0, len(VALID_SHARDS) - 1),
     st.integers(0, 9),
     EDITS,
-    st.sampled_from(["as it is", "headers mended", "no index", "no dataset.json", "index mended"]),
+    st.sampled_from(["as it is", "headers fixed", "no index", "no dataset.json", "index fixed"]),
 )
 
 
@@ -340,10 +340,10 @@ def check_shards(given):
     name = sorted(files)[which % len(files)]
     is_tar = name.endswith(".tar")
     data = mutated(files[name], edits)
-    if how == "headers mended" and is_tar:
-        data = mended_headers(data)
-    if how == "index mended" and name.endswith("index.json"):
-        data = mended_index(data)
+    if how == "headers fixed" and is_tar:
+        data = repaired_headers(data)
+    if how == "index fixed" and name.endswith("index.json"):
+        data = repaired_index(data)
     files[name] = data
     if how == "no dataset.json":
         files.pop("dataset.json", None)

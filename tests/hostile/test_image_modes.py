@@ -1,4 +1,4 @@
-"""Images of every kind of pixel: scaled by what the file holds, laid over white, or refused."""
+"""Every pixel format: scaled by the file's range, composited over white, or refused."""
 
 import io
 import struct
@@ -79,7 +79,7 @@ def test_a_ramp_stays_a_ramp(name):
     assert (grey[0, 0, 0], grey[0, 255, 0]) == (0, 255)
 
 
-def test_sixteen_bits_are_what_they_were():
+def test_16_bit_images_decode_as_before():
     """Dark ones too: their files say how many bits they have."""
     values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     for kind in ("PNG", "TIFF"):
@@ -91,7 +91,7 @@ def test_sixteen_bits_are_what_they_were():
 
 
 @pytest.mark.parametrize("bits", [8, 16])
-def test_where_white_is_zero_it_is_white(bits):
+def test_images_whose_white_is_zero_are_inverted(bits):
     data = (RAMP * (1 if bits == 8 else 257)).astype("<u2" if bits == 16 else "u1").tobytes()
     grey = np.asarray(decode_image(tiff(bits, data, photometric=0), "x"))[0, :, 0]
     assert grey.tolist() == list(range(255, -1, -1))
@@ -153,7 +153,7 @@ def test_the_transparent_value_of_a_png_is_white(name):
     assert pixels[0, place].tolist() == [255, 255, 255]
 
 
-def test_premultiplied_grey_is_laid_over_white():
+def test_premultiplied_grey_is_composited_over_white():
     data = bytes([100, 200]) * (256 * 8)
     pixel = decode_image(tiff(8, data, samples=2, extra=1), "x").getpixel((5, 5))
     assert abs(pixel[0] - (100 + 55)) <= 1 and len(set(pixel)) == 1

@@ -1,4 +1,4 @@
-"""Image files that are not what they say, or too much: decoded within limits, or refused."""
+"""Damaged, disguised or oversized image files: decoded within limits, or refused."""
 
 import io
 import struct
@@ -99,14 +99,14 @@ def test_a_hostile_image_is_refused_in_one_line(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
-def test_of_an_animation_the_first_frame_is_taken(kind):
+def test_the_first_frame_of_an_animation_is_read(kind):
     frames = [plain(color=c) for c in ("red", "lime", "blue")]
     options = {"lossless": True} if kind == "WEBP" else {}
     data = file(frames[0], kind, save_all=True, append_images=frames[1:], **options)
     assert decode_image(data, "x").getpixel((4, 2)) == (255, 0, 0)
 
 
-def test_colours_of_print_become_red_green_and_blue():
+def test_cmyk_images_become_rgb():
     image = decode_image(file(plain(color=(0, 0, 0, 0), mode="CMYK"), "JPEG"), "x")
     assert image.mode == "RGB" and min(image.getpixel((4, 2))) > 250
 
@@ -119,7 +119,7 @@ def test_sixteen_bits_are_scaled_not_clipped(kind):
     assert image[0, :, 0].tolist() == [255 * i // 15 for i in range(16)]
 
 
-def test_a_palette_with_transparency_is_laid_over_white():
+def test_a_palette_with_transparency_is_composited_over_white():
     image = Image.new("P", (4, 4), 0)
     image.putpalette([0, 0, 0, 200, 10, 10])
     image.putpixel((1, 1), 1)
@@ -129,20 +129,20 @@ def test_a_palette_with_transparency_is_laid_over_white():
 
 
 @pytest.mark.parametrize(("turn", "size"), [(1, (9, 5)), (3, (9, 5)), (6, (5, 9)), (99, (9, 5))])
-def test_a_camera_held_sideways_is_turned_and_nonsense_is_not(turn, size):
+def test_exif_orientation_is_applied_if_it_is_valid(turn, size):
     exif = plain().getexif()
     exif[0x0112] = turn
     assert decode_image(file(plain(), "JPEG", exif=exif), "x").size == size
 
 
-def test_one_pixel_is_an_image_and_the_model_takes_it(tiny_model):
+def test_an_image_of_one_pixel_is_accepted(tiny_model):
     image = decode_image(file(plain((1, 1))), "x")
     processor = Processor(tiny_model, 784, 200704)
     assert processor.grid(image) == (1, 2, 2)
     assert processor.vision([image]).image_grid_thw.tolist() == [[1, 2, 2]]
 
 
-def test_what_the_longest_allowed_side_gives_the_processor_takes(tiny_model):
+def test_the_processor_accepts_the_longest_allowed_side(tiny_model):
     processor = Processor(tiny_model, 784, 200704)
     for size in ((200, 1), (1, 200), (6000, 30)):
         t, h, w = processor.grid(decode_image(file(plain(size)), "x"))

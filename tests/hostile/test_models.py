@@ -1,6 +1,6 @@
-"""Model folders and configurations that somebody else wrote: data, whatever they ask to be.
+"""Untrusted model directories and configurations are read as data and never executed.
 
-Not covered: what a tokenizer.json may ask of the tokenizers library beyond a file that is damaged.
+Not covered: tokenizer.json files that are valid but hostile to the tokenizers library.
 """
 
 import json
@@ -93,7 +93,7 @@ def test_code_beside_a_model_is_not_imported(file, model, tmp_path):
         ("chat_template.json", b"\xff"),
     ],
 )
-def test_a_damaged_file_of_a_model_is_one_line(file, data, model, tmp_path):
+def test_a_damaged_file_of_a_model_is_reported_in_one_line(file, data, model, tmp_path):
     (model / file).write_bytes(data)
     refusal(model, tmp_path)
 

@@ -1,6 +1,6 @@
-"""Source rows and files that somebody else wrote: made into shards, or skipped with the reason.
+"""Untrusted source rows and files: written to shards, or skipped with the reason.
 
-The shard maker runs in this process, as from its command line.
+tools/make_shards.py runs in this process, as from its command line.
 """
 
 import base64
@@ -250,7 +250,7 @@ def test_a_hostile_file_is_refused_in_one_line(name, make, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
-def test_a_source_that_is_no_file_is_not_waited_for(kind, make, tmp_path):
+def test_reading_does_not_block_on_a_source_that_is_not_a_file(kind, make, tmp_path):
     source = tmp_path / "a.jsonl"
     if kind == "fifo":
         os.mkfifo(source)
@@ -297,7 +297,7 @@ def test_parquet_that_names_a_pickled_type_runs_nothing(make, tmp_path):
     assert status == 0 or len(errors) <= 2
 
 
-def test_a_target_that_cannot_be_written_is_one_line(make, tmp_path):
+def test_a_target_that_cannot_be_written_is_reported_in_one_line(make, tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(GOOD)
     (tmp_path / "out").write_text("a file")
     status, errors, _ = make(tmp_path / "rows.jsonl")

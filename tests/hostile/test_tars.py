@@ -1,4 +1,4 @@
-"""Shards that somebody else packed: read right, or refused in one line that names the member."""
+"""Untrusted shards: read correctly, or refused in one line that names the member."""
 
 import io
 import json
@@ -116,7 +116,7 @@ def test_a_tar_of_end_marks_holds_nothing_and_odd_but_plain_ones_are_read(tmp_pa
     assert [reader.example(i).key for i in range(2)] == ["a", "é/b"]
 
 
-def test_a_name_is_a_key_and_never_a_place_on_disk(tmp_path):
+def test_a_member_name_is_never_used_as_a_path(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "s.tar").write_bytes(member(b"../out.json") + END)
     with pytest.raises(DataError):
@@ -125,7 +125,7 @@ def test_a_name_is_a_key_and_never_a_place_on_disk(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["fifo", "folder", "dangling link"])
-def test_what_is_no_file_is_not_waited_for(tmp_path, kind):
+def test_reading_does_not_block_on_what_is_not_a_file(tmp_path, kind):
     path = tmp_path / "s.tar"
     if kind == "fifo":
         os.mkfifo(path)
@@ -139,7 +139,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path, kind):
         scan(path)
 
 
-# Indices that lie
+# False indices
 
 
 @pytest.fixture
@@ -179,7 +179,7 @@ LIES = {
 
 
 @pytest.mark.parametrize("name", LIES)
-def test_an_index_that_cannot_be_true_is_made_again(folder, name):
+def test_an_index_that_cannot_be_true_is_rebuilt(folder, name):
     tar = sorted(folder.glob("*.tar"))[1]
     right = read_index(tar)
     rewrite_index(tar, LIES[name])
@@ -187,20 +187,20 @@ def test_an_index_that_cannot_be_true_is_made_again(folder, name):
     assert read_index(tar) == right
 
 
-def test_a_damaged_index_is_made_again_though_it_is_json(folder):
+def test_a_damaged_index_is_rebuilt_even_if_it_is_valid_json(folder):
     tar = sorted(folder.glob("*.tar"))[1]
     rewrite_index(tar, lambda v: v["samples"].pop(), right_checksum=False)
     assert [ShardReader(folder).example(i).answer for i in range(6)] == list("012345")
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"[" * 100000, b"", b"{}"])
-def test_an_index_that_is_no_json_is_made_again(folder, content):
+def test_an_index_that_is_not_json_is_rebuilt(folder, content):
     tar = sorted(folder.glob("*.tar"))[1]
     index_path(tar).write_bytes(content)
     assert ShardReader(folder).example(4).answer == "4"
 
 
-def test_the_index_of_another_shard_is_not_believed(folder):
+def test_the_index_of_another_shard_is_detected(folder):
     one, two = sorted(folder.glob("*.tar"))
     assert one.stat().st_size == two.stat().st_size
     index_path(two).write_bytes(index_path(one).read_bytes())
@@ -208,7 +208,7 @@ def test_the_index_of_another_shard_is_not_believed(folder):
         ShardReader(folder).example(3)
 
 
-def test_an_index_is_no_pipe(folder):
+def test_a_pipe_in_place_of_an_index_is_ignored(folder):
     tar = sorted(folder.glob("*.tar"))[0]
     index_path(tar).unlink()
     os.mkfifo(index_path(tar))
@@ -216,7 +216,7 @@ def test_an_index_is_no_pipe(folder):
     assert ShardReader(folder).example(0).answer == "0"
 
 
-# Counts that lie
+# False counts
 
 
 @pytest.mark.parametrize("count", [10**12, -1, 2.5, "3", None, True, 0])
@@ -246,7 +246,7 @@ def test_headers_are_built_right():
         assert tar.getnames() == ["a.json"]
 
 
-# Keys with points, and numbers in names
+# Keys with dots, and numbers in names
 
 
 def webdataset_tar(path, names):
@@ -261,7 +261,7 @@ def webdataset_tar(path, names):
 
 @pytest.mark.field
 @pytest.mark.parametrize(
-    ("names", "told"),
+    ("names", "message"),
     [
         (["v1.0/img.1.json", "v1.0/img.1.0.png", "v1.0/img.2.json"], "no v1.0/img.json; it"),
         (["s0.5.json"], "no s0.json; it holds .'s0.5.json'."),
@@ -269,9 +269,9 @@ def webdataset_tar(path, names):
         (["a.json", "a.1.json", "a.1.png"], "2 JSON files"),
     ],
 )
-def test_a_point_in_a_key_is_refused_with_the_rule(tmp_path, names, told):
+def test_a_dot_in_a_key_is_refused_with_the_rule(tmp_path, names, message):
     webdataset_tar(tmp_path / "s.tar", names)
-    with pytest.raises(DataError, match=told) as error:
+    with pytest.raises(DataError, match=message) as error:
         len(ShardReader(tmp_path))
     rule = "a key ends at the first dot of a name, so all of these are one sample"
     assert rule in str(error.value)
@@ -300,7 +300,7 @@ def test_images_come_in_the_order_of_the_numbers_in_their_names(tmp_path, names)
 
 
 @pytest.mark.field
-def test_an_index_of_an_earlier_version_is_made_again(tmp_path):
+def test_an_index_of_an_earlier_version_is_rebuilt(tmp_path):
     webdataset_tar(tmp_path / "s.tar", ["s1.json", "s1.image_10.png", "s1.image_2.png"])
     assert ShardReader(tmp_path).image_files(0) == [b"s1.image_2.png", b"s1.image_10.png"]
     value = json.loads(index_path(tmp_path / "s.tar").read_text())

@@ -9,8 +9,7 @@ from PIL import Image
 from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.records import Example, Message
-from megatron_sr1.rollout.engine import Engine
-from megatron_sr1.rollout.requests import Request
+from megatron_sr1.rollout.engine import Engine, Request
 from megatron_sr1.runtime.device import select_device, start_distributed
 
 MIN_PIXELS, MAX_PIXELS = 784, 50176
@@ -26,7 +25,7 @@ def processor(model_dir):
 
 @functools.cache
 def engine(model_dir, dtype="float32", **settings):
-    """The engine, and whether the process's random state was the same after its start."""
+    """Return the engine, and whether its start preserved the random state of the process."""
     start_distributed(select_device("cpu"))
     before = torch.get_rng_state()
     started = Engine(

@@ -13,8 +13,8 @@ from megatron_sr1.errors import DataError
 from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.model.qwen25_vl import build_model
 from megatron_sr1.runtime import cpu
+from tests.layouts import published_gradients
 from tests.model_cases import make_row, worst_relative_gap, write_case
-from tools.layout_parts import published_gradients
 
 TOLERANCE = 1e-5
 NUM_CASES = 20
@@ -121,7 +121,7 @@ def test_bfloat16_stays_near_float32_and_has_gradients_everywhere(tmp_path, grou
     assert all(p.grad.abs().max() > 0 for p in chunks[0].parameters())
 
 
-def test_a_weight_that_was_not_loaded_makes_the_numbers_nan(tmp_path, groups):
+def test_a_weight_that_was_not_loaded_gives_nan(tmp_path, groups):
     _, rows = write_case(tmp_path, 1)
     model = build(tmp_path, groups)
     fresh = build_model(model.hf_config, groups, ModelConfig(dtype="float32"), ParallelConfig())[0]

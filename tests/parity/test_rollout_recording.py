@@ -1,6 +1,6 @@
-"""What the engine really schedules, against the simulated schedule that the benchmark replays.
+"""The engine's schedule against the simulated one that the benchmark replays.
 
-Not covered: chunked prompts and full slots; tests/unit/test_roofline.py has those by hand.
+Not covered: chunked prompts and full slots; tests/unit/test_engine_steps.py has those by hand.
 """
 
 import os
@@ -9,8 +9,8 @@ import pytest
 import rollout_setup as setup
 
 from megatron_sr1.data.prompts import pass2_messages
+from megatron_sr1.rollout.engine import Request
 from megatron_sr1.rollout.pass2 import Pass2, RolloutHooks
-from megatron_sr1.rollout.requests import Request
 from megatron_sr1.rollout.two_pass import roll_out
 from tools.engine_steps import SCHEDULES, Limits, jobs_of, recorded, simulate
 

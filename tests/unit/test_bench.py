@@ -47,7 +47,7 @@ def gpu(forked=1.4):
     return {model: {str(n): seconds for n in SEQUENCES} for model in ("3b", "7b")}
 
 
-def test_bench_json_has_the_agreed_keys():
+def test_bench_json_has_its_documented_keys():
     part = summary(measured(), gpu())
     assert set(part) == {"engine_steps", "seconds", "roofline", "step_seconds", "sync"}
     assert part["engine_steps"] == {"one": 20, "barrier": 30, "forked": 20}
@@ -65,7 +65,7 @@ def test_wall_times_are_compared_run_by_run():
     assert forked_over_barrier(measured()["engine"]["schedules"]["seeds"]) == [0.75, 0.75, 1.2]
 
 
-def test_all_bounds_hold_and_are_told():
+def test_limits_that_hold_are_listed():
     checked = verdicts({"demo": measured(), "wide": measured()}, gpu())
     assert len(checked) == 1 + 6 + 1 + 2 + 1 and all(checked.values())
     assert "ratio 0.75, by round 0.70, 0.80" in model_tables("demo", measured())
@@ -80,12 +80,12 @@ def test_all_bounds_hold_and_are_told():
         ({"ours": 3.3}, "TRL's"),
     ],
 )
-def test_a_bound_that_does_not_hold_is_named(worse, told):
+def test_an_exceeded_limit_is_named(worse, told):
     checked = verdicts({"demo": measured(**worse), "wide": measured()}, gpu())
     assert [told in claim for claim, holds in checked.items() if not holds] == [True]
 
 
-def test_the_wide_model_and_the_modelled_gpu_have_bounds_too():
+def test_the_wide_model_and_the_modelled_gpu_have_limits_too():
     checked = verdicts({"demo": measured(), "wide": measured(extra_bytes=201)}, gpu(1.6))
     failed = [claim for claim, holds in checked.items() if not holds]
     assert len(failed) == 7 and "wide, sync" in failed[-1]

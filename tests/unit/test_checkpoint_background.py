@@ -180,7 +180,7 @@ def run(tiny_model, groups, tmp_path, gate):
     overrides += ["checkpoint.asynchronous=true", "checkpoint.max_in_flight=2"]
     paths = [f"model.path={tiny_model}", "data.train=x", f"output={tmp_path / 'run'}"]
     actor = make_run(tiny_model, groups)
-    context = Context(load_config(None, [*paths, *overrides]), groups, None, 8)
+    context = Context(load_config(None, [*paths, *overrides]), groups, 8)
     context.start(actor)
     yield context, actor
     context.close()

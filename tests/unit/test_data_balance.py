@@ -1,4 +1,4 @@
-"""Samples over rows and ranks: every one once, budgets kept, nobody far above the others."""
+"""Partition over rows and ranks: each sample once, within the budget, evenly."""
 
 import random
 

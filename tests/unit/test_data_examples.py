@@ -1,4 +1,4 @@
-"""Source rows become records; what does not fit is refused by name."""
+"""Source rows become records; rows that cannot be used are refused by name."""
 
 import io
 
@@ -7,12 +7,16 @@ from PIL import Image
 
 from megatron_sr1.data import images as image_module
 from megatron_sr1.data.examples import (
+    ESCAPED_MARK,
+    IMAGE_MARK,
     Record,
+    count_marks,
     example_from_stored,
     place_marks,
     stored,
 )
 from megatron_sr1.data.images import decode_image
+from megatron_sr1.data.prompts import chat_messages, flat_text, strip_image_marks
 from megatron_sr1.data.rows import record_from_row
 from megatron_sr1.errors import DataError
 from megatron_sr1.records import Message
@@ -63,12 +67,12 @@ def test_alpaca_rows_become_two_turns():
     assert read({"instruction": "Hi", "input": "", "output": "x"}).messages[0].content == "Hi"
 
 
-def test_answer_tags_around_a_whole_solution_are_taken_off():
+def test_answer_tags_around_a_whole_solution_are_removed():
     assert read({"problem": "?", "solution": "<answer> 3 </answer>"}).answer == "3"
     assert read({"problem": "?", "solution": "see <answer>3</answer>!"}).answer == "3"
 
 
-def test_marks_are_put_in_front_only_where_there_are_none():
+def test_marks_are_inserted_only_if_there_are_none():
     turns = [Message("system", "s"), Message("user", "q"), Message("assistant", "a")]
     placed = place_marks(turns, 2, "x")
     assert [m.content for m in placed] == ["s", "<image><image>q", "a"]
@@ -127,7 +131,7 @@ def test_an_image_too_long_for_the_model_is_refused():
     decode_image(png((400, 2)), "x")
 
 
-def test_transparency_is_laid_over_white():
+def test_transparency_is_composited_over_white():
     assert decode_image(png(color=(0, 0, 0, 0), mode="RGBA"), "x").getpixel((0, 0)) == (255,) * 3
     half = decode_image(png(color=(0, 0, 0, 128), mode="RGBA"), "x").getpixel((0, 0))
     assert 120 < half[0] < 135
@@ -155,3 +159,28 @@ def test_a_stored_record_comes_back_as_an_example():
 def test_columns_that_are_not_json_are_left_out_of_the_metadata():
     row = {"problem": "q", "answer": "a", "raw": b"\0", "level": 2, "nothing": None}
     assert read(row).metadata == {"level": 2}
+
+
+@pytest.mark.field
+@pytest.mark.parametrize(
+    ("text", "texts"),
+    [
+        ("\\<image>", ["<image>"]),
+        ("a\\\\<image>b", ["a\\\\", "b"]),  # LaTeX's line break, then an image
+        ("\\\\\\<image>", ["\\\\<image>"]),
+        ("<image>\\<image><image>", ["", "<image>", ""]),
+        ("\\" * 10**6 + "<image>", ["\\" * 10**6, ""]),
+    ],
+)
+def test_an_odd_number_of_backslashes_escapes_a_mark(text, texts):
+    (message,) = chat_messages([Message("user", text)])
+    wanted = [p for t in texts for p in ({"type": "image"}, {"type": "text", "text": t})][1:]
+    assert message["content"] == [p for p in wanted if p.get("text") != ""]
+    assert flat_text(message) == text
+    assert count_marks([Message("assistant", text)]) == 0
+    assert strip_image_marks(text) == " ".join(texts).strip()
+
+
+@pytest.mark.field
+def test_the_escaped_mark_is_a_backslash_and_the_mark():
+    assert ESCAPED_MARK == "\\" + IMAGE_MARK == "\\<image>"

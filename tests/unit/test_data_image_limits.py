@@ -1,4 +1,4 @@
-"""How large an image can be: the bound holds for every size, is met, and is what others use."""
+"""The largest image: the limit holds for every size, is reached, and is used everywhere."""
 
 import json
 import random
@@ -13,12 +13,12 @@ from megatron_sr1.config.loading import load_config
 from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.data.images import largest_pixels
 from megatron_sr1.data.processor import Processor
-from megatron_sr1.errors import ConfigError, DataError, EngineError
+from megatron_sr1.errors import ConfigError, DataError
 from megatron_sr1.model.hf_config import parse_hf_config
 from megatron_sr1.planning.layout import Layout
 from megatron_sr1.planning.memory import max_patches
 from megatron_sr1.planning.workload import planned_run
-from megatron_sr1.rollout import engine as engine_module
+from megatron_sr1.rollout.vllm_api import device_arguments
 from megatron_sr1.runtime.gpus import GPUS
 from tools import scoring_backends
 
@@ -42,7 +42,7 @@ def resized(processor, width, height):
 
 
 @pytest.mark.parametrize("limits", LIMITS)
-def test_no_image_is_larger_than_the_bound_and_some_thin_or_square_one_meets_it(tiny_model, limits):
+def test_no_image_exceeds_the_limit_and_some_thin_or_square_one_reaches_it(tiny_model, limits):
     processor = Processor(tiny_model, *limits)
     bound = largest_pixels(*limits, 28)
     assert processor.max_image_tokens == bound // 784
@@ -58,7 +58,7 @@ def test_no_image_is_larger_than_the_bound_and_some_thin_or_square_one_meets_it(
         assert found == bound
 
 
-def test_limits_that_are_one_number_are_exceeded_as_reported(tiny_model):
+def test_equal_limits_are_exceeded_by_rounding(tiny_model):
     processor = Processor(tiny_model, 262144, 262144)
     assert resized(processor, 500, 500) == 532 * 532 > 262144
     assert largest_pixels(262144, 262144, 28) == 56 * 7252  # of 30 x 6000 pixels
@@ -132,7 +132,7 @@ def test_the_models_own_limits_are_read_in_both_files_and_spellings(tiny_model, 
     assert (processor.patch_size, processor.merge_size) == (14, 2)
 
 
-def test_limits_that_are_given_are_those_and_the_others_the_models(tiny_model, tmp_path):
+def test_given_limits_replace_those_of_the_model(tiny_model, tmp_path):
     folder = write_settings(tiny_model, tmp_path / "m", new=SIZE)
     processor = Processor(folder, 784)
     assert (processor.min_pixels, processor.max_pixels) == (784, 50176)
@@ -152,7 +152,7 @@ def test_settings_without_limits_are_named(tiny_model, tmp_path, size):
         Processor(folder)
 
 
-def test_scoring_reads_the_models_limits_as_everybody_does(tiny_model, tmp_path):
+def test_scoring_reads_the_models_limits(tiny_model, tmp_path):
     """56 x 28 pixels under a smallest area of 784 are 2 tokens, as saved by transformers 5."""
     small = {"size": {"shortest_edge": 784, "longest_edge": 200704}}
     folder = write_settings(tiny_model, tmp_path / "m", new=small)
@@ -167,7 +167,7 @@ def test_scoring_reads_the_models_limits_as_everybody_does(tiny_model, tmp_path)
         scoring_backends.train_sample(0, line, [image], processor)
 
 
-def test_the_planner_reckons_with_the_largest_image_after_rounding():
+def test_the_planner_uses_the_largest_image_after_rounding():
     keys = ["data.min_pixels=262144", "data.max_pixels=262144"]
     config = load_config(ROOT / "examples" / "qwen25vl_7b.yaml", keys)
     published = ROOT / "tests" / "published" / "qwen25vl_7b.json"
@@ -177,23 +177,14 @@ def test_the_planner_reckons_with_the_largest_image_after_rounding():
     assert max_patches(run, layout) == 4 * largest_pixels(262144, 262144, 28) / 784 == 4 * 518
 
 
-def test_the_engines_step_holds_the_largest_image_after_rounding(monkeypatch):
+def test_the_engines_step_holds_the_largest_image_after_rounding():
     """vLLM's encoder takes no image of more tokens than a step has; its own limit is 8192."""
-    given = []
-
-    def stop(device_kind, **arguments):
-        given.append(arguments)
-        raise EngineError("far enough")
-
-    monkeypatch.setattr(engine_module, "place", lambda size: (0, 1))
-    monkeypatch.setattr(engine_module, "_start", stop)
-    monkeypatch.setattr(engine_module, "set_environment", lambda gib: None)
-    for tokens, length in ((5349, 32768), (9000, 32768), (9000, 8192)):
-        with pytest.raises(EngineError, match="far enough"):
-            engine_module.Engine(
-                "m",
-                RolloutConfig(max_model_len=length),
-                Of(max_image_tokens=tokens, min_pixels=784, max_pixels=784 * tokens),
-                device_kind="cuda",
-            )
+    given = [
+        device_arguments(
+            "cuda",
+            RolloutConfig(max_model_len=length),
+            Of(max_image_tokens=tokens, min_pixels=784, max_pixels=784 * tokens),
+        )
+        for tokens, length in ((5349, 32768), (9000, 32768), (9000, 8192))
+    ]
     assert [a.get("max_num_batched_tokens") for a in given] == [None, 9000, None]

@@ -39,7 +39,7 @@ def test_a_step_larger_than_the_dataset_is_still_filled():
     assert Counter(Loader(3, 6, seed=0).next_step()) == {0: 2, 1: 2, 2: 2}
 
 
-def test_without_shuffling_the_order_is_the_datasets():
+def test_without_shuffling_samples_keep_the_order_of_the_dataset():
     assert draw(Loader(5, 2, seed=9, shuffle=False), 4) == [[0, 1], [2, 3], [4, 0], [1, 2]]
 
 
@@ -49,7 +49,7 @@ def test_the_seed_decides_the_order():
 
 
 @pytest.mark.parametrize("stop", range(0, 23, 2))
-def test_a_resumed_loader_goes_on_as_if_never_stopped(stop):
+def test_a_resumed_loader_continues_as_if_never_stopped(stop):
     whole = draw(Loader(10, 7, seed=5), 30)
     first = Loader(10, 7, seed=5)
     draw(first, stop)
@@ -90,7 +90,7 @@ def test_an_empty_dataset_is_refused():
         Loader(0, 1, 0)
 
 
-def test_further_samples_of_a_step_are_none_that_it_holds():
+def test_further_samples_of_a_step_are_not_in_it_already():
     loader = Loader(10, 7, seed=0)
     for _ in range(200):
         step = loader.next_step()
@@ -114,7 +114,7 @@ def test_with_refills_every_sample_still_comes_exactly_once_an_epoch(per_step):
         assert max(waiting.values()) - min(waiting.values()) <= 1
 
 
-def test_a_loader_resumed_between_steps_goes_on_with_the_same_refills():
+def test_a_loader_resumed_between_steps_continues_with_the_same_refills():
     def steps(loader, count):
         for number in range(count):
             step = loader.next_step()

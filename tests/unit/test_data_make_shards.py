@@ -112,11 +112,11 @@ def test_bad_samples_are_named_skipped_and_counted(tmp_path):
     assert questions(ShardReader(tmp_path / "out")) == ["good", "also good"]
 
 
-def test_too_many_bad_samples_end_the_run_and_leave_nothing_usable(tmp_path):
+def test_too_many_bad_samples_fail_and_leave_nothing_usable(tmp_path):
     source = lines(tmp_path / "a.jsonl", {"problem": "good", "answer": "1"}, "{\n", "{\n")
     done = make(source, tmp_path / "out", "--max-skipped", 1, status=1)
-    told = "make_shards: 2 of 3 rows (66.7%) cannot be used, --max-skipped is 1; correct"
-    assert done.stderr.splitlines()[-1].startswith(told)
+    summary = "make_shards: 2 of 3 rows (66.7%) cannot be used, --max-skipped is 1; correct"
+    assert done.stderr.splitlines()[-1].startswith(summary)
     with pytest.raises(Exception, match="cut short|no .tar shards"):
         ShardReader(tmp_path / "out")
     make(source, tmp_path / "out", "--max-skipped", 2)
@@ -133,7 +133,7 @@ def test_too_many_bad_samples_end_the_run_and_leave_nothing_usable(tmp_path):
         ("a.json", b"[", "not JSON"),
     ],
 )
-def test_a_source_that_cannot_be_read_is_one_line(tmp_path, name, content, message):
+def test_a_source_that_cannot_be_read_is_reported_in_one_line(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     done = make(tmp_path / name, tmp_path / "out", status=1)
@@ -227,7 +227,7 @@ def test_columns_are_mapped_by_dotted_paths(tmp_path):
         ("--limit", "-1", "--limit 0 or more|expected one argument"),
     ],
 )
-def test_a_wrong_option_is_told_with_what_is_right(option, value, reason, capsys):
+def test_a_wrong_option_is_refused_with_the_valid_form(option, value, reason, capsys):
     with pytest.raises(SystemExit) as end:
         parse(["a", "b", option, value])
     assert end.value.code == 2
@@ -235,17 +235,17 @@ def test_a_wrong_option_is_told_with_what_is_right(option, value, reason, capsys
 
 
 @pytest.mark.field
-def test_help_says_what_the_columns_and_the_bound_are(capsys):
+def test_help_explains_the_columns_and_the_limit(capsys):
     with pytest.raises(SystemExit):
         parse(["--help"])
-    told = capsys.readouterr().out
+    text = capsys.readouterr().out
     for what in ("reward_model", "history", "report.json", "exit status", "prompt.0.content", "5%"):
-        assert what in told
-    assert "rows\nwithout an image are fine" in told
+        assert what in text
+    assert "rows\nwithout an image are fine" in text
 
 
 @pytest.mark.field
-def test_a_folder_image_and_an_image_column_are_not_both_taken(tmp_path):
+def test_file_name_and_an_image_column_are_refused_together(tmp_path):
     source = tmp_path / "folder"
     source.mkdir()
     (source / "a.png").write_bytes(png())

@@ -93,13 +93,13 @@ def test_packing_never_crosses_sample_boundaries():
 def test_a_row_counts_the_patches_of_its_images_once():
     grids = [(1, 4, 4)]
     samples = [sample(3, [PAD] * 4 + [1] * 6, [0] * 10, grids) for _ in range(3)]
-    told = {"vision_of": lambda index: pixels(index, grids), "patch_cost": 0.25}
-    assert [b.sample_ids for b in pack(samples, 34, **told)] == [(0, 1, 2)]
-    assert [b.sample_ids for b in pack(samples, 33, **told)] == [(0, 2), (1,)]
-    assert [b.sample_ids for b in pack(samples, 0, **told)] == [(0,), (1,), (2,)]
+    options = {"vision_of": lambda index: pixels(index, grids), "patch_cost": 0.25}
+    assert [b.sample_ids for b in pack(samples, 34, **options)] == [(0, 1, 2)]
+    assert [b.sample_ids for b in pack(samples, 33, **options)] == [(0, 2), (1,)]
+    assert [b.sample_ids for b in pack(samples, 0, **options)] == [(0,), (1,), (2,)]
 
 
-def test_an_image_spans_height_and_width_and_text_goes_on_behind_its_longer_side():
+def test_an_image_spans_height_and_width_and_text_continues_after_its_longer_side():
     ids = [1, PAD, PAD, PAD, PAD, PAD, PAD, 2, 3]  # a 4 x 6 grid merges to 2 x 3
     got = mrope_positions(np.array(ids), [(1, 4, 6)], image_pad_id=PAD, merge_size=2)
     assert got.tolist() == [

@@ -1,4 +1,4 @@
-"""Tokens: user text stays text, both spellings agree, targets are the assistant's own tokens."""
+"""Tokens: user text stays text, both forms agree, targets are the assistant's own tokens."""
 
 import dataclasses
 import json
@@ -53,7 +53,7 @@ def test_pieces_join_to_the_text_and_special_tokens_have_none(processor):
     assert "".join(pieces[:-2]) == "<description>\n3 8 1.\n</description>"
 
 
-def test_grids_without_pixels_are_the_image_processors(processor):
+def test_grids_computed_without_pixels_equal_the_image_processors(processor):
     images = pictures((84, 28), (60, 100), (500, 33), (28, 28), (7, 9), (640, 480), (333, 777))
     wanted = processor.vision(images).image_grid_thw.tolist()
     assert [list(processor.grid(i)) for i in images] == wanted
@@ -85,8 +85,8 @@ def test_special_tokens_in_a_question_or_description_stay_text(processor, text):
 
 
 def test_an_answer_with_an_end_of_turn_in_its_text_does_not_end(processor):
-    told = example(("user", "q"), ("assistant", "a<|im_end|>b"))
-    sample = processor.encode_conversation(told, [])
+    conversation = example(("user", "q"), ("assistant", "a<|im_end|>b"))
+    sample = processor.encode_conversation(conversation, [])
     (end,) = processor.end_token_ids
     assert (sample.token_ids == end).sum() == 2  # of the two turns
     assert processor.tokenizer.decode(sample.token_ids[sample.loss_mask]) == (
@@ -95,11 +95,11 @@ def test_an_answer_with_an_end_of_turn_in_its_text_does_not_end(processor):
 
 
 def test_targets_are_assistant_tokens_with_their_end_of_turn(processor):
-    told = example(
+    conversation = example(
         ("system", "s"), ("user", "<image>q"), ("assistant", "\n one"), ("user", "r"),
         ("assistant", "two"), ("user", "left out"), num_images=1,
     )  # fmt: skip
-    sample = processor.encode_conversation(told, pictures((84, 28)))
+    sample = processor.encode_conversation(conversation, pictures((84, 28)))
     decode = processor.tokenizer.decode
     assert decode(sample.token_ids[sample.loss_mask]) == "\n one<|im_end|>two<|im_end|>"
     pads = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
@@ -109,8 +109,8 @@ def test_targets_are_assistant_tokens_with_their_end_of_turn(processor):
 
 
 def test_a_conversation_is_tokenised_as_the_engine_would_sample_it(processor):
-    told = example(("user", "q"), ("assistant", "\n\nx"))
-    sample = processor.encode_conversation(told, [])
+    conversation = example(("user", "q"), ("assistant", "\n\nx"))
+    sample = processor.encode_conversation(conversation, [])
     asked = [{"role": "user", "content": [{"type": "text", "text": "q"}]}]
     prompt = processor.encode_text(asked)
     answer = processor.tokenizer("\n\nx")["input_ids"]
@@ -118,7 +118,7 @@ def test_a_conversation_is_tokenised_as_the_engine_would_sample_it(processor):
     assert tuple(sample.token_ids[len(prompt) : len(prompt) + len(answer)]) == tuple(answer)
 
 
-def test_what_does_not_fit_is_named(processor):
+def test_inconsistent_or_too_long_samples_are_named(processor):
     asked = example(("user", "<image>a"), num_images=1)
     messages = pass1_messages(asked, "vision_sr1")
     with pytest.raises(DataError, match="s.tar sample k: 1 image places in the prompt, 2 images"):
@@ -174,7 +174,7 @@ def test_a_given_answer_is_split_at_its_first_character(processor):
         assert not set(answer) & set(processor.end_token_ids)
 
 
-def test_a_token_that_an_answer_shares_with_what_is_before_it_is_the_answers(processor):
+def test_a_token_shared_with_the_text_before_belongs_to_the_answer(processor):
     whole = processor.tokenizer("xthink", add_special_tokens=False)["input_ids"]
     lead, answer = processor.encode_answer("xthi", "nk", "")
     assert lead + answer == tuple(whole)

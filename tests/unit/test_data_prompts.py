@@ -1,4 +1,4 @@
-"""Prompts: images where the marks were, the second pass without them."""
+"""Prompts: images replace their marks in pass 1, pass 2 is text only."""
 
 import pytest
 
@@ -22,7 +22,7 @@ def example(*turns, num_images=1):
 
 @pytest.mark.parametrize("style", ["full", "brief"])
 @pytest.mark.parametrize("recipe", ["vision_sr1", "see_think", "vision_r1"])
-def test_images_stand_where_their_marks_stood(style, recipe):
+def test_images_replace_their_marks(style, recipe):
     asked = example(("system", "s"), ("user", "Is <image> like <image>?"), num_images=2)
     system, user = pass1_messages(asked, recipe, style)
     assert system == {"role": "system", "content": [{"type": "text", "text": "s"}]}
@@ -50,7 +50,7 @@ def test_an_answer_after_the_question_is_not_shown():
 
 @pytest.mark.parametrize("order", ["question_first", "description_first"])
 @pytest.mark.parametrize("style", ["full", "brief"])
-def test_the_second_pass_is_text_only_in_the_order_asked_for_options_kept(style, order):
+def test_pass_2_is_text_only_in_the_configured_order_with_the_options(style, order):
     (message,) = pass2_messages("<image>\nWhich?\nA. cat\nB. dog", " a cat <image> ", style, order)
     (part,) = message["content"]
     assert part["type"] == "text"
@@ -70,7 +70,7 @@ def test_with_the_question_first_only_the_end_depends_on_the_description(style):
     assert one.removesuffix("a cat") == other.removesuffix("two dogs") != one
 
 
-def test_the_digits_model_is_asked_in_pass_2_as_it_was_trained():
+def test_the_digits_example_asks_in_pass_2_as_the_model_was_trained():
     config = load_config("examples/digits_cpu.yaml")
     assert (config.data.prompt_style, config.rollout.pass2_order) == (STYLE, PASS2_ORDER)
 

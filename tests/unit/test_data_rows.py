@@ -1,6 +1,6 @@
-"""Columns of the usual data sets: each is used, or the row is refused by name.
+"""Columns of common data sets: each is used, or the row is refused by name.
 
-The rows are those of public bug reports of trainers and data tools, and their siblings.
+The rows are from public bug reports of trainers and data tools, with similar cases added.
 """
 
 import base64
@@ -12,8 +12,6 @@ from PIL import Image
 
 from megatron_sr1.config.rollout import RewardConfig
 from megatron_sr1.data.examples import (
-    ESCAPED_MARK,
-    IMAGE_MARK,
     Record,
     count_marks,
     example_from_stored,
@@ -21,10 +19,8 @@ from megatron_sr1.data.examples import (
 )
 from megatron_sr1.data.prompts import (
     chat_messages,
-    flat_text,
     pass1_messages,
     pass2_messages,
-    strip_image_marks,
 )
 from megatron_sr1.data.rows import record_from_row
 from megatron_sr1.data.shards import ShardReader, write_shards
@@ -32,7 +28,7 @@ from megatron_sr1.errors import DataError
 from megatron_sr1.records import Completion, Message, Reward, Rollout
 from megatron_sr1.report.page import question_card
 from megatron_sr1.rewards.score import Scorer
-from megatron_sr1.trainer.scoring import rollout_line
+from megatron_sr1.trainer.rollouts import rollout_line
 
 pytestmark = pytest.mark.field
 
@@ -93,7 +89,7 @@ GOLDS = {
 
 
 @pytest.mark.parametrize("answer", GOLDS)
-def test_a_gold_answer_is_taken_out_of_its_solution(read, answer):
+def test_a_gold_answer_is_extracted_from_its_solution(read, answer):
     for column in ("answer", "solution"):
         assert golds(read({"problem": "q", column: answer})) == (GOLDS[answer],)
 
@@ -121,7 +117,7 @@ def test_a_gold_answer_that_nothing_can_match_is_refused(read, answer, reason):
     assert str(error.value).startswith("rows.json sample 3: ")
 
 
-def test_an_empty_column_hides_none_that_is_full(read):
+def test_an_empty_column_does_not_hide_a_filled_one(read):
     for empty in ("", "   ", None, [], [None], ["", " "]):
         assert read({"problem": "q", "answer": empty, "solution": "7"}).answer == "7"
         with pytest.raises(DataError, match="no gold answer; expected a column answer or solution"):
@@ -151,9 +147,8 @@ def test_any_of_several_gold_answers_is_right_and_leaks(read, tmp_path):
 
         def score(answer, description):
             text = f"<description>{description}</description><think>x</think>\\boxed{{{answer}}}"
-            return scorer.score(
-                "k", text, "cat", "What is it?", description, None, True, other_golds=["kitten"]
-            )
+            rollout = Rollout(0, 0, (), Completion((), (), text, "stop"), description, None, 0)
+            return scorer.score("k", rollout, example)
 
         rewards = [score(answer, "fur") for answer in ("cat", "kitten", "dog")]
         assert [r.accuracy for r in rewards] == [1, 1, 0]
@@ -161,7 +156,7 @@ def test_any_of_several_gold_answers_is_right_and_leaks(read, tmp_path):
         assert leaks == [True, True, False]
 
 
-def test_saved_lines_name_further_gold_answers_only_where_there_are(read):
+def test_saved_lines_name_further_gold_answers_only_if_there_are_any(read):
     rollout = Rollout(0, 0, (), Completion((), (), "x", "stop"), None, None, 0)
     scored = Of(rollout=rollout, reward=Reward(0, 0, None, False, 0, None, None))
     for answer, wanted in ((["1", "2"], ["2"]), ("1", None)):
@@ -180,7 +175,7 @@ def test_the_report_shows_all_gold_answers_and_marks_that_are_text():
     assert "<dd>Is \\&lt;image&gt; a tag?</dd>" in card
 
 
-def test_shards_of_before_are_read_as_they_were():
+def test_shards_of_earlier_versions_are_still_read():
     old = {
         "messages": [{"role": "user", "content": "<image>q"}],
         "answer": "<answer>7</answer>",
@@ -197,7 +192,7 @@ def test_shards_of_before_are_read_as_they_were():
 # Images
 
 
-def test_an_empty_image_column_hides_none_that_is_full(read):
+def test_an_empty_image_column_does_not_hide_a_filled_one(read):
     row = {"problem": "What colour?", "answer": "blue", "images": [], "image": "a.png"}
     record = read(row)
     assert record.images == (RED,) and said(record) == [("user", "<image>What colour?")]
@@ -214,7 +209,7 @@ def test_an_empty_image_column_hides_none_that_is_full(read):
 
 
 @pytest.mark.parametrize("column", ["tools", "videos", "video", "audios", "audio"])
-def test_a_column_that_nothing_learns_from_is_refused_if_it_is_full(read, column):
+def test_a_column_that_training_does_not_support_is_refused_unless_empty(read, column):
     row = {"problem": "q", "answer": "1"}
     assert read({**row, column: []}).metadata == read({**row, column: ""}).metadata == {}
     with pytest.raises(DataError, match=f"the column {column} is not empty, but training"):
@@ -240,7 +235,7 @@ def test_history_and_system_of_alpaca_become_turns(read):
             read({**row, "history": bad})
 
 
-def test_history_and_system_stand_before_a_question_to_learn_from(read):
+def test_history_and_system_precede_the_question(read):
     row = {"problem": "<image>And now?", "answer": "5", "images": ["a.png"], "system": "Be brief"}
     record = read({**row, "history": [["q", "a"]]})
     assert [r for r, _ in said(record)] == ["system", "user", "assistant", "user"]
@@ -329,7 +324,7 @@ def test_the_rows_of_verl_are_read(read):
         read({"prompt": 3, "answer": "1"})
 
 
-def test_a_dotted_path_reaches_anything_else(read):
+def test_a_dotted_path_reads_any_nested_value(read):
     row = {
         "prompt": [{"content": "<image>q", "role": "user"}],
         "info": {"gold": {"value": "<answer>7</answer>"}},
@@ -366,7 +361,7 @@ def test_rows_with_nothing_to_learn_are_refused(read):
 # The literal mark
 
 
-def test_an_assistant_never_shows_an_image(read):
+def test_marks_in_an_assistant_turn_are_text(read):
     turns = [
         {"role": "user", "content": "<image>a"},
         {"role": "assistant", "content": "b <image> is here"},
@@ -390,26 +385,3 @@ def test_a_user_can_write_the_mark_as_text(read):
     assert message["content"][1]["text"].startswith("Which HTML tag, <img> or <image>, is right?")
     (message,) = pass2_messages(example.question, "a page")
     assert "Which HTML tag, <img> or <image>, is right?" in message["content"][0]["text"]
-
-
-@pytest.mark.parametrize(
-    ("text", "texts"),
-    [
-        ("\\<image>", ["<image>"]),
-        ("a\\\\<image>b", ["a\\\\", "b"]),  # LaTeX's line break, then an image
-        ("\\\\\\<image>", ["\\\\<image>"]),
-        ("<image>\\<image><image>", ["", "<image>", ""]),
-        ("\\" * 10**6 + "<image>", ["\\" * 10**6, ""]),
-    ],
-)
-def test_an_odd_number_of_backslashes_escapes_a_mark(text, texts):
-    (message,) = chat_messages([Message("user", text)])
-    wanted = [p for t in texts for p in ({"type": "image"}, {"type": "text", "text": t})][1:]
-    assert message["content"] == [p for p in wanted if p.get("text") != ""]
-    assert flat_text(message) == text
-    assert count_marks([Message("assistant", text)]) == 0
-    assert strip_image_marks(text) == " ".join(texts).strip()
-
-
-def test_the_two_spellings_are_what_they_are():
-    assert ESCAPED_MARK == "\\" + IMAGE_MARK == "\\<image>"

@@ -97,7 +97,7 @@ def test_the_written_index_is_what_the_tar_headers_say(folder):
 
 
 @pytest.mark.parametrize("harm", ["missing", "older", "broken", "other size"])
-def test_an_index_that_does_not_fit_is_made_again(folder, harm):
+def test_an_index_that_does_not_fit_is_rebuilt(folder, harm):
     tar = tars(folder)[1]
     index = index_path(tar)
     value = json.loads(index.read_text())
@@ -162,7 +162,7 @@ def test_finished_shards_are_not_overwritten(folder):
     assert len(ShardReader(folder)) == 11
 
 
-def test_an_empty_folder_says_how_to_make_shards(tmp_path):
+def test_an_empty_directory_is_refused_with_the_tool_to_run(tmp_path):
     with pytest.raises(DataError, match="make_shards"):
         ShardReader(tmp_path)
     assert json.loads(json.dumps(DATASET_FILE)) == "dataset.json"

@@ -45,7 +45,7 @@ def told(tiny_model):
 
 
 @pytest.mark.field
-def test_a_rank_that_was_told_cpu_sees_no_gpu_and_megatron_allocates_none(told):
+def test_a_rank_on_the_cpu_sees_no_gpu_and_megatron_allocates_none(told):
     """With this CPU build of torch, whatever asks a GPU for memory raises."""
     assert told["hidden"] and told["sees"] == [False, 0]
     assert told["devices"] == ["cpu"]

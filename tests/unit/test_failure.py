@@ -14,7 +14,12 @@ from megatron_sr1 import cli
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.runtime import failure_files
 from megatron_sr1.runtime.failure import deadline, guard
-from megatron_sr1.runtime.failure_files import FAILURE_FILE, Failure, last_words, read_failure
+from megatron_sr1.runtime.failure_files import (
+    FAILURE_FILE,
+    Failure,
+    read_failure,
+    summarize_failure,
+)
 
 AT_ONCE_SECONDS = 100
 """Start and end of two ranks on a loaded machine; what hangs in these tests would hang for 300."""
@@ -76,14 +81,14 @@ def run_two_ranks(
     return done, time.monotonic() - started, run_dir
 
 
-def test_a_good_end_leaves_nothing_behind(tmp_path):
+def test_a_normal_end_leaves_no_files(tmp_path):
     done, _, run_dir = run_two_ranks(tmp_path, "fine")
     assert done.returncode == 0, done.stderr
     assert not (run_dir / FAILURE_FILE).exists()
     assert not (run_dir / "stacks").exists(), "empty stack files are left behind"
 
 
-def test_a_rank_that_raises_ends_the_one_in_a_collective(tmp_path):
+def test_a_rank_that_raises_ends_the_other_one_in_a_collective(tmp_path):
     done, seconds, run_dir = run_two_ranks(tmp_path, "raise")
     assert done.returncode != 0
     assert seconds < AT_ONCE_SECONDS
@@ -97,7 +102,7 @@ def test_a_rank_that_raises_ends_the_one_in_a_collective(tmp_path):
     assert "all_reduce" in (run_dir / "stacks" / "rank_0.txt").read_text()
 
 
-def test_a_passed_deadline_ends_all_ranks_and_names_the_phase(tmp_path):
+def test_a_missed_deadline_ends_all_ranks_and_names_the_phase(tmp_path):
     done, seconds, run_dir = run_two_ranks(tmp_path, "hang")
     assert done.returncode != 0
     assert seconds < AT_ONCE_SECONDS
@@ -116,13 +121,13 @@ def test_a_users_error_is_one_line_without_traceback(tmp_path):
 
 
 @pytest.mark.field
-def test_the_same_error_on_all_ranks_is_said_once_under_any_torchrun(tmp_path):
+def test_the_same_error_on_all_ranks_is_reported_once_under_any_torchrun(tmp_path):
     done, _, _ = run_two_ranks(tmp_path, "both")
     assert done.returncode != 0
     assert done.stderr.count("sample 7: no answer") == done.stderr.count("megatron-sr1") == 1
 
 
-def test_a_busy_rank_leaves_by_its_own_watch(tmp_path):
+def test_a_busy_rank_is_ended_by_its_own_watcher(tmp_path):
     done, seconds, run_dir = run_two_ranks(tmp_path, "raise_while_busy")
     assert done.returncode != 0
     assert seconds < AT_ONCE_SECONDS
@@ -152,7 +157,7 @@ def alone(code: str, tmp_path: Path) -> subprocess.CompletedProcess:
     )
 
 
-def test_a_deadline_strikes_while_the_interpreter_lock_is_held(tmp_path):
+def test_a_deadline_ends_the_process_while_the_interpreter_lock_is_held(tmp_path):
     # PyDLL calls keep the lock, so that no Python thread runs: only the timer in C can strike.
     code = f"""
 import ctypes
@@ -167,7 +172,7 @@ with guard({str(tmp_path)!r}), deadline("a call in C", 0.5):
     assert "most recent call first" in (tmp_path / "stacks" / "rank_0.txt").read_text()
 
 
-def test_a_rank_whose_stderr_is_gone_ends_all_the_same(tmp_path):
+def test_a_rank_whose_stderr_is_closed_still_ends(tmp_path):
     code = "import sys, time\nfrom megatron_sr1.runtime.failure import guard, deadline\n"
     code += "with guard(sys.argv[1]), deadline('sleep', 0.5):\n    time.sleep(300)\n"
     reader, writer = os.pipe()
@@ -213,7 +218,7 @@ def test_a_failure_of_an_earlier_launch_is_ignored_and_then_removed(tmp_path):
     assert not (tmp_path / FAILURE_FILE).exists(), "a good end leaves an old failure standing"
 
 
-def test_a_failure_of_a_launch_a_moment_ago_is_ignored(tmp_path):
+def test_a_failure_of_another_launch_in_the_same_second_is_ignored(tmp_path):
     code = f"""
 import json
 old = {{"rank": 1, "cause": "old", "code": 1, "time": time.time(), "launch": "another"}}
@@ -227,12 +232,12 @@ with guard({str(tmp_path)!r}, 0, 2):
     assert not (tmp_path / FAILURE_FILE).exists()
 
 
-def test_without_a_guard_a_deadline_is_not_there():
+def test_a_deadline_without_a_guard_does_nothing():
     with deadline("nothing", 0.001):
         time.sleep(0.01)
 
 
-def test_sigterm_is_told_and_dumps_stacks_while_the_main_thread_sits_in_c(tmp_path):
+def test_sigterm_is_reported_and_dumps_stacks_while_the_main_thread_is_in_c(tmp_path):
     code = "import ctypes, sys\nfrom megatron_sr1.runtime.failure import guard\n"
     code += "with guard(sys.argv[1]):\n    print('up', flush=True)\n"
     # As in a collective: the lock is free, and the call goes on after a signal.
@@ -249,7 +254,7 @@ def test_sigterm_is_told_and_dumps_stacks_while_the_main_thread_sits_in_c(tmp_pa
     assert "most recent call first" in (tmp_path / "stacks" / "rank_0.txt").read_text()
 
 
-def test_a_forked_child_may_be_told_to_end_without_ending_its_rank(tmp_path):
+def test_terminating_a_forked_child_does_not_end_its_rank(tmp_path):
     code = f"""
 import os, signal
 with guard({str(tmp_path)!r}):
@@ -280,7 +285,7 @@ def test_a_rank_ends_when_the_process_that_started_it_is_killed(tmp_path):
     assert "rank 0: the process that started this rank is gone" in told
 
 
-def test_a_run_directory_takes_one_run_at_a_time(tmp_path, monkeypatch):
+def test_a_run_directory_holds_one_run_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(failure_files, "PATIENCE_SECONDS", 0.3)
     code = "import sys\nfrom megatron_sr1.runtime.failure import guard\n"
     code += "with guard(sys.argv[1]):\n    print('up', flush=True)\n    sys.stdin.read()\n"
@@ -299,7 +304,7 @@ def test_a_run_directory_takes_one_run_at_a_time(tmp_path, monkeypatch):
 
 
 @pytest.mark.field
-def test_the_command_adds_nothing_to_a_users_error_and_leaves_with_its_status(tmp_path, capsys):
+def test_the_command_adds_nothing_to_a_users_error_and_exits_with_its_status(tmp_path, capsys):
     failure = {"rank": 1, "cause": "no answer", "code": 2, "time": time.time(), "launch": ""}
     (tmp_path / FAILURE_FILE).write_text(json.dumps(failure))
     assert cli._with_cause(1, tmp_path, time.time()) == 2
@@ -309,20 +314,20 @@ def test_the_command_adds_nothing_to_a_users_error_and_leaves_with_its_status(tm
     assert capsys.readouterr().err.startswith("megatron-sr1: error: rank 1: no answer (stacks in ")
 
 
-def test_last_words_name_the_rank_that_is_elsewhere_first(tmp_path):
+def test_the_summary_names_the_rank_in_another_place_first(tmp_path):
     (tmp_path / "stacks").mkdir()
     for rank in range(12):
         where = "reward, hang (a.py:1)" if rank == 7 else "share, all_gather (b.py:2)"
         (tmp_path / "stacks" / f"rank_{rank}.txt").write_text(f"now: why\nwas in {where}\n\n")
     failure = Failure(3, "share took longer", 1)
-    cause, odd, others = last_words(tmp_path, failure, since=time.time() - 60)
+    cause, odd, others = summarize_failure(tmp_path, failure, since=time.time() - 60)
     assert cause.startswith("megatron-sr1: error: rank 3: share took longer (stacks in ")
     assert odd == "  rank 7 in reward, hang (a.py:1)"
     assert others == "  ranks 0, 1, 2, 3, 4, 5, 6, 8 and 3 more in share, all_gather (b.py:2)"
-    assert len(last_words(tmp_path, failure, since=time.time() + 60)) == 1
+    assert len(summarize_failure(tmp_path, failure, since=time.time() + 60)) == 1
 
 
-def test_leaving_by_system_exit_is_passed_on(tmp_path):
+def test_system_exit_passes_through(tmp_path):
     with pytest.raises(SystemExit, match="3"), guard(tmp_path, rank=0, world_size=1):
         raise SystemExit(3)
     assert not (tmp_path / FAILURE_FILE).exists()

@@ -37,7 +37,7 @@ def rank_1(tmp_path):
     process.wait()
 
 
-def test_a_rank_that_was_seen_and_killed_is_gone(rank_1, tmp_path):
+def test_a_rank_that_was_seen_and_killed_is_reported(rank_1, tmp_path):
     presence = Presence(tmp_path, 0, 2)
     assert presence.gone() is None
     rank_1.kill()
@@ -45,7 +45,7 @@ def test_a_rank_that_was_seen_and_killed_is_gone(rank_1, tmp_path):
     assert presence.gone() == 1
 
 
-def test_a_rank_that_was_never_seen_is_not_taken_for_gone(rank_1, tmp_path):
+def test_a_rank_that_was_never_seen_is_not_taken_for_dead(rank_1, tmp_path):
     """Its lock may be one that does not reach us; so ranks look once they have met."""
     presence = Presence(tmp_path, 0, 2)
     rank_1.kill()
@@ -53,14 +53,14 @@ def test_a_rank_that_was_never_seen_is_not_taken_for_gone(rank_1, tmp_path):
     assert presence.gone() is None
 
 
-def test_a_good_end_is_not_a_loss(rank_1, tmp_path):
+def test_a_normal_end_is_not_a_death(rank_1, tmp_path):
     presence = Presence(tmp_path, 0, 2)
     assert presence.gone() is None
     rank_1.communicate()
     assert presence.gone() is None
 
 
-def test_a_rank_waits_for_the_words_of_the_one_that_was_first(tmp_path):
+def test_a_rank_waits_for_the_file_of_the_rank_that_failed_first(tmp_path):
     first, second = Launch(tmp_path), Launch(tmp_path)
     written = first.record(Failure(1, "no answer", 2))
     text = (tmp_path / FAILURE_FILE).read_text()

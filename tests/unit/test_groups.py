@@ -23,7 +23,7 @@ print("threads", len(set(threads)), "others'", dist.get_process_group_ranks(engi
 """
 
 
-def test_groups_that_are_destroyed_leave_no_thread_and_no_gap_in_others():
+def test_destroyed_groups_leave_no_thread_and_other_groups_intact():
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],
         capture_output=True,

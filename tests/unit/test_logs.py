@@ -44,7 +44,7 @@ def test_library_messages_that_nobody_can_act_on_are_dropped_and_only_those():
     assert variables == "ERROR 1"
 
 
-def test_level_debug_brings_them_back():
+def test_level_debug_shows_library_messages():
     variables, lines = run("debug")
     parts = [part for parts in EXPECTED.values() for part in parts]
     assert all(f"library: {part}!" in lines for part in parts)
@@ -52,7 +52,7 @@ def test_level_debug_brings_them_back():
     assert variables == "unset unset"
 
 
-def test_what_the_user_has_set_stays():
+def test_variables_that_the_user_has_set_are_kept():
     assert run("info", TORCH_CPP_LOG_LEVEL="INFO")[0] == "INFO 1"
 
 

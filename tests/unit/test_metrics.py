@@ -44,7 +44,7 @@ def test_resuming_drops_later_lines_of_that_stage_only(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"], "a partial file is left"
 
 
-def test_a_line_cut_short_by_a_kill_is_removed(tmp_path):
+def test_a_line_truncated_by_a_kill_is_removed(tmp_path):
     path = tmp_path / "metrics.jsonl"
     MetricsFile(path).append(0, "grpo", {"a": 1.0})
     with open(path, "a") as file:
@@ -103,7 +103,7 @@ def ballast(mib: int) -> bytes:
     return b"x" * (mib * 2**20)  # written to, so resident
 
 
-def test_memory_peaks_are_told_by_the_innermost_phase():
+def test_memory_peaks_are_assigned_to_the_innermost_phase():
     peaks = PeakMemory()
     with peaks.phase("sync"):
         pass
@@ -122,7 +122,7 @@ def test_memory_peaks_are_told_by_the_innermost_phase():
     assert again["memory/host_peak_gib"] == values["memory/host_peak_gib"]
 
 
-def test_where_the_peak_cannot_be_set_back_phases_have_none(monkeypatch, tmp_path):
+def test_phases_have_no_peak_where_it_cannot_be_reset(monkeypatch, tmp_path):
     monkeypatch.setattr(profiling, "CLEAR", tmp_path / "absent" / "clear_refs")
     peaks = PeakMemory()
     with peaks.phase("sync"):
@@ -132,7 +132,7 @@ def test_where_the_peak_cannot_be_set_back_phases_have_none(monkeypatch, tmp_pat
     assert values["memory/host_peak_gib"] >= values["memory/host_gib"] > 0.01
 
 
-def test_a_log_line_names_the_step_and_what_matters(tmp_path, caplog):
+def test_a_log_line_has_the_step_and_the_main_metrics(tmp_path, caplog):
     config = load_config(None, ["model.path=m", "optimizer.num_steps=40", "logging.progress=false"])
     (sink,) = make_sinks(config, tmp_path)
     with caplog.at_level(logging.INFO, logger="megatron_sr1"):
@@ -152,7 +152,7 @@ def test_short_steps_share_a_log_line_and_the_last_step_always_has_one(caplog, m
     assert logged == ["sft 1", "sft 17", "sft 33", "sft 40"]
 
 
-def test_a_log_line_shows_above_the_bar_and_the_stream_is_given_back(capsys):
+def test_a_log_line_appears_above_the_bar_and_the_stream_is_restored(capsys):
     stream = logging.StreamHandler(sys.stderr)
     logging.getLogger().addHandler(stream)
     try:

@@ -6,9 +6,9 @@ import time
 import pytest
 
 from megatron_sr1.errors import GradingError
-from megatron_sr1.rewards.accuracy import judge_answer
+from megatron_sr1.rewards.answers import question_options
+from megatron_sr1.rewards.grader import judge_answer
 from megatron_sr1.rewards.math_worker import MathWorker
-from megatron_sr1.rewards.options import question_options
 from megatron_sr1.rewards.response import find_answer
 from tests import grading_attacks, grading_cases, grading_forms
 from tests.grading_attacks import RESPONSES

@@ -9,6 +9,7 @@ from megatron_sr1.rewards import score as score_module
 from megatron_sr1.rewards.grader import Grader
 from megatron_sr1.rewards.score import Scorer
 from tests.grading_cases import PLAIN
+from tests.rollout_case import case
 from tools.fuzz_grader import fuzz
 
 pytestmark = pytest.mark.field
@@ -29,13 +30,13 @@ def broken_rules(monkeypatch):
 
 def test_a_rule_that_raises_on_an_answer_makes_it_wrong(broken_rules):
     verdict = Grader("rules", 5.0).judge("odd", "7", PLAIN, "sample 7")
-    assert not verdict and verdict.because == "uncomparable: ValueError: the moon is missing"
+    assert not verdict.right and verdict.because == "uncomparable: ValueError: the moon is missing"
 
 
 def test_a_rule_that_raises_on_gold_is_an_error_that_names_the_sample(broken_rules):
     with Scorer(RewardConfig("vision_r1")) as scorer:
         with pytest.raises(GradingError, match="^sample 7: the gold answer 'bad' cannot be .*moon"):
-            scorer.score("sample 7", r"\boxed{7}", "bad", PLAIN, None, None, False)
+            scorer.score("sample 7", *case(r"\boxed{7}", "bad", PLAIN))
 
 
 def test_a_description_that_cannot_be_read_counts_as_a_leak(monkeypatch):
@@ -44,7 +45,7 @@ def test_a_description_that_cannot_be_read_counts_as_a_leak(monkeypatch):
 
     monkeypatch.setattr(score_module, "states_answer", states_answer)
     with Scorer(RewardConfig("vision_sr1")) as scorer:
-        reward = scorer.score("s", r"\boxed{7}", "7", PLAIN, "3 4", None, True)
+        reward = scorer.score("s", *case(r"\boxed{7}", "7", PLAIN, "3 4", None, True))
     assert reward.leak and reward.uncomparable == "ValueError: the moon is missing"
     assert reward.accuracy == 1
 

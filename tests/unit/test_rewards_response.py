@@ -2,7 +2,6 @@
 
 import pytest
 
-from megatron_sr1.errors import ConfigError
 from megatron_sr1.rewards.response import find_answer, find_description, has_format
 
 WHOLE = "<description> 3 5 6 </description> <think> 3 + 5 + 6 = 14 </think> \\boxed{14}"
@@ -114,8 +113,3 @@ def test_the_format_is_the_recipes_blocks_in_order_and_nothing_else():
 )
 def test_missing_repeated_or_additional_text_breaks_the_format(broken):
     assert not has_format(broken, "vision_sr1")
-
-
-def test_an_unknown_recipe_is_an_error():
-    with pytest.raises(ConfigError, match="vision_sr1 | see_think | vision_r1"):
-        has_format(WHOLE, "other")

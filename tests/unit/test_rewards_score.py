@@ -1,5 +1,7 @@
 """The weighted sum of rewards, and the rewards of each recipe."""
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_sr1.config.rollout import RewardConfig
@@ -7,6 +9,7 @@ from megatron_sr1.errors import ConfigError, GradingError
 from megatron_sr1.records import Completion, Reading
 from megatron_sr1.rewards import math_worker
 from megatron_sr1.rewards.score import Scorer, likelihood_reward
+from tests.rollout_case import case
 
 QUESTION = "<image>What is the sum?"
 RESPONSE = "<description> 3 5 6 </description> <think> 3 + 5 + 6 = 14 </think> \\boxed{14}"
@@ -23,18 +26,18 @@ def scored(*logprobs):
 
 def score(recipe="vision_sr1", **changes):
     asked = {
-        "sample_name": "shard sample 7",
-        "response_text": RESPONSE,
+        "response": RESPONSE,
         "gold": "14",
         "question": QUESTION,
         "description": "3 5 6",
         "reading": read(READ_RIGHT),
         "has_image": True,
-        "question_only": None,
     }
+    alone = changes.pop("question_only", None)
     weights = {key: changes.pop(key) for key in list(changes) if key not in asked}
+    rollout, example = case(**(asked | changes))
     with Scorer(RewardConfig(recipe, **weights)) as scorer:
-        return scorer.score(**(asked | changes))
+        return scorer.score("shard sample 7", replace(rollout, question_only=alone), example)
 
 
 @pytest.mark.parametrize(
@@ -44,8 +47,8 @@ def score(recipe="vision_sr1", **changes):
         ({"reading": read(READ_WRONG)}, (1, 1, 0), 1.0),
         ({"gold": "15"}, (0, 1, 0), 0.1),
         ({"gold": "15", "reading": read(READ_WRONG)}, (0, 1, 1), 1.1),
-        ({"response_text": RESPONSE + "!"}, (1, 0, 1), 1.9),
-        ({"response_text": "14", "description": None, "reading": None}, (0, 0, 0), 0.0),
+        ({"response": RESPONSE + "!"}, (1, 0, 1), 1.9),
+        ({"response": "14", "description": None, "reading": None}, (0, 0, 0), 0.0),
     ],
 )
 def test_total_is_the_weighted_sum(changes, parts, total):
@@ -80,7 +83,7 @@ def test_see_think_reports_the_self_reward_without_adding_it():
 
 def test_vision_r1_has_no_description():
     thought = RESPONSE.split("</description> ")[1]
-    reward = score("vision_r1", response_text=thought, description=None, reading=None)
+    reward = score("vision_r1", response=thought, description=None, reading=None)
     assert (reward.format, reward.self_reward) == (1.0, None)
     assert reward.total == pytest.approx(1.0)
 
@@ -153,5 +156,5 @@ def test_numbers_are_judged_without_a_grading_process():
     scorer = Scorer(RewardConfig("vision_sr1"))
     for answer in range(30):
         text = f"<think> x </think> \\boxed{{{answer}}}"
-        scorer.score("s", text, "14", QUESTION, "3 5 6", read(text), True)
+        scorer.score("s", *case(text, "14", QUESTION, "3 5 6", read(text), True))
     assert scorer._grader.worker.pid is None

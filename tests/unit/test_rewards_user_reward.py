@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,14 @@ import pytest
 from megatron_sr1.cli import main
 from megatron_sr1.config.rollout import RewardConfig
 from megatron_sr1.errors import ConfigError, GradingError
+from megatron_sr1.evaluation.evaluate import evaluation_line
 from megatron_sr1.records import Completion, Reading
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rewards.user_reward import ARGUMENTS, UserReward
-from megatron_sr1.trainer.scoring import Scored, evaluation_line, rates, reward_means
-from megatron_sr1.trainer.scoring import score as score_rollouts
+from megatron_sr1.rewards.verdicts import rates
+from megatron_sr1.trainer.rollouts import Scored, reward_means
+from megatron_sr1.trainer.rollouts import score as score_rollouts
+from tests.rollout_case import case
 from tests.unit.test_scoring import Texts, group
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,7 +54,7 @@ def test_the_example_rewards_close_answers():
 
 def test_it_judges_both_passes_in_place_of_the_grader():
     with Scorer(RewardConfig("vision_sr1", function=f"{EXAMPLE}:closeness")) as scorer:
-        reward = scorer.score("s", RESPONSE, "14", "sum?", "3 5 6", reading(READING), True)
+        reward = scorer.score("s", *case(RESPONSE, "14", "sum?", "3 5 6", reading(READING), True))
     assert (reward.accuracy, reward.self_reward) == (pytest.approx(0.8), 1.0)
     assert reward.total == pytest.approx(0.9 * 0.8 + 0.1 + 1.0)
     assert (reward.answer, reward.reading_answer) == ("12", "14")
@@ -67,9 +71,8 @@ def test_it_receives_the_sample_and_cannot_change_it(tmp_path):
     )
     metadata = {"source": "train"}
     with Scorer(RewardConfig("vision_sr1", function=f"{file}:reward")) as scorer:
-        scorer.score(
-            "s", RESPONSE, "14", "sum?", "3 5 6", reading(READING), True, metadata=metadata
-        )
+        rollout, example = case(RESPONSE, "14", "sum?", "3 5 6", reading(READING), True)
+        scorer.score("s", rollout, replace(example, metadata=metadata))
     first, second = scorer._user_reward._call.__globals__["seen"]
     assert tuple(first) == ARGUMENTS and metadata == {"source": "train"}
     assert first == {
@@ -106,7 +109,7 @@ def test_a_failure_names_sample_and_function_and_never_scores_0(tmp_path, body, 
 def test_the_users_traceback_is_kept_for_the_stack_file(tmp_path):
     with Scorer(RewardConfig("vision_r1", function=written(tmp_path, "return 1 / 0"))) as scorer:
         with pytest.raises(GradingError) as caught:
-            scorer.score("s", "r", "1", "q", None, None, False)
+            scorer.score("s", *case("r", "1", "q"))
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
@@ -144,7 +147,7 @@ def test_fractional_rewards_count_as_right_from_one_half(tmp_path):
         for answer, read in ((12, 14), (14, 2), (2, 14)):  # 0.8 and 1, 1 and 0, 0 and 1
             response = RESPONSE.replace("12", str(answer))
             heard = reading(READING.replace("14", str(read)))
-            reward = scorer.score("s", response, "14", "q", "3 5 6", heard, True)
+            reward = scorer.score("s", *case(response, "14", "q", "3 5 6", heard, True))
             scored.append(Scored(group(2, str(answer))[0], reward))
     means = reward_means(scored)
     assert means["reward/accuracy"] == pytest.approx(0.6)

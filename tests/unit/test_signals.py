@@ -62,24 +62,24 @@ def start(on_sigterm):
 @pytest.mark.parametrize(
     ("number", "on_sigterm"), [(signal.SIGUSR1, False), (signal.SIGUSR1, True), (15, True)]
 )
-def test_a_signal_to_all_processes_of_a_rank_ends_none_and_is_found(number, on_sigterm):
+def test_a_signal_to_all_processes_of_a_rank_ends_none_and_is_detected(number, on_sigterm):
     rank = start(on_sigterm)
     os.killpg(rank.pid, number)
     assert rank.communicate("\n", timeout=60)[0] == "False True None\n"
 
 
-def test_without_a_signal_nobody_is_asked():
+def test_without_a_signal_no_stop_is_requested():
     assert start(True).communicate("\n", timeout=60)[0] == "False False None\n"
 
 
-def test_sigterm_still_ends_a_rank_that_is_not_told_to_save_on_it():
+def test_sigterm_ends_a_rank_that_is_not_configured_to_save_on_it():
     rank = start(False)
     os.killpg(rank.pid, signal.SIGTERM)
     assert rank.wait(timeout=60) == -signal.SIGTERM
     rank.stdin.close(), rank.stdout.close()
 
 
-def test_the_file_for_the_batch_script_is_made_where_one_is_named(tmp_path, monkeypatch):
+def test_the_file_for_the_batch_script_is_created_if_one_is_named(tmp_path, monkeypatch):
     from megatron_sr1.runtime import signals
 
     monkeypatch.delenv(signals.UNFINISHED, raising=False)

@@ -23,6 +23,7 @@ from megatron_sr1.observability.wandb_sink import (
     last_step,
     side_by_side,
 )
+from megatron_sr1.rewards.verdicts import cross
 from tests.wandb_runs import history, read_table
 
 pytest.importorskip("wandb")
@@ -83,7 +84,7 @@ def test_every_step_is_in_wandb_once_after_a_stop(tmp_path, end, width, least, m
     assert names == [f"run-{run_id.strip()}.wandb"] * 2
 
 
-def test_a_file_that_is_cut_is_read_up_to_there(tmp_path):
+def test_a_truncated_file_is_read_up_to_its_end(tmp_path):
     import wandb
 
     run = wandb.init(mode="offline", dir=str(tmp_path), id="long", project="p")
@@ -122,7 +123,7 @@ def test_samples_with_images_and_the_table_of_verdicts_are_in_the_run(tmp_path, 
     verdicts = [(1, 1), (1, 0.4), (0, 1), (1, 0), (0.6, 1), (0, 0), (1, None)]
     rollouts = [rollout(index + 1, *pair) for index, pair in enumerate(verdicts)]
     for step in range(1, 4):
-        sink.show(step, rollouts, images)
+        sink.show(step, rollouts, images, cross(verdicts))
         sink.log(step, {"actor/loss": float(step)})
     sink.close()
     told = history(tmp_path, 3)
@@ -140,7 +141,7 @@ def test_samples_with_images_and_the_table_of_verdicts_are_in_the_run(tmp_path, 
             assert row[0].tobytes() == images(index)[0].tobytes()
 
 
-def test_images_of_a_sample_stand_side_by_side():
+def test_images_of_a_sample_are_joined_side_by_side():
     assert side_by_side([]) is None
     whole = side_by_side(images(2))
     assert whole.size == (44, 10)

@@ -32,7 +32,7 @@ from megatron_sr1.runtime.groups import destroy_groups, make_groups
 from megatron_sr1.runtime.rng import seed_everything
 from megatron_sr1.trainer.actor import make_actor
 from megatron_sr1.trainer.step import update
-from tools.layout_parts import layout_settings, pack_rows, random_samples
+from tests.layouts import layout_settings, pack_rows, random_samples
 
 
 def start(layout, source):

@@ -26,8 +26,8 @@ from megatron_sr1.runtime.device import select_device, start_distributed
 from megatron_sr1.runtime.groups import destroy_groups, make_groups
 from megatron_sr1.trainer.actor import make_actor
 from megatron_sr1.trainer.step import update
+from tests.layouts import layout_settings
 from tests.planned_models import SavedBytes, make_row
-from tools.layout_parts import layout_settings
 
 TOKENS, GRIDS = 256, [(20, 12)] * 4  # as many images as four ranks share out evenly
 BFLOAT16 = ["model.dtype=bfloat16"]

