@@ -139,10 +139,7 @@ def load_actor_model(config: Config, groups: Groups) -> tuple[list[Any], HFConfi
 def freeze(chunks: list[Any], hf_config: HFConfig, patterns: Sequence[str]) -> frozenset[str]:
     """Exclude parameters from training: no gradient, no optimizer state.
 
-    Args:
-        chunks: the model.
-        hf_config: shape of the model.
-        patterns: regular expressions, searched for in published names (`^visual[.]`).
+    `patterns` are regular expressions, searched for in published names (`^visual[.]`).
 
     Returns:
         published names of the tensors of all layers that are frozen as a whole.
@@ -167,16 +164,7 @@ def make_actor(
     groups: Groups,
     num_updates: int,
 ) -> Actor:
-    """Wrap loaded chunks for training.
-
-    Args:
-        config: of the run.
-        chunks: from `load_actor_model`, like `hf_config` and `source`.
-        hf_config: shape of the model.
-        source: the directory that it was loaded from.
-        groups: of the layout.
-        num_updates: optimizer updates of the whole run, for the schedule.
-    """
+    """Wrap a loaded model for training; the schedule spans `num_updates` optimizer updates."""
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,

@@ -57,11 +57,7 @@ class Credit:
 
 
 def credit(rewards: Sequence[Reward], config: Config) -> tuple[Credit, dict[str, float]]:
-    """Compute the advantages of a step's rollouts, and how rewards spread in its groups.
-
-    Args:
-        rewards: one group after the other.
-        config: of the run.
+    """Compute a step's advantages from its rewards, one group after the other, and their spread.
 
     Returns:
         the credit, and `groups/…` of each reward that was normalised: no_spread, floored, std.

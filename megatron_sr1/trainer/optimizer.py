@@ -152,12 +152,9 @@ class ShardAdamW:
     """
 
     def __init__(self, param_groups: list[Group], dtype: torch.dtype, offload: bool) -> None:
-        """Initialize the state.
+        """Initialize the state, float32 or, for weights in bfloat16, bfloat16.
 
-        Args:
-            param_groups: of the optimizer that this one replaces.
-            dtype: of the state, float32 or bfloat16; bfloat16 only for weights in bfloat16.
-            offload: keep the state in host memory.
+        With `offload` it is kept in host memory.
         """
         self.param_groups = param_groups
         self.dtype = dtype

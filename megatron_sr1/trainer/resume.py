@@ -28,19 +28,10 @@ Phase = Callable[[str], AbstractContextManager[None]]
 
 
 class RunCheckpoints:
-    """Checkpoints of a run under `DIR/checkpoints`.
-
-    Attributes:
-        directory: `DIR/checkpoints`.
-    """
+    """Checkpoints of a run, in `directory`."""
 
     def __init__(self, config: Config, phase: Phase) -> None:
-        """Touch no file yet.
-
-        Args:
-            config: of the run.
-            phase: times a named phase of a step.
-        """
+        """Touch no file yet; `phase` times a named phase of a step."""
         self._config, self._phase, saved = config, phase, config.checkpoint
         self.directory = Path(config.output) / "checkpoints"
         keep = Keep(saved.keep_last, saved.keep_best, saved.best_by)

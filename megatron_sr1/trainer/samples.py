@@ -111,12 +111,9 @@ class Samples:
     def train_sample(
         self, rollout: Rollout, advantage: float, description_advantage: float | None = None
     ) -> TrainSample:
-        """Return a rollout and its advantages as a sequence to train on.
+        """Return a rollout as a sequence to train on, with an advantage for all response tokens.
 
-        Args:
-            rollout: as sampled.
-            advantage: of the response's tokens.
-            description_advantage: of the description's tokens, if it differs.
+        Those of the description have `description_advantage` instead, if it is given.
         """
         prompt = self.prompt(rollout.index)
         num_prompt, num_response = len(prompt.token_ids), len(rollout.completion.token_ids)
@@ -152,11 +149,9 @@ class Samples:
         return self.processor.encode_conversation(example, images, limit)
 
     def own_part(self, sizes: Sequence[Size], data: Group) -> list[int]:
-        """Return which samples of an update this rank trains on, balanced by their cost.
+        """Return which samples of an update this data-parallel rank trains on, balanced by cost.
 
-        Args:
-            sizes: of all samples of the update, the same on all ranks.
-            data: the data-parallel group.
+        `sizes` holds those of all samples of the update, on all ranks.
         """
         return plan_ranks(sizes, data.size, self._patch_cost)[data.rank]
 

@@ -39,11 +39,7 @@ class Throughput:
     ) -> None:
         """Start the first step.
 
-        Args:
-            hf_config: shape of the model.
-            freeze: patterns of frozen parameters.
-            num_ranks: of the run.
-            peak_flops: of a rank's device, operations per second; None: unknown, no MFU.
+        `peak_flops` are a rank's operations per second; if they are unknown, there is no MFU.
         """
         self._hf_config, self._num_ranks, self._peak = hf_config, num_ranks, peak_flops
         self._tower_factor = 1 if is_tower_frozen(hf_config, freeze) else TRAINED
@@ -71,9 +67,8 @@ class Throughput:
     def count_samples(self, phase: str, samples: Sequence[TrainSample]) -> None:
         """Add sequences that the actor processed; on one of the ranks that share them.
 
-        Args:
-            phase: update, or a phase with forward passes alone.
-            samples: those without targets, which keep a rank busy, are not counted.
+        All phases but update are forward passes. Samples without targets are not counted: they
+        only keep a rank busy.
         """
         learns = phase == "update"
         for sample in samples:
@@ -90,11 +85,9 @@ class Throughput:
         times: Mapping[str, float],
         sum_over_ranks: Callable[[Mapping[str, float]], dict[str, float]],
     ) -> dict[str, float]:
-        """Return the metrics of the step and start the next one; collective over all ranks.
+        """Return the metrics of a step with these `time/…_seconds`, and start the next one.
 
-        Args:
-            times: `time/…_seconds` of the step.
-            sum_over_ranks: sums values over the world.
+        Collective over all ranks, as `sum_over_ranks` is.
         """
         total = sum_over_ranks(self._counted)
         self._reset()
