@@ -176,13 +176,7 @@ class Context:
                 sink.show(step, lines, images, cells)
 
     def start(self, actor: Actor) -> None:
-        """Resume from the latest checkpoint, if there is one, then open metrics and sinks.
-
-        Raises:
-            ConfigError: the checkpoint is of another stage, was trained from another model, or is
-                not to be resumed from.
-            CheckpointError: it is damaged.
-        """
+        """Resume as `RunCheckpoints.resume` does, then open metrics and sinks."""
         state = self._checkpoints.resume(actor)
         if state is not None:
             self.step, self.skipped = state["step"], state["skipped"]
@@ -209,7 +203,6 @@ class Context:
 
     def finish_step(
         self,
-        stage: str,
         values: Mapping[str, float],
         actor: Actor,
         rate: Callable[[], dict[str, float]] | None = None,
@@ -239,7 +232,7 @@ class Context:
                 **perf,
                 **self._memory.take(),
             }
-            self._metrics.append(self.step, stage, line)
+            self._metrics.append(self.step, self.config.stage, line)
             with self._deadline("log"):
                 for sink in self._sinks:
                     sink.log(self.step, line)

@@ -80,7 +80,7 @@ def train_grpo(
                 lines.append(rollout_line(context.step + 1, item, example, *advantages))
             context.record_rollouts(lines, samples.images)
         samples.forget()
-        context.finish_step("grpo", values, actor, rate)
+        context.finish_step(values, actor, rate)
 
 
 def chosen_groups(credited: Credit, config: Config) -> tuple[list[int], dict[str, float]]:

@@ -46,8 +46,7 @@ class RunCheckpoints:
             the state that was saved with it; None if there is no checkpoint.
 
         Raises:
-            ConfigError: the checkpoint is of another stage, was trained from another model, or is
-                not to be resumed from.
+            ConfigError: the checkpoint is of another stage, or was trained from another model.
             CheckpointError: it is damaged.
         """
         self._origin = {
@@ -55,14 +54,8 @@ class RunCheckpoints:
             "model.path": self._config.model.path,
             FINGERPRINT: fingerprint(actor.source),
         }
-        found = latest_step(self.directory)
-        if found is None:
+        if latest_step(self.directory) is None:
             return None
-        if not self._config.checkpoint.resume:
-            raise ConfigError(
-                f"{self.directory} holds a run up to step {found}, and checkpoint.resume=false "
-                "would write over it; give another output"
-            )
         verify = self._config.checkpoint.verify
         state = load_checkpoint(self.directory, actor.trained, verify=verify)
         self._check_origin(state)

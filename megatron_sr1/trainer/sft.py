@@ -30,7 +30,7 @@ def train_sft(context: Context, actor: Actor, samples: Samples) -> None:
         if context.groups.is_replica_leader:
             context.throughput.count_samples("update", own)
         samples.forget()
-        context.finish_step("sft", named([measured]), actor)
+        context.finish_step(named([measured]), actor)
 
 
 def token_loss(

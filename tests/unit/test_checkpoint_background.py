@@ -189,24 +189,24 @@ def run(tiny_model, groups, tmp_path, gate):
 def test_training_continues_while_a_save_is_written_and_its_end_waits_for_all(run, gate):
     context, actor = run
     for step in (1, 2):
-        context.finish_step("sft", {}, actor)
+        context.finish_step({}, actor)
         assert context.step == step and steps(context.checkpoints) == []
     for step in (1, 2, 3, 4):
         (gate / f"step_{step}").touch()
-    context.finish_step("sft", {}, actor)
+    context.finish_step({}, actor)
     assert steps(context.checkpoints)[0] == 1
-    context.finish_step("sft", {}, actor)  # the last one
+    context.finish_step({}, actor)  # the last one
     assert steps(context.checkpoints) == [1, 2, 3, 4]
     assert latest_step(context.checkpoints) == 4
 
 
 def test_a_request_to_stop_waits_for_the_saves(run, gate, monkeypatch):
     context, actor = run
-    context.finish_step("sft", {}, actor)
+    context.finish_step({}, actor)
     assert steps(context.checkpoints) == []
     monkeypatch.setattr(signals, "stop_requested", lambda: True)
     opener = threading.Timer(0.5, lambda: [(gate / f"step_{step}").touch() for step in (1, 2)])
     opener.start()
-    context.finish_step("sft", {}, actor)
+    context.finish_step({}, actor)
     opener.join()
     assert context.is_leaving and steps(context.checkpoints) == [1, 2]

@@ -72,7 +72,7 @@ def test_a_run_keeps_its_best_across_a_restart_and_always_the_newest(tiny_model,
         actor, context = make_run(tiny_model, groups), Context(config, groups, 8)
         context.start(actor)
         for rating in ratings:
-            context.finish_step("grpo", {}, actor, lambda rate=rating: {"accuracy": rate})
+            context.finish_step({}, actor, lambda rate=rating: {"accuracy": rate})
             kept.append(steps(context.checkpoints))
             assert latest_step(context.checkpoints) == context.step == kept[-1][-1]
         context.close()

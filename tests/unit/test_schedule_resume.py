@@ -51,7 +51,7 @@ def run(tiny_model, groups, tmp_path_factory):
     rates = []
     for _ in range(6):
         rates += updates(context, actor, 1)
-        context.finish_step("grpo", {}, actor)
+        context.finish_step({}, actor)
     assert rates == sorted(rates[:3]) + sorted(rates[3:], reverse=True) and len(rates) == 12
     context.close()
     return output, rates

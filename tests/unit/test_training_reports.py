@@ -95,7 +95,7 @@ def test_the_last_step_is_saved_and_unrated_or_removed_checkpoints_leave_the_bes
 
     def go_on(context, actor, until, rating):
         while context.step < until:
-            context.finish_step("grpo", {}, actor, lambda: {"accuracy": rating})
+            context.finish_step({}, actor, lambda: {"accuracy": rating})
 
     context, actor = context_of(tiny_model, groups, tmp_path)
     go_on(context, actor, 2, rating=0.9)
