@@ -158,10 +158,10 @@ LOW = "optimizer.state=bfloat16"
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
-        ([LOW, "model.dtype=float32"], "model.dtype is float32"),
+        ([LOW, "model.dtype=float32"], "not model.dtype=float32"),
         (["optimizer.gradients=bfloat16", "model.dtype=float32"], "optimizer.gradients=bfloat16"),
         ([LOW, "parallel.distributed_optimizer=false"], "distributed_optimizer=true"),
-        (["optimizer.offload=true", "parallel.distributed_optimizer=false"], "offload=True"),
+        (["optimizer.offload=true", "parallel.distributed_optimizer=false"], "offload=true"),
         ([LOW], "optimizer.beta2=0.999"),
         (["optimizer.state=float16"], "float32 | bfloat16"),
     ],
