@@ -209,7 +209,7 @@ def test_a_truncated_file_is_refused_by_name(tiny_model, tmp_path):
 def test_an_index_may_not_point_outside_its_directory(tmp_path):
     index = {"weight_map": {"a": "../secret.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="is not the name of a file beside it"):
+    with pytest.raises(CheckpointError, match="is not the name of a file next to it"):
         HFSource(tmp_path)
 
 
