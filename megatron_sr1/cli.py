@@ -236,9 +236,13 @@ def rank_main(config: Config) -> int:
     with ExitStack() as stack:
         with torchrun.first_rank_first(os.environ):
             stack.enter_context(guard(config.output))
-        from megatron_sr1.stages import run_stage
+        from megatron_sr1.stages import STAGES, joined_ranks
 
-        return run_stage(config)
+        with joined_ranks(config) as groups:
+            STAGES[config.stage](config, groups)
+    # 0 after a request to stop, too: otherwise srun and torchrun would kill the ranks that are
+    # still closing.
+    return 0
 
 
 def _with_cause(status: int, run_dir: Path, started: float) -> int:

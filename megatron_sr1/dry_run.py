@@ -1,17 +1,16 @@
-"""What is known of a run before any process starts: its checks, and its description.
+"""The checks of a run before any process starts, and the description that a dry run prints.
 
 In: a configuration and the number of ranks. Out: warnings, or the error that would stop the run
-after minutes of loading, the same for a start and for `train --dry-run`; and the text that the dry
-run prints. What is not there yet is left out.
+after minutes of loading; a start and `train --dry-run` make the same checks, of what exists.
 
-torch and Megatron-Core take seconds to import. They are imported only where there is a whole model,
-whose classes are then built as its ranks would build them; for a config.json alone the planner's
-formulas are used.
+torch and Megatron-Core take seconds to import. Only a model with weights imports them, to build its
+classes as the ranks would; for a config.json alone the planner's formulas are used.
 """
 
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -23,16 +22,17 @@ from megatron_sr1.errors import ConfigError, DataError
 from megatron_sr1.model.hf_config import HFConfig, read_hf_config
 from megatron_sr1.planning.layout import check, configured
 from megatron_sr1.planning.memory import stage_parameters, static_memory
-from megatron_sr1.records import Example
 from megatron_sr1.rewards.user_reward import UserReward
 
 
 def dry_run(config: Config) -> str:
-    """Describe a run that was checked: model, data, layout, steps, and what is not there yet."""
+    """Describe a checked run: model, data, layout, steps, and what does not exist yet."""
     hf_config = model_shape(config.model.path)
+    step = latest_step(Path(config.output) / "checkpoints") if config.checkpoint.resume else None
+    resumed = "" if step is None else f", resumed from step {step}"
     lines = [
         f"stage       {config.stage}, recipe {config.reward.recipe}, seed {config.seed}",
-        f"output      {config.output}{_resumed(config)}",
+        f"output      {config.output}{resumed}",
         f"model       {_model(config, hf_config)}",
     ]
     if config.stage != "eval":
@@ -52,18 +52,10 @@ def dry_run(config: Config) -> str:
     return "\n".join(lines)
 
 
-def _resumed(config: Config) -> str:
-    checkpoints = Path(config.output) / "checkpoints"
-    if not config.checkpoint.resume or not checkpoints.is_dir():
-        return ""
-    step = latest_step(checkpoints)
-    return "" if step is None else f", resumed from step {step}"
-
-
 def _model(config: Config, hf_config: HFConfig | None) -> str:
     path = config.model.path
     if hf_config is None:
-        return f"{path}: not there, not checked"
+        return f"{path}: does not exist, not checked"
     count = sum(prod(shape) for entry in entries(hf_config) for shape in entry.hf_shapes)
     kind = "huggingface" if (Path(path) / "config.json").is_file() else "megatron"
     kind = kind if has_weights(path) else "config.json alone"
@@ -75,15 +67,14 @@ def _model(config: Config, hf_config: HFConfig | None) -> str:
 
 def has_weights(path: str) -> bool:
     """Return True unless a Hugging Face directory holds its config.json alone."""
-    folder = Path(path)
-    return not (folder / "config.json").is_file() or any(folder.glob("*.safetensors"))
+    return not (Path(path) / "config.json").is_file() or any(Path(path).glob("*.safetensors"))
 
 
 def _data(path: str) -> str:
     if not path:
         return "none"
     if not Path(path).exists():
-        return f"{path}: not there, not checked"
+        return f"{path}: does not exist, not checked"
     reader = ShardReader(path)
     return f"{path}, {len(reader):,} samples, first {min(len(reader), NUM_READ)} read"
 
@@ -92,50 +83,70 @@ def _layout(config: Config) -> str:
     parallel = config.parallel
     text = f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context}"
     text += ", sequence parallel" if parallel.sequence else ""
-    model_size = config.parallel.replica_size
-    ranks = config.launch.num_processes
+    size, ranks = parallel.replica_size, config.launch.num_processes
     if not ranks:
-        return f"{text} = {model_size} ranks a replica; data parallel is what the launch brings"
-    return f"{text} x data {ranks // model_size} = {ranks} ranks"
+        return f"{text} = {size} ranks per replica; the launch sets data parallelism"
+    return f"{text} x data {ranks // size} = {ranks} ranks"
 
 
 def _num_ranks(config: Config) -> int:
-    """As configured, or of one replica."""
+    """Return the configured number of ranks, by default that of one replica."""
     return config.launch.num_processes or config.parallel.replica_size
 
 
 def _parameters(config: Config, hf_config: HFConfig | None) -> str:
-    """Of a rank at each end of the pipeline, from the classes that would run, or by formula."""
+    """Describe the parameters of a rank at each end of the pipeline."""
     if hf_config is None:
-        return "not known without the model"
+        return "unknown without the model"
     layout = configured(config, _num_ranks(config))
     if not has_weights(config.model.path) and layout is not None:
         ranks = (0, layout.pipeline - 1)
         parts = [[stage_parameters(hf_config, layout, s) for s in layout.stages(r)] for r in ranks]
-        counts = [sum(p.numel for stage in part for p in stage) for part in parts]
+        first, last = (sum(p.numel for stage in part for p in stage) for part in parts)
     else:
-        counts = _built_parameters(config, hf_config)
+        first, last = (_built_parameters(config, hf_config, r) for r in (0, _num_ranks(config) - 1))
     if config.parallel.pipeline == 1:
-        return f"{counts[0]:,} on each rank"
-    return f"{counts[0]:,} on a rank of the first stage, {counts[1]:,} of the last"
+        return f"{first:,} on each rank"
+    return f"{first:,} on a rank of the first stage, {last:,} of the last"
 
 
-def _built_parameters(config: Config, hf_config: HFConfig) -> list[int]:
-    last = _num_ranks(config) - 1
+def _built_parameters(config: Config, hf_config: HFConfig, rank: int) -> int:
+    """Count a rank's parameters by building Megatron's classes, without memory.
+
+    They are built on torch's meta device, in a world whose other ranks do not exist (torch's
+    backend "fake"), so that settings that Megatron refuses are found before a GPU is used. The
+    kernels are this package's: Transformer Engine's hold the same parameters and need CUDA.
+    """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what is not installed; `doctor` tells
-        from megatron_sr1.trainer.shapes import num_parameters_on  # imports Megatron-Core: seconds
+        warnings.simplefilter("ignore")  # about missing libraries, which `doctor` reports
+        import torch
+        from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
 
-        return [num_parameters_on(config, hf_config, rank, last + 1) for rank in (0, last)]
+        from megatron_sr1.model.qwen25_vl import build_model
+        from megatron_sr1.runtime.device import Device, stop_distributed
+        from megatron_sr1.runtime.groups import make_groups
+
+        num_ranks = _num_ranks(config)
+        torch.distributed.init_process_group(
+            "fake", store=FakeStore(), rank=rank, world_size=num_ranks
+        )
+        try:
+            groups = make_groups(config.parallel, Device("cpu"), on_host=False)
+            with torch.device("meta"):
+                settings = replace(config.model, spec="local", fp8=None)
+                chunks = build_model(hf_config, groups, settings, config.parallel)
+            return sum(p.numel() for chunk in chunks for p in chunk.parameters())
+        finally:
+            stop_distributed()
 
 
 def _memory(config: Config, hf_config: HFConfig | None) -> str:
-    """Of the fullest rank from the first step to the last; `megatron-sr1 plan` tells the rest."""
+    """Describe what the fullest rank holds during the whole run; `megatron-sr1 plan` says more."""
     if hf_config is None:
-        return "not known without the model"
+        return "unknown without the model"
     layout = configured(config, _num_ranks(config))
     if layout is None:
-        return "not known: the layout does not divide the ranks"
+        return "unknown: the layout does not divide the ranks"
     held = max(
         (static_memory(config, hf_config, layout, rank) for rank in layout.ends),
         key=lambda h: h.device,
@@ -158,23 +169,23 @@ def _steps(config: Config) -> str:
 
 
 NUM_READ = 8
-"""First samples of a data set that are read and decoded."""
+"""Samples of a data set that are read and decoded, the first ones."""
 
 
 def check_run(config: Config, num_ranks: int) -> list[str]:
-    """Check everything that the shards, the model's shape and the configuration tell.
+    """Check a run by its shards, its model's shape and its configuration.
 
     Args:
         config: of the run.
-        num_ranks: of the run; 0 where the launch decides.
+        num_ranks: of the run; 0 if the launch decides.
 
     Returns:
         warnings, a sentence each.
 
     Raises:
-        SR1Error: the run would end with it.
+        SR1Error: the run would fail with it.
     """
-    _check_output(config)
+    check_output(config)
     replica = config.parallel.replica_size
     if num_ranks % replica:
         raise ConfigError(
@@ -196,10 +207,10 @@ def check_run(config: Config, num_ranks: int) -> list[str]:
 
 
 def model_shape(path: str) -> HFConfig | None:
-    """Shape of the model in a directory of either kind, weights or none; None if it is not there.
+    """Return the shape of the model in a directory of either kind; None if it does not exist.
 
     Raises:
-        SR1Error: the directory is no model.
+        SR1Error: the directory holds no model.
     """
     if not Path(path).exists():
         return None
@@ -208,8 +219,8 @@ def model_shape(path: str) -> HFConfig | None:
     return read_hf_config(resolve_model(path).hf_files)
 
 
-def _check_output(config: Config) -> None:
-    """Refuse a run directory that holds what this run would replace."""
+def check_output(config: Config) -> None:
+    """Raise ConfigError if the run directory holds what this run would replace."""
     checkpoints = Path(config.output) / "checkpoints"
     if not checkpoints.is_dir():
         return
@@ -227,7 +238,7 @@ def _check_output(config: Config) -> None:
 
 
 def _check_shape(config: Config, hf_config: HFConfig, num_ranks: int) -> None:
-    """Refuse settings that do not fit the model's shape."""
+    """Raise ConfigError if settings do not fit the model's shape."""
     layout = configured(config, num_ranks)
     if layout is not None:
         check(hf_config, layout)
@@ -249,31 +260,38 @@ def _check_shape(config: Config, hf_config: HFConfig, num_ranks: int) -> None:
 
 def _check_data(config: Config, which: str) -> list[str]:
     """Check the shards of data.train or data.eval, as the stage uses them."""
-    folder, is_train = getattr(config.data, which), which == "train"
+    directory, is_train = getattr(config.data, which), which == "train"
     is_used = config.stage != "eval" if is_train else config.stage != "sft"
-    if not is_used or not folder or not Path(folder).exists():
+    if not is_used or not directory or not Path(directory).exists():
         return []
-    reader = ShardReader(folder)
-    if config.stage == "grpo" and is_train and len(reader) < config.data.prompts_per_step:
-        raise ConfigError(
-            f"data.prompts_per_step={config.data.prompts_per_step}, but {folder} has {len(reader)} "
-            f"samples; a step must not hold a prompt twice: set data.prompts_per_step={len(reader)}"
-            " or less, and algorithm.prompts_per_update to a divisor of it"
-        )
+    reader = ShardReader(directory)
+    if is_train:
+        check_num_samples(config, len(reader))
     first = range(min(len(reader), NUM_READ))
     faults = [fault for index in first if (fault := _fault(reader, index, config))]
     if len(faults) == len(first):
         reason = faults[0] if faults else "there are none"
         raise DataError(
-            f"data.{which}={folder}: none of the first {NUM_READ} samples can be used: {reason}"
+            f"data.{which}={directory}: none of the first {NUM_READ} samples can be used: {reason}"
         )
     if config.stage == "grpo" and is_train and config.rollout.canary_bound > 0:
-        _check_canary(reader, folder)
+        _check_canary(reader, directory)
     return [f"{fault}; the run will skip it" for fault in faults]
 
 
+def check_num_samples(config: Config, num_samples: int) -> None:
+    """Raise ConfigError if the training set is too small for a GRPO step."""
+    per_step = config.data.prompts_per_step
+    if config.stage == "grpo" and num_samples < per_step:
+        raise ConfigError(
+            f"data.prompts_per_step={per_step}, but {config.data.train} has {num_samples} samples; "
+            f"a step must not hold a prompt twice: set data.prompts_per_step={num_samples} or "
+            "less, and algorithm.prompts_per_update to a divisor of it"
+        )
+
+
 def _fault(reader: ShardReader, index: int, config: Config) -> str:
-    """Why a sample cannot be used, "" if it can."""
+    """Return why a sample cannot be used; "" if it can."""
     try:
         example = reader.example(index)
         reader.images(index)
@@ -282,16 +300,12 @@ def _fault(reader: ShardReader, index: int, config: Config) -> str:
     where = f"{example.shard} sample {example.key}"
     if config.stage != "sft" and example.answer is None:
         return f"{where} has no gold answer to judge by"
-    if config.stage == "sft" and not _has_target(example):
+    if config.stage == "sft" and all(turn.role != "assistant" for turn in example.messages):
         return f"{where} has no assistant turn to learn from"
     return ""
 
 
-def _has_target(example: Example) -> bool:
-    return any(message.role == "assistant" for message in example.messages)
-
-
-def _check_canary(reader: ShardReader, folder: str) -> None:
+def _check_canary(reader: ShardReader, directory: str) -> None:
     for index in range(min(len(reader), NUM_SEARCHED)):
         try:
             if reader.example(index).num_images:
@@ -300,5 +314,5 @@ def _check_canary(reader: ShardReader, folder: str) -> None:
             continue
     raise ConfigError(
         f"rollout.canary_bound needs a sample with an image among the first {NUM_SEARCHED} of "
-        f"data.train, {folder} has none; set rollout.canary_bound=0"
+        f"data.train, {directory} has none; set rollout.canary_bound=0"
     )

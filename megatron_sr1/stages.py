@@ -4,46 +4,77 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
-from pathlib import Path
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-from megatron_sr1.config.run import Config
+import torch
+
+from megatron_sr1.config.run import Config, LaunchConfig
+from megatron_sr1.dry_run import check_num_samples, check_output
 from megatron_sr1.errors import ConfigError
-from megatron_sr1.evaluation.evaluate import WAYS, HeldOut, evaluation_scorer
+from megatron_sr1.evaluation.evaluate import HeldOut, evaluation_scorer
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.runtime import failure
-from megatron_sr1.runtime.device import Device, stop_distributed
-from megatron_sr1.runtime.groups import Groups
-from megatron_sr1.trainer import setup
-from megatron_sr1.trainer.actor import Actor, Reference, make_actor
+from megatron_sr1.runtime.device import select_device, start_distributed, stop_distributed
+from megatron_sr1.runtime.groups import Groups, make_groups
+from megatron_sr1.runtime.rng import seed_everything
+from megatron_sr1.trainer.actor import Actor, Reference, load_actor_model, make_actor
 from megatron_sr1.trainer.context import Context
-from megatron_sr1.trainer.grpo import sync, train_grpo
+from megatron_sr1.trainer.grpo import train_grpo
 from megatron_sr1.trainer.optimizer import updates_per_step
-from megatron_sr1.trainer.samples import Samples
+from megatron_sr1.trainer.samples import Samples, make_processor
 from megatron_sr1.trainer.sft import train_sft
+from megatron_sr1.trainer.sync import start_engine, sync
 
 log = logging.getLogger(__name__)
+ONEDNN_KERNELS = 32
+"""Kernels that oneDNN caches, instead of 1,024: packed samples bring new shapes in every step, and
+host memory would grow for hundreds of steps. A step takes as long: all layers share a shape."""
 
 
-def run_stage(config: Config) -> int:
-    """Run the configured stage on this rank; returns the exit status.
+def start_ranks(config: Config) -> Groups:
+    """Start torch.distributed and make the layout's groups."""
+    device = select_device(config.launch.device)
+    if device.kind == "cpu":
+        torch.set_num_threads(num_threads(config.launch))
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(ONEDNN_KERNELS))
+    start_distributed(device, collective_timeout_seconds(config.launch))
+    failure.see_others()
+    groups = make_groups(config.parallel, device)
+    seed_everything(config.seed, groups)
+    return groups
 
-    It is 0, too, where the run was asked to leave and has saved: a rank with another status would
-    have srun and torchrun kill those that are still closing.
-    """
+
+@contextmanager
+def joined_ranks(config: Config) -> Iterator[Groups]:
+    """Start this rank with the others, and leave them after the block."""
     with failure.deadline("start", config.launch.setup_deadline_seconds):
-        device, groups = setup.start_ranks(config)
-    STAGES[config.stage](config, device, groups)
-    # Not after a failure: leaving the groups would show the others a broken connection before they
-    # can read what went wrong.
+        groups = start_ranks(config)
+    yield groups
+    # Not after a failure: the others would see a broken connection before they can read why.
     stop_distributed()
-    return 0
 
 
-def run_sft(config: Config, device: Device, groups: Groups) -> None:
-    """Supervised fine-tuning of `model.path` on `data.train`."""
-    context, samples, actor, _ = start(config, groups, config.optimizer.num_steps)
+def collective_timeout_seconds(launch: LaunchConfig) -> float:
+    """Return the time limit of a collective: above every deadline, so that the watch reports hangs.
+
+    Without deadlines it is a month.
+    """
+    longest = max(launch.setup_deadline_seconds, launch.phase_deadline_seconds)
+    return longest + 60.0 if longest > 0 else 30 * 86400.0
+
+
+def num_threads(launch: LaunchConfig) -> int:
+    """Return the number of threads of each rank on a CPU."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return launch.threads or max(1, (os.cpu_count() or 1) // ranks)
+
+
+def run_sft(config: Config, groups: Groups) -> None:
+    """Fine-tune `model.path` on `data.train`."""
+    context, samples, actor, _ = start(config, groups)
     train_sft(context, actor, samples)
     if context.is_leaving:
         return context.close()
@@ -51,85 +82,74 @@ def run_sft(config: Config, device: Device, groups: Groups) -> None:
     finish(context, samples)
 
 
-def run_grpo(config: Config, device: Device, groups: Groups) -> None:
-    """GRPO from `model.path` on `data.train`, and an evaluation at the end if `data.eval` is set.
-
-    The engine starts from `model.path` too and is synced before it samples.
-    """
-    # Before minutes of loading: a reward function that does not load ends the run at once.
-    scorer, judging = setup.make_scorer(config), evaluation_scorer(config)
-    context, samples, actor, reference = start(
-        config, groups, updates_per_step(config) * config.optimizer.num_steps
-    )
-    with context.phase("setup"):
-        directory = setup.engine_directory(config, groups)
-        engine = setup.make_engine(config, directory, context.processor, device)
-    rate = rating(context, actor, engine, judging) if config.checkpoint.keep_best else None
-    train_grpo(context, actor, engine, samples, scorer, reference, rate)
-    scorer.close()
-    if context.is_leaving:
-        return context.close()
-    export(context, actor)
-    if config.data.eval:
-        sync(context, actor, engine, version=context.step)
-        judge(context, engine, judging)
+def run_grpo(config: Config, groups: Groups) -> None:
+    """Train `model.path` with GRPO on `data.train`, then evaluate if `data.eval` is set."""
+    # The scorers first: a reward function that does not load stops the run before the model loads.
+    with Scorer(config.reward) as scorer, evaluation_scorer(config) as eval_scorer:
+        context, samples, actor, reference = start(config, groups)
+        with context.phase("setup"):
+            engine = start_engine(config, groups, samples.processor)
+        held_out, rate = None, None
+        if config.data.eval:
+            held_out_samples = Samples(config, config.data.eval, samples.processor)
+            held_out = HeldOut(context, engine, held_out_samples, eval_scorer)
+            if config.checkpoint.keep_best:
+                rate = rating(context, actor, engine, held_out)
+        train_grpo(context, actor, engine, samples, scorer, reference, rate)
+        if context.is_leaving:
+            return context.close()
+        export(context, actor)
+        if held_out is not None:
+            sync(context, actor, engine)
+            judge(context, held_out)
     finish(context, samples)
 
 
-def run_eval(config: Config, device: Device, groups: Groups) -> None:
-    """Evaluation of `model.path` on `data.eval`, by the engine alone."""
-    if (Path(config.output) / "checkpoints").exists():
-        raise ConfigError(
-            f"{config.output} holds a training run, whose files an evaluation would replace; give "
-            "another output"
-        )
-    scorer = evaluation_scorer(config)
-    context = Context(config, groups, setup.make_processor(config), 0)
+def run_eval(config: Config, groups: Groups) -> None:
+    """Evaluate `model.path` on `data.eval`, with the engine alone."""
+    check_output(config)
+    processor = make_processor(config)
+    samples = Samples(config, config.data.eval, processor)
+    context = Context(config, groups, 0)
     context.open()
-    with context.phase("setup"):
-        directory = setup.engine_directory(config, groups)
-        engine = setup.make_engine(config, directory, context.processor, device)
-    judge(context, engine, scorer)
+    with evaluation_scorer(config) as scorer:
+        with context.phase("setup"):
+            engine = start_engine(config, groups, processor)
+        judge(context, HeldOut(context, engine, samples, scorer))
     context.close()
 
 
-def start(
-    config: Config, groups: Groups, num_updates: int
-) -> tuple[Context, Samples, Actor, Reference | None]:
-    """What both training stages need, resumed if there is something to resume.
+def start(config: Config, groups: Groups) -> tuple[Context, Samples, Actor, Reference | None]:
+    """Make what both training stages need, and resume if there is a checkpoint.
 
     The reference is copied from `model.path` before a checkpoint is loaded over it.
     """
-    processor = setup.make_processor(config)
-    samples = setup.open_samples(config, config.data.train, processor)
-    if config.stage == "grpo" and config.data.prompts_per_step > len(samples):
-        raise ConfigError(
-            f"data.prompts_per_step={config.data.prompts_per_step}, but {config.data.train} has "
-            f"{len(samples)} samples; a step must not hold a prompt twice"
-        )
-    context = Context(config, groups, processor, len(samples))
+    check_output(config)
+    samples = Samples(config, config.data.train, make_processor(config))
+    check_num_samples(config, len(samples))
+    context = Context(config, groups, len(samples))
     with context.phase("setup"):
-        chunks, hf_config, source = setup.load_actor_model(config, groups)
+        chunks, hf_config, source = load_actor_model(config, groups)
         needs_reference = config.stage == "grpo" and config.algorithm.kl_coefficient > 0
         reference = Reference(chunks) if needs_reference else None
+        num_updates = updates_per_step(config) * config.optimizer.num_steps
         actor = make_actor(config, chunks, hf_config, source, groups, num_updates)
         context.start(actor)
     return context, samples, actor, reference
 
 
 def rating(
-    context: Context, actor: Actor, engine: Engine, scorer: Scorer
+    context: Context, actor: Actor, engine: Engine, held_out: HeldOut
 ) -> Callable[[], dict[str, float]]:
     """Return a function that evaluates the actor by greedy answers to `data.eval`; collective."""
     config = context.config
-    held_out = HeldOut(context, engine, scorer)
     metric = config.checkpoint.best_by.split()[1]
 
     def rate() -> dict[str, float]:
-        sync(context, actor, engine, version=context.step)
+        sync(context, actor, engine)
         rates = held_out.judge(f"step_{context.step}", temperature=0.0)
         engine.sleep()
-        actor.take_room()  # what is saved next is where a save looks for it
+        actor.restore()  # for the save that follows
         held_out.samples.forget()
         if metric not in rates:
             raise ConfigError(
@@ -141,26 +161,25 @@ def rating(
     return rate
 
 
-def judge(context: Context, engine: Engine, scorer: Scorer) -> None:
-    """Evaluate sampled and greedy, and write the rates to summary.json."""
-    held_out, summary = HeldOut(context, engine, scorer), {}
-    for way, temperature in zip(WAYS, (context.config.rollout.temperature, 0.0), strict=True):
+def judge(context: Context, held_out: HeldOut) -> None:
+    """Evaluate sampled and greedy answers, and write the rates to summary.json."""
+    summary = {}
+    for way, temperature in (("sampled", context.config.rollout.temperature), ("greedy", 0.0)):
         summary[way] = held_out.judge(way, temperature)
         log.info("held-out, %s: %s", way, summary[way])
-    scorer.close()
     if context.is_writer:
         (context.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 
 def export(context: Context, actor: Actor) -> None:
-    """Write the Hugging Face model, if it is wanted."""
+    """Write the Hugging Face model, if configured."""
     if context.config.checkpoint.export_hf:
         with context.phase("export"):
             actor.save_hf(context.run_dir / "hf")
 
 
 def finish(context: Context, samples: Samples) -> None:
-    """Write the report, with pictures of the training set."""
+    """Close the sinks and write the report, with images of the training set."""
     context.close()
     if context.is_writer:
         from megatron_sr1.report.report import write_report
@@ -169,7 +188,7 @@ def finish(context: Context, samples: Samples) -> None:
             log.info("report: %s", write_report(context.run_dir, samples.reader.images))
 
 
-STAGES: dict[str, Callable[[Config, Device, Groups], None]] = {
+STAGES: dict[str, Callable[[Config, Groups], None]] = {
     "sft": run_sft,
     "grpo": run_grpo,
     "eval": run_eval,

@@ -29,7 +29,10 @@ from megatron_sr1.rewards.response import find_description
 from megatron_sr1.rollout.pass2 import Pass2, RolloutHooks
 from megatron_sr1.rollout.two_pass import roll_out
 from megatron_sr1.runtime.rng import request_seed
-from megatron_sr1.trainer import setup
+from megatron_sr1.stages import start_ranks
+from megatron_sr1.trainer.actor import load_actor_model
+from megatron_sr1.trainer.samples import Samples, make_processor
+from megatron_sr1.trainer.sync import start_engine
 from tools.engine_steps import SCHEDULES, Job, Limits, jobs_of, recorded, simulate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,11 +58,11 @@ class Bench:
                 f"rollout.max_reading_tokens={CAP_TOKENS}",
             ],
         )
-        device, self.groups = setup.start_ranks(config)
-        self.processor = setup.make_processor(config)
-        self.samples = setup.open_samples(config, data, self.processor)
-        self.chunks, self.hf_config, _ = setup.load_actor_model(config, self.groups)
-        self.engine = setup.make_engine(config, Path(model), self.processor, device)
+        self.groups = start_ranks(config)
+        self.processor = make_processor(config)
+        self.samples = Samples(config, data, self.processor)
+        self.chunks, self.hf_config, _ = load_actor_model(config, self.groups)
+        self.engine = start_engine(config, self.groups, self.processor)
         self.limits = Limits(slots, 32768, 32, chunked=False)  # as engine.py sets them on a CPU
         self.num_syncs = 0
 

@@ -21,7 +21,8 @@ from pathlib import Path
 
 from megatron_sr1.demo.demo import COLD_START, prepare
 from megatron_sr1.observability.metrics import read_lines
-from megatron_sr1.report.panels import VERDICTS, paired, rate
+from megatron_sr1.report.panels import LABELS, paired
+from megatron_sr1.rewards.verdicts import VERDICTS, rate
 from tools.bench import ROOT, table
 
 CREDITS = ("scalar", "span")
@@ -71,7 +72,7 @@ def tables(found: dict[int, dict[str, Path]], way: str) -> str:
             half = T95[len(means) - 1] * statistics.stdev(means) / math.sqrt(len(means))
             cells.append(f"{statistics.mean(means):+.3f} ± {half:.3f}")
         rows.append(["all", "span - scalar", *cells])
-    return table([f"seed, {way}", "credit", *VERDICTS.values()], rows)
+    return table([f"seed, {way}", "credit", *LABELS], rows)
 
 
 def main() -> None:

@@ -31,13 +31,12 @@ from typing import TYPE_CHECKING, Any
 from megatron_sr1.config.loading import load_config
 from megatron_sr1.config.run import Config, LaunchConfig
 from megatron_sr1.launch.torchrun import rank_environment
-from megatron_sr1.trainer import setup
+from megatron_sr1.runtime.groups import Groups
+from megatron_sr1.trainer.samples import Samples, make_processor
 from tools.compare_trl import ROOT, report, trl_python
 
 if TYPE_CHECKING:
     import torch
-
-    from megatron_sr1.trainer.samples import Samples
 
 SIDES = ("packed", "padded", "trainer")
 WARM_UP_STEPS = 2
@@ -52,14 +51,14 @@ def run_ours(config: Config, padded_samples: int) -> list[tuple[int, float]]:
     from megatron_sr1.runtime.device import stop_distributed
     from megatron_sr1.trainer.sft import train_sft
 
-    _, groups = setup.start_ranks(config)
-    context, samples, actor, _ = stages.start(config, groups, config.optimizer.num_steps)
-    pack_own, tokens = context.pack, []
+    groups = stages.start_ranks(config)
+    context, samples, actor, _ = stages.start(config, groups)
+    pack_own, tokens = samples.pack, []
 
-    def pack(chosen: Sequence[TrainSample], samples: Samples) -> list[PackedBatch]:
+    def pack(chosen: Sequence[TrainSample], groups: Groups) -> list[PackedBatch]:
         tokens.append(sum(len(sample.token_ids) for sample in chosen))
         if not padded_samples:
-            return pack_own(chosen, samples)
+            return pack_own(chosen, groups)
         batches = []
         for at in range(0, len(chosen), padded_samples):
             part = chosen[at : at + padded_samples]
@@ -68,14 +67,14 @@ def run_ours(config: Config, padded_samples: int) -> list[tuple[int, float]]:
                 part,
                 longest * len(part),
                 samples.vision,
-                image_pad_id=context.processor.image_pad_id,
-                merge_size=context.processor.merge_size,
+                image_pad_id=samples.processor.image_pad_id,
+                merge_size=samples.processor.merge_size,
                 pad_multiple=longest,
                 sequence_multiple=longest,
             )
         return batches
 
-    context.pack = pack  # type: ignore[method-assign]
+    samples.pack = pack  # type: ignore[method-assign]
     train_sft(context, actor, samples)
     context.close()
     stop_distributed()
@@ -116,7 +115,7 @@ def run_trainer(config: Config, padded_samples: int) -> list[tuple[int, float]]:
     import torch
 
     torch.set_num_threads(config.launch.threads)
-    processor = setup.make_processor(config)
+    processor = make_processor(config)
     from transformers import (
         Qwen2_5_VLForConditionalGeneration,
         Trainer,
@@ -124,7 +123,7 @@ def run_trainer(config: Config, padded_samples: int) -> list[tuple[int, float]]:
         TrainingArguments,
     )
 
-    samples = setup.open_samples(config, config.data.train, processor)
+    samples = Samples(config, config.data.train, processor)
     tokens: list[int] = []
     ends = [0.0]
 
@@ -210,7 +209,7 @@ def write_conversations(directory: Path, work: Path, num_samples: int, max_turns
 
 def samples_that_fit(config: Config, pad_for: str) -> int:
     """Return how many conversations of the "longest" or the "mean" length fit, a power of two."""
-    samples = setup.open_samples(config, config.data.train, setup.make_processor(config))
+    samples = Samples(config, config.data.train, make_processor(config))
     lengths = [len(samples.conversation(index).token_ids) for index in range(len(samples))]
     length = max(lengths) if pad_for == "longest" else statistics.mean(lengths)
     return 2 ** int(math.log2(config.data.pack_tokens / length))

@@ -22,7 +22,7 @@ class DataConfig:
     shuffle: bool = True
     """Shuffle the samples of each epoch, with the run's seed."""
     prompt_style: str = choice("full", "full", "brief")
-    """Instructions in the prompt: full (published models), brief (models trained with them)."""
+    """Instructions in the prompt: full (published models), brief (such as the demo's model)."""
     packing: bool = True
     """Pack several sequences into a micro-batch; false: one sequence per micro-batch."""
     pack_tokens: int = number(8192, at_least=1)
@@ -83,8 +83,8 @@ class AlgorithmConfig:
     importance_cap: float = number(2.0, at_least=1)
     """Largest importance weight."""
     mask_beyond_nats: float = number(0.0, at_least=0)
-    """Exclude sequences whose logprobs under actor and engine differ by more than this mean, nats;
-    0 excludes none."""
+    """Exclude sequences whose mean difference of actor and engine logprobs is larger, nats per
+    token; 0 excludes none."""
     prompts_per_update: int = number(128, at_least=1)
     """Prompts per optimizer update; must divide data.prompts_per_step."""
     filter_groups: bool = False

@@ -24,7 +24,7 @@ MAX_IMAGES = 1024
 
 
 def read_file(path: Path, max_bytes: int, where: str) -> bytes:
-    """Read a regular file, also through links; a pipe or device is rejected without blocking."""
+    """Read a regular file, also through links; a pipe or a device is an error and never blocks."""
     name = f"{where}: {shown(str(path), 400)}"
     file = None
     try:
@@ -45,7 +45,7 @@ def read_file(path: Path, max_bytes: int, where: str) -> bytes:
 
 
 def inside(folder: Path, name: str, where: str) -> Path:
-    """Return the path of a file that a sample names, which is neither a URL nor out of `folder`."""
+    """Return the path of a file that a sample names; it is no URL and does not leave `folder`."""
     if "://" in name or name.startswith(("file:", "~")):
         raise DataError(f"{where}: {shown(name)} is a URL; expected a path in {folder}")
     try:

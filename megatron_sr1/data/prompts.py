@@ -1,7 +1,7 @@
 """Prompts: the messages of each pass, and their token ids by the model's own chat template.
 
-Source of the form (three spans, a self-contained description, a reader without the image): arXiv
-2508.19652, section 3. The wording is this project's own.
+The form (three spans, a self-contained description, a reader without the image) is that of arXiv
+2508.19652, section 3; the wording is this project's own.
 
 Markers that the template writes (`<|im_start|>`, one `<|image_pad|>` per image) become special
 tokens. The same characters inside a question, a description or an answer are tokenised as plain

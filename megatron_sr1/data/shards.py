@@ -7,6 +7,7 @@ read in one operation. Any webdataset reader can stream the same files.
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import json
@@ -83,7 +84,7 @@ class ShardReader:
             raise DataError(
                 f"{self.directory}: no .tar shards; make them with tools/make_shards.py"
             )
-        self._places: dict[Path, list[Place]] = {}
+        self._index = functools.cache(read_index)
         counts = _counts(self.directory, self._tars)
         self._ends = list(itertools.accumulate(counts or [len(self._index(t)) for t in self._tars]))
 
@@ -128,11 +129,6 @@ class ShardReader:
                 "the shard is not the one that was written"
             )
         return tar, places[index - start]
-
-    def _index(self, tar: Path) -> list[Place]:
-        if tar not in self._places:
-            self._places[tar] = read_index(tar)
-        return self._places[tar]
 
 
 def _read(tar: Path, place: Place, span: Span) -> bytes:

@@ -59,7 +59,7 @@ def records(
     Args:
         files: result of `source_files`.
         image_folder: base of relative image paths; None: the directory of each file.
-        columns: name -> column or dotted path in a row, for columns with other names.
+        columns: as in `record_from_row`.
     """
     for path in files:
         read = {".parquet": _parquet_rows, ".jsonl": _jsonl_rows, ".json": _json_rows}[path.suffix]

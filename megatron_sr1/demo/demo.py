@@ -25,18 +25,19 @@ from megatron_sr1.config.run import Config
 from megatron_sr1.demo.digits import corpus_texts, make_digits
 from megatron_sr1.demo.tiny_model import make_tiny_model
 from megatron_sr1.errors import ConfigError
-from megatron_sr1.evaluation.evaluate import HeldOut
+from megatron_sr1.evaluation.evaluate import HeldOut, evaluation_scorer
 from megatron_sr1.observability.metrics import read_lines
-from megatron_sr1.report.panels import VERDICTS as VERDICT_LABELS
 from megatron_sr1.report.panels import paired
 from megatron_sr1.report.report import DEMO_RUNS
+from megatron_sr1.rewards.score import Scorer
+from megatron_sr1.rewards.verdicts import VERDICTS, rates
 from megatron_sr1.rollout.engine import Engine
-from megatron_sr1.runtime.device import stop_distributed
 from megatron_sr1.runtime.groups import Groups
-from megatron_sr1.trainer import scoring, setup
 from megatron_sr1.trainer.context import Context
-from megatron_sr1.trainer.grpo import sync, train_grpo
+from megatron_sr1.trainer.grpo import train_grpo
+from megatron_sr1.trainer.samples import Samples
 from megatron_sr1.trainer.sft import train_sft
+from megatron_sr1.trainer.sync import start_engine, sync
 
 log = logging.getLogger(__name__)
 
@@ -75,50 +76,47 @@ def train(output: Path, seed: int) -> None:
     started = time.monotonic()
     configs = {name: _config(output, seed, name) for name in MODELS}
     cold = configs.pop("cold_start")
-    device, groups = setup.start_ranks(cold)
-    log.info("2/4 cold start (%d steps)", cold.optimizer.num_steps)
-    context, samples, actor, _ = stages.start(cold, groups, cold.optimizer.num_steps)
-    train_sft(context, actor, samples)
-    context.close()
-    directory = Path(cold.output) / "hf"
-    actor.save_hf(directory)
-    judge_config = _config(output, seed, "vision_sr1", f"output={output}")
-    log.info("starting the engine")
-    with context.phase("setup"):
-        engine = setup.make_engine(judge_config, directory, context.processor, device)
-    judging = Context(judge_config, groups, context.processor, 0)
-    judging.open()
-    scorer = setup.make_scorer(judge_config)
-    held_out = HeldOut(judging, engine, scorer)
-    _judge(held_out, "cold_start")
-    for number, (name, config) in enumerate(configs.items(), start=3):
-        log.info("%d/4 %s (%d steps)", number, DEMO_RUNS[name], config.optimizer.num_steps)
-        _train_grpo(config, groups, engine)
-        _judge(held_out, name)
-    scorer.close()
-    if groups.world.rank == 0:
-        # A line per start that reached the end; `finish` takes the first, which did the training
-        # unless an earlier start was interrupted.
-        with open(output / "seconds.jsonl", "a") as file:
-            file.write(json.dumps({"seconds": time.monotonic() - started}) + "\n")
-    stop_distributed()
+    with stages.joined_ranks(cold) as groups:
+        log.info("2/4 cold start (%d steps)", cold.optimizer.num_steps)
+        context, samples, actor, _ = stages.start(cold, groups)
+        train_sft(context, actor, samples)
+        context.close()
+        actor.save_hf(Path(cold.output) / "hf")
+        judge_config = _config(output, seed, "vision_sr1", f"output={output}")
+        log.info("starting the engine")
+        with context.phase("setup"):
+            engine = start_engine(judge_config, groups, samples.processor)
+        judging = Context(judge_config, groups, 0)
+        judging.open()
+        questions = Samples(judge_config, judge_config.data.eval, samples.processor)
+        with evaluation_scorer(judge_config) as scorer:
+            held_out = HeldOut(judging, engine, questions, scorer)
+            _judge(held_out, "cold_start")
+            for number, (name, config) in enumerate(configs.items(), start=3):
+                log.info("%d/4 %s (%d steps)", number, DEMO_RUNS[name], config.optimizer.num_steps)
+                _train_grpo(config, groups, engine)
+                _judge(held_out, name)
+        if groups.world.rank == 0:
+            # A line per start that reached the end; `finish` takes the first, which did the
+            # training unless an earlier start was interrupted.
+            with open(output / "seconds.jsonl", "a") as file:
+                file.write(json.dumps({"seconds": time.monotonic() - started}) + "\n")
 
 
 def _train_grpo(config: Config, groups: Groups, engine: Engine) -> None:
-    context, samples, actor, reference = stages.start(config, groups, config.optimizer.num_steps)
-    scorer = setup.make_scorer(config)
-    train_grpo(context, actor, engine, samples, scorer, reference)
-    scorer.close()
+    context, samples, actor, reference = stages.start(config, groups)
+    with Scorer(config.reward) as scorer:
+        train_grpo(context, actor, engine, samples, scorer, reference)
     context.close()
-    sync(context, actor, engine, version=context.step)
+    sync(context, actor, engine)
     actor.save_hf(context.run_dir / "hf")
 
 
 def _judge(held_out: HeldOut, name: str) -> None:
     """Evaluate the engine's weights on the held-out questions, sampled and greedily."""
     for way, temperature in WAYS.items():
-        rates = held_out.judge(f"{name}_{way}", temperature)
-        shown = ", ".join(f"{rate} {value:.3g}" for rate, value in rates.items())
+        found = held_out.judge(f"{name}_{way}", temperature)
+        shown = ", ".join(f"{rate} {value:.3g}" for rate, value in found.items())
         log.info("%s, held-out questions, %s: %s", DEMO_RUNS[name], way, shown)
 
 
@@ -134,14 +132,13 @@ def finish(output: Path) -> dict[str, Any]:
         for name in MODELS
     }
     summary: dict[str, Any] = {
-        name: {way: scoring.rates(lines) for way, lines in ways.items()}
-        for name, ways in judged.items()
+        name: {way: rates(lines) for way, lines in ways.items()} for name, ways in judged.items()
     }
     summary["differences"] = {
         f"{second} - {first}": {
             way: {
                 name: paired(judged[first][way], judged[second][way], verdict)
-                for verdict, name in scoring.VERDICTS.items()
+                for verdict, (name, _) in VERDICTS.items()
             }
             for way in WAYS
         }
@@ -162,9 +159,9 @@ def comparison(summary: dict[str, Any]) -> Table:
         table.add_column(DEMO_RUNS[name], justify="right")
     for way in WAYS:
         table.add_row(f"{way}:")
-        for verdict, rate in scoring.VERDICTS.items():
+        for rate, label in VERDICTS.values():
             cells = (f"{100 * summary[name][way][rate]:.1f}" for name in MODELS)
-            table.add_row(VERDICT_LABELS[verdict], *cells)
+            table.add_row(label, *cells)
         table.add_section()
     return table
 

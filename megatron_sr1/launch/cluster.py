@@ -40,9 +40,7 @@ class Cluster:
     nodes: int = option(1, "nodes per job", metavar="N")
     gpus_per_node: int = option(0, "0 on CPUs (%(default)s)", metavar="N")
     tasks_per_node: int = option(0, "ranks per node; 0: one per GPU (%(default)s)", metavar="N")
-    cpus_per_task: int = option(
-        0, "cores per rank; 0: Slurm's default, which may be one (%(default)s)", metavar="N"
-    )
+    cpus_per_task: int = option(0, "cores per rank; 0: Slurm's default, often one", metavar="N")
     time: str = option("04:00:00", "time limit of each job (%(default)s)", metavar="LIMIT")
     warning_seconds: int = option(
         300,
@@ -51,32 +49,22 @@ class Cluster:
         metavar="S",
     )
     launcher: str = option(
-        "srun",
-        "what starts the ranks: srun (a task per rank) or torchrun (a task per node)",
-        choices=("srun", "torchrun"),
+        "srun", "starts a task per rank, or torchrun per node", choices=("srun", "torchrun")
     )
     container: str = option("", "image for pyxis: a file or a reference", metavar="IMAGE")
-    mounts: tuple[str, ...] = option((), "mounted directory", "--mount", metavar="HOST:CONTAINER")
+    mounts: tuple[str, ...] = option((), "directory", "--mount", metavar="HOST:CONTAINER")
     environment: Mapping[str, str] = option(
         dict, "environment variable of the ranks", "--env", metavar="NAME=VALUE"
     )
     sbatch: Mapping[str, str] = option(dict, "such as qos=high", metavar="OPTION=VALUE")
-    workdir: str = option(
-        "", "checkout, seen by all nodes, where the ranks start (this directory)", metavar="DIR"
-    )
-    python: str = option(
-        "",
-        "interpreter of the ranks (WORKDIR/.venv/bin/python, or python in a container)",
-        metavar="FILE",
-    )
+    workdir: str = option("", "checkout, seen by all nodes (this directory)", metavar="DIR")
+    python: str = option("", "of the ranks (WORKDIR/.venv, or a container's)", metavar="FILE")
     logs: str = option(
         "",
         "scripts and logs, seen by all nodes (nemo-run's home; with a tunnel WORKDIR/runs/slurm)",
         metavar="DIR",
     )
-    tunnel: str = option(
-        "", "login node, by ssh with a key (none: this machine is one)", metavar="USER@HOST[:PORT]"
-    )
+    tunnel: str = option("", "login node, by ssh with a key", metavar="USER@HOST[:PORT]")
     identity: str = option("", "private key for the tunnel", metavar="FILE")
 
     @property

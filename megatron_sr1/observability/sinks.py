@@ -30,18 +30,21 @@ LINE_SECONDS = 10.0
 """Least time between two log lines of steps; the first and the last step always have one."""
 Rollouts = Sequence[Mapping[str, Any]]
 Images = Callable[[int], "Sequence[Image.Image]"]
+Cells = Mapping[tuple[bool, bool], int]
+"""(answer right, description sufficient) -> responses, from `rewards.verdicts.cross`."""
 
 
 class Sink:
     """Shows or stores the metrics of steps; a method that is not overridden does nothing."""
 
-    def show(self, step: int, rollouts: Rollouts, images: Images) -> None:
+    def show(self, step: int, rollouts: Rollouts, images: Images, cells: Cells) -> None:
         """Receive a step's rollouts, before its metrics.
 
         Args:
             step: counted from 1.
             rollouts: as in rollouts/step_N.jsonl.
             images: index of an example -> its images.
+            cells: the responses, counted by verdict.
         """
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

@@ -21,8 +21,7 @@ from megatron_sr1.config.loading import to_dict
 from megatron_sr1.config.run import Config
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.observability.metrics import METRICS_FILE, read_lines
-from megatron_sr1.observability.sinks import Images, Rollouts, Sink
-from megatron_sr1.records import RIGHT_FROM
+from megatron_sr1.observability.sinks import Cells, Images, Rollouts, Sink
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -86,13 +85,17 @@ class WandbSink(Sink):
             if stage == config.stage and number <= step:
                 self.log(number, {k: nan if v is None else v for k, v in line.items()})
 
-    def show(self, step: int, rollouts: Rollouts, images: Images) -> None:
+    def show(self, step: int, rollouts: Rollouts, images: Images, cells: Cells) -> None:
         """Prepare the tables of samples and verdicts for `log`, if they are due."""
         number, every = self._settings.wandb_samples, self._settings.wandb_tables_every
         if number and rollouts and step > self._last and (step == 1 or step % every == 0):
             chosen = rollouts[:: -(-len(rollouts) // number)]
             self._tables = {"samples": self._samples(chosen, images)}
-            columns, rows = verdict_counts(rollouts)
+            rows = [
+                [f"answer {word}", cells[right, True], cells[right, False]]
+                for right, word in ((True, "right"), (False, "wrong"))
+            ]
+            columns: list[str | int] = ["", "description suffices", "description does not"]
             self._tables["verdicts"] = self._wandb.Table(columns=columns, data=rows)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -136,20 +139,6 @@ def side_by_side(images: Sequence[Image.Image]) -> Image.Image | None:
         whole.paste(image, (left, 0))
         left += image.width
     return whole
-
-
-def verdict_counts(rollouts: Rollouts) -> tuple[list[str | int], list[list[Any]]]:
-    """Count responses by right or wrong answer x sufficient or insufficient description.
-
-    Responses without a second pass are skipped. Returns columns and rows.
-    """
-    rewards = [line["reward"] for line in rollouts if line["reward"]["self_reward"] is not None]
-    cells = [(r["accuracy"] >= RIGHT_FROM, r["self_reward"] >= RIGHT_FROM) for r in rewards]
-    rows: list[list[Any]] = [
-        [f"answer {word}", cells.count((right, True)), cells.count((right, False))]
-        for right, word in ((True, "right"), (False, "wrong"))
-    ]
-    return ["", "description suffices", "description does not"], rows
 
 
 def last_step(run_dir: Path, run_id: str) -> int:

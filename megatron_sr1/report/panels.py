@@ -12,17 +12,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_sr1.records import RIGHT_FROM
 from megatron_sr1.report import page
 from megatron_sr1.report.charts import Bar, Series, bar_chart, line_chart, stacked_chart
+from megatron_sr1.rewards import verdicts
+from megatron_sr1.rewards.verdicts import VERDICTS, rate
 
 Lines = list[dict[str, Any]]
-VERDICTS = {
-    "accuracy": "answer right",
-    "self_reward": "read from description",
-    "description_exact": "description exact",
-    "shortcut": "shortcut",
-}
+LABELS = [verdict.label for verdict in VERDICTS.values()]
 CURVES = {
     "Rewards": {
         "reward/accuracy": "answer",
@@ -63,12 +59,6 @@ RATES = {
 SHARES = ("reward/accuracy", "reward/self_reward", "reward/format", "reward/shortcut_rate")
 
 
-def rate(lines: Lines, verdict: str) -> float | None:
-    """Return the mean of a verdict over the lines that have it; None if none has."""
-    values = [line[verdict] for line in lines if line.get(verdict) is not None]
-    return sum(values) / len(values) if values else None
-
-
 def _bar(lines: Lines, verdict: str) -> Bar | None:
     share = rate(lines, verdict)
     if share is None:
@@ -100,7 +90,7 @@ def verdict_bars(judged: Mapping[str, Lines], way: str = "") -> str:
         return ""
     bars = {name: [_bar(lines, v) for v in VERDICTS] for name, lines in judged.items()}
     title = f"Share of held-out questions, %{', ' if way else ''}{way}"
-    return bar_chart(title, list(VERDICTS.values()), bars)
+    return bar_chart(title, LABELS, bars)
 
 
 def verdict_table(title: str, judged: Mapping[str, Lines]) -> str:
@@ -111,7 +101,7 @@ def verdict_table(title: str, judged: Mapping[str, Lines]) -> str:
             bars = [_bar(lines, verdict) for verdict in VERDICTS]
             cells = (_percent(*bar) if bar else "–" for bar in bars)
             rows.append([name, *cells])
-    return page.table([title, *VERDICTS.values()], rows)
+    return page.table([title, *LABELS], rows)
 
 
 def difference_table(judged: Mapping[str, Mapping[str, Lines]]) -> str:
@@ -126,7 +116,7 @@ def difference_table(judged: Mapping[str, Mapping[str, Lines]]) -> str:
             if any(gaps):
                 cells = (_percent(*gap, sign="+") if gap else "–" for gap in gaps)
                 rows.append([f"{way}: {other} minus {one}", *cells])
-    return page.table(["difference, points", *VERDICTS.values()], rows)
+    return page.table(["difference, points", *LABELS], rows)
 
 
 def _percent(value: float, error: float, sign: str = "") -> str:
@@ -135,11 +125,8 @@ def _percent(value: float, error: float, sign: str = "") -> str:
 
 def cross(title: str, lines: Sequence[Mapping[str, Any]]) -> str:
     """Return the table of pass 1 x pass 2 for the lines that have a second pass."""
-    judged = [line for line in lines if line["self_reward"] is not None]
-    cells = Counter(
-        (line["accuracy"] >= RIGHT_FROM, line["self_reward"] >= RIGHT_FROM) for line in judged
-    )
-    return page.cross_table(title, cells)
+    judged = ((line["accuracy"], line["self_reward"]) for line in lines)
+    return page.cross_table(title, verdicts.cross(judged))
 
 
 def _series(lines: Lines, metric: str, name: str, colour: int) -> Series:

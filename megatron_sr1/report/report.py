@@ -18,6 +18,7 @@ from megatron_sr1.records import RIGHT_FROM
 from megatron_sr1.report import page, panels
 from megatron_sr1.report.page import Images
 from megatron_sr1.report.panels import Lines
+from megatron_sr1.rewards.verdicts import VERDICTS, rate
 from megatron_sr1.runtime import files
 
 DEMO_RUNS = {
@@ -157,7 +158,7 @@ def _finding(judged: Mapping[str, Mapping[str, Lines]]) -> str:
         return "The evaluation files in this directory are incomplete."
 
     def rates(way: str, verdict: str) -> list[str]:
-        return [f"{panels.rate(lines, verdict) or 0.0:.0%}" for lines in judged[way].values()]
+        return [f"{rate(lines, verdict) or 0.0:.0%}" for lines in judged[way].values()]
 
     cold, plain, rewarded = rates("sampled", "accuracy")
     _, read_plain, read_rewarded = rates("sampled", "self_reward")
@@ -180,7 +181,7 @@ def _demo_tiles(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     for way, name in (("sampled", "self_reward"), ("sampled", "accuracy"), ("greedy", "accuracy")):
         value = summary.get("vision_sr1", {}).get(way, {}).get(name)
         if value is not None:
-            found.append((f"{value:.1%}", f"{panels.VERDICTS[name]}, {way}, GRPO + self-reward"))
+            found.append((f"{value:.1%}", f"{VERDICTS[name].label}, {way}, GRPO + self-reward"))
     return found
 
 

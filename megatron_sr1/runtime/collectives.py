@@ -5,9 +5,10 @@ If one rank raised alone, the others would wait in a collective.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_sr1.errors import CheckpointError
@@ -35,6 +36,15 @@ def gather_objects(value: Any, group: Group | None = None) -> list[Any]:
     gathered: list[Any] = [None] * size
     dist.all_gather_object(gathered, value, group=group and group.process_group)
     return gathered
+
+
+def sum_over_ranks(groups: Groups, values: Mapping[str, float]) -> dict[str, float]:
+    """Return sums over the world, equal on all ranks, all of which have the same names."""
+    total = torch.tensor(list(values.values()), dtype=torch.float64)
+    if groups.world.size > 1:
+        total = total.to(groups.device.torch)
+        dist.all_reduce(total)
+    return dict(zip(values, total.tolist(), strict=True))
 
 
 def on_all_ranks(groups: Groups, work: Callable[[], Any]) -> list[Any]:

@@ -84,7 +84,7 @@ class Groups:
         return self.context.rank == 0
 
     @property
-    def speaks_for_samples(self) -> bool:
+    def is_replica_leader(self) -> bool:
         """True on exactly one of the ranks that process the same samples."""
         return self.tensor.rank == 0 and self.pipeline.rank == 0 and self.context.rank == 0
 

@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 
-from megatron_sr1.checkpoint.folders import ModelSource
+from megatron_sr1.checkpoint.folders import ModelSource, resolve_model
 from megatron_sr1.checkpoint.hf import export_weights, local_parameters, save_hf
+from megatron_sr1.checkpoint.loading import load_model
 from megatron_sr1.checkpoint.mapping import check_freeze, entries, is_frozen
 from megatron_sr1.checkpoint.tensors import Trained
 from megatron_sr1.config.run import Config
-from megatron_sr1.model.hf_config import HFConfig
+from megatron_sr1.model.hf_config import HFConfig, read_hf_config
+from megatron_sr1.model.qwen25_vl import build_model
 from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.groups import Groups
 from megatron_sr1.trainer.optimizer import make_optimizer, make_scheduler
@@ -29,17 +31,17 @@ from megatron_sr1.trainer.optimizer import make_optimizer, make_scheduler
 
 @dataclass(frozen=True)
 class Actor:
-    """What is trained.
+    """The model in training.
 
     Attributes:
-        chunks: the model, one chunk a virtual stage.
+        chunks: the model, one chunk per virtual stage.
         wrapped: the same chunks inside Megatron's DistributedDataParallel.
         optimizer: Megatron's optimizer.
-        scheduler: learning-rate schedule.
+        scheduler: Megatron's learning-rate schedule.
         hf_config: shape of the model.
         source: the directory that it was loaded from.
-        groups: the layout.
-        frozen: published names of the tensors of layers that do not learn.
+        groups: of the layout.
+        frozen: published names of the tensors of frozen layers.
     """
 
     chunks: list[Any]
@@ -50,36 +52,36 @@ class Actor:
     source: ModelSource
     groups: Groups
     frozen: frozenset[str] = frozenset()
-    _given: set[str] = field(default_factory=set, init=False, compare=False)
+    _offloaded: set[str] = field(default_factory=set, init=False, compare=False)
 
     def weights(self, left_out: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
-        """Full weights under their published names, one at a time; collective over all ranks."""
+        """Yield full weights under their published names; collective over all ranks."""
         return export_weights(self.chunks, self.hf_config, self.groups, left_out)
 
-    def make_room(self, what: str) -> None:
-        """Free memory of the device until `take_room`.
+    def offload(self, what: str) -> None:
+        """Free device memory until `restore`.
 
         Args:
-            what: none | gradients, which are 0 then | optimizer, its state to host memory as well;
-                of that nothing happens on a CPU.
+            what: none | gradients, which must not be needed any more | optimizer, which also moves
+                the optimizer's state to host memory, unless it is there, as on a CPU.
         """
-        if what == "none" or self._given:
+        if what == "none" or self._offloaded:
             return
         for wrapped in self.wrapped:
             wrapped.offload_grad_buffers()
         if what == "optimizer" and self.first_device.type == "cuda":
             self.optimizer.offload_to_cpu()
-        self._given.add(what)
+        self._offloaded.add(what)
 
-    def take_room(self) -> None:
-        """Undo `make_room`, if it was done; `update` asks for it by itself."""
-        if not self._given:
+    def restore(self) -> None:
+        """Undo `offload`, if it was called; `update` does so by itself."""
+        if not self._offloaded:
             return
         for wrapped in self.wrapped:
             wrapped.restore_grad_buffers()
-        if "optimizer" in self._given and self.first_device.type == "cuda":
+        if "optimizer" in self._offloaded and self.first_device.type == "cuda":
             self.optimizer.restore_from_cpu()
-        self._given.clear()
+        self._offloaded.clear()
 
     @property
     def trained(self) -> Trained:
@@ -87,17 +89,17 @@ class Actor:
         return Trained(self.wrapped, self.optimizer, self.scheduler, self.groups)
 
     def save_hf(self, directory: Path) -> None:
-        """Write the weights as the source's Hugging Face directory has them; collective."""
+        """Write the weights as a Hugging Face directory like the source's; collective."""
         save_hf(self.chunks, self.hf_config, self.groups, self.source.hf_files, directory)
 
     @cached_property
     def first_device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.chunks[0].parameters()).device
 
 
 class Reference:
-    """Frozen copy of a rank's shard, in host memory."""
+    """Frozen copy of a rank's shard in host memory."""
 
     def __init__(self, chunks: list[Any]) -> None:
         """Copy the chunks' present weights."""
@@ -106,7 +108,7 @@ class Reference:
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """While inside, the chunks hold the reference's weights; afterwards their own again."""
+        """Put the reference's weights into the chunks for the duration of a block."""
         live = [p.detach().to("cpu", copy=True) for p in self._parameters]
         try:
             self._fill(self._frozen)
@@ -120,8 +122,22 @@ class Reference:
             parameter.copy_(value)
 
 
+def load_actor_model(config: Config, groups: Groups) -> tuple[list[Any], HFConfig, ModelSource]:
+    """Build the model under the groups' layout and load `model.path` into it.
+
+    Returns:
+        the chunks, the model's shape, and where it came from.
+    """
+    source = resolve_model(config.model.path)
+    hf_config = read_hf_config(source.hf_files)
+    with cpu.megatron_mode():
+        chunks = build_model(hf_config, groups, config.model, config.parallel)
+        load_model(chunks, source, hf_config, groups, config.checkpoint.verify)
+    return chunks, hf_config, source
+
+
 def freeze(chunks: list[Any], hf_config: HFConfig, patterns: Sequence[str]) -> frozenset[str]:
-    """Take parameters out of training: no gradient, no optimizer state.
+    """Exclude parameters from training: no gradient, no optimizer state.
 
     Args:
         chunks: the model.
@@ -129,10 +145,10 @@ def freeze(chunks: list[Any], hf_config: HFConfig, patterns: Sequence[str]) -> f
         patterns: regular expressions, searched for in published names (`^visual[.]`).
 
     Returns:
-        published names of the tensors of layers all of which is frozen.
+        published names of the tensors of all layers that are frozen as a whole.
 
     Raises:
-        ConfigError: a pattern that matches nothing, or only a part of a fused parameter.
+        ConfigError: a pattern matches nothing, or only a part of a fused parameter.
     """
     check_freeze(hf_config, patterns)
     for entry, parameter in local_parameters(chunks, hf_config):
@@ -155,10 +171,10 @@ def make_actor(
 
     Args:
         config: of the run.
-        chunks: the model with its weights.
+        chunks: from `load_actor_model`, like `hf_config` and `source`.
         hf_config: shape of the model.
         source: the directory that it was loaded from.
-        groups: the layout.
+        groups: of the layout.
         num_updates: optimizer updates of the whole run, for the schedule.
     """
     from megatron.core.distributed import (
@@ -172,13 +188,13 @@ def make_actor(
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=config.optimizer.gradients == "float32",
             use_distributed_optimizer=config.parallel.distributed_optimizer,
-            # A non-finite gradient stops the run before the update: the rank that sees it raises
-            # and the failure watch takes the others along.
+            # A non-finite gradient stops the run before the update: the rank that sees it raises,
+            # and the failure watch stops the others.
             check_for_nan_in_grad=True,
         )
         wrapped = [DistributedDataParallel(c.config, ddp_config, c) for c in chunks]
         no_sync = [outer.no_sync for outer in wrapped]
-        # One configuration for all chunks of a rank.
+        # All chunks of a rank share one configuration.
         chunks[0].config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         chunks[0].config.finalize_model_grads_func = finalize_model_grads
         optimizer = make_optimizer(config, wrapped)

@@ -1,96 +1,158 @@
-"""The objective of a GRPO update, as configured, for one micro-batch.
+"""From rewards to the loss of a GRPO update: advantages, and the objective of a micro-batch.
 
-In: the policy's logprobs and a packed batch. Out: a weighted sum over target tokens, its part of
-the denominator, and sums to report, each with the number of tokens that it is over: `mismatch/…`
-all that were sampled, the rest those in the loss, which `mask_beyond_nats` makes fewer. trainer/
-step.py adds all of them up over micro-batches and ranks.
-docs/algorithms.md says which values make which published algorithm.
+In: a step's rewards in groups of n, then the policy's logprobs of packed sequences. Out: `Credit`,
+and a weighted sum over target tokens with its part of the denominator. docs/algorithms.md says
+which settings make which published algorithm.
+
+Sources of the credit: the sum of rewards is Vision-SR1's (arXiv 2508.19652, version 1); an answer's
+and a visual reward, each normalised on its own, are its version 2's and GDPO's (arXiv 2601.05242);
+advantages per span are described in the text of that version.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from megatron_sr1.algorithm import correction
+from megatron_sr1.algorithm.advantages import group_advantages, weighted_sum
 from megatron_sr1.algorithm.losses import policy_loss
+from megatron_sr1.config.run import Config
 from megatron_sr1.config.training import AlgorithmConfig
 from megatron_sr1.errors import EngineError
-from megatron_sr1.records import PackedBatch
+from megatron_sr1.records import PackedBatch, Reward
 from megatron_sr1.trainer.step import Sums, TokenLoss
+
+
+@dataclass(frozen=True)
+class Credit:
+    """Advantages of a step's rollouts.
+
+    Attributes:
+        advantages: [groups, n] float32, of all tokens but a description's.
+        description_advantages: [groups, n] float32, of the description's tokens; the same unless
+            credit is per span.
+        by_span: whether the two differ, so that the description's tokens must be found.
+    """
+
+    advantages: np.ndarray
+    description_advantages: np.ndarray
+    by_span: bool = False
+
+    @property
+    def teaching(self) -> list[int]:
+        """Groups with an advantage other than 0: those whose rewards differ."""
+        some = (self.advantages != 0) | (self.description_advantages != 0)
+        return np.flatnonzero(some.any(axis=1)).tolist()
+
+    def advantages_of(self, group: int, sample: int) -> tuple[float, float | None]:
+        """Return a rollout's advantage, and its description's if credit is per span."""
+        advantage = float(self.advantages[group, sample])
+        if not self.by_span:
+            return advantage, None
+        return advantage, float(self.description_advantages[group, sample])
+
+
+def credit(rewards: Sequence[Reward], config: Config) -> tuple[Credit, dict[str, float]]:
+    """Compute the advantages of a step's rollouts, and how rewards spread in its groups.
+
+    Args:
+        rewards: one group after the other.
+        config: of the run.
+
+    Returns:
+        the credit, and `groups/…` of each reward that was normalised: no_spread, floored, std.
+    """
+    algorithm, pay_leaks = config.algorithm, config.reward.pay_leaks
+
+    def compare(values: Sequence[float], name: str) -> tuple[np.ndarray, dict[str, float]]:
+        groups = np.array(values, np.float64).reshape(-1, config.rollout.samples_per_prompt)
+        advantages, stats = group_advantages(groups, algorithm.std_floor, algorithm.advantage)
+        return advantages, {f"groups/{name}{key}": value for key, value in stats.items()}
+
+    if algorithm.credit == "scalar":
+        advantages, stats = compare([r.total for r in rewards], "")
+        return Credit(advantages, advantages), stats
+    share = algorithm.format_share
+    answer, stats = compare([r.accuracy + share * r.format for r in rewards], "answer_")
+    visual, more = compare([visual_reward(r, share, pay_leaks) for r in rewards], "visual_")
+    stats |= more
+    if algorithm.credit == "component":
+        weights = (algorithm.answer_weight, algorithm.visual_weight)
+        advantages = weighted_sum((answer, visual), weights)
+        return Credit(advantages, advantages), stats
+    return Credit(answer, np.where(np.isnan(visual), answer, visual), by_span=True), stats
+
+
+def visual_reward(reward: Reward, format_share: float, pay_leaks: bool) -> float:
+    """Return self-reward + format_share x format; NaN without a self-reward, as without images."""
+    if reward.self_reward is None:
+        return float("nan")
+    paid = 0.0 if reward.leak and not pay_leaks else reward.self_reward
+    return paid + format_share * reward.format
 
 
 def grpo_loss(
     algorithm: AlgorithmConfig, mismatch_bound: float, max_response_tokens: int
 ) -> TokenLoss:
-    """The policy loss plus KL of a micro-batch.
+    """Return the policy loss plus KL of a micro-batch, as configured.
+
+    It reports `mismatch/…` over all sampled tokens, everything else over those in the loss, which
+    `mask_beyond_nats` makes fewer.
 
     Args:
-        algorithm: kind of loss, clips, correction.
-        mismatch_bound: largest |engine - actor| logprob of a token, nats; 0 turns it off.
+        algorithm: kind of loss, clips, corrections.
+        mismatch_bound: largest |engine - actor| logprob of a token, nats; 0 turns the check off.
         max_response_tokens: constant length of `loss: dr_grpo`.
     """
 
     def loss(
         policy_logprobs: torch.Tensor, batch: PackedBatch
     ) -> tuple[torch.Tensor, torch.Tensor, Sums]:
-        old = batch.old_logprobs
+        old, engine = batch.old_logprobs, batch.engine_logprobs
         if old is None:
             old = policy_logprobs.detach()
-        assert batch.engine_logprobs is not None
+        assert engine is not None
         sampled = batch.loss_mask.sum()
-        gaps = correction.mismatch_sums(batch.engine_logprobs, old, batch.loss_mask)
-        _check_gap(float(gaps["mismatch/abs_max"]), mismatch_bound)
-        batch, masked = _without_far(batch, old, algorithm)
+        over_sampled = correction.mismatch_sums(engine, old, batch.loss_mask)
+        _check_mismatch(float(over_sampled["mismatch/abs_max"]), mismatch_bound)
+        if algorithm.mask_beyond_nats > 0:
+            near, masked = correction.near_sequences(
+                engine, old, batch.loss_mask, batch.cu_seqlens, algorithm.mask_beyond_nats
+            )
+            batch = replace(batch, loss_mask=near)
+            over_sampled |= masked
         batch, weighted = _weighted(batch, old, algorithm)
-        loss_sum, denominator, losses = policy_loss(
+        loss_sum, denominator, over_loss = policy_loss(
             policy_logprobs, old, batch, algorithm, max_response_tokens
         )
         in_loss = batch.loss_mask.sum()
-        sums = {name: (value, sampled) for name, value in {**gaps, **masked}.items()}
-        sums |= {name: (value, in_loss) for name, value in {**losses, **weighted}.items()}
+        sums = {name: (value, sampled) for name, value in over_sampled.items()}
+        sums |= {name: (value, in_loss) for name, value in {**over_loss, **weighted}.items()}
         return loss_sum, denominator, sums
 
     return loss
 
 
-def _without_far(
-    batch: PackedBatch, old: torch.Tensor, algorithm: AlgorithmConfig
-) -> tuple[PackedBatch, dict[str, torch.Tensor]]:
-    """Far sequences out of the mask, if configured, and sums over the sampled tokens."""
-    if algorithm.mask_beyond_nats == 0:
-        return batch, {}
-    assert batch.engine_logprobs is not None
-    kept, reported = correction.near_sequences(
-        batch.engine_logprobs,
-        old,
-        batch.loss_mask,
-        batch.cu_seqlens,
-        algorithm.mask_beyond_nats,
-    )
-    return replace(batch, loss_mask=kept), reported
-
-
 def _weighted(
     batch: PackedBatch, old: torch.Tensor, algorithm: AlgorithmConfig
 ) -> tuple[PackedBatch, dict[str, torch.Tensor]]:
-    """Advantages by importance weights, if configured, and sums over the tokens in the loss."""
+    """Multiply the advantages by importance weights, if configured; return sums of the weights."""
     engine, level = batch.engine_logprobs, algorithm.importance_sampling
     assert engine is not None and batch.advantages is not None
-    reported: dict[str, torch.Tensor] = {}
-    if level != "off":
-        cap = algorithm.importance_cap
-        borders = batch.cu_seqlens if level == "sequence" else None
-        weights = correction.truncated_importance_weights(
-            engine, old, batch.loss_mask, cap, borders
-        )
-        reported = correction.weight_sums(weights, batch.loss_mask, cap)
-        batch = replace(batch, advantages=batch.advantages * weights)
-    return batch, reported
+    if level == "off":
+        return batch, {}
+    cap = algorithm.importance_cap
+    borders = batch.cu_seqlens if level == "sequence" else None
+    weights = correction.truncated_importance_weights(engine, old, batch.loss_mask, cap, borders)
+    reported = correction.weight_sums(weights, batch.loss_mask, cap)
+    return replace(batch, advantages=batch.advantages * weights), reported
 
 
-def _check_gap(worst: float, bound: float) -> None:
+def _check_mismatch(worst: float, bound: float) -> None:
     if 0 < bound < worst:
         raise EngineError(
             f"engine and actor disagree by {worst:.2g} nats on a sampled token, at most "

@@ -2,30 +2,40 @@
 
 In: the actor's chunks inside Megatron's DistributedDataParallel. Out: Megatron's optimizer. With
 `optimizer.state: bfloat16` or `optimizer.offload: true` Megatron's distributed optimizer shards,
-clips and gathers as ever, and a `ShardAdamW` stands in for the Adam inside it.
+clips and gathers as usual, and a `ShardAdamW` replaces the Adam inside it. It holds three tensors
+per shard of the weights, under the names by which Megatron saves them:
+
+    state         float32                                bfloat16
+    master_param  float32 weights (the weights           the rounding error of the weights in
+                  themselves if they are float32)        bfloat16 (Kahan's compensation)
+    exp_avg, exp_avg_sq   moments                        moments
+    update        torch.optim.adamw                      optimi.adamw with kahan_sum
+
+They are on the weights' device, or in host memory (pinned if there is CUDA), from which an update
+copies the tensors of one shard to the device and back.
+
+Cost of bfloat16 (measured by tests/unit/test_adamw.py): weight and compensation have 16 bits
+together, so an update below 2^-18 of its weight is lost; the moments have 8.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from megatron_sr1.config.run import Config
 from megatron_sr1.config.training import OptimizerConfig
-from megatron_sr1.trainer.adamw import ShardAdamW
 
-RATES = ("learning rate of the next update", "learning rate of the last update")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+RATES = ("learning rate of the next update", "learning rate of the last update")
+Tensors = dict[str, torch.Tensor]
+Group = dict[str, Any]
 
 
 def make_optimizer(config: Config, wrapped: list[Any]) -> Any:
-    """Megatron's optimizer over wrapped chunks.
-
-    Args:
-        config: of the run.
-        wrapped: chunks inside Megatron's DistributedDataParallel.
-    """
+    """Make Megatron's optimizer for chunks inside its DistributedDataParallel."""
     from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
     from megatron.core.optimizer import get_megatron_optimizer
 
@@ -43,13 +53,13 @@ def make_optimizer(config: Config, wrapped: list[Any]) -> Any:
         params_dtype=DTYPES[config.model.dtype],
         use_distributed_optimizer=config.parallel.distributed_optimizer,
     )
-    held = chosen.state == "bfloat16" or chosen.offload
-    # Megatron then makes no master weights: shards of the weights themselves are handed to the
-    # optimizer inside, with their gradients as `decoupled_grad`. The public setting for it insists
-    # on Transformer Engine's Adam; this one is what the distributed optimizer asks for.
-    settings.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = held
+    is_replaced = chosen.state == "bfloat16" or chosen.offload
+    # Megatron then makes no master weights: it hands shards of the weights themselves to the inner
+    # optimizer, with their gradients as `decoupled_grad`. The public setting for that requires
+    # Transformer Engine's Adam; the distributed optimizer reads this one.
+    settings.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = is_replaced
     optimizer = get_megatron_optimizer(settings, wrapped)
-    if held:
+    if is_replaced:
         for part in optimizer.chained_optimizers:
             if not part.is_stub_optimizer:
                 groups = part.optimizer.param_groups
@@ -58,13 +68,7 @@ def make_optimizer(config: Config, wrapped: list[Any]) -> Any:
 
 
 def make_scheduler(chosen: OptimizerConfig, optimizer: Any, num_updates: int) -> Any:
-    """Megatron's schedule of learning rate and weight decay.
-
-    Args:
-        chosen: settings.
-        optimizer: Megatron's.
-        num_updates: optimizer updates of the whole run.
-    """
+    """Make Megatron's schedule of learning rate and weight decay over all updates of a run."""
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
     return OptimizerParamScheduler(
@@ -85,23 +89,17 @@ def make_scheduler(chosen: OptimizerConfig, optimizer: Any, num_updates: int) ->
 
 
 def updates_per_step(config: Config) -> int:
-    """Optimizer updates that a step makes; with `algorithm.filter_groups` the most."""
+    """Return the optimizer updates per step; with `algorithm.filter_groups`, the most."""
     if config.stage == "sft":
         return 1
     return config.data.prompts_per_step // config.algorithm.prompts_per_update
 
 
 def schedule_facts(config: Config, optimizer: Any, scheduler: Any, step: int) -> dict[str, Any]:
-    """What a place in the schedule means, to be kept with a checkpoint.
-
-    Args:
-        config: of the run.
-        optimizer: Megatron's.
-        scheduler: of the learning rate, at its place after `step`.
-        step: steps done.
+    """Describe the schedule after `step` steps, for a checkpoint.
 
     Returns:
-        by name the settings that the schedule is made of, and the learning rates that follow.
+        the settings of the schedule by name, and the next and the last learning rate.
     """
     chosen, per_step = config.optimizer, updates_per_step(config)
     names = ("num_steps", "learning_rate", "min_learning_rate", "warmup_steps", "schedule")
@@ -121,14 +119,14 @@ def schedule_facts(config: Config, optimizer: Any, scheduler: Any, step: int) ->
 
 
 def schedule_change(saved: Any, now: dict[str, Any]) -> str:
-    """Say how the schedule of a checkpoint differs from the one of this run.
+    """Describe how the schedule of a checkpoint differs from that of this run.
 
     Args:
-        saved: `schedule_facts` as a checkpoint keeps them, or None where an older one has none.
-        now: those of this run at the same place.
+        saved: `schedule_facts` of the checkpoint; None if it is older than they are.
+        now: those of this run at the same step.
 
     Returns:
-        each difference as `name old -> new`; empty where no setting differs.
+        each difference as `name old -> new`; empty if no setting differs.
     """
     known = saved if isinstance(saved, dict) else {}
     differ = [name for name, value in now.items() if name in known and known[name] != value]
@@ -139,3 +137,151 @@ def schedule_change(saved: Any, now: dict[str, Any]) -> str:
 
 def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)[:40]
+
+
+class ShardAdamW:
+    """AdamW as Megatron's `DistributedOptimizer` expects its inner optimizer to be.
+
+    Not a `torch.optim.Optimizer`, which refuses views and casts what it loads to the dtype and the
+    device of the weights.
+
+    Attributes:
+        param_groups: Megatron's groups; each has `params`, `lr`, `weight_decay`, `betas`, `eps`
+            and `step`, the number of updates done.
+        state: the tensors of each shard.
+    """
+
+    def __init__(self, param_groups: list[Group], dtype: torch.dtype, offload: bool) -> None:
+        """Initialize the state.
+
+        Args:
+            param_groups: of the optimizer that this one replaces.
+            dtype: of the state, float32 or bfloat16; bfloat16 only for weights in bfloat16.
+            offload: keep the state in host memory.
+        """
+        self.param_groups = param_groups
+        self.dtype = dtype
+        self._offload = offload
+        self._update: Callable[..., None] = _kahan if dtype == torch.bfloat16 else _plain
+        self.state: dict[torch.Tensor, Tensors] = {}
+        for group in param_groups:
+            group["step"] = 0
+            for shard in group["params"]:
+                self.state[shard] = self._initial(shard)
+
+    def _initial(self, shard: torch.Tensor) -> Tensors:
+        weights = shard.detach()
+        if self.dtype == torch.bfloat16:
+            assert weights.dtype == torch.bfloat16
+            master = self._empty(weights).zero_()
+        elif weights.dtype == torch.float32:
+            master = weights
+        else:
+            master = self._empty(weights).copy_(weights)
+        moments = {name: self._empty(weights).zero_() for name in ("exp_avg", "exp_avg_sq")}
+        return {"master_param": master, **moments}
+
+    def _empty(self, like: torch.Tensor) -> torch.Tensor:
+        device = torch.device("cpu") if self._offload else like.device
+        pinned = self._offload and like.is_cuda
+        return torch.empty(like.shape, dtype=self.dtype, device=device, pin_memory=pinned)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update every shard by its `decoupled_grad`."""
+        for group in self.param_groups:
+            for shard in group["params"]:
+                tensors = self._on_device(shard)
+                self._update(shard, shard.decoupled_grad, tensors, group)
+                self._put_back(shard, tensors)
+            group["step"] += 1
+        if self._offload and torch.cuda.is_available():
+            # Checkpoints read host memory without synchronizing.
+            torch.cuda.current_stream().synchronize()
+
+    def _on_device(self, shard: torch.Tensor) -> Tensors:
+        if not self._offload:
+            return self.state[shard]
+        # On a CPU it is a copy as well, so that the tests run what a GPU runs.
+        return {
+            name: torch.empty_like(held, device=shard.device).copy_(held, non_blocking=True)
+            for name, held in self.state[shard].items()
+        }
+
+    def _put_back(self, shard: torch.Tensor, tensors: Tensors) -> None:
+        for name, held in self.state[shard].items():
+            if held is not tensors[name]:
+                held.copy_(tensors[name], non_blocking=True)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Release the gradients."""
+        for shard in self.state:
+            shard.decoupled_grad = None  # type: ignore[attr-defined]
+
+    def get_unscaled_state(self, shard: torch.Tensor, name: str) -> torch.Tensor:
+        """Return a state tensor, for a checkpoint."""
+        return self.state[shard][name]
+
+    def set_scaled_state(self, shard: torch.Tensor, name: str, value: torch.Tensor) -> None:
+        """Fill a state tensor from a checkpoint."""
+        self.state[shard][name].copy_(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the groups without tensors, and the step where Megatron expects torch's."""
+        groups = [{**group, "params": []} for group in self.param_groups]
+        return {"state": {0: {"step": torch.tensor(groups[0]["step"])}}, "param_groups": groups}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load the number of updates; settings stay as configured, and tensors are filled later."""
+        for group, loaded in zip(self.param_groups, state["param_groups"], strict=True):
+            group["step"] = int(loaded["step"])
+
+
+def _plain(shard: torch.Tensor, gradient: torch.Tensor, tensors: Tensors, group: Group) -> None:
+    """Update in float32, then round to weights in bfloat16."""
+    from torch.optim.adamw import adamw
+
+    master = tensors["master_param"]
+    adamw(
+        [master],
+        [gradient.float()],
+        [tensors["exp_avg"]],
+        [tensors["exp_avg_sq"]],
+        [],
+        [torch.tensor(float(group["step"]))],
+        foreach=False,
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
+    shard.copy_(master)
+
+
+def _kahan(shard: torch.Tensor, gradient: torch.Tensor, tensors: Tensors, group: Group) -> None:
+    """Update in bfloat16; the compensation keeps the weights' rounding errors."""
+    from optimi import adamw
+
+    compensation = tensors["master_param"]
+    # The library would decay the bfloat16 weights, which loses all but giant rates to rounding.
+    compensation.add_(shard, alpha=-group["lr"] * group["weight_decay"])
+    # Its kernel accepts any gradient; its torch operations need one dtype, and overwrite it.
+    kernel = shard.is_cuda
+    adamw(
+        [shard],
+        [gradient if kernel else gradient.to(shard.dtype)],
+        [tensors["exp_avg"]],
+        [tensors["exp_avg_sq"]],
+        [compensation],
+        lr=group["lr"],
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        weight_decay=0.0,
+        eps=group["eps"],
+        step=torch.tensor(group["step"]),
+        kahan_sum=True,
+        triton=kernel,
+    )

@@ -1,68 +1,64 @@
-"""A dataset's samples by index, as prompts, training samples and pixels.
+"""A dataset's samples by index, as prompts, training samples, pixels and packed micro-batches.
 
-Images do not travel between ranks: whoever needs pixels asks here, and they are read from the
-shard. What was read is kept until `forget`.
+Images do not travel between ranks: each rank reads the pixels that it needs from the shard, and
+keeps what it has read until `forget`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_sr1.data.packing import Size
+from megatron_sr1.checkpoint.folders import resolve_model
+from megatron_sr1.config.run import Config
+from megatron_sr1.data.packing import Size, pack_samples, plan_ranks
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.data.prompts import pass1_messages, pass2_messages
 from megatron_sr1.data.shards import ShardReader
 from megatron_sr1.errors import ConfigError, DataError
-from megatron_sr1.records import Example, Prompt, Rollout, TrainSample, VisionInputs
-from megatron_sr1.rewards.response import bare_gold
-from megatron_sr1.trainer.credit import description_tokens
+from megatron_sr1.model.flops import patch_cost
+from megatron_sr1.model.hf_config import read_hf_config
+from megatron_sr1.model.row_split import sequence_multiple
+from megatron_sr1.model.transformer_config import fp8_row_multiple
+from megatron_sr1.records import Example, PackedBatch, Prompt, Rollout, TrainSample, VisionInputs
+from megatron_sr1.rewards.response import DESCRIPTION, bare_gold, find_span
+from megatron_sr1.runtime.groups import Group, Groups
 
 if TYPE_CHECKING:
     from PIL import Image
 
 
-class Samples:
-    """Samples of one folder of shards.
+def make_processor(config: Config) -> Processor:
+    """Load the tokenizer and image processor of `model.path`."""
+    directory = resolve_model(config.model.path).hf_files
+    return Processor(directory, config.data.min_pixels, config.data.max_pixels)
 
-    Args:
-        directory: folder of shards.
-        processor: tokenizer and image processor.
-        recipe: reward recipe, which chooses the instruction.
-        style: prompt style.
-        pass2_order: whether question or description comes first in pass 2.
-        max_prompt_tokens: longer prompts and conversations are a `DataError`.
+
+class Samples:
+    """Samples of a directory of shards.
 
     Attributes:
         readings: prompts of pass 2 since `forget`, token ids by example and description.
-
-    Raises:
-        ConfigError: the folder is not there.
     """
 
-    def __init__(
-        self,
-        directory: str,
-        processor: Processor,
-        *,
-        recipe: str,
-        style: str,
-        pass2_order: str,
-        max_prompt_tokens: int,
-    ) -> None:
-        """Open the shards."""
+    def __init__(self, config: Config, directory: str, processor: Processor) -> None:
+        """Open the shards.
+
+        Raises:
+            ConfigError: the directory does not exist.
+        """
         if not directory or not Path(directory).is_dir():
             raise ConfigError(
-                f"data folder {directory!r} is not there; set data.train or data.eval to a folder "
-                "of shards (tools/make_shards.py writes them)"
+                f"data directory {directory!r} does not exist; set data.train or data.eval to a "
+                "directory of shards (tools/make_shards.py writes them)"
             )
         self.reader = ShardReader(directory)
         self.processor = processor
-        self._recipe, self._style, self._limit = recipe, style, max_prompt_tokens
-        self._pass2_order = pass2_order
+        self._config = config
         self._examples: dict[int, Example] = {}
         self._prompts: dict[int, Prompt] = {}
         self._images: dict[int, Sequence[Image.Image]] = {}
@@ -70,42 +66,43 @@ class Samples:
         self.readings: dict[tuple[int, str], tuple[int, ...]] = {}
 
     def __len__(self) -> int:
-        """Number of samples."""
+        """Return the number of samples."""
         return len(self.reader)
 
     def example(self, index: int) -> Example:
-        """Text of a sample."""
+        """Return the text of a sample."""
         if index not in self._examples:
             self._examples[index] = self.reader.example(index)
         return self._examples[index]
 
     def prompt(self, index: int) -> Prompt:
-        """Pass-1 prompt of a sample, with its images."""
+        """Return the pass-1 prompt of a sample, with its images."""
         if index not in self._prompts:
             self._prompts[index] = self._read_prompt(index)
         return self._prompts[index]
 
     def images(self, index: int) -> Sequence[Image.Image]:
-        """Decoded RGB images of a sample."""
+        """Return the decoded RGB images of a sample."""
         kept = self._prompts.get(index)
         return kept.images if kept else self._images.get(index) or self.reader.images(index)
 
     def vision(self, index: int) -> VisionInputs | None:
-        """Pixels of a sample's images, None if it has none."""
+        """Return the pixels of a sample's images; None if it has none."""
         if index < 0 or not self.example(index).num_images:
             return None
         if index not in self._pixels:
-            self._pixels[index] = self._read_pixels(index)
+            self._pixels[index] = self.processor.vision(self.images(index))
+            self._images.pop(index, None)
         return self._pixels[index]
 
     def reading_prompt(self, prompt: Prompt, description: str) -> tuple[int, ...]:
-        """Token ids of the text-only pass-2 prompt, noted in `readings`."""
-        told = prompt.example.index, description  # samples of a prompt often say the same
-        if told not in self.readings:
-            question = prompt.example.question
-            messages = pass2_messages(question, description, self._style, self._pass2_order)
-            self.readings[told] = self.processor.encode_text(messages)
-        return self.readings[told]
+        """Return the token ids of the text-only pass-2 prompt; `readings` keeps them."""
+        key = prompt.example.index, description  # responses to a prompt often share a description
+        if key not in self.readings:
+            style, order = self._config.data.prompt_style, self._config.rollout.pass2_order
+            messages = pass2_messages(prompt.example.question, description, style, order)
+            self.readings[key] = self.processor.encode_text(messages)
+        return self.readings[key]
 
     def gold_answer(self, prompt: Prompt) -> tuple[tuple[int, ...], tuple[int, ...]]:
         r"""Token ids of `\boxed{`, and of the (first) gold answer with its closing brace."""
@@ -114,12 +111,12 @@ class Samples:
     def train_sample(
         self, rollout: Rollout, advantage: float, description_advantage: float | None = None
     ) -> TrainSample:
-        """A rollout and its advantages as a sequence to learn from.
+        """Return a rollout and its advantages as a sequence to train on.
 
         Args:
             rollout: as sampled.
             advantage: of the response's tokens.
-            description_advantage: of those that hold the description instead; None: no difference.
+            description_advantage: of the description's tokens, if it differs.
         """
         prompt = self.prompt(rollout.index)
         num_prompt, num_response = len(prompt.token_ids), len(rollout.completion.token_ids)
@@ -127,8 +124,8 @@ class Samples:
         in_response = np.arange(num_prompt + num_response) >= num_prompt
         advantages = np.where(in_response, np.float32(advantage), np.float32(0))
         if description_advantage is not None and rollout.description is not None:
-            first, behind = description_tokens(self.processor.pieces(rollout.completion.token_ids))
-            advantages[num_prompt + first : num_prompt + behind] = description_advantage
+            first, end = description_tokens(self.processor.pieces(rollout.completion.token_ids))
+            advantages[num_prompt + first : num_prompt + end] = description_advantage
         engine_logprobs = np.zeros(len(token_ids), np.float32)
         engine_logprobs[num_prompt:] = rollout.completion.logprobs
         return TrainSample(
@@ -142,38 +139,90 @@ class Samples:
         )
 
     def size(self, rollout: Rollout) -> Size:
-        """What a rollout takes to learn from, without its images being read."""
+        """Return the size of a rollout's training sample, without reading its images."""
         num_tokens = len(rollout.prompt_token_ids) + len(rollout.completion.token_ids)
         merged = rollout.prompt_token_ids.count(self.processor.image_pad_id)
         return Size(num_tokens, merged * self.processor.merge_size**2, rollout.index)
 
     def conversation(self, index: int) -> TrainSample:
-        """A supervised sample: the conversation, with its assistant turns as targets."""
+        """Return a conversation as a sequence whose assistant turns are the targets."""
         example = self.example(index)
         self._images[index] = images = self.reader.images(index)
-        return self.processor.encode_conversation(example, images, self._limit)
+        limit = self._config.data.max_prompt_tokens
+        return self.processor.encode_conversation(example, images, limit)
+
+    def own_part(self, sizes: Sequence[Size], data: Group) -> list[int]:
+        """Return which samples of an update this rank trains on, balanced by their cost.
+
+        Args:
+            sizes: of all samples of the update, the same on all ranks.
+            data: the data-parallel group.
+        """
+        return plan_ranks(sizes, data.size, self._patch_cost)[data.rank]
+
+    def pack(self, chosen: Sequence[TrainSample], groups: Groups) -> list[PackedBatch]:
+        """Pack this rank's samples into micro-batches within the token budget."""
+        model, parallel = self._config.model, self._config.parallel
+        share_multiple = parallel.tensor if parallel.sequence else 1
+        if model.fp8:
+            row_multiple = fp8_row_multiple(model.fp8_recipe)
+            share_multiple = max(share_multiple, row_multiple) * parallel.tensor
+        multiple = sequence_multiple(parallel.context)
+        return pack_samples(
+            chosen,
+            self._config.data.row_budget,
+            self.vision if groups.is_first_stage else None,
+            image_pad_id=self.processor.image_pad_id,
+            merge_size=self.processor.merge_size,
+            patch_cost=self._patch_cost,
+            sequence_multiple=multiple,
+            pad_multiple=multiple * share_multiple,
+        )
 
     def forget(self) -> None:
-        """Let go of what was read: after a step it is not asked for again for long."""
+        """Free what was read; after a step it is not needed again for long."""
         self._examples.clear()
         self._prompts.clear()
         self._images.clear()
         self._pixels.clear()
         self.readings.clear()
 
+    @cached_property
+    def _patch_cost(self) -> float:
+        """Cost of an image's patch, in text tokens."""
+        return patch_cost(read_hf_config(self.processor.model_dir))
+
     def _read_prompt(self, index: int) -> Prompt:
-        example = self.example(index)
-        messages = pass1_messages(example, self._recipe, self._style)
+        example, limit = self.example(index), self._config.data.max_prompt_tokens
+        recipe, style = self._config.reward.recipe, self._config.data.prompt_style
+        messages = pass1_messages(example, recipe, style)
         prompt = self.processor.encode_prompt(example, self.reader.images(index), messages)
-        if len(prompt.token_ids) > self._limit:
+        if len(prompt.token_ids) > limit:
             raise DataError(
                 f"{example.shard} sample {example.key}: prompt of {len(prompt.token_ids)} tokens, "
-                f"at most {self._limit}; raise data.max_prompt_tokens or lower data.max_pixels "
+                f"at most {limit}; raise data.max_prompt_tokens or lower data.max_pixels "
                 "(and data.min_pixels, to which images are enlarged)"
             )
         return prompt
 
-    def _read_pixels(self, index: int) -> VisionInputs:
-        pixels = self.processor.vision(self.images(index))
-        self._images.pop(index, None)  # the pixels are kept instead
-        return pixels
+
+def description_tokens(pieces: Sequence[str]) -> tuple[int, int]:
+    """Find the tokens of a response with a character of its description, tags included.
+
+    A tag may share a token with its neighbours (as in `.</`), which then belongs to the
+    description. Tags are ASCII, which stays whole in the text of a single token even if the token
+    holds parts of other characters; so the pieces may be joined and searched.
+
+    Args:
+        pieces: text of each token by itself, special tokens empty.
+
+    Returns:
+        the first token and the one after the last; (0, 0) if there is no closed description.
+    """
+    span = find_span("".join(pieces), DESCRIPTION)
+    if span is None:
+        return 0, 0
+    ends = np.cumsum([len(piece) for piece in pieces])
+    first = int(np.searchsorted(ends, span.start, side="right"))
+    last = int(np.searchsorted(ends, span.end, side="left"))
+    return first, last + 1

@@ -20,37 +20,30 @@ from megatron_sr1.trainer.step import named, update
 
 
 def train_sft(context: Context, actor: Actor, samples: Samples) -> None:
-    """Run the supervised steps that are left; the loss is a mean over target tokens.
-
-    Args:
-        context: configuration, groups, run directory, sinks, loader.
-        actor: with its optimizer.
-        samples: conversations.
-    """
+    """Run the supervised steps that are left; the loss is a mean over target tokens."""
     while context.has_steps_left:
-        indices = context.loader.next_step()
         with context.phase("prompts"):
-            chosen = _conversations(context, samples, indices)
-            batches = context.pack(chosen, samples)
+            own = _conversations(context, samples, context.loader.next_step())
+            batches = samples.pack(own, context.groups)
         with context.phase("update"):
-            measured = update(actor, batches, _token_loss, temperature=1.0)
-        if context.groups.speaks_for_samples:
-            context.throughput.count_samples("update", chosen)
-        values = named([measured])
+            measured = update(actor, batches, token_loss, temperature=1.0)
+        if context.groups.is_replica_leader:
+            context.throughput.count_samples("update", own)
         samples.forget()
-        context.finish_step("sft", values, actor)
+        context.finish_step("sft", named([measured]), actor)
 
 
-def _token_loss(
+def token_loss(
     policy_logprobs: torch.Tensor, batch: PackedBatch
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """Return the negative log-likelihood of the targets, and their number as denominator."""
     return sft_loss(policy_logprobs, batch.loss_mask), batch.loss_mask.sum(), {}
 
 
 def _conversations(context: Context, samples: Samples, indices: list[int]) -> list[TrainSample]:
-    """This rank's share of a step; one without targets where it would have none.
+    """Return this rank's part of a step; one sample without targets if it would have none.
 
-    Each rank reads some; who learns from what is settled when all lengths are known.
+    Each rank reads some; who trains on which is decided when all lengths are known.
     """
     groups = context.groups
     read = []
@@ -59,10 +52,10 @@ def _conversations(context: Context, samples: Samples, indices: list[int]) -> li
             read.append(samples.conversation(index))
         except DataError as error:
             context.skip(error)
-    context.count_skipped(groups.speaks_for_samples)
+    context.count_skipped(groups.is_replica_leader)
     everyone = [sample for part in gather_objects(read, groups.data) for sample in part]
     if not everyone:
         raise DataError("no sample of this step could be read; see the warnings above")
-    mine = [everyone[i] for i in context.share([size_of(sample) for sample in everyone])]
-    spare = replace(everyone[0], loss_mask=np.zeros_like(everyone[0].loss_mask))
-    return mine or [spare]
+    sizes = [size_of(sample) for sample in everyone]
+    own = [everyone[place] for place in samples.own_part(sizes, groups.data)]
+    return own or [replace(everyone[0], loss_mask=np.zeros_like(everyone[0].loss_mask))]

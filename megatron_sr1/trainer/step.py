@@ -1,16 +1,17 @@
 """One pass of the actor over packed micro-batches: logprobs without gradients, or an update.
 
 The objective of an update is a sum over target tokens divided by a denominator, target tokens or
-sequences, that is summed over all micro-batches and data-parallel ranks as well (Megatron's
-`calculate_per_token_loss`, whatever is counted), so how samples are packed and split changes
-nothing. Context-parallel ranks have the same whole rows and the same loss; one of them counts it,
-and each goes back from it to its own tokens.
+sequences, that is itself summed over all micro-batches and data-parallel ranks (Megatron's
+`calculate_per_token_loss`, whatever is counted), so how samples are packed and distributed changes
+nothing. Context-parallel ranks have the same whole rows and the same loss: one of them counts it,
+and each propagates gradients to its own tokens.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -26,33 +27,15 @@ from megatron_sr1.runtime.groups import Groups
 from megatron_sr1.trainer.actor import Actor
 
 log = logging.getLogger(__name__)
-_OPTIMIZER = ("grad_norm", "learning_rate")  # by their group in metrics.jsonl
 Sums = dict[str, tuple[torch.Tensor, torch.Tensor]]
 """Name -> (sum over tokens of a micro-batch, number of these tokens), scalars.
 
-What is reported of an update is the sum divided by the number, each summed over all micro-batches
-and ranks; of a name that ends in `_max`, the maximum; of a number (`num_…`), the sum itself. Where
-there are no tokens, there is no mean and no maximum: the name is absent."""
+An update reports the sum divided by the number, each summed over all micro-batches and ranks; for
+names that end in `_max`, the maximum; for `num_…`, the sum itself. A mean or maximum over no token
+is absent."""
 TokenLoss = Callable[[torch.Tensor, PackedBatch], tuple[torch.Tensor, torch.Tensor, Sums]]
 """(policy_logprobs [1, T], batch) -> (loss summed over its target tokens, its part of the loss's
 denominator, what to report)."""
-
-
-def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
-    """The batch with its tensors on `device`; the same object on a CPU."""
-    if device.type == "cpu":
-        return batch
-    from dataclasses import fields, replace
-
-    moved: dict[str, Any] = {
-        f.name: getattr(batch, f.name).to(device, non_blocking=True)
-        for f in fields(batch)
-        if isinstance(getattr(batch, f.name), torch.Tensor)
-    }
-    if batch.vision is not None:
-        pixels = batch.vision.pixel_values.to(device, non_blocking=True)
-        moved["vision"] = replace(batch.vision, pixel_values=pixels)
-    return replace(batch, **moved)
 
 
 def sample_logprobs(
@@ -61,16 +44,16 @@ def sample_logprobs(
     batches: Sequence[PackedBatch],
     temperature: float,
 ) -> list[np.ndarray]:
-    """Logprobs of every sample's targets under the actor's present weights, without gradients.
+    """Return the logprobs of every sample's targets under the actor's weights, without gradients.
 
     Args:
-        actor: the model; all ranks of a replica call this with the same batches.
-        samples: what was packed.
-        batches: `samples`, packed.
-        temperature: logits are divided by it.
+        actor: all ranks of a replica call this with the same batches.
+        samples: the samples in `batches`.
+        batches: all of `samples`, packed.
+        temperature: divides the logits.
 
     Returns:
-        per sample [tokens] float32, entry t is the logprob of token t, 0 where it is no target.
+        per sample [tokens] float32; entry t is the logprob of token t, 0 if it is no target.
     """
     logprobs: list[torch.Tensor] = []
 
@@ -78,8 +61,8 @@ def sample_logprobs(
         logprobs.append(output.detach())
         return output
 
-    with torch.no_grad():
-        _run(actor.chunks, actor, batches, temperature, lambda batch: collect, forward_only=True)
+    with torch.no_grad(), cpu.megatron_mode():
+        _schedule(actor, actor.chunks, batches, temperature, lambda batch: collect, False)()
     rows = _from_last_stage(logprobs[: len(batches)], batches, actor)
     found: list[np.ndarray] = [np.zeros(0, np.float32)] * len(samples)
     for batch, row in zip(batches, rows, strict=True):
@@ -95,19 +78,19 @@ def sample_logprobs(
 def update(
     actor: Actor, batches: Sequence[PackedBatch], loss: TokenLoss, temperature: float
 ) -> dict[str, float]:
-    """One optimizer update over micro-batches.
+    """Train on one batch: forward, backward, gradient reduction and clipping, optimizer step.
 
     Args:
-        actor: the model with its optimizer.
-        batches: this data-parallel rank's micro-batches; ranks may differ in number.
+        actor: with its optimizer.
+        batches: this data-parallel rank's micro-batches; their number may differ between ranks.
         loss: summed loss of a micro-batch.
-        temperature: logits are divided by it.
+        temperature: divides the logits.
 
     Returns:
         equal on all ranks: `loss`, divided by its denominator over the whole update, `grad_norm`,
         `learning_rate`, `num_tokens` (targets, masked by the loss or not), what the loss reports
-        as `Sums` says, and `skipped_updates`: 1 where no token of any rank is in the loss. Then
-        weights, moments and schedule stay as they are, and there is no `loss` and no `grad_norm`.
+        as described at `Sums`, and `skipped_updates`: 1 if no token of any rank is in the loss.
+        Then weights, moments and schedule stay as they are, and `loss` and `grad_norm` are absent.
 
     Raises:
         SR1Error: the loss is not finite; nothing was updated.
@@ -129,13 +112,14 @@ def update(
         counted = denominator if actor.groups.counts_tokens else torch.zeros_like(denominator)
         return loss_sum, counted.int(), {}
 
-    actor.take_room()
+    actor.restore()
     for wrapped in actor.wrapped:
         wrapped.zero_grad_buffer()
     actor.optimizer.zero_grad()
     learning_rate = actor.optimizer.param_groups[0]["lr"]
-    _run(actor.wrapped, actor, batches, temperature, lambda b: partial(reduce, b))
-    measured = _measured(reduce_sums(sums, actor.groups))
+    with cpu.megatron_mode():
+        _schedule(actor, actor.wrapped, batches, temperature, lambda b: partial(reduce, b), True)()
+    measured = _measured(sums, actor.groups)
     measured |= {"learning_rate": float(learning_rate), "skipped_updates": 0.0}
     if "loss" not in measured:  # the same on all ranks
         if actor.groups.world.rank == 0:
@@ -154,26 +138,16 @@ def update(
     return {**measured, "grad_norm": float(grad_norm)}
 
 
-def _measured(totals: dict[str, tuple[float, float]]) -> dict[str, float]:
-    """Means, maxima and numbers of an update; only of those that are over some tokens."""
-    measured = {}
-    for name, (total, num_tokens) in totals.items():
-        if name.rpartition("/")[2].startswith("num_"):
-            measured[name] = total
-        elif num_tokens > 0:
-            measured[name] = total if name.endswith("_max") else total / num_tokens
-    return measured
-
-
 def named(measured: list[dict[str, float]]) -> dict[str, float]:
-    """What a step's updates measured, under the names in metrics.jsonl.
+    """Combine the measurements of a step's updates under their names in metrics.jsonl.
 
-    Means over the updates that have the name, of a maximum the largest, of the skipped the sum.
+    Means over the updates that have the name; for maxima the largest, for skipped updates the sum.
     """
     named: dict[str, float] = {}
     for name in dict.fromkeys(name for m in measured for name in m):
         values = [m[name] for m in measured if name in m]
-        group = "" if "/" in name else "optimizer/" if name in _OPTIMIZER else "actor/"
+        of_optimizer = name in ("grad_norm", "learning_rate")
+        group = "" if "/" in name else "optimizer/" if of_optimizer else "actor/"
         if name.endswith("_max"):
             named[group + name] = max(values)
         else:
@@ -182,12 +156,12 @@ def named(measured: list[dict[str, float]]) -> dict[str, float]:
     return named
 
 
-def reduce_sums(sums: dict[str, torch.Tensor], groups: Groups) -> dict[str, tuple[float, float]]:
-    """Totals over the world of what each pipeline's last stage counted, equal on all ranks.
+def _measured(sums: dict[str, torch.Tensor], groups: Groups) -> dict[str, float]:
+    """Reduce what the last pipeline stages counted, as described at `Sums`, equal on all ranks.
 
     Args:
-        sums: by name [2], a sum or a maximum, and the number of tokens that it is over.
-        groups: the layout.
+        sums: by name [2] float64: a sum or a maximum, and the number of tokens that it is over.
+        groups: of the layout.
     """
     counted = groups.is_last_stage and groups.tensor.rank == 0 and groups.counts_tokens
     names: list[Any] = [sorted(sums)]
@@ -196,31 +170,38 @@ def reduce_sums(sums: dict[str, torch.Tensor], groups: Groups) -> dict[str, tupl
             names, src=groups.pipeline.ranks[-1], group=groups.pipeline.process_group
         )
     device = groups.device.torch
-    values = torch.zeros(len(names[0]), 2, dtype=torch.float64, device=device)
+    totals = torch.zeros(len(names[0]), 2, dtype=torch.float64, device=device)
     if counted:
-        values = torch.stack([sums[name].to(device) for name in names[0]])
-    largest = values.clone()
+        totals = torch.stack([sums[name].to(device) for name in names[0]])
+    maxima = totals.clone()
     if groups.world.size > 1:
-        dist.all_reduce(values)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    pairs = zip(names[0], values.tolist(), largest.tolist(), strict=True)
-    return {name: tuple(high if name.endswith("_max") else total) for name, total, high in pairs}
+        dist.all_reduce(totals)
+        dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
+    measured = {}
+    for name, (total, num_tokens), (largest, _) in zip(
+        names[0], totals.tolist(), maxima.tolist(), strict=True
+    ):
+        if name.rpartition("/")[2].startswith("num_"):
+            measured[name] = total
+        elif num_tokens > 0:
+            measured[name] = largest if name.endswith("_max") else total / num_tokens
+    return measured
 
 
-def _run(
-    models: list[Any],
+def _schedule(
     actor: Actor,
+    models: list[Any],
     batches: Sequence[PackedBatch],
     temperature: float,
     loss_of: Callable[[PackedBatch], Callable[..., Any]],
-    forward_only: bool = False,
-) -> None:
-    """Drive Megatron's schedule over the micro-batches."""
+    is_training: bool,
+) -> Callable[[], Any]:
+    """Return Megatron's pipeline schedule over the micro-batches, to be called in its CPU mode."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     groups, rows = actor.groups, list(batches)
     if len(models) > 1:
-        # The interleaved schedule goes round the pipeline with as many rows as it has ranks.
+        # The interleaved schedule needs a multiple of the pipeline's ranks.
         missing = -len(rows) % groups.pipeline.size
         rows += [empty_row(sequence_multiple(groups.context.size) * groups.tensor.size)] * missing
 
@@ -237,21 +218,36 @@ def _run(
         )
         return output, loss_of(batch) if batch.sample_ids else _no_loss
 
-    with cpu.megatron_mode():
-        get_forward_backward_func()(
-            forward_step_func=forward,
-            data_iterator=[iter(rows) for _ in models],
-            model=models,
-            num_microbatches=len(rows),
-            seq_length=rows[0].input_ids.shape[1],
-            micro_batch_size=1,
-            forward_only=forward_only,
-            collect_non_loss_data=forward_only,
-        )
+    return partial(
+        get_forward_backward_func(),
+        forward_step_func=forward,
+        data_iterator=[iter(rows) for _ in models],
+        model=models,
+        num_microbatches=len(rows),
+        seq_length=rows[0].input_ids.shape[1],
+        micro_batch_size=1,
+        forward_only=not is_training,
+        collect_non_loss_data=not is_training,
+    )
+
+
+def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
+    """Return the batch with its tensors on `device`; the same object on a CPU."""
+    if device.type == "cpu":
+        return batch
+    moved: dict[str, Any] = {
+        f.name: getattr(batch, f.name).to(device, non_blocking=True)
+        for f in fields(batch)
+        if isinstance(getattr(batch, f.name), torch.Tensor)
+    }
+    if batch.vision is not None:
+        pixels = batch.vision.pixel_values.to(device, non_blocking=True)
+        moved["vision"] = replace(batch.vision, pixel_values=pixels)
+    return replace(batch, **moved)
 
 
 def empty_row(num_tokens: int) -> PackedBatch:
-    """A row of padding alone: no sample, no target."""
+    """Return a row of padding without samples or targets."""
     nothing = torch.zeros(1, num_tokens, dtype=torch.int64)
     return PackedBatch(
         sample_ids=(),
@@ -265,7 +261,7 @@ def empty_row(num_tokens: int) -> PackedBatch:
 
 
 def _no_loss(output: torch.Tensor, non_loss_data: bool = False) -> Any:
-    """Of an empty row."""
+    """Return the loss of an empty row."""
     if non_loss_data:
         return output
     return 0 * output.sum(), torch.zeros([], dtype=torch.int32), {}
@@ -274,7 +270,7 @@ def _no_loss(output: torch.Tensor, non_loss_data: bool = False) -> Any:
 def _from_last_stage(
     logprobs: list[torch.Tensor], batches: Sequence[PackedBatch], actor: Actor
 ) -> list[np.ndarray]:
-    """Hand the last stage's rows [T] to all stages."""
+    """Broadcast the last stage's rows [T] to all stages."""
     pipeline = actor.groups.pipeline
     if pipeline.size > 1:
         if not actor.groups.is_last_stage:

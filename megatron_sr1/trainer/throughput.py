@@ -1,10 +1,8 @@
-"""Throughput of a step: tokens and operations a second and MFU, by phase, under `perf/…`.
-
-In: what each rank worked on, and the step's times. Out: metrics; docs/observing.md tells them.
+"""Throughput of a step by phase: tokens and operations per second and MFU, under `perf/…`.
 
 Source: MFU as in PaLM (arXiv 2204.02311, appendix B): the operations that the model needs, whatever
-was recomputed or padded, over those of the devices' peak in that time. Operations are counted by
-model/flops.py.
+was recomputed or padded, over the peak of the devices in that time. model/flops.py counts the
+operations, docs/observing.md describes the metrics.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ import torch
 
 from megatron_sr1.checkpoint.mapping import is_tower_frozen
 from megatron_sr1.model import flops
-from megatron_sr1.model.flops import Work
 from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.records import Prompt, Rollout, TrainSample
 from megatron_sr1.runtime.device import Device
@@ -27,148 +24,117 @@ PHASES = {
     "reference": ("reference",),
     "update": ("update",),
 }
-"""What is told -> the timed phases that do it; the two passes run in one another."""
+"""Name in the metrics -> the timed phases; the two passes are interleaved."""
 TRAINED = 3
 """Forward and backward pass of a weight that learns, in forward passes."""
-Grids = Sequence[tuple[int, int, int]]
 Readings = Mapping[tuple[int, str], tuple[int, ...]]
 """(example's index, description) -> token ids of the pass-2 prompt; "" is the question alone."""
 
 
 class Throughput:
-    """Counts a step's work, and makes metrics of it.
-
-    Args:
-        hf_config: shape of the model.
-        freeze: patterns of parameters that do not learn.
-        num_ranks: of the run.
-        peak_flops: of a rank's device, operations a second; None: not known, no MFU.
-    """
+    """Counts a step's work, and converts it to metrics."""
 
     def __init__(
         self, hf_config: HFConfig, freeze: Sequence[str], num_ranks: int, peak_flops: float | None
     ) -> None:
-        """Nothing is counted yet."""
+        """Start the first step.
+
+        Args:
+            hf_config: shape of the model.
+            freeze: patterns of frozen parameters.
+            num_ranks: of the run.
+            peak_flops: of a rank's device, operations per second; None: unknown, no MFU.
+        """
         self._hf_config, self._num_ranks, self._peak = hf_config, num_ranks, peak_flops
         self._tower_factor = 1 if is_tower_frozen(hf_config, freeze) else TRAINED
-        self._forget()
+        self._reset()
 
     def count_rollouts(
         self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], readings: Readings
     ) -> None:
-        """Add an engine replica's two passes; on one of its ranks."""
-        work, tokens = rollout_work(self._hf_config, prompts, rollouts, readings)
-        self._add("rollout", work.total, tokens)
+        """Add both passes of an engine replica; on its leader.
+
+        A prompt with its images is computed once for all its responses, and so is a description for
+        all its readings: an engine that repeats them loses time and gains no MFU.
+        """
+        work = sum(self._tower(p.image_grid_thw) + self._text(len(p.token_ids), 0) for p in prompts)
+        sampled = [(len(r.prompt_token_ids), r.completion) for r in rollouts]
+        read = {readings[r.index, r.description or ""]: r.reading for r in rollouts if r.reading}
+        read |= {readings[r.index, ""]: r.question_only for r in rollouts if r.question_only}
+        for token_ids, reading in read.items():
+            work += self._text(len(token_ids), 0)
+            sampled += [(len(token_ids), answer) for answer in reading.answers]
+        counts = [(before, len(completion.token_ids)) for before, completion in sampled]
+        work += sum(self._text(tokens, tokens, before) for before, tokens in counts)
+        self._add("rollout", work, sum(tokens for _, tokens in counts))
 
     def count_samples(self, phase: str, samples: Sequence[TrainSample]) -> None:
-        """Add sequences that the actor went through; on one of the ranks that share them.
+        """Add sequences that the actor processed; on one of the ranks that share them.
 
         Args:
-            phase: update, which learns from them, or a phase that only goes forward.
-            samples: one without targets is there to keep a rank busy, and not counted.
+            phase: update, or a phase with forward passes alone.
+            samples: those without targets, which keep a rank busy, are not counted.
         """
         learns = phase == "update"
         for sample in samples:
-            if not sample.loss_mask.any():
-                continue
-            tokens = len(sample.token_ids)
-            text = flops.text(self._hf_config, tokens, int(sample.loss_mask.sum())).total
-            tower = tower_work(self._hf_config, sample.image_grid_thw).total
-            if learns:
-                text, tower = TRAINED * text, self._tower_factor * tower
-            self._add(phase, text + tower, tokens)
+            if sample.loss_mask.any():
+                tokens = len(sample.token_ids)
+                text = self._text(tokens, int(sample.loss_mask.sum()))
+                tower = self._tower(sample.image_grid_thw)
+                if learns:
+                    text, tower = TRAINED * text, self._tower_factor * tower
+                self._add(phase, text + tower, tokens)
 
     def take(
         self,
         times: Mapping[str, float],
         sum_over_ranks: Callable[[Mapping[str, float]], dict[str, float]],
     ) -> dict[str, float]:
-        """Metrics of the step that ends; collective over all ranks.
+        """Return the metrics of the step and start the next one; collective over all ranks.
 
         Args:
             times: `time/…_seconds` of the step.
-            sum_over_ranks: gives sums over the world.
+            sum_over_ranks: sums values over the world.
         """
         total = sum_over_ranks(self._counted)
-        self._forget()
-        told: dict[str, float] = {}
+        self._reset()
+        metrics: dict[str, float] = {}
         for phase, timed in PHASES.items():
             seconds = sum(times.get(f"time/{name}_seconds", 0.0) for name in timed)
-            told |= self._rates(phase, total[f"{phase}/work"], total[f"{phase}/tokens"], seconds)
+            metrics |= self._rates(phase, total[f"{phase}/work"], total[f"{phase}/tokens"], seconds)
         work = sum(total[f"{phase}/work"] for phase in PHASES)
         trained = total["update/tokens"]
-        return told | self._rates("step", work, trained, times["time/step_seconds"])
+        return metrics | self._rates("step", work, trained, times["time/step_seconds"])
 
     def _rates(self, phase: str, work: float, tokens: float, seconds: float) -> dict[str, float]:
         if not tokens or seconds <= 0:
             return {}
-        each = work / seconds / self._num_ranks
-        told = {
+        per_rank = work / seconds / self._num_ranks
+        rates = {
             f"perf/{phase}_tokens_per_second": tokens / seconds,
-            f"perf/{phase}_tflops_per_rank": each / 1e12,
+            f"perf/{phase}_tflops_per_rank": per_rank / 1e12,
         }
-        return told if self._peak is None else told | {f"perf/{phase}_mfu": each / self._peak}
+        return rates if self._peak is None else rates | {f"perf/{phase}_mfu": per_rank / self._peak}
+
+    def _text(self, tokens: int, logits: int, before: int = 0) -> float:
+        return flops.text(self._hf_config, tokens, logits, before).total
+
+    def _tower(self, grids: Sequence[tuple[int, int, int]]) -> float:
+        return sum(flops.vision(self._hf_config, t * h * w, h * w).total for t, h, w in grids)
 
     def _add(self, phase: str, work: float, tokens: int) -> None:
         self._counted[f"{phase}/work"] += work
         self._counted[f"{phase}/tokens"] += tokens
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._counted = {f"{phase}/{kind}": 0.0 for phase in PHASES for kind in ("work", "tokens")}
 
 
-def tower_work(hf_config: HFConfig, grids: Grids) -> Work:
-    """Forward pass of the vision tower over images.
-
-    Args:
-        hf_config: shape of the model.
-        grids: per image (t, h, w) in patches.
-    """
-    work = Work()
-    for t, h, w in grids:
-        work += flops.vision(hf_config, t * h * w, h * w)
-    return work
-
-
-def rollout_work(
-    hf_config: HFConfig,
-    prompts: Sequence[Prompt],
-    rollouts: Sequence[Rollout],
-    readings: Readings,
-) -> tuple[Work, int]:
-    """What both passes take, and the tokens that they sample.
-
-    A prompt and its images are gone through once for all its responses, and so is a description for
-    all its readings: an engine that does it again loses time, and gains no MFU.
-
-    Args:
-        hf_config: shape of the model.
-        prompts: of pass 1.
-        rollouts: of these prompts.
-        readings: prompts of pass 2.
-    """
-    work, num_sampled = Work(), 0
-    for prompt in prompts:
-        work += tower_work(hf_config, prompt.image_grid_thw)
-        work += flops.text(hf_config, len(prompt.token_ids), 0)
-    sampled = [(len(r.prompt_token_ids), r.completion) for r in rollouts]
-    read = {readings[r.index, r.description or ""]: r.reading for r in rollouts if r.reading}
-    read |= {readings[r.index, ""]: r.question_only for r in rollouts if r.question_only}
-    for token_ids, reading in read.items():
-        work += flops.text(hf_config, len(token_ids), 0)
-        sampled += [(len(token_ids), answer) for answer in reading.answers]
-    for before, completion in sampled:
-        tokens = len(completion.token_ids)
-        work += flops.text(hf_config, tokens, tokens, before)
-        num_sampled += tokens
-    return work, num_sampled
-
-
 def peak_flops(configured_tflops: float, device: Device) -> float | None:
-    """Operations a second that a device can do, None where nobody says.
+    """Return the operations per second of a rank's device; None if unknown.
 
     Args:
-        configured_tflops: 10^12 operations a second; 0: the GPU's name says.
+        configured_tflops: 10^12 operations per second; 0: from the GPU's name.
         device: of this rank.
     """
     if configured_tflops:

@@ -13,7 +13,7 @@ from rich.console import Console
 from megatron_sr1.demo.demo import WAYS, comparison
 from megatron_sr1.observability.metrics import read_lines
 from megatron_sr1.report.panels import TITLES
-from megatron_sr1.trainer.scoring import VERDICTS
+from megatron_sr1.rewards.verdicts import VERDICTS
 
 PARTS = ("data", "cold start (600 steps)", "GRPO, answer only (40", "GRPO + self-reward (40")
 MODELS = ("cold_start", "see_think", "vision_sr1")
@@ -94,7 +94,7 @@ def test_a_log_names_the_four_parts_and_not_every_step(demo):
 def test_the_terminal_shows_every_rate_of_every_model():
     number = itertools.count(1)
     summary = {
-        name: {way: {rate: next(number) / 1000 for rate in VERDICTS.values()} for way in WAYS}
+        name: {way: {v.rate: next(number) / 1000 for v in VERDICTS.values()} for way in WAYS}
         for name in MODELS
     }
     shown = io.StringIO()

@@ -143,7 +143,7 @@ def check_nothing_lost(stage, run_dir, groups):
     from megatron_sr1 import stages
 
     config = load_config(Path(stage.config), stage.overrides(run_dir))
-    context, _, actor, _ = stages.start(config, groups, 2)
+    context, _, actor, _ = stages.start(config, groups)
     context.close()
     assert context.step == 1 and actor.scheduler.num_steps == 1
 

@@ -10,7 +10,7 @@ def test_gradients_and_state_leave_the_gpu_and_training_goes_on_as_if_they_had_s
     from megatron_sr1.config.model import ParallelConfig
     from megatron_sr1.runtime.device import select_device, start_distributed
     from megatron_sr1.runtime.groups import make_groups
-    from megatron_sr1.trainer.sft import _token_loss
+    from megatron_sr1.trainer.sft import token_loss
     from megatron_sr1.trainer.step import update
     from tests.checkpoint_run import make_run, text_row
 
@@ -20,15 +20,15 @@ def test_gradients_and_state_leave_the_gpu_and_training_goes_on_as_if_they_had_s
     found = []
     for what in ("none", "optimizer"):
         actor = make_run(tiny_model, groups, "bfloat16")
-        losses = [update(actor, [text_row()], _token_loss, 1.0)["loss"]]
+        losses = [update(actor, [text_row()], token_loss, 1.0)["loss"]]
         for _ in range(2):
             before = torch.cuda.memory_allocated()
-            actor.make_room(what)
+            actor.offload(what)
             # Float32 sums of gradients, master weights and two moments: 16 bytes a parameter.
             num_parameters = sum(p.numel() for p in actor.chunks[0].parameters())
             freed = before - torch.cuda.memory_allocated()
             assert freed == 0 if what == "none" else freed > 15 * num_parameters
-            losses.append(update(actor, [text_row()], _token_loss, 1.0)["loss"])
+            losses.append(update(actor, [text_row()], token_loss, 1.0)["loss"])
             assert torch.cuda.memory_allocated() >= before
         weights = torch.cat([p.detach().flatten() for p in actor.chunks[0].parameters()])
         found.append((losses, weights))

@@ -1,4 +1,4 @@
-"""The canary of a weight sync: quiet when all is well, loud when the engine keeps something old.
+"""The canary of a weight sync passes if all is well and fails if the engine keeps old weights.
 
 Not covered: more than one rank; tests/distributed runs whole steps with it (the demo's settings).
 """
@@ -11,12 +11,10 @@ import torch
 from megatron_sr1.config.loading import load_config
 from megatron_sr1.demo.digits import make_digits
 from megatron_sr1.errors import ConfigError, EngineError
-from megatron_sr1.runtime.device import select_device
-from megatron_sr1.trainer import setup
-from megatron_sr1.trainer.actor import freeze, make_actor
-from megatron_sr1.trainer.canary import Canary
+from megatron_sr1.trainer.actor import freeze, load_actor_model, make_actor
 from megatron_sr1.trainer.context import Context
-from megatron_sr1.trainer.grpo import sync
+from megatron_sr1.trainer.samples import Samples, make_processor
+from megatron_sr1.trainer.sync import Canary, start_engine, sync
 
 BOUND = 1e-3
 
@@ -33,12 +31,12 @@ def run(tiny_model, groups, tmp_path_factory):
             *("data.eval=", "rollout.max_num_seqs=8"),
         ],
     )
-    processor = setup.make_processor(config)
-    samples = setup.open_samples(config, config.data.train, processor)
-    chunks, hf_config, source = setup.load_actor_model(config, groups)
+    processor = make_processor(config)
+    samples = Samples(config, config.data.train, processor)
+    chunks, hf_config, source = load_actor_model(config, groups)
     actor = make_actor(config, chunks, hf_config, source, groups, 1)
-    engine = setup.make_engine(config, tiny_model, processor, select_device("cpu"))
-    return Context(config, groups, processor, 0), actor, engine, samples
+    engine = start_engine(config, groups, processor)
+    return Context(config, groups, 0), actor, engine, samples
 
 
 def change(actor, seed, names):
@@ -76,7 +74,7 @@ def test_engine_and_actor_agree_after_syncs_and_a_stale_encoder_cache_is_caught(
     assert canary.check(context, actor, engine)["mismatch/canary_abs_max"] < 1e-4
 
 
-def test_frozen_layers_come_once_and_the_engine_keeps_them(run, monkeypatch):
+def test_frozen_layers_are_sent_once_and_the_engine_keeps_them(run, monkeypatch):
     context, actor, engine, samples = run
     canary, everything = Canary(samples, BOUND), {name for name, _ in actor.weights()}
     bias = "layers.0.self_attn.[qkv]_proj.bias"
@@ -92,13 +90,15 @@ def test_frozen_layers_come_once_and_the_engine_keeps_them(run, monkeypatch):
 
     monkeypatch.setattr(engine, "sync", watched)
     for version in (5, 6, 7):
-        sync(context, replace(actor, frozen=frozen), engine, version, again=version > 5)
+        context.step = version
+        sync(context, replace(actor, frozen=frozen), engine, again=version > 5)
         assert canary.check(context, actor, engine)["mismatch/canary_abs_max"] < 1e-4
         parts = ("decoder.final_layernorm", "decoder.layers.1.", "embedding")
         change(actor, version, [f"language_model.{part}" for part in parts])
     assert come == [everything, everything - frozen, everything - frozen]
     change(actor, 8, ("vision", "visual"))  # against what was said: the engine must miss it
-    sync(context, replace(actor, frozen=frozen), engine, 8, again=True)
+    context.step = 8
+    sync(context, replace(actor, frozen=frozen), engine, again=True)
     with pytest.raises(EngineError, match="canary"):
         canary.check(context, actor, engine)
 

@@ -8,7 +8,7 @@ import torch
 
 from megatron_sr1.config.loading import load_config
 from megatron_sr1.errors import ConfigError
-from megatron_sr1.trainer.sft import _token_loss
+from megatron_sr1.trainer.sft import token_loss
 from megatron_sr1.trainer.step import update
 from tests.checkpoint_run import make_run, text_row
 
@@ -25,10 +25,10 @@ def test_gradients_are_freed_and_training_goes_on_as_if_they_had_stayed(tiny_mod
         held = gradient_bytes(actor)
         losses = []
         for _ in range(3):
-            actor.make_room(what)
-            actor.make_room(what)  # an evaluation may come between
+            actor.offload(what)
+            actor.offload(what)  # an evaluation may come between
             assert gradient_bytes(actor) == (held if what == "none" else 0) and held > 0
-            losses.append(update(actor, [text_row()], _token_loss, 1.0)["loss"])
+            losses.append(update(actor, [text_row()], token_loss, 1.0)["loss"])
             assert gradient_bytes(actor) == held
         weights = torch.cat([p.detach().flatten() for p in actor.chunks[0].parameters()])
         found.append((losses, weights))

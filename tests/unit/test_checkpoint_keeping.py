@@ -69,7 +69,7 @@ def test_a_run_keeps_its_best_across_a_restart_and_always_the_newest(tiny_model,
     )
     kept = []
     for ratings in ([0.3, 0.9, 0.5], [0.1, 0.9, 0.8]):
-        actor, context = make_run(tiny_model, groups), Context(config, groups, None, 8)
+        actor, context = make_run(tiny_model, groups), Context(config, groups, 8)
         context.start(actor)
         for rating in ratings:
             context.finish_step("grpo", {}, actor, lambda rate=rating: {"accuracy": rate})

@@ -10,8 +10,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from megatron_sr1.config.run import Config
 from megatron_sr1.config.training import AlgorithmConfig
 from megatron_sr1.records import Reward
-from megatron_sr1.trainer.credit import Credit, credit, description_tokens, visual_reward
 from megatron_sr1.trainer.grpo import chosen_groups
+from megatron_sr1.trainer.objective import Credit, credit, visual_reward
+from megatron_sr1.trainer.samples import description_tokens
 
 # (accuracy, format, self-reward) of one prompt's four samples: the answer is right in the first
 # two, the description leads to it in the first and the third.
@@ -27,14 +28,20 @@ def rewards(verdicts):
 
 def given(verdicts, pay_leaks=True, **chosen):
     n = len(verdicts)
-    return credit(rewards(verdicts), n, AlgorithmConfig(**chosen), pay_leaks)
+    return credited(rewards(verdicts), n, pay_leaks, **chosen)
+
+
+def credited(given_rewards, n, pay_leaks=True, **chosen):
+    config = Config(algorithm=AlgorithmConfig(**chosen))
+    config.rollout.samples_per_prompt, config.reward.pay_leaks = n, pay_leaks
+    return credit(given_rewards, config)
 
 
 def test_scalar_credit_is_the_sums():
     # totals 2.0, 1.0, 1.1, 0.1: mean 1.05
     got, stats = given(VERDICTS, advantage="dr_grpo")
     assert got.advantages[0] == pytest.approx([0.95, -0.05, 0.05, -0.95], rel=1e-5)
-    assert got.of(0, 3) == (pytest.approx(-0.95), None) and not got.by_span
+    assert got.advantages_of(0, 3) == (pytest.approx(-0.95), None) and not got.by_span
     assert set(stats) == {"groups/no_spread", "groups/floored", "groups/std"}
 
 
@@ -43,7 +50,7 @@ def test_components_are_normalised_apart_and_then_added():
     got, stats = given(VERDICTS, credit="component", answer_weight=0.5, visual_weight=0.25)
     expected = [0.75 * OUT, 0.25 * OUT, -0.25 * OUT, -0.75 * OUT]
     assert got.advantages[0] == pytest.approx(expected, rel=1e-5)
-    assert got.of(0, 0)[1] is None
+    assert got.advantages_of(0, 0)[1] is None
     assert stats["groups/answer_no_spread"] == stats["groups/visual_no_spread"] == 0.0
 
 
@@ -52,7 +59,7 @@ def test_the_description_learns_from_the_visual_reward_and_the_rest_from_the_ans
     assert got.by_span
     assert got.advantages[0] == pytest.approx([OUT, OUT, -OUT, -OUT], rel=1e-5)
     assert got.description_advantages[0] == pytest.approx([OUT, -OUT, OUT, -OUT], rel=1e-5)
-    assert got.of(0, 1) == (pytest.approx(OUT), pytest.approx(-OUT))
+    assert got.advantages_of(0, 1) == (pytest.approx(OUT), pytest.approx(-OUT))
 
 
 def test_format_adds_its_share_to_both_components():
@@ -75,7 +82,7 @@ def test_a_text_only_prompt_has_its_answers_advantage_at_full_strength(kind):
 
 def test_text_only_prompts_change_nothing_for_those_with_images():
     both = rewards(VERDICTS) + rewards([(1, 1, None), (0, 1, None), (0, 1, None), (0, 1, None)])
-    got, stats = credit(both, 4, AlgorithmConfig(credit="component"), True)
+    got, stats = credited(both, 4, credit="component")
     alone, alone_stats = given(VERDICTS, credit="component")
     np.testing.assert_array_equal(got.advantages[0], alone.advantages[0])
     # 1.1 against three of 0.1: 0.75 / sqrt((0.5625 + 3 x 0.0625) / 3) = 1.5
@@ -88,18 +95,18 @@ def test_groups_teach_where_some_advantage_is_not_zero():
     both = rewards(flat + spread + visual_only)
     # Answers right, descriptions half: the sum and the visual reward have spread.
     for kind in ("scalar", "component", "span"):
-        assert credit(both, 4, AlgorithmConfig(credit=kind), True)[0].teaching == [1, 2]
+        assert credited(both, 4, credit=kind)[0].teaching == [1, 2]
     # Accuracy, format and self-reward that add up to the same: flat as a sum, not apart.
     traded = [Reward(1, 0, 0, False, 1.0, None, None), Reward(0, 0, 1, False, 1.0, None, None)]
-    assert credit(traded, 2, AlgorithmConfig(), True)[0].teaching == []
-    assert credit(traded, 2, AlgorithmConfig(credit="span"), True)[0].teaching == [0]
+    assert credited(traded, 2)[0].teaching == []
+    assert credited(traded, 2, credit="span")[0].teaching == [0]
     # Weighted alike, one component's gain is the other's loss.
-    assert credit(traded, 2, AlgorithmConfig(credit="component"), True)[0].teaching == []
+    assert credited(traded, 2, credit="component")[0].teaching == []
 
 
 def test_the_filter_keeps_what_teaches_and_all_where_nothing_does():
-    mixed, _ = credit(rewards([(1, 1, 1)] * 4 + VERDICTS), 4, AlgorithmConfig(), True)
-    flat, _ = credit(rewards([(1, 1, 1)] * 8), 4, AlgorithmConfig(), True)
+    mixed, _ = credited(rewards([(1, 1, 1)] * 4 + VERDICTS), 4)
+    flat, _ = credited(rewards([(1, 1, 1)] * 8), 4)
     config = Config()
     assert chosen_groups(mixed, config) == ([0, 1], {})
     config.algorithm.filter_groups = True
@@ -119,8 +126,8 @@ def test_an_unpaid_leak_has_no_self_reward():
 
 def test_a_rollout_names_both_advantages_only_by_span():
     numbers = np.array([[1.0, 2.0]], np.float32)
-    assert Credit(numbers, numbers + 1).of(0, 1) == (2.0, None)
-    assert Credit(numbers, numbers + 1, by_span=True).of(0, 1) == (2.0, 3.0)
+    assert Credit(numbers, numbers + 1).advantages_of(0, 1) == (2.0, None)
+    assert Credit(numbers, numbers + 1, by_span=True).advantages_of(0, 1) == (2.0, 3.0)
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,15 @@ from PIL import Image
 
 from megatron_sr1.checkpoint.hf_files import HFSource, write_like
 from megatron_sr1.checkpoint.transforms import Slice
+from megatron_sr1.config.loading import load_config
 from megatron_sr1.data.examples import Record
 from megatron_sr1.data.loader import Loader
 from megatron_sr1.data.packing import pack_samples
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.data.shards import write_shards
 from megatron_sr1.records import Message, TrainSample
+from megatron_sr1.trainer.rollouts import read_prompts
 from megatron_sr1.trainer.samples import Samples
-from megatron_sr1.trainer.sampling import read_prompts
 from tests.checkpoint_files import files_of
 
 pytestmark = pytest.mark.field
@@ -38,8 +39,9 @@ def processor(tiny_model):
 
 def samples_of(folder, records, processor, max_prompt_tokens=500):
     write_shards(records, folder)
-    options = {"recipe": "vision_r1", "style": "brief", "pass2_order": "question_first"}
-    return Samples(folder, processor, max_prompt_tokens=max_prompt_tokens, **options)
+    options = ["reward.recipe=vision_r1", "data.prompt_style=brief", "stage=sft", "data.train=x"]
+    options += [f"data.max_prompt_tokens={max_prompt_tokens}", "model.path=x"]
+    return Samples(load_config(None, options), folder, processor)
 
 
 def sequence(samples, index):
@@ -106,7 +108,7 @@ def test_a_prompt_that_is_too_long_leaves_the_others_order(processor, tmp_path, 
         records.append(Record((Message("user", "<image>" * len(shown) + asked),), "1", shown))
     samples = samples_of(tmp_path, records, processor, max_prompt_tokens=100)
     skipped = []
-    context = Of(skip=skipped.append, count_skipped=lambda speaks: None)
+    context = Of(skip=skipped.append, count_skipped=lambda is_replica_leader: None)
 
     def read(loader):
         drawn = loader.next_step()

@@ -28,7 +28,7 @@ from megatron_sr1.errors import DataError
 from megatron_sr1.records import Completion, Message, Reward, Rollout
 from megatron_sr1.report.page import question_card
 from megatron_sr1.rewards.score import Scorer
-from megatron_sr1.trainer.scoring import rollout_line
+from megatron_sr1.trainer.rollouts import rollout_line
 
 pytestmark = pytest.mark.field
 

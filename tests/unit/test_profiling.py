@@ -70,7 +70,7 @@ def test_phases_stand_in_the_profile_of_the_ranks_that_record(groups, tmp_path):
         folder = tmp_path / ranks
         settings = ["model.path=m", f"output={folder}", "logging.profile_steps=[1,1]"]
         config = load_config(None, [*settings, f"logging.profile_ranks={ranks}"])
-        context = Context(config, groups, None, 0)
+        context = Context(config, groups, 0)
         context._profiler.begin(1)
         with context.phase("pass1"):
             torch.ones(4).sum()

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from megatron_sr1.config.loading import load_config
 from megatron_sr1.data.packing import size_of
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.demo.digits import make_digits
@@ -15,9 +16,9 @@ from megatron_sr1.trainer.samples import Samples
 def samples(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")
     shards = make_digits(folder, 1, num_train=2, num_eval=1, num_cold_start=1)
-    options = {"recipe": "vision_sr1", "style": "brief", "max_prompt_tokens": 200}
-    options["pass2_order"] = "question_first"
-    return Samples(shards["train"], Processor(tiny_model, 784, 200704), **options)
+    options = ["data.prompt_style=brief", "data.max_prompt_tokens=200"]
+    config = load_config(None, [f"model.path={tiny_model}", "data.train=x", *options])
+    return Samples(config, shards["train"], Processor(tiny_model, 784, 200704))
 
 
 def rolled_out(samples, text):

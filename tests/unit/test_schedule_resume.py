@@ -10,10 +10,9 @@ import shutil
 import pytest
 
 from megatron_sr1.config.loading import load_config
-from megatron_sr1.trainer.actor import make_actor
+from megatron_sr1.trainer.actor import load_actor_model, make_actor
 from megatron_sr1.trainer.context import Context
 from megatron_sr1.trainer.optimizer import updates_per_step
-from megatron_sr1.trainer.setup import load_actor_model
 
 pytestmark = pytest.mark.field
 SETTINGS = [
@@ -30,7 +29,7 @@ def resumed(directory, output, groups, *changes):
     chunks, hf_config, source = load_actor_model(config, groups)
     num_updates = updates_per_step(config) * config.optimizer.num_steps
     actor = make_actor(config, chunks, hf_config, source, groups, num_updates)
-    context = Context(config, groups, None, 100)
+    context = Context(config, groups, 100)
     context.start(actor)
     return context, actor
 

@@ -15,9 +15,8 @@ from megatron_sr1.config.loading import load_config
 from megatron_sr1.config.training import AlgorithmConfig
 from megatron_sr1.data.packing import pack_samples
 from megatron_sr1.records import TrainSample
-from megatron_sr1.trainer.actor import make_actor
+from megatron_sr1.trainer.actor import load_actor_model, make_actor
 from megatron_sr1.trainer.objective import grpo_loss
-from megatron_sr1.trainer.setup import load_actor_model
 from megatron_sr1.trainer.step import named, update
 
 pytestmark = pytest.mark.field

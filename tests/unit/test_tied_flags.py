@@ -19,7 +19,8 @@ from megatron_sr1.config.model import ModelConfig
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.runtime.device import select_device
-from megatron_sr1.trainer.setup import engine_directory, load_actor_model
+from megatron_sr1.trainer.actor import load_actor_model
+from megatron_sr1.trainer.sync import engine_directory
 from tests.checkpoint_files import files_of
 from tools.convert_checkpoint import main as convert
 from tools.scoring_backends import huggingface_directory, loaded

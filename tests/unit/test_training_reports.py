@@ -82,7 +82,7 @@ def context_of(tiny_model, groups, output):
             *("optimizer.num_steps=5", "checkpoint.every_steps=2"),
         ],
     )
-    context, actor = Context(config, groups, None, 8), make_run(tiny_model, groups)
+    context, actor = Context(config, groups, 8), make_run(tiny_model, groups)
     context.start(actor)
     return context, actor
 

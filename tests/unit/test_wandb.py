@@ -23,6 +23,7 @@ from megatron_sr1.observability.wandb_sink import (
     last_step,
     side_by_side,
 )
+from megatron_sr1.rewards.verdicts import cross
 from tests.wandb_runs import history, read_table
 
 pytest.importorskip("wandb")
@@ -122,7 +123,7 @@ def test_samples_with_images_and_the_table_of_verdicts_are_in_the_run(tmp_path, 
     verdicts = [(1, 1), (1, 0.4), (0, 1), (1, 0), (0.6, 1), (0, 0), (1, None)]
     rollouts = [rollout(index + 1, *pair) for index, pair in enumerate(verdicts)]
     for step in range(1, 4):
-        sink.show(step, rollouts, images)
+        sink.show(step, rollouts, images, cross(verdicts))
         sink.log(step, {"actor/loss": float(step)})
     sink.close()
     told = history(tmp_path, 3)

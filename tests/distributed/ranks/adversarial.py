@@ -13,20 +13,20 @@ from pathlib import Path
 
 from megatron_sr1 import cli
 from megatron_sr1.records import Completion, Reading
-from megatron_sr1.trainer import scoring
+from megatron_sr1.trainer import rollouts as module
 
 
 def exchange(answers):
     """Have the texts of rollouts exchanged before they are scored."""
     turns = {gold: itertools.cycle(texts) for gold, texts in answers.items()}
-    real = scoring.score
+    real = module.score
 
     def score(rollouts, samples, scorer):
         golds = (samples.example(rollout.index).answer for rollout in rollouts)
         odd = [written(r, turns[gold]) for r, gold in zip(rollouts, golds, strict=True)]
         return real(odd, samples, scorer)
 
-    scoring.score = score
+    module.score = score
 
 
 def written(rollout, texts):

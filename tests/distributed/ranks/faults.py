@@ -101,9 +101,9 @@ def inject(case, run_dir):
     fault, place = Fault(case, run_dir), case["phase"]
     shorten(case)
     if place == "load":
-        from megatron_sr1.trainer import setup
+        from megatron_sr1 import stages
 
-        before(setup, "load_actor_model", fault)
+        before(stages, "load_actor_model", fault)
     elif place in ("forward", "backward", "optimizer"):
         in_update(fault, place)
     elif place == "save":

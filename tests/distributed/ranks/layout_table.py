@@ -29,9 +29,8 @@ from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.collectives import gather_objects
 from megatron_sr1.runtime.device import select_device, start_distributed
 from megatron_sr1.runtime.groups import Groups, destroy_groups, make_groups
-from megatron_sr1.trainer.actor import Actor, make_actor
+from megatron_sr1.trainer.actor import Actor, load_actor_model, make_actor
 from megatron_sr1.trainer.objective import grpo_loss
-from megatron_sr1.trainer.setup import load_actor_model
 from megatron_sr1.trainer.step import update
 from tests.layouts import exported, pack_rows, published_gradients, random_samples
 

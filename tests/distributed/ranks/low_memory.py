@@ -23,8 +23,7 @@ from megatron_sr1.errors import CheckpointError
 from megatron_sr1.runtime.device import select_device, start_distributed
 from megatron_sr1.runtime.groups import destroy_groups, make_groups
 from megatron_sr1.runtime.rng import seed_everything
-from megatron_sr1.trainer.actor import make_actor
-from megatron_sr1.trainer.setup import load_actor_model
+from megatron_sr1.trainer.actor import load_actor_model, make_actor
 from megatron_sr1.trainer.step import update
 from tests.distributed.ranks.checkpoints import make_batches, nll
 

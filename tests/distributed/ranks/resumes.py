@@ -22,7 +22,7 @@ from megatron_sr1.runtime.device import select_device, start_distributed
 from megatron_sr1.runtime.groups import destroy_groups, make_groups
 from megatron_sr1.runtime.rng import seed_everything
 from megatron_sr1.stages import start
-from megatron_sr1.trainer.context import Context
+from megatron_sr1.trainer.samples import Samples
 from megatron_sr1.trainer.sft import train_sft
 
 EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "digits_cpu.yaml"
@@ -37,15 +37,15 @@ LAYOUTS = {
 }
 
 
-class Recording(Context):
+class Recording(Samples):
     """Notes what this rank learns from."""
 
-    def pack(self, chosen, samples):
+    def pack(self, chosen, groups):
         """The batches, which hold each of the chosen samples once."""
-        batches = super().pack(chosen, samples)
+        batches = super().pack(chosen, groups)
         places = [place for batch in batches for place in batch.sample_ids]
         assert sorted(places) == list(range(len(chosen))), places
-        self.__dict__.setdefault("read", {})[self.step + 1] = [s.index for s in chosen]
+        self.__dict__.setdefault("read", []).append([s.index for s in chosen])
         return batches
 
 
@@ -83,11 +83,12 @@ def run(out, model, shards, plan):
         destroy_groups()
     groups = make_groups(config.parallel, select_device("cpu"))
     seed_everything(config.seed, groups)
-    context, samples, actor, _ = start(config, groups, NUM_STEPS)
+    context, samples, actor, _ = start(config, groups)
     assert context.step == (SAVED_STEP if saved else 0)
     train_sft(context, actor, samples)
     context.close()
-    order = order_of(groups, context.read)
+    first = 1 + (SAVED_STEP if saved else 0)
+    order = order_of(groups, dict(enumerate(samples.read, first)))
     if dist.get_rank() == 0:
         lines = [
             {
@@ -106,7 +107,7 @@ def run(out, model, shards, plan):
 def main():
     import megatron_sr1.stages as stages
 
-    stages.Context = Recording
+    stages.Samples = Recording
     out, model, shards, *plans = sys.argv[1:]
     start_distributed(select_device("cpu"), 120)
     for plan in plans:

@@ -14,9 +14,10 @@ from megatron_sr1 import stages
 from megatron_sr1.config.loading import load_config
 from megatron_sr1.records import Completion, Reward, Rollout
 from megatron_sr1.runtime.device import stop_distributed
-from megatron_sr1.trainer import grpo, setup
-from megatron_sr1.trainer.credit import Credit
-from megatron_sr1.trainer.scoring import Scored
+from megatron_sr1.trainer.grpo import own_samples, with_logprobs
+from megatron_sr1.trainer.objective import Credit, grpo_loss
+from megatron_sr1.trainer.rollouts import Scored
+from megatron_sr1.trainer.step import update
 
 NUM_PROMPTS, NUM_SAMPLES = 6, 2
 
@@ -64,17 +65,14 @@ def invented(samples):
 
 def step(config, groups):
     """What each of the two updates measured, and sums of the weights afterwards."""
-    context, samples, actor, _ = stages.start(config, groups, 2)
-    measured, real = [], grpo.update
-
-    def update(*arguments):
-        measured.append(real(*arguments))
-        return measured[-1]
-
-    grpo.update = update
-    own = grpo.own_samples(context, samples, *invented(samples), range(NUM_PROMPTS))
-    grpo.learn(context, actor, samples, own, None)
-    grpo.update = real
+    context, samples, actor, _ = stages.start(config, groups)
+    updates = own_samples(context, samples, *invented(samples), range(NUM_PROMPTS))
+    updates = with_logprobs(context, actor, samples, updates, None)
+    loss = grpo_loss(config.algorithm, 0.0, config.rollout.max_response_tokens)
+    measured = []
+    for own in updates:
+        batches = samples.pack(own, groups)
+        measured.append(update(actor, batches, loss, config.rollout.temperature))
     context.close()
     weights = {name: float(tensor.double().abs().sum()) for name, tensor in actor.weights()}
     return {"updates": measured, "weights": weights}
@@ -86,7 +84,7 @@ def main():
     for rate in rates:
         config = configuration(model_dir, shards, f"{out}.run_{rate}", rate)
         if groups is None:
-            _, groups = setup.start_ranks(config)
+            groups = stages.start_ranks(config)
         found[rate] = step(config, groups)
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps(found))

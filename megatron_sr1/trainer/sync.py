@@ -1,0 +1,146 @@
+"""The engine beside the actor: its start, the weight sync, and the check that both agree.
+
+The canary compares engine and actor on a fixed response to a fixed image; the engine scores it by
+prefill alone. The image is the same in every step, so that an embedding of it that survived a sync
+is noticed (vLLM keys its encoder cache by the image, whatever the weights). Keys and values of text
+that survived one are not: scored prompts are computed as a whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+
+from megatron_sr1.checkpoint.folders import resolve_model
+from megatron_sr1.checkpoint.hf import check_tensors, save_hf
+from megatron_sr1.checkpoint.hf_files import HFSource
+from megatron_sr1.config.run import Config
+from megatron_sr1.data.processor import Processor
+from megatron_sr1.data.shards import NUM_SEARCHED
+from megatron_sr1.errors import ConfigError, DataError, EngineError
+from megatron_sr1.model.hf_config import read_hf_config
+from megatron_sr1.records import TrainSample
+from megatron_sr1.rollout.engine import Engine
+from megatron_sr1.runtime.groups import Groups
+from megatron_sr1.trainer.actor import Actor, load_actor_model
+from megatron_sr1.trainer.context import Context
+from megatron_sr1.trainer.samples import Samples
+from megatron_sr1.trainer.step import sample_logprobs
+
+
+def start_engine(config: Config, groups: Groups, processor: Processor) -> Engine:
+    """Start the colocated rollout engine with the weights of `model.path`; collective."""
+    return Engine(
+        engine_directory(config, groups),
+        config.rollout,
+        processor,
+        device_kind=groups.device.kind,
+        dtype=config.model.dtype,
+        seed=config.seed,
+    )
+
+
+def engine_directory(config: Config, groups: Groups) -> Path:
+    """Return a Hugging Face directory with the weights of `model.path`.
+
+    A Megatron checkpoint is exported into the run directory, once.
+
+    Raises:
+        CheckpointError: the weights are not those that config.json describes.
+    """
+    source = resolve_model(config.model.path)
+    if source.kind == "huggingface":
+        check_tensors(HFSource(source.weights), read_hf_config(source.hf_files))
+        return source.weights
+    name = hashlib.blake2b(str(source.weights.resolve()).encode(), digest_size=6).hexdigest()
+    target = Path(config.output) / "engine_start" / name
+    if not (target / "config.json").is_file():
+        chunks, hf_config, _ = load_actor_model(config, groups)
+        save_hf(chunks, hf_config, groups, source.hf_files, target)
+    dist.barrier(group=groups.world.process_group)
+    return target
+
+
+def sync(context: Context, actor: Actor, engine: Engine, again: bool = False) -> None:
+    """Wake the engine and stream the actor's weights into it, with the step as their version.
+
+    `again` says that the engine's weights came from this actor: frozen ones are not sent again.
+    """
+    with context.phase("sync"):
+        left_out = actor.frozen if again and engine.keeps_weights else frozenset[str]()
+        actor.offload(context.config.rollout.make_room)
+        engine.wake()
+        engine.sync(actor.weights(left_out), context.step, whole=not left_out)
+
+
+class Canary:
+    """A sample of the training set that stays the same for the whole run."""
+
+    def __init__(self, samples: Samples, bound_nats: float) -> None:
+        """Choose the first usable sample with an image.
+
+        Args:
+            samples: the training set.
+            bound_nats: largest |engine - actor| of a token, > 0.
+
+        Raises:
+            ConfigError: none of the first samples has an image.
+        """
+        self._samples, self._bound = samples, bound_nats
+        self._index = _first_with_image(samples)
+
+    def check(self, context: Context, actor: Actor, engine: Engine) -> dict[str, float]:
+        """Compare after a sync; collective over all ranks.
+
+        Returns:
+            `mismatch/canary_abs_max`, nats.
+
+        Raises:
+            EngineError: the difference is beyond the bound.
+        """
+        prompt = self._samples.prompt(self._index)
+        lead, answer = self._samples.gold_answer(prompt)
+        response = (*lead, *answer)
+        with context.phase("canary"):
+            engine_logprobs = engine.logprobs(prompt.engine_token_ids, response, prompt.images)
+            token_ids = np.array((*prompt.token_ids, *response), np.int64)
+            sample = TrainSample(
+                index=self._index,
+                num_images=prompt.example.num_images,
+                token_ids=token_ids,
+                loss_mask=np.arange(len(token_ids)) >= len(prompt.token_ids),
+                image_grid_thw=prompt.image_grid_thw,
+            )
+            batches = self._samples.pack([sample], context.groups)
+            (actor_logprobs,) = sample_logprobs(actor, [sample], batches, temperature=1.0)
+        worst = self._worst(engine_logprobs, actor_logprobs[-len(response) :])
+        return {"mismatch/canary_abs_max": worst}
+
+    def _worst(self, engine_logprobs: Sequence[float], actor_logprobs: np.ndarray) -> float:
+        worst = float(np.abs(np.array(engine_logprobs) - actor_logprobs).max())
+        if not worst <= self._bound:
+            raise EngineError(
+                f"canary: engine and actor disagree by {worst:.2g} nats on a fixed response to a "
+                f"fixed image, at most {self._bound:.2g} (rollout.canary_bound): the engine does "
+                "not hold the actor's weights, or kept what it computed with earlier ones"
+            )
+        return worst
+
+
+def _first_with_image(samples: Samples) -> int:
+    for index in range(min(len(samples), NUM_SEARCHED)):
+        if not samples.example(index).num_images:
+            continue
+        try:
+            samples.prompt(index)
+        except DataError:
+            continue
+        return index
+    raise ConfigError(
+        f"rollout.canary_bound needs a sample with an image among the first {NUM_SEARCHED} of "
+        "data.train; set it to 0"
+    )
