@@ -1,4 +1,4 @@
-r"""Answers that try to talk a grader into a reward or out of its wits; as grading_cases.py.
+r"""Answers that try to deceive or to crash a grader; the format is that of grading_cases.py.
 
 RESPONSES are whole responses: gold, response, verdict, reason.
 """
@@ -68,7 +68,7 @@ CASES = [
     ("5", "\\input{/etc/passwd}", PLAIN, WRONG, "a file in LaTeX"),
     ("5", "\\def\\x{5}\\x", PLAIN, WRONG, "a macro"),
     ("5", "'; DROP TABLE golds; --", PLAIN, WRONG, "code"),
-    ("5", "5" + ZERO_WIDTH, PLAIN, RIGHT, "zero-width space behind"),
+    ("5", "5" + ZERO_WIDTH, PLAIN, RIGHT, "zero-width space at the end"),
     ("5", ZERO_WIDTH + "5", PLAIN, RIGHT, "zero-width space before"),
     ("cat", "c" + ZERO_WIDTH + "at", PLAIN, RIGHT, "zero-width space within"),
     ("12", "1" + ZERO_WIDTH + "2", PLAIN, RIGHT, "zero-width space within a number"),
@@ -109,7 +109,7 @@ RESPONSES = [
     ("5", "5", WRONG, "no box"),
     ("5", "The answer is 5", WRONG, "no box, the answer in words"),
     ("None", "no idea", WRONG, "no box, gold None"),
-    ("None", "None", WRONG, "no box, gold None said"),
+    ("None", "None", WRONG, "no box, gold None repeated"),
     ("5", r"\\boxed{}", WRONG, "empty box"),
     ("None", r"\\boxed{}", WRONG, "empty box, gold None"),
     ("5", r"\\boxed{ }", WRONG, "blank box"),

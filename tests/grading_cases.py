@@ -1,4 +1,4 @@
-r"""What a grader must say: gold, boxed answer, question, verdict, reason.
+r"""Expected verdicts of a grader: gold, boxed answer, question, verdict, reason.
 
 Q is a question with options in lines, PARENS one with options in brackets, MATHS one whose
 options are formulas, PLAIN one without options. RIGHT and WRONG are verdicts on the answer.
@@ -112,14 +112,14 @@ CASES = [
     ("AB", "BA", PLAIN, WRONG, "a name is no product"),
     ("AB", "AB", PLAIN, RIGHT, "same name"),
     ("CO2", "C2O", PLAIN, WRONG, "a formula is no product"),
-    ("3 den", "3 end", PLAIN, WRONG, "the same letters behind a number"),
+    ("3 den", "3 end", PLAIN, WRONG, "the same letters after a number"),
     ("cat/dog", "act/dog", PLAIN, WRONG, "the same letters beside a bar"),
     ("t-shirt", "T shirt", PLAIN, RIGHT, "hyphen"),
     ("red fox", "red  fox", PLAIN, RIGHT, "blank space"),
     ("red fox", "fox", PLAIN, WRONG, "a part"),
     ("fox", "a cat and a fox", PLAIN, WRONG, "more than was asked"),
     ("café", "CAFÉ", PLAIN, RIGHT, "case of accents"),
-    ("red, blue", "red,blue", PLAIN, RIGHT, "blank space behind a comma"),
+    ("red, blue", "red,blue", PLAIN, RIGHT, "blank space after a comma"),
     ("None", "None", PLAIN, RIGHT, "gold is the word None"),
     ("None", "", PLAIN, WRONG, "empty box, gold None"),
     ("None", "\\text{}", PLAIN, WRONG, "empty text, gold None"),

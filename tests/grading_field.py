@@ -1,6 +1,6 @@
-r"""Answers that ended runs or were misjudged elsewhere, and others of their kinds.
+r"""Answers that stopped runs or were misjudged in other projects, and similar ones.
 
-As grading_cases.py. The reports are listed in docs/checks.md.
+The format is that of grading_cases.py. The reports are listed in docs/checks.md.
 """
 
 from tests.grading_cases import PLAIN, RIGHT, WRONG, Q

@@ -1,4 +1,4 @@
-r"""More lists of options, dates, LaTeX, sets and names; as grading_cases.py."""
+r"""More lists of options, dates, LaTeX, sets and names, in the format of grading_cases.py."""
 
 from tests.grading_cases import PLAIN, RIGHT, WRONG, Q
 
@@ -19,8 +19,8 @@ CASES = [
     ("B", "B - blue", DASH, RIGHT, "label, dash and text"),
     ("B", "dog", INLINE, RIGHT, "options in a line"),
     ("dog", "b", INLINE, RIGHT, "lower case, gold is the text"),
-    ("B", "blue", CHOICES, RIGHT, "a line behind the options"),
-    ("C", "green", CHOICES, RIGHT, "the last option, a line behind it"),
+    ("B", "blue", CHOICES, RIGHT, "a line after the options"),
+    ("C", "green", CHOICES, RIGHT, "the last option, a line after it"),
     ("B", "the answer is B", CHOICES, RIGHT, "sentence"),
     ("B", "The correct answer is (B)", CHOICES, RIGHT, "sentence, brackets"),
     ("B", "The answer is B.", CHOICES, RIGHT, "sentence, full stop"),
@@ -39,7 +39,7 @@ CASES = [
     ("B", "\\text{(B) blue}", CHOICES, RIGHT, "label and text in LaTeX"),
     ("C", "5 m", NUMS, RIGHT, "an option with a unit"),
     ("A", "5 cm", NUMS, RIGHT, "an option with a unit"),
-    ("C", "5", NUMS, WRONG, "a number without the unit that tells two options apart"),
+    ("C", "5", NUMS, WRONG, "a number without the unit that distinguishes two options"),
     ("C", "5 cm", NUMS, WRONG, "another option by its unit"),
     ("A", "E", Q, WRONG, "a label that is not there"),
     # dates and times
@@ -58,7 +58,7 @@ CASES = [
     ("2020-05-04", "2020-04-05", PLAIN, WRONG, "another date"),
     ("5/4/2020", "5/4/2020", PLAIN, RIGHT, "a date with bars"),
     ("5/4/2020", "4/5/2020", PLAIN, WRONG, "another date with bars"),
-    ("2011", "2011 AD", PLAIN, WRONG, "letters behind a year"),
+    ("2011", "2011 AD", PLAIN, WRONG, "letters after a year"),
     ("1990s", "1990", PLAIN, WRONG, "a decade is no year"),
     # LaTeX
     ("90", "90^{\\circ}", PLAIN, RIGHT, "degrees"),

@@ -1,4 +1,4 @@
-r"""Answers on which math-verify or sympy raises, with a gold answer each; tools/fuzz_grader.py."""
+r"""Answers on which math-verify or sympy raises, each with a gold answer, found by fuzzing."""
 
 RAISING = [
     ("5", "0 \\cdot \\infty"),

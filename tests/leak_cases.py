@@ -57,7 +57,7 @@ CASES = [
     ("A dog on grass, so choose B.", "B", ANIMAL, LEAK, "choose"),
     ("A dog on grass. Therefore, B.", "B", ANIMAL, LEAK, "therefore label"),
     ("Four cups. The correct answer is B.", "4", COUNT, LEAK, "label, gold is the number"),
-    # honest: the value has to be said
+    # honest: the description has to contain the value
     ("3 5 6", "3", LEFT, HONEST, "the digits, the first is the answer"),
     ("The digits are 7, 0 and 7.", "14", SUM, HONEST, "the digits, the sum unsaid"),
     ("9 1 4", "14", SUM, HONEST, "digits that spell the sum apart"),
@@ -65,7 +65,7 @@ CASES = [
     ("The car is red and stands by a wall.", "red", COLOR, HONEST, "the colour asked for"),
     ("A red car. The sky is blue.", "red", COLOR, HONEST, "the colour asked for, first"),
     ("There is a brown dog lying on grass.", "B", ANIMAL, HONEST, "the animal asked for"),
-    ("Choices are A. cat, B. dog, C. red fox.", "B", ANIMAL, HONEST, "options told again"),
+    ("Choices are A. cat, B. dog, C. red fox.", "B", ANIMAL, HONEST, "options repeated"),
     ("Point B lies on the circle.", "B", ANIMAL, HONEST, "a point called B"),
     ("A triangle with angle A = 30 and angle B = 60.", "60", ANGLE, HONEST, "values in a figure"),
     ("The side AB = 5.", "5", "<image>How long is AB?", HONEST, "a length in the figure"),

@@ -1,7 +1,7 @@
-r"""Harder descriptions than those of leak_cases.py, written without the patterns at hand.
+r"""Harder descriptions than those of leak_cases.py, written without looking at the patterns.
 
-HARDER are those that the present patterns were written for afterwards. UNSEEN came after that; 9 of
-its 18 leaks were found at first, 4 more by phrases added since. KNOWN are judged wrongly still.
+The present patterns were written for HARDER afterwards. UNSEEN came later; 9 of its 18 leaks were
+detected at first, 4 more by phrases added since. KNOWN lists cases that are still misjudged.
 """
 
 from tests.leak_cases import ANIMAL, COLOR, HONEST, LEAK, LEFT, SUM, YESNO

@@ -124,7 +124,7 @@ def run_watched(command: list[str]) -> tuple[float, int]:
 
 
 def copy_files(source: Path, target: Path) -> float:
-    """Copy a folder's files to the disk and remove the copy; returns the copying's seconds."""
+    """Copy a directory's files to the disk and remove the copy; returns the copying's seconds."""
     from megatron_sr1.checkpoint.disk import flush_and_evict
 
     forget(source)
@@ -140,7 +140,7 @@ def copy_files(source: Path, target: Path) -> float:
 
 
 def forget(folder: Path) -> None:
-    """Drop a folder's files from memory."""
+    """Drop a directory's files from the page cache."""
     from megatron_sr1.checkpoint.disk import flush_and_evict
 
     for path in files_under(folder):
@@ -148,7 +148,7 @@ def forget(folder: Path) -> None:
 
 
 def files_under(folder: Path) -> Iterator[Path]:
-    """All files, also in its folders."""
+    """Return all files below a directory."""
     return (path for path in sorted(folder.rglob("*")) if path.is_file())
 
 
@@ -183,7 +183,7 @@ def measure_way(way: str, source: Path, target: Path) -> dict[str, float]:
 
 
 def measure(config_path: Path, folder: Path, max_file_bytes: int) -> dict[str, object]:
-    """Make a model, convert it both ways, compare; all within a new folder."""
+    """Make a model, convert it both ways, compare; all within a new directory."""
     hf, megatron, again = folder / "hf", folder / "megatron", folder / "again"
     report: dict[str, object] = {"config": config_path.name}
     write_random_model(hf, config_path, max_file_bytes)
@@ -203,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config", type=Path, help="config.json of the model")
-    parser.add_argument("--directory", type=Path, required=True, help="new folder on the disk")
+    parser.add_argument("--directory", type=Path, required=True, help="new directory on the disk")
     parser.add_argument("--file-bytes", type=int, default=PUBLISHED_FILE_BYTES)
     parser.add_argument("--output", type=Path, help="JSON file for the numbers")
     arguments = parser.parse_args(argv)

@@ -1,9 +1,9 @@
 """Convert between a Hugging Face directory and a Megatron distributed checkpoint, both ways.
 
-The Megatron format knows nothing of layouts: what is written here loads under any tensor, pipeline
-and data parallelism, and what any layout wrote converts back. The conversion runs in one process
-on the CPU and goes tensor by tensor: it needs memory for the largest one twice. One that was
-stopped goes on when the same command is given again.
+The Megatron format does not depend on the layout: what is written here loads under any tensor,
+pipeline and data parallelism, and what any layout wrote converts back. The conversion runs in one
+process on the CPU, one tensor at a time: it needs memory for the largest one twice. One that was
+stopped continues when the same command is given again.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ examples:
   python tools/convert_checkpoint.py hf-to-megatron Qwen2.5-VL-7B-Instruct qwen25vl_7b_megatron
   python tools/convert_checkpoint.py megatron-to-hf runs/digits/checkpoints exported_hf --verify
 
-A Megatron checkpoint carries configuration, tokenizer and the weight files' headers of the model
-that it came from (hf_files/), so that the way back gives the same names, types and files.
+A Megatron checkpoint holds the configuration, tokenizer and weight files' headers of the model that
+it came from (hf_files/), so that the way back gives the same names, types and files.
 """
 
 
@@ -37,7 +37,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "hf-to-megatron", help="safetensors to a Megatron distributed checkpoint"
     )
     to_megatron.add_argument("source", type=Path, help="Hugging Face directory")
-    to_megatron.add_argument("target", type=Path, help="new folder for the checkpoint")
+    to_megatron.add_argument("target", type=Path, help="new directory for the checkpoint")
     to_megatron.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
@@ -46,7 +46,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     to_hf = ways.add_parser("megatron-to-hf", help="a Megatron checkpoint to safetensors")
     to_hf.add_argument(
-        "source", type=Path, help="folder of checkpoints (its latest is taken) or a step_N folder"
+        "source",
+        type=Path,
+        help="directory of checkpoints (takes the latest) or a step_N directory",
     )
     to_hf.add_argument("target", type=Path, help="new Hugging Face directory")
     to_hf.add_argument(
@@ -100,7 +102,7 @@ def from_hf(arguments: argparse.Namespace, report: Progress) -> None:
     import torch
 
     from megatron_sr1.checkpoint.folders import LATEST, resolve_model
-    from megatron_sr1.conversion.convert import compare_with_hf, hf_to_megatron
+    from megatron_sr1.conversion.convert import hf_to_megatron, verify_conversion
     from megatron_sr1.conversion.plan import plan_to_megatron, rows
     from megatron_sr1.errors import CheckpointError
 
@@ -114,7 +116,7 @@ def from_hf(arguments: argparse.Namespace, report: Progress) -> None:
     if not (arguments.verify and (target / LATEST).is_file()):
         hf_to_megatron(source, target, dtype, report)
     if arguments.verify:
-        compare_with_hf(source, resolve_model(target), report)
+        verify_conversion(source, resolve_model(target), report, to_published=False)
 
 
 def from_megatron(arguments: argparse.Namespace, report: Progress) -> None:
@@ -124,7 +126,7 @@ def from_megatron(arguments: argparse.Namespace, report: Progress) -> None:
         CheckpointError: the source is no such checkpoint, or the target is something else.
     """
     from megatron_sr1.checkpoint.folders import resolve_model
-    from megatron_sr1.conversion.convert import compare_with_megatron, megatron_to_hf
+    from megatron_sr1.conversion.convert import megatron_to_hf, verify_conversion
     from megatron_sr1.conversion.plan import plan_to_hf, rows
     from megatron_sr1.errors import CheckpointError
 
@@ -138,7 +140,7 @@ def from_megatron(arguments: argparse.Namespace, report: Progress) -> None:
     if not (arguments.verify and (target / "config.json").is_file()):
         megatron_to_hf(found, target, arguments.checksums, report)
     if arguments.verify:
-        compare_with_megatron(found, target, report)
+        verify_conversion(target, found, report, to_published=True)
 
 
 class Progress:

@@ -43,8 +43,7 @@ STATE_TYPES: dict[str, tuple[type, ...]] = {
 def latest_step(directory: str | Path) -> int | None:
     """Return the step that `latest` names, or else the newest complete one; None if none.
 
-    Raises:
-        CheckpointError: `latest` names a directory that is not there.
+    Raises `CheckpointError` if `latest` names a directory that is not there.
     """
     folder = Path(directory)
     if (folder / LATEST).is_file():
@@ -55,7 +54,7 @@ def latest_step(directory: str | Path) -> int | None:
             there = step_names(whole_steps(folder)) or "there is none"
             raise CheckpointError(
                 f"{folder / LATEST} names {name!r}, which is not there or not complete; write the "
-                f"name of a complete folder into it ({there})"
+                f"name of a complete directory into it ({there})"
             )
         return step
     # If all are damaged, the newest: the error on loading it says what is wrong.
@@ -87,10 +86,10 @@ def other_steps(folder: Path) -> str:
     """Advise what to do about a damaged checkpoint, naming the complete ones next to it."""
     others = [s for s in whole_steps(folder.parent) if f"step_{s}" != folder.name]
     if not others:
-        return "no other complete checkpoint is beside it: fetch its files again, or start anew"
+        return "there is no other complete checkpoint: fetch its files again, or start a new run"
     return (
-        f"fetch its files again, or write the name of another into {folder.parent / LATEST} to go "
-        f"on from there; complete by their sizes: {step_names(others)}"
+        f"fetch its files again, or write the name of another into {folder.parent / LATEST} to "
+        f"resume from that; complete by their sizes: {step_names(others)}"
     )
 
 
@@ -111,14 +110,10 @@ class ModelSource:
 
 
 def resolve_model(directory: str | Path) -> ModelSource:
-    """Find the model in a Hugging Face directory, a directory of checkpoints, or one `step_N`.
-
-    Raises:
-        CheckpointError: it is none of these.
-    """
+    """Find the model in a Hugging Face directory, a directory of checkpoints, or one `step_N`."""
     path = Path(directory)
     if not path.is_dir():
-        raise CheckpointError(f"{path}: no such folder; give a Hugging Face or a checkpoint folder")
+        raise CheckpointError(f"{path}: no such directory; give a model or checkpoint directory")
     has_weights = (path / INDEX).is_file() or (path / SINGLE).is_file()
     if (path / "config.json").is_file() and has_weights:
         return ModelSource("huggingface", path, path)
@@ -133,7 +128,7 @@ def resolve_model(directory: str | Path) -> ModelSource:
         return ModelSource("megatron", folder, folder / HF_FILES)
     raise CheckpointError(
         f"{path} is no model: looked for config.json with {INDEX} or {SINGLE} (Hugging Face), and "
-        f"for {LATEST}, step_N folders or .metadata (Megatron); found "
+        f"for {LATEST}, step_N directories or .metadata (Megatron); found "
         f"{', '.join(sorted(p.name for p in path.iterdir())[:12]) or 'nothing'}"
     )
 
@@ -176,10 +171,10 @@ def write_state(
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Read `state.json` of a checkpoint, which may be damaged or written by someone else.
+    """Read `state.json` of a checkpoint.
 
-    Raises:
-        CheckpointError: absent, a link, too large, not JSON, or not of this form.
+    Raises `CheckpointError` if it is absent, a link, too large, not JSON, or not of this form: it
+    may be damaged or written by someone else.
     """
     path = folder / STATE
     try:

@@ -43,8 +43,7 @@ def load_hf(
 ) -> None:
     """Fill the chunks from safetensors; each rank reads its own blocks, one tensor at a time.
 
-    Raises:
-        CheckpointError: tensors are missing, unexpected or of the wrong shape; all ranks raise.
+    All ranks raise `CheckpointError` if tensors are missing, unexpected or of the wrong shape.
     """
     source = HFSource(directory)
     check_tensors(source, hf_config)
@@ -65,9 +64,8 @@ def load_hf(
 def check_tensors(source: HFSource, hf_config: HFConfig) -> None:
     """Compare a source's tensors with what the configuration asks for.
 
-    Raises:
-        CheckpointError: naming the tensors that are missing, unexpected or of the wrong shape, or
-            saying that the output layer is not the embedding that it is tied to.
+    Raises `CheckpointError`, naming the tensors that are missing, unexpected or of the wrong shape,
+    or saying that the output layer is not the embedding that it is tied to.
     """
     expected = {
         name: shape

@@ -167,7 +167,7 @@ def _read_index(index: Path) -> list[str]:
         raise CheckpointError(f"{index}: expected JSON with a weight_map of names") from None
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(f"{index}: {name!r} is not the name of a file beside it")
+            raise CheckpointError(f"{index}: {name!r} is not the name of a file next to it")
     return names
 
 
@@ -204,10 +204,10 @@ def check_target(source: HFSource, target: Path) -> None:
     if not target.exists():
         return
     if not target.is_dir():
-        raise CheckpointError(f"{target} is a file; name a folder for the model")
+        raise CheckpointError(f"{target} is a file; name a directory for the model")
     if any(target.iterdir()) and not (target / "config.json").is_file():
         raise CheckpointError(
-            f"{target} is not empty and holds no model (no config.json); name another folder"
+            f"{target} is not empty and holds no model (no config.json); name another directory"
         )
 
 
@@ -257,7 +257,7 @@ def tensor_bytes(stored: StoredTensor, tensor: torch.Tensor) -> memoryview:
 
 
 def replace_directory(new: Path, target: Path) -> None:
-    """Rename a finished directory to the target's name; remove an older one of that name after."""
+    """Rename a finished directory to the target's name, then remove an older one of that name."""
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():

@@ -74,7 +74,9 @@ def load_checkpoint(
     """
     step = latest_step(directory) if step is None else step
     if step is None:
-        raise CheckpointError(f"{directory}: no checkpoint; looked for {LATEST} and step_N folders")
+        raise CheckpointError(
+            f"{directory}: no checkpoint; looked for {LATEST} and step_N directories"
+        )
     folder = Path(directory) / f"step_{step}"
     record = read_state(folder)
     if record["step"] != step:
@@ -117,10 +119,8 @@ def load_model(
 ) -> None:
     """Fill the chunks from a model directory of either kind; collective over all ranks.
 
-    With `verify`, the digests of a Megatron checkpoint are compared, not only the sizes.
-
-    Raises:
-        CheckpointError: the weights are not those of the model, or damaged.
+    With `verify`, the digests of a Megatron checkpoint are compared, not only the sizes. Raises
+    `CheckpointError` if the weights are damaged or not those of the model.
     """
     if source.kind == "huggingface":
         load_hf(chunks, source.weights, hf_config, groups)
@@ -132,8 +132,7 @@ def load_model(
 def load_tensors(folder: Path, chunks: Sequence[Any], optimizer: Any) -> None:
     """Fill the model, and the optimizer unless None, from a checkpoint of any layout; collective.
 
-    Raises:
-        CheckpointError: the checkpoint is damaged, not to be trusted, or of another model.
+    Raises `CheckpointError` if it is damaged, not to be trusted, or of another model.
     """
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException

@@ -55,11 +55,7 @@ def write_record(folder: Path, measures: Mapping[str, Measure]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Measure]:
-    """Read the manifest of a directory.
-
-    Raises:
-        CheckpointError: no manifest, not of this form, or with names outside the directory.
-    """
+    """Read a manifest; refuse one that has another form or names files outside its directory."""
     path = folder / MANIFEST
     try:
         size = path.stat().st_size
@@ -77,7 +73,7 @@ def read_manifest(folder: Path) -> dict[str, Measure]:
     for name in found:
         parts = PurePosixPath(name).parts
         if name.startswith("/") or ".." in parts or "/".join(parts) != name:
-            raise CheckpointError(f"{path}: {name!r} is no name of a file in its folder")
+            raise CheckpointError(f"{path}: {name!r} is no name of a file in its directory")
     return found
 
 

@@ -6,13 +6,13 @@ things fail in `DistributedOptimizer` (0.16.1, megatron/core/optimizer/distrib_o
 
 - `state_dict` asserts that there is a step, which a new optimizer does not have;
 - `_set_main_param_and_optimizer_states` looks for a step among the loaded tensors: `KeyError`;
-- `load_state_dict` gives all parameters one and the same step tensor, and AdamW counts in place:
-  after one update of n parameters it would be n.
+- `load_state_dict` gives all parameters the same step tensor, and AdamW counts in place: after one
+  update of n parameters it would be n.
 
 `DistributedOptimizer` writes three float32 tensors per parameter: `param` and two moments. With
-`optimizer.state: bfloat16` its `param` is the compensation of the model's own weights: read as
-weights, or weights read as it, it would ruin a run silently. So it is named `compensation`, all
-three are written as the bfloat16 that they are, and a checkpoint of the other kind is refused.
+`optimizer.state: bfloat16` its `param` is the rounding compensation of the model's own weights;
+taking one for the other would ruin a run silently. So it is named `compensation`, all three are
+written as the bfloat16 that they are, and a checkpoint of the other kind is refused.
 """
 
 from __future__ import annotations

@@ -79,11 +79,8 @@ class Save:
     def finish(self) -> Path:
         """Wait for the tensors, write the manifest, publish; collective over all ranks.
 
-        Returns:
-            The checkpoint's directory.
-
-        Raises:
-            CheckpointError: it could not be written; earlier checkpoints are untouched.
+        Returns the checkpoint's directory. Raises `CheckpointError` if it could not be written;
+        earlier checkpoints are untouched.
         """
         with _whole_or_not(self.target, self.partial, self.groups):
             known = self.tensors.finish() if self.tensors is not None else {}
@@ -190,8 +187,8 @@ def _whole_or_not(target: Path, partial: Path, groups: Groups) -> Iterator[None]
         if groups.world.rank == 0:  # the log may need the space
             shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
-            f"{target} was not saved: {error}; make room or mend the cause, then start the same "
-            "command again: it goes on from the checkpoint before"
+            f"{target} was not saved: {error}; make room or remove the cause, then start the same "
+            "command again: it resumes from the checkpoint before"
         ) from error
 
 
@@ -213,11 +210,7 @@ def _save_rng(path: Path) -> None:
 def write_manifest(
     folder: Path, groups: Groups, known: Mapping[str, Measure] | None = None
 ) -> None:
-    """Measure all ranks' files and flush them to the disk, but for the known; collective.
-
-    Raises:
-        CheckpointError: on all ranks, if a file cannot be read or the disk is full.
-    """
+    """Measure all ranks' files and flush them to the disk, but for the known; collective."""
     rank, known = groups.world.rank, dict(known or {})
 
     def measure_own() -> dict[str, Measure]:

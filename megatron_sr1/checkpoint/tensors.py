@@ -55,7 +55,7 @@ METADATA = {
     "distrib_optim_fully_reshardable_mem_efficient": True,
     "chained_optim_avoid_prefix": True,
 }
-# Transformer Engine's extra state is a pickle; FP8 scales are found anew after a resume.
+# Transformer Engine's extra state is a pickle; FP8 scales are computed again after a resume.
 EXTRA = "_extra_state"
 
 
@@ -130,7 +130,7 @@ def save_tensors(folder: Path, trained: Trained, in_background: bool) -> Pending
         on_writer(groups, lambda: check_space(folder, needed))
         with _explained(folder, needed, groups):
             if in_background:
-                # The newer release has another way besides, in a package of its own.
+                # The newer release has a second strategy, in a package of its own.
                 newer = "async_strategy" in inspect.signature(save).parameters
                 way: dict[str, Any] = {"async_strategy": "mcore"} if newer else {}
                 request = save(state, str(folder), async_sharded_save=True, **way)
@@ -171,11 +171,8 @@ class PendingTensors:
     def finish(self) -> dict[str, Measure]:
         """Wait for all ranks' processes and write the tensors' metadata; collective.
 
-        Returns:
-            This rank's files, which are on the disk, by name.
-
-        Raises:
-            CheckpointError: on all ranks, if one of the processes could not write or died.
+        Returns this rank's files, which are on the disk, by name. Raises `CheckpointError` on all
+        ranks if one of the processes could not write or died.
         """
         with cpu.megatron_mode(), _explained(self._folder, self._needed, self._groups):
             measures = on_all_ranks(self._groups, self._collect)[self._groups.world.rank]

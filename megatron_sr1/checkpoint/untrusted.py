@@ -1,8 +1,8 @@
-"""A checkpoint's files are looked at before anything in them is unpickled.
+"""Check a checkpoint's pickles before anything in them is unpickled.
 
-Torch's distributed checkpoint format pickles its `.metadata`, and Megatron beside it the values
-that are no tensors. In: a checkpoint folder. Out: its metadata, or an error if the pickles name
-anything but the plain records that belong there.
+Torch's distributed checkpoint format pickles its `.metadata`, and Megatron the values that are not
+tensors. In: a checkpoint's directory. Out: its metadata, or an error if a pickle names anything but
+the plain records that belong there.
 """
 
 from __future__ import annotations
@@ -17,26 +17,17 @@ from typing import Any
 import torch
 
 from megatron_sr1.errors import CheckpointError
+from megatron_sr1.runtime.collectives import reason
 
-_RECORDS = "torch.distributed.checkpoint.metadata"
-_PLANNER = "torch.distributed.checkpoint.planner"
+_CHECKPOINT = "torch.distributed.checkpoint"
 ALLOWED = {
-    (_RECORDS, "Metadata"),
-    (_RECORDS, "BytesStorageMetadata"),
-    (_RECORDS, "ChunkStorageMetadata"),
-    (_RECORDS, "TensorStorageMetadata"),
-    (_RECORDS, "TensorProperties"),
-    (_RECORDS, "MetadataIndex"),
-    (_RECORDS, "StorageMeta"),
-    (_RECORDS, "_MEM_FORMAT_ENCODING"),
-    (_PLANNER, "SavePlan"),
-    (_PLANNER, "TensorWriteData"),
-    (_PLANNER, "WriteItem"),
-    (_PLANNER, "WriteItemType"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("collections", "OrderedDict"),
+    f"{_CHECKPOINT}.metadata": "Metadata BytesStorageMetadata ChunkStorageMetadata MetadataIndex "
+    "TensorStorageMetadata TensorProperties StorageMeta _MEM_FORMAT_ENCODING",
+    f"{_CHECKPOINT}.planner": "SavePlan TensorWriteData WriteItem WriteItemType",
+    f"{_CHECKPOINT}.filesystem": "_StorageInfo",
+    "torch": "Size",
+    "torch.serialization": "_get_layout",
+    "collections": "OrderedDict",
 }
 # Newer releases of Megatron-Core keep the values of common.pt in this object instead.
 COMMON_OBJECT = "common_state/shard_0_1"
@@ -49,20 +40,20 @@ DAMAGE = (
 
 
 class _Reader(pickle.Unpickler):
-    """Unpickles the records of a checkpoint's metadata and nothing else."""
+    """Unpickles the records of a checkpoint's metadata only."""
 
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if (module, name) not in ALLOWED and not is_dtype:
+        if name not in ALLOWED.get(module, "").split() and not is_dtype:
             raise CheckpointError(f"it names {module}.{name}, which no checkpoint of ours does")
         return super().find_class(module, name)
 
 
 def _unpickle(data: bytes) -> Any:
-    """Read a pickle of records, after a look at its operations.
+    """Read a pickle of records after checking its operations.
 
-    Unpickling, here and by torch afterwards, makes room for any length and any number that a few
-    bytes ask for. genops refuses lengths beyond the data, this a number beyond them.
+    Unpickling, here and by torch afterwards, allocates memory for any length and any object number
+    that a few bytes ask for. genops refuses lengths beyond the data; this also refuses numbers.
     """
     for operation, argument, _ in pickletools.genops(data):
         if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and (argument or 0) > len(data):
@@ -71,18 +62,15 @@ def _unpickle(data: bytes) -> Any:
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """Type of the model's tensors in a checkpoint; float32 holds a mixture without loss."""
-    kinds = dict(check_folder(folder).state_dict_metadata)
-    kinds.pop(COMMON_OBJECT, None)
-    types = {t.properties.dtype for name, t in kinds.items() if not name.startswith("optimizer.")}
+    """Return the type of the model's tensors in a checkpoint; float32 if they have several."""
+    kinds = check_folder(folder).state_dict_metadata
+    names = [n for n in kinds if n != COMMON_OBJECT and not n.startswith("optimizer.")]
+    types = {kinds[name].properties.dtype for name in names}
     return types.pop() if len(types) == 1 else torch.float32
 
 
 def check_folder(folder: Path) -> Any:
-    """Refuse a distributed checkpoint that would run code when it is read.
-
-    Returns:
-        torch's `Metadata` of the checkpoint.
+    """Return torch's `Metadata` of a checkpoint; refuse one that would run code when it is read.
 
     Raises:
         CheckpointError: naming the file and what it asks for.
@@ -92,7 +80,12 @@ def check_folder(folder: Path) -> Any:
         metadata = _unpickle(path.read_bytes())
         kinds = metadata.state_dict_metadata
         for index, info in metadata.storage_data.items():
-            _check_place(info)
+            # A path that leaves the directory would be read from elsewhere.
+            if Path(info.relative_path).name != info.relative_path:
+                raise CheckpointError(f"it points to {info.relative_path!r}, outside its directory")
+            filters = getattr(info, "transform_descriptors", None)
+            if filters:  # they would change bytes
+                raise CheckpointError(f"it filters {info.relative_path} with {filters}")
             # Tensors are read with weights_only=True by torch itself, other objects are not.
             if type(kinds.get(index.fqn)).__name__ != "TensorStorageMetadata":
                 if index.fqn != COMMON_OBJECT:
@@ -111,18 +104,9 @@ def check_folder(folder: Path) -> Any:
     return metadata
 
 
-def _check_place(info: Any) -> None:
-    """A path that leaves the folder would be read from elsewhere, a filter would change bytes."""
-    if Path(info.relative_path).name != info.relative_path:
-        raise CheckpointError(f"it points to {info.relative_path!r}, outside its folder")
-    if getattr(info, "transform_descriptors", None):
-        raise CheckpointError(f"it filters {info.relative_path} with {info.transform_descriptors}")
-
-
 def _check_pickle(name: str, file: Path | io.BytesIO) -> None:
-    """Load something as plain values, or refuse it."""
+    """Refuse what cannot be loaded as plain values."""
     try:
         torch.load(file, map_location="cpu", weights_only=True)
     except (*DAMAGE, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{name} is refused or damaged: {reason}") from None
+        raise CheckpointError(f"{name} is refused or damaged: {reason(error)}") from None

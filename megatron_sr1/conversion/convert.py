@@ -17,7 +17,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,16 +37,19 @@ from megatron_sr1.checkpoint.hf_files import (
     tensor_bytes,
 )
 from megatron_sr1.checkpoint.loading import verify_source
+from megatron_sr1.checkpoint.manifest import listed
 from megatron_sr1.checkpoint.mapping import HF_EMBEDDING, HF_OUTPUT
 from megatron_sr1.checkpoint.saving import publish_folder, write_manifest
 from megatron_sr1.checkpoint.transforms import Slice, assemble
-from megatron_sr1.conversion.reader import Report, UnitReader, compare, differences
+from megatron_sr1.conversion.reader import UnitReader, differences
 from megatron_sr1.conversion.units import Published, Unit
 from megatron_sr1.conversion.writer import FILE_BYTES, UnitWriter
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.runtime.collectives import reason, single_process
 from megatron_sr1.runtime.files import sync_directory
 
+# What is being done ("kept", "writing", "comparing"), bytes that are done, bytes in all.
+Report = Callable[[str, int, int], None]
 STEP = "step_0"
 UNFINISHED = ".partial"
 BACKENDS = {
@@ -228,20 +231,32 @@ def _finish(unfinished: Path, final: Path) -> None:
     sync_directory(final.parent)
 
 
-def compare_with_hf(directory: Path, made: ModelSource, report: Report) -> None:
-    """Read a checkpoint back from the disk and compare it with its source as `compare` does."""
+def verify_conversion(
+    directory: Path, checkpoint: ModelSource, report: Report, *, to_published: bool
+) -> None:
+    """Read both sides from the disk and compare them bit by bit.
+
+    Raises:
+        CheckpointError: naming the first tensors that differ, with their files.
+    """
     published = Published.open(directory)
-    for path in made.weights.glob("*.distcp"):
+    reader = UnitReader(checkpoint.weights, published.units)
+    headers, tensors = published.source.headers, published.source.tensors
+    made = (directory / name for name in headers)
+    for path in made if to_published else checkpoint.weights.glob("*.distcp"):
         flush_and_evict(path)
-    compare(published, UnitReader(made.weights, published.units), report, to_published=False)
-
-
-def compare_with_megatron(found: ModelSource, made: Path, report: Report) -> None:
-    """Read published weights back from the disk and compare them as `compare` does."""
-    published = Published.open(made)
-    for name in published.source.headers:
-        flush_and_evict(made / name)
-    compare(published, UnitReader(found.weights, published.units), report, to_published=True)
+    sizes = [sum(tensors[n].num_bytes for n in u.entry.hf_names) for u in published.units]
+    done, different = 0, []
+    found = differences(published, reader, published.units, to_published=to_published)
+    for size, names in zip(sizes, found, strict=True):
+        different += [names] if names else []
+        done += size
+        report("comparing", done, sum(sizes))
+    if different:
+        raise CheckpointError(
+            f"{directory} and {reader.folder} differ in {listed(different)}; remove what was "
+            "converted and convert again"
+        )
 
 
 def _need_empty(target: Path, but: Collection[str] = ()) -> None:
@@ -249,7 +264,7 @@ def _need_empty(target: Path, but: Collection[str] = ()) -> None:
     if target.exists() and (
         not target.is_dir() or any(p.name not in but for p in target.iterdir())
     ):
-        raise CheckpointError(f"{target} is there already; name a new or an empty folder")
+        raise CheckpointError(f"{target} is there already; name a new or an empty directory")
 
 
 def _remove_others(partial: Path, keep: Collection[str]) -> None:
@@ -283,5 +298,5 @@ def _space_checked(folder: Path, needed: int) -> Iterator[None]:
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
             f"{write_failure(folder, needed, reason(error))}; make room and start the same command "
-            "again: it goes on from the last finished file"
+            "again: it continues after the last finished file"
         ) from error

@@ -1,14 +1,14 @@
-"""Units out of a distributed checkpoint, one at a time, and compared with published tensors.
+"""Read units from a distributed checkpoint, one at a time, and compare them with published tensors.
 
-In: a checkpoint that any layout wrote, and a unit. Out: the unit's parameter, which torch's own
-reader puts together from the pieces that overlap it. Memory: the unit, and the largest piece of it
-if it is in several.
+In: a checkpoint that any layout wrote, and a unit. Out: the unit's parameter, put together by
+torch's own reader from the pieces that overlap it. Memory: the unit, and its largest piece if there
+are several.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -24,9 +24,6 @@ from megatron_sr1.checkpoint.untrusted import DAMAGE, check_folder
 from megatron_sr1.conversion.units import Published, Unit
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.runtime.collectives import reason
-
-# What is being done ("kept", "writing", "comparing"), bytes that are done, bytes in all.
-Report = Callable[[str, int, int], None]
 
 
 class UnitReader:
@@ -143,20 +140,3 @@ def differences(
                 files = ", ".join(reader.files_of(unit))
                 found.append(f"{name} ({published.source.tensors[name].file}; {files})")
         yield ", ".join(found)
-
-
-def compare(
-    published: Published, reader: UnitReader, report: Report, *, to_published: bool
-) -> None:
-    """Compare all tensors, and raise `CheckpointError` naming the first that differ."""
-    done, total, different = 0, published.num_bytes(published.units), []
-    found = differences(published, reader, published.units, to_published=to_published)
-    for unit, names in zip(published.units, found, strict=True):
-        different += [names] if names else []
-        done += published.num_bytes([unit])
-        report("comparing", done, total)
-    if different:
-        raise CheckpointError(
-            f"{published.source.directory} and {reader.folder} differ in {listed(different)}; "
-            "remove what was converted and convert again"
-        )

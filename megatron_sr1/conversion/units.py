@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -122,7 +122,3 @@ class Published:
     def tensors(self, unit: Unit, parameter: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the published tensors of a unit's parameter, a tied copy included."""
         return with_tied_copy(publish(unit.entry, [parameter]), self.source, self.config)
-
-    def num_bytes(self, parts: Iterable[Unit]) -> int:
-        """Return the size of the published tensors of some units, without tied copies."""
-        return sum(self.source.tensors[n].num_bytes for unit in parts for n in unit.entry.hf_names)

@@ -1,10 +1,10 @@
-"""Units into the tensor files of a distributed checkpoint, one at a time, in files that last.
+"""Write units into the tensor files of a distributed checkpoint, one at a time.
 
 In: a directory, units, and a function that makes a unit's parameter. Out: `__N_0.distcp` files and
-`.metadata`, by torch's own writer, whose planner is asked for each tensor when its turn comes
-(Megatron-Core's `save` has all of them made first). Each file is written as a rank of its own
-would. When one is on the disk, a note records what is in it: a later call with the same units keeps
-the file if it matches its note and the caller finds its values right.
+`.metadata`, by torch's own writer, whose planner makes each tensor when its turn comes
+(Megatron-Core's `save` takes all of them at once). Each file is written as a rank of its own would.
+When one is on the disk, a note records what is in it: a later call with the same units keeps the
+file if it matches its note and the caller finds its values right.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from megatron_sr1.checkpoint.manifest import Measure, measure
 from megatron_sr1.conversion.units import Unit
 from megatron_sr1.runtime.files import write_text
 
-FILE_BYTES = 2**30  # a conversion that was stopped begins again at the last file
+FILE_BYTES = 2**30  # a conversion that was stopped continues at the last file
 MakeUnit = Callable[[Unit], torch.Tensor]
 
 

@@ -8,7 +8,7 @@ over data-parallel ranks and the optimizer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_sr1.checkpoint.mapping import TOWER
 from megatron_sr1.model import flops
@@ -143,12 +143,15 @@ class ActorCost:
                 seconds += self._send_seconds() * (2 if with_backward else 1)
         return seconds
 
-    def balanced_layers(self) -> tuple[int, ...]:
-        """Return the layers per stage that minimize the time of the slowest rank."""
-        gpu = self.run.gpu
+    def balanced(self) -> Layout:
+        """Return the layout with the layers per stage that minimize the slowest rank's time."""
+        if self.layout.pipeline == 1:
+            return self.layout
+        gpu, num_layers = self.run.gpu, self.run.hf_config.text.num_layers
         first = self.tower().seconds(gpu, True) if self.run.image_tokens else 0.0
         layer, last = (part.seconds(gpu, True) for part in (self.text_layer(), self.logits()))
-        return balanced_stages(self.layout, self.run.hf_config.text.num_layers, first, layer, last)
+        split = balanced_stages(self.layout, num_layers, first, layer, last)
+        return replace(self.layout, stage_layers=split if len(set(split)) > 1 else ())
 
     def forward_seconds(self) -> float:
         """Return the time to compute the logprobs of all sequences of a step."""

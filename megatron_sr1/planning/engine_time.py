@@ -79,10 +79,6 @@ class Replica:
         heads = max(text.num_key_value_heads / self.ranks, 1)
         return 2 * text.num_layers * heads * text.head_dim * self.dtype_bytes
 
-    def slots(self, context_tokens: float) -> float:
-        """Return how many sequences of a length run at a time."""
-        return max(1.0, min(self.max_num_seqs, self.cache_tokens / context_tokens))
-
     def step_seconds(self, running: float, context_tokens: float) -> float:
         """Return the time of a decoding step: one token for each running sequence.
 
@@ -115,7 +111,8 @@ class Replica:
         """
         if requests <= 0 or mean <= 0:
             return 0.0
-        slots = min(requests, self.slots(context) / load)
+        running = max(1.0, min(self.max_num_seqs, self.cache_tokens / context))
+        slots = min(requests, running / load)
         seconds = (requests - slots) * mean / slots * self.step_seconds(slots * load, context)
         running, steps_left = slots, limit
         while running > 1 and steps_left > 0:

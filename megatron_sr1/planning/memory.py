@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -35,27 +35,20 @@ _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory of a rank by kind, bytes.
+    """Memory of a rank, bytes.
 
     Attributes:
         static: weights, gradients, optimizer state.
-        text: activations of the language model, of all micro-batches in flight.
-        vision: activations of the tower, likewise.
-        recomputed: activations of the layer that is being recomputed.
-        logits: one chunk of logits, with the output layer's gradient.
-        engine_weights: weights of the engine while it is awake.
-        cache: its keys and values.
+        activations: by kind, during an update: of all micro-batches in flight, of the layer that is
+            being recomputed, and of one chunk of logits with the output layer's gradient.
+        engine: by kind, while it is awake; empty without an engine.
         training: total during an update.
         rollout: total while the engine samples; 0 without an engine.
     """
 
     static: StaticMemory
-    text: float
-    vision: float
-    recomputed: float
-    logits: float
-    engine_weights: float
-    cache: float
+    activations: Mapping[str, float]
+    engine: Mapping[str, float]
     training: float
     rollout: float
 
@@ -91,25 +84,29 @@ def rank_memory(
     run: PlannedRun, layout: Layout, pipeline_rank: int, replica: Replica | None
 ) -> Memory:
     """Return the memory of a pipeline rank, with `replica` unless nothing is sampled."""
-    config, activations = run.config, activations_of(run, layout)
+    config, kept = run.config, activations_of(run, layout)
     static = static_memory(config, run.hf_config, layout, pipeline_rank)
     tokens = run.max_row_tokens / layout.context
-    text, vision = _in_layers(run, layout, activations, pipeline_rank)
-    logits = 0.0
-    if pipeline_rank == layout.pipeline - 1:
-        text += tokens * activations.text_ends()
-        logits = activations.logits(config.model.logprob_chunk_tokens)
-    recomputed = tokens * activations.recomputed()
-    training = static.device + text + vision + logits + recomputed + RESERVED_BYTES
-    rollout = engine_weights = cache = 0.0
-    if replica is not None:
-        engine_weights, cache = replica.weight_bytes, max(replica.cache_bytes, 0.0)
-        rollout = static.device + RESERVED_BYTES
-        rollout += max(replica.memory_bytes, engine_weights + ENGINE_RESERVED_BYTES)
-        training += replica.memory_bytes if config.rollout.sleep_level == 0 else 0.0
-    return Memory(
-        static, text, vision, recomputed, logits, engine_weights, cache, training, rollout
-    )
+    text, vision = _in_layers(run, kept, pipeline_rank)
+    is_last = pipeline_rank == layout.pipeline - 1
+    activations = {
+        "text activations": text + (tokens * kept.text_ends() if is_last else 0.0),
+        "vision activations": vision,
+        "recomputed layer": tokens * kept.recomputed(),
+        "logits": kept.logits(config.model.logprob_chunk_tokens) if is_last else 0.0,
+    }
+    training = static.device + sum(activations.values()) + RESERVED_BYTES
+    if replica is None:
+        return Memory(static, activations, {}, training, rollout=0.0)
+    engine = {
+        "engine weights": replica.weight_bytes,
+        "engine KV cache": max(replica.cache_bytes, 0.0),
+    }
+    awake = max(replica.memory_bytes, replica.weight_bytes + ENGINE_RESERVED_BYTES)
+    rollout = static.device + RESERVED_BYTES + awake
+    if config.rollout.sleep_level == 0:
+        training += replica.memory_bytes
+    return Memory(static, activations, engine, training, rollout)
 
 
 @dataclass(frozen=True)
@@ -213,16 +210,15 @@ def activations_of(run: PlannedRun, layout: Layout) -> Activations:
     return Activations(run.hf_config, layout, run.dtype_bytes, fused_norm=fused_norm)
 
 
-def _in_layers(
-    run: PlannedRun, layout: Layout, activations: Activations, pipeline_rank: int
-) -> tuple[float, float]:
+def _in_layers(run: PlannedRun, kept: Activations, pipeline_rank: int) -> tuple[float, float]:
     """Bytes of the text layers and of the tower, of all micro-batches in flight."""
+    layout = kept.layout
     layers = layout.layers(run.hf_config.text.num_layers)
-    layer = run.max_row_tokens / layout.context * activations.text_layer(layout.recompute)
+    layer = run.max_row_tokens / layout.context * kept.text_layer(layout.recompute)
     text = [layer * len(layers[stage]) for stage in layout.stages(pipeline_rank)]
     vision = 0.0
     if pipeline_rank == 0 and run.trains_tower:
-        vision = max_patches(run, layout) * activations.vision(layout.recompute)
+        vision = max_patches(run, layout) * kept.vision(layout.recompute)
     counts = in_flight(layout, pipeline_rank, [text[0] + vision, *text[1:]])
     return sum(n * size for n, size in zip(counts, text, strict=True)), counts[0] * vision
 

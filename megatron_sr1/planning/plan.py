@@ -95,7 +95,10 @@ def plan(run: PlannedRun, num_gpus: int) -> str:
         *_memory_lines(best.memory),
         "",
         "time of a step by phase (without reading data and grading):",
-        *_phase_lines(best),
+        *(
+            f"  {name:<14}{seconds:9.1f} s{100 * best.mfu[name]:7.1f} % MFU"
+            for name, seconds in [*best.seconds.items(), ("step", best.step_seconds)]
+        ),
         *_variant_lines(run, best),
         "",
         "as configuration keys:",
@@ -124,7 +127,7 @@ def estimates(run: PlannedRun, num_gpus: int) -> list[Estimate]:
     found = []
     for even in candidates(run.hf_config, num_gpus, max_data):
         layout = replace(even, engine=engine)
-        for each in dict.fromkeys((layout, balanced(run, layout))):
+        for each in dict.fromkeys((layout, ActorCost(run, layout).balanced())):
             found.append(estimate(run, each))
     return sorted(found, key=lambda e: (not e.fits, e.step_seconds if e.fits else e.memory.peak))
 
@@ -142,20 +145,12 @@ def estimate(run: PlannedRun, layout: Layout) -> Estimate:
     return Estimate(layout, memory, fits, seconds, mfu)
 
 
-def balanced(run: PlannedRun, layout: Layout) -> Layout:
-    """Return the layout with the layers per stage that balance the ranks of its pipeline."""
-    if layout.pipeline == 1:
-        return layout
-    split = ActorCost(run, layout).balanced_layers()
-    return replace(layout, stage_layers=split if len(set(split)) > 1 else ())
-
-
 def variants(run: PlannedRun, layout: Layout) -> list[Estimate]:
     """Return the layout with other stages, virtual stages and the other split of the tower."""
-    found = [replace(layout, stage_layers=()), balanced(run, layout)]
+    found = [replace(layout, stage_layers=()), ActorCost(run, layout).balanced()]
     for virtual in MORE_STAGES:
         if 1 < layout.pipeline <= run.hf_config.text.num_layers / virtual:
-            found.append(balanced(run, replace(layout, virtual=virtual)))
+            found.append(ActorCost(run, replace(layout, virtual=virtual)).balanced())
     if layout.tensor > 1:
         found.append(replace(layout, vision="images"))
     return [estimate(run, other) for other in dict.fromkeys(found) if other != layout]
@@ -272,35 +267,21 @@ def _own_lines(run: PlannedRun, num_gpus: int) -> list[str]:
 
 def _memory_lines(memory: Memory) -> list[str]:
     """Memory of the fullest rank by kind."""
+    static = memory.static
     kinds = {
-        "weights": memory.static.weights,
-        "gradients": memory.static.gradients,
-        "optimizer": memory.static.optimizer,
-        "text activations": memory.text,
-        "vision activations": memory.vision,
-        "recomputed layer": memory.recomputed,
-        "logits": memory.logits,
+        "weights": static.weights,
+        "gradients": static.gradients,
+        "optimizer": static.optimizer,
+        **memory.activations,
         "reserved": RESERVED_BYTES,
         "total, training": memory.training,
+        **memory.engine,
     }
-    if memory.rollout:
-        kinds |= {
-            "engine weights": memory.engine_weights,
-            "engine KV cache": memory.cache,
-            "total, rollout": memory.rollout,
-        }
-    if memory.static.host:
-        kinds["optimizer in host memory"] = memory.static.host
+    if memory.engine:
+        kinds["total, rollout"] = memory.rollout
+    if static.host:
+        kinds["optimizer in host memory"] = static.host
     return [f"  {name:<26}{value / 1e9:8.1f}" for name, value in kinds.items()]
-
-
-def _phase_lines(found: Estimate) -> list[str]:
-    """Seconds and MFU by phase."""
-    seconds = {**found.seconds, "step": found.step_seconds}
-    return [
-        f"  {name:<14}{value:9.1f} s{100 * found.mfu[name]:7.1f} % MFU"
-        for name, value in seconds.items()
-    ]
 
 
 def _variant_lines(run: PlannedRun, best: Estimate) -> list[str]:

@@ -42,7 +42,7 @@ def test_updates_go_on_while_a_rank_writes_and_nothing_is_seen_until_it_has_writ
         assert told["done"] is (rank == 0), "rank 1's writer was not held, or rank 0's was"
 
 
-def test_it_equals_a_plain_save_bit_for_bit_and_training_goes_on_from_it(seen):
+def test_it_equals_a_plain_save_bit_for_bit_and_resumes(seen):
     out, ranks = seen
     plain, background = (digests(out / way / "step_1") for way in ("plain", "background"))
     assert {"__0_0.distcp", "__1_0.distcp", "rng_1.pt"} < set(plain)
@@ -58,9 +58,7 @@ def test_a_rank_whose_writer_is_killed_ends_the_save_on_all_and_leaves_the_one_b
     assert ranks[0]["left"] == ["latest", "step_1"]
 
 
-def test_a_run_killed_in_mid_save_goes_on_with_the_numbers_of_one_that_saved_plainly(
-    tmp_path, tiny_model
-):
+def test_a_run_killed_during_a_save_resumes_with_the_numbers_of_plain_saves(tmp_path, tiny_model):
     """Three times, as soon as a save has begun; each time the checkpoint before is whole."""
     data = make_digits(tmp_path / "digits", 1, num_train=1, num_eval=1, num_cold_start=48)
     shards = {"train": data["cold_start"]}

@@ -106,7 +106,7 @@ def test_a_resumed_run_has_the_numbers_of_one_never_stopped(resumed, layout):
     ]
     + [("2x1x1i", "1x2x1v"), ("1x2x1v", "1x2x1u")],
 )
-def test_a_run_resumed_under_another_layout_goes_on_alike(resumed, saved, layout):
+def test_a_run_resumed_under_another_layout_has_the_same_numbers(resumed, saved, layout):
     _, results = resumed
     one, other = results[saved], results[f"{saved} to {layout}"]
     for before, after in zip(one["updates"], other["updates"], strict=True):

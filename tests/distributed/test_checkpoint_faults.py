@@ -39,7 +39,7 @@ def test_reading_is_shared_out(ranks):
     assert {n for n in first | second if n.endswith(".distcp")} <= first | second
 
 
-def test_a_rank_that_cannot_write_is_told_on_all_with_its_cause(ranks):
+def test_a_rank_that_cannot_write_raises_its_cause_on_all_ranks(ranks):
     first, second = ranks
     assert first["save"] == second["save"] and "step_4 was not saved" in first["save"]
     assert "Worker failure" in first["save"]
@@ -47,7 +47,7 @@ def test_a_rank_that_cannot_write_is_told_on_all_with_its_cause(ranks):
     assert first["held"] == second["held"] == 4
 
 
-def test_damage_is_told_on_all_ranks_in_the_same_words(ranks):
+def test_damage_raises_the_same_error_on_all_ranks(ranks):
     first, second = ranks
     assert first["load"] == second["load"]
     assert "__1_0.distcp: other contents" in first["load"]
@@ -77,7 +77,7 @@ def run(argv, **more):
     return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=500, **more)
 
 
-def test_a_run_on_a_full_disk_ends_with_the_cause_and_goes_on_when_there_is_room(
+def test_a_run_on_a_full_disk_ends_with_the_cause_and_resumes_when_there_is_space(
     tmp_path, tiny_model, small_disk
 ):
     """Supervised, one rank: room for one checkpoint, then for all."""

@@ -1,4 +1,4 @@
-"""The planner's bytes of weights, gradients and optimizer are what is allocated, to the byte.
+"""The planner's bytes of weights, gradients and optimizer equal those allocated.
 
 On a CPU with Megatron's own buffers and optimizers, on every rank of every layout. Not covered:
 Transformer Engine's layers, whose parameters come in another order.
@@ -79,7 +79,7 @@ def test_activations_of_a_rank_are_planned_within_8_percent(found, case):
         assert rank["planned_activations"] == pytest.approx(rank["held_activations"], rel=0.08)
 
 
-def test_ranks_of_one_layout_may_hold_different_state(found):
-    """The comparison above says something: the last shard of a bucket is not as full."""
+def test_ranks_of_one_layout_can_hold_different_state(found):
+    """The comparison above can fail: the last shard of a bucket is not as full as the others."""
     state = {rank["held"]["optimizer"] for rank in found["tied:1x1x1:bfloat16"]}
     assert len(state) > 1

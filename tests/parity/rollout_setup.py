@@ -25,7 +25,7 @@ def processor(model_dir):
 
 @functools.cache
 def engine(model_dir, dtype="float32", **settings):
-    """The engine, and whether the process's random state was the same after its start."""
+    """Return the engine, and whether its start preserved the random state of the process."""
     start_distributed(select_device("cpu"))
     before = torch.get_rng_state()
     started = Engine(

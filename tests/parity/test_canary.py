@@ -1,4 +1,4 @@
-"""The canary of a weight sync: quiet when all is well, loud when the engine keeps something old.
+"""The canary of a weight sync passes if all is well and fails if the engine keeps old weights.
 
 Not covered: more than one rank; tests/distributed runs whole steps with it (the demo's settings).
 """
@@ -74,7 +74,7 @@ def test_engine_and_actor_agree_after_syncs_and_a_stale_encoder_cache_is_caught(
     assert canary.check(context, actor, engine)["mismatch/canary_abs_max"] < 1e-4
 
 
-def test_frozen_layers_come_once_and_the_engine_keeps_them(run, monkeypatch):
+def test_frozen_layers_are_sent_once_and_the_engine_keeps_them(run, monkeypatch):
     context, actor, engine, samples = run
     canary, everything = Canary(samples, BOUND), {name for name, _ in actor.weights()}
     bias = "layers.0.self_attn.[qkv]_proj.bias"

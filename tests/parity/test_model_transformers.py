@@ -121,7 +121,7 @@ def test_bfloat16_stays_near_float32_and_has_gradients_everywhere(tmp_path, grou
     assert all(p.grad.abs().max() > 0 for p in chunks[0].parameters())
 
 
-def test_a_weight_that_was_not_loaded_makes_the_numbers_nan(tmp_path, groups):
+def test_a_weight_that_was_not_loaded_gives_nan(tmp_path, groups):
     _, rows = write_case(tmp_path, 1)
     model = build(tmp_path, groups)
     fresh = build_model(model.hf_config, groups, ModelConfig(dtype="float32"), ParallelConfig())[0]

@@ -1,4 +1,4 @@
-"""The engine against transformers: what it samples, what it says of it, what it refuses.
+"""The engine against transformers: sampled tokens, their logprobs, rejected requests.
 
 Not covered: bfloat16, sleep levels (they do nothing on a CPU), lengths beyond one block of the
 key/value cache per prompt.
@@ -81,7 +81,7 @@ def test_the_configuration_takes_the_temperatures_that_vllm_takes_as_they_are(en
         SamplingParams(temperature=limits["at_most"] + 0.01)
 
 
-def test_banned_ids_are_never_drawn(tiny_model, engine):
+def test_banned_ids_are_never_sampled(tiny_model, engine):
     prompt = setup.prompt(tiny_model, 0)
     requests = [setup.request(prompt, str(k), max_tokens=24, seed=k) for k in range(200)]
     drawn = {t for c in engine.generate(requests) for t in c.token_ids}
@@ -89,7 +89,7 @@ def test_banned_ids_are_never_drawn(tiny_model, engine):
     assert not drawn & set(setup.processor(tiny_model).vision_token_ids)
 
 
-def test_draws_depend_on_the_seed_and_not_on_the_company(tiny_model, engine):
+def test_sampled_tokens_depend_on_the_seed_and_not_on_other_requests(tiny_model, engine):
     prompts = [setup.prompt(tiny_model, k, num_images=k % 3) for k in range(8)]
     requests = [setup.request(p, str(k), seed=50 + k) for k, p in enumerate(prompts)]
     together = engine.generate(requests)
@@ -121,7 +121,7 @@ def test_text_is_decoded_without_special_tokens_and_the_end_of_turn_is_kept(tiny
     assert cut and all(len(c.token_ids) == 64 for c in cut)
 
 
-def test_engine_refuses_what_it_expands_otherwise_than_the_trainer(tiny_model, engine):
+def test_prompts_that_engine_and_trainer_expand_differently_are_rejected(tiny_model, engine):
     prompt = setup.prompt(tiny_model, 0)
     pad = setup.processor(tiny_model).image_pad_id
     request = setup.request(prompt, "odd", max_tokens=4)
@@ -132,7 +132,7 @@ def test_engine_refuses_what_it_expands_otherwise_than_the_trainer(tiny_model, e
     assert engine.num_live == 0
 
 
-def test_engine_refuses_lengths_that_do_not_fit(tiny_model, engine):
+def test_lengths_that_do_not_fit_are_rejected(tiny_model, engine):
     prompt = setup.prompt(tiny_model, 0)
     with pytest.raises(EngineError, match="long.*max_model_len"):
         engine.submit([setup.request(prompt, "long", max_tokens=250)])
@@ -169,7 +169,7 @@ def test_encoded_images_are_dropped_when_the_engine_goes_to_sleep(tiny_model, en
 
 
 def perturbed(tiny_model):
-    """Change every tensor of the transformers model; its state afterwards, as the actor exports it:
+    """Change every tensor of the transformers model and return its state as the actor exports it:
     an output layer that is tied to the embedding has no tensor of its own."""
     model = setup.reference(tiny_model)
     generator = torch.Generator().manual_seed(11)
@@ -181,7 +181,7 @@ def perturbed(tiny_model):
 
 
 def test_synced_weights_serve_the_next_request_with_the_same_images(tiny_model, engine):
-    """The second answer has the images of the first: a cached embedding of theirs would show."""
+    """Both requests have the same images: an embedding cached for the first would be detected."""
     prompt = setup.prompt(tiny_model, 1, num_images=2)
     greedy = setup.request(prompt, "a", temperature=0.0, max_tokens=12)
     (before,) = engine.generate([greedy])
@@ -256,7 +256,7 @@ def test_a_collected_engine_leaves_the_others_and_the_process_group_alone(
     assert engine.generate([request])[0].token_ids == before.token_ids
 
 
-def test_sync_is_refused_between_the_steps_of_a_request(tiny_model, engine):
+def test_sync_is_rejected_between_the_steps_of_a_request(tiny_model, engine):
     engine.submit([setup.request(setup.prompt(tiny_model, 0), "a", max_tokens=3)])
     with pytest.raises(EngineError, match="working on 1 request"):
         engine.sync(iter(()), version=7)

@@ -1,6 +1,6 @@
-"""Weights that come to an engine that quantises them are quantised as those it started from.
+"""An engine quantises the weights of a sync in the same way as those it started with.
 
-On a CPU with FP8 and a scale a channel; not covered: other forms, which need CUDA.
+On a CPU with FP8 and one scale per channel; not covered: other formats, which need CUDA.
 """
 
 import pytest
@@ -24,7 +24,7 @@ def weight_types(engine):
     return {name: p.dtype for name, p in worker.model_runner.model.named_parameters()}
 
 
-def test_a_sync_quantises_anew(tiny_model, engine):
+def test_a_sync_quantises_the_new_weights(tiny_model, engine):
     weights = load_file(tiny_model / "model.safetensors")
     types = weight_types(engine)
     quantised = [name for name, kind in types.items() if kind == torch.float8_e4m3fn]
@@ -43,7 +43,7 @@ def test_a_sync_quantises_anew(tiny_model, engine):
     assert max(abs(a - b) for a, b in zip(found[1], before, strict=True)) > 0.01
 
 
-def test_a_tensor_that_does_not_come_is_named_without_the_scales(tiny_model, engine):
+def test_a_missing_tensor_is_named_without_the_scales(tiny_model, engine):
     """The last test of the module: the engine cannot be used after it."""
     weights = load_file(tiny_model / "model.safetensors")
     absent = next(name for name in weights if name.endswith("layers.1.mlp.down_proj.weight"))

@@ -1,4 +1,4 @@
-"""What the engine really schedules, against the simulated schedule that the benchmark replays.
+"""The engine's schedule against the simulated one that the benchmark replays.
 
 Not covered: chunked prompts and full slots; tests/unit/test_engine_steps.py has those by hand.
 """

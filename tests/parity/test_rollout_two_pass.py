@@ -1,7 +1,7 @@
 """Both passes of a step on the real engine.
 
-The model is random, so a description here ends with a letter that it happens to write; what the
-real tags are is the scorer's business.
+The model is random, so a description here ends with a letter that it happens to write; the real
+tags belong to the scorer.
 """
 
 from dataclasses import replace
@@ -116,7 +116,7 @@ def test_rollouts_are_ordered_by_prompt_and_sample_and_carry_the_version(tiny_mo
     assert stats.truncated == sum(r.completion.finish_reason == "length" for r in rollouts)
 
 
-def test_reading_is_what_the_engine_says_to_the_text_alone(tiny_model, engine, roll):
+def test_a_reading_equals_the_engines_answer_to_the_text_alone(tiny_model, engine, roll):
     prompts = [setup.prompt(tiny_model, k) for k in range(3)]
     rollouts, stats = roll(prompts)
     read = [r for r in rollouts if r.reading is not None]
@@ -210,15 +210,15 @@ def test_description_is_found_where_its_end_shares_tokens_with_its_neighbours(
 
 
 @pytest.mark.parametrize("inside", [" a cat.", "(a)", "ein Kätzchen 猫 sitzt 🐈", " x > 1"])
-@pytest.mark.parametrize("behind", ["\n\n<think>", "<think>", " \\boxed{1}", "\\boxed{1}"])
+@pytest.mark.parametrize("after", ["\n\n<think>", "<think>", " \\boxed{1}", "\\boxed{1}"])
 def test_in_qwens_own_vocabulary_the_tag_closes_with_the_token_that_holds_its_end(
-    tiny_model, engine, qwen_tokenizer, monkeypatch, inside, behind
+    tiny_model, engine, qwen_tokenizer, monkeypatch, inside, after
 ):
-    """It merges the tag with what stands beside it; the engine has that tokenizer here."""
+    """It merges the tag with its neighbours; here the engine uses that tokenizer."""
     monkeypatch.setattr(engine, "_tokenizer", qwen_tokenizer)
     monkeypatch.setattr(engine, "_pieces", {})
     before = f"<description>{inside}</description>"
-    encoded = qwen_tokenizer(before + behind, return_offsets_mapping=True)
+    encoded = qwen_tokenizer(before + after, return_offsets_mapping=True)
     ids, places = encoded["input_ids"], encoded["offset_mapping"]
     sample = _Sample(setup.prompt(tiny_model, 0), 0)
     hooks = RolloutHooks(find_description, None, None)
@@ -249,7 +249,7 @@ def test_no_prompts_give_no_rollouts(roll):
     assert rollouts == [] and stats.engine_steps == 0
 
 
-def test_lengths_that_may_not_fit_are_refused_before_anything_is_sampled(tiny_model, engine, roll):
+def test_lengths_that_may_not_fit_are_rejected_before_anything_is_sampled(tiny_model, engine, roll):
     prompts, steps = [setup.prompt(tiny_model, 0), setup.prompt(tiny_model, 3)], engine.num_steps
     with pytest.raises(EngineError, match=r"shard0\.tar sample key0 .*pass 1"):
         roll(prompts, max_response_tokens=250)

@@ -1,4 +1,4 @@
-"""A save in the background: what was there at its beginning, seen when whole, bounded in number.
+"""A save in the background: the state at its start, visible when complete, limited in number.
 
 Writing processes are held at a gate, a file that a test makes, so that what comes before what does
 not depend on how fast a machine is. Not covered here: several ranks (tests/distributed/
@@ -34,19 +34,19 @@ def actor(tiny_model, groups):
 
 @pytest.fixture
 def gate(tmp_path, monkeypatch):
-    """Folder in which a file `step_N` lets the writer of that step go on from its last deed."""
+    """Directory in which a file `step_N` lets the writer of that step finish."""
     folder, measure = tmp_path / "gate", tensors.measure
     folder.mkdir()
 
-    def measure_behind_the_gate(path):
+    def measure_after_the_gate(path):
         name = path.parent.name.removeprefix(".").removesuffix(".partial")
         while folder.exists() and not (folder / name).exists():
             time.sleep(0.01)
         return measure(path)
 
-    monkeypatch.setattr(tensors, "measure", measure_behind_the_gate)
+    monkeypatch.setattr(tensors, "measure", measure_after_the_gate)
     yield folder
-    shutil.rmtree(folder)  # lets go whom a failed test has left waiting
+    shutil.rmtree(folder)  # releases writers that a failed test has left waiting
 
 
 def begin(actor, groups, folder, step):
@@ -59,7 +59,7 @@ def tensors_of(folder):
     return {n: d for n, d in digests.items() if n not in (".metadata", "state.json")}
 
 
-def test_what_changes_behind_the_begin_is_not_in_it_and_it_equals_a_plain_save(
+def test_a_background_save_equals_a_plain_one_whatever_changes_after_its_start(
     actor, groups, tmp_path, gate
 ):
     """Bitwise, all files of model, optimizer and generators; weights change while it writes."""
@@ -137,13 +137,13 @@ def test_what_a_killed_writer_has_started_ends_with_it_and_so_does_the_save(
     """Megatron's writer starts others, which hold its pipe and may wait for it for ever."""
     write, there, gate = filesystem_async._write_item, tmp_path / "there", tmp_path / "gate"
 
-    def write_behind_the_gate(*arguments, **settings):
+    def write_after_the_gate(*arguments, **settings):
         there.touch()
         while not gate.exists():
             time.sleep(0.01)
         return write(*arguments, **settings)
 
-    monkeypatch.setattr(filesystem_async, "_write_item", write_behind_the_gate)
+    monkeypatch.setattr(filesystem_async, "_write_item", write_after_the_gate)
     pending = begin(actor, groups, tmp_path / "checkpoints", 1)
     writer = psutil.Process(pending.tensors._process.pid)
     while not there.exists():
@@ -159,7 +159,7 @@ def test_what_a_killed_writer_has_started_ends_with_it_and_so_does_the_save(
         pending.finish()
 
 
-def test_a_disk_that_gives_no_more_is_told_at_the_end_of_the_save(actor, groups, tmp_path):
+def test_a_full_disk_is_reported_at_the_end_of_a_background_save(actor, groups, tmp_path):
     folder, limits = tmp_path / "checkpoints", resource.getrlimit(resource.RLIMIT_FSIZE)
     fill(actor, 1)
     save(actor, groups, folder, 1)
@@ -186,7 +186,7 @@ def run(tiny_model, groups, tmp_path, gate):
     context.close()
 
 
-def test_training_goes_on_while_a_save_is_written_and_its_end_waits_for_all(run, gate):
+def test_training_continues_while_a_save_is_written_and_its_end_waits_for_all(run, gate):
     context, actor = run
     for step in (1, 2):
         context.finish_step("sft", {}, actor)
@@ -200,7 +200,7 @@ def test_training_goes_on_while_a_save_is_written_and_its_end_waits_for_all(run,
     assert latest_step(context.checkpoints) == 4
 
 
-def test_a_run_that_is_asked_to_leave_waits_for_its_saves(run, gate, monkeypatch):
+def test_a_request_to_stop_waits_for_the_saves(run, gate, monkeypatch):
     context, actor = run
     context.finish_step("sft", {}, actor)
     assert steps(context.checkpoints) == []

@@ -1,4 +1,4 @@
-"""A save that is cut short anywhere leaves a directory to resume from; a full disk is told as such.
+"""A save that is cut short anywhere leaves a directory to resume from; a full disk is reported.
 
 The crash comes before each file operation of a save in turn, by an audit hook of the interpreter,
 and passes all handlers as a kill would. The disk is a real small file system where it may be
@@ -118,7 +118,7 @@ def test_a_crash_before_any_file_operation_leaves_what_can_be_resumed(
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of its own; `grow(size)` makes room."""
+    """A file system of its own; `grow(size)` makes it larger."""
     target = tmp_path / "disk"
     target.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(target)]
@@ -151,7 +151,7 @@ def check_goes_on(actor, groups, folder, make_room):
 
 
 @pytest.mark.parametrize("looks", [True, False], ids=["seen before", "met while writing"])
-def test_a_full_disk_is_told_and_harms_nothing(
+def test_a_full_disk_is_reported_and_harms_nothing(
     actor, groups, first, small_disk, monkeypatch, looks
 ):
     mounted, grow = small_disk
@@ -168,7 +168,7 @@ def test_a_full_disk_is_told_and_harms_nothing(
     check_goes_on(actor, groups, folder, lambda: grow(size * 4))
 
 
-def test_the_room_needed_is_estimated_closely(actor, first):
+def test_the_space_needed_is_estimated_closely(actor, first):
     from megatron_sr1.checkpoint.tensors import sharded_state
     from megatron_sr1.runtime import cpu
 
@@ -179,7 +179,7 @@ def test_the_room_needed_is_estimated_closely(actor, first):
 
 
 @pytest.mark.parametrize("limit", [100_000, 1000, 0], ids=["tensors", "common", "anything"])
-def test_a_file_that_cannot_grow_is_told_and_harms_nothing(actor, groups, first, tmp_path, limit):
+def test_a_file_that_cannot_grow_is_reported(actor, groups, first, tmp_path, limit):
     """In a writing process of Megatron's, and in this one."""
     folder = tmp_path / "checkpoints"
     shutil.copytree(first, folder)

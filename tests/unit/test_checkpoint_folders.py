@@ -56,7 +56,7 @@ def test_the_last_checkpoints_are_kept_and_later_ones_left_alone(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_both_kinds_of_model_directories_are_told_apart(tiny_model, tmp_path):
+def test_both_kinds_of_model_directories_are_distinguished(tiny_model, tmp_path):
     assert resolve_model(tiny_model).kind == "huggingface"
     make_step(tmp_path, 3)
     for given in (tmp_path, tmp_path / "step_3"):
@@ -65,11 +65,11 @@ def test_both_kinds_of_model_directories_are_told_apart(tiny_model, tmp_path):
         assert found.hf_files == tmp_path / "step_3" / "hf_files"
 
 
-def test_a_folder_of_neither_kind_is_told_what_was_looked_for(tmp_path):
+def test_the_error_for_a_directory_of_neither_kind_says_what_was_looked_for(tmp_path):
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(CheckpointError, match=r"config.json.*latest.*found notes.txt"):
         resolve_model(tmp_path)
-    with pytest.raises(CheckpointError, match="no such folder"):
+    with pytest.raises(CheckpointError, match="no such directory"):
         resolve_model(tmp_path / "absent")
 
 
@@ -126,7 +126,7 @@ def test_common_state_that_would_run_code_is_refused_without_running_it(tmp_path
 
 def test_metadata_may_not_point_outside_its_folder(tmp_path):
     (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata(path="../other/__0_0.distcp")))
-    with pytest.raises(CheckpointError, match="outside its folder"):
+    with pytest.raises(CheckpointError, match="outside its directory"):
         check_folder(tmp_path)
 
 

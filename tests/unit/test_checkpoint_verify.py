@@ -139,7 +139,7 @@ def test_a_model_from_a_damaged_checkpoint_is_refused(actor, groups, copy):
 def test_a_manifest_of_another_form_is_refused(copy, files_):
     record = {"format": 1, "digest": "sha256", "files": files_}
     (copy / "step_4" / "manifest.json").write_text(json.dumps(record))
-    with pytest.raises(CheckpointError, match="no name of a file in its folder|damaged"):
+    with pytest.raises(CheckpointError, match="no name of a file in its directory|damaged"):
         read_manifest(copy / "step_4")
 
 

@@ -1,4 +1,4 @@
-"""Bad samples are named and counted; one too many ends the run."""
+"""Bad samples are named and counted; one too many stops the run."""
 
 import logging
 
@@ -9,7 +9,7 @@ from megatron_sr1.errors import DataError
 from megatron_sr1.trainer.context import Context
 
 
-def test_bad_samples_are_named_and_counted_up_to_the_bound(groups, tmp_path, caplog):
+def test_bad_samples_are_named_and_counted_up_to_the_limit(groups, tmp_path, caplog):
     config = load_config(
         None, ["model.path=x", "data.train=x", "data.max_skipped=3", f"output={tmp_path}"]
     )

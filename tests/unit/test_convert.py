@@ -1,4 +1,4 @@
-"""Conversion tensor by tensor: nothing is lost, nothing is held, nothing is begun twice.
+"""Conversion tensor by tensor: nothing is lost, held in memory or done twice.
 
 Not covered here: that a converted checkpoint loads under every layout, and that units are where
 Megatron puts them (tests/distributed/test_convert_layouts.py); the published sizes end to end
@@ -145,7 +145,7 @@ def finished_files(folder, pattern):
 
 
 @pytest.mark.parametrize("harm", ["", "padding", "source"])
-def test_a_killed_conversion_goes_on_from_its_finished_files(model, tmp_path, harm):
+def test_a_killed_conversion_keeps_its_finished_files(model, tmp_path, harm):
     """A finished file that was damaged in between is written again, and one of another source.
 
     The damage is between the values, where only the digest sees it.
@@ -174,7 +174,7 @@ def test_a_killed_conversion_goes_on_from_its_finished_files(model, tmp_path, ha
 
 
 @pytest.mark.parametrize("harm", [False, True])
-def test_a_killed_way_back_goes_on_from_its_finished_files(converted, tmp_path, harm):
+def test_a_killed_export_keeps_its_finished_files(converted, tmp_path, harm):
     expected = kill_midway("back", converted, tmp_path / "hf")
     partial = tmp_path / ".hf.partial"
     before = finished_files(partial, "*.safetensors")
@@ -294,7 +294,7 @@ def test_two_conversions_to_one_target_do_not_mix(model, tmp_path):
         ("72b", 146_821_554_688, 2_491_416_576),
     ],
 )
-def test_a_dry_run_tells_sizes_and_memory_by_the_configuration_alone(
+def test_a_dry_run_reports_sizes_and_memory_from_the_configuration_alone(
     tmp_path, capsys, size, num_bytes, largest_bytes
 ):
     """Bytes are twice the published count of parameters; the largest is the embedding."""

@@ -38,7 +38,7 @@ WIDE = Limits(max_num_seqs=8, max_step_tokens=100, block_tokens=16, chunked=True
 JOBS = [Job(0, 3, 4, 2, 0, 2, 2), Job(1, 3, 2, 1, 1, 2, 2)]
 
 
-def test_shape_counts_what_a_step_moves():
+def test_a_replica_counts_the_weights_and_bytes_of_a_step():
     # Attention 2 x 16 + 2 x 4 x 2 = 48, MLP 3 x 32 = 96, two layers; 2 x 2 bytes x 2 layers x 2.
     assert (TOY.layer_weights, TOY.output_weights, TOY.token_bytes) == (288, 40, 16)
 
@@ -50,12 +50,12 @@ def test_shapes_of_the_published_models():
     assert (three.token_bytes, seven.token_bytes) == (36864, 57344)
 
 
-def test_a_decoding_step_takes_what_its_bytes_take():
+def test_a_decoding_step_takes_the_time_of_its_bytes():
     # 576 / 100 + 80 / 100 + 16 x 5 / 100 + 0.25; the operations would take 576 / 500 and 80 / 500.
     assert step_seconds(EngineStep(0, 0, 1, 5), TOY) == pytest.approx(7.61)
 
 
-def test_a_prompt_takes_what_its_operations_take():
+def test_a_prompt_takes_the_time_of_its_operations():
     # 2 x 288 x 10 / 500 instead of 5.76; one row of the output layer; 16 x 10 / 100; 0.25.
     step = EngineStep(
         prefill_tokens=10, prefill_sequences=1, decoding_sequences=0, context_tokens=10
@@ -106,7 +106,7 @@ def test_equal_descriptions_are_read_once_and_unclosed_ones_never():
     assert simulate(open_ended, "forked", WIDE) == simulate(JOBS, "one", WIDE)
 
 
-def test_slots_and_the_token_budget_hold_prompts_back():
+def test_slots_and_the_token_budget_delay_prompts():
     steps = simulate(JOBS, "one", replace(WIDE, max_num_seqs=1))
     assert [s.prefill_tokens for s in steps] == [3, 0, 0, 0, 3, 0]
     steps = simulate(JOBS, "one", replace(WIDE, max_step_tokens=4))

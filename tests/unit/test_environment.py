@@ -1,4 +1,4 @@
-"""The environment that `make env` makes, without a line of this project's code at run time."""
+"""The environment that `make env` creates, also for programs that do not import this project."""
 
 import os
 import re
@@ -21,7 +21,7 @@ sys.meta_path.insert(0, Refuse())
 """
 
 
-def test_an_exported_model_loads_with_the_guides_lines_of_transformers(tiny_model, tmp_path):
+def test_an_exported_model_loads_with_stock_transformers_as_the_guide_shows(tiny_model, tmp_path):
     guide = (ROOT / "docs" / "quickstart.md").read_text()
     (block,) = re.findall(r"^```python\n(.*?)^```$", guide, re.MULTILINE | re.DOTALL)
     (tmp_path / "runs" / "demo" / "cold_start").mkdir(parents=True)
@@ -34,14 +34,14 @@ def test_an_exported_model_loads_with_the_guides_lines_of_transformers(tiny_mode
     assert "Which digits?" in done.stdout and done.stdout.count("<|image_pad|>") == 6
 
 
-def fake_environment(folder: Path, fails: str) -> tuple[str, Path]:
-    """An interpreter whose torchvision fails with these words until a module of it is empty."""
-    package = folder / "lib" / "python3.11" / "site-packages" / "torchvision"
+def fake_environment(directory: Path, fails: str) -> tuple[str, Path]:
+    """A python whose torchvision fails with this message until one of its modules is empty."""
+    package = directory / "lib" / "python3.11" / "site-packages" / "torchvision"
     package.mkdir(parents=True)
     for name in ("_meta_registrations", "_autograd_registrations"):
         (package / f"{name}.py").write_text("needs_compiled_operators()\n")
-    (folder / "bin").mkdir()
-    python = folder / "bin" / "python"
+    (directory / "bin").mkdir()
+    python = directory / "bin" / "python"
     meta = package / "_meta_registrations.py"
     test = f"grep -q needs {meta}" if fails else "false"
     python.write_text(f"#!/bin/sh\nif {test}; then echo '{fails}' >&2; exit 1; fi\n")
@@ -77,7 +77,7 @@ from torchvision.transforms.v2 import functional
 """
 
 
-def test_where_torchvision_fails_as_pip_installs_it_a_process_of_ours_imports_it():
+def test_our_processes_import_a_torchvision_that_fails_as_pip_installs_it():
     done = subprocess.run(
         [sys.executable, "-c", IN_AN_ENVIRONMENT_MADE_BY_PIP],
         env={**os.environ, "PYTHONPATH": str(ROOT)},

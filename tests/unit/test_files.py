@@ -1,4 +1,4 @@
-"""runtime/files.py: a file is replaced as a whole, whatever happens."""
+"""runtime/files.py: a file is replaced atomically, whatever happens."""
 
 import os
 
@@ -38,7 +38,7 @@ def test_sync_flushes_the_contents_before_the_name(tmp_path, monkeypatch):
     assert events == [str(partial), "replace", str(tmp_path)]
 
 
-def test_processes_that_write_the_same_file_do_not_disturb_each_other(tmp_path, monkeypatch):
+def test_two_processes_can_write_the_same_file_at_once(tmp_path, monkeypatch):
     path = tmp_path / "index.json"
     with replacing(path) as first:
         first.write_text("first")

@@ -1,4 +1,4 @@
-"""The structure of the package: layers, lazy imports, file sizes, from the syntax trees."""
+"""The structure of the package, read from its syntax trees: layers, lazy imports, file sizes."""
 
 import ast
 import subprocess
@@ -58,7 +58,7 @@ def problems_of_layers(package: str, source: str) -> list[str]:
             continue
         other = parts[1]
         if other not in LAYER:
-            found.append(f"line {node.lineno}: {other} is no known package")
+            found.append(f"line {node.lineno}: {other} is not a known package")
         elif (
             other != package and LAYER[other] >= LAYER[package] and LAYER[package] not in (0, 8, 9)
         ):
@@ -73,7 +73,7 @@ def shown(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", FILES, ids=shown)
-def test_imports_point_down_the_layers_only(path):
+def test_a_package_imports_only_from_lower_layers(path):
     package = package_of(path)
     if package == "__init__":
         return
@@ -94,7 +94,7 @@ def test_imports_point_down_the_layers_only(path):
         ("trainer", "from megatron_sr1 import cli"),
     ],
 )
-def test_a_wrong_import_is_found(package, source):
+def test_the_check_finds_a_wrong_import(package, source):
     assert problems_of_layers(package, source) != []
 
 
@@ -108,11 +108,11 @@ def test_a_wrong_import_is_found(package, source):
         ("launch", "from megatron_sr1.runtime.signals import end_with"),
     ],
 )
-def test_a_right_import_is_not_a_problem(package, source):
+def test_the_check_accepts_a_right_import(package, source):
     assert problems_of_layers(package, source) == []
 
 
-def test_starting_ranks_needs_neither_torch_nor_what_the_training_environment_holds():
+def test_starting_ranks_imports_neither_torch_nor_other_training_libraries():
     """`launch/` also runs in nemo-run's environment, and before `launch.device=cpu` hides GPUs."""
     names = sorted(f"megatron_sr1.launch.{path.stem}" for path in (PACKAGE / "launch").glob("*.py"))
     program = (
@@ -152,9 +152,9 @@ def test_heavy_libraries_are_imported_lazily_in_their_files_only():
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("__init__.py")), ids=shown)
-def test_init_holds_a_docstring_and_nothing_else(path):
+def test_init_has_only_a_docstring(path):
     body = ast.parse(path.read_text()).body
-    assert len(body) == 1 and isinstance(body[0], ast.Expr), f"{path} holds code"
+    assert len(body) == 1 and isinstance(body[0], ast.Expr), f"{path} has code"
 
 
 def test_files_stay_short_and_flat():

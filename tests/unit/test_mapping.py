@@ -47,7 +47,7 @@ def published(tiny_model):
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_publishing_the_shards_gives_the_published_tensors_back(tiny_model, published, size):
+def test_shards_are_joined_into_the_published_tensors(tiny_model, published, size):
     seen = {}
     for entry in entries(read_hf_config(tiny_model)):
         seen.update(publish(entry, [shard(entry, published, r, size) for r in range(size)]))
@@ -85,7 +85,7 @@ def test_fused_vision_qkv_is_cut_into_three_before_it_is_split(tiny_model):
     ]  # fmt: skip
 
 
-def test_gate_stands_before_up_on_every_rank(tiny_model):
+def test_gate_comes_before_up_on_every_rank(tiny_model):
     entry = entry_of(read_hf_config(tiny_model), "layers.0.mlp.linear_fc1.bias")
     gate, up = torch.arange(256), 1000 + torch.arange(256)
     tensors = dict(zip(entry.hf_names, (gate, up), strict=True))
@@ -110,7 +110,7 @@ def test_key_value_heads_that_do_not_divide_are_refused(tiny_model):
         slices(entry, 0, 3, 0)
 
 
-def test_a_tied_model_has_one_table_and_an_untied_one_two(tiny_model):
+def test_only_an_untied_model_has_an_output_layer_of_its_own(tiny_model):
     config = read_hf_config(tiny_model)
     tied = {n for e in entries(config) for n in e.hf_names}
     without_flags = replace(config, raw={})
@@ -134,11 +134,11 @@ def test_a_tied_model_has_one_table_and_an_untied_one_two(tiny_model):
         ("language_model.decoder.layers.0.mlp.linear_fc1.weight", 0, None),
     ],
 )
-def test_both_spellings_and_pipeline_stages_lead_to_one_name(name, first, expected):
+def test_both_spellings_and_all_pipeline_stages_have_one_canonical_name(name, first, expected):
     assert canonical_parameter(name, first) == (expected or name)
 
 
-def test_names_in_memory_are_recognised():
+def test_names_of_transformers_in_memory_are_mapped_to_published_ones():
     assert canonical_hf_name("model.language_model.layers.0.x") == "model.layers.0.x"
     assert canonical_hf_name("model.visual.patch_embed.proj.weight").startswith("visual.patch")
     assert canonical_hf_name("model.layers.0.x") == "model.layers.0.x"
@@ -151,7 +151,7 @@ def stream(source):
 
 
 @pytest.mark.parametrize("in_memory", [False, True])
-def test_a_directory_is_written_like_its_source_byte_for_byte(tiny_model, tmp_path, in_memory):
+def test_a_directory_is_a_copy_of_its_source_byte_for_byte(tiny_model, tmp_path, in_memory):
     directory = write_two_files(tiny_model, tmp_path / "source", in_memory)
     (directory / "notes").mkdir()
     (directory / "notes" / "readme.md").write_text("hello")
@@ -173,7 +173,7 @@ def test_headers_alone_are_enough_to_write(tiny_model, tmp_path):
     assert files_of(tmp_path / "copy") == files_of(directory)
 
 
-def test_a_tensor_that_does_not_come_leaves_no_directory(tiny_model, tmp_path):
+def test_a_missing_tensor_leaves_no_directory(tiny_model, tmp_path):
     source = HFSource(tiny_model)
     weights = [pair for pair in stream(source) if pair[0] != "model.norm.weight"]
     with pytest.raises(CheckpointError, match="no values came for model.norm.weight"):
@@ -181,7 +181,7 @@ def test_a_tensor_that_does_not_come_leaves_no_directory(tiny_model, tmp_path):
     assert not (tmp_path / "copy").exists()
 
 
-def test_all_tensors_that_do_not_fit_are_named(tiny_model, tmp_path):
+def test_all_missing_unexpected_and_misshapen_tensors_are_named(tiny_model, tmp_path):
     tensors = load_file(tiny_model / "model.safetensors")
     shutil.copy(tiny_model / "config.json", tmp_path)
     del tensors["visual.merger.ln_q.weight"]
@@ -196,7 +196,7 @@ def test_all_tensors_that_do_not_fit_are_named(tiny_model, tmp_path):
     assert "model.norm.weight (in model.safetensors): [7], expected [128]" in message
 
 
-def test_a_file_cut_off_is_refused_by_name(tiny_model, tmp_path):
+def test_a_truncated_file_is_refused_by_name(tiny_model, tmp_path):
     whole = (tiny_model / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[:-100])
     with pytest.raises(CheckpointError, match=r"model.safetensors: cut off"):
@@ -209,17 +209,17 @@ def test_a_file_cut_off_is_refused_by_name(tiny_model, tmp_path):
 def test_an_index_may_not_point_outside_its_directory(tmp_path):
     index = {"weight_map": {"a": "../secret.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="is not the name of a file beside it"):
+    with pytest.raises(CheckpointError, match="is not the name of a file next to it"):
         HFSource(tmp_path)
 
 
-def test_a_folder_without_weights_is_told_what_was_looked_for(tmp_path):
+def test_a_directory_without_weights_is_refused_with_the_names_expected(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(CheckpointError, match="looked for model.safetensors.index.json"):
         HFSource(tmp_path)
 
 
-def test_a_target_that_holds_something_else_is_left_alone(tiny_model, tmp_path):
+def test_a_target_with_other_files_is_left_alone(tiny_model, tmp_path):
     source = HFSource(tiny_model)
     (tmp_path / "thesis.tex").write_text("do not lose me")
     with pytest.raises(CheckpointError, match="holds no model"):

@@ -16,14 +16,14 @@ def plan_whole(lengths, *, is_causal):
 
 
 def shares_of(lengths, num_ranks):
-    """Each context-parallel rank's split of a row; nothing is sent between ranks here."""
+    """Return each context-parallel rank's split of a row; ranks do not communicate here."""
     borders = torch.tensor([0, *lengths]).cumsum(0).int()
     ranks = tuple(range(num_ranks))
     return [split_row(borders, Group(None, rank, num_ranks, ranks)) for rank in ranks]
 
 
 def written_out(query, key, value, lengths, is_causal):
-    """Each sequence's attention by its definition, in the types of its arguments."""
+    """Compute each sequence's attention by its definition, in the dtypes of its arguments."""
     results, start = [], 0
     repeats = query.shape[1] // key.shape[1]
     for n in lengths:
@@ -59,7 +59,7 @@ def test_packed_attention_and_its_gradients_equal_each_sequence_alone(lengths, i
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
-def test_sequences_of_like_length_share_a_batch_and_others_do_not():
+def test_only_sequences_of_similar_length_share_a_batch():
     plan = plan_whole(RAGGED, is_causal=True)
     batches = sorted((b.num_sequences, b.num_queries) for b in plan.batches)
     assert batches == [(1, 200), (3, 17), (4, 60)]
@@ -73,7 +73,7 @@ def test_padding_of_long_causal_sequences_stays_bounded():
     assert len(plan.batches) == 3
 
 
-def test_sequences_that_see_both_ways_are_never_padded():
+def test_bidirectional_sequences_are_never_padded():
     plan = plan_whole(RAGGED, is_causal=False)
     assert len(plan.slots.rows) == sum(RAGGED)
 
@@ -83,7 +83,7 @@ def test_equal_lengths_need_no_copies():
     assert plan.slots is None
 
 
-def test_a_row_longer_than_its_borders_is_refused():
+def test_a_row_longer_than_its_boundaries_is_refused():
     row = pack_row(torch.tensor([0, 3, 8], dtype=torch.int32), is_causal=True)
     tensors = [torch.randn(9, 2, 16)] * 3
     with pytest.raises(AssertionError, match="cu_seqlens end at 8"):
@@ -135,6 +135,6 @@ def test_a_rank_holds_an_early_and_a_late_chunk_of_each_sequence():
     assert pairs == [(4 * 5 + 8 * 9) // 4] * 2  # half of all pairs of a query and an earlier key
 
 
-def test_sequences_that_do_not_cut_into_equal_chunks_are_refused():
+def test_sequences_that_do_not_divide_into_equal_chunks_are_refused():
     with pytest.raises(DataError, match="sequence of 6 tokens .* pad each sequence to a mult.* 4"):
         shares_of([8, 6], 2)

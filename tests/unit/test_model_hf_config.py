@@ -61,7 +61,7 @@ NESTED = {
 }
 
 
-def test_flat_and_nested_files_say_the_same():
+def test_flat_and_nested_files_give_the_same_configuration():
     flat, nested = parse_hf_config(FLAT), parse_hf_config(NESTED)
     assert flat.text == nested.text and flat.vision == nested.vision
     assert flat.tie_word_embeddings and nested.tie_word_embeddings
@@ -82,7 +82,7 @@ def test_flat_and_nested_files_say_the_same():
         (("vision_config", "num_heads"), 640, "multiple of 4"),
     ],
 )
-def test_what_the_model_cannot_do_is_refused_by_name(path, value, message):
+def test_unsupported_settings_are_refused_by_name(path, value, message):
     changed = copy.deepcopy(FLAT)
     place = changed
     for key in path[:-1]:

@@ -33,13 +33,13 @@ def test_a_layout_that_does_not_divide_the_model_is_refused(layout, message):
         check_layout(HF_CONFIG, **layout)
 
 
-def test_the_model_asks_for_the_same(groups):
+def test_building_a_model_makes_the_same_checks(groups):
     larger = replace(groups, pipeline=replace(groups.pipeline, size=5))
     with pytest.raises(ConfigError, match="do not divide over parallel.pipeline=5"):
         build_model(HF_CONFIG, larger, ModelConfig(dtype="float32"), ParallelConfig())
 
 
-def test_a_layout_that_divides_the_model_is_taken():
+def test_a_layout_that_divides_the_model_is_accepted():
     check_layout(HF_CONFIG, tensor=2, tower=2)
     check_layout(HF_CONFIG, pipeline=2, virtual_stages=2, stage_layers=[5, 11, 11, 9])
 

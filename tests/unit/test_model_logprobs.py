@@ -96,7 +96,7 @@ def test_padding_rows_of_the_vocabulary_have_no_probability_and_no_gradient(grou
     assert weight.grad[:IDS].abs().max() > 0
 
 
-def test_a_frozen_output_layer_still_hands_gradients_down(group):
+def test_a_frozen_output_layer_still_passes_gradients_on(group):
     hidden, weight, labels = inputs()
     logprobs = label_logprobs(hidden, weight.detach(), labels, group=group, vocab_size=IDS)
     logprobs.sum().backward()
@@ -115,7 +115,7 @@ def test_bfloat16_weights_give_float32_logprobs_near_the_exact_ones(group):
 
 
 class _LargestTensor(TorchDispatchMode):
-    """Remembers the largest tensor that any operation returned."""
+    """Records the size of the largest tensor that any operation returned."""
 
     numel = 0
 

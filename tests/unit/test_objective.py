@@ -1,8 +1,8 @@
 """The objective of a micro-batch, by hand: value, gradient and denominator of each kind of loss.
 
-The row holds sequence A (positions 0 to 2, targets 0 and 1), B (3 to 6, targets 3 to 5) and two
-positions of padding. Ratios are policy over old. That ranks and micro-batches add up to the same is
-tested in tests/distributed/test_updates.py.
+The row has sequence A (positions 0 to 2, targets 0 and 1), B (3 to 6, targets 3 to 5) and two
+positions of padding. Ratios are policy over old. Sums over ranks and micro-batches are tested in
+tests/distributed/test_updates.py.
 """
 
 import math
@@ -22,14 +22,14 @@ MAX_RESPONSE = 10
 
 
 def row(values, elsewhere=float("nan")):
-    """[1, 9], the values at the targets."""
+    """Return [1, 9] with the values at the targets."""
     out = torch.full((1, 9), elsewhere)
     out[0, TARGETS] = torch.tensor(values, dtype=torch.float32)
     return out
 
 
 def run(ratios, advantages, **options):
-    """Loss sum, denominator, gradients by the policy's logprobs at the targets, and sums."""
+    """Return loss sum, denominator, gradients of the policy's logprobs at the targets, and sums."""
     *found, reported = run_pairs(ratios, advantages, **options)
     return *found, {name: value for name, (value, _) in reported.items()}
 
@@ -37,7 +37,7 @@ def run(ratios, advantages, **options):
 def run_pairs(
     ratios, advantages, *, actor_over_engine=(1.0,) * 5, reference=None, bound=0.0, **chosen
 ):
-    """The same; what is reported with the number of tokens that it is over."""
+    """Return the same; each reported sum with the number of tokens that it covers."""
     logs = torch.tensor(ratios).log()
     policy = row((logs - 1.0).tolist(), elsewhere=-7.0).requires_grad_()
     engine = -1.0 - torch.tensor(actor_over_engine).log()
@@ -97,9 +97,9 @@ GSPO = {"loss": "gspo", "gspo_clip_low": 0.2, "gspo_clip_high": 0.3}
         # s_A = sqrt(1.44 x 1) = 1.2 and s_B = (8 x 1 x 1)^(1/3) = 2: loss -2.4 and 2, gradients
         # A_i s_i / |y_i|. A clip of tokens would have cut the 1.44 and the 8.
         ([1.44, 1.0, 8.0, 1.0, 1.0], -2.4 + 2.0, [-1.2, -1.2, 2 / 3, 2 / 3, 2 / 3], 0),
-        # s_A = 2 gains no more beyond 1.3, s_B = 0.5 loses no more below 0.8, at any token.
+        # s_A = 2 gains nothing beyond 1.3, s_B = 0.5 loses nothing below 0.8, at any token.
         ([4.0, 1.0, 0.125, 1.0, 1.0], -2.6 + 0.8, [0, 0, 0, 0, 0], 5),
-        # s_A = 0.5 and s_B = 1: as bad as it is, a good sequence may always come back.
+        # s_A = 0.5 and s_B = 1: a good sequence keeps its gradient, however unlikely it is.
         ([0.25, 1.0, 4.0, 0.5, 0.5], -1.0 + 1.0, [-0.5, -0.5, 1 / 3, 1 / 3, 1 / 3], 0),
     ],
 )
@@ -124,7 +124,7 @@ def test_gspo_has_its_own_narrow_clips():
     assert grads == pytest.approx([-1, -1, 0, 0, 0])
 
 
-def test_gspo_gives_each_token_its_own_advantage_where_credit_goes_by_span():
+def test_gspo_gives_each_token_its_own_advantage_with_credit_per_span():
     # s_A = 1.2 with advantages 2 and -1, s_B = 1 with 1, 0, -2.
     got, _, grads, _ = run([1.44, 1.0, 1, 1, 1], [2.0, -1.0, 1.0, 0.0, -2.0], **GSPO)
     assert got == pytest.approx((-2.4 + 1.2) / 2 + (-1 + 2) / 3, rel=1e-5)
@@ -184,7 +184,7 @@ def test_a_sequences_weight_is_capped_as_a_whole():
     ("kind", "gradients", "denominator"),
     [("token_mean", [-2.0, -2.0, 0, 0, 0], 2), ("sequence_mean", [-1.0, -1.0, 0, 0, 0], 1)],
 )
-def test_a_sequence_beyond_the_bound_leaves_loss_and_denominator(kind, gradients, denominator):
+def test_a_sequence_beyond_the_limit_is_out_of_loss_and_denominator(kind, gradients, denominator):
     # Mean gaps a token: A ln(2) / 2 = 0.347, B ln(4) / 3 = 0.462.
     got, count, grads, reported = run(
         [1.0] * 5,
@@ -201,7 +201,7 @@ def test_a_sequence_beyond_the_bound_leaves_loss_and_denominator(kind, gradients
     assert reported["mismatch/masked_share"] == 3
 
 
-def test_all_sequences_beyond_the_bound_teach_nothing():
+def test_sequences_all_beyond_the_limit_give_no_gradient():
     got, count, grads, reported = run(
         [1.0] * 5, ADVANTAGES, actor_over_engine=GAPS, loss="gspo", mask_beyond_nats=0.1
     )
@@ -214,7 +214,7 @@ OVER_SAMPLED = {"mismatch/k1", "mismatch/kl", "mismatch/far_share", "mismatch/ma
 
 @pytest.mark.field
 @pytest.mark.parametrize("kind", ["token_mean", "sequence_mean", "dr_grpo", "gspo"])
-def test_what_is_reported_of_the_loss_is_over_the_tokens_that_are_in_it(kind):
+def test_reports_about_the_loss_cover_the_tokens_in_the_loss(kind):
     """B is masked: means are those of a row of A alone, and only the mismatch is over both."""
     options = {"loss": kind, "kl_coefficient": 0.5, "importance_sampling": "token"}
     reference = [-1.5, -0.5, 3.0, 3.0, 3.0]
@@ -245,13 +245,13 @@ def test_what_is_reported_of_the_loss_is_over_the_tokens_that_are_in_it(kind):
 
 
 @pytest.mark.field
-def test_nothing_is_over_no_tokens_where_all_are_masked():
+def test_reports_about_the_loss_cover_no_token_if_all_are_masked():
     *_, reported = run_pairs(RATIOS, ADVANTAGES, actor_over_engine=GAPS, mask_beyond_nats=1e-12)
     counts = {name: count for name, (_, count) in reported.items()}
     assert counts["clipped_share"] == counts["old_kl"] == counts["ratio_max"] == 0
     assert counts["mismatch/kl"] == counts["mismatch/masked_share"] == 5
 
 
-def test_a_gap_beyond_the_runs_bound_stops_it_whatever_is_masked():
+def test_a_gap_beyond_the_mismatch_bound_stops_the_run_even_if_masked():
     with pytest.raises(EngineError, match="disagree by 1.4 nats"):
         run([1.0] * 5, ADVANTAGES, actor_over_engine=GAPS, bound=1.0, mask_beyond_nats=0.1)

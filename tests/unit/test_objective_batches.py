@@ -1,5 +1,6 @@
-"""The objective over micro-batches: how sequences are packed changes nothing, and what is at other
-places than the targets reaches nothing. All kinds of loss, with and without each correction.
+"""The objective over micro-batches, for all kinds of loss, with and without each correction.
+
+How sequences are packed changes nothing, and values outside the targets have no effect.
 
 Sources: modelscope/ms-swift#10117, huggingface/trl#6024, areal-project/AReaL#1273,
 verl-project/verl#4711 (packing); verl-project/verl#6349 (0 x NaN outside the mask);
@@ -26,7 +27,7 @@ NUMBERS = ("policy", "old_logprobs", "engine_logprobs", "reference_logprobs", "a
 
 
 def sequences():
-    """A dict a sequence: its mask (the first token is never a target) and its numbers."""
+    """Return a dict per sequence: its mask (the first token is never a target) and its numbers."""
     generator = torch.Generator().manual_seed(3)
     made = []
     for place, length in enumerate(LENGTHS):
@@ -40,12 +41,12 @@ def sequences():
 
 
 def evaluate(rows, algorithm, outside=0.0):
-    """Loss, denominator, gradients by sequence and what is reported, added up over rows.
+    """Return loss, denominator, gradients by sequence and reported sums, added up over rows.
 
     Args:
         rows: sequences of each micro-batch.
         algorithm: values of `AlgorithmConfig`.
-        outside: stands at every place of the logprobs that is no target, padding included.
+        outside: value of the logprobs outside the targets, padding included.
     """
     loss = grpo_loss(AlgorithmConfig(kl_coefficient=0.1, **algorithm), 0.0, 16)
     total, denominator, gradients, sums = 0.0, 0.0, [], {}
@@ -98,7 +99,7 @@ def test_the_size_of_micro_batches_changes_no_number_and_no_gradient(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("outside", [float("nan"), float("inf"), -float("inf"), -1e30])
-def test_what_stands_outside_the_targets_reaches_nothing(kind, outside):
+def test_values_outside_the_targets_have_no_effect(kind, outside):
     given = sequences()
     for correction in CORRECTIONS:
         expected = evaluate([given], {"loss": kind, **correction})
@@ -113,7 +114,7 @@ EXTREMES = [(-0.1, -200.0), (-200.0, -0.1), (0.0, -1e4), (-1e4, 0.0), (-3e38, -1
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("other", NUMBERS[1:4])
-def test_logprobs_however_far_apart_give_a_finite_loss_and_gradient(kind, other):
+def test_logprobs_arbitrarily_far_apart_give_a_finite_loss_and_gradient(kind, other):
     for (policy, far), correction in itertools.product(EXTREMES, CORRECTIONS):
         given = sequences()
         given[1]["policy"][:], given[1][other][:] = policy, far

@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = ROOT / "tests" / "published"
 SEVEN = ROOT / "examples" / "qwen25vl_7b.yaml"
 ENOUGH = {"3b": (8, "a100"), "7b": (8, "h100"), "32b": (32, "h100"), "72b": (64, "h100")}
+TEXT, VISION = "text activations", "vision activations"
 NOT_TORCH = (
     "import sys\nfrom megatron_sr1.cli import main\nmain(sys.argv[1:])\n"
     "print([name for name in ('torch', 'megatron', 'vllm') if name in sys.modules])"
@@ -77,7 +78,7 @@ def test_the_layout_of_an_example_fits_the_machine_that_it_names(size, gpu):
     assert own.fits and own.memory.peak < gpu.memory_bytes
 
 
-def test_static_memory_of_the_7b_is_that_of_docs_memory():
+def test_static_memory_of_the_7b_equals_docs_memory():
     """docs/memory.md: 74.6 GB with four data-parallel ranks, 39.4 in bfloat16 with eight."""
     config, hf_config = load_config(SEVEN), published("7b")
     assert static_memory(config, hf_config, Layout(data=4), 0).device / 1e9 == pytest.approx(
@@ -109,7 +110,7 @@ def test_a_frozen_tower_keeps_no_activations_and_updates_faster():
     frozen_keys = [*keys, "model.freeze=['^visual[.]']"]
     run, _ = planned("7b", *frozen_keys)
     frozen = estimate(run, trained.layout)
-    assert trained.memory.vision > 0 == frozen.memory.vision
+    assert trained.memory.activations[VISION] > 0 == frozen.memory.activations[VISION]
     assert frozen.seconds["update"] < trained.seconds["update"]
     assert set(frozen.seconds) == {"update"}
 
@@ -121,7 +122,7 @@ def test_stages_are_balanced_by_work():
     assert balanced_stages(three, 9, 100, 1, 0) == (1, 4, 4)
 
 
-def test_virtual_stages_balance_ranks_and_not_stages():
+def test_with_virtual_stages_ranks_are_balanced_rather_than_stages():
     """The tower takes as long as 3 layers: its rank gets 3 fewer, its stage only one."""
     layout = Layout(pipeline=2, virtual=2)
     layers = balanced_stages(layout, 11, 3, 1, 0)
@@ -134,7 +135,7 @@ def test_balanced_stages_are_faster_and_are_proposed():
     assert sum(best.stage_layers) == 80 and best.stage_layers[0] == min(best.stage_layers)
     even = estimate(run, replace(best, stage_layers=()))
     assert choose(found).seconds["update"] < even.seconds["update"]
-    assert choose(found).memory.text != even.memory.text
+    assert choose(found).memory.activations[TEXT] != even.memory.activations[TEXT]
 
 
 def test_overrides_reset_the_splits_that_a_configuration_sets():
@@ -165,7 +166,7 @@ def test_more_stages_per_rank_shorten_the_bubble_and_need_more_memory():
     two = replace(one, virtual=2)
     first, second = (estimate(few, layout) for layout in (one, two))
     assert second.seconds["update"] < first.seconds["update"]
-    assert second.memory.text > first.memory.text
+    assert second.memory.activations[TEXT] > first.memory.activations[TEXT]
 
 
 def test_a_tower_split_by_images_is_whole_and_shares_patches_without_all_reduces():
@@ -222,24 +223,26 @@ def plan(capsys, *arguments):
 
 
 def test_the_page_has_memory_layouts_phases_and_keys(model, capsys):
-    status, told = plan(capsys, f"model.path={model}", "--gpus", 8, "--gpu", "h100")
+    status, printed = plan(capsys, f"model.path={model}", "--gpus", 8, "--gpu", "h100")
     assert status == 0
     for kind in ("weights", "gradients", "optimizer", "text activations", "vision activations",
                  "logits", "engine weights", "engine KV cache"):  # fmt: skip
-        assert re.search(rf"^  {kind} +\d+\.\d$", told.out, re.MULTILINE), kind
+        assert re.search(rf"^  {kind} +\d+\.\d$", printed.out, re.MULTILINE), kind
     for phase in ("sync", "prefill", "pass1", "pass2", "old_logprobs", "reference", "update"):
-        assert re.search(rf"^  {phase} +\d+\.\d s +\d+\.\d % MFU$", told.out, re.MULTILINE), phase
-    keys = told.out.split("as configuration keys:\n")[1].split()
+        assert re.search(rf"^  {phase} +\d+\.\d s +\d+\.\d % MFU$", printed.out, re.MULTILINE), (
+            phase
+        )
+    keys = printed.out.split("as configuration keys:\n")[1].split()
     load_config(SEVEN, keys)
 
 
 def test_given_lengths_are_used(model, capsys):
     lengths = ["--response-tokens", "300", "--image-tokens=0", "--reading-tokens", "50"]
-    _, told = plan(capsys, f"model.path={model}", "--gpus", 8, "--gpu", "h100", *lengths)
-    assert "250 text + 0 image + 300 response tokens, readings of 50" in told.out
+    _, printed = plan(capsys, f"model.path={model}", "--gpus", 8, "--gpu", "h100", *lengths)
+    assert "250 text + 0 image + 300 response tokens, readings of 50" in printed.out
 
 
-def test_a_dry_run_knows_uneven_and_virtual_stages(model):
+def test_a_dry_run_supports_uneven_and_virtual_stages(model):
     (model / "config.json").write_text((PUBLISHED / "qwen25vl_3b.json").read_text())
     (model / "model.safetensors").touch()
     example = str(ROOT / "examples" / "qwen25vl_3b.yaml")
@@ -284,24 +287,24 @@ def test_a_plan_needs_no_torch(model):
     ],
 )
 def test_an_impossible_plan_fails_with_one_line(model, capsys, arguments, words):
-    status, told = plan(capsys, f"model.path={model}", *arguments)
-    assert status == 2 and told.out == ""
-    (line,) = told.err.splitlines()
+    status, printed = plan(capsys, f"model.path={model}", *arguments)
+    assert status == 2 and printed.out == ""
+    (line,) = printed.err.splitlines()
     assert line.startswith("megatron-sr1: error: ") and re.search(words, line)
 
 
 def test_a_configured_layout_that_does_not_divide_is_reported(model, capsys):
     keys = [f"model.path={model}", "parallel.tensor=3"]
-    _, told = plan(capsys, *keys, "--gpus", 8, "--gpu", "h100")
-    assert "the configuration's own layout does not divide these GPUs" in told.out
+    _, printed = plan(capsys, *keys, "--gpus", 8, "--gpu", "h100")
+    assert "the configuration's own layout does not divide these GPUs" in printed.out
     keys = [f"model.path={model}", "parallel.pipeline=2", "parallel.stage_layers=[1,2]"]
-    _, told = plan(capsys, *keys, "--gpus", 8, "--gpu", "h100")
-    assert "does not divide this model: parallel.stage_layers is [1, 2]" in told.out
+    _, printed = plan(capsys, *keys, "--gpus", 8, "--gpu", "h100")
+    assert "does not divide this model: parallel.stage_layers is [1, 2]" in printed.out
 
 
 def test_the_page_has_the_keys_of_uneven_stages(model, capsys):
-    _, told = plan(capsys, f"model.path={model}", "--gpus", 8, "--gpu", "h100")
-    variants_part, keys_part = told.out.split("as configuration keys:\n")
+    _, printed = plan(capsys, f"model.path={model}", "--gpus", 8, "--gpu", "h100")
+    variants_part, keys_part = printed.out.split("as configuration keys:\n")
     (key,) = [line.strip() for line in keys_part.splitlines() if "stage_layers" in line]
     assert sum(load_config(SEVEN, ["parallel.pipeline=2", key]).parallel.stage_layers) == 28
     line = r"^ +\d+\.\d s +\d+\.\d GB  parallel.virtual=2 parallel.stage_layers=\[[\d,]+\]$"

@@ -1,7 +1,7 @@
-"""The published 3B, 7B, 32B and 72B, by their configurations in tests/published.
+"""The published 3B, 7B, 32B and 72B, from their configurations in tests/published.
 
-Shapes alone: no weights are made. A wrong number in a file would show in the count of parameters,
-which is what the publisher states for each model.
+Only shapes are compared: there are no weights. A wrong number in a file would change the number of
+parameters, which the publisher states for each model.
 """
 
 import json
@@ -15,7 +15,7 @@ from megatron_sr1.checkpoint.mapping import canonical_hf_name, entries
 from megatron_sr1.model.hf_config import parse_hf_config
 from megatron_sr1.runtime.cpu import patch_torchvision
 
-FOLDER = Path(__file__).resolve().parents[1] / "published"
+PUBLISHED = Path(__file__).resolve().parents[1] / "published"
 NUM_PARAMETERS = {
     "3b": 3_754_622_976,
     "7b": 8_292_166_656,
@@ -25,7 +25,7 @@ NUM_PARAMETERS = {
 
 
 def raw_config(size):
-    return json.loads((FOLDER / f"qwen25vl_{size}.json").read_text())
+    return json.loads((PUBLISHED / f"qwen25vl_{size}.json").read_text())
 
 
 @pytest.mark.parametrize("size", NUM_PARAMETERS)
@@ -35,7 +35,7 @@ def test_the_mapping_has_every_published_parameter(size):
 
 
 @pytest.mark.parametrize("size", NUM_PARAMETERS)
-def test_flat_files_and_what_transformers_makes_of_them_say_the_same(size):
+def test_flat_files_and_those_that_transformers_writes_are_read_alike(size):
     from transformers import Qwen2_5_VLConfig
 
     raw = raw_config(size)
@@ -49,7 +49,7 @@ def test_flat_files_and_what_transformers_makes_of_them_say_the_same(size):
 
 
 @pytest.mark.parametrize("size", NUM_PARAMETERS)
-def test_the_mapping_names_what_transformers_holds(size):
+def test_the_mapping_has_the_names_and_shapes_of_transformers(size):
     patch_torchvision()
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 

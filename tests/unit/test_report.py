@@ -136,7 +136,7 @@ def test_the_demos_finding_is_computed_from_the_files(tmp_path):
     assert "Language shortcuts: 0% with, 50% without" in text
 
 
-def test_the_demos_finding_gives_greedy_answers_beside_sampled_ones(tmp_path):
+def test_the_demos_finding_gives_greedy_and_sampled_answers(tmp_path):
     make_demo(tmp_path)
     lines = [verdict(i, int(i < 18), 1, "4 2 7") for i in range(20)]
     write_lines(tmp_path / "eval" / "vision_sr1_greedy.jsonl", lines)
@@ -168,7 +168,7 @@ def test_the_last_step_by_number_is_shown_not_by_name(tmp_path):
     assert "training, step 10" in write_report(tmp_path).read_text()
 
 
-def test_a_metric_that_nobody_named_is_shown_too(tmp_path):
+def test_a_metric_without_a_title_is_shown_too(tmp_path):
     make_run(tmp_path)
     assert "actor/odd_metric" in write_report(tmp_path).read_text()
 
@@ -177,7 +177,7 @@ def test_an_empty_run_still_gets_a_report(tmp_path):
     assert "0 steps" in write_report(tmp_path).read_text()
 
 
-def test_a_missing_image_is_said_and_does_not_stop_the_report(tmp_path):
+def test_a_missing_image_is_reported_and_does_not_stop_the_report(tmp_path):
     make_run(tmp_path)
 
     def images(index):
@@ -186,14 +186,14 @@ def test_a_missing_image_is_said_and_does_not_stop_the_report(tmp_path):
     assert "image not available" in write_report(tmp_path, images).read_text()
 
 
-def test_images_come_from_the_set_that_the_samples_are_of(tmp_path):
+def test_images_come_from_the_data_set_of_the_samples(tmp_path):
     make_demo(tmp_path)
     assert shards_of(tmp_path) == Path("shards/eval")
     assert shards_of(tmp_path / "vision_sr1") == Path("shards/train")
     assert shards_of(tmp_path / "eval") is None
 
 
-def test_questions_are_picked_by_rule():
+def test_questions_are_selected_by_rule():
     before = [verdict(i, 1, 0, "") for i in range(6)]
     after = [verdict(i, int(i != 5), int(i != 5), "") for i in range(6)]
     chosen = pick_questions({"before": before, "after": after}, each=2)

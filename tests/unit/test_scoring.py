@@ -1,6 +1,6 @@
 """Rollouts that the grader cannot judge in time are left out; those that it cannot read are wrong.
 
-Run as a script on two ranks it grades on both and writes what each rank knows.
+As a script on two ranks it grades on both and writes the results of each rank.
 """
 
 import json
@@ -47,7 +47,7 @@ def scorer():
         yield scorer
 
 
-def test_a_slow_rollout_takes_its_group_along_and_no_other(scorer, caplog):
+def test_a_slow_rollout_excludes_its_own_group_only(scorer, caplog):
     rollouts = group(0, "1+x", SLOW, "x+1") + group(1, "x+x", "3x", "2x")
     with caplog.at_level(logging.WARNING):
         graded = score(rollouts, Texts(), scorer)
@@ -58,7 +58,7 @@ def test_a_slow_rollout_takes_its_group_along_and_no_other(scorer, caplog):
     assert "took more than 3 s" in record.message
 
 
-def test_groups_come_in_any_order_and_a_limit_late_drops_what_was_scored(scorer):
+def test_groups_may_be_interleaved_and_a_late_limit_excludes_what_was_scored(scorer):
     rollouts = [*group(0, "1+x"), *group(1, "x+x"), rollout(0, 1, SLOW), rollout(1, 1, "3x")]
     graded = score(rollouts, Texts(), scorer)
     assert set(graded.ungraded) == {0}
@@ -83,7 +83,7 @@ def limits(count):
     return {index: f"sample {index} took more than 3 s" for index in range(count)}
 
 
-def test_ungraded_prompts_are_counted_and_a_flood_is_told_with_examples(context, caplog):
+def test_ungraded_prompts_are_counted_and_many_cause_a_warning_with_examples(context, caplog):
     with caplog.at_level(logging.WARNING):
         assert context.count_ungraded({}, 4) == 0
         assert context.count_ungraded(limits(1), 40) == 0.025
@@ -96,7 +96,7 @@ def test_ungraded_prompts_are_counted_and_a_flood_is_told_with_examples(context,
     assert "sample 0 took more than 3 s; sample 1 took" in record.message
 
 
-def test_only_a_share_above_the_one_asked_for_stops_the_run(context):
+def test_only_a_share_above_the_configured_one_stops_the_run(context):
     with pytest.raises(GradingError, match="3 of 4 prompts .* share of 0.5 may .*sample 2 took"):
         context.count_ungraded(limits(3), 4)
     context.config.reward.max_ungraded_share = Config(
@@ -125,9 +125,10 @@ def test_answers_on_which_a_library_raises_are_wrong_counted_and_named(scorer, c
     assert [s.reward.accuracy for s in graded.scored] == [0, 1, 0, 0, 0, 0]
     assert reward_means(graded.scored)["reward/uncomparable"] == 5
     assert [s.reward.uncomparable for s in graded.scored][:2] == ["KeyError: 1+x", None]
-    told = [record.message for record in caplog.records]
-    assert len(told) == 4 and "rollout 0: answer '1+x', gold 'x+1': KeyError: 1+x" in told[0]
-    assert told[3].endswith("2 more in this step")
+    messages = [record.message for record in caplog.records]
+    assert len(messages) == 4
+    assert "rollout 0: answer '1+x', gold 'x+1': KeyError: 1+x" in messages[0]
+    assert messages[3].endswith("2 more in this step")
 
 
 def test_gathering_gives_back_all_of_a_world_of_one(groups, scorer):
@@ -153,7 +154,7 @@ def main(output):
         graded = score(mine, Texts(), scorer)
     everyone = gather_graded(graded, [1, 2, 0], groups)
     share_of_step = context.count_ungraded(everyone.ungraded, 3)
-    told = {
+    result = {
         "share": share_of_step,
         "kept": [(s.rollout.index, s.rollout.sample) for s in everyone.scored],
         "accuracy": reward_means(everyone.scored)["reward/accuracy"],
@@ -162,8 +163,8 @@ def main(output):
     try:
         context.count_ungraded(everyone.ungraded, 1)
     except GradingError as error:
-        told["error"] = str(error)
-    (Path(output) / f"{rank}.json").write_text(json.dumps(told))
+        result["error"] = str(error)
+    (Path(output) / f"{rank}.json").write_text(json.dumps(result))
     stop_distributed()
 
 

@@ -1,7 +1,7 @@
-"""A real run in which the grader has no time for some prompts: dropped, counted, resumed.
+"""A real run in which some prompts take the grader too long: excluded, counted, resumed.
 
-Half of the questions have a formula as gold answer, and a comparison may take a microsecond: so
-each answer that needs algebra is one too slow. Not covered: a slow answer that a policy made up.
+Half of the questions have a formula as gold answer, and the time limit is a microsecond, so that
+each answer that needs algebra exceeds it. Not covered: a slow answer that a policy sampled.
 """
 
 import subprocess
@@ -78,7 +78,7 @@ def run(tiny_model, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_run_drops_and_counts_what_the_grader_has_no_time_for(run):
+def test_a_run_excludes_and_counts_what_takes_the_grader_too_long(run):
     folder, grpo, first = run
     lines = read_lines(folder / "run" / "metrics.jsonl")
     counts = [line["reward/ungraded"] for line in lines]
@@ -96,7 +96,7 @@ def test_a_run_drops_and_counts_what_the_grader_has_no_time_for(run):
 
 
 @pytest.mark.slow
-def test_evaluation_leaves_such_questions_out_and_tells_how_many(run):
+def test_evaluation_excludes_such_questions_and_counts_them(run):
     import json
 
     folder, _, _ = run
@@ -108,7 +108,7 @@ def test_evaluation_leaves_such_questions_out_and_tells_how_many(run):
 
 
 @pytest.mark.slow
-def test_too_many_stop_the_run_in_one_line(run):
+def test_too_many_stop_the_run_with_a_one_line_error(run):
     folder, grpo, _ = run
     done = train(
         *grpo, "data.eval=", "optimizer.num_steps=5", "reward.max_ungraded_share=0", check=False
