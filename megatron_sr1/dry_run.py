@@ -28,9 +28,11 @@ from megatron_sr1.rewards.user_reward import UserReward
 def dry_run(config: Config) -> str:
     """Describe a checked run: model, data, layout, steps, and what does not exist yet."""
     hf_config = model_shape(config.model.path)
+    step = latest_step(Path(config.output) / "checkpoints") if config.checkpoint.resume else None
+    resumed = "" if step is None else f", resumed from step {step}"
     lines = [
         f"stage       {config.stage}, recipe {config.reward.recipe}, seed {config.seed}",
-        f"output      {config.output}{_resumed(config)}",
+        f"output      {config.output}{resumed}",
         f"model       {_model(config, hf_config)}",
     ]
     if config.stage != "eval":
@@ -50,15 +52,10 @@ def dry_run(config: Config) -> str:
     return "\n".join(lines)
 
 
-def _resumed(config: Config) -> str:
-    step = latest_step(Path(config.output) / "checkpoints") if config.checkpoint.resume else None
-    return "" if step is None else f", resumed from step {step}"
-
-
 def _model(config: Config, hf_config: HFConfig | None) -> str:
     path = config.model.path
     if hf_config is None:
-        return f"{path}: not there, not checked"
+        return f"{path}: does not exist, not checked"
     count = sum(prod(shape) for entry in entries(hf_config) for shape in entry.hf_shapes)
     kind = "huggingface" if (Path(path) / "config.json").is_file() else "megatron"
     kind = kind if has_weights(path) else "config.json alone"
@@ -70,15 +67,14 @@ def _model(config: Config, hf_config: HFConfig | None) -> str:
 
 def has_weights(path: str) -> bool:
     """Return True unless a Hugging Face directory holds its config.json alone."""
-    folder = Path(path)
-    return not (folder / "config.json").is_file() or any(folder.glob("*.safetensors"))
+    return not (Path(path) / "config.json").is_file() or any(Path(path).glob("*.safetensors"))
 
 
 def _data(path: str) -> str:
     if not path:
         return "none"
     if not Path(path).exists():
-        return f"{path}: not there, not checked"
+        return f"{path}: does not exist, not checked"
     reader = ShardReader(path)
     return f"{path}, {len(reader):,} samples, first {min(len(reader), NUM_READ)} read"
 
@@ -87,11 +83,10 @@ def _layout(config: Config) -> str:
     parallel = config.parallel
     text = f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context}"
     text += ", sequence parallel" if parallel.sequence else ""
-    model_size = config.parallel.replica_size
-    ranks = config.launch.num_processes
+    size, ranks = parallel.replica_size, config.launch.num_processes
     if not ranks:
-        return f"{text} = {model_size} ranks a replica; data parallel is what the launch brings"
-    return f"{text} x data {ranks // model_size} = {ranks} ranks"
+        return f"{text} = {size} ranks per replica; the launch sets data parallelism"
+    return f"{text} x data {ranks // size} = {ranks} ranks"
 
 
 def _num_ranks(config: Config) -> int:
@@ -102,7 +97,7 @@ def _num_ranks(config: Config) -> int:
 def _parameters(config: Config, hf_config: HFConfig | None) -> str:
     """Describe the parameters of a rank at each end of the pipeline."""
     if hf_config is None:
-        return "not known without the model"
+        return "unknown without the model"
     layout = configured(config, _num_ranks(config))
     if not has_weights(config.model.path) and layout is not None:
         ranks = (0, layout.pipeline - 1)
@@ -148,10 +143,10 @@ def _built_parameters(config: Config, hf_config: HFConfig, rank: int) -> int:
 def _memory(config: Config, hf_config: HFConfig | None) -> str:
     """Describe what the fullest rank holds during the whole run; `megatron-sr1 plan` says more."""
     if hf_config is None:
-        return "not known without the model"
+        return "unknown without the model"
     layout = configured(config, _num_ranks(config))
     if layout is None:
-        return "not known: the layout does not divide the ranks"
+        return "unknown: the layout does not divide the ranks"
     held = max(
         (static_memory(config, hf_config, layout, rank) for rank in layout.ends),
         key=lambda h: h.device,
@@ -265,11 +260,11 @@ def _check_shape(config: Config, hf_config: HFConfig, num_ranks: int) -> None:
 
 def _check_data(config: Config, which: str) -> list[str]:
     """Check the shards of data.train or data.eval, as the stage uses them."""
-    folder, is_train = getattr(config.data, which), which == "train"
+    directory, is_train = getattr(config.data, which), which == "train"
     is_used = config.stage != "eval" if is_train else config.stage != "sft"
-    if not is_used or not folder or not Path(folder).exists():
+    if not is_used or not directory or not Path(directory).exists():
         return []
-    reader = ShardReader(folder)
+    reader = ShardReader(directory)
     if is_train:
         check_num_samples(config, len(reader))
     first = range(min(len(reader), NUM_READ))
@@ -277,10 +272,10 @@ def _check_data(config: Config, which: str) -> list[str]:
     if len(faults) == len(first):
         reason = faults[0] if faults else "there are none"
         raise DataError(
-            f"data.{which}={folder}: none of the first {NUM_READ} samples can be used: {reason}"
+            f"data.{which}={directory}: none of the first {NUM_READ} samples can be used: {reason}"
         )
     if config.stage == "grpo" and is_train and config.rollout.canary_bound > 0:
-        _check_canary(reader, folder)
+        _check_canary(reader, directory)
     return [f"{fault}; the run will skip it" for fault in faults]
 
 
@@ -310,7 +305,7 @@ def _fault(reader: ShardReader, index: int, config: Config) -> str:
     return ""
 
 
-def _check_canary(reader: ShardReader, folder: str) -> None:
+def _check_canary(reader: ShardReader, directory: str) -> None:
     for index in range(min(len(reader), NUM_SEARCHED)):
         try:
             if reader.example(index).num_images:
@@ -319,5 +314,5 @@ def _check_canary(reader: ShardReader, folder: str) -> None:
             continue
     raise ConfigError(
         f"rollout.canary_bound needs a sample with an image among the first {NUM_SEARCHED} of "
-        f"data.train, {folder} has none; set rollout.canary_bound=0"
+        f"data.train, {directory} has none; set rollout.canary_bound=0"
     )

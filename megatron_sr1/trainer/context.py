@@ -48,7 +48,7 @@ class Context:
         throughput: counts a step's work; exists after `start`.
         skipped: unusable samples of the run.
         ungraded: prompts of the run that the grader left out.
-        is_leaving: a rank was asked to stop, and the run is saved; it can be resumed.
+        is_leaving: a stop was requested on some rank, and the run is saved; it can be resumed.
     """
 
     def __init__(self, config: Config, groups: Groups, num_samples: int) -> None:
@@ -259,7 +259,7 @@ class Context:
         self.is_leaving = True
         if self.is_writer:
             log.info(
-                "asked to leave: saved step %d of %d; started again, the run goes on from there",
+                "stop requested: saved step %d of %d; the same command continues from there",
                 self.step,
                 self.config.optimizer.num_steps,
             )

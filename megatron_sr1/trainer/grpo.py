@@ -20,13 +20,7 @@ from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.trainer.actor import Actor, Reference
 from megatron_sr1.trainer.context import Context
 from megatron_sr1.trainer.objective import Credit, credit, grpo_loss
-from megatron_sr1.trainer.rollouts import (
-    Scored,
-    reward_means,
-    rewards_of,
-    roll_out_step,
-    rollout_line,
-)
+from megatron_sr1.trainer.rollouts import Scored, reward_means, roll_out_step, rollout_line
 from megatron_sr1.trainer.samples import Samples
 from megatron_sr1.trainer.step import named, sample_logprobs, update
 from megatron_sr1.trainer.sync import Canary, sync
@@ -47,6 +41,7 @@ def train_grpo(
     evaluates the actor before a save, for `checkpoint.keep_best`.
     """
     config, started_at = context.config, context.step
+    n = config.rollout.samples_per_prompt
     bound = config.rollout.canary_bound
     canary = Canary(samples, bound) if bound else None
     objective = grpo_loss(
@@ -57,7 +52,7 @@ def train_grpo(
         agreement = canary.check(context, actor, engine) if canary else {}
 
         scored, counted = roll_out_step(context, engine, samples, scorer)
-        credited, spread = credit(rewards_of(scored), config)
+        credited, spread = credit([s.reward for s in scored], config)
         chosen, filtered = chosen_groups(credited, config)
 
         updates = own_samples(context, samples, scored, credited, chosen)
@@ -78,7 +73,11 @@ def train_grpo(
             "reward/ungraded": float(context.ungraded),
         }
         if context.is_writer:
-            lines = rollout_lines(context.step + 1, samples, scored, credited)
+            lines = []
+            for number, item in enumerate(scored):
+                advantages = credited.advantages_of(*divmod(number, n))
+                example = samples.example(item.rollout.index)
+                lines.append(rollout_line(context.step + 1, item, example, *advantages))
             context.record_rollouts(lines, samples.images)
         samples.forget()
         context.finish_step("grpo", values, actor, rate)
@@ -162,16 +161,3 @@ def with_logprobs(
         for phase in phases:
             context.throughput.count_samples(phase, [sample for own in updates for sample in own])
     return updates
-
-
-def rollout_lines(
-    step: int, samples: Samples, scored: Sequence[Scored], credited: Credit
-) -> list[dict[str, Any]]:
-    """Return the lines of rollouts/step_N.jsonl, with both advantages if credit is per span."""
-    lines = []
-    for number, item in enumerate(scored):
-        place = divmod(number, credited.advantages.shape[1])
-        advantage, description = credited.advantages_of(*place)
-        line = rollout_line(step, item, samples.example(item.rollout.index), advantage)
-        lines.append(line if description is None else line | {"description_advantage": description})
-    return lines

@@ -102,7 +102,7 @@ class RunCheckpoints:
     def finish_step(
         self, actor: Actor, state: Mapping[str, Any], rates: Mapping[str, float]
     ) -> bool:
-        """Save if a checkpoint is due or a rank is asked to stop, and publish finished saves.
+        """Save if a checkpoint is due or a stop is requested, and publish finished saves.
 
         Collective over all ranks.
 
@@ -112,7 +112,7 @@ class RunCheckpoints:
             rates: result of the actor's evaluation, if there was one.
 
         Returns:
-            True if any rank was asked to stop.
+            True if a stop is requested on any rank.
         """
         step = state["step"]
         flags = {"stop": signals.stop_requested(), "writing": self._saves.is_writing}

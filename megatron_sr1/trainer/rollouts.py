@@ -89,7 +89,7 @@ def roll_out_step(
     graded, counted = roll_out_prompts(context, engine, samples, scorer, drawn)
     refills = 0
     while config.algorithm.filter_groups and refills < config.algorithm.max_refills:
-        missing = wanted - len(credit(rewards_of(graded.scored), config)[0].teaching)
+        missing = wanted - len(credit([s.reward for s in graded.scored], config)[0].teaching)
         further = context.loader.more(missing, drawn)
         if not further:
             break
@@ -249,17 +249,12 @@ def gather_graded(graded: Graded, order: Sequence[int], groups: Groups) -> Grade
     )
 
 
-def rewards_of(scored: Sequence[Scored]) -> list[Reward]:
-    """Return the rewards of scored rollouts."""
-    return [item.reward for item in scored]
-
-
 def reward_means(scored: Sequence[Scored]) -> dict[str, float]:
     """Return a step's mean rewards, and the four cells of pass 1 x pass 2 as shares.
 
     `reward/uncomparable` counts the rollouts on which a library raised.
     """
-    rewards = rewards_of(scored)
+    rewards = [item.reward for item in scored]
     count = max(len(rewards), 1)
     means = {
         "reward/accuracy": sum(r.accuracy for r in rewards) / count,
@@ -280,10 +275,16 @@ def reward_means(scored: Sequence[Scored]) -> dict[str, float]:
     return means
 
 
-def rollout_line(step: int, scored: Scored, example: Example, advantage: float) -> dict[str, Any]:
-    """Return a line of rollouts/step_N.jsonl."""
+def rollout_line(
+    step: int,
+    scored: Scored,
+    example: Example,
+    advantage: float,
+    description_advantage: float | None = None,
+) -> dict[str, Any]:
+    """Return a line of rollouts/step_N.jsonl, with both advantages if credit is per span."""
     rollout = scored.rollout
-    return {
+    line = {
         "step": step,
         "index": rollout.index,
         "sample": rollout.sample,
@@ -292,6 +293,9 @@ def rollout_line(step: int, scored: Scored, example: Example, advantage: float) 
         "weight_version": rollout.weight_version,
         "reward": asdict(scored.reward),
     }
+    if description_advantage is not None:
+        line["description_advantage"] = description_advantage
+    return line
 
 
 def texts(rollout: Rollout, example: Example) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A dataset's samples by index, as prompts, training samples, pixels and packed micro-batches.
 
-Images do not travel between ranks: whoever needs pixels asks here, and they are read from the
-shard. What was read is kept until `forget`.
+Images do not travel between ranks: each rank reads the pixels that it needs from the shard, and
+keeps what it has read until `forget`.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Samples:
         """
         if not directory or not Path(directory).is_dir():
             raise ConfigError(
-                f"data folder {directory!r} is not there; set data.train or data.eval to a folder "
-                "of shards (tools/make_shards.py writes them)"
+                f"data directory {directory!r} does not exist; set data.train or data.eval to a "
+                "directory of shards (tools/make_shards.py writes them)"
             )
         self.reader = ShardReader(directory)
         self.processor = processor

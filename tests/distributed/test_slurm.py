@@ -210,7 +210,7 @@ def test_a_run_warned_of_its_time_limit_saves_is_queued_again_and_ends_with_the_
         JOB_SECONDS,  # counted as started again while its nodes are still being cleared
         lambda job: job["Restarts"] == "1" and job["JobState"] != "COMPLETING",
     )
-    saved = re.search(rf"asked to leave: saved step (\d+) of {NUM_STEPS}", first_log.read_text())
+    saved = re.search(rf"stop requested: saved step (\d+) of {NUM_STEPS}", first_log.read_text())
     assert saved and 1 <= int(saved[1]) < NUM_STEPS
     assert len(read_lines(output / "metrics.jsonl")) == int(saved[1])
     assert not (output / "hf").exists()
@@ -316,7 +316,7 @@ def test_the_plain_batch_script_has_a_warned_run_queued_again(slurm, cold_start,
     number = send_plain(slurm, tmp_path, "stage=sft", "data.eval=", *cold_start, *MANY)
     check_warned(slurm, number, tmp_path / "run")
     log = (tmp_path / "log").read_text()  # of both starts
-    assert "asked to leave: saved step " in log and "resumed from step " in log
+    assert "stop requested: saved step " in log and "resumed from step " in log
 
 
 @pytest.mark.slow
