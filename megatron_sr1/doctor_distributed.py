@@ -111,7 +111,8 @@ def _all_reduce(device: Device) -> Iterator[Finding]:
         slowest = max(gather_objects(min(seconds)))
         # Source of the factor: nccl-tests, doc/PERFORMANCE.md: what each rank sends and receives.
         rate = 2 * (size - 1) / size * num_bytes / slowest / 1e9
-        found = f"{slowest * 1e3:.2f} ms, bus bandwidth {rate:.2f} GB/s ({device.backend})"
+        backend = "gloo" if device.kind == "cpu" else "nccl"
+        found = f"{slowest * 1e3:.2f} ms, bus bandwidth {rate:.2f} GB/s ({backend})"
         name = f"all-reduce {num_bytes // MIB} MiB"
         if all(gather_objects(right)):
             yield Finding("ok", name, found)

@@ -24,7 +24,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,61 +38,12 @@ from tools.compare_trl import ROOT, report, trl_python
 if TYPE_CHECKING:
     import torch
 
-
 SIDES = ("packed", "padded", "trainer")
 WARM_UP_STEPS = 2
-LEARNING_RATE = 1e-3
 
 
-@dataclass(frozen=True)
-class Job:
-    """The settings that all sides share.
-
-    Attributes:
-        model: Hugging Face directory.
-        data: shards with as many conversations as the steps take.
-        output: run directory, replaced.
-        pack_tokens: budget of a packed micro-batch, tokens.
-        samples_per_step: conversations per update.
-        num_steps: updates.
-        num_threads: threads of the one process.
-        padded_samples: conversations in a padded micro-batch.
-    """
-
-    model: str
-    data: str
-    output: str
-    pack_tokens: int
-    samples_per_step: int
-    num_steps: int
-    num_threads: int
-    padded_samples: int = 1
-
-
-def config_of(job: Job) -> Config:
-    """Return this trainer's configuration; all sides use its samples and pixels."""
-    settings = {
-        "stage": "sft",
-        "model.path": job.model,
-        "model.dtype": "float32",
-        "data.train": job.data,
-        "output": job.output,
-        "data.pack_tokens": job.pack_tokens,
-        "data.prompts_per_step": job.samples_per_step,
-        "data.max_prompt_tokens": job.pack_tokens,
-        "data.min_pixels": 784,
-        "data.max_pixels": 200704,
-        "optimizer.num_steps": job.num_steps,
-        "optimizer.learning_rate": LEARNING_RATE,
-        "checkpoint.every_steps": 0,
-        "launch.device": "cpu",
-        "launch.threads": job.num_threads,
-    }
-    return load_config(None, [f"{key}={value}" for key, value in settings.items()])
-
-
-def run_ours(job: Job, *, pad: bool) -> list[tuple[int, float]]:
-    """Run this trainer on packed or padded micro-batches; return tokens and seconds by step."""
+def run_ours(config: Config, padded_samples: int) -> list[tuple[int, float]]:
+    """Run this trainer on packed micro-batches (0) or padded ones; return tokens and seconds."""
     from megatron_sr1 import stages
     from megatron_sr1.data.packing import pack_samples
     from megatron_sr1.observability.metrics import read_lines
@@ -101,18 +51,17 @@ def run_ours(job: Job, *, pad: bool) -> list[tuple[int, float]]:
     from megatron_sr1.runtime.device import stop_distributed
     from megatron_sr1.trainer.sft import train_sft
 
-    config = config_of(job)
     groups = stages.start_ranks(config)
     context, samples, actor, _ = stages.start(config, groups)
     pack_own, tokens = samples.pack, []
 
     def pack(chosen: Sequence[TrainSample], groups: Groups) -> list[PackedBatch]:
         tokens.append(sum(len(sample.token_ids) for sample in chosen))
-        if not pad:
+        if not padded_samples:
             return pack_own(chosen, groups)
         batches = []
-        for at in range(0, len(chosen), job.padded_samples):
-            part = chosen[at : at + job.padded_samples]
+        for at in range(0, len(chosen), padded_samples):
+            part = chosen[at : at + padded_samples]
             longest = max(len(sample.token_ids) for sample in part)
             batches += pack_samples(
                 part,
@@ -129,7 +78,7 @@ def run_ours(job: Job, *, pad: bool) -> list[tuple[int, float]]:
     train_sft(context, actor, samples)
     context.close()
     stop_distributed()
-    lines = read_lines(Path(job.output) / "metrics.jsonl")
+    lines = read_lines(Path(config.output) / "metrics.jsonl")
     return list(zip(tokens, (line["time/step_seconds"] for line in lines), strict=True))
 
 
@@ -161,12 +110,11 @@ def collate(samples: Samples, rows: Sequence[int]) -> dict[str, torch.Tensor]:
     return batch
 
 
-def run_trainer(job: Job) -> list[tuple[int, float]]:
+def run_trainer(config: Config, padded_samples: int) -> list[tuple[int, float]]:
     """Run transformers' Trainer on this project's samples; return what `run_ours` returns."""
     import torch
 
-    torch.set_num_threads(job.num_threads)
-    config = config_of(job)
+    torch.set_num_threads(config.launch.threads)
     processor = make_processor(config)
     from transformers import (
         Qwen2_5_VLForConditionalGeneration,
@@ -175,7 +123,7 @@ def run_trainer(job: Job) -> list[tuple[int, float]]:
         TrainingArguments,
     )
 
-    samples = Samples(config, job.data, processor)
+    samples = Samples(config, config.data.train, processor)
     tokens: list[int] = []
     ends = [0.0]
 
@@ -193,15 +141,18 @@ def run_trainer(job: Job) -> list[tuple[int, float]]:
         def on_step_end(self, *_: object, **__: object) -> None:
             ends.append(time.perf_counter())
 
-    per_step = job.samples_per_step // job.padded_samples
+    per_step = config.data.prompts_per_step // padded_samples
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        config.model.path, dtype=torch.float32
+    )
     trainer: Any = Trainer(
-        model=Qwen2_5_VLForConditionalGeneration.from_pretrained(job.model, dtype=torch.float32),
+        model=model,
         args=TrainingArguments(
-            output_dir=job.output,
-            per_device_train_batch_size=job.padded_samples,
+            output_dir=config.output,
+            per_device_train_batch_size=padded_samples,
             gradient_accumulation_steps=per_step,
-            max_steps=job.num_steps,
-            learning_rate=LEARNING_RATE,
+            max_steps=config.optimizer.num_steps,
+            learning_rate=config.optimizer.learning_rate,
             use_cpu=True,
             report_to=[],
             save_strategy="no",
@@ -218,11 +169,15 @@ def run_trainer(job: Job) -> list[tuple[int, float]]:
     return [(n, end - start) for n, (start, end) in zip(steps, pairwise(ends), strict=False)]
 
 
-def run_side(side: str, job: Job, result: Path) -> None:
+def run_side(side: str, padded: int, settings: list[str], result: Path) -> None:
     """Run one side in this process; write the tokens and seconds of each step."""
-    shutil.rmtree(job.output, ignore_errors=True)
-    steps = run_trainer(job) if side == "trainer" else run_ours(job, pad=side == "padded")
-    assert len(steps) == job.num_steps, (len(steps), job.num_steps)
+    config = load_config(None, settings)
+    shutil.rmtree(config.output, ignore_errors=True)
+    if side == "trainer":
+        steps = run_trainer(config, padded)
+    else:
+        steps = run_ours(config, padded if side == "padded" else 0)
+    assert len(steps) == config.optimizer.num_steps, len(steps)
     result.write_text(json.dumps(steps))
 
 
@@ -252,24 +207,24 @@ def write_conversations(directory: Path, work: Path, num_samples: int, max_turns
     write_shards(records(), directory)
 
 
-def padded_samples(job: Job, pad_for: str) -> int:
+def samples_that_fit(config: Config, pad_for: str) -> int:
     """Return how many conversations of the "longest" or the "mean" length fit, a power of two."""
-    config = config_of(job)
-    samples = Samples(config, job.data, make_processor(config))
+    samples = Samples(config, config.data.train, make_processor(config))
     lengths = [len(samples.conversation(index).token_ids) for index in range(len(samples))]
     length = max(lengths) if pad_for == "longest" else statistics.mean(lengths)
-    return 2 ** int(math.log2(job.pack_tokens / length))
+    return 2 ** int(math.log2(config.data.pack_tokens / length))
 
 
-def start_side(side: str, job: Job, directory: Path) -> list[tuple[int, float]]:
+def start_side(side: str, padded: int, settings: list[str], directory: Path) -> list[Any]:
     """Run one side in a process of its own; return tokens and seconds of its counted steps."""
     result = directory / "steps.json"
     python = trl_python() if side == "trainer" else sys.executable
-    command = [python, __file__, "--side", side, json.dumps(asdict(job)), str(result)]
-    environment = {**os.environ, **rank_environment(LaunchConfig(threads=job.num_threads), 1)}
+    command = [python, __file__, "--side", side, str(padded), json.dumps(settings), str(result)]
+    threads = load_config(None, settings).launch.threads
+    environment = {**os.environ, **rank_environment(LaunchConfig(threads=threads), 1)}
     environment["PYTHONPATH"] = str(ROOT)
     subprocess.run(command, check=True, cwd=directory, env=environment, stdout=sys.stderr)
-    return [(tokens, seconds) for tokens, seconds in json.loads(result.read_text())][WARM_UP_STEPS:]
+    return json.loads(result.read_text())[WARM_UP_STEPS:]
 
 
 def rate(steps: list[tuple[int, float]]) -> float:
@@ -290,13 +245,13 @@ def main() -> None:
     add("--steps", type=int, default=10, help="counted steps per side and round")
     add("--rounds", type=int, default=3, help="rounds; the sides take turns")
     add("--result", type=Path, help="also write the JSON to this file")
-    add("--side", nargs=3, help=argparse.SUPPRESS)
+    add("--side", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
-        side, job, result = arguments.side
-        run_side(side, Job(**json.loads(job)), Path(result))
+        side, padded, settings, result = arguments.side
+        run_side(side, int(padded), json.loads(settings), Path(result))
         return
-    found: dict[str, list[list[tuple[int, float]]]] = {side: [] for side in SIDES}
+    found: dict[str, list[list[Any]]] = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
         from megatron_sr1.demo.digits import corpus_texts
@@ -306,19 +261,28 @@ def main() -> None:
         num_steps = arguments.steps + WARM_UP_STEPS
         num_samples = arguments.samples * num_steps
         write_conversations(directory / "data", directory / "digits", num_samples, arguments.turns)
-        job = Job(
-            model=str(directory / "model"),
-            data=str(directory / "data"),
-            output=str(directory / "run"),
-            pack_tokens=arguments.pack_tokens,
-            samples_per_step=arguments.samples,
-            num_steps=num_steps,
-            num_threads=arguments.threads,
-        )
-        job = replace(job, padded_samples=padded_samples(job, arguments.pad_for))
+        settings = {
+            "stage": "sft",
+            "model.path": directory / "model",
+            "model.dtype": "float32",
+            "data.train": directory / "data",
+            "output": directory / "run",
+            "data.pack_tokens": arguments.pack_tokens,
+            "data.prompts_per_step": arguments.samples,
+            "data.max_prompt_tokens": arguments.pack_tokens,
+            "data.min_pixels": 784,
+            "data.max_pixels": 200704,
+            "optimizer.num_steps": num_steps,
+            "optimizer.learning_rate": 1e-3,
+            "checkpoint.every_steps": 0,
+            "launch.device": "cpu",
+            "launch.threads": arguments.threads,
+        }
+        overrides = [f"{key}={value}" for key, value in settings.items()]
+        padded = samples_that_fit(load_config(None, overrides), arguments.pad_for)
         for number in range(arguments.rounds):
             for side in SIDES:
-                found[side].append(start_side(side, job, directory))
+                found[side].append(start_side(side, padded, overrides, directory))
                 tokens_per_second = rate(found[side][-1])
                 print(f"round {number + 1}: {side} {tokens_per_second:.0f} tokens/s", flush=True)
     rates = {side: [rate(steps) for steps in rounds] for side, rounds in found.items()}

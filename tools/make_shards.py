@@ -54,11 +54,7 @@ NUM_SHOWN = 10
 
 
 def max_skipped(text: str) -> str:
-    """Return the limit of skipped rows if it is a count or a percentage.
-
-    Raises:
-        argparse.ArgumentTypeError: anything else.
-    """
+    """Return the limit of skipped rows, which must be a count or a percentage."""
     share = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]{1,9})?)%", text)
     if re.fullmatch("[0-9]{1,12}", text) or (share and float(share[1]) <= 100):
         return text
@@ -66,11 +62,7 @@ def max_skipped(text: str) -> str:
 
 
 def column(text: str) -> tuple[str, str]:
-    """Split `NAME=PATH`.
-
-    Raises:
-        argparse.ArgumentTypeError: another form, or a name that has no meaning.
-    """
+    """Split `NAME=PATH`; the name must be a column with a meaning."""
     name, mark, path = text.partition("=")
     if not mark or not path or name not in COLUMNS:
         known = ", ".join(sorted(COLUMNS))
@@ -85,8 +77,6 @@ class Faults:
     Attributes:
         limit: how many rows may be skipped, a count or a percentage of those read.
         image_path: where --column takes the images from; empty if it does not.
-        rows: read so far.
-        count: skipped so far.
         kinds: kind of fault -> (count, first messages).
         num_with_images: good rows that have images.
     """
@@ -116,11 +106,7 @@ class Faults:
         return self.count > (allowed * self.rows / 100 if self.limit.endswith("%") else allowed)
 
     def check(self) -> None:
-        """Check that the source can be used, once all of it has been read.
-
-        Raises:
-            DataError: more rows were skipped than are allowed, or no image was found.
-        """
+        """Raise DataError if too many rows were skipped, or no image was found with --column."""
         if self.too_many():
             raise DataError(
                 f"{self.count} of {self.rows} rows ({self.count / self.rows:.1%}) cannot be used, "
@@ -218,13 +204,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "read before it is checked; default: 100",
     )
     add("--limit", type=int, default=0, metavar="N", help="stop after N samples; default: all")
-    add(
-        "--samples-per-shard",
-        type=int,
-        default=1000,
-        metavar="N",
-        help="samples per tar; default: 1000",
-    )
+    add("--samples-per-shard", type=int, default=1000, metavar="N", help="per tar; default: 1000")
     options = parser.parse_args(arguments)
     if options.samples_per_shard < 1 or options.limit < 0:
         parser.error("--samples-per-shard must be 1 or more, --limit 0 or more")

@@ -6,16 +6,15 @@ adjusted after it.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_sr1.config.loading import load_config
-from megatron_sr1.model.hf_config import HFConfig, parse_hf_config
 from megatron_sr1.planning.layout import Layout
 from megatron_sr1.planning.plan import Estimate, estimate
 from megatron_sr1.planning.workload import PlannedRun, planned_run
 from megatron_sr1.runtime.gpus import find_gpu
+from tools.engine_steps import read_published
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "qwen25vl_7b.yaml"
@@ -47,12 +46,6 @@ EASYR1 = (
 )
 
 
-def read_published(size: str) -> HFConfig:
-    """Return the shape of a published model."""
-    path = ROOT / "tests" / "published" / f"qwen25vl_{size}.json"
-    return parse_hf_config(json.loads(path.read_text()))
-
-
 def text_flops(run: PlannedRun) -> float:
     """Return a step's operations as EasyR1 counts them.
 
@@ -70,7 +63,6 @@ def text_flops(run: PlannedRun) -> float:
 
 def easyr1_rows(line: EasyR1) -> list[str]:
     """Return the rows of a result; a data-parallel layout with full recomputation models FSDP."""
-    hf_config = read_published(line.size)
     keys = ["rollout.samples_per_prompt=5", "reward.recipe=vision_r1", "model.recompute=full"]
     config = load_config(EXAMPLE, [*keys, "rollout.gpu_memory_utilization=0.6"])
     gpu = find_gpu("h100")
@@ -79,7 +71,7 @@ def easyr1_rows(line: EasyR1) -> list[str]:
         "image_tokens": IMAGE_TOKENS,
         "response_tokens": line.sequence_tokens - TEXT_TOKENS - IMAGE_TOKENS,
     }
-    run = planned_run(config, hf_config, gpu, lengths)
+    run = planned_run(config, read_published(line.size), gpu, lengths)
     layout = Layout(data=NUM_GPUS, recompute="full", engine=line.engine)
     found = estimate(run, layout)
     mfu = text_flops(run) / (found.seconds["update"] * NUM_GPUS * gpu.peak_flops)

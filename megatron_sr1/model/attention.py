@@ -136,10 +136,8 @@ def pack_row(
 ) -> PackedRow:
     """Return the packing parameters of a row for Megatron's attention layers.
 
-    Args:
-        cu_seqlens: [sequences + 1] int32, boundaries on the row.
-        is_causal: True for text, False for vision.
-        split: of the row over the context-parallel ranks; None: each rank holds the whole row.
+    `cu_seqlens`, [sequences + 1] int32, are the boundaries on the row. With `split` the row is
+    divided among context-parallel ranks; without it each rank holds the whole row.
     """
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
     segments = whole_sequences(lengths) if split is None else split.segments
@@ -168,15 +166,8 @@ def attend(
 ) -> torch.Tensor:
     """Compute attention within each sequence of a packed row, for which `plan` was made.
 
-    Args:
-        query: [T, heads, width].
-        key: [tokens of the whole row, key/value heads, width].
-        value: same shape as `key`.
-        plan: plan of the row.
-        softmax_scale: factor of the scores; None: 1 / sqrt(width).
-
-    Returns:
-        [T, heads * width].
+    The query is [T, heads, width], key and value are [tokens of the whole row, key/value heads,
+    width]; the result is [T, heads * width]. Scores are scaled by 1 / sqrt(width) by default.
     """
     assert query.shape[0] == plan.num_tokens, (
         f"cu_seqlens end at {plan.num_tokens}, the row has {query.shape[0]} tokens"

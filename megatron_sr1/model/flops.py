@@ -64,11 +64,7 @@ def head(hf_config: HFConfig, tokens: float) -> Work:
 def text(hf_config: HFConfig, tokens: float, logits: float, before: float = 0) -> Work:
     """Return the forward pass of the language model over the last tokens of a sequence.
 
-    Args:
-        hf_config: shape of the model.
-        tokens: number of tokens that are computed.
-        logits: number of tokens whose logits are computed.
-        before: number of earlier tokens, whose keys and values are cached.
+    Keys and values of the `before` earlier tokens are cached; `logits` of the tokens have logits.
     """
     layer = text_layer(hf_config, tokens, before + tokens * CAUSAL_SHARE)
     return layer.times(hf_config.text.num_layers) + head(hf_config, logits)

@@ -238,13 +238,9 @@ def check_layout(
 ) -> None:
     """Raise a ConfigError if the layout does not divide the model.
 
-    Args:
-        hf_config: shape of the model.
-        tensor: tensor-parallel ranks.
-        tower: ranks that share each layer of the tower.
-        pipeline: pipeline-parallel ranks.
-        virtual_stages: stages of each pipeline rank.
-        stage_layers: layers of each stage; empty: equally many.
+    `tensor` ranks share each layer of the language model, `tower` ranks each layer of the tower.
+    Each of the `pipeline` ranks has `virtual_stages` stages, with equally many layers unless
+    `stage_layers` gives the number for each stage.
     """
     text, vision = hf_config.text, hf_config.vision
     parts = [

@@ -109,16 +109,10 @@ def inverse_frequencies(width: int, theta: float, device: torch.device) -> torch
 def text_angles(
     position_ids: torch.Tensor, head_dim: int, theta: float, sections: tuple[int, int, int]
 ) -> torch.Tensor:
-    """Return the angles of the language model's multimodal rotary embedding.
+    """Return the angles of the multimodal rotary embedding, [T, 1, 1, head_dim] float32.
 
-    Args:
-        position_ids: [3, 1, T] int64: time, height, width.
-        head_dim: width of a head.
-        theta: rotary base.
-        sections: numbers of frequencies for each position row; their sum is head_dim / 2.
-
-    Returns:
-        [T, 1, 1, head_dim] float32.
+    `position_ids` is [3, 1, T] int64: time, height, width. `sections` are the numbers of
+    frequencies for each of the three; their sum is head_dim / 2.
     """
     frequencies = inverse_frequencies(head_dim, theta, position_ids.device)
     angles = position_ids[:, 0, :, None].float() * frequencies

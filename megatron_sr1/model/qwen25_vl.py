@@ -59,14 +59,9 @@ class Qwen25VL(MegatronModule):
         model: ModelConfig,
         virtual_stage: int,
     ) -> None:
-        """Build a stage of this rank.
+        """Build a stage of this rank; `virtual_stage` is its index among the rank's stages.
 
-        Args:
-            config: of the language model, from `text_transformer_config`.
-            hf_config: shape of the model.
-            groups: process groups of the layout.
-            model: kernels, and tokens per chunk of logits.
-            virtual_stage: index among this rank's stages.
+        `config` is that of the language model, from `text_transformer_config`.
         """
         super().__init__(config=config)
         self.model_type = ModelType.encoder_or_decoder  # Megatron's schedules read it
@@ -231,13 +226,8 @@ def build_model(
 ) -> list[Qwen25VL]:
     """Build this rank's share of the model, one chunk per virtual stage.
 
-    Weights are NaN until they are loaded.
-
-    Args:
-        hf_config: shape of the model.
-        groups: process groups of the layout, which give the numbers of ranks.
-        model: dtype, kernels, recomputation and FP8; `path` and `freeze` are not used here.
-        parallel: sequence parallelism and stages.
+    Weights are NaN until they are loaded. `groups` gives the numbers of ranks, `model` dtype,
+    kernels, recomputation and FP8, `parallel` sequence parallelism and stages.
 
     Raises:
         ConfigError: the layout does not divide the model, or the kernels cannot run here.

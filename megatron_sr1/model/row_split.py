@@ -105,11 +105,7 @@ def whole_sequences(lengths: Sequence[int]) -> tuple[Segment, ...]:
 
 
 def split_row(cu_seqlens: torch.Tensor, group: Group) -> RowSplit:
-    """Split a row over the context-parallel ranks.
-
-    Args:
-        cu_seqlens: [sequences + 1] int32, boundaries on the row.
-        group: context-parallel ranks.
+    """Split a row with these boundaries, [sequences + 1] int32, over the context-parallel ranks.
 
     Raises:
         DataError: a sequence cannot be divided into equal chunks.

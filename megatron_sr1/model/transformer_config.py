@@ -94,17 +94,12 @@ def text_transformer_config(
 def vision_transformer_config(
     text: TransformerConfig, vision: VisionConfig, tower_size: int
 ) -> TransformerConfig:
-    """Return the configuration of the tower's layers.
+    """Return the configuration of the tower's layers, each shared by `tower_size` ranks.
 
     Types and kernels are those of the language model's configuration. The tower is on the first
     stage only and sees whole rows of any length: no pipeline, context or sequence parallelism, no
     FP8. If the language model recomputes its MLPs, the tower recomputes whole blocks: Megatron's
     recomputation of an MLP returns the MLP's bias and its backward pass never ends.
-
-    Args:
-        text: configuration of the language model.
-        vision: shape of the tower.
-        tower_size: ranks that share each layer of the tower.
     """
     recompute: dict[str, Any] = {}
     if text.recompute_granularity is not None:

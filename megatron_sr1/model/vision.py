@@ -174,11 +174,8 @@ class VisionModel(MegatronModule):
     ) -> None:
         """Build the tower.
 
-        Args:
-            config: from `vision_transformer_config`.
-            vision: shape of the tower.
-            kernels: local | transformer_engine.
-            collection: Megatron's process groups.
+        `config` is from `vision_transformer_config`, `kernels` is local or transformer_engine, and
+        `collection` has Megatron's process groups.
         """
         super().__init__(config=config)
         self.vision = vision
@@ -254,17 +251,10 @@ def make_tower(
 def encode_by_turns(tower: VisionModel, inputs: VisionInputs, group: Group) -> torch.Tensor:
     """Return the features of all images, each encoded on one rank; collective over the group.
 
-    In the backward pass a feature's gradient is summed over the ranks and goes to the one that
-    encoded it: context-parallel ranks each had a share of the row. Tensor-parallel ranks had equal
-    copies, so there the sum is too large by their number, which `make_tower` accounts for.
-
-    Args:
-        tower: the same on all ranks.
-        inputs: all images, equal on all ranks.
-        group: ranks among which the images are divided.
-
-    Returns:
-        [merged tokens, width], in the images' order.
+    Tower and inputs are the same on all ranks. Features are [merged tokens, width], in the images'
+    order. In the backward pass a feature's gradient is summed over the ranks and goes to the one
+    that encoded it: context-parallel ranks each had a share of the row. Tensor-parallel ranks had
+    equal copies, so there the sum is too large by their number, which `make_tower` accounts for.
 
     Raises:
         DataError: grids and pixels do not match.

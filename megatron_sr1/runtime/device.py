@@ -34,11 +34,6 @@ class Device:
         """The same as a `torch.device`."""
         return torch.device("cpu") if self.kind == "cpu" else torch.device("cuda", self.index)
 
-    @property
-    def backend(self) -> str:
-        """Backend of torch.distributed."""
-        return "gloo" if self.kind == "cpu" else "nccl"
-
 
 def select_device(kind: str = "auto") -> Device:
     """Select the device of this rank (`LOCAL_RANK` selects the GPU); a CPU rank sees no GPU.

@@ -44,6 +44,7 @@ class FailureWatch:
 
     Attributes:
         phase: innermost `deadline` block, "" outside; after an exception, where it was raised.
+        presence: this rank's lock, and the check of the next rank's.
     """
 
     def __init__(self, run_dir: Path, rank: int, world_size: int) -> None:
@@ -54,8 +55,8 @@ class FailureWatch:
         """
         self.run_dir, self.rank, self.world_size = run_dir, rank, world_size
         self._launch, self._parent = Launch(run_dir), os.getppid()
-        self._presence = Presence(run_dir / STACKS_DIRECTORY, rank, world_size)
-        self._stacks = self._presence.file
+        self.presence = Presence(run_dir / STACKS_DIRECTORY, rank, world_size)
+        self._stacks = self.presence.file
         self._deadlines: list[tuple[float, str, float]] = []
         self.phase = ""
         self._lock = threading.Lock()
@@ -133,7 +134,7 @@ class FailureWatch:
         """Return an earlier failure of another rank; wait up to `patience_seconds` for one."""
         until = time.monotonic() + patience_seconds
         while self.world_size > 1:
-            failure, gone = self._launch.failure(), self._presence.gone()
+            failure, gone = self._launch.failure(), self.presence.gone()
             if failure is not None:
                 return failure
             if gone is not None:
@@ -142,10 +143,6 @@ class FailureWatch:
                 break
             time.sleep(0.05)
         return None
-
-    def see_others(self) -> None:
-        """Check the next rank once, when all are up: its death before the next poll is seen too."""
-        self._presence.gone()
 
     def _terminated(self) -> bool:
         with suppress(BlockingIOError):
@@ -215,7 +212,7 @@ class FailureWatch:
         faulthandler.cancel_dump_traceback_later()
         self._unlisten()
         faulthandler.disable()
-        self._presence.leave()
+        self.presence.leave()
         if self.rank == 0:
             self._launch.forget()
 
@@ -272,10 +269,10 @@ def guard(
 
 
 def see_others() -> None:
-    """Call `FailureWatch.see_others` of the enclosing guard, if there is one."""
+    """Check the next rank once, when all are up: its death before the next poll is seen too."""
     watch = _current.get()
     if watch is not None:
-        watch.see_others()
+        watch.presence.gone()
 
 
 def deadline(phase: str, seconds: float) -> AbstractContextManager[None]:
