@@ -42,7 +42,7 @@ from megatron_sr1.model.hf_config import HFConfig, check_layout
 from megatron_sr1.model.logprobs import full_logits, label_logprobs, vocabulary_rows
 from megatron_sr1.model.row_split import RowSplit, split_row
 from megatron_sr1.model.transformer_config import padded_vocab_size, text_transformer_config
-from megatron_sr1.model.vision import encode_by_turns, feature_numbers, make_tower
+from megatron_sr1.model.vision import VisionModel, encode_by_turns, feature_numbers
 from megatron_sr1.records import VisionInputs
 from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.groups import Groups
@@ -75,11 +75,11 @@ class Qwen25VL(MegatronModule):
         self.post_process = groups.is_last_stage and virtual_stage == num_virtual - 1
         self.share_embeddings_and_output_weights = hf_config.tie_word_embeddings
         num_layers = get_num_layers_to_build(config, self.vp_stage, groups.pipeline.rank)
+        kernels = layers.kernels(model.spec)
         self.language_model = GPTModel(
             config=config,
             transformer_layer_spec=TransformerBlockSubmodules(
-                layer_specs=[layers.text_layer(model.spec)] * num_layers,
-                layer_norm=layers.norm(model.spec),
+                layer_specs=[kernels.layer] * num_layers, layer_norm=kernels.norm
             ),
             vocab_size=padded_vocab_size(hf_config.text.vocab_size, groups.tensor.size),
             max_sequence_length=hf_config.text.max_position_embeddings,
@@ -94,7 +94,7 @@ class Qwen25VL(MegatronModule):
             vp_stage=self.vp_stage,
         )
         self.vision_model = (
-            make_tower(config, hf_config, groups, model.spec) if self.pre_process else None
+            VisionModel(config, hf_config, groups, model.spec) if self.pre_process else None
         )
 
     def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:

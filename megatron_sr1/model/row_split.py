@@ -12,7 +12,7 @@ context-parallel ranks as over data-parallel ones, and tokens are counted on one
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -120,22 +120,13 @@ def split_row(cu_seqlens: torch.Tensor, group: Group) -> RowSplit:
                 f"a sequence of {length} tokens cannot be split over {group.size} context-parallel "
                 f"ranks; pad each sequence to a multiple of {multiple}"
             )
-    chunks = [list(_chunks(bounds, rank, group.size)) for rank in range(group.size)]
     segments, num_own = [], 0
-    for start, first, size in chunks[group.rank]:
-        if size:
-            segments.append(Segment(num_own, size, start, first + size - start))
+    for start, length in zip(bounds, lengths, strict=False):
+        size = length // multiple
+        for chunk in (group.rank, multiple - 1 - group.rank) if size else ():
+            segments.append(Segment(num_own, size, start, (chunk + 1) * size))
             num_own += size
-    shares = [torch.cat([torch.arange(a, a + size) for _, a, size in own]) for own in chunks]
-    places = torch.empty(bounds[-1], dtype=torch.int64)
-    places[torch.cat(shares)] = torch.arange(bounds[-1])
-    device = cu_seqlens.device
-    return RowSplit(group, tuple(segments), shares[group.rank].to(device), places.to(device))
-
-
-def _chunks(bounds: Sequence[int], rank: int, num_ranks: int) -> Iterator[tuple[int, int, int]]:
-    """Yield for each chunk of a rank the start of its sequence, its own start, and its length."""
-    for start, end in pairwise(bounds):
-        size = (end - start) // (2 * num_ranks)
-        for number in (rank, 2 * num_ranks - 1 - rank):
-            yield start, start + number * size, size
+    chunks = torch.cat([torch.arange(n) * multiple // max(n, 1) for n in lengths])
+    order = torch.minimum(chunks, multiple - 1 - chunks).argsort(stable=True).to(cu_seqlens.device)
+    own = order.unflatten(0, (group.size, -1))[group.rank]
+    return RowSplit(group, tuple(segments), own, order.argsort())

@@ -68,19 +68,19 @@ def test_only_sequences_of_similar_length_share_a_batch():
 def test_padding_of_long_causal_sequences_stays_bounded():
     lengths = [4000, 3100, 2900, 1000]
     plan = plan_whole(lengths, is_causal=True)
-    padded = len(plan.slots.rows)
+    padded = len(plan.rows)
     assert padded <= sum(lengths) / MIN_FILL
     assert len(plan.batches) == 3
 
 
 def test_bidirectional_sequences_are_never_padded():
     plan = plan_whole(RAGGED, is_causal=False)
-    assert len(plan.slots.rows) == sum(RAGGED)
+    assert len(plan.rows) == sum(RAGGED)
 
 
 def test_equal_lengths_need_no_copies():
     plan = plan_whole([12] * 5, is_causal=True)
-    assert plan.slots is None
+    assert plan.rows is None
 
 
 def test_a_row_longer_than_its_boundaries_is_refused():
