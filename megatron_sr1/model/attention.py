@@ -18,7 +18,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_sr1.model.row_split import RowSplit, Segment, whole_sequences
+from megatron_sr1.model.row_split import RowSplit, Segment
 
 # A causal sequence is padded to the longest of a batch if it fills this share of it, or lacks at
 # most this many tokens: padding short sequences is cheaper than another kernel launch.
@@ -76,21 +76,12 @@ class PackedRow(PackedSeqParams):
     split: RowSplit | None = None
 
 
-def plan_attention(
-    segments: Sequence[Segment],
-    *,
-    is_causal: bool,
-    places: torch.Tensor | None = None,
-    device: torch.device | str = "cpu",
-) -> AttentionPlan:
-    """Divide a packed row into batches of sequences of similar length.
+def plan_attention(split: RowSplit, *, is_causal: bool) -> AttentionPlan:
+    """Divide this rank's share of a row into batches of sequences of similar length.
 
-    Args:
-        segments: this rank's queries in order, with their keys.
-        is_causal: if not, sequences are never padded.
-        places: [tokens of the row] int64, the position of each key; None: in order.
-        device: device of the index tensors.
+    Sequences are padded only if `is_causal`.
     """
+    segments, places, device = split.segments, split.places, split.cu_seqlens.device
     total = sum(segment.num_queries for segment in segments)
     if places is None and len({segment.num_keys for segment in segments}) == 1:
         batch = SequenceBatch(len(segments), segments[0].num_queries)
@@ -119,28 +110,20 @@ def plan_attention(
     return AttentionPlan(tuple(batches), total, is_causal, *(t.to(device) for t in found))
 
 
-def pack_row(
-    cu_seqlens: torch.Tensor, *, is_causal: bool, split: RowSplit | None = None
-) -> PackedRow:
-    """Return the packing parameters of a row for Megatron's attention layers.
-
-    `cu_seqlens`, [sequences + 1] int32, are the boundaries on the row. With `split` the row is
-    divided among context-parallel ranks; without it each rank holds the whole row.
-    """
-    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
-    segments = whole_sequences(lengths) if split is None else split.segments
-    places = None if split is None else split.places
-    device = cu_seqlens.device
+def pack_row(split: RowSplit, *, is_causal: bool) -> PackedRow:
+    """Return the packing parameters of a row for Megatron's attention layers."""
+    longest = int(split.cu_seqlens.diff().max())
+    # Transformer Engine's context parallelism splits sequences at the padded boundaries.
+    padded = None if split.places is None else split.cu_seqlens
     return PackedRow(
         qkv_format="sbhd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        # Transformer Engine's context parallelism splits sequences at these.
-        cu_seqlens_q_padded=None if places is None else cu_seqlens,
-        cu_seqlens_kv_padded=None if places is None else cu_seqlens,
-        max_seqlen_q=max(lengths, default=0),
-        max_seqlen_kv=max(lengths, default=0),
-        plan=plan_attention(segments, is_causal=is_causal, places=places, device=device),
+        cu_seqlens_q=split.cu_seqlens,
+        cu_seqlens_kv=split.cu_seqlens,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        plan=plan_attention(split, is_causal=is_causal),
         split=split,
     )
 
@@ -237,11 +220,9 @@ class PackedAttention(MegatronModule):
         """
         assert query.shape[1] == 1, "a packed row has batch size 1"
         plan, split = packed_seq_params.plan, packed_seq_params.split
-        query, key, value = query[:, 0], key[:, 0], value[:, 0]
-        if split is not None:
-            key, value = split.gather(key), split.gather(value)
-        assert plan is not None
-        return attend(query, key, value, plan).unsqueeze(1)
+        assert plan is not None and split is not None
+        key, value = split.gather(key[:, 0]), split.gather(value[:, 0])
+        return attend(query[:, 0], key, value, plan).unsqueeze(1)
 
 
 def _slots(starts: Sequence[int], counts: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:

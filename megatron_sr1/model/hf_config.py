@@ -83,13 +83,9 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class HFConfig:
-    """A published model.
+    """A published model; each `image_token_id` in a row is replaced by an image feature.
 
-    Attributes:
-        text: shape of the language model.
-        vision: shape of the vision tower.
-        image_token_id: the image pad; each one in a row is replaced by an image feature.
-        raw: the whole file.
+    `raw` is the content of the file.
     """
 
     text: TextConfig
@@ -122,7 +118,7 @@ def read_hf_config(directory: str | Path) -> HFConfig:
         raise CheckpointError(f"{path}: no such file; expected a Hugging Face model directory")
     try:
         raw = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{path}: not JSON: {error}") from None
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(raw).__name__}")
@@ -147,8 +143,7 @@ def parse_hf_config(raw: Mapping[str, Any]) -> HFConfig:
         ConfigError: it requires something that the model does not support.
         KeyError: a key without a safe default is missing.
     """
-    text_raw = raw.get("text_config") or raw
-    text = _parse_text(text_raw)
+    text = _parse_text(raw.get("text_config") or raw)
     vision = _parse_vision(raw["vision_config"], text.hidden_size)
     if vision.out_hidden_size != text.hidden_size:
         raise ConfigError(
@@ -243,14 +238,13 @@ def check_layout(
     `stage_layers` gives the number for each stage.
     """
     text, vision = hf_config.text, hf_config.vision
-    parts = [
+    for name, value, num_ranks in (
         ("num_attention_heads", text.num_attention_heads, tensor),
         ("num_key_value_heads", text.num_key_value_heads, tensor),
         ("intermediate_size", text.intermediate_size, tensor),
         ("vision num_heads", vision.num_heads, tower),
         ("vision intermediate_size", vision.intermediate_size, tower),
-    ]
-    for name, value, num_ranks in parts:
+    ):
         if value % num_ranks:
             other = " or parallel.vision=images" if name.startswith("vision") else ""
             raise ConfigError(
@@ -265,11 +259,10 @@ def check_layout(
             f"{text.num_layers} layers do not divide over {ranks} stages; use a divisor, or give "
             "the layers of each stage in parallel.stage_layers"
         )
-    right = num_stages, text.num_layers
     given = len(stage_layers), sum(stage_layers)
-    if stage_layers and (given != right or min(stage_layers) < 1):
+    if stage_layers and (given != (num_stages, text.num_layers) or min(stage_layers) < 1):
         raise ConfigError(
-            f"parallel.stage_layers is {list(stage_layers)}: {len(stage_layers)} stages with "
-            f"{sum(stage_layers)} layers; expected {num_stages} numbers ({ranks}) of 1 or more "
+            f"parallel.stage_layers is {list(stage_layers)}: {given[0]} stages with "
+            f"{given[1]} layers; expected {num_stages} numbers ({ranks}) of 1 or more "
             f"that add up to the model's {text.num_layers}"
         )

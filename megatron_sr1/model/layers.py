@@ -135,8 +135,7 @@ def text_angles(
     frequencies for each of the three; their sum is head_dim / 2.
     """
     frequencies = inverse_frequencies(head_dim, theta, position_ids.device)
-    angles = position_ids[:, 0, :, None].float() * frequencies
-    by_axis = angles.split(sections, dim=-1)
+    by_axis = (position_ids[:, 0, :, None].float() * frequencies).split(sections, dim=-1)
     half = torch.cat([part[axis] for axis, part in enumerate(by_axis)], dim=-1)
     return torch.cat([half, half], dim=-1)[:, None, None, :]
 

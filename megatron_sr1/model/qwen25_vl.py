@@ -4,11 +4,9 @@ In: a packed row of tokens with positions and boundaries, and the images in it. 
 for the next stage; on the last stage logprobs of the labels, or logits. Numbers are those of
 transformers' Qwen2_5_VLForConditionalGeneration, sequence by sequence.
 
-The row keeps Megatron's [T, 1, width] layout and each token has its own row of the rotary table, so
-only the core attention deals with packing. Context-parallel ranks are given the same whole row,
-compute on their own share of it and return the whole result (row_split.py). Image features are
-inserted into the embedded share before it is split for sequence parallelism, so each of these ranks
-gets the whole gradient of the share's features.
+Context-parallel ranks are given the same whole row, compute on their own share of it and return the
+whole result (row_split.py). Image features are inserted into the embedded share before it is split
+for sequence parallelism, so each of these ranks gets the whole gradient of the share's features.
 """
 
 from __future__ import annotations
@@ -155,7 +153,7 @@ class Qwen25VL(MegatronModule):
             rotary_pos_emb=layers.text_angles(
                 split.take(position_ids, dim=-1), text.head_dim, text.rope_theta, text.mrope_section
             ),
-            packed_seq_params=pack_row(cu_seqlens, is_causal=True, split=split),
+            packed_seq_params=pack_row(split, is_causal=True),
         )
         if not self.post_process:
             return hidden
@@ -226,8 +224,8 @@ def build_model(
 ) -> list[Qwen25VL]:
     """Build this rank's share of the model, one chunk per virtual stage.
 
-    Weights are NaN until they are loaded. `groups` gives the numbers of ranks, `model` dtype,
-    kernels, recomputation and FP8, `parallel` sequence parallelism and stages.
+    Weights are NaN until they are loaded, padding rows 0. `groups` gives the numbers of ranks,
+    `model` dtype, kernels, recomputation and FP8, `parallel` sequence parallelism and stages.
 
     Raises:
         ConfigError: the layout does not divide the model, or the kernels cannot run here.
@@ -249,16 +247,11 @@ def build_model(
         chunks = [
             Qwen25VL(config, hf_config, groups, model, number) for number in range(parallel.virtual)
         ]
+    vocab_size = hf_config.text.vocab_size
     for chunk in chunks:
-        _mark_unloaded(chunk)
+        for name, parameter in chunk.named_parameters():
+            parameter.detach().fill_(float("nan"))  # one that is not loaded is noticed
+            if name.endswith(("word_embeddings.weight", "output_layer.weight")):
+                padding = vocabulary_rows(vocab_size, len(parameter), groups.tensor.rank)[1]
+                parameter.detach()[padding:].zero_()
     return chunks
-
-
-@torch.no_grad()
-def _mark_unloaded(chunk: Qwen25VL) -> None:
-    """Fill weights with NaN, so that one that is not loaded is noticed, and padding rows with 0."""
-    for name, parameter in chunk.named_parameters():
-        parameter.fill_(float("nan"))
-        if name.endswith(("word_embeddings.weight", "output_layer.weight")):
-            vocab_size, rank = chunk.hf_config.text.vocab_size, chunk.groups.tensor.rank
-            parameter[vocabulary_rows(vocab_size, len(parameter), rank)[1] :].zero_()

@@ -30,6 +30,7 @@ from megatron_sr1.errors import DataError
 from megatron_sr1.model.attention import PackedRow, pack_row
 from megatron_sr1.model.hf_config import HFConfig, VisionConfig
 from megatron_sr1.model.layers import Kernels, kernels, vision_angles
+from megatron_sr1.model.row_split import split_row
 from megatron_sr1.model.transformer_config import vision_transformer_config
 from megatron_sr1.records import VisionInputs
 from megatron_sr1.runtime.groups import Group, Groups, share_out
@@ -250,9 +251,8 @@ def encode_by_turns(tower: VisionModel, inputs: VisionInputs, group: Group) -> t
     merged = tower.vision.spatial_merge_size**2
     shares = [sorted(share) for share in share_out(sizes, group.size)]
     counts = [sum(sizes[i] for i in share) // merged for share in shares]
-    pixels, own = inputs.pixel_values.split(sizes), shares[group.rank]
-    parts = []
-    if own:
+    pixels, parts = inputs.pixel_values.split(sizes), []
+    if own := shares[group.rank]:
         mine = VisionInputs(torch.cat([pixels[i] for i in own]), inputs.image_grid_thw[own])
         parts.append(tower(mine))
     # All ranks contribute equally many rows. The padding requires a gradient, so that every rank
@@ -264,8 +264,9 @@ def encode_by_turns(tower: VisionModel, inputs: VisionInputs, group: Group) -> t
         device=inputs.pixel_values.device,
         requires_grad=torch.is_grad_enabled(),
     )
-    padded = torch.cat([*parts, padding])
-    whole = gather_from_sequence_parallel_region(padded, group=group.process_group)
+    whole = gather_from_sequence_parallel_region(
+        torch.cat([*parts, padding]), group=group.process_group
+    )
     features: dict[int, torch.Tensor] = {}
     for share, rows in zip(shares, whole.split(max(counts)), strict=True):
         lengths = [sizes[i] // merged for i in share]
@@ -289,4 +290,4 @@ def feature_numbers(inputs: VisionInputs, merge: int) -> torch.Tensor:
 
 def _pack(lengths: list[int], device: torch.device) -> PackedRow:
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
-    return pack_row(cu_seqlens, is_causal=False)
+    return pack_row(split_row(cu_seqlens), is_causal=False)
