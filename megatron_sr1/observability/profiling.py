@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -41,7 +41,7 @@ class StepMeter:
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         """Start the first step; `clock` returns seconds."""
         self._clock, self._started = clock, clock()
-        self._seconds: Counter[str] = Counter()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
         self._peaks: dict[tuple[str, str], float] = {}
         self._open, self._inner = [OUTSIDE], [0.0]
         self._host_peak_gib = 0.0
@@ -80,7 +80,8 @@ class StepMeter:
         for (phase, kind), gib in self._peaks.items():
             if phase != OUTSIDE:
                 memory[f"memory/{phase}_{kind}_gib"] = gib
-        self._seconds, self._peaks, self._inner, self._started = Counter(), {}, [0.0], now
+        self._seconds.clear()
+        self._peaks, self._inner, self._started = {}, [0.0], now
         return times, memory
 
     def _mark(self) -> float:
