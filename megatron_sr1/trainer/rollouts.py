@@ -136,7 +136,7 @@ def roll_out_prompts(
                 samples.gold_answer,
             ),
         )
-    context.timer.move("pass1", "pass2", stats.pass2_only_seconds)
+    context.meter.move("pass1", "pass2", stats.pass2_only_seconds)
     is_leader = engine.is_replica_leader  # the ranks of a replica hold the same rollouts
     if is_leader:
         context.throughput.count_rollouts(prompts, rollouts, samples.readings)
