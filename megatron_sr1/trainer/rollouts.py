@@ -14,15 +14,13 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
-from megatron_sr1.config.run import Config
 from megatron_sr1.errors import DataError, GradingLimit
 from megatron_sr1.records import Example, Prompt, Reward, Rollout
 from megatron_sr1.rewards.response import find_description
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rewards.verdicts import cross
 from megatron_sr1.rollout.engine import Engine
-from megatron_sr1.rollout.pass2 import Pass2, RolloutHooks
-from megatron_sr1.rollout.two_pass import RolloutStats, roll_out
+from megatron_sr1.rollout.two_pass import RolloutHooks, RolloutStats, roll_out
 from megatron_sr1.runtime.groups import Groups, gather_objects, sum_over_ranks
 from megatron_sr1.runtime.rng import request_seed
 from megatron_sr1.trainer.context import Context
@@ -124,15 +122,13 @@ def roll_out_prompts(
         rollouts, stats = roll_out(
             engine,
             prompts,
-            samples_per_prompt=config.rollout.samples_per_prompt,
-            temperature=config.rollout.temperature,
-            max_response_tokens=config.rollout.max_response_tokens,
-            pass2=pass2_settings(config) if config.reward.recipe == "vision_sr1" else None,
-            hooks=RolloutHooks(
+            config.rollout,
+            RolloutHooks(
                 find_description,
-                samples.reading_prompt,
+                samples.reading_prompt if config.reward.recipe == "vision_sr1" else None,
                 partial(request_seed, config.seed, context.step),
                 samples.gold_answer,
+                config.reward.question_baseline,
             ),
         )
     context.meter.move("pass1", "pass2", stats.pass2_only_seconds)
@@ -163,18 +159,6 @@ def read_prompts(
             context.skip(error)
     context.count_skipped(engine.is_replica_leader)
     return prompts
-
-
-def pass2_settings(config: Config) -> Pass2:
-    """Return the configured pass 2."""
-    return Pass2(
-        schedule=config.rollout.pass2,
-        temperature=config.rollout.pass2_temperature,
-        max_tokens=config.rollout.max_reading_tokens,
-        mode=config.rollout.pass2_mode,
-        num_samples=config.rollout.pass2_samples,
-        question_only=config.reward.question_baseline,
-    )
 
 
 def _counts(stats: RolloutStats) -> dict[str, float]:
