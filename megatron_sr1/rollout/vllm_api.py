@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +46,7 @@ def start_vllm(
     import vllm
     from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
     from vllm.platforms import current_platform
+    from vllm.v1 import outputs
 
     built_for = "cpu" if current_platform.is_cpu() else "cuda"
     if built_for != device_kind:
@@ -77,7 +78,10 @@ def start_vllm(
         )
     # vLLM's finalizer would destroy torch's process group, which the trainer also uses.
     llm.llm_engine.engine_core._finalizer.detach()
-    _replace_sampler(llm.llm_engine, processor.vision_token_ids if processor else ())
+    runner = llm.llm_engine.model_executor.driver_worker.model_runner
+    runner.sampler = FullVocabularySampler(
+        runner.sampler.topk_topp_sampler, outputs, processor.vision_token_ids if processor else ()
+    )
     llm.init_weight_transfer_engine({"init_info": {}})
     return llm
 
@@ -100,8 +104,8 @@ def _launcher_variables() -> Iterator[None]:
 
     vLLM reads the rank from the environment even if the process group is already initialized.
     """
-    variables = {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    variables["RANK"] = str(torch.distributed.get_rank())
+    variables = {"RANK": str(torch.distributed.get_rank()), "LOCAL_RANK": "0"}
+    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     added = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ.update(added)
     try:
@@ -135,14 +139,6 @@ def device_arguments(
         size = {"shortest_edge": processor.min_pixels, "longest_edge": processor.max_pixels}
         arguments["mm_processor_kwargs"] = {"size": size}
     return arguments
-
-
-def _replace_sampler(core: Any, banned_token_ids: Iterable[int]) -> None:
-    from vllm.v1 import outputs
-
-    runner = core.model_executor.driver_worker.model_runner
-    draw = runner.sampler.topk_topp_sampler
-    runner.sampler = FullVocabularySampler(draw, outputs, banned_token_ids)
 
 
 def preprocess(core: Any, request: Request) -> dict[str, Any]:

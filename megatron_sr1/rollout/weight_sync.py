@@ -70,13 +70,13 @@ def _unfinished(model: torch.nn.Module) -> set[str]:
     """
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-    names = set()
-    for name, layer in model.named_modules():
-        info = get_layerwise_info(layer)
-        padded = hasattr(layer, "num_embeddings_padded")
-        if info.can_load() and not padded and 0 < info.load_numel < info.load_numel_total:
-            names.add(name)
-    return names
+    return {
+        name
+        for name, layer in model.named_modules()
+        if (info := get_layerwise_info(layer)).can_load()
+        and not hasattr(layer, "num_embeddings_padded")
+        and 0 < info.load_numel < info.load_numel_total
+    }
 
 
 def _repack_output_layer(model: torch.nn.Module) -> None:
