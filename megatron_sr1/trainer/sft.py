@@ -16,7 +16,7 @@ from megatron_sr1.runtime.collectives import gather_objects
 from megatron_sr1.trainer.actor import Actor
 from megatron_sr1.trainer.context import Context
 from megatron_sr1.trainer.samples import Samples
-from megatron_sr1.trainer.step import named, update
+from megatron_sr1.trainer.step import Sums, named, update
 
 
 def train_sft(context: Context, actor: Actor, samples: Samples) -> None:
@@ -35,9 +35,10 @@ def train_sft(context: Context, actor: Actor, samples: Samples) -> None:
 
 def token_loss(
     policy_logprobs: torch.Tensor, batch: PackedBatch
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+) -> tuple[torch.Tensor, torch.Tensor, Sums]:
     """Return the negative log-likelihood of the targets, and their number as denominator."""
-    return sft_loss(policy_logprobs, batch.loss_mask), batch.loss_mask.sum(), {}
+    loss_sum, num_tokens = sft_loss(policy_logprobs, batch.loss_mask), batch.loss_mask.sum().int()
+    return loss_sum, num_tokens, {"loss": (loss_sum.detach(), num_tokens)}
 
 
 def _conversations(context: Context, samples: Samples, indices: list[int]) -> list[TrainSample]:
