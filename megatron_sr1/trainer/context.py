@@ -19,17 +19,15 @@ from megatron_sr1.errors import DataError, GradingError
 from megatron_sr1.observability.metrics import MetricsFile
 from megatron_sr1.observability.profiling import (
     STEPS_BETWEEN_TRIMS,
-    PeakMemory,
-    PhaseTimer,
+    StepMeter,
     StepProfiler,
     trim_host_memory,
 )
 from megatron_sr1.observability.sinks import Images, Sink, make_sinks
 from megatron_sr1.rewards.verdicts import cross
 from megatron_sr1.runtime import failure, signals
-from megatron_sr1.runtime.collectives import sum_over_ranks
 from megatron_sr1.runtime.files import write_text
-from megatron_sr1.runtime.groups import Groups
+from megatron_sr1.runtime.groups import Groups, sum_over_ranks
 from megatron_sr1.trainer.actor import Actor
 from megatron_sr1.trainer.resume import RunCheckpoints
 from megatron_sr1.trainer.throughput import Throughput, peak_flops
@@ -57,7 +55,7 @@ class Context:
         self.run_dir = Path(config.output)
         self.step = self.skipped = self.ungraded = self._newly_skipped = 0
         self.is_leaving = False
-        self.timer, self._memory = PhaseTimer(), PeakMemory()
+        self.meter = StepMeter()
         self.throughput: Throughput
         rank, logged = groups.world.rank, config.logging
         self._profiler = StepProfiler(
@@ -96,8 +94,7 @@ class Context:
             launch.setup_deadline_seconds if name == "setup" else launch.phase_deadline_seconds
         )
         with (
-            self.timer.phase(name),
-            self._memory.phase(name),
+            self.meter.phase(name),
             torch.profiler.record_function(name),
             failure.deadline(name, seconds),
         ):
@@ -220,7 +217,7 @@ class Context:
         with self._deadline("profile"):
             self._profiler.end(self.step)
         rated = rate() if rate is not None and self._checkpoints.is_due(self.step) else {}
-        times = self.timer.take()
+        times, memory = self.meter.take()
         with self._deadline("perf"):
             perf = self.throughput.take(times, partial(sum_over_ranks, self.groups))
         if self._metrics is not None:
@@ -230,7 +227,7 @@ class Context:
                 "data/skipped": self.skipped,
                 **times,
                 **perf,
-                **self._memory.take(),
+                **memory,
             }
             self._metrics.append(self.step, self.config.stage, line)
             with self._deadline("log"):
