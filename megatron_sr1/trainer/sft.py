@@ -47,16 +47,11 @@ def _conversations(context: Context, samples: Samples, indices: list[int]) -> li
     Each rank reads some; who trains on which is decided when all lengths are known.
     """
     groups = context.groups
-    read = []
-    for index in shard(indices, groups.data.rank, groups.data.size):
-        try:
-            read.append(samples.conversation(index))
-        except DataError as error:
-            context.skip(error)
-    context.count_skipped(groups.is_replica_leader)
+    own = shard(indices, groups.data.rank, groups.data.size)
+    read = context.read_usable(samples.conversation, own, groups.is_replica_leader)
     everyone = [sample for part in gather_objects(read, groups.data) for sample in part]
     if not everyone:
         raise DataError("no sample of this step could be read; see the warnings above")
     sizes = [size_of(sample) for sample in everyone]
-    own = [everyone[place] for place in samples.own_part(sizes, groups.data)]
-    return own or [replace(everyone[0], loss_mask=np.zeros_like(everyone[0].loss_mask))]
+    chosen = [everyone[place] for place in samples.own_part(sizes, groups.data)]
+    return chosen or [replace(everyone[0], loss_mask=np.zeros_like(everyone[0].loss_mask))]
