@@ -7,17 +7,20 @@ Of an animation, the first frame is read. Errors are `DataError`s that name the 
 
 from __future__ import annotations
 
+import base64
 import io
 import math
+import re
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import TiffImageFile
 
-from megatron_sr1.data.guards import MAX_IMAGE_BYTES, printable
+from megatron_sr1.data.guards import MAX_IMAGE_BYTES, inside, printable, read_file, shown
 from megatron_sr1.errors import DataError
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -28,6 +31,7 @@ MAX_ASPECT_RATIO = 200
 """Largest ratio of the longer to the shorter side that Qwen2-VL's image processor accepts."""
 MAX_JPEG_SCANS = 100
 """Progressive JPEGs have about ten scans; each one is another pass over all pixels."""
+_DATA_URI = re.compile(r"data:image/[\w.+-]+;base64,")
 _GREY_STEPS = {"L;2": 85, "L;4": 17}
 """For PNGs of 2 and 4 bits: Pillow scales pixels to 8 bits, but not the transparent value."""
 _INTEGER_WHITES = (255.0, 1023.0, 4095.0, 16383.0, 65535.0)
@@ -62,6 +66,28 @@ def largest_pixels(min_pixels: int, max_pixels: int, patch_side: int) -> int:
         longer = math.floor(patches / max(k - 1, narrowest)) + 1
         largest = max(largest, k * longer)
     return largest * area
+
+
+def image_bytes(value: Any, folder: Path, where: str) -> bytes:
+    """Return the bytes of an image of a row: bytes, a path, a data: URI, or `{"bytes", "path"}`."""
+    if isinstance(value, Mapping):
+        value = value.get("path") if value.get("bytes") is None else value["bytes"]
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str):
+        raise DataError(
+            f"{where}: a {type(value).__name__}; expected bytes, a path, or "
+            "{'bytes': …, 'path': …}"
+        )
+    if not value.startswith("data:"):
+        return read_file(inside(folder, value, where), MAX_IMAGE_BYTES, where)
+    try:
+        head = _DATA_URI.match(value)
+        if head is not None:
+            return base64.b64decode("".join(value[head.end() :].split()), validate=True)
+    except ValueError:  # incomplete, or characters outside the alphabet
+        pass
+    raise DataError(f"{where}: {shown(value)}; expected data:image/…;base64, followed by base64")
 
 
 def image_format(data: bytes, where: str) -> str:

@@ -24,7 +24,7 @@ from typing import Any
 
 from megatron_sr1.data.examples import ESCAPED_MARK, IMAGE_MARK, escape_marks, split_at_marks
 from megatron_sr1.data.guards import MAX_TEXT_CHARACTERS, printable, read_json
-from megatron_sr1.errors import ConfigError, DataError
+from megatron_sr1.errors import DataError
 from megatron_sr1.records import Example, Message
 
 ChatMessage = dict[str, Any]
@@ -49,13 +49,10 @@ _READ = (
     "The image is not available to you. What it shows is told in the description; rely on that "
     "alone. "
 )
+_BRIEF = "Describe, think, answer."
 PASS1_INSTRUCTIONS: Mapping[str, Mapping[str, str]] = {
     "full": {"vision_sr1": _DESCRIBE, "see_think": _DESCRIBE, "vision_r1": _THINK},
-    "brief": {
-        "vision_sr1": "Describe, think, answer.",
-        "see_think": "Describe, think, answer.",
-        "vision_r1": "Think, answer.",
-    },
+    "brief": {"vision_sr1": _BRIEF, "see_think": _BRIEF, "vision_r1": "Think, answer."},
 }
 """By style and recipe: `full` for published models, `brief` for a model trained with it."""
 PASS2_TEMPLATES: Mapping[str, Mapping[str, tuple[str, str, str]]] = {
@@ -82,16 +79,16 @@ PASS2_TEMPLATES: Mapping[str, Mapping[str, tuple[str, str, str]]] = {
 def pass1_messages(example: Example, recipe: str, style: str = "full") -> list[ChatMessage]:
     """Return the chat messages of pass 1: the turns up to the last user turn, then the instruction.
 
+    `recipe` and `style` are keys of `PASS1_INSTRUCTIONS`.
+
     Raises:
-        ConfigError: unknown recipe or style (keys of `PASS1_INSTRUCTIONS`).
         DataError: there are image marks after the last user turn.
     """
-    instruction = _choice(_choice(PASS1_INSTRUCTIONS, style, "style"), recipe, "recipe")
     gap = "\n" if style == "brief" else "\n\n"
     last = max(i for i, m in enumerate(example.messages) if m.role == "user")
-    turns = list(example.messages[: last + 1])
-    turns[last] = Message("user", f"{turns[last].content.rstrip()}{gap}{instruction}")
-    messages = chat_messages(turns)
+    asked = example.messages[last].content.rstrip()
+    turn = Message("user", f"{asked}{gap}{PASS1_INSTRUCTIONS[style][recipe]}")
+    messages = chat_messages([*example.messages[:last], turn])
     found = sum(part["type"] == "image" for m in messages for part in m["content"])
     if found != example.num_images:
         raise DataError(
@@ -113,8 +110,7 @@ def pass2_messages(
         order: question_first (so that the engine's prefix cache serves what the descriptions of a
             prompt share) | description_first (as in arXiv 2508.19652).
     """
-    templates = _choice(PASS2_TEMPLATES, style, "style")
-    before, between, after = _choice(templates, order, "order of pass 2")
+    before, between, after = PASS2_TEMPLATES[style][order]
     parts = [strip_image_marks(question), description.strip()]
     first, second = parts if order == "question_first" else reversed(parts)
     text = f"{before}{first}{between}{second}{after}"
@@ -145,19 +141,9 @@ def strip_image_marks(question: str) -> str:
 
 def flat_text(message: ChatMessage) -> str:
     """Join a chat message to one text with `<image>` marks, the inverse of `chat_messages`."""
-    is_assistant = message["role"] == "assistant"
-    return "".join(
-        IMAGE_MARK
-        if part["type"] == "image"
-        else (part["text"] if is_assistant else escape_marks(part["text"]))
-        for part in message["content"]
-    )
-
-
-def _choice(table: Mapping[str, Any], name: str, what: str) -> Any:
-    if name not in table:
-        raise ConfigError(f"prompt {what} is {name!r}; expected {' | '.join(table)}")
-    return table[name]
+    escaped = str if message["role"] == "assistant" else escape_marks
+    parts = message["content"]
+    return "".join(IMAGE_MARK if p["type"] == "image" else escaped(p["text"]) for p in parts)
 
 
 class ChatTemplate:
@@ -237,13 +223,11 @@ class ChatTemplate:
         return text
 
     def _defused(self, message: ChatMessage) -> ChatMessage:
-        parts = []
-        for part in message["content"]:
+        parts = [dict(part) for part in message["content"]]
+        for part in parts:
             if part["type"] == "text":
                 text = part["text"].replace(_DEFUSE, "")
-                text = self._pattern.sub(lambda found: found[0][0] + _DEFUSE + found[0][1:], text)
-                part = {"type": "text", "text": text}
-            parts.append(part)
+                part["text"] = self._pattern.sub(lambda m: m[0][0] + _DEFUSE + m[0][1:], text)
         if all(p["type"] == "text" for p in parts):  # some templates only support strings
             return {"role": message["role"], "content": "".join(p["text"] for p in parts)}
         return {"role": message["role"], "content": parts}
