@@ -123,7 +123,7 @@ def _built_parameters(config: Config, hf_config: HFConfig, rank: int) -> int:
         from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
 
         from megatron_sr1.model.qwen25_vl import build_model
-        from megatron_sr1.runtime.device import Device, stop_distributed
+        from megatron_sr1.runtime.device import stop_distributed
         from megatron_sr1.runtime.groups import make_groups
 
         num_ranks = _num_ranks(config)
@@ -131,7 +131,7 @@ def _built_parameters(config: Config, hf_config: HFConfig, rank: int) -> int:
             "fake", store=FakeStore(), rank=rank, world_size=num_ranks
         )
         try:
-            groups = make_groups(config.parallel, Device("cpu"), on_host=False)
+            groups = make_groups(config.parallel, torch.device("cpu"), on_host=False)
             with torch.device("meta"):
                 settings = replace(config.model, spec="local", fp8=None)
                 chunks = build_model(hf_config, groups, settings, config.parallel)

@@ -37,7 +37,7 @@ host memory would grow for hundreds of steps. A step takes as long: all layers s
 def start_ranks(config: Config) -> Groups:
     """Start torch.distributed and make the layout's groups."""
     device = select_device(config.launch.device)
-    if device.kind == "cpu":
+    if device.type == "cpu":
         torch.set_num_threads(num_threads(config.launch))
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(ONEDNN_KERNELS))
     start_distributed(device, collective_timeout_seconds(config.launch))

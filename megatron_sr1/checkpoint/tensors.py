@@ -39,14 +39,14 @@ from megatron_sr1.checkpoint.manifest import Measure, measure
 from megatron_sr1.checkpoint.megatron_optimizer import ensure_state, named_by_kind
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.runtime import cpu
-from megatron_sr1.runtime.collectives import (
+from megatron_sr1.runtime.groups import (
+    Groups,
     agree,
     gather_objects,
     on_all_ranks,
     on_writer,
     reason,
 )
-from megatron_sr1.runtime.groups import Groups
 from megatron_sr1.runtime.signals import end_with
 
 METADATA = {

@@ -23,7 +23,7 @@ from megatron_sr1.checkpoint.transforms import Slice
 from megatron_sr1.checkpoint.untrusted import DAMAGE, check_folder
 from megatron_sr1.conversion.units import Published, Unit
 from megatron_sr1.errors import CheckpointError
-from megatron_sr1.runtime.collectives import reason
+from megatron_sr1.runtime.groups import reason
 
 
 class UnitReader:

@@ -58,6 +58,11 @@ COLD_START = [
 def prepare(output: Path, seed: int) -> None:
     """Write shards of the digits and a model with random weights, unless they exist."""
     log.info("1/4 data: questions about handwritten digits, and a small model to train")
+    if not CONFIG.is_file():
+        raise ConfigError(
+            f"{CONFIG}: no such file; the demo takes its settings from the checkout: install the "
+            "package from there with `pip install -e .`, or use `make demo`"
+        )
     made = output / "seed.json"
     if made.is_file():
         if json.loads(made.read_text()) != seed:

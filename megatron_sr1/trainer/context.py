@@ -26,9 +26,8 @@ from megatron_sr1.observability.profiling import (
 from megatron_sr1.observability.sinks import Images, Sink, make_sinks
 from megatron_sr1.rewards.score import cross
 from megatron_sr1.runtime import failure, signals
-from megatron_sr1.runtime.collectives import sum_over_ranks
 from megatron_sr1.runtime.files import write_text
-from megatron_sr1.runtime.groups import Groups
+from megatron_sr1.runtime.groups import Groups, sum_over_ranks
 from megatron_sr1.trainer.actor import Actor
 from megatron_sr1.trainer.resume import RunCheckpoints
 from megatron_sr1.trainer.throughput import Throughput, peak_flops

@@ -18,7 +18,7 @@ from megatron_sr1.checkpoint.saving import EVALUATION, Keep, SaveQueue
 from megatron_sr1.config.run import Config
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.runtime import failure, signals
-from megatron_sr1.runtime.collectives import sum_over_ranks
+from megatron_sr1.runtime.groups import sum_over_ranks
 from megatron_sr1.trainer.actor import Actor
 from megatron_sr1.trainer.optimizer import schedule_change, schedule_facts
 

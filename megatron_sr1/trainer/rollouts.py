@@ -22,8 +22,7 @@ from megatron_sr1.rewards.score import Scorer, cross
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.rollout.pass2 import Pass2, RolloutHooks
 from megatron_sr1.rollout.two_pass import RolloutStats, roll_out
-from megatron_sr1.runtime.collectives import gather_objects, sum_over_ranks
-from megatron_sr1.runtime.groups import Groups
+from megatron_sr1.runtime.groups import Groups, gather_objects, sum_over_ranks
 from megatron_sr1.runtime.rng import request_seed
 from megatron_sr1.trainer.context import Context
 from megatron_sr1.trainer.objective import credit

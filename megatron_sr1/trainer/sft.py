@@ -12,7 +12,7 @@ from megatron_sr1.data.loader import shard
 from megatron_sr1.data.packing import size_of
 from megatron_sr1.errors import DataError
 from megatron_sr1.records import PackedBatch, TrainSample
-from megatron_sr1.runtime.collectives import gather_objects
+from megatron_sr1.runtime.groups import gather_objects
 from megatron_sr1.trainer.actor import Actor
 from megatron_sr1.trainer.context import Context
 from megatron_sr1.trainer.samples import Samples

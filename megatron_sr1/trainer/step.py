@@ -169,7 +169,7 @@ def _measured(sums: dict[str, torch.Tensor], groups: Groups) -> dict[str, float]
         dist.broadcast_object_list(
             names, src=groups.pipeline.ranks[-1], group=groups.pipeline.process_group
         )
-    device = groups.device.torch
+    device = groups.device
     totals = torch.zeros(len(names[0]), 2, dtype=torch.float64, device=device)
     if counted:
         totals = torch.stack([sums[name].to(device) for name in names[0]])
