@@ -20,7 +20,7 @@ from megatron_sr1.records import RIGHT_FROM
 from megatron_sr1.report import page, panels
 from megatron_sr1.report.page import Images
 from megatron_sr1.report.panels import Lines
-from megatron_sr1.rewards.verdicts import VERDICTS, rate
+from megatron_sr1.rewards.score import VERDICTS, rate
 from megatron_sr1.runtime import files
 
 DEMO_RUNS = {

@@ -31,7 +31,7 @@ from megatron_sr1.observability.profiling import (
     trim_host_memory,
 )
 from megatron_sr1.observability.sinks import Images, Sink, make_sinks
-from megatron_sr1.rewards.verdicts import cross
+from megatron_sr1.rewards.score import cross
 from megatron_sr1.runtime import failure, signals
 from megatron_sr1.runtime.files import write_text
 from megatron_sr1.runtime.groups import Groups, sum_over_ranks

@@ -18,8 +18,7 @@ from megatron_sr1.config.run import Config
 from megatron_sr1.errors import DataError, GradingLimit
 from megatron_sr1.records import Example, Prompt, Reward, Rollout
 from megatron_sr1.rewards.response import find_description
-from megatron_sr1.rewards.score import Scorer
-from megatron_sr1.rewards.verdicts import cross
+from megatron_sr1.rewards.score import Scorer, cross
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.rollout.pass2 import Pass2, RolloutHooks
 from megatron_sr1.rollout.two_pass import RolloutStats, roll_out
