@@ -56,17 +56,17 @@ def examine_together(run_dir: Path) -> tuple[str, bool]:
     return report(sections, "These ranks cannot train together yet", "These ranks can train.")
 
 
-def _by_value(values: list[Any]) -> dict[Any, list[int]]:
-    """Group ranks by value: value -> its ranks."""
+def _ranks_by_value(own: Any) -> dict[Any, list[int]]:
+    """Gather a value of each rank: value -> its ranks."""
     ranks: dict[Any, list[int]] = {}
-    for rank, value in enumerate(values):
+    for rank, value in enumerate(gather_objects(own)):
         ranks.setdefault(value, []).append(rank)
     return ranks
 
 
 def _agreed(name: str, value: Any, advice: str) -> Finding:
     """Return a finding that is ok if all ranks have the same value; collective."""
-    ranks = _by_value(gather_objects(value))
+    ranks = _ranks_by_value(value)
     if len(ranks) == 1:
         return Finding("ok", name, str(value))
     differences = "; ".join(f"{value}: rank {_shown(some)}" for value, some in ranks.items())
@@ -79,7 +79,7 @@ def _shown(ranks: list[int]) -> str:
 
 
 def _ranks(device: torch.device) -> Iterator[Finding]:
-    hosts = _by_value(gather_objects(socket.gethostname()))
+    hosts = _ranks_by_value(socket.gethostname())
     found = f"{dist.get_world_size()} on {len(hosts)} machine{'s' if len(hosts) > 1 else ''}"
     is_even = len({len(ranks) for ranks in hosts.values()}) == 1
     advice = "" if is_even else "machines have different numbers of ranks"

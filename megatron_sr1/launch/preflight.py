@@ -13,12 +13,17 @@ LONGEST_NAME = 255
 """Maximum length of a file name on Linux, bytes."""
 
 
-def absent_paths(config: Config) -> dict[str, str]:
-    """Return the missing paths of model and data that the stage needs, by configuration key."""
-    named = {"model.path": config.model.path, "data.eval": config.data.eval}
+def needed_paths(config: Config, has_model: bool = True) -> dict[str, str]:
+    """Return the paths of model and data that the stage needs, by configuration key."""
+    named = {"model.path": config.model.path if has_model else "", "data.eval": config.data.eval}
     if config.stage != "eval":
         named["data.train"] = config.data.train
-    return {key: path for key, path in named.items() if path and not Path(path).exists()}
+    return {key: path for key, path in named.items() if path}
+
+
+def absent_paths(config: Config) -> dict[str, str]:
+    """Return those of the needed paths that do not exist."""
+    return {key: path for key, path in needed_paths(config).items() if not Path(path).exists()}
 
 
 def check_paths(config: Config, has_model: bool = True, is_dry_run: bool = False) -> None:
