@@ -231,9 +231,7 @@ class Engine:
             raise EngineError(self._unusable)
         if self._asleep or self._live:
             state = "asleep" if self._asleep else f"working on {self.num_live} requests"
-            raise EngineError(
-                f"weight sync {version}: the engine is {state}; sync between rollouts"
-            )
+            raise EngineError(f"weight sync {version}: engine is {state}; sync between rollouts")
         self._unusable = f"weight sync {version} failed; start the run again"
         weight_sync.push(self._llm, weights, version, whole)
         self.weight_version, self._unusable = version, ""
@@ -244,11 +242,10 @@ class Engine:
             return
         assert not self._live, "sleep between rollouts"
         self._core.reset_encoder_cache()  # vLLM's sleep does so itself, except at level 0
-        if self._sleep_level == 0:
-            return
-        self._llm.sleep(level=self._sleep_level)
-        self._asleep = True
-        if self._sleep_level == 2:
+        if self._sleep_level > 0:
+            self._llm.sleep(level=self._sleep_level)
+            self._asleep = True
+        if not self.keeps_weights:
             self._unusable = "sleep level 2 dropped its weights; sync them first"
 
     def wake(self) -> None:

@@ -53,13 +53,18 @@ class RolloutHooks:
 
 
 class Readings:
-    """Creates pass-2 requests, one set per distinct prompt, and collects their completions."""
+    """Pass-2 requests, one set per distinct prompt, and their results.
+
+    Attributes:
+        names: prompt -> ids of its requests.
+        done: id of a finished request -> its completion.
+    """
 
     def __init__(self, engine: Engine, rollout: RolloutConfig, hooks: RolloutHooks) -> None:
         """Start without any request."""
         self._engine, self._rollout, self._hooks = engine, rollout, hooks
-        self._names: dict[tuple[int, ...], list[str]] = {}  # prompt -> ids of its requests
-        self._done: dict[str, Completion] = {}
+        self.names: dict[tuple[int, ...], list[str]] = {}
+        self.done: dict[str, Completion] = {}
 
     def apply_to(self, prompt: Prompt) -> bool:
         """Return True if a prompt gets a second pass: the recipe has one, the prompt has images."""
@@ -90,7 +95,7 @@ class Readings:
             the key to pass to `result`, and the requests, none if the prompt was asked before.
         """
         token_ids, scored = self._compose(prompt, description)
-        if token_ids in self._names:
+        if token_ids in self.names:
             return token_ids, []
         # Retokenised text can have more tokens than were sampled; the answer then gets fewer.
         max_tokens = 1 if scored else self._rollout.max_reading_tokens
@@ -98,7 +103,7 @@ class Readings:
         check_prompt_fits(self._engine, prompt, len(token_ids), max(max_tokens, 1), "pass 2")
         requests = [
             Request(
-                id=f"{PREFIX}{len(self._names)}.{number}",
+                id=f"{PREFIX}{len(self.names)}.{number}",
                 token_ids=token_ids,
                 expanded_token_ids=token_ids,
                 temperature=self._rollout.pass2_temperature,
@@ -109,29 +114,14 @@ class Readings:
             )
             for number in range(1 if scored else self._rollout.pass2_samples)
         ]
-        self._names[token_ids] = [request.id for request in requests]
+        self.names[token_ids] = [request.id for request in requests]
         return token_ids, requests
-
-    def take(self, progress: Progress) -> None:
-        """Store the completion of a pass-2 request if it is finished."""
-        if progress.completion is not None:
-            self._done[progress.id] = progress.completion
 
     def result(self, key: tuple[int, ...] | None) -> Reading | None:
         """Return the reading of a key; all its requests must be finished."""
         if key is None:
             return None
-        return Reading(tuple(self._done[name] for name in self._names[key]))
-
-    @property
-    def num_asked(self) -> int:
-        """Number of distinct pass-2 prompts, including those of questions alone."""
-        return len(self._names)
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens sampled in pass 2."""
-        return sum(len(c.token_ids) for c in self._done.values() if c.finish_reason != "given")
+        return Reading(tuple(self.done[name] for name in self.names[key]))
 
 
 @dataclass(frozen=True)
@@ -175,11 +165,8 @@ def roll_out(
 ) -> tuple[list[Rollout], RolloutStats]:
     """Sample both passes of this replica's prompts; text-only prompts skip pass 2.
 
-    Args:
-        engine: must be awake.
-        prompts: this replica's prompts, the same on each of its ranks.
-        rollout: number of samples, temperatures (0 is greedy), token limits and pass 2.
-        hooks: the recipe's tags and prompts, and the run's seeds.
+    The engine is awake; `prompts` are the same on each rank of the replica. `rollout` gives the
+    number of samples, temperatures (0 is greedy), token limits and the kind of pass 2.
 
     Returns:
         rollouts, ordered by prompt and then by sample, and their cost.
@@ -221,7 +208,8 @@ def roll_out(
         step_started, alone = time.perf_counter(), num_open == 0
         for progress in engine.step():
             if progress.id.startswith(PREFIX):
-                readings.take(progress)
+                assert progress.completion is not None  # they are not watched
+                readings.done[progress.id] = progress.completion
                 continue
             sample = samples[progress.id]
             if _has_closed(sample, progress, engine, readings, hooks):
@@ -238,15 +226,16 @@ def roll_out(
             pass2_only += time.perf_counter() - step_started
     rollouts = [_rollout(s, readings, hooks, engine.weight_version) for s in samples.values()]
     completions = [r.completion for r in rollouts]
+    sampled = [c for c in readings.done.values() if c.finish_reason != "given"]
     stats = RolloutStats(
         engine_steps=engine.num_steps - steps_before,
         seconds=time.perf_counter() - started,
         pass2_only_seconds=pass2_only,
         pass1_tokens=sum(len(c.token_ids) for c in completions),
-        pass2_tokens=readings.num_tokens,
+        pass2_tokens=sum(len(c.token_ids) for c in sampled),
         truncated=sum(c.finish_reason == "length" for c in completions),
         num_pass2=sum(r.reading is not None for r in rollouts),
-        num_prompts2=readings.num_asked,
+        num_prompts2=len(readings.names),
     )
     return rollouts, stats
 

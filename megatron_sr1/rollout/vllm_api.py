@@ -100,10 +100,7 @@ def set_environment(kv_cache_gib: int) -> None:
 
 @contextmanager
 def _launcher_variables() -> Iterator[None]:
-    """Set a launcher's variables while the engine starts, unless a launcher has set them.
-
-    vLLM reads the rank from the environment even if the process group is already initialized.
-    """
+    """Set a launcher's variables, unless one has: vLLM reads the rank from the environment."""
     variables = {"RANK": str(torch.distributed.get_rank()), "LOCAL_RANK": "0"}
     variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     added = {name: value for name, value in variables.items() if name not in os.environ}
