@@ -93,18 +93,13 @@ class Engine:
         dtype: str = "float32",
         seed: int = 0,
     ) -> None:
-        """Load the model. Collective over the world; torch.distributed must be initialized.
+        """Load a Hugging Face directory. Collective; torch.distributed must be initialized.
 
-        Args:
-            model_dir: Hugging Face directory.
-            rollout: layout, limits, memory and quantisation of the engine. `sleep_level` is for
-                CUDA; on a CPU the engine always runs eagerly, as compiling takes longer than it
-                saves.
-            processor: gives the pixel limits, the size of the largest image and the vision tokens,
-                which are never sampled; None: the directory's limits, and every token is sampled.
-            device_kind: cpu | cuda; the installed vLLM must be built for it.
-            dtype: float32 | bfloat16.
-            seed: of the engine itself; requests bring their own.
+        `rollout.sleep_level` is for CUDA; on a CPU the engine always runs eagerly, as compiling
+        takes longer than it saves. `processor` gives the pixel limits, the size of the largest
+        image and the vision tokens, which are never sampled; without it the limits are the
+        directory's, and every token is sampled. The installed vLLM must be built for `device_kind`,
+        cpu or cuda. `dtype` is float32 or bfloat16; requests bring their own seeds.
 
         Raises:
             EngineError: vLLM is built for another device.
@@ -218,11 +213,9 @@ class Engine:
     ) -> None:
         """Load the actor's weights and drop every cache computed with the old ones.
 
-        Args:
-            weights: (Hugging Face name, full tensor) pairs, the same on each rank of the replica;
-                iterated once, layer by layer, and the iteration may be collective.
-            version: number that later rollouts carry.
-            whole: if False, layers that receive no tensor keep their weights.
+        `weights` are (Hugging Face name, full tensor) pairs, the same on each rank of the replica;
+        they are iterated once, layer by layer, and the iteration may be collective. Later rollouts
+        carry `version`. Unless `whole`, layers that receive no tensor keep their weights.
 
         Raises:
             EngineError: the engine is asleep or has live requests, or tensors are missing.
