@@ -5,7 +5,7 @@ same steps and samples on its own, so every request carries its own seed. Replic
 prompts and do not communicate.
 
 Logprobs are log_softmax(logits / temperature) over the whole vocabulary; banned ids are excluded
-from sampling only (sampler.py explains how the two relate).
+from sampling only (see `FullVocabularySampler`).
 """
 
 from __future__ import annotations
