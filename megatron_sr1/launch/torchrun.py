@@ -27,6 +27,8 @@ from megatron_sr1.runtime.signals import end_with
 if TYPE_CHECKING:
     from megatron_sr1.config.run import LaunchConfig
 
+SHUTDOWN_SECONDS = str(7 * 86400)
+"""Of torchrun, from SIGTERM to SIGKILL, 30 by default: ranks that save have deadlines of their own."""
 FIRST_RANK_SECONDS = 5.0
 PORT_FIRST, PORT_SPAN = 20000, 10000
 
@@ -140,6 +142,8 @@ def run(arguments: Sequence[str], launch: LaunchConfig, num_ranks: int) -> int:
         the exit status of the first rank that failed; 128 + the signal if a signal ended it.
     """
     environment = dict(os.environ, **rank_environment(launch, num_ranks))
+    if launch.save_on_sigterm:
+        environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN_SECONDS)
     # A launcher that is killed must not leave a run behind.
     end_with_us = functools.partial(end_with, os.getpid(), signal.SIGTERM)
     ranks = subprocess.Popen(
