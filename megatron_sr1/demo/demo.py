@@ -29,8 +29,7 @@ from megatron_sr1.evaluation.evaluate import HeldOut, evaluation_scorer
 from megatron_sr1.observability.metrics import read_lines
 from megatron_sr1.report.panels import paired
 from megatron_sr1.report.report import DEMO_RUNS
-from megatron_sr1.rewards.score import Scorer
-from megatron_sr1.rewards.verdicts import VERDICTS, rates
+from megatron_sr1.rewards.score import VERDICTS, Scorer, rates
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.runtime.groups import Groups
 from megatron_sr1.trainer.context import Context

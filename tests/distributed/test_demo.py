@@ -15,7 +15,7 @@ from megatron_sr1.demo.demo import WAYS, comparison
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.observability.metrics import read_lines
 from megatron_sr1.report.panels import TITLES
-from megatron_sr1.rewards.verdicts import VERDICTS
+from megatron_sr1.rewards.score import VERDICTS
 
 PARTS = ("data", "cold start (600 steps)", "GRPO, answer only (40", "GRPO + self-reward (40")
 MODELS = ("cold_start", "see_think", "vision_sr1")
