@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from megatron_sr1.config.run import LaunchConfig
 
 SHUTDOWN_SECONDS = str(7 * 86400)
-"""Of torchrun, from SIGTERM to SIGKILL, 30 by default: ranks that save have deadlines of their own."""
+"""From SIGTERM to SIGKILL, 30 by default in torchrun; saving ranks have their own deadlines."""
 FIRST_RANK_SECONDS = 5.0
 PORT_FIRST, PORT_SPAN = 20000, 10000
 
