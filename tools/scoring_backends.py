@@ -24,8 +24,8 @@ from megatron_sr1.checkpoint.hf import check_tensors, save_hf
 from megatron_sr1.checkpoint.hf_files import HFSource
 from megatron_sr1.checkpoint.loading import load_model
 from megatron_sr1.checkpoint.untrusted import stored_dtype
-from megatron_sr1.config.model import ModelConfig, ParallelConfig
 from megatron_sr1.config.rollout import RolloutConfig
+from megatron_sr1.config.run import ModelConfig, ParallelConfig
 from megatron_sr1.data.images import decode_image
 from megatron_sr1.data.packing import pack_samples
 from megatron_sr1.data.processor import Processor
