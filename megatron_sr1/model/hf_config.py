@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_sr1.config.model import ParallelConfig
+from megatron_sr1.config.run import ParallelConfig
 from megatron_sr1.errors import CheckpointError, ConfigError
 
 

@@ -32,7 +32,7 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_sr1.config.model import ModelConfig, ParallelConfig
+from megatron_sr1.config.run import ModelConfig, ParallelConfig
 from megatron_sr1.errors import DataError
 from megatron_sr1.model import layers
 from megatron_sr1.model.attention import pack_row

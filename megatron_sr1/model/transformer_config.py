@@ -15,7 +15,7 @@ from megatron.core.enums import Fp8Recipe
 from megatron.core.fp8_utils import get_fp8_align_size
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_sr1.config.model import ModelConfig, ParallelConfig
+from megatron_sr1.config.run import ModelConfig, ParallelConfig
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.model.hf_config import HFConfig, VisionConfig
 from megatron_sr1.runtime.groups import Groups
