@@ -34,14 +34,9 @@ BLOCK_BYTES = 2**24
 def write_random_model(
     directory: Path, config_path: Path, max_file_bytes: int, dtype: str = "BF16", seed: int = 0
 ) -> None:
-    """Write a model directory with random finite weights and no tokenizer.
+    """Write a new model directory with random finite weights, in BF16 or F32, and no tokenizer.
 
-    Args:
-        directory: new.
-        config_path: becomes its config.json.
-        max_file_bytes: of tensors in a weight file.
-        dtype: BF16 or F32.
-        seed: of the weights.
+    A weight file has at most `max_file_bytes` of tensors.
     """
     from megatron_sr1.checkpoint.mapping import entries
     from megatron_sr1.model.hf_config import read_hf_config
@@ -50,15 +45,15 @@ def write_random_model(
     shutil.copyfile(config_path, directory / "config.json")
     itemsize = {"BF16": 2, "F32": 4}[dtype]
     files: list[dict[str, tuple[int, ...]]] = []
-    room = 0
+    left_bytes = 0
     for entry in entries(read_hf_config(directory)):
         for name, shape in zip(entry.hf_names, entry.hf_shapes, strict=True):
             size = int(np.prod(shape)) * itemsize
-            if size > room:
+            if size > left_bytes:
                 files.append({})
-                room = max_file_bytes
+                left_bytes = max_file_bytes
             files[-1][name] = shape
-            room -= size
+            left_bytes -= size
     generator = np.random.Generator(np.random.SFC64(seed))
     weight_map = {}
     for number, tensors in enumerate(files, 1):
@@ -93,16 +88,16 @@ def _write_random_file(
 
 
 def busy_seconds(who: int) -> float:
-    """CPU seconds so far of this process (RUSAGE_SELF) or of those that it started and that ended.
+    """Return the CPU seconds of this process (RUSAGE_SELF) or of its ended children.
 
-    Unlike the time that goes by they do not depend on what else the machine does.
+    Unlike elapsed time they do not depend on what else the machine does.
     """
     used = resource.getrusage(who)
     return used.ru_utime + used.ru_stime
 
 
 def run_watched(command: list[str]) -> tuple[float, int]:
-    """Run a command that must succeed; returns its seconds and the most anonymous bytes it held."""
+    """Run a command that must succeed; return its seconds and the peak of its anonymous bytes."""
     started, peak = time.monotonic(), 0
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     output: list[str] = []
@@ -111,7 +106,7 @@ def run_watched(command: list[str]) -> tuple[float, int]:
     reader.start()
     status = Path(f"/proc/{process.pid}/status")
     while process.poll() is None:
-        # The kernel's own counter: reading smaps would walk all pages, and hold the process up.
+        # The kernel's own counter: reading smaps would walk all pages and slow the process.
         for line in status.read_text().splitlines():
             if line.startswith("RssAnon:"):
                 peak = max(peak, int(line.split()[1]) * 1024)
@@ -133,7 +128,7 @@ def copy_files(source: Path, target: Path) -> float:
         copy = target / path.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
-        flush_and_evict(copy)  # and so it is on the disk
+        flush_and_evict(copy)  # on the disk
     seconds = time.monotonic() - started
     shutil.rmtree(target)
     return seconds

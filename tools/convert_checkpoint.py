@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+TO_MEGATRON, TO_HF = "hf-to-megatron", "megatron-to-hf"
 EPILOG = """
 examples:
   python tools/convert_checkpoint.py hf-to-megatron Qwen2.5-VL-7B-Instruct qwen25vl_7b_megatron
@@ -33,9 +34,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     ways = parser.add_subparsers(dest="way", required=True, metavar="WAY")
-    to_megatron = ways.add_parser(
-        "hf-to-megatron", help="safetensors to a Megatron distributed checkpoint"
-    )
+    there = "safetensors to a Megatron distributed checkpoint"
+    to_megatron = ways.add_parser(TO_MEGATRON, help=there)
     to_megatron.add_argument("source", type=Path, help="Hugging Face directory")
     to_megatron.add_argument("target", type=Path, help="new directory for the checkpoint")
     to_megatron.add_argument(
@@ -44,12 +44,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default="auto",
         help="type of the stored weights; auto keeps the source's (default: %(default)s)",
     )
-    to_hf = ways.add_parser("megatron-to-hf", help="a Megatron checkpoint to safetensors")
-    to_hf.add_argument(
-        "source",
-        type=Path,
-        help="directory of checkpoints (takes the latest) or a step_N directory",
-    )
+    to_hf = ways.add_parser(TO_HF, help="a Megatron checkpoint to safetensors")
+    where = "directory of checkpoints (takes the latest) or a step_N directory"
+    to_hf.add_argument("source", type=Path, help=where)
     to_hf.add_argument("target", type=Path, help="new Hugging Face directory")
     to_hf.add_argument(
         "--no-checksums",
@@ -84,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
 
     started = time.monotonic()
     try:
-        (from_hf if arguments.way == "hf-to-megatron" else from_megatron)(arguments, Progress())
+        convert(arguments, Progress())
     except SR1Error as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -93,54 +90,39 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def from_hf(arguments: argparse.Namespace, report: Progress) -> None:
-    """Published weights to a checkpoint.
+def convert(arguments: argparse.Namespace, report: Progress) -> None:
+    """Convert, compare, or list what would be moved.
 
-    Raises:
-        CheckpointError: the source is no such model, or the target is not empty.
+    Raises `CheckpointError` if the source is of the other kind, or the target is not empty.
     """
     import torch
 
     from megatron_sr1.checkpoint.folders import LATEST, resolve_model
-    from megatron_sr1.conversion.convert import hf_to_megatron, verify_conversion
-    from megatron_sr1.conversion.plan import plan_to_megatron, rows
+    from megatron_sr1.conversion import convert, plan
     from megatron_sr1.errors import CheckpointError
 
-    source, target = arguments.source, arguments.target
-    dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
-    if arguments.dry_run:
-        print("\n".join(rows(plan_to_megatron(source, dtype))))
+    source, target, to_published = arguments.source, arguments.target, arguments.way == TO_HF
+    dtype = None if to_published else getattr(torch, arguments.dtype, None)
+    if arguments.dry_run and not to_published:  # config.json is enough, which is no model yet
+        print("\n".join(plan.rows(plan.plan_to_megatron(source, dtype))))
         return
-    if resolve_model(source).kind != "huggingface":
-        raise CheckpointError(f"{source} is a Megatron checkpoint already; use megatron-to-hf")
-    if not (arguments.verify and (target / LATEST).is_file()):
-        hf_to_megatron(source, target, dtype, report)
-    if arguments.verify:
-        verify_conversion(source, resolve_model(target), report, to_published=False)
-
-
-def from_megatron(arguments: argparse.Namespace, report: Progress) -> None:
-    """A checkpoint to published weights.
-
-    Raises:
-        CheckpointError: the source is no such checkpoint, or the target is something else.
-    """
-    from megatron_sr1.checkpoint.folders import resolve_model
-    from megatron_sr1.conversion.convert import megatron_to_hf, verify_conversion
-    from megatron_sr1.conversion.plan import plan_to_hf, rows
-    from megatron_sr1.errors import CheckpointError
-
-    source, target = arguments.source, arguments.target
     found = resolve_model(source)
-    if found.kind != "megatron":
-        raise CheckpointError(f"{source} is a Hugging Face directory already; use hf-to-megatron")
+    if to_published and found.kind != "megatron":
+        raise CheckpointError(f"{source} is a Hugging Face directory already; use {TO_MEGATRON}")
+    if not to_published and found.kind != "huggingface":
+        raise CheckpointError(f"{source} is a Megatron checkpoint already; use {TO_HF}")
     if arguments.dry_run:
-        print("\n".join(rows(plan_to_hf(found))))
+        print("\n".join(plan.rows(plan.plan_to_hf(found))))
         return
-    if not (arguments.verify and (target / "config.json").is_file()):
-        megatron_to_hf(found, target, arguments.checksums, report)
+    is_finished = (target / ("config.json" if to_published else LATEST)).is_file()
+    if not (arguments.verify and is_finished):
+        if to_published:
+            convert.megatron_to_hf(found, target, arguments.checksums, report)
+        else:
+            convert.hf_to_megatron(source, target, dtype, report)
     if arguments.verify:
-        verify_conversion(target, found, report, to_published=True)
+        published, checkpoint = (target, found) if to_published else (source, resolve_model(target))
+        convert.verify_conversion(published, checkpoint, report, to_published=to_published)
 
 
 class Progress:
