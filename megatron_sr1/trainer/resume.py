@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_sr1.checkpoint.folders import fingerprint, latest_step
 from megatron_sr1.checkpoint.loading import load_checkpoint
-from megatron_sr1.checkpoint.saving import EVALUATION, Keep, SaveQueue
+from megatron_sr1.checkpoint.saving import EVALUATION, SaveQueue
 from megatron_sr1.config.run import Config
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.runtime import failure, signals
@@ -32,11 +32,9 @@ class RunCheckpoints:
 
     def __init__(self, config: Config, phase: Phase) -> None:
         """Touch no file yet; `phase` times a named phase of a step."""
-        self._config, self._phase, saved = config, phase, config.checkpoint
+        self._config, self._phase = config, phase
         self.directory = Path(config.output) / "checkpoints"
-        keep = Keep(saved.keep_last, saved.keep_best, saved.best_by)
-        limit = saved.max_in_flight if saved.asynchronous else 0
-        self._saves = SaveQueue(self.directory, keep, limit)
+        self._saves = SaveQueue(self.directory, config.checkpoint)
         self._origin: dict[str, str] = {}
 
     def resume(self, actor: Actor) -> dict[str, Any] | None:
