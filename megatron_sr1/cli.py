@@ -10,8 +10,8 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from megatron_sr1.runtime.logs import configure_logging, silence_native_warnings
 
 if TYPE_CHECKING:
     from megatron_sr1.config.run import Config
+    from megatron_sr1.runtime.groups import Groups
 
 VERSION = "0.1.0"
 """The same as in setup.py."""
@@ -29,6 +30,35 @@ RUN_COMMANDS = {
     "sft": "supervised fine-tuning: train with stage=sft",
     "eval": "evaluation: train with stage=eval",
 }
+RUN_DESCRIPTION = """. Starts one rank per GPU (or launch.num_processes); under torchrun or srun it
+joins their ranks. docs/configuration.md lists all keys."""
+COMMANDS = {
+    "demo": (
+        "learn to read digits from scratch, on a CPU",
+        """Make handwritten digits and a small model with random weights, train a cold start and
+        from it two models with GRPO, with and without the self-reward, and compare them in
+        DIR/report.html and DIR/summary.json. Takes minutes; started again after a stop, it
+        continues.""",
+    ),
+    **{name: (text, text + RUN_DESCRIPTION) for name, text in RUN_COMMANDS.items()},
+    "plan": (
+        "memory, layouts and step time on a cluster, by formulas",
+        """Memory per rank, the layouts that fit and their step time, computed by the formulas of
+        docs/planner.md. model.path only needs a config.json.""",
+    ),
+    "report": (
+        "write a run's HTML report again",
+        """Write RUN_DIR/report.html from the files of a run, finished or not: curves of
+        metrics.jsonl, samples of rollouts/ and eval/, with their images where the run's shards
+        still exist. Prints the path of the page.""",
+    ),
+    "doctor": (
+        "what is installed, what would run, what to do",
+        """Report what is installed, which devices and kernels a run would use, and how to fix what
+        is missing. Exits with 1 if training could not run.""",
+    ),
+}
+"""Command -> its line in the list, the description in its own help."""
 LENGTHS = {
     "text": "text of a prompt (250)",
     "image": "image of a prompt, merged tokens (of the middle of the pixel limits)",
@@ -38,7 +68,7 @@ LENGTHS = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Build the parser of all subcommands; each sets `run`, the function that executes it."""
+    """Build the parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="megatron-sr1",
         description="Self-rewarding reinforcement learning of vision-language models (Vision-SR1) "
@@ -46,71 +76,27 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    demo = commands.add_parser(
-        "demo",
-        help="learn to read digits from scratch, on a CPU",
-        description="Make handwritten digits and a small model with random weights, train a cold "
-        "start and from it two models with GRPO, with and without the self-reward, and compare "
-        "them in DIR/report.html and DIR/summary.json. Takes minutes; started again after a stop, "
-        "it continues.",
-    )
-    demo.set_defaults(run=demo_command)
-    demo.add_argument(
-        "--output", type=Path, default=DEMO_OUTPUT, metavar="DIR", help="run directory"
-    )
-    demo.add_argument("--seed", type=int, default=1, metavar="N", help="seed of data and model")
-    for name, text in RUN_COMMANDS.items():
-        run = commands.add_parser(
-            name,
-            help=text,
-            description=f"{text}. Starts one rank per GPU (or launch.num_processes); under "
-            "torchrun or srun it joins their ranks. docs/configuration.md lists all keys.",
-        )
-        run.set_defaults(run=run_command)
-        _add_configuration(run)
-        run.add_argument("--dry-run", action="store_true", help="check and describe, start nothing")
-    plan = commands.add_parser(
-        "plan",
-        help="memory, layouts and step time on a cluster, by formulas",
-        description="Memory per rank, the layouts that fit and their step time, computed by the "
-        "formulas of docs/planner.md. model.path only needs a config.json.",
-    )
-    plan.set_defaults(run=plan_command)
-    _add_configuration(plan)
-    plan.add_argument("--gpus", type=int, required=True, metavar="N", help="number of GPUs")
-    plan.add_argument("--gpu", required=True, metavar="NAME", help="a100 | h100 | h200 | b200")
+    add = {
+        name: commands.add_parser(name, help=text, description=description).add_argument
+        for name, (text, description) in COMMANDS.items()
+    }
+    for name in (*RUN_COMMANDS, "plan"):
+        add[name]("config", type=Path, metavar="CONFIG", help="YAML file")
+        add[name]("overrides", nargs="*", metavar="key=value", help="such as seed=2")
+    for name in RUN_COMMANDS:
+        add[name]("--dry-run", action="store_true", help="check and describe, start nothing")
+    add["demo"]("--output", type=Path, default=DEMO_OUTPUT, metavar="DIR", help="run directory")
+    add["demo"]("--seed", type=int, default=1, metavar="N", help="seed of data and model")
+    add["plan"]("--gpus", type=int, required=True, metavar="N", help="number of GPUs")
+    add["plan"]("--gpu", required=True, metavar="NAME", help="a100 | h100 | h200 | b200")
     for name, text in LENGTHS.items():
-        plan.add_argument(f"--{name}-tokens", type=float, metavar="N", help=f"mean {text}")
-    report = commands.add_parser(
-        "report",
-        help="write a run's HTML report again",
-        description="Write RUN_DIR/report.html from the files of a run, finished or not: curves of "
-        "metrics.jsonl, samples of rollouts/ and eval/, with their images where the run's shards "
-        "still exist. Prints the path of the page.",
-    )
-    report.set_defaults(run=report_command)
-    report.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="directory of a run")
-    doctor = commands.add_parser(
-        "doctor",
-        help="what is installed, what would run, what to do",
-        description="Report what is installed, which devices and kernels a run would use, and how "
-        "to fix what is missing. Exits with 1 if training could not run.",
-    )
-    doctor.set_defaults(run=doctor_command)
-    doctor.add_argument(
-        "--distributed",
-        action="store_true",
-        help="under torchrun or srun: links, clocks, files and versions of all ranks",
-    )
-    doctor.add_argument(
-        "--output", type=Path, default=Path("runs"), metavar="DIR", help="run directory to test"
-    )
+        add["plan"](f"--{name}-tokens", type=float, metavar="N", help=f"mean {text}")
+    add["report"]("run_dir", type=Path, metavar="RUN_DIR", help="directory of a run")
+    text = "under torchrun or srun: links, clocks, files and versions of all ranks"
+    add["doctor"]("--distributed", action="store_true", help=text)
+    text = "run directory to test"
+    add["doctor"]("--output", type=Path, default=Path("runs"), metavar="DIR", help=text)
     return parser
-
-
-def _add_configuration(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as seed=2")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -128,8 +114,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command, by default that of this process; return the exit status."""
     arguments = parse(sys.argv[1:] if argv is None else argv)
+    own = {"demo": demo_command, "plan": plan_command}
+    own |= {"report": report_command, "doctor": doctor_command}
     try:
-        return arguments.run(arguments)
+        return own.get(arguments.command, run_command)(arguments)
     except SR1Error as error:
         sys.stdout.flush()
         print(f"megatron-sr1: error: {error}", file=sys.stderr)
@@ -151,28 +139,34 @@ def run_command(arguments: argparse.Namespace) -> int:
     overrides = list(arguments.overrides)
     if arguments.command != "train":
         overrides.append(f"stage={arguments.command}")
-    joined = None if arguments.dry_run else torchrun.joined(os.environ)
-    os.environ.update(joined or {})
+    is_rank = not arguments.dry_run and torchrun.join()
     with torchrun.first_rank_first(os.environ):
         config = load_config(arguments.config, overrides)
     if config.launch.device == "cpu":  # before torch is imported, here and in the ranks
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    if joined is not None:
-        return rank_main(config)
-    silence_native_warnings(config.logging.level)
-    if arguments.dry_run:
-        return dry_run_command(config)
-    num_ranks = check_start(config)
+    started, num_ranks = time.time(), 1
+    if not is_rank:
+        silence_native_warnings(config.logging.level)
+        if arguments.dry_run:
+            return dry_run_command(config)
+        num_ranks = check_start(config)
     try:
-        if num_ranks == 1:
+        if num_ranks > 1:
+            own = ["train", str(arguments.config), *overrides]
+            status = torchrun.run(own, config.launch, num_ranks)
+            return _with_cause(status, Path(config.output), started)
+        if not is_rank:
             os.environ.update(torchrun.rank_environment(config.launch, num_ranks))
-            return rank_main(config)
-        started, own = time.time(), ["train", str(arguments.config), *overrides]
-        status = torchrun.run(own, config.launch, num_ranks)
+        with one_rank(config) as (stage, groups):
+            stage(config, groups)
     except KeyboardInterrupt:
+        if is_rank:
+            raise
         print(f"\nmegatron-sr1: interrupted; {how_to_continue(config)}", file=sys.stderr)
         return 130
-    return _with_cause(status, Path(config.output), started)
+    # 0 after a request to stop, too: otherwise srun and torchrun would kill the ranks that are
+    # still closing.
+    return 0
 
 
 def check_start(config: Config) -> int:
@@ -190,13 +184,11 @@ def how_to_continue(config: Config) -> str:
     """Say what an interrupted run has saved and how to continue it."""
     if config.stage == "eval":
         return "an evaluation saves nothing before its end, the same command starts it again"
-    checkpoints = Path(config.output) / "checkpoints"
-    if not (checkpoints / "latest").is_file():
-        return (
-            f"nothing was saved yet (checkpoint.every_steps={config.checkpoint.every_steps}), the "
-            "same command starts from the beginning"
-        )
-    saved = checkpoints / (checkpoints / "latest").read_text().strip()
+    latest = Path(config.output) / "checkpoints" / "latest"
+    if not latest.is_file():
+        every = f"checkpoint.every_steps={config.checkpoint.every_steps}"
+        return f"nothing was saved yet ({every}), the same command starts from the beginning"
+    saved = latest.with_name(latest.read_text().strip())
     more = "" if config.checkpoint.resume else " with checkpoint.resume=true"
     return f"{saved} is saved, the same command{more} continues from it"
 
@@ -225,8 +217,9 @@ def warn(*texts: str) -> None:
         print(f"megatron-sr1: warning: {text}", file=sys.stderr)
 
 
-def rank_main(config: Config) -> int:
-    """Run one rank; its failure stops the others."""
+@contextmanager
+def one_rank(config: Config) -> Iterator[tuple[Callable[[Config, Groups], None], Groups]]:
+    """Join this rank with the others, and yield its stage; a failure of the block stops them."""
     from megatron_sr1.launch import torchrun
     from megatron_sr1.runtime import signals
     from megatron_sr1.runtime.failure import guard
@@ -239,10 +232,7 @@ def rank_main(config: Config) -> int:
         from megatron_sr1.stages import STAGES, joined_ranks
 
         with joined_ranks(config) as groups:
-            STAGES[config.stage](config, groups)
-    # 0 after a request to stop, too: otherwise srun and torchrun would kill the ranks that are
-    # still closing.
-    return 0
+            yield STAGES[config.stage], groups
 
 
 def _with_cause(status: int, run_dir: Path, started: float) -> int:
@@ -252,13 +242,12 @@ def _with_cause(status: int, run_dir: Path, started: float) -> int:
     from megatron_sr1.runtime.failure_files import read_failure, summarize_failure
 
     failure = read_failure(run_dir, since=started)
-    if failure is None:
-        lines = [f"megatron-sr1: error: the ranks ended with status {status}; see above"]
-    elif failure.code == 2:
-        return 2
-    else:
-        lines, status = summarize_failure(run_dir, failure, started), failure.code
-    print(*lines, sep="\n", file=sys.stderr)
+    lines = [f"megatron-sr1: error: the ranks ended with status {status}; see above"]
+    if failure is not None:
+        status = failure.code
+        lines = [] if status == 2 else summarize_failure(run_dir, failure, started)
+    if lines:
+        print(*lines, sep="\n", file=sys.stderr)
     return status
 
 
@@ -269,18 +258,16 @@ def demo_command(arguments: argparse.Namespace) -> int:
     from megatron_sr1.runtime.failure import guard
 
     output, seed = arguments.output, arguments.seed
-    joined = torchrun.joined(os.environ)
-    if joined is None:
-        preflight.check_output(str(output))
-        silence_native_warnings("info")
-    configure_logging("info")
-    if joined is not None:
-        os.environ.update(joined)
+    if torchrun.join():
+        configure_logging("info")
         with guard(output):
             from megatron_sr1.demo import demo
 
             demo.train(output, seed)
-            return 0
+        return 0
+    preflight.check_output(str(output))
+    silence_native_warnings("info")
+    configure_logging("info")
     from megatron_sr1.demo import demo
 
     demo.prepare(output, seed)
@@ -298,12 +285,13 @@ def print_results(output: Path) -> None:
     from rich.console import Console
 
     from megatron_sr1.demo import demo
+    from megatron_sr1.report.report import write_report
 
     Console().print(demo.comparison(demo.finish(output)))
     paths = {"model.path": "cold_start/hf", "data.train": "data/train", "data.eval": "data/eval"}
     moved = "" if output == DEMO_OUTPUT else "".join(f" {k}={output / v}" for k, v in paths.items())
     print(
-        f"Report, with curves and samples: {_write_report(output)}\n"
+        f"Report, with curves and samples: {write_report(output)}\n"
         "Next, train from the same cold start with settings of your own (docs/configuration.md):\n"
         "    megatron-sr1 train examples/digits_cpu.yaml optimizer.num_steps=5 "
         f"algorithm.credit=span{moved}\n"
@@ -329,26 +317,10 @@ def plan_command(arguments: argparse.Namespace) -> int:
 
 def report_command(arguments: argparse.Namespace) -> int:
     """Run `report`."""
-    print(_write_report(arguments.run_dir))
+    from megatron_sr1.report.report import write_report
+
+    print(write_report(arguments.run_dir))
     return 0
-
-
-def _write_report(run_dir: Path) -> Path:
-    """Write a run's report, with images if its shards still exist; return the page's path."""
-    from megatron_sr1.report.report import is_run, shards_of, write_report
-
-    if not is_run(run_dir):
-        raise ConfigError(
-            f"{run_dir}: no such run; expected a directory with config.json and metrics.jsonl or "
-            "eval/, or the demo's"
-        )
-    shards = shards_of(run_dir)
-    images = None
-    if shards is not None and any(shards.glob("*.tar")):
-        from megatron_sr1.data.shards import ShardReader
-
-        images = ShardReader(shards).images
-    return write_report(run_dir, images)
 
 
 def doctor_command(arguments: argparse.Namespace) -> int:
@@ -360,13 +332,11 @@ def doctor_command(arguments: argparse.Namespace) -> int:
     else:
         from megatron_sr1.launch import torchrun
 
-        joined = torchrun.joined(os.environ)
-        if joined is None:
+        if not torchrun.join():
             raise ConfigError(
                 "doctor --distributed runs on the ranks of a launch: start it as `torchrun "
                 "--nproc-per-node N -m megatron_sr1 doctor --distributed`, or with srun"
             )
-        os.environ.update(joined)
         configure_logging("warning")
         from megatron_sr1.doctor_distributed import examine_together
 

@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_sr1.doctor import GIB, Finding, needed, report, version
-from megatron_sr1.runtime.collectives import gather_objects
-from megatron_sr1.runtime.device import Device, select_device, start_distributed
+from megatron_sr1.runtime.device import select_device, start_distributed
+from megatron_sr1.runtime.groups import gather_objects
 
 TIMEOUT_SECONDS = 120.0
 MIB = 2**20
@@ -56,17 +56,17 @@ def examine_together(run_dir: Path) -> tuple[str, bool]:
     return report(sections, "These ranks cannot train together yet", "These ranks can train.")
 
 
-def _by_value(values: list[Any]) -> dict[Any, list[int]]:
-    """Group ranks by value: value -> its ranks."""
+def _ranks_by_value(own: Any) -> dict[Any, list[int]]:
+    """Gather a value of each rank: value -> its ranks."""
     ranks: dict[Any, list[int]] = {}
-    for rank, value in enumerate(values):
+    for rank, value in enumerate(gather_objects(own)):
         ranks.setdefault(value, []).append(rank)
     return ranks
 
 
 def _agreed(name: str, value: Any, advice: str) -> Finding:
     """Return a finding that is ok if all ranks have the same value; collective."""
-    ranks = _by_value(gather_objects(value))
+    ranks = _ranks_by_value(value)
     if len(ranks) == 1:
         return Finding("ok", name, str(value))
     differences = "; ".join(f"{value}: rank {_shown(some)}" for value, some in ranks.items())
@@ -78,13 +78,13 @@ def _shown(ranks: list[int]) -> str:
     return few if len(ranks) <= 8 else f"{few} and {len(ranks) - 8} more"
 
 
-def _ranks(device: Device) -> Iterator[Finding]:
-    hosts = _by_value(gather_objects(socket.gethostname()))
+def _ranks(device: torch.device) -> Iterator[Finding]:
+    hosts = _ranks_by_value(socket.gethostname())
     found = f"{dist.get_world_size()} on {len(hosts)} machine{'s' if len(hosts) > 1 else ''}"
     is_even = len({len(ranks) for ranks in hosts.values()}) == 1
     advice = "" if is_even else "machines have different numbers of ranks"
     yield Finding("ok" if is_even else "warn", "ranks", found, advice)
-    name = torch.cuda.get_device_name(device.index) if device.kind == "cuda" else "cpu"
+    name = torch.cuda.get_device_name(device.index) if device.type == "cuda" else "cpu"
     yield _agreed("device", name, "use machines with the same GPUs")
 
 
@@ -100,18 +100,18 @@ def _versions() -> Iterator[Finding]:
     yield Finding("ok", "agreed", same)
 
 
-def _all_reduce(device: Device) -> Iterator[Finding]:
+def _all_reduce(device: torch.device) -> Iterator[Finding]:
     """Measure a sum over all ranks, by the slowest rank, and check the result."""
     size = dist.get_world_size()
-    for num_bytes in (MIB, 256 * MIB if device.kind == "cuda" else 32 * MIB):
-        data = torch.ones(num_bytes // 4, device=device.torch)
+    for num_bytes in (MIB, 256 * MIB if device.type == "cuda" else 32 * MIB):
+        data = torch.ones(num_bytes // 4, device=device)
         dist.all_reduce(data)  # opens the connections
         right = bool((data == size).all())
         seconds = [_reduce_seconds(data, device) for _ in range(5)]
         slowest = max(gather_objects(min(seconds)))
         # Source of the factor: nccl-tests, doc/PERFORMANCE.md: what each rank sends and receives.
         rate = 2 * (size - 1) / size * num_bytes / slowest / 1e9
-        backend = "gloo" if device.kind == "cpu" else "nccl"
+        backend = "gloo" if device.type == "cpu" else "nccl"
         found = f"{slowest * 1e3:.2f} ms, bus bandwidth {rate:.2f} GB/s ({backend})"
         name = f"all-reduce {num_bytes // MIB} MiB"
         if all(gather_objects(right)):
@@ -120,11 +120,11 @@ def _all_reduce(device: Device) -> Iterator[Finding]:
             yield Finding("fail", name, "wrong sum", "look for faulty GPUs or links")
 
 
-def _reduce_seconds(data: torch.Tensor, device: Device) -> float:
+def _reduce_seconds(data: torch.Tensor, device: torch.device) -> float:
     dist.barrier()
     started = time.perf_counter()
     dist.all_reduce(data)
-    if device.kind == "cuda":
+    if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - started
 

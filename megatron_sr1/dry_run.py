@@ -19,8 +19,8 @@ from megatron_sr1.checkpoint.mapping import check_freeze, entries
 from megatron_sr1.config.run import Config
 from megatron_sr1.data.shards import NUM_SEARCHED, ShardReader
 from megatron_sr1.errors import ConfigError, DataError
-from megatron_sr1.model.hf_config import HFConfig, read_hf_config
-from megatron_sr1.planning.layout import check, configured
+from megatron_sr1.model.hf_config import HFConfig, check_layout, read_hf_config
+from megatron_sr1.planning.layout import configured
 from megatron_sr1.planning.memory import stage_parameters, static_memory
 from megatron_sr1.rewards.user_reward import UserReward
 
@@ -123,7 +123,7 @@ def _built_parameters(config: Config, hf_config: HFConfig, rank: int) -> int:
         from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
 
         from megatron_sr1.model.qwen25_vl import build_model
-        from megatron_sr1.runtime.device import Device, stop_distributed
+        from megatron_sr1.runtime.device import stop_distributed
         from megatron_sr1.runtime.groups import make_groups
 
         num_ranks = _num_ranks(config)
@@ -131,7 +131,7 @@ def _built_parameters(config: Config, hf_config: HFConfig, rank: int) -> int:
             "fake", store=FakeStore(), rank=rank, world_size=num_ranks
         )
         try:
-            groups = make_groups(config.parallel, Device("cpu"), on_host=False)
+            groups = make_groups(config.parallel, torch.device("cpu"), on_host=False)
             with torch.device("meta"):
                 settings = replace(config.model, spec="local", fp8=None)
                 chunks = build_model(hf_config, groups, settings, config.parallel)
@@ -239,9 +239,8 @@ def check_output(config: Config) -> None:
 
 def _check_shape(config: Config, hf_config: HFConfig, num_ranks: int) -> None:
     """Raise ConfigError if settings do not fit the model's shape."""
-    layout = configured(config, num_ranks)
-    if layout is not None:
-        check(hf_config, layout)
+    if configured(config, num_ranks) is not None:
+        check_layout(hf_config, config.parallel)
     check_freeze(hf_config, config.model.freeze)
     if config.stage == "sft":
         return

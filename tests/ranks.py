@@ -6,6 +6,7 @@ started once for all tests of a process). A script imports what it needs at its 
 """
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import runpy
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -76,4 +78,13 @@ def _run_rank(command, environment, log):
     os.chdir(ROOT)
     sys.argv = command
     sys.path.insert(0, str(Path(command[0]).parent))
-    runpy.run_path(command[0], run_name="__main__")
+    status = 1
+    try:
+        runpy.run_path(command[0], run_name="__main__")
+        status = 0
+    except SystemExit as left:
+        status = left.code if isinstance(left.code, int) else int(left.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    # The end of a whole interpreter: vLLM's shared memory is removed by a destructor in C++.
+    ctypes.pythonapi.Py_Exit(status)

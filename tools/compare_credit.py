@@ -22,7 +22,7 @@ from pathlib import Path
 from megatron_sr1.demo.demo import COLD_START, prepare
 from megatron_sr1.observability.metrics import read_lines
 from megatron_sr1.report.panels import LABELS, paired
-from megatron_sr1.rewards.verdicts import VERDICTS, rate
+from megatron_sr1.rewards.score import VERDICTS, rate
 from tools.bench import ROOT, table
 
 CREDITS = ("scalar", "span")

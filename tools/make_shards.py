@@ -30,9 +30,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_sr1.data.examples import Record
-from megatron_sr1.data.rows import COLUMNS
 from megatron_sr1.data.shards import write_shards
-from megatron_sr1.data.sources import count_rows, records, source_files
+from megatron_sr1.data.sources import COLUMNS, count_rows, records, source_files
 from megatron_sr1.errors import DataError, SR1Error
 from megatron_sr1.runtime.files import write_text
 

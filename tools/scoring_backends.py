@@ -35,7 +35,6 @@ from megatron_sr1.model.qwen25_vl import build_model
 from megatron_sr1.model.row_split import sequence_multiple
 from megatron_sr1.records import TrainSample
 from megatron_sr1.runtime import cpu
-from megatron_sr1.runtime.device import Device
 from megatron_sr1.runtime.groups import Groups, make_groups
 
 Lines = Sequence[Any]
@@ -43,7 +42,7 @@ Scores = list[list[float]]
 
 
 def megatron(
-    arguments: argparse.Namespace, source: ModelSource, device: Device, lines: Lines
+    arguments: argparse.Namespace, source: ModelSource, device: torch.device, lines: Lines
 ) -> Scores:
     """Score with the Megatron model under the chosen layout."""
     from megatron_sr1.trainer.actor import Actor
@@ -79,7 +78,7 @@ def megatron(
 
 @torch.no_grad()
 def transformers(
-    arguments: argparse.Namespace, source: ModelSource, device: Device, lines: Lines
+    arguments: argparse.Namespace, source: ModelSource, device: torch.device, lines: Lines
 ) -> Scores:
     """Score with transformers' own model, one line at a time."""
     from megatron_sr1.runtime.cpu import patch_torchvision
@@ -92,17 +91,17 @@ def transformers(
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             directory, dtype=getattr(torch, arguments.dtype)
         )
-    model = model.to(device.torch).eval()
+    model = model.to(device).eval()
     found = []
     for line in lines:
-        ids = torch.tensor([[*line.prompt, *line.response]], device=device.torch)
+        ids = torch.tensor([[*line.prompt, *line.response]], device=device)
         inputs: dict[str, Any] = {}
         images = open_images(line)
         if images:
             vision = processor.vision(images)
             inputs = {
-                "pixel_values": vision.pixel_values.to(device.torch),
-                "image_grid_thw": vision.image_grid_thw.to(device.torch),
+                "pixel_values": vision.pixel_values.to(device),
+                "image_grid_thw": vision.image_grid_thw.to(device),
                 "mm_token_type_ids": (ids == processor.image_pad_id).int(),
             }
         logits = model(input_ids=ids, use_cache=False, **inputs).logits[0, len(line.prompt) - 1 :]
@@ -113,7 +112,7 @@ def transformers(
 
 
 def vllm(
-    arguments: argparse.Namespace, source: ModelSource, device: Device, lines: Lines
+    arguments: argparse.Namespace, source: ModelSource, device: torch.device, lines: Lines
 ) -> Scores:
     """Score with the rollout engine, by prefill."""
     from megatron_sr1.rollout.engine import Engine
@@ -130,7 +129,7 @@ def vllm(
                 sleep_level=0,
             ),
             processor,
-            device_kind=device.kind,
+            device_kind=device.type,
             dtype=arguments.dtype,
         )
     found = []
@@ -152,7 +151,7 @@ def loaded(source: ModelSource, groups: Groups, model: ModelConfig) -> tuple[lis
 
 
 @contextlib.contextmanager
-def huggingface_directory(source: ModelSource, device: Device) -> Iterator[Path]:
+def huggingface_directory(source: ModelSource, device: torch.device) -> Iterator[Path]:
     """Yield a Hugging Face directory of the model: its own, or a temporary export."""
     if source.kind == "huggingface":
         check_tensors(HFSource(source.weights), read_hf_config(source.hf_files))

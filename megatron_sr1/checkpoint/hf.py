@@ -20,8 +20,7 @@ from megatron_sr1.checkpoint.tensors import unwrap
 from megatron_sr1.checkpoint.transforms import join, publish, slices
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.model.hf_config import HFConfig
-from megatron_sr1.runtime.collectives import gather_objects
-from megatron_sr1.runtime.groups import Group, Groups
+from megatron_sr1.runtime.groups import Group, Groups, gather_objects
 
 log = logging.getLogger(__name__)
 NUM_NAMED = 12  # tensors that an error names
@@ -169,7 +168,7 @@ def export_weights(
         if owner == pipeline.rank:
             shard = mine[entry.name].contiguous()
         else:
-            shard = torch.empty(shape, dtype=dtype, device=groups.device.torch)
+            shard = torch.empty(shape, dtype=dtype, device=groups.device)
         if pipeline.size > 1:
             dist.broadcast(shard, src=pipeline.ranks[owner], group=pipeline.process_group)
         shards, group = [shard], _sharing(entry, groups)

@@ -35,8 +35,7 @@ from megatron_sr1.checkpoint.untrusted import COMMON_OBJECT, DAMAGE, check_folde
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.model.hf_config import HFConfig, read_hf_config
 from megatron_sr1.runtime import cpu
-from megatron_sr1.runtime.collectives import on_all_ranks, reason
-from megatron_sr1.runtime.groups import Groups
+from megatron_sr1.runtime.groups import Groups, on_all_ranks, reason
 from megatron_sr1.runtime.rng import restore_rng
 
 log = logging.getLogger(__name__)

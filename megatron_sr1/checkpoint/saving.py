@@ -30,9 +30,8 @@ from megatron_sr1.checkpoint.hf_files import HFSource, replace_directory
 from megatron_sr1.checkpoint.tensors import PendingTensors, Trained, save_tensors
 from megatron_sr1.config.training import CheckpointConfig
 from megatron_sr1.errors import CheckpointError
-from megatron_sr1.runtime.collectives import on_all_ranks, on_writer
 from megatron_sr1.runtime.files import sync_directory, write_text
-from megatron_sr1.runtime.groups import Groups
+from megatron_sr1.runtime.groups import Groups, on_all_ranks, on_writer
 from megatron_sr1.runtime.rng import rng_state
 
 log = logging.getLogger(__name__)

@@ -37,8 +37,14 @@ from megatron_sr1.checkpoint.disk import Measure, check_space, measure, needed_b
 from megatron_sr1.checkpoint.megatron_optimizer import ensure_state, named_by_kind
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.runtime import cpu
-from megatron_sr1.runtime.collectives import agree, gather_objects, on_all_ranks, on_writer, reason
-from megatron_sr1.runtime.groups import Groups
+from megatron_sr1.runtime.groups import (
+    Groups,
+    agree,
+    gather_objects,
+    on_all_ranks,
+    on_writer,
+    reason,
+)
 from megatron_sr1.runtime.signals import end_with
 
 METADATA = {

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from megatron_sr1.errors import CheckpointError
-from megatron_sr1.runtime.collectives import reason
+from megatron_sr1.runtime.groups import reason
 
 _CHECKPOINT = "torch.distributed.checkpoint"
 ALLOWED = {

@@ -14,15 +14,7 @@ from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from omegaconf import (
-    MISSING,
-    BooleanNode,
-    DictConfig,
-    FloatNode,
-    IntegerNode,
-    ListConfig,
-    OmegaConf,
-)
+from omegaconf import MISSING, BooleanNode, FloatNode, IntegerNode, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
 from megatron_sr1.config.fields import accepted
@@ -60,24 +52,18 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
     config = OmegaConf.structured(Config)
     layers = [] if path is None else _read_layers(Path(path))
     layers += [(ascii(text)[1:-1][:200], _read_override(text)) for text in overrides or []]
-    for name, layer in layers:
-        _check_interpolations(layer, name)
-        try:
+    name = source = str(path or "configuration")
+    try:
+        for name, layer in layers:
             _check_types(layer, Config(), name)
             config = OmegaConf.merge(config, layer)
-        except OmegaConfBaseException as error:
-            where = "" if error.full_key is None else f"key {error.full_key!r}: "
-            raise ConfigError(f"{name}: {where}{_reason(error)}") from None
-    source = path or "configuration"
-    try:
+        name = source
         resolved = OmegaConf.to_object(config)
     except MissingMandatoryValue as error:
-        key = error.full_key
-        raise ConfigError(
-            f"{source}: {key} is not set; give it in the file or as {key}=VALUE"
-        ) from None
+        key, advice = error.full_key, "give it in the file or as"
+        raise ConfigError(f"{name}: {key} is not set; {advice} {key}=VALUE") from None
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{source}: {_reason(error)}") from None
+        raise _unusable(name, error) from None
     assert isinstance(resolved, Config)
     validate(resolved)
     return resolved
@@ -95,9 +81,9 @@ def save_config(config: Config, path: Path) -> None:
     path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
 
 
-def _read_layers(path: Path) -> list[tuple[str, DictConfig]]:
+def _read_layers(path: Path) -> list[tuple[str, dict[Any, Any]]]:
     """Read a file and the ones that it builds on; the first base comes first."""
-    layers: list[tuple[str, DictConfig]] = []
+    layers: list[tuple[str, dict[Any, Any]]] = []
     seen: list[Path] = []
     while True:
         if path.resolve() in seen:
@@ -113,7 +99,7 @@ def _read_layers(path: Path) -> list[tuple[str, DictConfig]]:
         path = path.parent / base
 
 
-def _read_yaml(path: Path) -> DictConfig:
+def _read_yaml(path: Path) -> dict[Any, Any]:
     if path.is_dir():
         raise ConfigError(f"{path} is a directory; expected a YAML file, such as {path}/run.yaml")
     if not path.is_file():
@@ -124,12 +110,13 @@ def _read_yaml(path: Path) -> DictConfig:
         read = OmegaConf.load(path)
     except Exception as error:  # yaml's own errors share no base with OmegaConf's
         raise ConfigError(f"{path}: not readable as YAML: {_reason(error)}") from None
-    if not isinstance(read, DictConfig):
+    plain = _plain(read, str(path))
+    if not isinstance(plain, dict):
         raise ConfigError(f"{path}: expected a mapping of groups at the top, got a list or a value")
-    return read
+    return plain
 
 
-def _read_override(text: str) -> DictConfig:
+def _read_override(text: str) -> dict[Any, Any]:
     key, mark, value = text.partition("=")
     if not mark:
         raise ConfigError(f"override {text!r}: expected group.key=value, such as seed=2")
@@ -139,11 +126,14 @@ def _read_override(text: str) -> DictConfig:
             OmegaConf.update(layer, key, "")
     except Exception as error:  # of yaml, of OmegaConf, of the encoding
         raise ConfigError(f"override {text[:200]!a}: {_reason(error)}") from None
-    return layer
+    return _plain(layer, ascii(text)[1:-1][:200])
 
 
-def _check_interpolations(layer: DictConfig, name: str) -> None:
-    """Refuse all interpolations but environment variables; other keys could multiply endlessly."""
+def _plain(layer: Any, name: str) -> Any:
+    """Return a layer as dictionaries, with environment variables filled in.
+
+    All other interpolations are refused: other keys could multiply endlessly.
+    """
     text = _ENVIRONMENT.sub("", str(OmegaConf.to_container(layer)))
     start = text.find("${")
     if start >= 0:
@@ -151,48 +141,47 @@ def _check_interpolations(layer: DictConfig, name: str) -> None:
             f"{name}: {text[start : start + 80]!a}: of interpolations only ${{oc.env:NAME}} and "
             "${oc.env:NAME,default} are read; write the value"
         )
+    try:
+        return OmegaConf.to_container(layer, resolve=True)
+    except OmegaConfBaseException as error:
+        raise _unusable(name, error) from None
 
 
-def _check_types(layer: DictConfig, group: Any, name: str, prefix: str = "") -> None:
+def _check_types(layer: dict[Any, Any], group: Any, name: str, prefix: str = "") -> None:
     """Check that keys are known and that values have their types, before OmegaConf does.
 
     YAML reads an unquoted `off` as false; for a field with the choice "off", false means that.
     """
     known, kinds = {each.name: each for each in fields(group)}, get_type_hints(type(group))
-    for key in layer:
-        full = prefix + str(key)
+    for key, value in layer.items():
         if key not in known:
-            raise ConfigError(f"{name}: {_unknown(prefix + _first_key(layer, key))}")
-        if OmegaConf.is_missing(layer, key):
+            raise ConfigError(f"{name}: {_unknown(prefix + _first_key(key, value))}")
+        default = getattr(group, key)
+        if value == MISSING:
             continue
-        value, default = layer[key], getattr(group, str(key))
-        if is_dataclass(default) and isinstance(value, DictConfig):
-            _check_types(value, default, name, f"{full}.")
-        elif value is False and "off" in known[str(key)].metadata.get("choices", ()):
+        if is_dataclass(default) and isinstance(value, dict):
+            _check_types(value, default, name, f"{prefix}{key}.")
+        elif value is False and "off" in known[key].metadata.get("choices", ()):
             layer[key] = "off"
-        elif is_dataclass(default) or not _fits(value, kinds[str(key)]):
-            plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-            shown = json.dumps(plain, default=str)[:MAX_SHOWN]
-            expected = _expected(known[str(key)], kinds[str(key)], default, plain)
-            raise ConfigError(f"{name}: {full} is {shown}; expected {expected}")
+        elif is_dataclass(default) or not _fits(value, kinds[key]):
+            shown = json.dumps(value, default=str)[:MAX_SHOWN]
+            expected = _expected(known[key], kinds[key], default, value)
+            raise ConfigError(f"{name}: {prefix}{key} is {shown}; expected {expected}")
 
 
-def _first_key(layer: DictConfig, key: Any) -> str:
+def _first_key(key: Any, value: Any) -> str:
     """Return the dotted key of the first setting at or below a key."""
-    parts = [str(key)]
-    value = None if OmegaConf.is_missing(layer, key) else layer[key]
-    while isinstance(value, DictConfig) and value:
-        inner = next(iter(value))
-        parts.append(str(inner))
-        value = None if OmegaConf.is_missing(value, inner) else value[inner]
-    return ".".join(parts)[:MAX_SHOWN]
+    while isinstance(value, dict) and value:
+        inner, value = next(iter(value.items()))
+        key = f"{key}.{inner}"
+    return str(key)[:MAX_SHOWN]
 
 
 def _fits(value: Any, kind: Any) -> bool:
     """Return True if a value has a field's type or can be read as one."""
     if get_origin(kind) is list:
         (item,) = get_args(kind)
-        return isinstance(value, ListConfig) and all(_fits(one, item) for one in value)
+        return isinstance(value, list) and all(_fits(one, item) for one in value)
     if type(None) in get_args(kind):
         return value is None or _fits(value, get_args(kind)[0])
     if kind is str:
@@ -220,6 +209,11 @@ def _expected(setting: Field[Any], kind: Any, default: Any, value: Any) -> str:
         return f"a list of {WORDS[item][2]}, for example {json.dumps(example)}"
     word, example, _ = WORDS[kind]
     return f"{word}, for example {json.dumps(default if default not in (MISSING, '') else example)}"
+
+
+def _unusable(name: str, error: OmegaConfBaseException) -> ConfigError:
+    where = "" if error.full_key is None else f"key {error.full_key!r}: "
+    return ConfigError(f"{name}: {where}{_reason(error)}")
 
 
 def _reason(error: Exception) -> str:

@@ -39,8 +39,8 @@ from megatron_sr1.checkpoint.transforms import join
 from megatron_sr1.conversion.units import Published, Unit, UnitReader, differences
 from megatron_sr1.conversion.writer import FILE_BYTES, UnitWriter
 from megatron_sr1.errors import CheckpointError
-from megatron_sr1.runtime.collectives import reason, single_process
 from megatron_sr1.runtime.files import sync_directory
+from megatron_sr1.runtime.groups import reason, single_process
 
 # What is being done ("kept", "writing", "comparing"), bytes that are done, bytes in all.
 Report = Callable[[str, int, int], None]

@@ -31,7 +31,7 @@ from megatron_sr1.checkpoint.transforms import publish
 from megatron_sr1.checkpoint.untrusted import DAMAGE, check_folder
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.model.hf_config import HFConfig, read_hf_config
-from megatron_sr1.runtime.collectives import reason
+from megatron_sr1.runtime.groups import reason
 
 _FUSED = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",

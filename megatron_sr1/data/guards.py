@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +27,17 @@ MAX_IMAGES = 1024
 def read_file(path: Path, max_bytes: int, where: str) -> bytes:
     """Read a regular file, also through links; a pipe or a device is an error and never blocks."""
     name = f"{where}: {shown(str(path), 400)}"
-    file = None
     try:
-        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        status = os.fstat(file)
-        if not stat.S_ISREG(status.st_mode):
-            raise DataError(f"{name}: not a regular file")
-        if status.st_size > max_bytes:
-            raise DataError(f"{name}: {status.st_size} bytes, at most {max_bytes}")
-        with open(file, "rb", closefd=False) as opened:
-            return opened.read(max_bytes)
+        with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise DataError(f"{name}: not a regular file")
+            if status.st_size > max_bytes:
+                raise DataError(f"{name}: {status.st_size} bytes, at most {max_bytes}")
+            return file.read(max_bytes)
     except (OSError, ValueError) as error:  # ValueError: a NUL or half a character in the name
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise DataError(f"{name}: {reason}") from None
-    finally:
-        if file is not None:
-            os.close(file)
 
 
 def inside(folder: Path, name: str, where: str) -> Path:
@@ -82,9 +78,8 @@ def check_text(text: str, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: character {error.start} is half of a surrogate pair; expected text"
-        ) from None
+        half = f"character {error.start} is half of a surrogate pair"
+        raise DataError(f"{where}: {half}; expected text") from None
     return text
 
 
@@ -116,9 +111,8 @@ def printable(text: str, limit: int = 400) -> str:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value: dict[str, Any] = {}
-    for key, entry in pairs:
-        if key in value:
-            raise ValueError(f"key {key[:40]!r} twice in one object")
-        value[key] = entry
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        key = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"key {key[:40]!r} twice in one object")
     return value

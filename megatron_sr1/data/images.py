@@ -7,17 +7,20 @@ Of an animation, the first frame is read. Errors are `DataError`s that name the 
 
 from __future__ import annotations
 
+import base64
 import io
 import math
+import re
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import TiffImageFile
 
-from megatron_sr1.data.guards import MAX_IMAGE_BYTES, printable
+from megatron_sr1.data.guards import MAX_IMAGE_BYTES, inside, printable, read_file, shown
 from megatron_sr1.errors import DataError
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -28,6 +31,7 @@ MAX_ASPECT_RATIO = 200
 """Largest ratio of the longer to the shorter side that Qwen2-VL's image processor accepts."""
 MAX_JPEG_SCANS = 100
 """Progressive JPEGs have about ten scans; each one is another pass over all pixels."""
+_DATA_URI = re.compile(r"data:image/[\w.+-]+;base64,")
 _GREY_STEPS = {"L;2": 85, "L;4": 17}
 """For PNGs of 2 and 4 bits: Pillow scales pixels to 8 bits, but not the transparent value."""
 _INTEGER_WHITES = (255.0, 1023.0, 4095.0, 16383.0, 65535.0)
@@ -64,6 +68,26 @@ def largest_pixels(min_pixels: int, max_pixels: int, patch_side: int) -> int:
     return largest * area
 
 
+def image_bytes(value: Any, folder: Path, where: str) -> bytes:
+    """Return the bytes of an image of a row: bytes, a path, a data: URI, or `{"bytes", "path"}`."""
+    if isinstance(value, Mapping):
+        value = value.get("path") if value.get("bytes") is None else value["bytes"]
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str):
+        expected = "expected bytes, a path, or {'bytes': …, 'path': …}"
+        raise DataError(f"{where}: a {type(value).__name__}; {expected}")
+    if not value.startswith("data:"):
+        return read_file(inside(folder, value, where), MAX_IMAGE_BYTES, where)
+    try:
+        head = _DATA_URI.match(value)
+        if head is not None:
+            return base64.b64decode("".join(value[head.end() :].split()), validate=True)
+    except ValueError:  # incomplete, or characters outside the alphabet
+        pass
+    raise DataError(f"{where}: {shown(value)}; expected data:image/…;base64, followed by base64")
+
+
 def image_format(data: bytes, where: str) -> str:
     """Return the file extension of an image's bytes, e.g. `png` or `jpeg`."""
     with _open(data, where) as image:
@@ -94,21 +118,16 @@ def _open(data: bytes, where: str) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise DataError(f"{where}: refused: {error}") from None
     except Exception as error:  # Pillow's readers raise almost any error on broken headers
-        reason = printable(str(error))[:120] or type(error).__name__
-        raise DataError(
-            f"{where}: not an image that can be read as {', '.join(FORMATS)} ({len(data)} bytes, "
-            f"{reason})"
-        ) from None
+        reason = f"{len(data)} bytes, {printable(str(error))[:120] or type(error).__name__}"
+        formats = ", ".join(FORMATS)
+        raise DataError(f"{where}: not an image that can be read as {formats} ({reason})") from None
     width, height = image.size
+    size = f"{where}: {width} x {height} pixels"
     if width * height > MAX_IMAGE_PIXELS:
-        raise DataError(
-            f"{where}: {width} x {height} pixels, more than {MAX_IMAGE_PIXELS}; scale it down"
-        )
+        raise DataError(f"{size}, more than {MAX_IMAGE_PIXELS}; scale it down")
     if max(width, height) > MAX_ASPECT_RATIO * max(1, min(width, height)):
-        raise DataError(
-            f"{where}: {width} x {height} pixels; the model takes a longer side of at most "
-            f"{MAX_ASPECT_RATIO} times the shorter one"
-        )
+        longest = f"at most {MAX_ASPECT_RATIO} times the shorter one"
+        raise DataError(f"{size}; the model takes a longer side of {longest}")
     return image
 
 
@@ -165,8 +184,8 @@ def _white(mode: str, tags: Mapping[int, Any], least: float, most: float) -> flo
     usual = _FLOAT_WHITES if mode == "F" else _INTEGER_WHITES
     white = next((w for w in usual if least >= -slack * w and most <= w * (1 + slack)), None)
     if white is None or (white > 1.0 and mode == "F" and most < _DARKEST_WHITE):
+        expected = f"0 to one of {', '.join(f'{w:g}' for w in usual)}"
         raise ValueError(
-            f"values from {least:g} to {most:g}; expected 0 to one of "
-            f"{', '.join(f'{w:g}' for w in usual)}; convert it to 8 bits"
+            f"values from {least:g} to {most:g}; expected {expected}; convert it to 8 bits"
         )
     return white

@@ -18,11 +18,7 @@ class Loader:
     """Yields the sample indices of each step, those of all ranks, epoch after epoch."""
 
     def __init__(self, num_samples: int, per_step: int, seed: int, shuffle: bool = True) -> None:
-        """Start at the first sample of epoch 0.
-
-        The seed and the epoch's number determine an epoch's order; without shuffling, it is that of
-        the dataset.
-        """
+        """Start at epoch 0, whose order is that of the dataset or, shuffled, follows from seed."""
         if num_samples < 1:
             raise DataError("the dataset is empty: there is nothing to draw a step from")
         assert per_step >= 1, per_step
@@ -54,24 +50,15 @@ class Loader:
         early, self._deferred = self._deferred, []
         while len(drawn) < count:
             index = early.pop(0) if early else self._advance()
-            if index in held and distinct:
-                self._deferred.append(index)
-            else:
-                drawn.append(index)
-                held.add(index)
+            (self._deferred if distinct and index in held else drawn).append(index)
+            held.add(index)
         self._deferred += early
         return drawn
 
     def state_dict(self) -> dict[str, Any]:
         """Return the cursor as plain JSON."""
-        return {
-            "num_samples": self.num_samples,
-            "seed": self.seed,
-            "shuffle": self.shuffle,
-            "epoch": self.epoch,
-            "position": self.position,
-            "waiting": list(self._deferred),
-        }
+        names = ("num_samples", "seed", "shuffle", "epoch", "position")
+        return {name: getattr(self, name) for name in names} | {"waiting": list(self._deferred)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved cursor; only the number of samples per step may differ."""
@@ -81,8 +68,8 @@ class Loader:
                     f"resume: the saved data order has {name}={state[name]}, this run has "
                     f"{getattr(self, name)}; use the same data and seed, or start a new run"
                 )
-        self.epoch, self.position = int(state["epoch"]), int(state["position"])
-        self._deferred = [int(i) for i in state["waiting"]]
+        self.epoch, self.position = state["epoch"], state["position"]
+        self._deferred = list(state["waiting"])
         self._order = self._order_of(self.epoch)
 
     def _advance(self) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,14 +23,10 @@ from megatron_sr1.runtime.groups import share_out
 PER_TOKEN = ("advantages", "old_logprobs", "engine_logprobs", "reference_logprobs")
 
 
-@dataclass(frozen=True)
-class Size:
-    """Size of a sample.
+class Size(NamedTuple):
+    """Size of a sample: tokens with images expanded, patches of its images, number of its prompt.
 
-    Attributes:
-        tokens: length of the sequence, images expanded.
-        patches: patches of its images that the vision tower computes.
-        prompt: number of the prompt; samples of one prompt have the same images.
+    Samples of one prompt have the same images.
     """
 
     tokens: int
@@ -54,11 +50,8 @@ def cost(sizes: Iterable[Size], patch_cost: float) -> float:
 def plan_rows(sizes: Sequence[Size], budget: float, patch_cost: float) -> list[list[int]]:
     """Assign samples to about as few rows as the budget allows, equally full.
 
-    Args:
-        sizes: one per sample.
-        budget: largest cost of a row, tokens; a sample beyond it gets a row of its own. With 0,
-            every sample does.
-        patch_cost: cost of a patch, tokens.
+    A sample whose cost (tokens, `patch_cost` per patch) is above `budget` gets a row of its own;
+    with a budget of 0, every sample does.
 
     Returns:
         rows of sample numbers, ascending within a row; rows ordered by their first sample.
@@ -91,8 +84,8 @@ def _parts(
     """Return the samples by prompt, one above the limit in the fewest parts, and their costs."""
     prompts: dict[Hashable, list[int]] = {}
     for number, size in enumerate(sizes):
-        alone = (number,)  # text-only samples share no images
-        prompts.setdefault(size.prompt if size.patches else alone, []).append(number)
+        key = size.prompt if size.patches else (number,)  # text-only samples share no images
+        prompts.setdefault(key, []).append(number)
     parts, costs = [], []
     for numbers in prompts.values():
         for num_parts in range(1, len(numbers) + 1):
@@ -141,13 +134,7 @@ def pack_samples(
         padding = -sum(lengths) % pad_multiple
         lengths += [padding] if padding else []
         positions = [
-            mrope_positions(
-                s.token_ids,
-                s.image_grid_thw,
-                image_pad_id=image_pad_id,
-                merge_size=merge_size,
-                where=f"sample {s.index}",
-            )
+            mrope_positions(s.token_ids, s.image_grid_thw, image_pad_id, merge_size, s.index)
             for s in chosen
         ]
         vision = _vision(chosen, vision_of) if vision_of else None
@@ -158,19 +145,18 @@ def pack_samples(
 def mrope_positions(
     token_ids: np.ndarray,
     grids: Sequence[tuple[int, int, int]],
-    *,
     image_pad_id: int,
     merge_size: int,
-    where: str = "sample",
+    index: int = -1,
 ) -> np.ndarray:
     """Return the mRoPE positions of one sequence, [3, tokens] int64: time, height, width.
 
     Args:
-        token_ids: [tokens] int64, images expanded.
+        token_ids: [tokens] int64, images expanded to one `image_pad_id` per merged patch.
         grids: (t, h, w) of each image, in patches.
         image_pad_id: token id of images.
         merge_size: patches per side that are merged into one token.
-        where: names the sample in errors.
+        index: number of the sample, for errors.
 
     Raises:
         DataError: the number of image tokens does not match the grids, or an image's tokens are
@@ -180,15 +166,15 @@ def mrope_positions(
     sizes = [t * (h // merge_size) * (w // merge_size) for t, h, w in grids]
     if len(pads) != sum(sizes):
         raise DataError(
-            f"{where}: {len(pads)} image tokens, its {len(sizes)} images make {sum(sizes)}; the "
-            "policy must not sample vision tokens"
+            f"sample {index}: {len(pads)} image tokens, its {len(sizes)} images make {sum(sizes)}; "
+            "the policy must not sample vision tokens"
         )
     positions = np.empty((3, len(token_ids)), np.int64)
     done, at, used = 0, 0, 0  # tokens laid out, position of the next, image tokens used
     for (t, h, w), size in zip(grids, sizes, strict=True):
         start = int(pads[used])
         if pads[used + size - 1] != start + size - 1:
-            raise DataError(f"{where}: an image's {size} tokens are not in one run")
+            raise DataError(f"sample {index}: an image's {size} tokens are not in one run")
         positions[:, done:start] = np.arange(at, at + start - done)
         at += start - done
         cells = np.indices((t, h // merge_size, w // merge_size)).reshape(3, -1)
@@ -224,9 +210,8 @@ def _row(
     ids = [s.token_ids for s in chosen]
     per_token = {}
     for name in PER_TOKEN:
-        values = [getattr(s, name) for s in chosen]
-        given = [v for v in values if v is not None]
-        assert len(given) in (0, len(values)), f"{name}: given for some samples of a row only"
+        given = [value for s in chosen if (value := getattr(s, name)) is not None]
+        assert len(given) in (0, len(chosen)), f"{name}: given for some samples of a row only"
         per_token[name] = row(given, np.float32)[None] if given else None
     return PackedBatch(
         sample_ids=tuple(sample_ids),
@@ -250,7 +235,7 @@ def _vision(
         if not sample.num_images:
             continue
         vision = found.get(sample.index) or vision_of(sample.index)
-        grids = [] if vision is None else [tuple(g) for g in vision.image_grid_thw.tolist()]
+        grids = [tuple(g) for g in vision.image_grid_thw.tolist()] if vision else []
         if vision is None or grids != list(sample.image_grid_thw):
             raise DataError(
                 f"sample {sample.index}: its tokens were laid out for image grids "

@@ -36,14 +36,12 @@ class Processor:
     ) -> None:
         """Read a Hugging Face directory.
 
-        Args:
-            model_dir: has the image processor's configuration in preprocessor_config.json or, as
-                transformers 5 saves it, processor_config.json.
-            min_pixels: smallest image area after resizing; None: the model's own.
-            max_pixels: largest one, before sides are rounded to patches; None: the model's own.
+        The image area after resizing is `min_pixels` to `max_pixels`, before sides are rounded to
+        patches; None: the model's own limit, in preprocessor_config.json or, as transformers 5
+        saves it, processor_config.json.
 
         Raises:
-            ConfigError: the pixel limits leave a small image without a patch.
+            ConfigError: the pixel limits exclude each other or leave a small image without a patch.
             DataError: files cannot be read, or the chat template or the image token is missing.
         """
         self.model_dir = Path(model_dir)
@@ -53,8 +51,16 @@ class Processor:
         self.max_pixels = _setting(size, "longest_edge", 0, self.model_dir)
         self.merge_size = _setting(self.image_processor, "merge_size", 1, self.model_dir)
         self.patch_size = _setting(self.image_processor, "patch_size", 1, self.model_dir)
-        self._patch_side = self.patch_size * self.merge_size
-        self._check_limits()
+        self._patch_side = side = self.patch_size * self.merge_size
+        if self.min_pixels < side**2:
+            raise ConfigError(
+                f"min_pixels={self.min_pixels} is less than a patch of {side} x {side} pixels, so "
+                f"a small image would have none; set it to {side**2} or more"
+            )
+        if self.min_pixels > self.max_pixels:
+            raise ConfigError(
+                f"min_pixels={self.min_pixels} is more than max_pixels={self.max_pixels}"
+            )
         self._pieces: dict[int, str] = {}
         self._chat = ChatTemplate(self.model_dir, self.tokenizer)
         special = self._chat.special
@@ -70,17 +76,13 @@ class Processor:
     @property
     def max_image_tokens(self) -> int:
         """Tokens of the largest image, which rounding can make larger than `max_pixels`."""
-        largest = largest_pixels(self.min_pixels, self.max_pixels, self._patch_side)
-        return largest // self._patch_side**2
+        side = self._patch_side
+        return largest_pixels(self.min_pixels, self.max_pixels, side) // side**2
 
     def encode_prompt(
         self, example: Example, images: Sequence[Image.Image], messages: Sequence[ChatMessage]
     ) -> Prompt:
-        """Tokenise the chat messages of an example and its RGB images in both forms.
-
-        Raises:
-            DataError: image parts and images differ in number.
-        """
+        """Tokenise the chat messages of an example and its RGB images in both forms."""
         where = f"{example.shard} sample {example.key}"
         collapsed = self._chat.prompt_ids(messages)
         grids = tuple(self.grid(image, where) for image in images)
@@ -88,11 +90,7 @@ class Processor:
         return Prompt(example, expanded, collapsed, tuple(images), grids)
 
     def encode_text(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
-        """Tokenise a prompt without images, as in pass 2.
-
-        Raises:
-            DataError: the messages have image parts.
-        """
+        """Tokenise a prompt without images, as in pass 2."""
         return self.expand(self._chat.prompt_ids(messages), (), "text prompt")
 
     def encode_answer(
@@ -100,16 +98,11 @@ class Processor:
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Tokenise a given response, to score its answer.
 
-        Returns:
-            the ids before the answer, and the ids from its first character to the end; a token
-            with characters of both belongs to the answer.
+        Returns the ids before the answer, and the ids from its first character to the end; a token
+        with characters of both belongs to the answer.
         """
-        encoded = self.tokenizer(
-            before + answer + after,
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_offsets_mapping=True,
-        )
+        plain = {"add_special_tokens": False, "split_special_tokens": True}
+        encoded = self.tokenizer(before + answer + after, return_offsets_mapping=True, **plain)
         ids = tuple(encoded["input_ids"])
         first = sum(end <= len(before) for _, end in encoded["offset_mapping"])
         return ids[:first], ids[first:]
@@ -129,10 +122,9 @@ class Processor:
         ids: list[int] = []
         targets: list[bool] = []
         for part, learnt in self._chat.turn_ids(chat_messages(example.messages), where):
-            upto = 0
-            if learnt:  # up to the template's last end of turn; what follows it is not sampled
-                ends = [i for i, token in enumerate(part) if token in self.end_token_ids]
-                upto = ends[-1] + 1 if ends else len(part)
+            ends = [i + 1 for i, token in enumerate(part) if token in self.end_token_ids]
+            # Learnt up to the template's last end of turn; what follows it is not sampled.
+            upto = (ends or [len(part)])[-1] if learnt else 0
             ids += part
             targets += [True] * upto + [False] * (len(part) - upto)
         grids = tuple(self.grid(image, where) for image in images)
@@ -143,16 +135,9 @@ class Processor:
         mask = np.repeat(np.asarray(targets, bool), counts)
         return TrainSample(example.index, len(images), token_ids, mask, grids)
 
-    def expand(
-        self, collapsed: Sequence[int], grids: Sequence[Grid], where: str
-    ) -> tuple[int, ...]:
-        """Expand one pad id per image to one per merged patch.
-
-        Raises:
-            DataError: pad ids and grids differ in number.
-        """
-        counts = self._expansion(collapsed, grids, where)
-        return tuple(np.repeat(np.asarray(collapsed, np.int64), counts).tolist())
+    def expand(self, ids: Sequence[int], grids: Sequence[Grid], where: str) -> tuple[int, ...]:
+        """Expand one pad id per image to one per merged patch."""
+        return tuple(np.repeat(ids, self._expansion(ids, grids, where)).tolist())
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
         """Return the text of each id: "" for special tokens, U+FFFD for parts of a character."""
@@ -176,20 +161,12 @@ class Processor:
         out = self.image_processor(list(images), return_tensors="pt")
         return VisionInputs(out["pixel_values"], out["image_grid_thw"])
 
-    def _check_limits(self) -> None:
-        side, least = self._patch_side, self._patch_side**2
-        if self.min_pixels < least:
-            raise ConfigError(
-                f"min_pixels={self.min_pixels} is less than a patch of {side} x {side} pixels, so "
-                f"a small image would have none; set it to {least} or more"
-            )
-        if self.min_pixels > self.max_pixels:
-            raise ConfigError(
-                f"min_pixels={self.min_pixels} is more than max_pixels={self.max_pixels}"
-            )
-
     def _expansion(self, collapsed: Sequence[int], grids: Sequence[Grid], where: str) -> np.ndarray:
-        """Return how often each id is repeated, [tokens] int64."""
+        """Return how often each id is repeated, [tokens] int64.
+
+        Raises:
+            DataError: pad ids and grids differ in number.
+        """
         pads = np.flatnonzero(np.asarray(collapsed) == self.image_pad_id)
         if len(pads) != len(grids):
             raise DataError(
@@ -232,13 +209,12 @@ def _setting(holder: Any, name: str, least: int, directory: Path) -> int:
 
 def _end_token_ids(directory: Path, tokenizer: Any) -> tuple[int, ...]:
     """Return the ids that end a turn: the tokenizer's, then those of generation_config.json."""
-    ids = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    ids = [tokenizer.eos_token_id]
     path = directory / "generation_config.json"
     if path.is_file():
         value = read_json(path)
         more = value.get("eos_token_id") if isinstance(value, dict) else None
-        more = more if isinstance(more, list) else [more]
-        if any(i is not None and type(i) is not int for i in more):
+        ids += more if isinstance(more, list) else [more]
+        if any(i is not None and type(i) is not int for i in ids):
             raise DataError(f"{path}: eos_token_id is {shown(more)}; expected token ids")
-        ids += [i for i in more if i is not None]
-    return tuple(dict.fromkeys(ids))
+    return tuple(dict.fromkeys(i for i in ids if i is not None))

@@ -7,8 +7,7 @@ Markers that the template writes (`<|im_start|>`, one `<|image_pad|>` per image)
 tokens. The same characters inside a question, a description or an answer are tokenised as plain
 text, so a data set can neither end a turn nor refer to an image that it does not have. Other text
 gets the same ids as from transformers' `apply_chat_template`. A template is a program that comes
-with the model: it runs in transformers' sandbox, which denies access to the internals of Python
-objects, and within a time limit, which the sandbox lacks.
+with the model: it runs in transformers' sandbox, and within a time limit, which the sandbox lacks.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from typing import Any
 
 from megatron_sr1.data.examples import ESCAPED_MARK, IMAGE_MARK, escape_marks, split_at_marks
 from megatron_sr1.data.guards import MAX_TEXT_CHARACTERS, printable, read_json
-from megatron_sr1.errors import ConfigError, DataError
+from megatron_sr1.errors import DataError
 from megatron_sr1.records import Example, Message
 
 ChatMessage = dict[str, Any]
@@ -49,13 +48,10 @@ _READ = (
     "The image is not available to you. What it shows is told in the description; rely on that "
     "alone. "
 )
+_BRIEF = "Describe, think, answer."
 PASS1_INSTRUCTIONS: Mapping[str, Mapping[str, str]] = {
     "full": {"vision_sr1": _DESCRIBE, "see_think": _DESCRIBE, "vision_r1": _THINK},
-    "brief": {
-        "vision_sr1": "Describe, think, answer.",
-        "see_think": "Describe, think, answer.",
-        "vision_r1": "Think, answer.",
-    },
+    "brief": {"vision_sr1": _BRIEF, "see_think": _BRIEF, "vision_r1": "Think, answer."},
 }
 """By style and recipe: `full` for published models, `brief` for a model trained with it."""
 PASS2_TEMPLATES: Mapping[str, Mapping[str, tuple[str, str, str]]] = {
@@ -82,16 +78,16 @@ PASS2_TEMPLATES: Mapping[str, Mapping[str, tuple[str, str, str]]] = {
 def pass1_messages(example: Example, recipe: str, style: str = "full") -> list[ChatMessage]:
     """Return the chat messages of pass 1: the turns up to the last user turn, then the instruction.
 
+    `recipe` and `style` are keys of `PASS1_INSTRUCTIONS`.
+
     Raises:
-        ConfigError: unknown recipe or style (keys of `PASS1_INSTRUCTIONS`).
         DataError: there are image marks after the last user turn.
     """
-    instruction = _choice(_choice(PASS1_INSTRUCTIONS, style, "style"), recipe, "recipe")
     gap = "\n" if style == "brief" else "\n\n"
     last = max(i for i, m in enumerate(example.messages) if m.role == "user")
-    turns = list(example.messages[: last + 1])
-    turns[last] = Message("user", f"{turns[last].content.rstrip()}{gap}{instruction}")
-    messages = chat_messages(turns)
+    asked = example.messages[last].content.rstrip()
+    turn = Message("user", f"{asked}{gap}{PASS1_INSTRUCTIONS[style][recipe]}")
+    messages = chat_messages([*example.messages[:last], turn])
     found = sum(part["type"] == "image" for m in messages for part in m["content"])
     if found != example.num_images:
         raise DataError(
@@ -106,15 +102,11 @@ def pass2_messages(
 ) -> list[ChatMessage]:
     """Return the chat messages of pass 2: one user turn with one text part.
 
-    Args:
-        question: the question of pass 1 with its options; its image marks are removed.
-        description: the text inside the description span; `<image>` in it stays text.
-        style: full | brief.
-        order: question_first (so that the engine's prefix cache serves what the descriptions of a
-            prompt share) | description_first (as in arXiv 2508.19652).
+    Image marks of the question are removed; `<image>` in the description stays text. `style` and
+    `order` are keys of `PASS2_TEMPLATES`: question_first lets the engine's prefix cache serve what
+    the descriptions of a prompt share, description_first is that of arXiv 2508.19652.
     """
-    templates = _choice(PASS2_TEMPLATES, style, "style")
-    before, between, after = _choice(templates, order, "order of pass 2")
+    before, between, after = PASS2_TEMPLATES[style][order]
     parts = [strip_image_marks(question), description.strip()]
     first, second = parts if order == "question_first" else reversed(parts)
     text = f"{before}{first}{between}{second}{after}"
@@ -145,30 +137,16 @@ def strip_image_marks(question: str) -> str:
 
 def flat_text(message: ChatMessage) -> str:
     """Join a chat message to one text with `<image>` marks, the inverse of `chat_messages`."""
-    is_assistant = message["role"] == "assistant"
-    return "".join(
-        IMAGE_MARK
-        if part["type"] == "image"
-        else (part["text"] if is_assistant else escape_marks(part["text"]))
-        for part in message["content"]
-    )
-
-
-def _choice(table: Mapping[str, Any], name: str, what: str) -> Any:
-    if name not in table:
-        raise ConfigError(f"prompt {what} is {name!r}; expected {' | '.join(table)}")
-    return table[name]
+    escaped = str if message["role"] == "assistant" else escape_marks
+    parts = message["content"]
+    return "".join(IMAGE_MARK if p["type"] == "image" else escaped(p["text"]) for p in parts)
 
 
 class ChatTemplate:
     """The chat template and tokenizer of a model directory."""
 
     def __init__(self, directory: Path, tokenizer: Any) -> None:
-        """Read the template and the names of the special tokens of transformers' fast tokenizer.
-
-        Raises:
-            DataError: no template, or one that cannot render a question.
-        """
+        """Read the template and transformers' fast tokenizer; render a question as a check."""
         self._tokenizer = tokenizer
         self._directory = directory
         self._template = _read_template(directory, tokenizer)
@@ -187,12 +165,9 @@ class ChatTemplate:
     ) -> list[tuple[tuple[int, ...], bool]]:
         """Tokenise a conversation in pieces, split before and after each assistant turn's text.
 
-        Each piece is tokenised on its own, as the engine samples a response after its prompt. Turns
-        after the last assistant turn are ignored.
-
-        Returns:
-            (ids, whether the assistant wrote them) per piece; the assistant's pieces include the
-            end of turn and what the template writes after it.
+        Each piece is tokenised on its own, as the engine samples a response after its prompt; turns
+        after the last assistant turn are ignored. Returns (ids, whether the assistant wrote them)
+        per piece; the assistant's include the end of turn and what the template writes after it.
 
         Raises:
             DataError: no assistant turn, or a template that rewrites earlier turns.
@@ -230,20 +205,16 @@ class ChatTemplate:
             reason = printable(f"{type(error).__name__}: {error}")[:200]
             raise DataError(f"{self._directory}: the chat template fails: {reason}") from None
         if len(text) > MAX_RENDERED_CHARACTERS:
-            raise DataError(
-                f"{self._directory}: the chat template writes {len(text)} characters; the limit is "
-                f"{MAX_RENDERED_CHARACTERS}"
-            )
+            limit = f"{len(text)} characters; the limit is {MAX_RENDERED_CHARACTERS}"
+            raise DataError(f"{self._directory}: the chat template writes {limit}")
         return text
 
     def _defused(self, message: ChatMessage) -> ChatMessage:
-        parts = []
-        for part in message["content"]:
+        parts = [dict(part) for part in message["content"]]
+        for part in parts:
             if part["type"] == "text":
                 text = part["text"].replace(_DEFUSE, "")
-                text = self._pattern.sub(lambda found: found[0][0] + _DEFUSE + found[0][1:], text)
-                part = {"type": "text", "text": text}
-            parts.append(part)
+                part["text"] = self._pattern.sub(lambda m: m[0][0] + _DEFUSE + m[0][1:], text)
         if all(p["type"] == "text" for p in parts):  # some templates only support strings
             return {"role": message["role"], "content": "".join(p["text"] for p in parts)}
         return {"role": message["role"], "content": parts}

@@ -1,14 +1,12 @@
 """Index of a shard: the position of every sample in its tar file.
 
 `shard-000000.index.json` beside `shard-000000.tar` holds the tar's size and, for each sample, its
-key and the offset and size of its JSON and of its images. The index is rebuilt from the tar's
-headers if it is missing, inconsistent, older than the tar, for a tar of another size, or of an
-earlier version.
-
-Python's tarfile reads a header block, but not a whole tar: it follows links, sparse maps and pax
-records of any length, some of them in quadratic time, and stops silently at a broken header. Here
-each header advances through the file, members that cannot hold a sample are rejected by name, and
-the last member must be followed by the end mark. Source: POSIX.1-2001, pax interchange format.
+key and the offset and size of its JSON and of its images. It is rebuilt from the tar's headers if
+it is missing, inconsistent, older than the tar, for a tar of another size, or of an earlier
+version. Python's tarfile reads single headers, but not the tar: it follows links, sparse maps and
+pax records of any length, some in quadratic time, and stops silently at a broken header. Here
+members that cannot hold a sample are rejected by name, and the last one must be followed by the
+end mark. Source: POSIX.1-2001, pax interchange format.
 """
 
 from __future__ import annotations
@@ -20,9 +18,8 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from megatron_sr1.data.guards import printable, read_json, shown
 from megatron_sr1.errors import DataError
@@ -52,8 +49,7 @@ Span = tuple[int, int]
 """Offset and size of a member's data, bytes."""
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Position of a sample in its tar: the spans of its JSON and of each image."""
 
     key: str
@@ -84,10 +80,8 @@ def read_index(tar: Path) -> list[Place]:
 
 def write_index(tar: Path, places: list[Place]) -> None:
     """Write a shard's index beside it."""
-    rows = [(p.key, p.text, p.images) for p in places]
-    size = tar.stat().st_size
-    index = {"version": VERSION, "tar_bytes": size, "crc32": _checksum(rows), "samples": rows}
-    write_text(index_path(tar), json.dumps(index) + "\n")
+    index = {"version": VERSION, "tar_bytes": tar.stat().st_size, "crc32": _checksum(places)}
+    write_text(index_path(tar), json.dumps({**index, "samples": places}) + "\n")
 
 
 def scan(tar: Path) -> list[Place]:
@@ -104,20 +98,14 @@ def scan(tar: Path) -> list[Place]:
             for name, span in _members(file, tar):
                 key, extension = _sample_key(name)
                 if not name.isprintable() or key.startswith("/") or ".." in key.split("/"):
-                    raise DataError(
-                        f"{tar}: member {shown(name)}: expected a printable relative name"
-                    )
+                    what = "expected a printable relative name"
+                    raise DataError(f"{tar}: member {shown(name)}: {what}")
                 if extension in samples.setdefault(key, {}):
                     raise DataError(f"{tar} sample {key}: {key}.{extension} occurs twice")
                 samples[key][extension] = span
     except OSError as error:
         raise DataError(f"{tar}: not a readable tar: {error.strerror}") from None
-    places = []
-    for key, found in samples.items():
-        _check_members(found, key, f"{tar} sample {key}")
-        images = sorted(filter(_is_image, found), key=_image_order)
-        places.append(Place(key, found["json"], tuple(found[e] for e in images)))
-    return sorted(places, key=_begin)
+    return sorted((_place(key, found, tar) for key, found in samples.items()), key=_begin)
 
 
 def check_header(block: bytes, place: Place, span: Span, where: str) -> None:
@@ -159,8 +147,8 @@ def _span(value: Any) -> Span:
     return offset, size
 
 
-def _begin(place: Place) -> int:
-    return min(place.text, *place.images)[0] if place.images else place.text[0]
+def _begin(place: Place) -> Span:
+    return min((place.text, *place.images))
 
 
 def _checksum(rows: Any) -> int:
@@ -174,18 +162,19 @@ def _sample_key(name: str) -> tuple[str, str]:
     return (f"{folder}/{key}" if folder else key), extension.lower()
 
 
-def _check_members(found: Mapping[str, object], key: str, where: str) -> None:
-    """Raise DataError unless a sample has one JSON member; several have keys with a dot."""
-    texts = sorted(e for e in found if e.split(".")[-1] == "json")
+def _place(key: str, found: Mapping[str, Span], tar: Path) -> Place:
+    """Return the position of a sample, which has one JSON member; several have keys with a dot."""
+    texts = [e for e in found if e.split(".")[-1] == "json"]
     if texts == ["json"]:
-        return
+        images = sorted(filter(_is_image, found), key=_image_order)
+        return Place(key, found["json"], tuple(found[e] for e in images))
     problem = f"no {key}.json" if "json" not in found else f"{len(texts)} JSON files"
     dots = (
         "; a key ends at the first dot of a name, so all of these are one sample: rename members "
         "so that keys contain no dots, as in v1_0.json and v1_0.0.png"
     )
-    held = [f"{key}.{e}" for e in sorted(found)]
-    raise DataError(f"{where}: {problem}; it holds {shown(held, 200)}{dots if texts else ''}")
+    held = shown([f"{key}.{e}" for e in sorted(found)], 200)
+    raise DataError(f"{tar} sample {key}: {problem}; it holds {held}{dots if texts else ''}")
 
 
 def _is_image(extension: str) -> bool:

@@ -52,14 +52,11 @@ def write_shards(
     numbered = enumerate(samples)
     counts: list[dict[str, Any]] = []
     _write_dataset(target, {"complete": False})  # until the last shard
-    while batch := next(numbered, None):
+    while first := next(numbered, None):
         path = target / f"shard-{len(counts):06d}.tar"
-        rest = itertools.islice(numbered, samples_per_shard - 1)
-        with (
-            replacing(path) as partial,
-            tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar,
-        ):
-            places = [_add(tar, *entry) for entry in itertools.chain([batch], rest)]
+        entries = itertools.chain([first], itertools.islice(numbered, samples_per_shard - 1))
+        with replacing(path) as part, tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar:
+            places = [_add(tar, *entry) for entry in entries]
         counts.append({"file": path.name, "samples": len(places)})
         write_index(path, places)
     if not counts:
@@ -81,10 +78,10 @@ class ShardReader:
         self.directory = Path(directory)
         self._tars = _tars(self.directory)
         if not self._tars:
-            raise DataError(
-                f"{self.directory}: no .tar shards; make them with tools/make_shards.py"
-            )
+            advice = "make them with tools/make_shards.py"
+            raise DataError(f"{self.directory}: no .tar shards; {advice}")
         self._index = functools.cache(read_index)
+        self._open = functools.lru_cache(64)(functools.partial(open, mode="rb", buffering=0))
         counts = _counts(self.directory, self._tars)
         self._ends = list(itertools.accumulate(counts or [len(self._index(t)) for t in self._tars]))
 
@@ -95,7 +92,7 @@ class ShardReader:
     def example(self, index: int) -> Example:
         """Read a sample without its images."""
         tar, place = self._locate(index)
-        value = parse_json(_read(tar, place, place.text), f"{tar} sample {place.key}")
+        value = parse_json(self._read(tar, place, place.text), f"{tar} sample {place.key}")
         example = example_from_stored(value, index=index, key=place.key, shard=str(tar))
         if example.num_images != len(place.images):
             raise DataError(
@@ -115,7 +112,24 @@ class ShardReader:
     def image_files(self, index: int) -> list[bytes]:
         """Read the image files of a sample as stored."""
         tar, place = self._locate(index)
-        return [_read(tar, place, span) for span in place.images]
+        return [self._read(tar, place, span) for span in place.images]
+
+    def _read(self, tar: Path, place: Place, span: Span) -> bytes:
+        """Read a member and check its header, as the index may be wrong."""
+        offset, size = span
+        where = f"{tar} sample {place.key}"
+        limit = MAX_JSON_BYTES if span == place.text else MAX_IMAGE_BYTES
+        if size > limit:
+            raise DataError(f"{where}: a member of {size} bytes, at most {limit}")
+        try:
+            data = os.pread(self._open(tar).fileno(), size + BLOCK, offset - BLOCK)
+        except OSError as error:
+            raise DataError(f"{where}: {error.strerror}") from None
+        if len(data) != size + BLOCK:
+            held = max(0, len(data) - BLOCK)
+            raise DataError(f"{where}: {held} of {size} bytes; the shard is truncated")
+        check_header(data[:BLOCK], place, span, where)
+        return data[BLOCK:]
 
     def _locate(self, index: int) -> tuple[Path, Place]:
         if not 0 <= index < len(self):
@@ -129,26 +143,6 @@ class ShardReader:
                 "the shard is not the one that was written"
             )
         return tar, places[index - start]
-
-
-def _read(tar: Path, place: Place, span: Span) -> bytes:
-    """Read a member and check its header, as the index may be wrong."""
-    offset, size = span
-    where = f"{tar} sample {place.key}"
-    limit = MAX_JSON_BYTES if span == place.text else MAX_IMAGE_BYTES
-    if size > limit:
-        raise DataError(f"{where}: a member of {size} bytes, at most {limit}")
-    try:
-        with open(tar, "rb", buffering=0) as file:
-            data = os.pread(file.fileno(), size + BLOCK, offset - BLOCK)
-    except OSError as error:
-        raise DataError(f"{where}: {error.strerror}") from None
-    if len(data) != size + BLOCK:
-        raise DataError(
-            f"{where}: {max(0, len(data) - BLOCK)} of {size} bytes; the shard is truncated"
-        )
-    check_header(data[:BLOCK], place, span, where)
-    return data[BLOCK:]
 
 
 def _tars(directory: Path) -> list[Path]:
@@ -177,9 +171,9 @@ def _counts(directory: Path, tars: list[Path]) -> list[int] | None:
     path = directory / DATASET_FILE
     if not path.is_file():
         return None
-    value = read_json(path)
     if _is_incomplete(directory):
         raise DataError(f"{directory}: writing these shards was cut short; make them again")
+    value = read_json(path)
     try:
         counts = {str(s["file"]): s["samples"] for s in value["shards"]}
         odd = sorted(counts.keys() ^ {t.name for t in tars})
@@ -188,9 +182,7 @@ def _counts(directory: Path, tars: list[Path]) -> list[int] | None:
         for tar in tars:  # a sample takes at least a header and a block of JSON
             count, most = counts[tar.name], tar.stat().st_size // (2 * BLOCK)
             if type(count) is not int or not 0 <= count <= most:
-                raise ValueError(
-                    f"{shown(count)} samples in {tar.name}, which holds {most} at most"
-                )
+                raise ValueError(f"{tar.name}: {shown(count)} samples, of {most} at most")
         if sum(counts.values()) != value["num_samples"]:  # would shift sample numbers
             raise ValueError("the samples of the shards do not add up to num_samples")
     except (LookupError, TypeError, ValueError) as error:
@@ -202,14 +194,12 @@ def _counts(directory: Path, tars: list[Path]) -> list[int] | None:
 def _add(tar: tarfile.TarFile, number: int, record: Record) -> Place:
     """Append a sample to a shard and return its position."""
     key = f"{number:09d}"
-    text = json.dumps(stored(record), ensure_ascii=False).encode()
-    files = [(f"{key}.json", text)]
-    for position, data in enumerate(record.images):
-        kind = image_format(data, f"sample {key}, image {position}")
-        files.append((f"{key}.{position}.{kind}", data))
+    files = {"json": json.dumps(stored(record), ensure_ascii=False).encode()}
+    for place, data in enumerate(record.images):
+        files[f"{place}.{image_format(data, f'sample {key}, image {place}')}"] = data
     spans = []
-    for name, data in files:
-        member = tarfile.TarInfo(name)
+    for extension, data in files.items():
+        member = tarfile.TarInfo(f"{key}.{extension}")
         member.size = len(data)
         spans.append((tar.offset + tarfile.BLOCKSIZE, len(data)))  # short names: a one-block header
         tar.addfile(member, io.BytesIO(data))

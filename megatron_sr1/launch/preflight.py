@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from megatron_sr1.checkpoint.folders import resolve_model
 from megatron_sr1.config.run import Config, LaunchConfig
 from megatron_sr1.errors import CheckpointError, ConfigError, DataError
 
@@ -12,12 +13,17 @@ LONGEST_NAME = 255
 """Maximum length of a file name on Linux, bytes."""
 
 
-def absent_paths(config: Config) -> dict[str, str]:
-    """Return the missing paths of model and data that the stage needs, by configuration key."""
-    named = {"model.path": config.model.path, "data.eval": config.data.eval}
+def needed_paths(config: Config, has_model: bool = True) -> dict[str, str]:
+    """Return the paths of model and data that the stage needs, by configuration key."""
+    named = {"model.path": config.model.path if has_model else "", "data.eval": config.data.eval}
     if config.stage != "eval":
         named["data.train"] = config.data.train
-    return {key: path for key, path in named.items() if path and not Path(path).exists()}
+    return {key: path for key, path in named.items() if path}
+
+
+def absent_paths(config: Config) -> dict[str, str]:
+    """Return those of the needed paths that do not exist."""
+    return {key: path for key, path in needed_paths(config).items() if not Path(path).exists()}
 
 
 def check_paths(config: Config, has_model: bool = True, is_dry_run: bool = False) -> None:
@@ -44,9 +50,8 @@ def check_paths(config: Config, has_model: bool = True, is_dry_run: bool = False
     function = config.reward.function
     file = function.rpartition(":")[0]
     if function and not Path(file).is_file():
-        raise ConfigError(
-            f"reward.function={function}: no file {file or function}; expected FILE.py:NAME"
-        )
+        shown = f"reward.function={function}: no file {file or function}"
+        raise ConfigError(f"{shown}; expected FILE.py:NAME")
     check_output(config.output)
 
 
@@ -86,14 +91,10 @@ def _check_model(path: Path) -> None:
         raise CheckpointError(
             f"model.path={path}: {_absent(path)}; give a Hugging Face or a checkpoint directory"
         )
-    is_published = (path / "config.json").is_file() and any(path.glob("*.safetensors"))
-    is_ours = (path / "latest").exists() or (path / ".metadata").exists()
-    if not is_published and not is_ours and not any(path.glob("step_*")):
-        raise CheckpointError(
-            f"model.path={path} is no checkpoint: expected a directory with config.json and "
-            "*.safetensors (Hugging Face), or one that a run or tools/convert_checkpoint.py wrote"
-            f"{_seen(path)}"
-        )
+    try:
+        resolve_model(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"model.path={error}{_seen(path)}") from None
 
 
 def _absent(path: Path) -> str:

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from copy import deepcopy
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -235,24 +235,14 @@ def check(cluster: Cluster, tasks: Sequence[Task]) -> dict[str, Config]:
         _check_layout(cluster, name, config)
     if not cluster.container and not cluster.tunnel:
         for task in tasks:
-            config = _based(configs[task.name], Path(cluster.workdir))
-            preflight.check_paths(config, has_model=not task.follows)
+            with chdir(cluster.workdir or "."):
+                preflight.check_paths(configs[task.name], has_model=not task.follows)
     _check_slurm(cluster)
     if cluster.container:
         _check_container(cluster)
     else:
         _check_there(cluster, tasks, configs)
     return configs
-
-
-def _based(config: Config, workdir: Path) -> Config:
-    """Return the configuration with the paths as seen by a rank that starts in `workdir`."""
-    based = deepcopy(config)
-    parts = (based, "output"), (based.model, "path"), (based.data, "train"), (based.data, "eval")
-    for group, name in parts:
-        if getattr(group, name):
-            setattr(group, name, str(workdir / getattr(group, name)))
-    return based
 
 
 def _check_layout(cluster: Cluster, name: str, config: Config) -> None:
@@ -309,12 +299,9 @@ def _check_there(cluster: Cluster, tasks: Sequence[Task], configs: dict[str, Con
             "environment there (`make env`), or name its python with --python"
         )
     for task in tasks if cluster.tunnel else ():
-        config = configs[task.name]
-        paths = {"data.train": config.data.train, "data.eval": config.data.eval}
-        if not task.follows:
-            paths["model.path"] = config.model.path
+        paths = preflight.needed_paths(configs[task.name], has_model=not task.follows)
         for key, path in paths.items():
-            if path and run_there(cluster, f"test -e {_path(cluster, path)}").returncode:
+            if run_there(cluster, f"test -e {_path(cluster, path)}").returncode:
                 raise ConfigError(f"{task.name}: {key}={path}: no such directory {_where(cluster)}")
 
 

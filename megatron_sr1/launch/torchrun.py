@@ -66,6 +66,13 @@ def joined(environment: Mapping[str, str]) -> dict[str, str] | None:
     }
 
 
+def join() -> bool:
+    """Return True if a launcher started this process as a rank, with its variables set."""
+    variables = joined(os.environ)
+    os.environ.update(variables or {})
+    return variables is not None
+
+
 def first_node(nodes: str) -> str:
     """Return the first host of Slurm's list: `gpu003-ib` of `gpu[003-006,009]-ib,login1`."""
     match = re.match(r"([^\[,]*)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodes)

@@ -9,11 +9,12 @@ divide the model.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_sr1.config.model import ParallelConfig
 from megatron_sr1.errors import CheckpointError, ConfigError
 
 
@@ -227,22 +228,10 @@ def _require_silu(name: str, raw: Mapping[str, Any]) -> None:
         raise ConfigError(f"{name} is {raw['hidden_act']!r}; expected 'silu'")
 
 
-def check_layout(
-    hf_config: HFConfig,
-    *,
-    tensor: int = 1,
-    tower: int = 1,
-    pipeline: int = 1,
-    virtual_stages: int = 1,
-    stage_layers: Sequence[int] = (),
-) -> None:
-    """Raise a ConfigError if the layout does not divide the model.
-
-    `tensor` ranks share each layer of the language model, `tower` ranks each layer of the tower.
-    Each of the `pipeline` ranks has `virtual_stages` stages, with equally many layers unless
-    `stage_layers` gives the number for each stage.
-    """
-    text, vision = hf_config.text, hf_config.vision
+def check_layout(hf_config: HFConfig, parallel: ParallelConfig) -> None:
+    """Raise a ConfigError if the layout does not divide the model."""
+    text, vision, tensor = hf_config.text, hf_config.vision, parallel.tensor
+    tower = 1 if parallel.vision == "images" else tensor
     parts = [
         ("num_attention_heads", text.num_attention_heads, tensor),
         ("num_key_value_heads", text.num_key_value_heads, tensor),
@@ -257,19 +246,18 @@ def check_layout(
                 f"{name} is {value}, which parallel.tensor={tensor} does not divide; use a divisor"
                 f"{other}"
             )
-    num_stages = pipeline * virtual_stages
-    ranks = f"parallel.pipeline={pipeline}"
-    ranks += f" x virtual={virtual_stages}" if virtual_stages > 1 else ""
+    num_stages, stage_layers = parallel.pipeline * parallel.virtual, parallel.stage_layers
+    ranks = f"parallel.pipeline={parallel.pipeline}"
+    ranks += f" x virtual={parallel.virtual}" if parallel.virtual > 1 else ""
     if not stage_layers and text.num_layers % num_stages:
         raise ConfigError(
             f"{text.num_layers} layers do not divide over {ranks} stages; use a divisor, or give "
             "the layers of each stage in parallel.stage_layers"
         )
-    right = num_stages, text.num_layers
     given = len(stage_layers), sum(stage_layers)
-    if stage_layers and (given != right or min(stage_layers) < 1):
+    if stage_layers and (given != (num_stages, text.num_layers) or min(stage_layers) < 1):
         raise ConfigError(
-            f"parallel.stage_layers is {list(stage_layers)}: {len(stage_layers)} stages with "
-            f"{sum(stage_layers)} layers; expected {num_stages} numbers ({ranks}) of 1 or more "
+            f"parallel.stage_layers is {list(stage_layers)}: {given[0]} stages with "
+            f"{given[1]} layers; expected {num_stages} numbers ({ranks}) of 1 or more "
             f"that add up to the model's {text.num_layers}"
         )

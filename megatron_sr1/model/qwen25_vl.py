@@ -227,19 +227,12 @@ def build_model(
     """Build this rank's share of the model, one chunk per virtual stage.
 
     Weights are NaN until they are loaded. `groups` gives the numbers of ranks, `model` dtype,
-    kernels, recomputation and FP8, `parallel` sequence parallelism and stages.
+    kernels, recomputation and FP8, `parallel` the rest of the layout.
 
     Raises:
         ConfigError: the layout does not divide the model, or the kernels cannot run here.
     """
-    check_layout(
-        hf_config,
-        tensor=groups.tensor.size,
-        tower=groups.tower.size,
-        pipeline=groups.pipeline.size,
-        virtual_stages=parallel.virtual,
-        stage_layers=parallel.stage_layers,
-    )
+    check_layout(hf_config, parallel)
     if model.spec == "transformer_engine":
         layers.require_transformer_engine()
     config = text_transformer_config(hf_config, groups, model, parallel)

@@ -37,7 +37,7 @@ def text_transformer_config(
     hf_config: HFConfig, groups: Groups, model: ModelConfig, parallel: ParallelConfig
 ) -> TransformerConfig:
     """Return the configuration of the language model's layers; arguments as `build_model`'s."""
-    text, on_cpu = hf_config.text, groups.device.kind == "cpu"
+    text, on_cpu = hf_config.text, groups.device.type == "cpu"
     dtype = getattr(torch, model.dtype)
     extra: dict[str, Any] = {}
     if model.recompute == "full":

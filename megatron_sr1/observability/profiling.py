@@ -9,13 +9,13 @@ from __future__ import annotations
 import ctypes
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch.profiler import profile
+import torch
+from torch.profiler import profile
 
 log = logging.getLogger(__name__)
 GIB = 2**30
@@ -27,119 +27,82 @@ STEPS_BETWEEN_TRIMS = 10
 PROFILE_DIRECTORY = "profile"
 
 
-class PhaseTimer:
-    """Wall time of a step, by phase.
+class StepMeter:
+    """Wall time and peak memory of a step, by phase; a nested phase counts for the inner one only.
 
-    `with timer.phase("pass1"):` adds to `time/pass1_seconds`; a nested phase counts for the
-    inner one only, so that the phases of a step never sum to more than the step.
+    Times are `time/PHASE_seconds`, which never sum to more than `time/step_seconds`. Memory, GiB,
+    is `memory/host_gib` now, `memory/host_peak_gib` since the process began, `memory/gpu_peak_gib`
+    in the step, and `memory/PHASE_host_gib` and `memory/PHASE_gpu_gib`, the peaks inside a phase.
+    Host memory is this process's resident memory by Linux's high-water mark, which is reset at each
+    boundary (where that is not permitted, there is none by phase). GPU memory is what torch's
+    allocator has allocated.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        """Start the first step."""
-        self._clock = clock
-        self._seconds: dict[str, float] = {}
-        self._inner = [0.0]
-        self._started = clock()
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Time a block, also if it raises."""
-        started = self._clock()
-        self._inner.append(0.0)
-        try:
-            yield
-        finally:
-            whole = self._clock() - started
-            inner = self._inner.pop()
-            self._inner[-1] += whole
-            self._seconds[name] = self._seconds.get(name, 0.0) + whole - inner
-
-    def move(self, source: str, target: str, seconds: float) -> None:
-        """Move `seconds` from one phase to another, at most what the first one has."""
-        moved = min(max(seconds, 0.0), self._seconds.get(source, 0.0))
-        self._seconds[source] = self._seconds.get(source, 0.0) - moved
-        self._seconds[target] = self._seconds.get(target, 0.0) + moved
-
-    def take(self) -> dict[str, float]:
-        """Return the seconds of each phase and of the step, and start the next step."""
-        now = self._clock()
-        taken = {f"time/{name}_seconds": seconds for name, seconds in self._seconds.items()}
-        taken["time/step_seconds"] = now - self._started
-        self._seconds, self._inner, self._started = {}, [0.0], now
-        return taken
-
-
-class PeakMemory:
-    """Peak memory of a step, by phase, in GiB; a nested phase counts for the inner one only.
-
-    Metrics: `memory/host_gib` now, `memory/host_peak_gib` since the process began,
-    `memory/gpu_peak_gib` in the step, and `memory/PHASE_host_gib` and `memory/PHASE_gpu_gib`, the
-    peaks inside a phase. Host memory is this process's resident memory by Linux's high-water mark,
-    which is reset at each boundary (where that is not permitted, there is none by phase). GPU
-    memory is what torch's allocator has allocated.
-    """
-
-    def __init__(self) -> None:
-        """Start outside of any phase."""
-        self._open = [OUTSIDE]
+        """Start the first step; `clock` returns seconds."""
+        self._clock, self._started = clock, clock()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
         self._peaks: dict[tuple[str, str], float] = {}
+        self._open, self._inner = [OUTSIDE], [0.0]
         self._host_peak_gib = 0.0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Record the peak of a block, also if it raises."""
+        """Measure a block, also if it raises."""
+        started = self._clock()
         self._mark()
         self._open.append(name)
+        self._inner.append(0.0)
         try:
             yield
         finally:
             self._mark()
             self._open.pop()
+            whole = self._clock() - started
+            self._seconds[name] += whole - self._inner.pop()
+            self._inner[-1] += whole
 
-    def take(self) -> dict[str, float]:
-        """Return the metrics and start the next step."""
-        now_gib = self._mark()
-        taken = {"memory/host_gib": now_gib, "memory/host_peak_gib": self._host_peak_gib}
+    def move(self, source: str, target: str, seconds: float) -> None:
+        """Move `seconds` from one phase to another, at most what the first one has."""
+        moved = min(max(seconds, 0.0), self._seconds[source])
+        self._seconds[source] -= moved
+        self._seconds[target] += moved
+
+    def take(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Return the metrics of time and those of memory, and start the next step."""
+        now, now_gib = self._clock(), self._mark()
+        times = {f"time/{name}_seconds": seconds for name, seconds in self._seconds.items()}
+        times["time/step_seconds"] = now - self._started
+        memory = {"memory/host_gib": now_gib, "memory/host_peak_gib": self._host_peak_gib}
         on_gpu = [gib for (_, kind), gib in self._peaks.items() if kind == "gpu"]
         if on_gpu:
-            taken["memory/gpu_peak_gib"] = max(on_gpu)
+            memory["memory/gpu_peak_gib"] = max(on_gpu)
         for (phase, kind), gib in self._peaks.items():
             if phase != OUTSIDE:
-                taken[f"memory/{phase}_{kind}_gib"] = gib
-        self._peaks = {}
-        return taken
+                memory[f"memory/{phase}_{kind}_gib"] = gib
+        self._seconds.clear()
+        self._peaks, self._inner, self._started = {}, [0.0], now
+        return times, memory
 
     def _mark(self) -> float:
         """Add the peaks since the last boundary to the open phase; return the host GiB now."""
-        now_gib, peak_gib = _host()
+        status = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
+        now_gib, peak_gib = (
+            int(status.get(name, "0 kB").split()[0]) * 1024 / GIB for name in ("VmRSS", "VmHWM")
+        )
+        peak_gib = max(now_gib, peak_gib)
         self._host_peak_gib = max(self._host_peak_gib, peak_gib)
-        peaks = _gpu()
+        peaks = {}
+        if torch.cuda.is_available():
+            peaks["gpu"] = torch.cuda.max_memory_allocated() / GIB
+            torch.cuda.reset_peak_memory_stats()
         with suppress(OSError):
             CLEAR.write_text(RESET_PEAK)
             peaks["host"] = peak_gib
         for kind, gib in peaks.items():
-            key = (self._open[-1], kind)
+            key = self._open[-1], kind
             self._peaks[key] = max(self._peaks.get(key, 0.0), gib)
         return now_gib
-
-
-def _host() -> tuple[float, float]:
-    """Return the resident GiB now, and at the peak since the last reset."""
-    lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
-    now = int(lines["VmRSS"].split()[0]) * 1024 / GIB
-    peak = int(lines.get("VmHWM", "0 kB").split()[0]) * 1024 / GIB
-    return now, max(now, peak)
-
-
-def _gpu() -> dict[str, float]:
-    """Return the allocator's peak since the last call and reset it; empty without a GPU."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return {}
-    peak = torch.cuda.max_memory_allocated() / GIB
-    torch.cuda.reset_peak_memory_stats()
-    return {"gpu": peak}
 
 
 def trim_host_memory() -> None:
@@ -161,13 +124,9 @@ class StepProfiler:
     """
 
     def __init__(self, steps: Sequence[int], num_steps: int, run_dir: Path, rank: int) -> None:
-        """Set the window.
+        """Set the window: `steps` is its first and last step, from 1, or empty for none.
 
-        Args:
-            steps: first and last step of the window, from 1; empty for none.
-            num_steps: steps of the run; a longer window ends there.
-            run_dir: run directory.
-            rank: of this process, for the file's name.
+        A window that is longer than the run ends after `num_steps`.
         """
         first, last = steps or (0, 0)
         self._first, self._last = first, min(last, num_steps)
@@ -179,8 +138,6 @@ class StepProfiler:
         """Start recording before a step if it is in the window."""
         if self._running is not None or not self._first <= step <= self._last:
             return
-        from torch.profiler import profile
-
         self._running, self._began = profile(), step
         self._running.start()
 

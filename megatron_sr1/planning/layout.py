@@ -139,18 +139,6 @@ def configured(config: Config, num_gpus: int) -> Layout | None:
     )
 
 
-def check(hf_config: HFConfig, layout: Layout) -> None:
-    """Raise a ConfigError if the layout does not divide the model."""
-    check_layout(
-        hf_config,
-        tensor=layout.tensor,
-        tower=layout.tower,
-        pipeline=layout.pipeline,
-        virtual_stages=layout.virtual,
-        stage_layers=layout.stage_layers,
-    )
-
-
 def candidates(hf_config: HFConfig, num_gpus: int, max_data: int) -> Iterator[Layout]:
     """Yield the layouts that use all GPUs, with tensor parallelism within a node.
 
@@ -162,9 +150,9 @@ def candidates(hf_config: HFConfig, num_gpus: int, max_data: int) -> Iterator[La
     for tensor in range(1, min(GPUS_PER_NODE, num_gpus) + 1):
         for pipeline in range(1, hf_config.text.num_layers + 1):
             rest, remainder = divmod(num_gpus, tensor * pipeline)
-            layout = Layout(tensor, pipeline, sequence=tensor > 1)
-            if remainder or not _divides(hf_config, layout):
+            if remainder or not _divides(hf_config, tensor, pipeline):
                 continue
+            layout = Layout(tensor, pipeline, sequence=tensor > 1)
             for context in CONTEXT_SIZES:
                 if rest % context or rest // context > max_data:
                     continue
@@ -173,9 +161,9 @@ def candidates(hf_config: HFConfig, num_gpus: int, max_data: int) -> Iterator[La
                     yield replace(split, recompute=recompute)
 
 
-def _divides(hf_config: HFConfig, layout: Layout) -> bool:
+def _divides(hf_config: HFConfig, tensor: int, pipeline: int) -> bool:
     try:
-        check(hf_config, layout)
+        check_layout(hf_config, ParallelConfig(tensor, pipeline))
     except ConfigError:
         return False
     return True

@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.model import flops
+from megatron_sr1.model.hf_config import check_layout
 from megatron_sr1.planning.actor_time import ActorCost, forward_work
 from megatron_sr1.planning.costs import RESERVED_BYTES, compute_seconds
 from megatron_sr1.planning.engine_time import Replica, prefill_work
 from megatron_sr1.planning.layout import (
     Layout,
     candidates,
-    check,
     configured,
     cut_keys,
     engine_sizes,
@@ -257,7 +257,7 @@ def _own_lines(run: PlannedRun, num_gpus: int) -> list[str]:
     if layout is None:
         return ["the configuration's own layout does not divide these GPUs", ""]
     try:
-        check(run.hf_config, layout)
+        check_layout(run.hf_config, run.config.parallel)
     except ConfigError as error:
         return [f"the configuration's own layout does not divide this model: {error}", ""]
     own = estimate(run, layout)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -17,25 +16,7 @@ import torch
 from megatron_sr1.errors import ConfigError
 
 
-@dataclass(frozen=True)
-class Device:
-    """Where this rank computes.
-
-    Attributes:
-        kind: "cpu" or "cuda".
-        index: number of the GPU on this machine; 0 on a CPU.
-    """
-
-    kind: str
-    index: int = 0
-
-    @property
-    def torch(self) -> torch.device:
-        """The same as a `torch.device`."""
-        return torch.device("cpu") if self.kind == "cpu" else torch.device("cuda", self.index)
-
-
-def select_device(kind: str = "auto") -> Device:
+def select_device(kind: str = "auto") -> torch.device:
     """Select the device of this rank (`LOCAL_RANK` selects the GPU); a CPU rank sees no GPU.
 
     Args:
@@ -49,7 +30,7 @@ def select_device(kind: str = "auto") -> Device:
         if torch.cuda.is_available():  # CUDA has already read the variable
             torch.cuda.is_available = lambda: False
             torch.cuda.device_count = lambda: 0  # type: ignore[assignment]
-        return Device("cpu")
+        return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError(
             "launch.device=cuda, but torch sees no GPU; use launch.device=cpu or auto"
@@ -60,18 +41,18 @@ def select_device(kind: str = "auto") -> Device:
             f"local rank {index} has no GPU: torch sees {torch.cuda.device_count()}; start at most "
             "one process per GPU (launch.num_processes)"
         )
-    return Device("cuda", index)
+    return torch.device("cuda", index)
 
 
-def start_distributed(device: Device, timeout_seconds: float = 1800.0) -> None:
+def start_distributed(device: torch.device, timeout_seconds: float = 1800.0) -> None:
     """Start torch.distributed from the environment; without `RANK`, as a world of one rank.
 
     On GPUs it uses both NCCL and, for objects in host memory, gloo.
     """
     if torch.distributed.is_initialized():
         return
-    if device.kind == "cuda":
-        torch.cuda.set_device(device.index)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     alone: dict[str, Any] = {}
     if "RANK" not in os.environ:
         with socket.socket() as free:
@@ -80,7 +61,7 @@ def start_distributed(device: Device, timeout_seconds: float = 1800.0) -> None:
         # Not through the environment: a child process would believe that it is a rank.
         alone = {"init_method": f"tcp://127.0.0.1:{port}", "rank": 0, "world_size": 1}
     torch.distributed.init_process_group(
-        backend="gloo" if device.kind == "cpu" else "cpu:gloo,cuda:nccl",
+        backend="gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
         timeout=timedelta(seconds=timeout_seconds),
         **alone,
     )

@@ -18,13 +18,11 @@ from megatron_sr1.config.run import Config
 from megatron_sr1.errors import DataError, GradingLimit
 from megatron_sr1.records import Example, Prompt, Reward, Rollout
 from megatron_sr1.rewards.response import find_description
-from megatron_sr1.rewards.score import Scorer
-from megatron_sr1.rewards.verdicts import cross
+from megatron_sr1.rewards.score import Scorer, cross
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.rollout.pass2 import Pass2, RolloutHooks
 from megatron_sr1.rollout.two_pass import RolloutStats, roll_out
-from megatron_sr1.runtime.collectives import gather_objects, sum_over_ranks
-from megatron_sr1.runtime.groups import Groups
+from megatron_sr1.runtime.groups import Groups, gather_objects, sum_over_ranks
 from megatron_sr1.runtime.rng import request_seed
 from megatron_sr1.trainer.context import Context
 from megatron_sr1.trainer.objective import credit
@@ -136,7 +134,7 @@ def roll_out_prompts(
                 samples.gold_answer,
             ),
         )
-    context.timer.move("pass1", "pass2", stats.pass2_only_seconds)
+    context.meter.move("pass1", "pass2", stats.pass2_only_seconds)
     is_leader = engine.is_replica_leader  # the ranks of a replica hold the same rollouts
     if is_leader:
         context.throughput.count_rollouts(prompts, rollouts, samples.readings)
@@ -153,17 +151,15 @@ def read_prompts(
     context: Context, engine: Engine, samples: Samples, indices: Sequence[int]
 ) -> list[Prompt]:
     """Read this replica's part of the prompts; unusable ones are skipped and counted."""
-    prompts = []
-    for index in indices[engine.replica :: engine.num_replicas]:
-        try:
-            example = samples.example(index)
-            if example.answer is None:
-                raise DataError(f"{example.shard} sample {example.key} has no answer to judge by")
-            prompts.append(samples.prompt(index))
-        except DataError as error:
-            context.skip(error)
-    context.count_skipped(engine.is_replica_leader)
-    return prompts
+
+    def read(index: int) -> Prompt:
+        example = samples.example(index)
+        if example.answer is None:
+            raise DataError(f"{example.shard} sample {example.key} has no answer to judge by")
+        return samples.prompt(index)
+
+    own = indices[engine.replica :: engine.num_replicas]
+    return context.read_usable(read, own, engine.is_replica_leader)
 
 
 def pass2_settings(config: Config) -> Pass2:

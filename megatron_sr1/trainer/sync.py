@@ -38,7 +38,7 @@ def start_engine(config: Config, groups: Groups, processor: Processor) -> Engine
         engine_directory(config, groups),
         config.rollout,
         processor,
-        device_kind=groups.device.kind,
+        device_kind=groups.device.type,
         dtype=config.model.dtype,
         seed=config.seed,
     )

@@ -15,7 +15,6 @@ from megatron_sr1.checkpoint.mapping import is_tower_frozen
 from megatron_sr1.model import flops
 from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.records import Prompt, Rollout, TrainSample
-from megatron_sr1.runtime.device import Device
 from megatron_sr1.runtime.gpus import peak_of
 
 PHASES = {
@@ -123,7 +122,7 @@ class Throughput:
         self._counted = {f"{phase}/{kind}": 0.0 for phase in PHASES for kind in ("work", "tokens")}
 
 
-def peak_flops(configured_tflops: float, device: Device) -> float | None:
+def peak_flops(configured_tflops: float, device: torch.device) -> float | None:
     """Return the operations per second of a rank's device; None if unknown.
 
     Args:
@@ -132,4 +131,4 @@ def peak_flops(configured_tflops: float, device: Device) -> float | None:
     """
     if configured_tflops:
         return configured_tflops * 1e12
-    return peak_of(torch.cuda.get_device_name(device.index)) if device.kind == "cuda" else None
+    return peak_of(torch.cuda.get_device_name(device.index)) if device.type == "cuda" else None

@@ -121,13 +121,13 @@ def test_a_directory_without_a_checkpoint_is_refused(tmp_path, shards, capsys):
     empty.mkdir()
     config = write_config(tmp_path, empty, shards)
     line = fails_with_one_line(capsys, "train", config)
-    assert f"model.path={empty} is no checkpoint" in line
+    assert f"model.path={empty} is no model" in line
 
 
 def test_a_model_directory_without_weights_is_refused(tmp_path, checkpoint, shards, capsys):
     (checkpoint / "model.safetensors").unlink()
     config = write_config(tmp_path, checkpoint, shards)
-    assert "is no checkpoint" in fails_with_one_line(capsys, "train", config)
+    assert "is no model" in fails_with_one_line(capsys, "train", config)
 
 
 def test_a_missing_model_is_named(tmp_path, shards, capsys):

@@ -23,7 +23,7 @@ from megatron_sr1.checkpoint.saving import write_manifest
 from megatron_sr1.conversion.convert import claimed, hf_to_megatron, megatron_to_hf
 from megatron_sr1.conversion.plan import peak_bytes, plan_to_hf, plan_to_megatron
 from megatron_sr1.errors import CheckpointError
-from megatron_sr1.runtime.collectives import single_process
+from megatron_sr1.runtime.groups import single_process
 from tests.checkpoint_files import files_of
 from tests.unit.test_checkpoint_hostile import Attack, put_common, put_metadata, put_tensor
 from tools.convert_bench import TOOL, run_watched, write_random_model

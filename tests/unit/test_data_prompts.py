@@ -12,7 +12,7 @@ from megatron_sr1.data.prompts import (
     strip_image_marks,
 )
 from megatron_sr1.demo.digits import PASS2_ORDER, STYLE
-from megatron_sr1.errors import ConfigError, DataError
+from megatron_sr1.errors import DataError
 from megatron_sr1.records import Example, Message
 
 
@@ -92,12 +92,3 @@ def test_stripping_marks_leaves_the_rest_as_it_was(question, wanted):
 def test_flat_text_is_the_inverse_of_chat_messages():
     for content in ("<image><image>a<image>", "plain", "<image>"):
         assert flat_text(chat_messages([Message("user", content)])[0]) == content
-
-
-def test_unknown_recipe_and_style_name_the_known_ones():
-    with pytest.raises(ConfigError, match="recipe is 'sr1'; expected vision_sr1"):
-        pass1_messages(example(("user", "<image>")), "sr1")
-    with pytest.raises(ConfigError, match="style is 'short'; expected full | brief"):
-        pass2_messages("q", "d", "short")
-    with pytest.raises(ConfigError, match="order of pass 2 is 'answer_first'; expected question"):
-        pass2_messages("q", "d", "full", "answer_first")

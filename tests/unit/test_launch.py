@@ -158,12 +158,12 @@ def test_launch_device_cpu_hides_gpus_before_a_rank_imports_torch(tmp_path, monk
     )
     rank = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     program = "import os, sys\nfrom megatron_sr1 import cli\n"
-    program += "def rank_main(config):\n"
+    program += "def one_rank(config):\n"
     program += (
         "    assert os.environ['CUDA_VISIBLE_DEVICES'] == '' and 'torch' not in sys.modules\n"
     )
-    program += "    return 7\n"
-    program += f"cli.rank_main = rank_main\nsys.exit(cli.main(['train', {str(config)!r}]))"
+    program += "    sys.exit(7)\n"
+    program += f"cli.one_rank = one_rank\nsys.exit(cli.main(['train', {str(config)!r}]))"
     environment = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"} | rank
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True

@@ -1,4 +1,4 @@
-"""metrics.jsonl, the phase timer and the sinks."""
+"""metrics.jsonl, the meter of phases and the sinks."""
 
 import json
 import logging
@@ -10,7 +10,7 @@ import pytest
 from megatron_sr1.config.loading import load_config
 from megatron_sr1.observability import profiling, sinks
 from megatron_sr1.observability.metrics import MetricsFile, read_lines
-from megatron_sr1.observability.profiling import PeakMemory, PhaseTimer
+from megatron_sr1.observability.profiling import StepMeter
 from megatron_sr1.observability.sinks import ProgressSink, make_sinks
 
 
@@ -70,32 +70,32 @@ class Clock:
 
 def test_inner_phases_are_not_counted_twice():
     clock = Clock()
-    timer = PhaseTimer(clock)
+    meter = StepMeter(clock)
     clock.now = 1.0
-    with timer.phase("update"):
+    with meter.phase("update"):
         clock.now = 3.0
-        with timer.phase("sync"):
+        with meter.phase("sync"):
             clock.now = 7.0
         clock.now = 8.0
-    with timer.phase("sync"):
+    with meter.phase("sync"):
         clock.now = 9.0
-    assert timer.take() == {
+    assert meter.take()[0] == {
         "time/sync_seconds": 5.0,
         "time/update_seconds": 3.0,
         "time/step_seconds": 9.0,
     }
     clock.now = 11.0
-    assert timer.take() == {"time/step_seconds": 2.0}
+    assert meter.take()[0] == {"time/step_seconds": 2.0}
 
 
 def test_moved_time_is_never_more_than_there_was():
     clock = Clock()
-    timer = PhaseTimer(clock)
-    with timer.phase("pass1"):
+    meter = StepMeter(clock)
+    with meter.phase("pass1"):
         clock.now = 4.0
-    timer.move("pass1", "pass2", 1.5)
-    timer.move("pass1", "pass2", 100.0)
-    taken = timer.take()
+    meter.move("pass1", "pass2", 1.5)
+    meter.move("pass1", "pass2", 100.0)
+    taken = meter.take()[0]
     assert taken["time/pass1_seconds"] == 0.0 and taken["time/pass2_seconds"] == 4.0
 
 
@@ -104,30 +104,30 @@ def ballast(mib: int) -> bytes:
 
 
 def test_memory_peaks_are_assigned_to_the_innermost_phase():
-    peaks = PeakMemory()
-    with peaks.phase("sync"):
+    meter = StepMeter()
+    with meter.phase("sync"):
         pass
-    with peaks.phase("update"):
-        with peaks.phase("reference"):
+    with meter.phase("update"):
+        with meter.phase("reference"):
             ballast(256)
         ballast(128)
-    values = peaks.take()
+    values = meter.take()[1]
     base = values["memory/sync_host_gib"]
     assert values["memory/reference_host_gib"] - base == pytest.approx(0.25, abs=0.03)
     assert values["memory/update_host_gib"] - base == pytest.approx(0.125, abs=0.03)
     assert values["memory/host_peak_gib"] >= values["memory/reference_host_gib"]
     assert values["memory/host_gib"] < values["memory/reference_host_gib"]
-    again = peaks.take()
+    again = meter.take()[1]
     assert "memory/sync_host_gib" not in again
     assert again["memory/host_peak_gib"] == values["memory/host_peak_gib"]
 
 
 def test_phases_have_no_peak_where_it_cannot_be_reset(monkeypatch, tmp_path):
     monkeypatch.setattr(profiling, "CLEAR", tmp_path / "absent" / "clear_refs")
-    peaks = PeakMemory()
-    with peaks.phase("sync"):
+    meter = StepMeter()
+    with meter.phase("sync"):
         pass
-    values = peaks.take()
+    values = meter.take()[1]
     assert values.keys() == {"memory/host_gib", "memory/host_peak_gib"}
     assert values["memory/host_peak_gib"] >= values["memory/host_gib"] > 0.01
 

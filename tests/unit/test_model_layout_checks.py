@@ -13,6 +13,7 @@ from megatron_sr1.model.transformer_config import padded_vocab_size
 from tests.unit.test_model_hf_config import FLAT, parse_hf_config
 
 HF_CONFIG = parse_hf_config(FLAT)
+ODD_TOWER = replace(HF_CONFIG, vision=replace(HF_CONFIG.vision, num_heads=15))
 
 
 @pytest.mark.parametrize(
@@ -20,28 +21,29 @@ HF_CONFIG = parse_hf_config(FLAT)
     [
         ({"tensor": 4}, "num_key_value_heads is 2, which parallel.tensor=4"),
         ({"tensor": 3}, "num_attention_heads is 16, which parallel.tensor=3"),
-        ({"tower": 3}, "vision num_heads is 16, which .* parallel.vision=images"),
+        ({"tensor": 2}, "vision num_heads is 15, which .* parallel.vision=images"),
         ({"pipeline": 5}, "36 layers do not divide over parallel.pipeline=5"),
-        ({"pipeline": 4, "virtual_stages": 2}, r"parallel.pipeline=4 x virtual=2 stages"),
+        ({"pipeline": 4, "virtual": 2}, r"parallel.pipeline=4 x virtual=2 stages"),
         ({"pipeline": 2, "stage_layers": [12, 12, 12]}, "3 stages with 36 layers; expected 2"),
         ({"pipeline": 2, "stage_layers": [17, 18]}, "with 35 layers; .* the model's 36"),
         ({"pipeline": 2, "stage_layers": [0, 36]}, "numbers .* of 1 or more"),
     ],
 )
 def test_a_layout_that_does_not_divide_the_model_is_refused(layout, message):
+    hf_config = ODD_TOWER if "vision" in message else HF_CONFIG
     with pytest.raises(ConfigError, match=message):
-        check_layout(HF_CONFIG, **layout)
+        check_layout(hf_config, ParallelConfig(**layout))
 
 
 def test_building_a_model_makes_the_same_checks(groups):
-    larger = replace(groups, pipeline=replace(groups.pipeline, size=5))
     with pytest.raises(ConfigError, match="do not divide over parallel.pipeline=5"):
-        build_model(HF_CONFIG, larger, ModelConfig(dtype="float32"), ParallelConfig())
+        build_model(HF_CONFIG, groups, ModelConfig(dtype="float32"), ParallelConfig(pipeline=5))
 
 
 def test_a_layout_that_divides_the_model_is_accepted():
-    check_layout(HF_CONFIG, tensor=2, tower=2)
-    check_layout(HF_CONFIG, pipeline=2, virtual_stages=2, stage_layers=[5, 11, 11, 9])
+    check_layout(HF_CONFIG, ParallelConfig(tensor=2))
+    check_layout(ODD_TOWER, ParallelConfig(tensor=2, vision="images"))
+    check_layout(HF_CONFIG, ParallelConfig(pipeline=2, virtual=2, stage_layers=[5, 11, 11, 9]))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without CUDA")

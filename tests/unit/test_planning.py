@@ -12,14 +12,14 @@ import pytest
 from megatron_sr1.checkpoint.mapping import TOWER
 from megatron_sr1.cli import main
 from megatron_sr1.config.loading import load_config
+from megatron_sr1.config.model import ParallelConfig
 from megatron_sr1.errors import ConfigError
-from megatron_sr1.model.hf_config import parse_hf_config
+from megatron_sr1.model.hf_config import check_layout, parse_hf_config
 from megatron_sr1.planning.actor_time import ActorCost
 from megatron_sr1.planning.engine_time import Replica
 from megatron_sr1.planning.layout import (
     Layout,
     balanced_stages,
-    check,
     configured,
     cut_keys,
 )
@@ -62,10 +62,10 @@ def test_the_proposed_layout_of_a_published_model_divides_it_and_fits(size):
     config, hf_config, best = run.config, run.hf_config, choose(found)
     assert best is not None and best.memory.peak <= run.gpu.memory_bytes
     assert best.layout.num_ranks == ENOUGH[size][0]
-    check(hf_config, best.layout)
     for heads in (hf_config.text.num_attention_heads, hf_config.vision.num_heads):
         assert heads % best.layout.engine == 0
     again = load_config(SEVEN, best.layout.overrides(config))
+    check_layout(hf_config, again.parallel)
     assert configured(again, ENOUGH[size][0]) == best.layout
     assert all(0 < mfu < 1 for name, mfu in best.mfu.items() if name != "sync")
 
@@ -143,7 +143,7 @@ def test_overrides_reset_the_splits_that_a_configuration_sets():
     config = load_config(SEVEN, [*keys, "parallel.stage_layers=[7,7,8,6]"])
     own = configured(config, 8)
     assert own.virtual == 2 and own.stage_layers == (7, 7, 8, 6) and own.vision == "images"
-    check(published("7b"), own)
+    check_layout(published("7b"), config.parallel)
     assert configured(load_config(SEVEN, own.overrides(config)), 8) == own
     assert configured(load_config(SEVEN, own.overrides(load_config(SEVEN))), 8) == own
     plain = Layout(pipeline=2, data=4)
@@ -153,11 +153,11 @@ def test_overrides_reset_the_splits_that_a_configuration_sets():
 
 
 def test_layouts_that_the_model_refuses_are_refused():
-    for wrong in (Layout(pipeline=3), Layout(pipeline=2, virtual=3), Layout(tensor=8),
-                  Layout(pipeline=2, stage_layers=(13, 14))):  # fmt: skip
+    for wrong in ({"pipeline": 3}, {"pipeline": 2, "virtual": 3}, {"tensor": 8},
+                  {"pipeline": 2, "stage_layers": [13, 14]}):  # fmt: skip
         with pytest.raises(ConfigError):
-            check(published("7b"), wrong)
-    check(published("7b"), Layout(pipeline=3, stage_layers=(8, 10, 10)))
+            check_layout(published("7b"), ParallelConfig(**wrong))
+    check_layout(published("7b"), ParallelConfig(pipeline=3, stage_layers=[8, 10, 10]))
 
 
 def test_more_stages_per_rank_shorten_the_bubble_and_need_more_memory():
@@ -193,7 +193,8 @@ def test_a_proposal_comes_with_its_variants_as_keys():
     assert [cut["parallel.virtual"] for cut in cuts] == ["1", "2", "4", "1"]
     assert cuts[0]["parallel.stage_layers"] == "[]" and cuts[3]["parallel.vision"] == "images"
     for other in others:
-        check(run.hf_config, other.layout)
+        again = load_config(SEVEN, other.layout.overrides(run.config))
+        check_layout(run.hf_config, again.parallel)
 
 
 def test_the_engine_is_slower_with_more_to_do():

@@ -10,7 +10,6 @@ import torch
 
 from megatron_sr1.model.hf_config import parse_hf_config
 from megatron_sr1.records import Completion, Example, Message, Prompt, Reading, Rollout, TrainSample
-from megatron_sr1.runtime.device import Device
 from megatron_sr1.runtime.gpus import DEVICE_NAMES, GPUS, peak_of
 from megatron_sr1.trainer.throughput import Throughput, peak_flops
 from tests.planned_models import raw_config
@@ -110,9 +109,9 @@ def test_a_rollout_is_its_prompt_once_and_what_both_passes_sample():
 
 
 def test_a_peak_is_known_or_given_and_never_guessed(monkeypatch):
-    assert peak_flops(0.0, Device("cpu")) is None
-    assert peak_flops(0.25, Device("cpu")) == 0.25e12
+    assert peak_flops(0.0, torch.device("cpu")) is None
+    assert peak_flops(0.25, torch.device("cpu")) == 0.25e12
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H100 80GB HBM3")
-    assert peak_flops(0.0, Device("cuda")) == 989e12
+    assert peak_flops(0.0, torch.device("cuda")) == 989e12
     assert peak_of("NVIDIA H100 PCIe") is None
     assert set(DEVICE_NAMES.values()) == set(GPUS)

@@ -26,9 +26,8 @@ from megatron_sr1.config.training import AlgorithmConfig
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.records import PackedBatch, TrainSample
 from megatron_sr1.runtime import cpu
-from megatron_sr1.runtime.collectives import gather_objects
 from megatron_sr1.runtime.device import select_device, start_distributed
-from megatron_sr1.runtime.groups import Groups, destroy_groups, make_groups
+from megatron_sr1.runtime.groups import Groups, destroy_groups, gather_objects, make_groups
 from megatron_sr1.trainer.actor import Actor, load_actor_model, make_actor
 from megatron_sr1.trainer.objective import grpo_loss
 from megatron_sr1.trainer.step import update

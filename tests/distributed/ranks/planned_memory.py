@@ -16,9 +16,9 @@ import torch.distributed as dist
 
 from megatron_sr1.checkpoint.mapping import is_tower_frozen
 from megatron_sr1.config.loading import load_config
-from megatron_sr1.model.hf_config import read_hf_config
+from megatron_sr1.model.hf_config import check_layout, read_hf_config
 from megatron_sr1.model.qwen25_vl import build_model
-from megatron_sr1.planning.layout import check, configured, in_flight
+from megatron_sr1.planning.layout import configured, in_flight
 from megatron_sr1.planning.memory import Activations, static_memory
 from megatron_sr1.planning.workload import DTYPE_BYTES
 from megatron_sr1.records import PackedBatch
@@ -73,7 +73,8 @@ def make_batch(hf_config):
 
 
 def loss(logprobs, batch):
-    return -logprobs.sum(), batch.loss_mask.sum(), {}
+    total, num_tokens = -logprobs.sum(), batch.loss_mask.sum().int()
+    return total, num_tokens, {"loss": (total.detach(), num_tokens)}
 
 
 def measure(config, hf_config, groups):
@@ -132,7 +133,7 @@ def main():
         groups = make_groups(config.parallel, device)
         hf_config = read_hf_config(path)
         layout = configured(config, dist.get_world_size())
-        check(hf_config, layout)
+        check_layout(hf_config, config.parallel)
         static = static_memory(
             config, hf_config, layout, groups.pipeline.rank, groups.data_context.rank
         )

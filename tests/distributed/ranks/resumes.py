@@ -17,9 +17,8 @@ import torch.distributed as dist
 from megatron_sr1.checkpoint.disk import read_manifest
 from megatron_sr1.config.loading import load_config
 from megatron_sr1.observability.metrics import read_lines
-from megatron_sr1.runtime.collectives import gather_objects
 from megatron_sr1.runtime.device import select_device, start_distributed
-from megatron_sr1.runtime.groups import destroy_groups, make_groups
+from megatron_sr1.runtime.groups import destroy_groups, gather_objects, make_groups
 from megatron_sr1.runtime.rng import seed_everything
 from megatron_sr1.stages import start
 from megatron_sr1.trainer.samples import Samples
