@@ -34,34 +34,28 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     ways = parser.add_subparsers(dest="way", required=True, metavar="WAY")
-    there = "safetensors to a Megatron distributed checkpoint"
-    to_megatron = ways.add_parser(TO_MEGATRON, help=there)
-    to_megatron.add_argument("source", type=Path, help="Hugging Face directory")
-    to_megatron.add_argument("target", type=Path, help="new directory for the checkpoint")
-    to_megatron.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="type of the stored weights; auto keeps the source's (default: %(default)s)",
-    )
-    to_hf = ways.add_parser(TO_HF, help="a Megatron checkpoint to safetensors")
-    where = "directory of checkpoints (takes the latest) or a step_N directory"
-    to_hf.add_argument("source", type=Path, help=where)
-    to_hf.add_argument("target", type=Path, help="new Hugging Face directory")
-    to_hf.add_argument(
-        "--no-checksums",
-        dest="checksums",
-        action="store_false",
-        help="compare only the sizes of the checkpoint's files with its manifest",
-    )
-    for way in (to_megatron, to_hf):
-        way.add_argument(
+    text = "safetensors to a Megatron distributed checkpoint"
+    to_megatron = ways.add_parser(TO_MEGATRON, help=text).add_argument
+    to_megatron("source", type=Path, help="Hugging Face directory")
+    to_megatron("target", type=Path, help="new directory for the checkpoint")
+    dtypes = ("auto", "float32", "bfloat16")
+    text = "type of the stored weights; auto keeps the source's (default: %(default)s)"
+    to_megatron("--dtype", choices=dtypes, default="auto", help=text)
+    text = "a Megatron checkpoint to safetensors"
+    to_hf = ways.add_parser(TO_HF, help=text).add_argument
+    text = "directory of checkpoints (takes the latest) or a step_N directory"
+    to_hf("source", type=Path, help=text)
+    to_hf("target", type=Path, help="new Hugging Face directory")
+    text = "compare only the sizes of the checkpoint's files with its manifest"
+    to_hf("--no-checksums", dest="checksums", action="store_false", help=text)
+    for add in (to_megatron, to_hf):
+        add(
             "--verify",
             action="store_true",
             help="afterwards read the target back from the disk and compare it with the source "
             "bit by bit; where the target is finished already, do only that",
         )
-        way.add_argument(
+        add(
             "--dry-run",
             action="store_true",
             help="list what would be moved, with sizes and memory, and move nothing; headers or, "
@@ -81,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
 
     started = time.monotonic()
     try:
-        convert(arguments, Progress())
+        run(arguments, Progress())
     except SR1Error as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -90,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def convert(arguments: argparse.Namespace, report: Progress) -> None:
+def run(arguments: argparse.Namespace, report: Progress) -> None:
     """Convert, compare, or list what would be moved.
 
     Raises `CheckpointError` if the source is of the other kind, or the target is not empty.
