@@ -44,6 +44,11 @@ class Finding:
     advice: str = ""
 
 
+def judged(is_good: bool, name: str, found: str, advice: str, bad: str = "fail") -> Finding:
+    """Return a finding that is ok without advice, or `bad` with it."""
+    return Finding("ok", name, found) if is_good else Finding(bad, name, found, advice)
+
+
 def examine() -> tuple[str, bool]:
     """Check everything; return the report, and True if training could run."""
     sections = {
@@ -80,18 +85,21 @@ def version(distribution: str) -> str | None:
 
 def needed() -> dict[str, str]:
     """Return our core requirements: distribution -> supported versions; empty if not installed."""
+    return {r.name: str(r.specifier) for r in _core_requirements("megatron_sr1")}
+
+
+def _core_requirements(distribution: str) -> list[Requirement]:
+    """Return the requirements that apply here without extras; empty if it is not installed."""
     try:
-        found = map(Requirement, metadata.requires("megatron_sr1") or [])
+        found = map(Requirement, metadata.requires(distribution) or [])
     except metadata.PackageNotFoundError:
-        return {}
-    is_core = [r for r in found if r.marker is None or r.marker.evaluate({"extra": ""})]
-    return {r.name: str(r.specifier) for r in is_core}
+        return []
+    return [r for r in found if r.marker is None or r.marker.evaluate({"extra": ""})]
 
 
 def _packages() -> Iterator[Finding]:
     fits = sys.version_info >= (3, 11)
-    advice = "" if fits else "use 3.11 or newer"
-    yield Finding("ok" if fits else "fail", "python", platform.python_version(), advice)
+    yield judged(fits, "python", platform.python_version(), "use 3.11 or newer")
     requirements = needed()
     if not requirements:
         unknown = "not installed: its requirements are unknown"
@@ -117,11 +125,8 @@ def _gpus() -> list[str]:
     import torch
 
     every = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-    return [
-        f"{each.name}, {each.total_memory / GIB:.0f} GiB, compute capability "
-        f"{each.major}.{each.minor}"
-        for each in every
-    ]
+    text = "{0.name}, {1:.0f} GiB, compute capability {0.major}.{0.minor}"
+    return [text.format(each, each.total_memory / GIB) for each in every]
 
 
 def _devices() -> Iterator[Finding]:
@@ -172,23 +177,27 @@ def _engine() -> Iterator[Finding]:
 def _torch_pin(engine: str) -> Iterator[Finding]:
     """Check the torch version that the engine was compiled against (local suffix aside)."""
     installed = (version("torch") or "").split("+")[0]
-    for requirement in map(Requirement, metadata.requires(engine) or []):
-        applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-        if requirement.name == "torch" and applies:
-            pin = str(requirement.specifier).split("+")[0]
-            fits = SpecifierSet(pin).contains(installed)
-            advice = "" if fits else f"{engine} is built against torch{pin}: install that torch"
-            level = "ok" if fits else "fail"
-            yield Finding(level, "torch of the engine", f"torch{pin}", advice)
-            return
+    pins = [str(r.specifier) for r in _core_requirements(engine) if r.name == "torch"]
+    for pin in (text.split("+")[0] for text in pins[:1]):
+        fits = SpecifierSet(pin).contains(installed)
+        advice = f"{engine} is built against torch{pin}: install that torch"
+        yield judged(fits, "torch of the engine", f"torch{pin}", advice)
 
 
 def _kernels() -> Iterator[Finding]:
     engine, has_gpu = version("transformer-engine"), bool(_gpus())
     problem = _import_problem("transformer_engine.pytorch") if engine and has_gpu else ""
     yield _transformer_engine(engine, has_gpu, problem)
-    yield _apex()
-    adam = "apex's FusedAdam" if apex_kind() == "nvidia" else "torch's AdamW"
+    kind = apex_kind()
+    yield {
+        "nvidia": Finding("ok", "apex", f"NVIDIA's, {version('apex') or 'version unknown'}"),
+        "namesake": Finding(
+            *("warn", "apex", "PyPI's namesake, a web toolkit, not NVIDIA's"),
+            "pip uninstall apex; NVIDIA's is built from source (github.com/NVIDIA/apex)",
+        ),
+        "none": Finding("none", "apex", "not installed: Megatron-Core uses torch instead"),
+    }[kind]
+    adam = "apex's FusedAdam" if kind == "nvidia" else "torch's AdamW"
     if engine is not None and has_gpu and not problem:
         adam = "Transformer Engine's FusedAdam"
     yield Finding("ok", "optimizer", adam)
@@ -229,16 +238,6 @@ def apex_kind() -> str:
     folders = map(Path, found.submodule_search_locations or [])
     has_kernels = any((folder / "normalization").is_dir() for folder in folders)
     return "nvidia" if has_kernels or importlib.util.find_spec("amp_C") else "namesake"
-
-
-def _apex() -> Finding:
-    kind = apex_kind()
-    if kind == "nvidia":
-        return Finding("ok", "apex", f"NVIDIA's, {version('apex') or 'version unknown'}")
-    if kind == "namesake":
-        advice = "pip uninstall apex; NVIDIA's is built from source (github.com/NVIDIA/apex)"
-        return Finding("warn", "apex", "PyPI's namesake, a web toolkit, not NVIDIA's", advice)
-    return Finding("none", "apex", "not installed: Megatron-Core uses torch instead")
 
 
 def _conflicts() -> Iterator[Finding]:

@@ -80,10 +80,8 @@ def example_from_stored(value: Any, *, index: int, key: str, shard: str) -> Exam
         if not all(type(m.role) is str and type(m.content) is str for m in messages):
             raise TypeError("a turn's role or content is not a string")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = shown(f"{type(error).__name__}: {error}")
-        raise DataError(
-            f"{where}: not a stored sample ({reason}); make the shards with tools/make_shards.py"
-        ) from None
+        reason = f"not a stored sample ({shown(f'{type(error).__name__}: {error}')})"
+        raise DataError(f"{where}: {reason}; make the shards with tools/make_shards.py") from None
     if not 0 <= num_images <= MAX_IMAGES:
         raise DataError(f"{where}: {num_images} images, at most {MAX_IMAGES}")
     messages = place_marks(checked_turns(messages, where), num_images, where)
@@ -97,11 +95,9 @@ def example_from_stored(value: Any, *, index: int, key: str, shard: str) -> Exam
 def checked_turns(messages: tuple[Message, ...], where: str) -> tuple[Message, ...]:
     """Return the turns after checking their roles (at least one user turn) and text."""
     roles = [m.role for m in messages]
-    if any(role not in _ROLES for role in roles) or "user" not in roles:
-        raise DataError(
-            f"{where}: roles {shown(roles)}; expected {', '.join(_ROLES)} with at least one user "
-            "turn"
-        )
+    if not {"user"} <= set(roles) <= set(_ROLES):
+        expected = f"{', '.join(_ROLES)} with at least one user turn"
+        raise DataError(f"{where}: roles {shown(roles)}; expected {expected}")
     check_text("".join(m.content for m in messages), where)
     return messages
 
@@ -164,9 +160,8 @@ def _gold_text(value: Any, where: str) -> str:
     number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
     if isinstance(value, str) or (number and math.isfinite(value)):
         return check_text(str(value), f"{where}, answer")
-    raise DataError(
-        f"{where}: the answer is {shown(value)}; expected a string or a number, or a list of them"
-    )
+    expected = "expected a string or a number, or a list of them"
+    raise DataError(f"{where}: the answer is {shown(value)}; {expected}")
 
 
 def _answer_alone(text: str, where: str) -> str:

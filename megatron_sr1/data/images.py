@@ -75,10 +75,8 @@ def image_bytes(value: Any, folder: Path, where: str) -> bytes:
     if isinstance(value, bytes):
         return value
     if not isinstance(value, str):
-        raise DataError(
-            f"{where}: a {type(value).__name__}; expected bytes, a path, or "
-            "{'bytes': …, 'path': …}"
-        )
+        expected = "expected bytes, a path, or {'bytes': …, 'path': …}"
+        raise DataError(f"{where}: a {type(value).__name__}; {expected}")
     if not value.startswith("data:"):
         return read_file(inside(folder, value, where), MAX_IMAGE_BYTES, where)
     try:
@@ -120,21 +118,16 @@ def _open(data: bytes, where: str) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise DataError(f"{where}: refused: {error}") from None
     except Exception as error:  # Pillow's readers raise almost any error on broken headers
-        reason = printable(str(error))[:120] or type(error).__name__
-        raise DataError(
-            f"{where}: not an image that can be read as {', '.join(FORMATS)} ({len(data)} bytes, "
-            f"{reason})"
-        ) from None
+        reason = f"{len(data)} bytes, {printable(str(error))[:120] or type(error).__name__}"
+        formats = ", ".join(FORMATS)
+        raise DataError(f"{where}: not an image that can be read as {formats} ({reason})") from None
     width, height = image.size
+    size = f"{where}: {width} x {height} pixels"
     if width * height > MAX_IMAGE_PIXELS:
-        raise DataError(
-            f"{where}: {width} x {height} pixels, more than {MAX_IMAGE_PIXELS}; scale it down"
-        )
+        raise DataError(f"{size}, more than {MAX_IMAGE_PIXELS}; scale it down")
     if max(width, height) > MAX_ASPECT_RATIO * max(1, min(width, height)):
-        raise DataError(
-            f"{where}: {width} x {height} pixels; the model takes a longer side of at most "
-            f"{MAX_ASPECT_RATIO} times the shorter one"
-        )
+        longest = f"at most {MAX_ASPECT_RATIO} times the shorter one"
+        raise DataError(f"{size}; the model takes a longer side of {longest}")
     return image
 
 
@@ -191,8 +184,8 @@ def _white(mode: str, tags: Mapping[int, Any], least: float, most: float) -> flo
     usual = _FLOAT_WHITES if mode == "F" else _INTEGER_WHITES
     white = next((w for w in usual if least >= -slack * w and most <= w * (1 + slack)), None)
     if white is None or (white > 1.0 and mode == "F" and most < _DARKEST_WHITE):
+        expected = f"0 to one of {', '.join(f'{w:g}' for w in usual)}"
         raise ValueError(
-            f"values from {least:g} to {most:g}; expected 0 to one of "
-            f"{', '.join(f'{w:g}' for w in usual)}; convert it to 8 bits"
+            f"values from {least:g} to {most:g}; expected {expected}; convert it to 8 bits"
         )
     return white

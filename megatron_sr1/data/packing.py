@@ -84,8 +84,8 @@ def _parts(
     """Return the samples by prompt, one above the limit in the fewest parts, and their costs."""
     prompts: dict[Hashable, list[int]] = {}
     for number, size in enumerate(sizes):
-        alone = (number,)  # text-only samples share no images
-        prompts.setdefault(size.prompt if size.patches else alone, []).append(number)
+        key = size.prompt if size.patches else (number,)  # text-only samples share no images
+        prompts.setdefault(key, []).append(number)
     parts, costs = [], []
     for numbers in prompts.values():
         for num_parts in range(1, len(numbers) + 1):
@@ -210,9 +210,8 @@ def _row(
     ids = [s.token_ids for s in chosen]
     per_token = {}
     for name in PER_TOKEN:
-        values = [getattr(s, name) for s in chosen]
-        given = [v for v in values if v is not None]
-        assert len(given) in (0, len(values)), f"{name}: given for some samples of a row only"
+        given = [value for s in chosen if (value := getattr(s, name)) is not None]
+        assert len(given) in (0, len(chosen)), f"{name}: given for some samples of a row only"
         per_token[name] = row(given, np.float32)[None] if given else None
     return PackedBatch(
         sample_ids=tuple(sample_ids),

@@ -76,8 +76,8 @@ class Processor:
     @property
     def max_image_tokens(self) -> int:
         """Tokens of the largest image, which rounding can make larger than `max_pixels`."""
-        largest = largest_pixels(self.min_pixels, self.max_pixels, self._patch_side)
-        return largest // self._patch_side**2
+        side = self._patch_side
+        return largest_pixels(self.min_pixels, self.max_pixels, side) // side**2
 
     def encode_prompt(
         self, example: Example, images: Sequence[Image.Image], messages: Sequence[ChatMessage]
@@ -98,16 +98,11 @@ class Processor:
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Tokenise a given response, to score its answer.
 
-        Returns:
-            the ids before the answer, and the ids from its first character to the end; a token
-            with characters of both belongs to the answer.
+        Returns the ids before the answer, and the ids from its first character to the end; a token
+        with characters of both belongs to the answer.
         """
-        encoded = self.tokenizer(
-            before + answer + after,
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_offsets_mapping=True,
-        )
+        plain = {"add_special_tokens": False, "split_special_tokens": True}
+        encoded = self.tokenizer(before + answer + after, return_offsets_mapping=True, **plain)
         ids = tuple(encoded["input_ids"])
         first = sum(end <= len(before) for _, end in encoded["offset_mapping"])
         return ids[:first], ids[first:]
@@ -140,16 +135,9 @@ class Processor:
         mask = np.repeat(np.asarray(targets, bool), counts)
         return TrainSample(example.index, len(images), token_ids, mask, grids)
 
-    def expand(
-        self, collapsed: Sequence[int], grids: Sequence[Grid], where: str
-    ) -> tuple[int, ...]:
-        """Expand one pad id per image to one per merged patch.
-
-        Raises:
-            DataError: pad ids and grids differ in number.
-        """
-        counts = self._expansion(collapsed, grids, where)
-        return tuple(np.repeat(np.asarray(collapsed, np.int64), counts).tolist())
+    def expand(self, ids: Sequence[int], grids: Sequence[Grid], where: str) -> tuple[int, ...]:
+        """Expand one pad id per image to one per merged patch."""
+        return tuple(np.repeat(ids, self._expansion(ids, grids, where)).tolist())
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
         """Return the text of each id: "" for special tokens, U+FFFD for parts of a character."""
@@ -174,7 +162,11 @@ class Processor:
         return VisionInputs(out["pixel_values"], out["image_grid_thw"])
 
     def _expansion(self, collapsed: Sequence[int], grids: Sequence[Grid], where: str) -> np.ndarray:
-        """Return how often each id is repeated, [tokens] int64."""
+        """Return how often each id is repeated, [tokens] int64.
+
+        Raises:
+            DataError: pad ids and grids differ in number.
+        """
         pads = np.flatnonzero(np.asarray(collapsed) == self.image_pad_id)
         if len(pads) != len(grids):
             raise DataError(

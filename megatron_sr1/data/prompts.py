@@ -7,8 +7,7 @@ Markers that the template writes (`<|im_start|>`, one `<|image_pad|>` per image)
 tokens. The same characters inside a question, a description or an answer are tokenised as plain
 text, so a data set can neither end a turn nor refer to an image that it does not have. Other text
 gets the same ids as from transformers' `apply_chat_template`. A template is a program that comes
-with the model: it runs in transformers' sandbox, which denies access to the internals of Python
-objects, and within a time limit, which the sandbox lacks.
+with the model: it runs in transformers' sandbox, and within a time limit, which the sandbox lacks.
 """
 
 from __future__ import annotations
@@ -103,12 +102,9 @@ def pass2_messages(
 ) -> list[ChatMessage]:
     """Return the chat messages of pass 2: one user turn with one text part.
 
-    Args:
-        question: the question of pass 1 with its options; its image marks are removed.
-        description: the text inside the description span; `<image>` in it stays text.
-        style: full | brief.
-        order: question_first (so that the engine's prefix cache serves what the descriptions of a
-            prompt share) | description_first (as in arXiv 2508.19652).
+    Image marks of the question are removed; `<image>` in the description stays text. `style` and
+    `order` are keys of `PASS2_TEMPLATES`: question_first lets the engine's prefix cache serve what
+    the descriptions of a prompt share, description_first is that of arXiv 2508.19652.
     """
     before, between, after = PASS2_TEMPLATES[style][order]
     parts = [strip_image_marks(question), description.strip()]
@@ -150,11 +146,7 @@ class ChatTemplate:
     """The chat template and tokenizer of a model directory."""
 
     def __init__(self, directory: Path, tokenizer: Any) -> None:
-        """Read the template and the names of the special tokens of transformers' fast tokenizer.
-
-        Raises:
-            DataError: no template, or one that cannot render a question.
-        """
+        """Read the template and transformers' fast tokenizer; render a question as a check."""
         self._tokenizer = tokenizer
         self._directory = directory
         self._template = _read_template(directory, tokenizer)
@@ -173,12 +165,9 @@ class ChatTemplate:
     ) -> list[tuple[tuple[int, ...], bool]]:
         """Tokenise a conversation in pieces, split before and after each assistant turn's text.
 
-        Each piece is tokenised on its own, as the engine samples a response after its prompt. Turns
-        after the last assistant turn are ignored.
-
-        Returns:
-            (ids, whether the assistant wrote them) per piece; the assistant's pieces include the
-            end of turn and what the template writes after it.
+        Each piece is tokenised on its own, as the engine samples a response after its prompt; turns
+        after the last assistant turn are ignored. Returns (ids, whether the assistant wrote them)
+        per piece; the assistant's include the end of turn and what the template writes after it.
 
         Raises:
             DataError: no assistant turn, or a template that rewrites earlier turns.
@@ -216,10 +205,8 @@ class ChatTemplate:
             reason = printable(f"{type(error).__name__}: {error}")[:200]
             raise DataError(f"{self._directory}: the chat template fails: {reason}") from None
         if len(text) > MAX_RENDERED_CHARACTERS:
-            raise DataError(
-                f"{self._directory}: the chat template writes {len(text)} characters; the limit is "
-                f"{MAX_RENDERED_CHARACTERS}"
-            )
+            limit = f"{len(text)} characters; the limit is {MAX_RENDERED_CHARACTERS}"
+            raise DataError(f"{self._directory}: the chat template writes {limit}")
         return text
 
     def _defused(self, message: ChatMessage) -> ChatMessage:

@@ -220,14 +220,9 @@ def record_from_row(
             raise DataError(f"{where}: turn {number} ({message.role}) is empty; expected text")
     used = {*used, answer_column, *_IMAGE_COLUMNS, *_BEFORE_COLUMNS} - columns.keys()
     used |= {*columns.values()}
-    metadata = {
-        name: value
-        for name, value in row.items()
-        if name not in used
-        and value is not None
-        and (_is_given(value) or name not in COLUMNS.union(_REFUSED_COLUMNS))
-        and is_json(name, value)
-    }
+    left = {k: v for k, v in row.items() if k not in used and v is not None}
+    named = COLUMNS.union(_REFUSED_COLUMNS)
+    metadata = {k: v for k, v in left.items() if (_is_given(v) or k not in named) and is_json(k, v)}
     return Record(messages, answers[0] if answers else None, images, metadata, answers[1:])
 
 
@@ -383,8 +378,8 @@ def _image_files(
     if len(given) + bool(inline) > 1:
         what = " and in ".join([*given, *(["the turns themselves"] if inline else [])])
         raise DataError(f"{where}: images in {what}; keep only one of them")
-    found = values[given[0]] if given else inline
-    images = found if isinstance(found, list | tuple) else [found]
+    images = values[given[0]] if given else inline
+    images = images if isinstance(images, list | tuple) else [images]
     if len(images) > MAX_IMAGES:
         raise DataError(f"{where}: {len(images)} images, at most {MAX_IMAGES}")
     files = tuple(image_bytes(v, folder, f"{where}, image {i}") for i, v in enumerate(images))

@@ -29,8 +29,7 @@ from megatron_sr1.evaluation.evaluate import HeldOut, evaluation_scorer
 from megatron_sr1.observability.metrics import read_lines
 from megatron_sr1.report.panels import paired
 from megatron_sr1.report.report import DEMO_RUNS
-from megatron_sr1.rewards.score import Scorer
-from megatron_sr1.rewards.verdicts import VERDICTS, rates
+from megatron_sr1.rewards.score import VERDICTS, Scorer, rates
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.runtime.groups import Groups
 from megatron_sr1.trainer.context import Context
@@ -59,6 +58,11 @@ COLD_START = [
 def prepare(output: Path, seed: int) -> None:
     """Write shards of the digits and a model with random weights, unless they exist."""
     log.info("1/4 data: questions about handwritten digits, and a small model to train")
+    if not CONFIG.is_file():
+        raise ConfigError(
+            f"{CONFIG}: no such file; the demo takes its settings from the checkout: install the "
+            "package from there with `pip install -e .`, or use `make demo`"
+        )
     made = output / "seed.json"
     if made.is_file():
         if json.loads(made.read_text()) != seed:

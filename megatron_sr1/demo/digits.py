@@ -33,6 +33,7 @@ QUESTIONS = {"sum": "What is the sum?"} | {
     kind: f"Which digit is {kind}?" for kind in ("largest", "smallest", "leftmost", "rightmost")
 }
 KINDS = tuple(QUESTIONS)
+Digits = Sequence[int]
 STYLE = "brief"
 """Prompt style that the digits model is trained with (`data.prompt_style`)."""
 PASS2_ORDER = "description_first"
@@ -65,14 +66,10 @@ def make_digits(
     num_eval: int = 2048,
     num_cold_start: int = 16384,
 ) -> dict[str, Path]:
-    """Write the three sets as shards.
+    """Write the three sets as shards into train, eval and cold_start below a directory.
 
-    Args:
-        directory: parent of the directories train, eval and cold_start.
-        seed: of train and cold_start; eval is always the same.
-        num_train: samples for reinforcement learning.
-        num_eval: held-out questions; a smaller set is a prefix of a larger one.
-        num_cold_start: conversations for supervised fine-tuning.
+    The seed is that of train and cold_start; eval is always the same, and a smaller one is a prefix
+    of a larger one.
 
     Returns:
         name of a set -> its directory.
@@ -92,23 +89,15 @@ def make_digits(
     return {name: root / name for name in sets}
 
 
-def answer_from_digits(kind: str, digits: Sequence[int]) -> str:
+def answer_from_digits(kind: str, digits: Digits) -> str:
     """Return the right answer to a question of this kind about these digits."""
-    rules = {
-        "sum": sum(digits),
-        "largest": max(digits),
-        "smallest": min(digits),
-        "leftmost": digits[0],
-        "rightmost": digits[-1],
-    }
+    rules = {"sum": sum(digits), "largest": max(digits), "smallest": min(digits)}
+    rules |= {"leftmost": digits[0], "rightmost": digits[-1]}
     return str(rules[kind])
 
 
 def response(
-    kind: str,
-    digits: Sequence[int],
-    described: Sequence[int] | None = None,
-    answered: Sequence[int] | None = None,
+    kind: str, digits: Digits, described: Digits | None = None, answered: Digits | None = None
 ) -> str:
     """Return the response to imitate.
 
@@ -151,7 +140,7 @@ def _draw_images() -> tuple[list[list[np.ndarray]], list[list[np.ndarray]]]:
 
 
 def _picture(
-    digits: Sequence[int], drawn: list[list[np.ndarray]], rng: np.random.Generator, moved: bool
+    digits: Digits, drawn: list[list[np.ndarray]], rng: np.random.Generator, moved: bool
 ) -> bytes:
     """Return a PNG of these digits side by side, each one a random specimen of its value."""
     tiles = [drawn[d][rng.integers(len(drawn[d]))] for d in digits]
@@ -185,17 +174,11 @@ def _questions(
 ) -> Iterator[Record]:
     for number in range(count):
         kind, digits = _ask(rng)
-        yield Record(
-            messages=(Message("user", IMAGE_MARK + QUESTIONS[kind]),),
-            answer=answer_from_digits(kind, digits),
-            images=(_picture(digits, drawn, rng, moved),),
-            metadata={
-                "problem_id": number,
-                "kind": kind,
-                "digits": list(digits),
-                "expected_description": list(digits),
-            },
-        )
+        messages = (Message("user", IMAGE_MARK + QUESTIONS[kind]),)
+        metadata = {"problem_id": number, "kind": kind, "digits": list(digits)}
+        metadata["expected_description"] = list(digits)
+        images = (_picture(digits, drawn, rng, moved),)
+        yield Record(messages, answer_from_digits(kind, digits), images, metadata)
 
 
 def _cold_start(
@@ -222,11 +205,7 @@ def _format(rng: np.random.Generator) -> str:
 
 
 def _conversation(
-    form: str,
-    kind: str,
-    digits: Sequence[int],
-    described: Sequence[int],
-    answered: Sequence[int],
+    form: str, kind: str, digits: Digits, described: Digits, answered: Digits
 ) -> tuple[Message, ...]:
     """Return the user and assistant turns of one of the cold start's formats."""
     if form == "reader":
@@ -235,13 +214,11 @@ def _conversation(
         turn = Message("user", IMAGE_MARK + QUESTIONS[kind])
         asked = pass1_messages(Example(-1, "", "", (turn,), None, 1), form, STYLE)
     shown = described if form == "vision_sr1" else None
-    return (
-        Message("user", flat_text(asked[0])),
-        Message("assistant", response(kind, digits, shown, answered)),
-    )
+    answer = response(kind, digits, shown, answered)
+    return Message("user", flat_text(asked[0])), Message("assistant", answer)
 
 
-def _spaced(digits: Sequence[int]) -> str:
+def _spaced(digits: Digits) -> str:
     return " ".join(map(str, digits))
 
 

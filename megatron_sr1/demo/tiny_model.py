@@ -11,16 +11,8 @@ from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 
-SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
+SPECIAL_NAMES = "endoftext im_start im_end vision_start vision_end vision_pad image_pad video_pad"
+SPECIAL_TOKENS = [f"<|{name}|>" for name in SPECIAL_NAMES.split()]
 # Without a default system turn. Each image of a turn becomes one pad between its marks.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
@@ -58,11 +50,11 @@ def make_tiny_model(
 
     Args:
         directory: created if needed.
-        corpus: texts for the byte-pair vocabulary.
-        vocab_size: rows of the embedding; the vocabulary is at most this large.
+        corpus: texts for the byte-pair vocabulary, of at most `vocab_size` tokens.
+        vocab_size: rows of the embedding.
         seed: of the weights.
         hidden_size: of the language model, a multiple of 64; heads have 32 channels.
-        num_layers: of the language model.
+        num_layers: of the language model; the vision tower has two.
         tie_word_embeddings: True to use the embedding as the output layer.
     """
     import torch
@@ -75,22 +67,18 @@ def make_tiny_model(
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     ids = _write_tokenizer(target, corpus, vocab_size)
-    heads = hidden_size // 32
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": vocab_size,
             "hidden_size": hidden_size,
             "intermediate_size": 3 * hidden_size,
             "num_hidden_layers": num_layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": heads // 2,
+            "num_attention_heads": hidden_size // 32,
+            "num_key_value_heads": hidden_size // 64,
             "max_position_embeddings": 4096,
             "rms_norm_eps": 1e-6,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 10000.0,
-                "mrope_section": [4, 6, 6],
-            },
+            "rope_parameters": rope,
             "bos_token_id": ids["<|endoftext|>"],
             "eos_token_id": ids["<|im_end|>"],
             "pad_token_id": ids["<|endoftext|>"],
@@ -127,16 +115,13 @@ def _write_tokenizer(target: Path, corpus: Iterable[str], vocab_size: int) -> di
     tokenizer = Tokenizer(models.BPE())
     # One digit a token, with the space before it; a tag with its space can become one token.
     words = Regex(r" ?\p{N}| ?[^\s\p{N}]+|\s")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(words, behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = pre_tokenizers.Split(words, behavior="isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
+        special_tokens=SPECIAL_TOKENS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -149,7 +134,7 @@ def _write_tokenizer(target: Path, corpus: Iterable[str], vocab_size: int) -> di
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": "<|im_end|>",
             "pad_token": "<|endoftext|>",
-            "additional_special_tokens": list(SPECIAL_TOKENS),
+            "additional_special_tokens": SPECIAL_TOKENS,
             "clean_up_tokenization_spaces": False,
             "model_max_length": 4096,
         },

@@ -10,8 +10,7 @@ from typing import Any
 from megatron_sr1.config.run import Config
 from megatron_sr1.records import RIGHT_FROM, Example
 from megatron_sr1.rewards.response import find_description
-from megatron_sr1.rewards.score import Scorer
-from megatron_sr1.rewards.verdicts import is_exact, rates
+from megatron_sr1.rewards.score import Scorer, is_exact, rates
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.rollout.pass2 import RolloutHooks
 from megatron_sr1.rollout.two_pass import roll_out

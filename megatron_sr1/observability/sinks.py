@@ -31,7 +31,7 @@ LINE_SECONDS = 10.0
 Rollouts = Sequence[Mapping[str, Any]]
 Images = Callable[[int], "Sequence[Image.Image]"]
 Cells = Mapping[tuple[bool, bool], int]
-"""(answer right, description sufficient) -> responses, from `rewards.verdicts.cross`."""
+"""(answer right, description sufficient) -> responses, from `rewards.score.cross`."""
 
 
 class Sink:

@@ -14,8 +14,8 @@ from typing import Any
 
 from megatron_sr1.report import page
 from megatron_sr1.report.charts import Bar, Series, bar_chart, line_chart, stacked_chart
-from megatron_sr1.rewards import verdicts
-from megatron_sr1.rewards.verdicts import VERDICTS, rate
+from megatron_sr1.rewards import score
+from megatron_sr1.rewards.score import VERDICTS, rate
 
 Lines = list[dict[str, Any]]
 LABELS = [verdict.label for verdict in VERDICTS.values()]
@@ -124,7 +124,7 @@ def _percent(bar: Bar | None, sign: str = "") -> str:
 def cross(title: str, lines: Sequence[Mapping[str, Any]]) -> str:
     """Return the table of pass 1 x pass 2 for the lines that have a second pass."""
     judged = ((line["accuracy"], line["self_reward"]) for line in lines)
-    return page.cross_table(title, verdicts.cross(judged))
+    return page.cross_table(title, score.cross(judged))
 
 
 def _series(lines: Lines, metric: str, name: str, colour: int) -> Series:

@@ -14,12 +14,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from megatron_sr1.data.shards import ShardReader
+from megatron_sr1.errors import ConfigError
 from megatron_sr1.observability.metrics import read_lines
 from megatron_sr1.records import RIGHT_FROM
 from megatron_sr1.report import page, panels
 from megatron_sr1.report.page import Images
 from megatron_sr1.report.panels import Lines
-from megatron_sr1.rewards.verdicts import VERDICTS, rate
+from megatron_sr1.rewards.score import VERDICTS, rate
 from megatron_sr1.runtime import files
 
 DEMO_RUNS = {
@@ -28,15 +30,23 @@ DEMO_RUNS = {
     "vision_sr1": "GRPO + self-reward",
 }
 WAYS = ("sampled", "greedy")
+FILES = ("metrics.jsonl", "eval", "rollouts", "vision_sr1")
 NUM_PROMPTS_SHOWN = 6
 
 
-def write_report(run_dir: str | Path, images: Images | None = None) -> Path:
-    """Write `report.html` into the directory of a run or of the demo.
+def write_report(run_dir: str | Path) -> Path:
+    """Write `report.html` into the directory of a run, finished or not, or of the demo.
 
-    `images` are those of the shards that `shards_of` returns; without them none are shown.
+    Raises:
+        ConfigError: the directory holds none.
     """
     run_dir = Path(run_dir)
+    if not any((run_dir / name).exists() for name in FILES):
+        raise ConfigError(
+            f"{run_dir}: no such run; expected a directory with config.json and metrics.jsonl or "
+            "eval/, or the demo's"
+        )
+    images = images_of(run_dir)
     is_demo = all((run_dir / name).is_dir() for name in DEMO_RUNS)
     text = _demo_page(run_dir, images) if is_demo else _run_page(run_dir, images)
     target = run_dir / "report.html"
@@ -44,19 +54,16 @@ def write_report(run_dir: str | Path, images: Images | None = None) -> Path:
     return target
 
 
-def is_run(run_dir: Path) -> bool:
-    """Return True if a directory holds files of a run, finished or not, or of the demo."""
-    names = ("metrics.jsonl", "eval", "rollouts", "vision_sr1")
-    return any((run_dir / name).exists() for name in names)
+def images_of(run_dir: Path) -> Images | None:
+    """Return what reads a sample's images, if the shards that config.json names still exist.
 
-
-def shards_of(run_dir: Path) -> Path | None:
-    """Return the directory of the shards with the report's images, from the run's configuration."""
+    They are the held-out set for the demo and an evaluation, the training set for other runs.
+    """
     demo = run_dir / "vision_sr1" / "config.json"
     config = _json(demo if demo.is_file() else run_dir / "config.json")
     held_out = demo.is_file() or config.get("stage") == "eval"
     folder = config.get("data", {}).get("eval" if held_out else "train")
-    return Path(folder) if folder else None
+    return ShardReader(folder).images if folder and any(Path(folder).glob("*.tar")) else None
 
 
 def _json(path: Path) -> dict[str, Any]:

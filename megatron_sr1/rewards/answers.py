@@ -115,14 +115,7 @@ def number_spellings(cleaned: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Quantity:
-    """An exact number with its unit.
-
-    Attributes:
-        value: exact.
-        unit: canonical; "" for none.
-        is_decimal: written with a decimal point.
-        is_ratio: written as a fraction.
-    """
+    """An exact number with its canonical unit ("" for none); written as a decimal or a fraction."""
 
     value: Fraction
     unit: str
@@ -170,19 +163,15 @@ def quantity(cleaned: str) -> Quantity | None:
     found = _NUMBER.match(cleaned)
     if found is None or found.end() > MAX_NUMBER_CHARACTERS:
         return None
-    value = _value(found)
-    rest, unit = cleaned[found.end() :], ""
+    value, rest = _value(found), cleaned[found.end() :]
     if value is None:
         return None
-    if rest.strip():
-        scale = re.match(r"\s+([a-z]+)\b", rest, re.IGNORECASE)
-        if scale and scale[1].casefold() in _SCALES:
-            value, rest = value * _SCALES[scale[1].casefold()], rest[scale.end() :]
-    if rest.strip():
-        parsed = _unit(rest)
-        if parsed is None:
-            return None
-        unit = parsed
+    scale = re.match(r"\s+([a-z]+)\b", rest, re.IGNORECASE)
+    if scale and scale[1].casefold() in _SCALES:
+        value, rest = value * _SCALES[scale[1].casefold()], rest[scale.end() :]
+    unit = _unit(rest) if rest.strip() else ""
+    if unit is None:
+        return None
     plain = found["plain"]
     return Quantity(value, unit, plain is not None and "." in plain, plain is None)
 
@@ -241,9 +230,9 @@ def _unit(rest: str) -> str | None:
         is_letter = len(name) == 1 and name.isalpha()
         return None if glued and is_letter and len(rest) == 1 else _UNITS[name]
     words = name.split()
-    if glued or len(words) > 3 or not all(re.fullmatch(r"[a-z]{3,}", w) for w in words):
+    if glued or len(words) > 3 or not _NOT_UNITS.isdisjoint(words):
         return None
-    if any(word in _NOT_UNITS for word in words):
+    if not all(re.fullmatch(r"[a-z]{3,}", word) for word in words):
         return None
     return " ".join(word.removesuffix("s") for word in words)
 
@@ -305,11 +294,8 @@ def named_label(cleaned: str) -> tuple[str, str] | None:
     alone = _LABEL_ALONE.fullmatch(cleaned)
     if alone:
         return alone[1].upper(), ""
-    for pattern in _LABEL_AND_TEXT:
-        found = pattern.fullmatch(cleaned)
-        if found:
-            return found[1].upper(), found[2].strip()
-    return None
+    found = next(filter(None, (pattern.fullmatch(cleaned) for pattern in _LABEL_AND_TEXT)), None)
+    return (found[1].upper(), found[2].strip()) if found else None
 
 
 def label_then_text(cleaned: str, options: Mapping[str, str]) -> tuple[str, str] | None:
@@ -342,7 +328,5 @@ def label_list(cleaned: str, options: Mapping[str, str]) -> list[str] | None:
     parts = [part.strip("() ") for part in _LIST_GAP.split(cleaned) if part.strip("() ")]
     if len(parts) > 1 and all(re.fullmatch(r"[A-Z]", part) for part in parts):
         return parts
-    letters = list(cleaned)
-    if 1 < len(letters) == len(set(letters)) and all(letter in options for letter in letters):
-        return letters
-    return None
+    is_run = 1 < len(cleaned) == len(set(cleaned)) and options.keys() >= set(cleaned)
+    return list(cleaned) if is_run else None

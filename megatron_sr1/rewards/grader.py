@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from operator import eq
 
-from megatron_sr1.errors import ConfigError, GradingError
+from megatron_sr1.errors import GradingError
 from megatron_sr1.rewards.answers import (
     clean,
     label_list,
@@ -75,12 +75,8 @@ class Grader:
     """Judge answers by the rules of this file, or by math-verify alone."""
 
     def __init__(self, kind: str, timeout_seconds: float) -> None:
-        """Prepare the grading process, which starts when it is first needed.
-
-        `timeout_seconds`, > 0, limits each comparison. Raises ConfigError for an unknown kind.
-        """
-        if kind not in GRADERS:
-            raise ConfigError(f"reward.grader is {kind!r}; expected {' | '.join(GRADERS)}")
+        """Set the kind, one of GRADERS, and the limit of a comparison, > 0; starts no process."""
+        assert kind in GRADERS, kind
         self._kind = kind
         self.worker = MathWorker(timeout_seconds, grader=kind)
 
@@ -128,8 +124,7 @@ class Grader:
 def judge_answer(answer: str | None, gold: str, question: str, compare: Compare) -> Verdict:
     """Judge the content of a box by the rules; `compare` is called if no other rule applies."""
     wanted = clean(bare_gold(gold))
-    unread = _judge_unread(answer, gold, wanted)
-    if unread is not None:
+    if unread := _judge_unread(answer, gold, wanted):
         return unread
     assert answer is not None
     given = _LEAD.sub("", clean(answer), count=1)
@@ -245,17 +240,16 @@ def _without_name(wanted: str, given: str) -> tuple[str, str]:
     """Reduce `AB = 5` to 5 if the other side has no name."""
     if ("=" in wanted) == ("=" in given):
         return wanted, given
-    named = [_NAMED.fullmatch(side) for side in (wanted, given)]
-    sides = zip(named, (wanted, given), strict=True)
+    sides = ((_NAMED.fullmatch(side), side) for side in (wanted, given))
     wanted, given = (found[1].strip() if found else side for found, side in sides)
     return wanted, given
 
 
 def _is_mathematics(cleaned: str) -> bool:
     """Return True if algebra may read a text: it has digits or operators, but no prose or names."""
-    if len(cleaned) > MAX_MATH_CHARACTERS or ":" in cleaned or max(_depths(cleaned)) > MAX_NESTING:
+    if len(cleaned) > MAX_MATH_CHARACTERS or ":" in cleaned or _BARS.search(cleaned):
         return False
-    if _BARS.search(cleaned):
+    if max(_depths(cleaned)) > MAX_NESTING:
         return False
     bare = _FUNCTION.sub(" ", _COMMAND.sub(" | ", _ENVIRONMENT.sub("|", cleaned)))
     if re.search(r"[A-Za-z]\d|\d\s+\d", bare):  # CO2, H2O and x1 are names; 7 8 is two numbers
@@ -306,7 +300,7 @@ def _and_is_or(parts: list[str]) -> bool:
     "x = 2 and x = 3" lists the same solutions as "x = 2 or x = 3"; for inequalities and for
     equations of several names, "and" and "or" differ.
     """
-    names = {found[1].strip() for part in parts if (found := _NAME.match(part))}
+    names = {found[1].strip() for found in map(_NAME.match, parts) if found}
     return len(names) <= 1 and not any(_INEQUALITY.search(part) for part in parts)
 
 

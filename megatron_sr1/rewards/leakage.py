@@ -123,7 +123,8 @@ def _as_latin(word: str) -> str:
 
 def _concludes_with_value(text: str, value: str) -> bool:
     """Return True if a plain, case-folded text states a value as the answer."""
-    spellings = "|".join(map(_value_pattern, number_spellings(value)))
+    words = (map(re.escape, v.casefold().split()) for v in number_spellings(value))
+    spellings = "|".join(r"\s+".join(parts) for parts in words)  # any whitespace between words
     ends = r"(?!\.\d|,\d|\s*[-+*/=]\s*\d)"
     said = rf"(?:{spellings})(?![a-z0-9_]){ends}"
     apart = r"\s?".join(value) if value.isdigit() else said
@@ -187,8 +188,3 @@ def _sentences(text: str) -> list[str]:
     """Return the last characters of each sentence, so that patterns take linear time."""
     parts = (part.strip() for part in _SENTENCE.split(text))
     return [part[-MAX_SENTENCE_CHARACTERS:] for part in parts if part]
-
-
-def _value_pattern(value: str) -> str:
-    """Return a pattern for a value with any whitespace between its words."""
-    return r"\s+".join(re.escape(word) for word in value.casefold().split())

@@ -47,32 +47,20 @@ class GraderProcess:
         self._process = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, env=environment, bufsize=0
         )
+        self.pid = self._process.pid
         self._line = b""
 
-    @property
-    def pid(self) -> int:
-        """Process id."""
-        return self._process.pid
-
-    def wait_ready(self, seconds: float) -> None:
-        """Wait until the process has loaded.
-
-        Raises:
-            OSError: it exited, took longer than `seconds`, or sent something else.
-        """
+    def wait_ready(self) -> None:
+        """Wait until the process has loaded; raises OSError if it does not."""
         try:
-            ready = self.reply(seconds)
+            ready = self.reply(START_SECONDS)
         except TimeoutError:
-            raise OSError(f"it did not start within {seconds:g} s") from None
+            raise OSError(f"it did not start within {START_SECONDS:g} s") from None
         if "ready" not in ready:
             raise OSError(f"it started with {ready}")
 
     def ask(self, request: dict[str, Any]) -> None:
-        """Send a request; `reply` returns the answer.
-
-        Raises:
-            OSError: the process exited.
-        """
+        """Send a request, which `reply` answers; raises OSError if the process exited."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request).encode() + b"\n")
 
@@ -101,8 +89,7 @@ class GraderProcess:
             elif self._resident_bytes() > MEMORY_BYTES:
                 raise MemoryError
         line, self._line = self._line, b""
-        reply: dict[str, Any] = json.loads(line)
-        return reply
+        return dict(json.loads(line))
 
     def stop(self, seconds: float = 0.0) -> int:
         """Stop the process, killing it after `seconds`; returns its exit status."""
@@ -187,12 +174,10 @@ class MathWorker:
         timed_out = f"took more than {self._timeout_seconds:g} s (reward.grader_timeout_seconds)"
         try:
             reply = self._ask(gold, answer)
-        except TimeoutError:
+        except (TimeoutError, MemoryError) as error:
             self._stop_current()
-            return {"limit": timed_out}
-        except MemoryError:
-            self._stop_current()
-            return {"limit": f"took more than {MEMORY_BYTES >> 20} MiB"}
+            too_large = f"took more than {MEMORY_BYTES >> 20} MiB"
+            return {"limit": too_large if isinstance(error, MemoryError) else timed_out}
         except (OSError, ValueError) as error:
             code = self._stop_current(EXIT_SECONDS)
             # Its own timer fired while this process was suspended for longer than the limit.
@@ -221,7 +206,7 @@ class MathWorker:
         if self._process is None:
             self._process = self._spare or GraderProcess(self._command)
             self._spare = None
-            self._process.wait_ready(START_SECONDS)
+            self._process.wait_ready()
         self._process.ask({"gold": gold, "answer": answer, "seconds": self._timeout_seconds})
         first_wait = min(SLOW_SECONDS, self._timeout_seconds)
         try:

@@ -1,37 +1,41 @@
-"""The rewards of a rollout and their weighted sum.
+"""The rewards of a rollout, their weighted sum, and the rates of verdicts in an evaluation.
 
 Source: Vision-SR1 (arXiv 2508.19652 v1, section 3.2): accuracy, format and self-reward, weighted
-and added. Unlike in its code, a response without a description has neither a second pass nor a
-self-reward, a description that states the answer is flagged, and a failing grader raises. Answers
-are judged by the grader (grader.py) or by the user's function (user_reward.py). An exception in
-that function stops the run; sampled text never does.
+and added; the language-shortcut rate is the share of responses that are right with the image and
+wrong from their description alone. Unlike in its code, a response without a description has neither
+a second pass nor a self-reward, a description that states the answer is flagged, and a failing
+grader raises. Answers are judged by the grader (grader.py) or by the user's function
+(user_reward.py). An exception in that function stops the run; sampled text never does.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, NamedTuple
 
 from megatron_sr1.config.rollout import RewardConfig
-from megatron_sr1.errors import ConfigError, GradingError
-from megatron_sr1.records import Example, Reading, Reward, Rollout
+from megatron_sr1.errors import GradingError
+from megatron_sr1.records import RIGHT_FROM, Example, Reading, Reward, Rollout
 from megatron_sr1.rewards.grader import UNCOMPARABLE, Grader
 from megatron_sr1.rewards.leakage import states_answer
-from megatron_sr1.rewards.response import BLOCKS, find_answer, has_format
+from megatron_sr1.rewards.response import find_answer, has_format
 from megatron_sr1.rewards.user_reward import UserReward
 
 
-class Scorer:
+class Scorer(AbstractContextManager["Scorer"]):
     """Compute the rewards of one recipe; a context manager that stops the grading process."""
 
     def __init__(self, config: RewardConfig) -> None:
         """Load the user's function, if any; the grading process starts when first needed.
 
         Raises:
-            ConfigError: unknown recipe or grader, or the user's function cannot be loaded.
+            ConfigError: the user's function cannot be loaded.
         """
-        if config.recipe not in BLOCKS:
-            raise ConfigError(f"reward.recipe is {config.recipe!r}; expected {' | '.join(BLOCKS)}")
         self._config, self._recipe = config, config.recipe
         self._user_reward = UserReward(config.function) if config.function else None
         self._grader = Grader(config.grader, config.grader_timeout_seconds)
@@ -51,17 +55,13 @@ class Scorer:
                 not start, or the user's function failed.
         """
         exceptions: list[str] = []
-
-        def judge(text: str) -> float:
-            return self._judge(text, sample_name, rollout, example, exceptions)
-
+        judge = partial(self._judge, sample_name, rollout, example, exceptions)
         try:
             accuracy = judge(rollout.completion.text)
             self_reward = self._self_reward(rollout, example, judge)
         except GradingError as error:
-            named = str(error).startswith(sample_name)
-            message = str(error) if named else f"{sample_name}: {error}"
-            raise type(error)(message) from error.__cause__
+            name = "" if str(error).startswith(sample_name) else f"{sample_name}: "
+            raise type(error)(f"{name}{error}") from error.__cause__
         leak = _leaks(rollout.description, example, exceptions)
         has_right_format = has_format(rollout.completion.text, self._recipe)
         is_paid = self._recipe == "vision_sr1" and (self._config.pay_leaks or not leak)
@@ -93,12 +93,7 @@ class Scorer:
         )
 
     def _judge(
-        self,
-        text: str,
-        sample_name: str,
-        rollout: Rollout,
-        example: Example,
-        exceptions: list[str],
+        self, sample_name: str, rollout: Rollout, example: Example, exceptions: list[str], text: str
     ) -> float:
         """Return the best value that a gold answer gives a text, 0 or 1 without a user's function.
 
@@ -157,10 +152,6 @@ class Scorer:
         """Stop the grading process; a later score starts a new one."""
         self._grader.worker.close()
 
-    def __enter__(self) -> Scorer:
-        """Return self."""
-        return self
-
     def __exit__(self, *_: object) -> None:
         """Stop the grading process."""
         self.close()
@@ -189,15 +180,62 @@ def likelihood_reward(logprobs: Sequence[float], kind: str, nats: float) -> floa
         logprobs: of its tokens, nats; one or more.
         kind: per_token: exp(mean) | probability: exp(sum) | linear: max(1 + sum / nats, 0).
         nats: for linear, the -log p at which the reward reaches 0.
-
-    Raises:
-        ConfigError: unknown kind.
     """
     total = sum(logprobs)
-    if kind == "per_token":
-        return math.exp(total / len(logprobs))
-    if kind == "probability":
-        return math.exp(total)
     if kind == "linear":
         return max(1.0 + total / nats, 0.0)
-    raise ConfigError(f"reward.likelihood is {kind!r}; expected per_token | probability | linear")
+    return math.exp(total / len(logprobs) if kind == "per_token" else total)
+
+
+class Verdict(NamedTuple):
+    """Name of a verdict's rate in summary.json, and its label in reports."""
+
+    rate: str
+    label: str
+
+
+VERDICTS = {
+    "accuracy": Verdict("accuracy", "answer right"),
+    "self_reward": Verdict("self_reward", "read from description"),
+    "description_exact": Verdict("description_exact", "description exact"),
+    "shortcut": Verdict("shortcut_rate", "shortcut"),
+}
+"""Verdicts of an evaluation line."""
+
+
+def rate(lines: Sequence[dict[str, Any]], verdict: str) -> float | None:
+    """Return the mean of a verdict over the lines that have it; None if none has."""
+    values = [line[verdict] for line in lines if line.get(verdict) is not None]
+    return sum(values) / len(values) if values else None
+
+
+def rates(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return the rates of the verdicts that any of the lines has."""
+    found = {name: rate(lines, verdict) for verdict, (name, _) in VERDICTS.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def cross(verdicts: Iterable[tuple[float, float | None]]) -> Counter[tuple[bool, bool]]:
+    """Count responses by (answer right, read from the description right).
+
+    Args:
+        verdicts: accuracy and self-reward of each response; those without a self-reward are
+            skipped, one in between counts as right from 0.5 on.
+    """
+    return Counter(
+        (accuracy >= RIGHT_FROM, self_reward >= RIGHT_FROM)
+        for accuracy, self_reward in verdicts
+        if self_reward is not None
+    )
+
+
+def is_exact(description: str, expected: Sequence[Any]) -> bool:
+    """Return True if a description names the expected items in order, and no others.
+
+    Args:
+        description: text of the span.
+        expected: words or digits; if all are digits, the other text is not compared.
+    """
+    items = [str(item).lower() for item in expected]
+    pattern = "[0-9]" if all(re.fullmatch("[0-9]", item) for item in items) else r"\w+"
+    return re.findall(pattern, description.lower()) == items

@@ -18,8 +18,7 @@ from megatron_sr1.config.run import Config
 from megatron_sr1.errors import DataError, GradingLimit
 from megatron_sr1.records import Example, Prompt, Reward, Rollout
 from megatron_sr1.rewards.response import find_description
-from megatron_sr1.rewards.score import Scorer
-from megatron_sr1.rewards.verdicts import cross
+from megatron_sr1.rewards.score import Scorer, cross
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.rollout.pass2 import Pass2, RolloutHooks
 from megatron_sr1.rollout.two_pass import RolloutStats, roll_out
@@ -152,17 +151,15 @@ def read_prompts(
     context: Context, engine: Engine, samples: Samples, indices: Sequence[int]
 ) -> list[Prompt]:
     """Read this replica's part of the prompts; unusable ones are skipped and counted."""
-    prompts = []
-    for index in indices[engine.replica :: engine.num_replicas]:
-        try:
-            example = samples.example(index)
-            if example.answer is None:
-                raise DataError(f"{example.shard} sample {example.key} has no answer to judge by")
-            prompts.append(samples.prompt(index))
-        except DataError as error:
-            context.skip(error)
-    context.count_skipped(engine.is_replica_leader)
-    return prompts
+
+    def read(index: int) -> Prompt:
+        example = samples.example(index)
+        if example.answer is None:
+            raise DataError(f"{example.shard} sample {example.key} has no answer to judge by")
+        return samples.prompt(index)
+
+    own = indices[engine.replica :: engine.num_replicas]
+    return context.read_usable(read, own, engine.is_replica_leader)
 
 
 def pass2_settings(config: Config) -> Pass2:

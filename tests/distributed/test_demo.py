@@ -10,10 +10,12 @@ import json
 import pytest
 from rich.console import Console
 
+from megatron_sr1.demo import demo
 from megatron_sr1.demo.demo import WAYS, comparison
+from megatron_sr1.errors import ConfigError
 from megatron_sr1.observability.metrics import read_lines
 from megatron_sr1.report.panels import TITLES
-from megatron_sr1.rewards.verdicts import VERDICTS
+from megatron_sr1.rewards.score import VERDICTS
 
 PARTS = ("data", "cold start (600 steps)", "GRPO, answer only (40", "GRPO + self-reward (40")
 MODELS = ("cold_start", "see_think", "vision_sr1")
@@ -103,3 +105,12 @@ def test_the_terminal_shows_every_rate_of_every_model():
     assert len(rows) == len(WAYS) * (1 + len(VERDICTS))
     cells = [cell.strip() for row in rows for cell in row[1:]]
     assert sorted(filter(None, cells)) == sorted(f"{n / 10:.1f}" for n in range(1, next(number)))
+
+
+def test_without_a_checkout_the_demo_says_what_is_missing_and_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "CONFIG", tmp_path / "examples" / "digits_cpu.yaml")
+    with pytest.raises(
+        ConfigError, match=r"examples/digits_cpu.yaml: no such file; .* `pip install"
+    ):
+        demo.prepare(tmp_path / "run", 1)
+    assert not (tmp_path / "run").exists()

@@ -46,6 +46,7 @@ REFUSED = {
     "data.max_prompt_tokens=8000": "rollout.max_model_len",
     "data.prompt_style=short": "full | brief",
     "reward.recipe=sr1": "vision_sr1 | see_think | vision_r1",
+    "reward.grader=odd": "rules | math_verify",
     "rollout.pass2_order=answer_first": "question_first | description_first",
     "model.fp8=hybrid": "transformer_engine",
     "model.fp8_recipe=tensorwise": "delayed | current | blockwise | mxfp8",

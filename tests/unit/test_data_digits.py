@@ -24,7 +24,7 @@ from megatron_sr1.demo.digits import (
     make_digits,
     response,
 )
-from megatron_sr1.rewards.verdicts import is_exact
+from megatron_sr1.rewards.score import is_exact
 
 SIZES = {"num_train": 200, "num_eval": 60, "num_cold_start": 900}
 

@@ -13,9 +13,8 @@ from megatron_sr1.config.rollout import RewardConfig
 from megatron_sr1.errors import ConfigError, GradingError
 from megatron_sr1.evaluation.evaluate import evaluation_line
 from megatron_sr1.records import Completion, Reading
-from megatron_sr1.rewards.score import Scorer
+from megatron_sr1.rewards.score import Scorer, rates
 from megatron_sr1.rewards.user_reward import ARGUMENTS, UserReward
-from megatron_sr1.rewards.verdicts import rates
 from megatron_sr1.trainer.rollouts import Scored, reward_means
 from megatron_sr1.trainer.rollouts import score as score_rollouts
 from tests.rollout_case import case

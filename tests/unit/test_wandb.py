@@ -23,7 +23,7 @@ from megatron_sr1.observability.wandb_sink import (
     last_step,
     side_by_side,
 )
-from megatron_sr1.rewards.verdicts import cross
+from megatron_sr1.rewards.score import cross
 from tests.wandb_runs import history, read_table
 
 pytest.importorskip("wandb")
