@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from math import prod
 from pathlib import Path
 
 from megatron_sr1.checkpoint.folders import latest_step, resolve_model
-from megatron_sr1.checkpoint.mapping import check_freeze, entries
+from megatron_sr1.checkpoint.mapping import check_freeze
 from megatron_sr1.config.run import Config
-from megatron_sr1.data.shards import NUM_SEARCHED, ShardReader
+from megatron_sr1.data.shards import ShardReader, first_with_image
 from megatron_sr1.errors import ConfigError, DataError
 from megatron_sr1.model.hf_config import HFConfig, check_layout, read_hf_config
-from megatron_sr1.planning.layout import configured
+from megatron_sr1.planning.layout import Layout, configured
 from megatron_sr1.planning.memory import stage_parameters, static_memory
+from megatron_sr1.planning.workload import num_parameters
 from megatron_sr1.rewards.user_reward import UserReward
 
 
@@ -37,8 +37,13 @@ def dry_run(config: Config) -> str:
     ]
     if config.stage != "eval":
         lines += [f"train data  {_data(config.data.train)}", f"layout      {_layout(config)}"]
-        lines += [f"parameters  {_parameters(config, hf_config)}"]
-        lines += [f"memory      {_memory(config, hf_config)}", f"steps       {_steps(config)}"]
+        parameters = memory = "unknown without the model"
+        if hf_config is not None:
+            layout = configured(config, _num_ranks(config))
+            parameters = _parameters(config, hf_config, layout)
+            memory = _memory(config, hf_config, layout)
+        lines += [f"parameters  {parameters}", f"memory      {memory}"]
+        lines += [f"steps       {_steps(config)}"]
     if config.stage != "sft":
         if config.reward.function:
             lines.append(f"reward      answers judged by {config.reward.function}, loaded")
@@ -56,11 +61,11 @@ def _model(config: Config, hf_config: HFConfig | None) -> str:
     path = config.model.path
     if hf_config is None:
         return f"{path}: does not exist, not checked"
-    count = sum(prod(shape) for entry in entries(hf_config) for shape in entry.hf_shapes)
     kind = "huggingface" if (Path(path) / "config.json").is_file() else "megatron"
     kind = kind if has_weights(path) else "config.json alone"
     return (
-        f"{path} ({kind}), {count:,} parameters, {hf_config.text.num_layers} text layers, "
+        f"{path} ({kind}), {num_parameters(hf_config):,} parameters, "
+        f"{hf_config.text.num_layers} text layers, "
         f"{hf_config.vision.depth} vision blocks, {config.model.dtype}, {config.model.spec} kernels"
     )
 
@@ -94,11 +99,8 @@ def _num_ranks(config: Config) -> int:
     return config.launch.num_processes or config.parallel.replica_size
 
 
-def _parameters(config: Config, hf_config: HFConfig | None) -> str:
+def _parameters(config: Config, hf_config: HFConfig, layout: Layout | None) -> str:
     """Describe the parameters of a rank at each end of the pipeline."""
-    if hf_config is None:
-        return "unknown without the model"
-    layout = configured(config, _num_ranks(config))
     if not has_weights(config.model.path) and layout is not None:
         ranks = (0, layout.pipeline - 1)
         parts = [[stage_parameters(hf_config, layout, s) for s in layout.stages(r)] for r in ranks]
@@ -140,11 +142,8 @@ def _built_parameters(config: Config, hf_config: HFConfig, rank: int) -> int:
             stop_distributed()
 
 
-def _memory(config: Config, hf_config: HFConfig | None) -> str:
+def _memory(config: Config, hf_config: HFConfig, layout: Layout | None) -> str:
     """Describe what the fullest rank holds during the whole run; `megatron-sr1 plan` says more."""
-    if hf_config is None:
-        return "unknown without the model"
-    layout = configured(config, _num_ranks(config))
     if layout is None:
         return "unknown: the layout does not divide the ranks"
     held = max(
@@ -173,14 +172,9 @@ NUM_READ = 8
 
 
 def check_run(config: Config, num_ranks: int) -> list[str]:
-    """Check a run by its shards, its model's shape and its configuration.
+    """Check a run by its shards, its model's shape and its configuration; return warnings.
 
-    Args:
-        config: of the run.
-        num_ranks: of the run; 0 if the launch decides.
-
-    Returns:
-        warnings, a sentence each.
+    `num_ranks` is 0 if the launch decides.
 
     Raises:
         SR1Error: the run would fail with it.
@@ -274,7 +268,7 @@ def _check_data(config: Config, which: str) -> list[str]:
             f"data.{which}={directory}: none of the first {NUM_READ} samples can be used: {reason}"
         )
     if config.stage == "grpo" and is_train and config.rollout.canary_bound > 0:
-        _check_canary(reader, directory)
+        first_with_image(len(reader), lambda index: reader.example(index).num_images)
     return [f"{fault}; the run will skip it" for fault in faults]
 
 
@@ -302,16 +296,3 @@ def _fault(reader: ShardReader, index: int, config: Config) -> str:
     if config.stage == "sft" and all(turn.role != "assistant" for turn in example.messages):
         return f"{where} has no assistant turn to learn from"
     return ""
-
-
-def _check_canary(reader: ShardReader, directory: str) -> None:
-    for index in range(min(len(reader), NUM_SEARCHED)):
-        try:
-            if reader.example(index).num_images:
-                return
-        except DataError:
-            continue
-    raise ConfigError(
-        f"rollout.canary_bound needs a sample with an image among the first {NUM_SEARCHED} of "
-        f"data.train, {directory} has none; set rollout.canary_bound=0"
-    )

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-from megatron_sr1.config.run import Config, LaunchConfig
+from megatron_sr1.config.run import Config
 from megatron_sr1.dry_run import check_num_samples, check_output
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.evaluation.evaluate import HeldOut, evaluation_scorer
@@ -36,12 +36,19 @@ host memory would grow for hundreds of steps. A step takes as long: all layers s
 
 
 def start_ranks(config: Config) -> Groups:
-    """Start torch.distributed and make the layout's groups."""
-    device = select_device(config.launch.device)
+    """Start torch.distributed and make the layout's groups.
+
+    A collective's time limit is above every deadline, so that the watch reports hangs; without
+    deadlines it is a month.
+    """
+    launch = config.launch
+    longest = max(launch.setup_deadline_seconds, launch.phase_deadline_seconds)
+    device = select_device(launch.device)
     if device.type == "cpu":
-        torch.set_num_threads(num_threads(config.launch))
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(launch.threads or max(1, (os.cpu_count() or 1) // ranks))
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(ONEDNN_KERNELS))
-    start_distributed(device, collective_timeout_seconds(config.launch))
+    start_distributed(device, longest + 60.0 if longest > 0 else 30 * 86400.0)
     failure.see_others()
     groups = make_groups(config.parallel, device)
     seed_everything(config.seed, groups)
@@ -56,21 +63,6 @@ def joined_ranks(config: Config) -> Iterator[Groups]:
     yield groups
     # Not after a failure: the others would see a broken connection before they can read why.
     stop_distributed()
-
-
-def collective_timeout_seconds(launch: LaunchConfig) -> float:
-    """Return the time limit of a collective: above every deadline, so that the watch reports hangs.
-
-    Without deadlines it is a month.
-    """
-    longest = max(launch.setup_deadline_seconds, launch.phase_deadline_seconds)
-    return longest + 60.0 if longest > 0 else 30 * 86400.0
-
-
-def num_threads(launch: LaunchConfig) -> int:
-    """Return the number of threads of each rank on a CPU."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return launch.threads or max(1, (os.cpu_count() or 1) // ranks)
 
 
 def run_sft(config: Config, groups: Groups) -> None:

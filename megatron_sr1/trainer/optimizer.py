@@ -188,27 +188,21 @@ class ShardAdamW:
         """Update every shard by its `decoupled_grad`."""
         for group in self.param_groups:
             for shard in group["params"]:
-                tensors = self._on_device(shard)
-                self._update(shard, shard.decoupled_grad, tensors, group)
-                self._put_back(shard, tensors)
+                held = used = self.state[shard]
+                if self._offload:  # on a CPU too, so that the tests run what a GPU runs
+                    used = {
+                        name: torch.empty_like(kept, device=shard.device).copy_(
+                            kept, non_blocking=True
+                        )
+                        for name, kept in held.items()
+                    }
+                self._update(shard, shard.decoupled_grad, used, group)
+                for name in held if self._offload else ():
+                    held[name].copy_(used[name], non_blocking=True)
             group["step"] += 1
         if self._offload and torch.cuda.is_available():
             # Checkpoints read host memory without synchronizing.
             torch.cuda.current_stream().synchronize()
-
-    def _on_device(self, shard: torch.Tensor) -> Tensors:
-        if not self._offload:
-            return self.state[shard]
-        # On a CPU it is a copy as well, so that the tests run what a GPU runs.
-        return {
-            name: torch.empty_like(held, device=shard.device).copy_(held, non_blocking=True)
-            for name, held in self.state[shard].items()
-        }
-
-    def _put_back(self, shard: torch.Tensor, tensors: Tensors) -> None:
-        for name, held in self.state[shard].items():
-            if held is not tensors[name]:
-                held.copy_(tensors[name], non_blocking=True)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Release the gradients."""

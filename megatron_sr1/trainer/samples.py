@@ -77,9 +77,20 @@ class Samples:
 
     def prompt(self, index: int) -> Prompt:
         """Return the pass-1 prompt of a sample, with its images."""
-        if index not in self._prompts:
-            self._prompts[index] = self._read_prompt(index)
-        return self._prompts[index]
+        if index in self._prompts:
+            return self._prompts[index]
+        example, limit = self.example(index), self._config.data.max_prompt_tokens
+        recipe, style = self._config.reward.recipe, self._config.data.prompt_style
+        messages = pass1_messages(example, recipe, style)
+        prompt = self.processor.encode_prompt(example, self.reader.images(index), messages)
+        if len(prompt.token_ids) > limit:
+            raise DataError(
+                f"{example.shard} sample {example.key}: prompt of {len(prompt.token_ids)} tokens, "
+                f"at most {limit}; raise data.max_prompt_tokens or lower data.max_pixels "
+                "(and data.min_pixels, to which images are enlarged)"
+            )
+        self._prompts[index] = prompt
+        return prompt
 
     def images(self, index: int) -> Sequence[Image.Image]:
         """Return the decoded RGB images of a sample."""
@@ -149,10 +160,7 @@ class Samples:
         return self.processor.encode_conversation(example, images, limit)
 
     def own_part(self, sizes: Sequence[Size], data: Group) -> list[int]:
-        """Return which samples of an update this data-parallel rank trains on, balanced by cost.
-
-        `sizes` holds those of all samples of the update, on all ranks.
-        """
+        """Return which of all samples of an update this rank trains on, balanced by cost."""
         return plan_ranks(sizes, data.size, self._patch_cost)[data.rank]
 
     def pack(self, chosen: Sequence[TrainSample], groups: Groups) -> list[PackedBatch]:
@@ -176,29 +184,14 @@ class Samples:
 
     def forget(self) -> None:
         """Free what was read; after a step it is not needed again for long."""
-        self._examples.clear()
-        self._prompts.clear()
-        self._images.clear()
-        self._pixels.clear()
-        self.readings.clear()
+        kept = (self._examples, self._prompts, self._images, self._pixels, self.readings)
+        for found in kept:
+            found.clear()
 
     @cached_property
     def _patch_cost(self) -> float:
         """Cost of an image's patch, in text tokens."""
         return patch_cost(read_hf_config(self.processor.model_dir))
-
-    def _read_prompt(self, index: int) -> Prompt:
-        example, limit = self.example(index), self._config.data.max_prompt_tokens
-        recipe, style = self._config.reward.recipe, self._config.data.prompt_style
-        messages = pass1_messages(example, recipe, style)
-        prompt = self.processor.encode_prompt(example, self.reader.images(index), messages)
-        if len(prompt.token_ids) > limit:
-            raise DataError(
-                f"{example.shard} sample {example.key}: prompt of {len(prompt.token_ids)} tokens, "
-                f"at most {limit}; raise data.max_prompt_tokens or lower data.max_pixels "
-                "(and data.min_pixels, to which images are enlarged)"
-            )
-        return prompt
 
 
 def description_tokens(pieces: Sequence[str]) -> tuple[int, int]:

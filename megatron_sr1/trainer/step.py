@@ -47,11 +47,8 @@ def sample_logprobs(
 ) -> list[np.ndarray]:
     """Return the logprobs of every sample's targets under the actor's weights, without gradients.
 
-    Args:
-        actor: all ranks of a replica call this with the same batches.
-        samples: the samples in `batches`.
-        batches: all of `samples`, packed.
-        temperature: divides the logits.
+    `batches` are all of `samples`, packed, the same on all ranks of a replica; `temperature`
+    divides the logits.
 
     Returns:
         per sample [tokens] float32; entry t is the logprob of token t, 0 if it is no target.
@@ -76,9 +73,9 @@ def update(
     """Train on one batch: forward, backward, gradient reduction and clipping, optimizer step.
 
     Args:
-        actor: with its optimizer.
+        actor: the model and its optimizer.
         batches: this data-parallel rank's micro-batches; their number may differ between ranks.
-        loss: summed loss of a micro-batch.
+        loss: called with each.
         temperature: divides the logits.
 
     Returns:
