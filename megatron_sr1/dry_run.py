@@ -160,10 +160,9 @@ def _steps(config: Config) -> str:
     steps, data = config.optimizer.num_steps, config.data
     if config.stage == "sft":
         return f"{steps} updates of {data.prompts_per_step} sequences"
-    updates = data.prompts_per_step // config.algorithm.prompts_per_update
     return (
         f"{steps} of {data.prompts_per_step} prompts x {config.rollout.samples_per_prompt} "
-        f"responses, {updates} updates each"
+        f"responses, {config.updates_per_step} updates each"
     )
 
 

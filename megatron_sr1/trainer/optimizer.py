@@ -88,20 +88,13 @@ def make_scheduler(chosen: OptimizerConfig, optimizer: Any, num_updates: int) ->
     )
 
 
-def updates_per_step(config: Config) -> int:
-    """Return the optimizer updates per step; with `algorithm.filter_groups`, the most."""
-    if config.stage == "sft":
-        return 1
-    return config.data.prompts_per_step // config.algorithm.prompts_per_update
-
-
 def schedule_facts(config: Config, optimizer: Any, scheduler: Any, step: int) -> dict[str, Any]:
     """Describe the schedule after `step` steps, for a checkpoint.
 
     Returns:
         the settings of the schedule by name, and the next and the last learning rate.
     """
-    chosen, per_step = config.optimizer, updates_per_step(config)
+    chosen, per_step = config.optimizer, config.updates_per_step
     names = ("num_steps", "learning_rate", "min_learning_rate", "warmup_steps", "schedule")
     here = scheduler.num_steps
     end = here + (chosen.num_steps - step) * per_step

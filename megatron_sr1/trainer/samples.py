@@ -6,10 +6,11 @@ keeps what it has read until `forget`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -30,6 +31,8 @@ from megatron_sr1.runtime.groups import Group, Groups
 
 if TYPE_CHECKING:
     from PIL import Image
+
+T = TypeVar("T")
 
 
 def make_processor(config: Config) -> Processor:
@@ -159,9 +162,22 @@ class Samples:
         limit = self._config.data.max_prompt_tokens
         return self.processor.encode_conversation(example, images, limit)
 
-    def own_part(self, sizes: Sequence[Size], data: Group) -> list[int]:
-        """Return which of all samples of an update this rank trains on, balanced by cost."""
-        return plan_ranks(sizes, data.size, self._patch_cost)[data.rank]
+    def own_part(
+        self,
+        update: Sequence[T],
+        size: Callable[[T], Size],
+        sample: Callable[[T], TrainSample],
+        data: Group,
+    ) -> list[TrainSample]:
+        """Return the samples of an update that this data-parallel rank trains on, balanced by cost.
+
+        If it has none, one without targets is returned, so that all ranks take part.
+        """
+        own = plan_ranks([size(item) for item in update], data.size, self._patch_cost)[data.rank]
+        if own:
+            return [sample(update[place]) for place in own]
+        spare = sample(update[0])
+        return [replace(spare, loss_mask=np.zeros_like(spare.loss_mask))]
 
     def pack(self, chosen: Sequence[TrainSample], groups: Groups) -> list[PackedBatch]:
         """Pack this rank's samples into micro-batches within the token budget."""
