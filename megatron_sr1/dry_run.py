@@ -61,8 +61,8 @@ def _model(config: Config, hf_config: HFConfig | None) -> str:
     path = config.model.path
     if hf_config is None:
         return f"{path}: does not exist, not checked"
-    kind = "huggingface" if (Path(path) / "config.json").is_file() else "megatron"
-    kind = kind if has_weights(path) else "config.json alone"
+    kind = "huggingface" if has_weights(path) else "config.json alone"
+    kind = kind if (Path(path) / "config.json").is_file() else "megatron"
     return (
         f"{path} ({kind}), {num_parameters(hf_config):,} parameters, "
         f"{hf_config.text.num_layers} text layers, "
@@ -207,9 +207,8 @@ def model_shape(path: str) -> HFConfig | None:
     """
     if not Path(path).exists():
         return None
-    if (Path(path) / "config.json").is_file():
-        return read_hf_config(path)
-    return read_hf_config(resolve_model(path).hf_files)
+    has_shape = (Path(path) / "config.json").is_file()
+    return read_hf_config(path if has_shape else resolve_model(path).hf_files)
 
 
 def check_output(config: Config) -> None:

@@ -141,11 +141,9 @@ class Context:
         return found
 
     def count_ungraded(self, newly: Mapping[int, str], num_prompts: int) -> float:
-        """Add up prompts of a step that the grader left out, and warn if there are many.
+        """Add up prompts that the grader left out, and return their share of a step's prompts.
 
-        Args:
-            newly: index of each prompt -> the limit that it met; equal on all ranks.
-            num_prompts: all prompts of the step, of which the share is returned.
+        `newly` holds the limit that each prompt met, by its index, equal on all ranks.
 
         Raises:
             GradingError: the share is more than `reward.max_ungraded_share`; all ranks raise.

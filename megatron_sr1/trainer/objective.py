@@ -97,12 +97,8 @@ def grpo_loss(
     """Return the policy loss plus KL of a micro-batch, as configured.
 
     It reports `mismatch/…` over all sampled tokens, everything else over those in the loss, which
-    `mask_beyond_nats` makes fewer.
-
-    Args:
-        algorithm: kind of loss, clips, corrections.
-        mismatch_bound: largest |engine - actor| logprob of a token, nats; 0 turns the check off.
-        max_response_tokens: constant length of `loss: dr_grpo`.
+    `mask_beyond_nats` makes fewer. `mismatch_bound` is the largest |engine - actor| logprob of a
+    token, nats, or 0 for any; `max_response_tokens` the constant length of `loss: dr_grpo`.
     """
 
     def loss(

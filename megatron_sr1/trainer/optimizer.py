@@ -89,11 +89,7 @@ def make_scheduler(chosen: OptimizerConfig, optimizer: Any, num_updates: int) ->
 
 
 def schedule_facts(config: Config, optimizer: Any, scheduler: Any, step: int) -> dict[str, Any]:
-    """Describe the schedule after `step` steps, for a checkpoint.
-
-    Returns:
-        the settings of the schedule by name, and the next and the last learning rate.
-    """
+    """Describe the schedule after `step` steps, for a checkpoint: settings and `RATES` by name."""
     chosen, per_step = config.optimizer, config.updates_per_step
     names = ("num_steps", "learning_rate", "min_learning_rate", "warmup_steps", "schedule")
     here = scheduler.num_steps
@@ -112,14 +108,10 @@ def schedule_facts(config: Config, optimizer: Any, scheduler: Any, step: int) ->
 
 
 def schedule_change(saved: Any, now: dict[str, Any]) -> str:
-    """Describe how the schedule of a checkpoint differs from that of this run.
+    """Describe how a checkpoint's `schedule_facts` differ from those of this run at the same step.
 
-    Args:
-        saved: `schedule_facts` of the checkpoint; None if it is older than they are.
-        now: those of this run at the same step.
-
-    Returns:
-        each difference as `name old -> new`; empty if no setting differs.
+    The description is `name old -> new, …`, empty if no setting differs or, in a checkpoint older
+    than these facts, nothing was `saved`.
     """
     known = saved if isinstance(saved, dict) else {}
     differ = [name for name, value in now.items() if name in known and known[name] != value]
