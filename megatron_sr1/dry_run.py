@@ -39,8 +39,9 @@ def dry_run(config: Config) -> str:
         lines += [f"train data  {_data(config.data.train)}", f"layout      {_layout(config)}"]
         parameters = memory = "unknown without the model"
         if hf_config is not None:
-            layout = configured(config, _num_ranks(config))
-            parameters = _parameters(config, hf_config, layout)
+            num_ranks = config.launch.num_processes or config.parallel.replica_size
+            layout = configured(config, num_ranks)
+            parameters = _parameters(config, hf_config, layout, num_ranks)
             memory = _memory(config, hf_config, layout)
         lines += [f"parameters  {parameters}", f"memory      {memory}"]
         lines += [f"steps       {_steps(config)}"]
@@ -94,25 +95,21 @@ def _layout(config: Config) -> str:
     return f"{text} x data {ranks // size} = {ranks} ranks"
 
 
-def _num_ranks(config: Config) -> int:
-    """Return the configured number of ranks, by default that of one replica."""
-    return config.launch.num_processes or config.parallel.replica_size
-
-
-def _parameters(config: Config, hf_config: HFConfig, layout: Layout | None) -> str:
+def _parameters(config: Config, hf_config: HFConfig, layout: Layout | None, num_ranks: int) -> str:
     """Describe the parameters of a rank at each end of the pipeline."""
     if not has_weights(config.model.path) and layout is not None:
         ranks = (0, layout.pipeline - 1)
         parts = [[stage_parameters(hf_config, layout, s) for s in layout.stages(r)] for r in ranks]
         first, last = (sum(p.numel for stage in part for p in stage) for part in parts)
     else:
-        first, last = (_built_parameters(config, hf_config, r) for r in (0, _num_ranks(config) - 1))
+        ends = (0, num_ranks - 1)
+        first, last = (_built_parameters(config, hf_config, rank, num_ranks) for rank in ends)
     if config.parallel.pipeline == 1:
         return f"{first:,} on each rank"
     return f"{first:,} on a rank of the first stage, {last:,} of the last"
 
 
-def _built_parameters(config: Config, hf_config: HFConfig, rank: int) -> int:
+def _built_parameters(config: Config, hf_config: HFConfig, rank: int, num_ranks: int) -> int:
     """Count a rank's parameters by building Megatron's classes, without memory.
 
     They are built on torch's meta device, in a world whose other ranks do not exist (torch's
@@ -128,7 +125,6 @@ def _built_parameters(config: Config, hf_config: HFConfig, rank: int) -> int:
         from megatron_sr1.runtime.device import stop_distributed
         from megatron_sr1.runtime.groups import make_groups
 
-        num_ranks = _num_ranks(config)
         torch.distributed.init_process_group(
             "fake", store=FakeStore(), rank=rank, world_size=num_ranks
         )

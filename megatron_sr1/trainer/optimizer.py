@@ -21,6 +21,7 @@ together, so an update below 2^-18 of its weight is lost; the moments have 8.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -145,28 +146,26 @@ class ShardAdamW:
         self.dtype = dtype
         self._offload = offload
         self._update: Callable[..., None] = _kahan if dtype == torch.bfloat16 else _plain
-        self.state: dict[torch.Tensor, Tensors] = {}
+        self.state = {shard: self._initial(shard) for g in param_groups for shard in g["params"]}
         for group in param_groups:
             group["step"] = 0
-            for shard in group["params"]:
-                self.state[shard] = self._initial(shard)
 
     def _initial(self, shard: torch.Tensor) -> Tensors:
         weights = shard.detach()
+        assert self.dtype == torch.float32 or weights.dtype == torch.bfloat16
+        zeros = partial(
+            torch.zeros,
+            weights.shape,
+            dtype=self.dtype,
+            device="cpu" if self._offload else weights.device,
+            pin_memory=self._offload and weights.is_cuda,
+        )
+        master = weights
         if self.dtype == torch.bfloat16:
-            assert weights.dtype == torch.bfloat16
-            master = self._empty(weights).zero_()
-        elif weights.dtype == torch.float32:
-            master = weights
-        else:
-            master = self._empty(weights).copy_(weights)
-        moments = {name: self._empty(weights).zero_() for name in ("exp_avg", "exp_avg_sq")}
-        return {"master_param": master, **moments}
-
-    def _empty(self, like: torch.Tensor) -> torch.Tensor:
-        device = torch.device("cpu") if self._offload else like.device
-        pinned = self._offload and like.is_cuda
-        return torch.empty(like.shape, dtype=self.dtype, device=device, pin_memory=pinned)
+            master = zeros()
+        elif weights.dtype != torch.float32:
+            master = zeros().copy_(weights)
+        return {"master_param": master, "exp_avg": zeros(), "exp_avg_sq": zeros()}
 
     @torch.no_grad()
     def step(self) -> None:
