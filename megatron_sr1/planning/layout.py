@@ -13,8 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from megatron_sr1.config.model import ParallelConfig
-from megatron_sr1.config.run import Config
+from megatron_sr1.config.run import Config, ParallelConfig
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.model.hf_config import HFConfig, check_layout
 from megatron_sr1.runtime.gpus import GPUS_PER_NODE

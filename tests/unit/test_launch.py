@@ -127,6 +127,15 @@ def test_sigterm_reaches_the_ranks():
     assert process.wait(timeout=30) == 128 + signal.SIGTERM
 
 
+def test_ranks_that_save_on_sigterm_are_not_killed_after_30_seconds(capfd, monkeypatch):
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
+    rank = "import os; print(os.environ.get('TORCH_ELASTIC_SHUTDOWN_TIMEOUT'))"
+    monkeypatch.setattr(torchrun, "build_command", lambda *_: [sys.executable, "-c", rank])
+    for saves, expected in ((True, torchrun.SHUTDOWN_SECONDS), (False, "None")):
+        torchrun.run([], LaunchConfig(threads=1, save_on_sigterm=saves), 1)
+        assert capfd.readouterr().out.strip() == expected
+
+
 @pytest.mark.field
 def test_a_rank_that_is_killed_before_it_reports_is_named(tmp_path):
     program = tmp_path / "rank.py"
