@@ -215,7 +215,7 @@ def _members(file: BinaryIO, tar: Path) -> Iterator[tuple[str, Span]]:
         if kind in _REGULAR:
             if data + size > total:
                 short = f"{max(0, total - data)} of {size} bytes; the shard is truncated"
-                raise DataError(f"{tar} sample {printable(_sample_key(name)[0])}: {short}")
+                raise DataError(f"{tar} sample {printable(_sample_key(name)[0], 400)}: {short}")
             yield name, (data, size)
         elif kind != _FOLDER:
             what = _REJECTED.get(kind, f"of type {kind!r}")

@@ -124,7 +124,7 @@ def _parquet(path: Path) -> Any:
     try:
         return pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable as parquet: {printable(str(error))[:200]}") from None
+        raise DataError(f"{path}: not readable as parquet: {printable(error)}") from None
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -134,8 +134,8 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
         try:
             batch = next(batches, None)
         except Exception as error:  # errors of pyarrow and of the codecs that it uses
-            reason = printable(str(error))[:200]
-            raise DataError(f"{path}: row {number} or a later one is damaged: {reason}") from None
+            reason = f"row {number} or a later one is damaged: {printable(error)}"
+            raise DataError(f"{path}: {reason}") from None
         if batch is None:
             return
         for place in range(batch.num_rows):
@@ -143,7 +143,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
             try:
                 yield where, batch.slice(place, 1).to_pylist()[0]
             except Exception as error:  # text that is not UTF-8, dates out of range, extensions
-                yield where, DataError(f"{where}: not readable: {printable(str(error))[:200]}")
+                yield where, DataError(f"{where}: not readable: {printable(error)}")
             number += 1
 
 
