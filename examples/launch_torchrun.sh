@@ -14,6 +14,8 @@ fi
 
 # Slurm's warning signal reaches every process of a job; it is for the ranks and would kill torchrun.
 trap '' USR1
+# For launch.save_on_sigterm: torchrun kills ranks 30 seconds after SIGTERM by default.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-604800}"
 
 exec "${PYTHON:-python}" -m torch.distributed.run \
     --nnodes "${NUM_NODES:-1}" \

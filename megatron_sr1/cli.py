@@ -10,8 +10,8 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from megatron_sr1.runtime.logs import configure_logging, silence_native_warnings
 
 if TYPE_CHECKING:
     from megatron_sr1.config.run import Config
+    from megatron_sr1.runtime.groups import Groups
 
 VERSION = "0.1.0"
 """The same as in setup.py."""
@@ -143,22 +144,29 @@ def run_command(arguments: argparse.Namespace) -> int:
         config = load_config(arguments.config, overrides)
     if config.launch.device == "cpu":  # before torch is imported, here and in the ranks
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    if is_rank:
-        return rank_main(config)
-    silence_native_warnings(config.logging.level)
-    if arguments.dry_run:
-        return dry_run_command(config)
-    num_ranks = check_start(config)
+    started, num_ranks = time.time(), 1
+    if not is_rank:
+        silence_native_warnings(config.logging.level)
+        if arguments.dry_run:
+            return dry_run_command(config)
+        num_ranks = check_start(config)
     try:
-        if num_ranks == 1:
+        if num_ranks > 1:
+            own = ["train", str(arguments.config), *overrides]
+            status = torchrun.run(own, config.launch, num_ranks)
+            return _with_cause(status, Path(config.output), started)
+        if not is_rank:
             os.environ.update(torchrun.rank_environment(config.launch, num_ranks))
-            return rank_main(config)
-        started, own = time.time(), ["train", str(arguments.config), *overrides]
-        status = torchrun.run(own, config.launch, num_ranks)
+        with one_rank(config) as (stage, groups):
+            stage(config, groups)
     except KeyboardInterrupt:
+        if is_rank:
+            raise
         print(f"\nmegatron-sr1: interrupted; {how_to_continue(config)}", file=sys.stderr)
         return 130
-    return _with_cause(status, Path(config.output), started)
+    # 0 after a request to stop, too: otherwise srun and torchrun would kill the ranks that are
+    # still closing.
+    return 0
 
 
 def check_start(config: Config) -> int:
@@ -209,8 +217,9 @@ def warn(*texts: str) -> None:
         print(f"megatron-sr1: warning: {text}", file=sys.stderr)
 
 
-def rank_main(config: Config) -> int:
-    """Run one rank; its failure stops the others."""
+@contextmanager
+def one_rank(config: Config) -> Iterator[tuple[Callable[[Config, Groups], None], Groups]]:
+    """Join this rank with the others, and yield its stage; a failure of the block stops them."""
     from megatron_sr1.launch import torchrun
     from megatron_sr1.runtime import signals
     from megatron_sr1.runtime.failure import guard
@@ -223,10 +232,7 @@ def rank_main(config: Config) -> int:
         from megatron_sr1.stages import STAGES, joined_ranks
 
         with joined_ranks(config) as groups:
-            STAGES[config.stage](config, groups)
-    # 0 after a request to stop, too: otherwise srun and torchrun would kill the ranks that are
-    # still closing.
-    return 0
+            yield STAGES[config.stage], groups
 
 
 def _with_cause(status: int, run_dir: Path, started: float) -> int:
@@ -279,12 +285,13 @@ def print_results(output: Path) -> None:
     from rich.console import Console
 
     from megatron_sr1.demo import demo
+    from megatron_sr1.report.report import write_report
 
     Console().print(demo.comparison(demo.finish(output)))
     paths = {"model.path": "cold_start/hf", "data.train": "data/train", "data.eval": "data/eval"}
     moved = "" if output == DEMO_OUTPUT else "".join(f" {k}={output / v}" for k, v in paths.items())
     print(
-        f"Report, with curves and samples: {_write_report(output)}\n"
+        f"Report, with curves and samples: {write_report(output)}\n"
         "Next, train from the same cold start with settings of your own (docs/configuration.md):\n"
         "    megatron-sr1 train examples/digits_cpu.yaml optimizer.num_steps=5 "
         f"algorithm.credit=span{moved}\n"
@@ -310,26 +317,10 @@ def plan_command(arguments: argparse.Namespace) -> int:
 
 def report_command(arguments: argparse.Namespace) -> int:
     """Run `report`."""
-    print(_write_report(arguments.run_dir))
+    from megatron_sr1.report.report import write_report
+
+    print(write_report(arguments.run_dir))
     return 0
-
-
-def _write_report(run_dir: Path) -> Path:
-    """Write a run's report, with images if its shards still exist; return the page's path."""
-    from megatron_sr1.report.report import is_run, shards_of, write_report
-
-    if not is_run(run_dir):
-        raise ConfigError(
-            f"{run_dir}: no such run; expected a directory with config.json and metrics.jsonl or "
-            "eval/, or the demo's"
-        )
-    shards = shards_of(run_dir)
-    images = None
-    if shards is not None and any(shards.glob("*.tar")):
-        from megatron_sr1.data.shards import ShardReader
-
-        images = ShardReader(shards).images
-    return write_report(run_dir, images)
 
 
 def doctor_command(arguments: argparse.Namespace) -> int:

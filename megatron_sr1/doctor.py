@@ -44,6 +44,11 @@ class Finding:
     advice: str = ""
 
 
+def judged(is_good: bool, name: str, found: str, advice: str, bad: str = "fail") -> Finding:
+    """Return a finding that is ok without advice, or `bad` with it."""
+    return Finding("ok", name, found) if is_good else Finding(bad, name, found, advice)
+
+
 def examine() -> tuple[str, bool]:
     """Check everything; return the report, and True if training could run."""
     sections = {
@@ -94,8 +99,7 @@ def _core_requirements(distribution: str) -> list[Requirement]:
 
 def _packages() -> Iterator[Finding]:
     fits = sys.version_info >= (3, 11)
-    advice = "" if fits else "use 3.11 or newer"
-    yield Finding("ok" if fits else "fail", "python", platform.python_version(), advice)
+    yield judged(fits, "python", platform.python_version(), "use 3.11 or newer")
     requirements = needed()
     if not requirements:
         unknown = "not installed: its requirements are unknown"
@@ -176,8 +180,8 @@ def _torch_pin(engine: str) -> Iterator[Finding]:
     pins = [str(r.specifier) for r in _core_requirements(engine) if r.name == "torch"]
     for pin in (text.split("+")[0] for text in pins[:1]):
         fits = SpecifierSet(pin).contains(installed)
-        advice = "" if fits else f"{engine} is built against torch{pin}: install that torch"
-        yield Finding("ok" if fits else "fail", "torch of the engine", f"torch{pin}", advice)
+        advice = f"{engine} is built against torch{pin}: install that torch"
+        yield judged(fits, "torch of the engine", f"torch{pin}", advice)
 
 
 def _kernels() -> Iterator[Finding]:

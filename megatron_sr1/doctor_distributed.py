@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_sr1.doctor import GIB, Finding, needed, report, version
+from megatron_sr1.doctor import GIB, Finding, judged, needed, report, version
 from megatron_sr1.runtime.device import select_device, start_distributed
 from megatron_sr1.runtime.groups import gather_objects
 
@@ -82,8 +82,7 @@ def _ranks(device: torch.device) -> Iterator[Finding]:
     hosts = _ranks_by_value(socket.gethostname())
     found = f"{dist.get_world_size()} on {len(hosts)} machine{'s' if len(hosts) > 1 else ''}"
     is_even = len({len(ranks) for ranks in hosts.values()}) == 1
-    advice = "" if is_even else "machines have different numbers of ranks"
-    yield Finding("ok" if is_even else "warn", "ranks", found, advice)
+    yield judged(is_even, "ranks", found, "machines have different numbers of ranks", "warn")
     name = torch.cuda.get_device_name(device.index) if device.type == "cuda" else "cpu"
     yield _agreed("device", name, "use machines with the same GPUs")
 
@@ -140,18 +139,16 @@ def _clock() -> Finding:
     furthest = max(gaps, key=lambda gap: abs(statistics.median(gap)))
     offset, error = statistics.median(furthest), (max(furthest) - min(furthest)) / 2
     found = f"{offset * 1e3:+.2f} ms at most, ± {error * 1e3:.2f} (half of the measured range)"
-    if abs(offset) - error > LARGEST_SKEW_SECONDS:
-        return Finding("warn", "clocks", found, "synchronize the machines' clocks (chrony, ntpd)")
-    return Finding("ok", "clocks", found)
+    is_close = abs(offset) - error <= LARGEST_SKEW_SECONDS
+    advice = "synchronize the machines' clocks (chrony, ntpd)"
+    return judged(is_close, "clocks", found, advice, "warn")
 
 
 def _shared_memory() -> Finding:
     free = min(gather_objects(shutil.disk_usage("/dev/shm").free))
     found = f"{free / GIB:.1f} GiB free in /dev/shm on the machine with least"
-    if free < SMALLEST_SHM_BYTES:
-        advice = "start containers with --shm-size=16g or --ipc=host"
-        return Finding("warn", "shared memory", found, advice)
-    return Finding("ok", "shared memory", found)
+    advice = "start containers with --shm-size=16g or --ipc=host"
+    return judged(free >= SMALLEST_SHM_BYTES, "shared memory", found, advice, "warn")
 
 
 def _files(run_dir: Path) -> Iterator[Finding]:
@@ -169,15 +166,13 @@ def _files(run_dir: Path) -> Iterator[Finding]:
         return
     unseen = enumerate(gather_objects(_unseen(folder, size)))
     problems = [f"rank {r} does not see files of {_shown(some)}" for r, some in unseen if some]
-    if problems:
-        advice = "use a directory on a file system that all machines share"
-        yield Finding("fail", name, "; ".join(problems), advice)
-    else:
+    found, advice = f"{run_dir}, seen by all ranks", "use a directory that all machines share"
+    yield judged(not problems, name, "; ".join(problems) or found, advice)
+    if not problems:
         started = time.perf_counter()
         (folder / str((rank + 1) % size)).read_bytes()
         seconds = gather_objects((write_seconds, time.perf_counter() - started))
         write, read = (FILE_BYTES / MIB / max(each) for each in zip(*seconds, strict=True))
-        yield Finding("ok", name, f"{run_dir}, seen by all ranks")
         found = f"{write:.0f} MiB/s written and synced, {read:.0f} read (from cache on one machine)"
         yield Finding("ok", "slowest rank", found)
     dist.barrier()

@@ -2,8 +2,7 @@
 
     shards -> Example -> Prompt -> Rollout -> Reward -> TrainSample -> PackedBatch -> loss
 
-Images are never sent between ranks: code that needs the pixels of a sample reads them from its
-shard, by the sample's index.
+Images are never sent between ranks: their pixels are read from the shard, by the sample's index.
 """
 
 from __future__ import annotations
@@ -122,10 +121,8 @@ class Rollout:
     """One sampled response, and what the second pass answered from its description alone.
 
     Attributes:
-        index: of the example.
         sample: index of this response among those of its prompt.
         prompt_token_ids: as `Prompt.token_ids`.
-        completion: pass 1.
         description: text of the description span; None if the recipe has none or it is not closed.
         reading: pass 2, from description and question without the image; None if it did not run.
         weight_version: number of the weight sync that the engine sampled with.
@@ -159,8 +156,6 @@ class Reward:
             (a text-only sample, a recipe without it), 0 if the description is missing.
         leak: True if the description states the answer as a conclusion.
         total: the recipe's weighted sum.
-        answer: of pass 1.
-        reading_answer: the first of pass 2.
         uncomparable: exception that a library raised on an answer, which then counts as wrong.
     """
 
@@ -182,7 +177,6 @@ class TrainSample:
         index: of the example, from which its images are read; -1 for one without images.
         token_ids: [tokens] int64, prompt and response, with runs of image-pad ids.
         loss_mask: [tokens] bool, True where the token is a target. Never True at token 0.
-        image_grid_thw: per image (t, h, w) in patches.
         advantages: [tokens] float32 or None (supervised).
         old_logprobs: [tokens] float32, the actor's before this batch's updates, or None.
         engine_logprobs: [tokens] float32, as sampled, or None.

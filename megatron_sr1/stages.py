@@ -18,6 +18,7 @@ from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.runtime import failure
 from megatron_sr1.runtime.device import select_device, start_distributed, stop_distributed
+from megatron_sr1.runtime.files import write_text
 from megatron_sr1.runtime.groups import Groups, make_groups
 from megatron_sr1.runtime.rng import seed_everything
 from megatron_sr1.trainer.actor import Actor, Reference, load_actor_model, make_actor
@@ -79,7 +80,7 @@ def run_sft(config: Config, groups: Groups) -> None:
     if context.is_leaving:
         return context.close()
     export(context, actor)
-    finish(context, samples)
+    finish(context)
 
 
 def run_grpo(config: Config, groups: Groups) -> None:
@@ -102,7 +103,7 @@ def run_grpo(config: Config, groups: Groups) -> None:
         if held_out is not None:
             sync(context, actor, engine)
             judge(context, held_out)
-    finish(context, samples)
+    finish(context)
 
 
 def run_eval(config: Config, groups: Groups) -> None:
@@ -168,7 +169,7 @@ def judge(context: Context, held_out: HeldOut) -> None:
         summary[way] = held_out.judge(way, temperature)
         log.info("held-out, %s: %s", way, summary[way])
     if context.is_writer:
-        (context.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        write_text(context.run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
 def export(context: Context, actor: Actor) -> None:
@@ -178,14 +179,14 @@ def export(context: Context, actor: Actor) -> None:
             actor.save_hf(context.run_dir / "hf")
 
 
-def finish(context: Context, samples: Samples) -> None:
-    """Close the sinks and write the report, with images of the training set."""
+def finish(context: Context) -> None:
+    """Close the sinks and write the report."""
     context.close()
     if context.is_writer:
         from megatron_sr1.report.report import write_report
 
         with context.phase("report"):
-            log.info("report: %s", write_report(context.run_dir, samples.reader.images))
+            log.info("report: %s", write_report(context.run_dir))
 
 
 STAGES: dict[str, Callable[[Config, Groups], None]] = {

@@ -66,7 +66,7 @@ def qwen_tokenizer():
 @pytest.fixture(scope="module")
 def groups():
     """Groups of a world of one, in this process."""
-    from megatron_sr1.config.model import ParallelConfig
+    from megatron_sr1.config.run import ParallelConfig
     from megatron_sr1.runtime.device import select_device, start_distributed
     from megatron_sr1.runtime.groups import destroy_groups, make_groups
 

@@ -10,6 +10,7 @@ Without a finished demo in --demo, it runs one (minutes).
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -124,14 +125,11 @@ def measure(name: str, models: dict[str, Path], demo: Path, trl: list[str]) -> d
 def gpu_seconds() -> dict[str, Gpu]:
     """Time a step's rollouts on the modelled GPU: variant -> seconds, means over the seeds."""
     replicas = {model: whole_gpu(read_published(model)) for model in MODELS}
-    simulated: dict[tuple[DeclaredWorkload, int], dict[str, list[list[EngineStep]]]] = {}
     found: dict[str, Gpu] = {}
     for name, (workload, changes) in VARIANTS.items():
         found[name] = {model: {} for model in MODELS}
         for num in SEQUENCES:
-            if (workload, num) not in simulated:
-                simulated[workload, num] = _simulated(workload, num)
-            runs = simulated[workload, num]
+            runs = _simulated(workload, num)
             for model, plain in replicas.items():
                 replica = replace(plain, **changes)
                 _check_memory(runs, replica)
@@ -142,6 +140,7 @@ def gpu_seconds() -> dict[str, Gpu]:
     return found
 
 
+@functools.cache  # variants of the replica share a workload
 def _simulated(workload: DeclaredWorkload, num: int) -> dict[str, list[list[EngineStep]]]:
     limits = Limits(2 * num, STEP_TOKENS, BLOCK_TOKENS, chunked=True)
     drawn = [workload.draw(num, seed) for seed in SEEDS]
@@ -163,11 +162,7 @@ def share(seconds: dict[str, float]) -> float:
 def gpu_tables(gpu: dict[str, Gpu]) -> str:
     """Show the declared workload in seconds, and the shares of all variants."""
     rows = [
-        [
-            f"{model.upper()}, {num}",
-            *(f"{seconds[s]:.2f}" for s in SCHEDULES),
-            f"{share(seconds):.2f}",
-        ]
+        [f"{model.upper()}, {num}", *(f"{t:.2f}" for t in (*seconds.values(), share(seconds)))]
         for model, by_num in gpu["declared"].items()
         for num, seconds in by_num.items()
     ]
@@ -198,27 +193,22 @@ def model_tables(name: str, found: dict[str, Any]) -> str:
     parts = [f"### {name}: one / barrier / forked\n", table([*head, "simulated = recorded"], rows)]
     parts.append(table(["seed", "response", "description", "reading", "read"], _lengths(seeds)))
     ratios = sorted(forked_over_barrier(seeds))
-    parts.append(
-        f"seconds, forked / barrier, of neighbouring runs: median {statistics.median(ratios):.2f}, "
-        f"from {ratios[0]:.2f} to {ratios[-1]:.2f}\n"
-    )
-    sync = found["engine"]["sync"]
-    parts.append(
-        f"sync: {sync['bytes']:,} bytes in {sync['seconds']:.4f} s, a plain copy of them in "
-        f"{sync['memcpy_seconds']:.4f} s; {sync['extra_bytes_peak']:,} bytes beside the weights at "
-        f"most, the engine's largest layer has {sync['largest_layer_bytes']:,}\n"
-    )
-    step = found["step"]
+    sync, step = found["engine"]["sync"], found["step"]
     medians, phases = step["median_step_seconds"], step["median_phase_seconds"]
     by_phase = ", ".join(
         f"{key.removeprefix('time/').removesuffix('_seconds')} {value:.2f}"
         for key, value in sorted(phases.items(), key=lambda item: -item[1])
     )
-    parts.append(
+    parts += [
+        f"seconds, forked / barrier, of neighbouring runs: median {statistics.median(ratios):.2f}, "
+        f"from {ratios[0]:.2f} to {ratios[-1]:.2f}\n",
+        f"sync: {sync['bytes']:,} bytes in {sync['seconds']:.4f} s, a plain copy of them in "
+        f"{sync['memcpy_seconds']:.4f} s; {sync['extra_bytes_peak']:,} bytes beside the weights at "
+        f"most, the engine's largest layer has {sync['largest_layer_bytes']:,}\n",
         f"a GRPO step: ours (two passes) {medians['ours']:.2f} s, TRL (one pass) "
         f"{medians['trl']:.2f} s, ratio {step['ratio']:.2f}, by round "
-        f"{', '.join(f'{r:.2f}' for r in step['ratio_by_round'])}; by phase: {by_phase}\n"
-    )
+        f"{', '.join(f'{r:.2f}' for r in step['ratio_by_round'])}; by phase: {by_phase}\n",
+    ]
     return "\n".join(parts)
 
 
@@ -235,15 +225,12 @@ def _lengths(seeds: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 def verdicts(models: dict[str, dict[str, Any]], gpu: Gpu) -> dict[str, bool]:
     """Check the limits: the demo's schedules by seed, the modelled GPU, syncs and a step."""
-    checked = {}
-    demo = models["demo"]
+    checked, demo = {}, models["demo"]
     seeds = demo["engine"]["schedules"]["seeds"]
     for seed in seeds:
         steps = {s: seed[s]["engine_steps"] for s in SCHEDULES}
-        counts = " / ".join(map(str, steps.values()))
-        checked[f"seed {seed['seed']}: {counts} engine steps, 0.4 of the extra"] = (
-            share(steps) <= 0.4
-        )
+        claim = f"seed {seed['seed']}: {' / '.join(map(str, steps.values()))} engine steps"
+        checked[f"{claim}, 0.4 of the extra"] = share(steps) <= 0.4
     for model, by_num in gpu.items():
         for num in SEQUENCES[:3]:
             part = share(by_num[str(num)])
@@ -262,12 +249,8 @@ def verdicts(models: dict[str, dict[str, Any]], gpu: Gpu) -> dict[str, bool]:
 
 def forked_over_barrier(seeds: Sequence[dict[str, Any]]) -> list[float]:
     """Return the ratios of the seconds of neighbouring runs, of all seeds."""
-    pairs = [
-        pair
-        for seed in seeds
-        for pair in zip(seed["forked"]["all_seconds"], seed["barrier"]["all_seconds"], strict=True)
-    ]
-    return [forked / barrier for forked, barrier in pairs]
+    runs = [[seed[s]["all_seconds"] for s in ("forked", "barrier")] for seed in seeds]
+    return [forked / barrier for both in runs for forked, barrier in zip(*both, strict=True)]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -284,16 +267,13 @@ def summary(found: dict[str, Any], gpu: dict[str, Any]) -> dict[str, Any]:
     def mean(key: str) -> dict[str, float]:
         return {name: statistics.mean(seed[name][key] for seed in seeds) for name in SCHEDULES}
 
+    kept = ("bytes", "seconds", "memcpy_seconds", "extra_bytes_peak")
     return {
         "engine_steps": mean("engine_steps"),
         "seconds": mean("seconds"),
         "roofline": gpu,
-        "step_seconds": {
-            side: found["step"]["median_step_seconds"][side] for side in ("ours", "trl")
-        },
-        "sync": {
-            key: sync[key] for key in ("bytes", "seconds", "memcpy_seconds", "extra_bytes_peak")
-        },
+        "step_seconds": found["step"]["median_step_seconds"],
+        "sync": {key: sync[key] for key in kept},
     }
 
 

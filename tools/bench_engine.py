@@ -70,12 +70,10 @@ class Bench:
         """Yield the actor's tensors, each made when it is requested."""
         return export_weights(self.chunks, self.hf_config, self.groups)
 
-    def sync(self) -> float:
-        """Stream the actor's weights into the engine; return the seconds."""
-        started = time.perf_counter()
+    def sync(self) -> None:
+        """Stream the actor's weights into the engine."""
         self.num_syncs += 1
         self.engine.sync(self.weights(), self.num_syncs)
-        return time.perf_counter() - started
 
     def roll(self, schedule: str, seed: int) -> dict[str, Any]:
         """Roll out one step under a schedule: rollouts, statistics, recorded steps, prompts."""
@@ -149,8 +147,8 @@ def lengths(jobs: Sequence[Job]) -> dict[str, Any]:
 
     def quantiles(values: list[int]) -> dict[str, float]:
         cuts = statistics.quantiles(values, n=100, method="inclusive")
-        named = {"mean": statistics.mean(values), "p50": cuts[49], "p99": cuts[98]}
-        return {**named, "max": max(values)}
+        mean = statistics.mean(values)
+        return {"mean": mean, "p50": cuts[49], "p99": cuts[98], "max": max(values)}
 
     read = {job.reading: job for job in jobs if job.description_tokens}
     return {
@@ -170,7 +168,7 @@ def measure_sync(bench: Bench, times: int = 10) -> dict[str, float]:
     import torch
 
     bench.sync()
-    seconds = statistics.median(bench.sync() for _ in range(times))
+    seconds = statistics.median(timed(bench.sync) for _ in range(times))
     tensors = [tensor.detach().clone() for _, tensor in bench.weights()]
     targets = [torch.empty_like(tensor).zero_() for tensor in tensors]
 

@@ -13,17 +13,14 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 from megatron_sr1.demo.demo import COLD_START, prepare
 from megatron_sr1.observability.metrics import read_lines
 from megatron_sr1.report.panels import LABELS, paired
 from megatron_sr1.rewards.score import VERDICTS, rate
-from tools.bench import ROOT, table
+from tools.bench import ROOT, run, table
 
 CREDITS = ("scalar", "span")
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # Student's t, two-sided, by degrees of freedom
@@ -31,10 +28,8 @@ T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # Student's t, two-sided, by de
 
 def train(output: Path, *overrides: str) -> None:
     """Run a stage of the demo with the command line."""
-    command = [sys.executable, "-m", "megatron_sr1", "train", "examples/digits_cpu.yaml"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     settings = ["checkpoint.every_steps=0", *overrides, f"output={output}"]
-    subprocess.run([*command, *settings], check=True, cwd=ROOT, env=environment, stdout=sys.stderr)
+    run("-m", "megatron_sr1", "train", "examples/digits_cpu.yaml", *settings)
 
 
 def run_seed(directory: Path, seed: int, more: list[str]) -> dict[str, Path]:
@@ -45,11 +40,11 @@ def run_seed(directory: Path, seed: int, more: list[str]) -> dict[str, Path]:
         own = [f"model.path={directory / 'model'}", f"data.train={data / 'cold_start'}"]
         train(cold, *COLD_START, *own, "data.eval=", f"seed={seed}")
     runs = {credit: directory / credit for credit in CREDITS}
-    for credit, run in runs.items():
-        if not (run / "report.html").is_file():  # the last file that a run writes
+    for credit, target in runs.items():
+        if not (target / "report.html").is_file():  # the last file that a run writes
             own = [f"model.path={cold / 'hf'}", f"data.train={data / 'train'}"]
             own += [f"data.eval={data / 'eval'}", "data.eval_limit=0", f"seed={seed}"]
-            train(run, *own, f"algorithm.credit={credit}", *more)
+            train(target, *own, f"algorithm.credit={credit}", *more)
     return runs
 
 

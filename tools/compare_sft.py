@@ -96,12 +96,8 @@ def collate(samples: Samples, rows: Sequence[int]) -> dict[str, torch.Tensor]:
         mask[row, :count] = 1
         targets = torch.from_numpy(sample.loss_mask)
         labels[row, :count] = torch.where(targets, ids[row, :count], -100)
-    batch = {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "labels": labels,
-        "mm_token_type_ids": (ids == pad).int(),
-    }
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    batch["mm_token_type_ids"] = (ids == pad).int()
     images = [v for v in map(samples.vision, rows) if v is not None]
     samples.forget()
     if images:
@@ -116,12 +112,8 @@ def run_trainer(config: Config, padded_samples: int) -> list[tuple[int, float]]:
 
     torch.set_num_threads(config.launch.threads)
     processor = make_processor(config)
-    from transformers import (
-        Qwen2_5_VLForConditionalGeneration,
-        Trainer,
-        TrainerCallback,
-        TrainingArguments,
-    )
+    from transformers import Qwen2_5_VLForConditionalGeneration as HFModel
+    from transformers import Trainer, TrainerCallback, TrainingArguments
 
     samples = Samples(config, config.data.train, processor)
     tokens: list[int] = []
@@ -142,11 +134,8 @@ def run_trainer(config: Config, padded_samples: int) -> list[tuple[int, float]]:
             ends.append(time.perf_counter())
 
     per_step = config.data.prompts_per_step // padded_samples
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        config.model.path, dtype=torch.float32
-    )
     trainer: Any = Trainer(
-        model=model,
+        model=HFModel.from_pretrained(config.model.path, dtype=torch.float32),
         args=TrainingArguments(
             output_dir=config.output,
             per_device_train_batch_size=padded_samples,
@@ -261,24 +250,16 @@ def main() -> None:
         num_steps = arguments.steps + WARM_UP_STEPS
         num_samples = arguments.samples * num_steps
         write_conversations(directory / "data", directory / "digits", num_samples, arguments.turns)
-        settings = {
-            "stage": "sft",
-            "model.path": directory / "model",
-            "model.dtype": "float32",
-            "data.train": directory / "data",
-            "output": directory / "run",
-            "data.pack_tokens": arguments.pack_tokens,
-            "data.prompts_per_step": arguments.samples,
-            "data.max_prompt_tokens": arguments.pack_tokens,
-            "data.min_pixels": 784,
-            "data.max_pixels": 200704,
-            "optimizer.num_steps": num_steps,
-            "optimizer.learning_rate": 1e-3,
-            "checkpoint.every_steps": 0,
-            "launch.device": "cpu",
-            "launch.threads": arguments.threads,
-        }
-        overrides = [f"{key}={value}" for key, value in settings.items()]
+        tokens = arguments.pack_tokens
+        overrides = [
+            *("stage=sft", "model.dtype=float32", f"model.path={directory / 'model'}"),
+            *(f"data.train={directory / 'data'}", f"output={directory / 'run'}"),
+            *(f"data.pack_tokens={tokens}", f"data.max_prompt_tokens={tokens}"),
+            *("data.min_pixels=784", "data.max_pixels=200704"),
+            *(f"data.prompts_per_step={arguments.samples}", f"optimizer.num_steps={num_steps}"),
+            *("optimizer.learning_rate=1e-3", "checkpoint.every_steps=0"),
+            *("launch.device=cpu", f"launch.threads={arguments.threads}"),
+        ]
         padded = samples_that_fit(load_config(None, overrides), arguments.pad_for)
         for number in range(arguments.rounds):
             for side in SIDES:

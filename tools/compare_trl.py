@@ -22,6 +22,8 @@ import venv
 from pathlib import Path
 from typing import Any
 
+from megatron_sr1.observability.metrics import read_lines
+
 ROOT = Path(__file__).resolve().parent.parent
 TRL = "trl==1.16.0"
 
@@ -60,13 +62,11 @@ def run_trl(model: str, data: str, num_steps: int, result: Path) -> None:
     reader = ShardReader(data)
     rows = []
     for index in range(32 * num_steps):
-        example = reader.example(index)
+        example, image = reader.example(index), reader.images(index)[0]
         parts = pass1_messages(example, "vision_sr1", "brief")[0]["content"]
         text = "".join(part["text"] for part in parts if part["type"] == "text")
         prompt = [{"role": "user", "content": text}]
-        rows.append(
-            {"prompt": prompt, "image": reader.images(index)[0], "gold": str(example.answer)}
-        )
+        rows.append({"prompt": prompt, "image": image, "gold": str(example.answer)})
 
     def accuracy(completions: list, gold: list[str], **_: object) -> list[float]:
         texts = [completion[0]["content"] for completion in completions]
@@ -118,7 +118,7 @@ def run_ours(model: str, data: str, num_steps: int, directory: Path) -> list[dic
     command += [f"optimizer.num_steps={num_steps}", "rollout.max_response_tokens=64"]
     command += ["algorithm.kl_coefficient=0.01", "checkpoint.export_hf=false"]
     subprocess.run(command, check=True, cwd=ROOT)
-    lines = [json.loads(text) for text in (directory / "metrics.jsonl").read_text().splitlines()]
+    lines = read_lines(directory / "metrics.jsonl")
     return [{k: v for k, v in line.items() if k.startswith("time/")} for line in lines]
 
 
@@ -150,12 +150,13 @@ def report(found: dict[str, Any], result: Path | None) -> None:
 def main() -> None:
     """Let both take turns; print medians over all rounds, and each round's ratio."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="runs/demo/cold_start/hf", help="Hugging Face directory")
-    parser.add_argument("--data", default="runs/demo/data/train", help="shards of the digits")
-    parser.add_argument("--steps", type=int, default=6, help="steps per side and round")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--result", type=Path, help="also write the JSON to this file")
-    parser.add_argument("--trl-result", type=Path, help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--model", default="runs/demo/cold_start/hf", help="Hugging Face directory")
+    add("--data", default="runs/demo/data/train", help="shards of the digits")
+    add("--steps", type=int, default=6, help="steps per side and round")
+    add("--rounds", type=int, default=3)
+    add("--result", type=Path, help="also write the JSON to this file")
+    add("--trl-result", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     model, data = str(Path(arguments.model).resolve()), str(Path(arguments.data).resolve())
     for path in (model, data):
@@ -168,19 +169,14 @@ def main() -> None:
     own = [[line["time/step_seconds"] for line in lines] for lines in ours]
     sides = {"ours": own, "trl": theirs}
     medians = {name: statistics.median(sum(rounds, [])) for name, rounds in sides.items()}
-    lines = sum(ours, [])
+    lines, median = sum(ours, []), statistics.median
+    phases = [name for name in lines[0] if all(name in line for line in lines)]
     found = {
         "median_step_seconds": medians,
         "ratio": medians["ours"] / medians["trl"],
-        "ratio_by_round": [
-            statistics.median(o) / statistics.median(t) for o, t in zip(own, theirs, strict=True)
-        ],
+        "ratio_by_round": [median(o) / median(t) for o, t in zip(own, theirs, strict=True)],
         "steps": sides,
-        "median_phase_seconds": {
-            name: statistics.median(line[name] for line in lines)
-            for name in lines[0]
-            if all(name in line for line in lines)
-        },
+        "median_phase_seconds": {name: median(line[name] for line in lines) for name in phases},
     }
     report(found, arguments.result)
 

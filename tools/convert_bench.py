@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import filecmp
 import json
+import math
 import resource
 import shutil
 import subprocess
@@ -21,82 +22,69 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from megatron_sr1.checkpoint.disk import flush_and_evict
+
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = ROOT / "tools" / "convert_checkpoint.py"
 GIB = 2**30
 PUBLISHED_FILE_BYTES = 4 * 10**9  # gives the 2, 5, 18 and 38 files of the published sizes
-BLOCK_BYTES = 2**24
 
 
 def write_random_model(
     directory: Path, config_path: Path, max_file_bytes: int, dtype: str = "BF16", seed: int = 0
 ) -> None:
-    """Write a model directory with random finite weights and no tokenizer.
+    """Write a new model directory with random finite weights, BF16 or F32, and no tokenizer.
 
-    Args:
-        directory: new.
-        config_path: becomes its config.json.
-        max_file_bytes: of tensors in a weight file.
-        dtype: BF16 or F32.
-        seed: of the weights.
+    `config_path` becomes its config.json; a file has at most `max_file_bytes` of tensors, unless
+    one tensor is larger.
     """
+    from safetensors.torch import save_file
+
     from megatron_sr1.checkpoint.mapping import entries
     from megatron_sr1.model.hf_config import read_hf_config
 
     directory.mkdir(parents=True)
     shutil.copyfile(config_path, directory / "config.json")
-    itemsize = {"BF16": 2, "F32": 4}[dtype]
     files: list[dict[str, tuple[int, ...]]] = []
-    room = 0
+    space_bytes = 0
     for entry in entries(read_hf_config(directory)):
         for name, shape in zip(entry.hf_names, entry.hf_shapes, strict=True):
-            size = int(np.prod(shape)) * itemsize
-            if size > room:
+            size = math.prod(shape) * {"BF16": 2, "F32": 4}[dtype]
+            if size > space_bytes:
                 files.append({})
-                room = max_file_bytes
+                space_bytes = max_file_bytes
             files[-1][name] = shape
-            room -= size
-    generator = np.random.Generator(np.random.SFC64(seed))
-    weight_map = {}
-    for number, tensors in enumerate(files, 1):
+            space_bytes -= size
+    generator, weight_map = np.random.Generator(np.random.SFC64(seed)), dict[str, str]()
+    for number, shapes in enumerate(files, 1):
         name = f"model-{number:05}-of-{len(files):05}.safetensors"
-        weight_map.update(dict.fromkeys(tensors, name))
-        _write_random_file(directory / name, tensors, dtype, itemsize, generator)
+        weight_map.update(dict.fromkeys(shapes, name))
+        tensors = {tensor: _random(shape, dtype, generator) for tensor, shape in shapes.items()}
+        save_file(tensors, directory / name)
     index = {"metadata": {}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
-def _write_random_file(
-    path: Path,
-    tensors: dict[str, tuple[int, ...]],
-    dtype: str,
-    itemsize: int,
-    generator: np.random.Generator,
-) -> None:
-    header, end = {}, 0
-    for name, shape in tensors.items():
-        begin, end = end, end + int(np.prod(shape)) * itemsize
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    finite = 0xBFFFBFFFBFFFBFFF if itemsize == 2 else 0xBFFFFFFFBFFFFFFF
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        while end:
-            size = min(end, BLOCK_BYTES)
-            values = generator.integers(0, 2**64, -(-size // 8), dtype=np.uint64) & finite
-            file.write(values.tobytes()[:size])
-            end -= size
+def _random(shape: tuple[int, ...], dtype: str, generator: np.random.Generator) -> torch.Tensor:
+    """Return random finite values: the top bit of the exponent is 0."""
+    import torch
+
+    if dtype == "BF16":
+        bits = generator.integers(0, 2**16, shape, np.uint16) & np.uint16(0xBFFF)
+        return torch.from_numpy(bits).view(torch.bfloat16)
+    bits = generator.integers(0, 2**32, shape, np.uint32) & np.uint32(0xBFFFFFFF)
+    return torch.from_numpy(bits).view(torch.float32)
 
 
 def busy_seconds(who: int) -> float:
-    """CPU seconds so far of this process (RUSAGE_SELF) or of those that it started and that ended.
-
-    Unlike the time that goes by they do not depend on what else the machine does.
-    """
+    """Return the CPU seconds of this process (RUSAGE_SELF) or of its ended children."""
     used = resource.getrusage(who)
     return used.ru_utime + used.ru_stime
 
@@ -124,16 +112,15 @@ def run_watched(command: list[str]) -> tuple[float, int]:
 
 
 def copy_files(source: Path, target: Path) -> float:
-    """Copy a directory's files to the disk and remove the copy; returns the copying's seconds."""
-    from megatron_sr1.checkpoint.disk import flush_and_evict
+    """Copy a directory's files to the disk and remove the copy; return the seconds of copying."""
+
+    def copy(source: str, target: str) -> None:
+        shutil.copyfile(source, target)
+        flush_and_evict(Path(target))  # and so it is on the disk
 
     forget(source)
     started = time.monotonic()
-    for path in files_under(source):
-        copy = target / path.relative_to(source)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, copy)
-        flush_and_evict(copy)  # and so it is on the disk
+    shutil.copytree(source, target, copy_function=copy)
     seconds = time.monotonic() - started
     shutil.rmtree(target)
     return seconds
@@ -141,8 +128,6 @@ def copy_files(source: Path, target: Path) -> float:
 
 def forget(folder: Path) -> None:
     """Drop a directory's files from the page cache."""
-    from megatron_sr1.checkpoint.disk import flush_and_evict
-
     for path in files_under(folder):
         flush_and_evict(path)
 

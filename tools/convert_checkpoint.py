@@ -33,38 +33,28 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     ways = parser.add_subparsers(dest="way", required=True, metavar="WAY")
-    to_megatron = ways.add_parser(
-        "hf-to-megatron", help="safetensors to a Megatron distributed checkpoint"
-    )
-    to_megatron.add_argument("source", type=Path, help="Hugging Face directory")
-    to_megatron.add_argument("target", type=Path, help="new directory for the checkpoint")
-    to_megatron.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="type of the stored weights; auto keeps the source's (default: %(default)s)",
-    )
-    to_hf = ways.add_parser("megatron-to-hf", help="a Megatron checkpoint to safetensors")
-    to_hf.add_argument(
-        "source",
-        type=Path,
-        help="directory of checkpoints (takes the latest) or a step_N directory",
-    )
-    to_hf.add_argument("target", type=Path, help="new Hugging Face directory")
-    to_hf.add_argument(
-        "--no-checksums",
-        dest="checksums",
-        action="store_false",
-        help="compare only the sizes of the checkpoint's files with its manifest",
-    )
-    for way in (to_megatron, to_hf):
-        way.add_argument(
+    text = "safetensors to a Megatron distributed checkpoint"
+    to_megatron = ways.add_parser("hf-to-megatron", help=text).add_argument
+    to_megatron("source", type=Path, help="Hugging Face directory")
+    to_megatron("target", type=Path, help="new directory for the checkpoint")
+    dtypes = ("auto", "float32", "bfloat16")
+    text = "type of the stored weights; auto keeps the source's (default: %(default)s)"
+    to_megatron("--dtype", choices=dtypes, default="auto", help=text)
+    text = "a Megatron checkpoint to safetensors"
+    to_hf = ways.add_parser("megatron-to-hf", help=text).add_argument
+    text = "directory of checkpoints (takes the latest) or a step_N directory"
+    to_hf("source", type=Path, help=text)
+    to_hf("target", type=Path, help="new Hugging Face directory")
+    text = "compare only the sizes of the checkpoint's files with its manifest"
+    to_hf("--no-checksums", dest="checksums", action="store_false", help=text)
+    for add in (to_megatron, to_hf):
+        add(
             "--verify",
             action="store_true",
             help="afterwards read the target back from the disk and compare it with the source "
             "bit by bit; where the target is finished already, do only that",
         )
-        way.add_argument(
+        add(
             "--dry-run",
             action="store_true",
             help="list what would be moved, with sizes and memory, and move nothing; headers or, "
@@ -94,11 +84,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def from_hf(arguments: argparse.Namespace, report: Progress) -> None:
-    """Published weights to a checkpoint.
-
-    Raises:
-        CheckpointError: the source is no such model, or the target is not empty.
-    """
+    """Convert published weights to a checkpoint."""
     import torch
 
     from megatron_sr1.checkpoint.folders import LATEST, resolve_model
@@ -120,11 +106,7 @@ def from_hf(arguments: argparse.Namespace, report: Progress) -> None:
 
 
 def from_megatron(arguments: argparse.Namespace, report: Progress) -> None:
-    """A checkpoint to published weights.
-
-    Raises:
-        CheckpointError: the source is no such checkpoint, or the target is something else.
-    """
+    """Convert a checkpoint to published weights."""
     from megatron_sr1.checkpoint.folders import resolve_model
     from megatron_sr1.conversion.convert import megatron_to_hf, verify_conversion
     from megatron_sr1.conversion.plan import plan_to_hf, rows

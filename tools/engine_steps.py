@@ -89,11 +89,8 @@ def _recorded_step(planned: Any) -> EngineStep:
     new, running = planned.scheduled_new_reqs, planned.scheduled_cached_reqs
     before = {request.req_id: request.num_computed_tokens for request in new}
     before |= dict(zip(running.req_ids, running.num_computed_tokens, strict=True))
-    decoding = {
-        name
-        for name, sampled in zip(running.req_ids, running.num_output_tokens, strict=True)
-        if sampled > 0
-    }
+    sampled = zip(running.req_ids, running.num_output_tokens, strict=True)
+    decoding = {name for name, count in sampled if count > 0}
     counts = planned.num_scheduled_tokens
     return EngineStep(
         prefill_tokens=sum(count for name, count in counts.items() if name not in decoding),
@@ -163,13 +160,9 @@ def jobs_of(
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of the engine.
+    """Limits of the engine; `chunked` if a prompt may be spread over steps.
 
-    Attributes:
-        max_num_seqs: slots.
-        max_step_tokens: tokens that a step may compute.
-        block_tokens: tokens in a block of keys and values.
-        chunked: True if a prompt may be spread over steps.
+    `max_step_tokens` is what a step may compute, `block_tokens` a block of keys and values.
     """
 
     max_num_seqs: int

@@ -95,15 +95,14 @@ def _score(scorer: Scorer, found: Found, sample: dict[str, str], timeout_seconds
     except GradingLimit:
         found.limits += 1
     except Exception as error:  # any exception is a failure
-        found.failures.append(
-            f"{type(error).__name__}: {error} left the scorer: {json.dumps(sample)}"
-        )
+        name = type(error).__name__
+        found.failures.append(f"{name}: {error} left the scorer: {json.dumps(sample)}")
     wall, own = time.monotonic() - wall, time.process_time() - own
     found.slowest_seconds = max(found.slowest_seconds, wall)
     found.slowest_rules_seconds = max(found.slowest_rules_seconds, own)
     if wall > 2 * timeout_seconds + START_SECONDS or own > RULES_SECONDS:
-        shown = json.dumps(sample)
-        found.failures.append(f"took {wall:.1f} s, {own:.2f} s of it in the rules: {shown}")
+        took = f"took {wall:.1f} s, {own:.2f} s of it in the rules"
+        found.failures.append(f"{took}: {json.dumps(sample)}")
 
 
 def main(arguments: list[str] | None = None) -> int:

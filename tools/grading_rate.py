@@ -26,15 +26,12 @@ WORDS = ("cat", "dog", "yes", "no", "blue", "left of it", "a red car", "10:30")
 
 @dataclass
 class Measured:
-    """Times of one of two graders for the same answers.
+    """Times of one of two graders for the same answers; those that hang are counted apart.
 
     Attributes:
         start_seconds: time of the first comparison, which loads the grader.
-        seconds: total time of the answers that do not hang.
-        longest_seconds: time of the slowest of those.
-        limit_seconds: total time of the answers that hang.
-        num_right: answers found right.
-        num_limits: answers that reached the time limit.
+        longest_seconds: time of the slowest answer that does not hang.
+        limit_seconds: total time of the answers that reach the time limit.
     """
 
     start_seconds: float = 0.0

@@ -140,14 +140,9 @@ def good_records(
 ) -> Iterator[Record]:
     """Yield the records that can be read, with a progress bar on a terminal's stderr.
 
-    Args:
-        source: named records and errors.
-        faults: counts the errors. Above its limit nothing is yielded, but all is still read.
-        limit: stop after this many; 0 reads all.
-        total: rows to come, if that is known.
-
-    Raises:
-        DataError: at the end, by `Faults.check`.
+    Errors are counted by `faults`: above its limit nothing is yielded, but all is still read, and
+    `Faults.check` raises at the end. `limit` is the number of records to stop after, 0 for none;
+    `total` that of the rows to come, if known.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
@@ -178,30 +173,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("source", type=Path, metavar="SRC", help="file or directory to read")
     add("target", type=Path, metavar="DST", help="directory for the shards")
-    add(
-        "--image-folder",
-        type=Path,
-        metavar="DIR",
-        help="directory of relative image paths, which must not lead out of it; default: that of "
-        "the file that names them",
-    )
-    add(
-        "--column",
-        type=column,
-        action="append",
-        default=[],
-        metavar="NAME=PATH",
-        help="read the column NAME from another column or from a value nested in one, as in "
-        "problem=prompt.0.content; may be repeated",
-    )
-    add(
-        "--max-skipped",
-        type=max_skipped,
-        default="100",
-        metavar="N|N%",
-        help="number of rows that may be skipped, or their share of the rows read; all rows are "
-        "read before it is checked; default: 100",
-    )
+    text = "directory of relative image paths, which must not lead out of it; default: that of the "
+    text += "file that names them"
+    add("--image-folder", type=Path, metavar="DIR", help=text)
+    text = "read the column NAME from another column or from a value nested in one, as in "
+    text += "problem=prompt.0.content; may be repeated"
+    add("--column", type=column, action="append", default=[], metavar="NAME=PATH", help=text)
+    text = "number of rows that may be skipped, or their share of the rows read; all rows are read "
+    text += "before it is checked; default: 100"
+    add("--max-skipped", type=max_skipped, default="100", metavar="N|N%", help=text)
     add("--limit", type=int, default=0, metavar="N", help="stop after N samples; default: all")
     add("--samples-per-shard", type=int, default=1000, metavar="N", help="per tar; default: 1000")
     options = parser.parse_args(arguments)

@@ -6,8 +6,8 @@ adjusted after it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from megatron_sr1.config.loading import load_config
 from megatron_sr1.planning.layout import Layout
@@ -23,8 +23,7 @@ IMAGE_TOKENS = 262144 / 28**2  # diagrams of Geometry3k are enlarged to EasyR1's
 TEXT_TOKENS = 100.0  # assumption: question and format prompt
 
 
-@dataclass(frozen=True)
-class EasyR1:
+class EasyR1(NamedTuple):
     """A published result: Qwen2.5-VL on Geometry3k, 512 x 5 rollouts, 8 H100, FSDP."""
 
     size: str
@@ -32,11 +31,6 @@ class EasyR1:
     token_rate: float
     step_seconds: float
     actor_mfu: float
-
-    @property
-    def sequence_tokens(self) -> float:
-        """Mean length of prompt and response, from the published rate and time."""
-        return self.token_rate * NUM_GPUS * self.step_seconds / (512 * 5)
 
 
 EASYR1 = (
@@ -47,11 +41,9 @@ EASYR1 = (
 
 
 def text_flops(run: PlannedRun) -> float:
-    """Return a step's operations as EasyR1 counts them.
+    """Return a step's operations as EasyR1 counts them (its verl/utils/flops_counter.py).
 
     It counts no tower, both vocabulary matrices and the whole squares of attention.
-
-    Source: verl/utils/flops_counter.py of EasyR1.
     """
     text, length = run.hf_config.text, run.sequence_tokens
     k = text.num_key_value_heads * text.head_dim
@@ -66,11 +58,9 @@ def easyr1_rows(line: EasyR1) -> list[str]:
     keys = ["rollout.samples_per_prompt=5", "reward.recipe=vision_r1", "model.recompute=full"]
     config = load_config(EXAMPLE, [*keys, "rollout.gpu_memory_utilization=0.6"])
     gpu = find_gpu("h100")
-    lengths = {
-        "text_tokens": TEXT_TOKENS,
-        "image_tokens": IMAGE_TOKENS,
-        "response_tokens": line.sequence_tokens - TEXT_TOKENS - IMAGE_TOKENS,
-    }
+    tokens = line.token_rate * NUM_GPUS * line.step_seconds / (512 * 5)  # mean length
+    lengths = {"text_tokens": TEXT_TOKENS, "image_tokens": IMAGE_TOKENS}
+    lengths["response_tokens"] = tokens - TEXT_TOKENS - IMAGE_TOKENS
     run = planned_run(config, read_published(line.size), gpu, lengths)
     layout = Layout(data=NUM_GPUS, recompute="full", engine=line.engine)
     found = estimate(run, layout)

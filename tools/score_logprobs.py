@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ class Line:
     content: dict[str, Any]
     prompt: tuple[int, ...]
     response: tuple[int, ...]
-    images: tuple[Path, ...] = field(default=())
+    images: tuple[Path, ...] = ()
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -68,18 +68,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def check(arguments: argparse.Namespace) -> int:
     """Return the number of ranks; raise a ConfigError if the backend has no such layout."""
-    sizes = {
-        "--tensor-parallel": arguments.tensor_parallel,
-        "--pipeline-parallel": arguments.pipeline_parallel,
-        "--context-parallel": arguments.context_parallel,
-    }
-    possible = {"megatron": set(sizes), "vllm": {"--tensor-parallel"}, "transformers": set()}
+    kinds = ("tensor", "pipeline", "context")
+    possible = {"megatron": kinds, "vllm": kinds[:1], "transformers": ()}
     num_ranks = 1
-    for option, size in sizes.items():
+    for kind in kinds:
+        size = getattr(arguments, f"{kind}_parallel")
+        option = f"--{kind}-parallel {size}"
         if size < 1:
-            raise ConfigError(f"{option} {size}: expected 1 or more")
-        if size > 1 and option not in possible[arguments.backend]:
-            raise ConfigError(f"{option} {size}: the {arguments.backend} backend has one such rank")
+            raise ConfigError(f"{option}: expected 1 or more")
+        if size > 1 and kind not in possible[arguments.backend]:
+            raise ConfigError(f"{option}: the {arguments.backend} backend has one such rank")
         num_ranks *= size
     return num_ranks
 
@@ -108,19 +106,18 @@ def read_lines(path: Path) -> list[Line]:
         names = content.get("images") or []
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise DataError(f"{where}: images must be a list of paths")
-        images = tuple(find_image(name, path.parent, where) for name in names)
-        lines.append(
-            Line(where, content, tuple(content["prompt"]), tuple(content["response"]), images)
-        )
+        ids = (tuple(content[key]) for key in ("prompt", "response"))
+        lines.append(Line(where, content, *ids, find_images(names, path.parent, where)))
     return lines
 
 
-def find_image(name: str, directory: Path, where: str) -> Path:
-    """Return an image's file, as named or beside the input."""
-    for path in (Path(name), directory / name):
-        if path.is_file():
-            return path
-    raise DataError(f"{where}: image {name} does not exist, nor does {directory / name}")
+def find_images(names: list[str], directory: Path, where: str) -> tuple[Path, ...]:
+    """Return the images' files, as named or beside the input."""
+    paths = tuple(Path(name) if Path(name).is_file() else directory / name for name in names)
+    for name, path in zip(names, paths, strict=True):
+        if not path.is_file():
+            raise DataError(f"{where}: image {name} does not exist, nor does {path}")
+    return paths
 
 
 def start_ranks(argv: list[str], num_ranks: int) -> int:

@@ -24,8 +24,8 @@ from megatron_sr1.checkpoint.hf import check_tensors, save_hf
 from megatron_sr1.checkpoint.hf_files import HFSource
 from megatron_sr1.checkpoint.loading import load_model
 from megatron_sr1.checkpoint.untrusted import stored_dtype
-from megatron_sr1.config.model import ModelConfig, ParallelConfig
 from megatron_sr1.config.rollout import RolloutConfig
+from megatron_sr1.config.run import ModelConfig, ParallelConfig
 from megatron_sr1.data.images import decode_image
 from megatron_sr1.data.packing import pack_samples
 from megatron_sr1.data.processor import Processor
@@ -39,6 +39,7 @@ from megatron_sr1.runtime.groups import Groups, make_groups
 
 Lines = Sequence[Any]
 Scores = list[list[float]]
+SIZES = ("tensor", "pipeline", "context")
 
 
 def megatron(
@@ -48,12 +49,8 @@ def megatron(
     from megatron_sr1.trainer.actor import Actor
     from megatron_sr1.trainer.step import sample_logprobs
 
-    layout = ParallelConfig(
-        tensor=arguments.tensor_parallel,
-        pipeline=arguments.pipeline_parallel,
-        context=arguments.context_parallel,
-    )
-    groups = make_groups(layout, device)
+    sizes = {kind: getattr(arguments, f"{kind}_parallel") for kind in SIZES}
+    groups = make_groups(ParallelConfig(**sizes), device)
     model = ModelConfig(dtype=arguments.dtype, spec=arguments.spec)
     chunks, hf_config = loaded(source, groups, model)
     processor = make_processor(arguments, source)
@@ -81,9 +78,7 @@ def transformers(
     arguments: argparse.Namespace, source: ModelSource, device: torch.device, lines: Lines
 ) -> Scores:
     """Score with transformers' own model, one line at a time."""
-    from megatron_sr1.runtime.cpu import patch_torchvision
-
-    patch_torchvision()
+    cpu.patch_torchvision()
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     processor = make_processor(arguments, source)

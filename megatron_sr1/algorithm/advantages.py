@@ -55,11 +55,8 @@ def group_advantages(
     advantages = np.where(present, np.where(flat, 0.0, scaled), np.nan)
     floored = (deviation < std_floor) & ~flat if estimator == "grpo" else np.zeros_like(flat)
     judged = count > 0
-    stats = {
-        "no_spread": _mean(flat, judged),
-        "floored": _mean(floored, judged),
-        "std": _mean(deviation, judged),
-    }
+    found = {"no_spread": flat, "floored": floored, "std": deviation}
+    stats = {k: float(v[judged].mean()) if judged.any() else 0.0 for k, v in found.items()}
     return advantages.astype(np.float32), stats
 
 
@@ -78,8 +75,3 @@ def weighted_sum(parts: Sequence[np.ndarray], weights: Sequence[float]) -> np.nd
     assert (present_weight > 0).all(), "a sample without any reward component"
     total = np.where(present, stacked * column, 0.0).sum(axis=0)
     return (total * (column.sum() / present_weight)).astype(np.float32)
-
-
-def _mean(values: np.ndarray, chosen: np.ndarray) -> float:
-    """Return the mean over the chosen groups, 0 if there are none."""
-    return float(values[chosen].mean()) if chosen.any() else 0.0

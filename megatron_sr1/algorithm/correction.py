@@ -15,12 +15,7 @@ import math
 
 import torch
 
-from megatron_sr1.algorithm.losses import (
-    expand_to_tokens,
-    k3_divergence,
-    sequence_sums,
-    target_counts,
-)
+from megatron_sr1.algorithm import losses
 
 FAR_NATS = 0.1
 """Tokens whose logprobs differ by more are counted in `mismatch/far_share`."""
@@ -39,7 +34,7 @@ def mismatch_sums(
     gap = engine - actor
     return {
         "mismatch/k1": gap.sum(),
-        "mismatch/kl": k3_divergence(engine, actor).sum(),
+        "mismatch/kl": losses.k3_divergence(engine, actor).sum(),
         "mismatch/far_share": (gap.abs() > FAR_NATS).sum(),
         "mismatch/abs_max": gap.abs().max() if gap.numel() else gap.new_zeros(()),
     }
@@ -63,8 +58,8 @@ def truncated_importance_weights(
     targets = loss_mask.bool()
     gap = torch.where(targets, old_logprobs - engine_logprobs, 0.0).detach()
     if cu_seqlens is not None:
-        whole = expand_to_tokens(sequence_sums(gap, loss_mask, cu_seqlens), cu_seqlens)
-        gap = torch.where(targets, whole, 0.0)
+        sums = losses.sequence_sums(gap, loss_mask, cu_seqlens)
+        gap = torch.where(targets, losses.expand_to_tokens(sums, cu_seqlens), 0.0)
     return gap.clamp(max=math.log(cap)).exp()
 
 
@@ -82,15 +77,12 @@ def near_sequences(
     sampled. Returns the mask with 0 in these sequences, and the scalars `mismatch/masked_share`
     (tokens masked) and `mismatch/num_masked_sequences`.
     """
-    counts = target_counts(loss_mask, cu_seqlens)
-    gaps = sequence_sums((old_logprobs - engine_logprobs).detach(), loss_mask, cu_seqlens)
+    counts = losses.target_counts(loss_mask, cu_seqlens)
+    gaps = losses.sequence_sums((old_logprobs - engine_logprobs).detach(), loss_mask, cu_seqlens)
     far = gaps.abs() > max_nats * counts
-    kept = torch.where(expand_to_tokens(far, cu_seqlens), 0.0, loss_mask)
-    reported = {
-        "mismatch/masked_share": loss_mask.sum() - kept.sum(),
-        "mismatch/num_masked_sequences": far.sum(),
-    }
-    return kept, reported
+    kept = torch.where(losses.expand_to_tokens(far, cu_seqlens), 0.0, loss_mask)
+    masked = loss_mask.sum() - kept.sum()
+    return kept, {"mismatch/masked_share": masked, "mismatch/num_masked_sequences": far.sum()}
 
 
 def weight_sums(
@@ -101,8 +93,5 @@ def weight_sums(
     Returns the scalars `importance/weight` and `importance/capped_share` (tokens).
     """
     chosen = weights[loss_mask.bool()]
-    # exp(log(cap)) may differ from the cap by rounding.
-    return {
-        "importance/weight": chosen.sum(),
-        "importance/capped_share": (chosen >= cap * (1 - 1e-6)).sum(),
-    }
+    capped = chosen >= cap * (1 - 1e-6)  # exp(log(cap)) may differ from the cap by rounding
+    return {"importance/weight": chosen.sum(), "importance/capped_share": capped.sum()}

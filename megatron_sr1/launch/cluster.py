@@ -102,19 +102,11 @@ def add_arguments(parser: argparse.ArgumentParser, config: str) -> None:
     """Add the flags of a cluster and of the stages to a launch script; `config` is a default."""
     add = parser.add_argument
     add("--config", default=config, metavar="YAML", help="configuration (default: %(default)s)")
-    add(
-        "--stages",
-        default="grpo",
-        metavar="LIST",
-        help="of sft,grpo,eval: consecutive jobs, each from the model of the previous one; "
-        "several need --output (default: %(default)s)",
-    )
-    add(
-        "--output",
-        default="",
-        metavar="DIR",
-        help="run directory; several stages: one below it each",
-    )
+    text = "of sft,grpo,eval: consecutive jobs, each from the model of the previous one; several "
+    text += "need --output (default: %(default)s)"
+    add("--stages", default="grpo", metavar="LIST", help=text)
+    text = "run directory; several stages: one below it each"
+    add("--output", default="", metavar="DIR", help=text)
     for each in fields(Cluster):
         flag = each.metadata["flag"] or f"--{each.name.replace('_', '-')}"
         many = {"action": "append", "default": []}
@@ -125,11 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser, config: str) -> None:
 
 
 def cluster_of(arguments: argparse.Namespace) -> Cluster:
-    """Return the cluster that the flags of `add_arguments` describe.
-
-    Raises:
-        ConfigError: a flag that is not NAME=VALUE, or no `--workdir` with a tunnel.
-    """
+    """Return the cluster that the flags of `add_arguments` describe, or raise a ConfigError."""
     if arguments.tunnel and not arguments.workdir:
         raise ConfigError("--tunnel needs --workdir, the checkout on the cluster")
     given = {each.name: getattr(arguments, each.name) for each in fields(Cluster)}
@@ -178,18 +166,13 @@ def tasks_of(
                 own.append(text)
             elif head == stage:
                 own.append(rest)
-        tasks.append(
-            Task(stage, Path(arguments.config), tuple(own), tasks[-1].name if tasks else "")
-        )
+        follows = tasks[-1].name if tasks else ""
+        tasks.append(Task(stage, Path(arguments.config), tuple(own), follows))
     return tasks
 
 
 def run_there(cluster: Cluster, command: str) -> subprocess.CompletedProcess[str]:
-    """Run a shell command on the cluster's login node.
-
-    Raises:
-        ConfigError: the tunnel cannot be reached, or there is no answer within a minute.
-    """
+    """Run a shell command on the login node; raise a ConfigError if there is no answer."""
     argv = ["bash", "-c", command]
     if cluster.tunnel:
         host, port = split_tunnel(cluster.tunnel)
@@ -216,11 +199,7 @@ def run_there(cluster: Cluster, command: str) -> subprocess.CompletedProcess[str
 
 
 def split_tunnel(tunnel: str) -> tuple[str, int | None]:
-    """Split a tunnel into user@host and the port, None if not given.
-
-    Raises:
-        ConfigError: no user, or a port that is not a number.
-    """
+    """Split USER@HOST[:PORT] into user@host and the port, None if not given."""
     host, colon, port = tunnel.partition(":")
     if not all(host.partition("@")) or (colon and not port.isdecimal()):
         raise ConfigError(f"tunnel {tunnel!r}: expected user@host or user@host:port")

@@ -27,7 +27,7 @@ def absent_paths(config: Config) -> dict[str, str]:
 
 
 def check_paths(config: Config, has_model: bool = True, is_dry_run: bool = False) -> None:
-    """Check that model, data and output are usable for the stage.
+    """Check that model, data, reward function and output are usable for the stage.
 
     Args:
         config: names the paths.
@@ -35,9 +35,7 @@ def check_paths(config: Config, has_model: bool = True, is_dry_run: bool = False
         is_dry_run: model and data need not exist, and a config.json alone is accepted as a model.
 
     Raises:
-        CheckpointError: model.path is missing or holds no checkpoint.
-        DataError: a shard directory that the stage needs is not set, missing or has no shards.
-        ConfigError: output cannot be a directory, or reward.function names a missing file.
+        SR1Error: key and path, what is there instead, and what to give.
     """
     absent = absent_paths(config) if is_dry_run else {}
     has_shape = is_dry_run and (Path(config.model.path) / "config.json").is_file()
@@ -56,11 +54,7 @@ def check_paths(config: Config, has_model: bool = True, is_dry_run: bool = False
 
 
 def check_output(output: str) -> None:
-    """Check, without creating it, that a run directory can be created or written to.
-
-    Raises:
-        ConfigError: it cannot.
-    """
+    """Check, without creating it, that a run directory can be created or written to."""
     path = Path(output).absolute()
     if "\0" in output or any(len(os.fsencode(part)) > LONGEST_NAME for part in path.parts):
         raise ConfigError(f"output={output[:80]!r}… is not a valid directory name")

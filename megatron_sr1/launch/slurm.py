@@ -1,11 +1,10 @@
 """Submit stages to Slurm with nemo-run, one job each; a job starts once its predecessor succeeded.
 
-In: a `Cluster` and its `Task`s. Out: the job ids, and the commands to follow and cancel the jobs.
 Everything that can be checked is checked first, by the cluster's own tools, through `ssh` if there
 is a tunnel; a check is skipped if its tool gives no answer (Slurm without accounting knows no
-accounts). Only the configuration file is copied, not the code: the nodes use the checkout `workdir`
-and its environment, or those of the container. nemo-run is imported in this file only, lazily, from
-an environment of its own (`make launch-env`), as its pinned versions conflict with vLLM's.
+accounts). Only the configuration file is copied: the nodes use the checkout `workdir` and its
+environment, or those of the container. nemo-run has an environment of its own (`make launch-env`),
+as its pinned versions conflict with vLLM's.
 """
 
 from __future__ import annotations
@@ -47,31 +46,26 @@ failed one is not."""
 
 
 def submit(title: str, cluster: Cluster, tasks: Sequence[Task]) -> str:
-    """Check everything, then submit the tasks and return immediately.
+    """Check everything, then submit the tasks, a job each, and return immediately.
 
-    Each task is a job; one that follows another starts if that one succeeded, and is removed from
-    the queue otherwise. `title`, without spaces, names nemo-run's experiment.
+    A job that follows another starts if that one succeeded, and is removed from the queue
+    otherwise. `title`, without spaces, names nemo-run's experiment.
 
     Returns:
         the job ids and the commands that show, follow and cancel the jobs, for the terminal.
 
     Raises:
-        SR1Error: a check failed; nothing has been submitted.
-        ConfigError: nemo-run is not installed, or Slurm rejected the job.
+        SR1Error: a check failed, nemo-run is not installed, or Slurm rejected the job.
     """
     configs = check(cluster, tasks)
     _check_names(cluster, tasks)
-    home = _home(cluster)
+    # Without a tunnel, nemo-run's own directory is that of the logs.
+    home = os.path.abspath(cluster.logs) if cluster.logs and not cluster.tunnel else ""
     run = _nemo_run(home)
     name = f"{title}_{time.time_ns()}"
+    quiet = {"enable_goodbye_message": False, "skip_status_at_exit": True}
     with tempfile.TemporaryDirectory(prefix="sr1_submit_") as folder:
-        with run.Experiment(
-            title,
-            id=name,
-            log_level="WARNING",
-            enable_goodbye_message=False,
-            skip_status_at_exit=True,
-        ) as experiment:
+        with run.Experiment(title, id=name, log_level="WARNING", **quiet) as experiment:
             for task in tasks:
                 place = Path(folder) / task.name
                 place.mkdir()
@@ -119,11 +113,12 @@ def build_executor(run: Any, cluster: Cluster, package: Path, config: Config) ->
         environment["RANKS_PER_NODE"] = str(cluster.ranks_per_node)
     if config.launch.threads:
         environment.setdefault("OMP_NUM_THREADS", str(config.launch.threads))
-    extra: dict[str, Any] = {name: value or True for name, value in cluster.sbatch.items()}
-    # Otherwise the successors of a failed job stay in the queue forever.
-    extra.setdefault("kill_on_invalid_dep", "yes")
-    extra.setdefault("signal", f"USR1@{cluster.warning_seconds}")
-    extra.setdefault("requeue", True)
+    extra: dict[str, Any] = {
+        "kill_on_invalid_dep": "yes",  # or the successors of a failed job stay in the queue forever
+        "signal": f"USR1@{cluster.warning_seconds}",
+        "requeue": True,
+        **{name: value or True for name, value in cluster.sbatch.items()},
+    }
     # Of an srun task, which is a rank or all ranks of a node.
     cores = cluster.cpus_per_task * (1 if by_srun else cluster.ranks_per_node)
     return run.SlurmExecutor(
@@ -186,18 +181,9 @@ def _tunnel(run: Any, cluster: Cluster) -> Any:
         return run.LocalTunnel(job_dir="")  # below nemo-run's home, where it writes its scripts
     host, port = split_tunnel(cluster.tunnel)
     user, _, name = host.partition("@")
-    return run.SSHTunnel(
-        user=user,
-        host=name,
-        port=port,
-        identity=os.path.expanduser(cluster.identity) or None,
-        job_dir=cluster.logs or f"{cluster.workdir}/runs/slurm",
-    )
-
-
-def _home(cluster: Cluster) -> str:
-    """Return nemo-run's directory if it is not the default: without a tunnel, that of the logs."""
-    return os.path.abspath(cluster.logs) if cluster.logs and not cluster.tunnel else ""
+    identity = os.path.expanduser(cluster.identity) or None
+    job_dir = cluster.logs or f"{cluster.workdir}/runs/slurm"
+    return run.SSHTunnel(user=user, host=name, port=port, identity=identity, job_dir=job_dir)
 
 
 def _nemo_run(home: str) -> Any:
@@ -215,15 +201,12 @@ def _nemo_run(home: str) -> Any:
 
 
 def check(cluster: Cluster, tasks: Sequence[Task]) -> dict[str, Config]:
-    """Check everything that can be checked before a job is queued.
+    """Check everything that can be checked before a job is queued, or raise an SR1Error.
 
     Paths in a container are not checked, as its mounts may rename them.
 
     Returns:
         the resolved configuration of each task, by its name.
-
-    Raises:
-        SR1Error: what is wrong, in one line.
     """
     if cluster.nodes < 1 or cluster.ranks_per_node < 1:
         raise ConfigError(

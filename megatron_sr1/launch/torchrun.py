@@ -27,19 +27,17 @@ from megatron_sr1.runtime.signals import end_with
 if TYPE_CHECKING:
     from megatron_sr1.config.run import LaunchConfig
 
+SHUTDOWN_SECONDS = str(7 * 86400)
+"""From SIGTERM to SIGKILL, 30 by default in torchrun; saving ranks have their own deadlines."""
 FIRST_RANK_SECONDS = 5.0
 PORT_FIRST, PORT_SPAN = 20000, 10000
 
 
 def joined(environment: Mapping[str, str]) -> dict[str, str] | None:
-    """Return the variables that make this process a rank, if a launcher started it.
+    """Return the missing variables of a rank if a launcher started this process, otherwise None.
 
-    Returns:
-        {} under torchrun, which has set them; under srun with several tasks the five that
-        torch.distributed reads; None without a launcher.
-
-    Raises:
-        ConfigError: RANK without WORLD_SIZE, or an srun step without its list of nodes.
+    None are missing under torchrun; under srun with several tasks, the five that torch.distributed
+    reads. An incomplete environment is a ConfigError.
     """
     if "RANK" in environment or "WORLD_SIZE" in environment:
         for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
@@ -120,10 +118,7 @@ def rank_environment(launch: LaunchConfig, num_ranks: int) -> dict[str, str]:
 
 
 def build_command(arguments: Sequence[str], num_ranks: int) -> list[str]:
-    """Build the command that runs `megatron-sr1 ARGUMENTS` on `num_ranks` ranks with torchrun.
-
-    The rendezvous uses a free port on the loopback interface.
-    """
+    """Build the torchrun command of `megatron-sr1 ARGUMENTS`, with a free port on loopback."""
     return [
         *(sys.executable, "-m", "megatron_sr1.launch.torchrun"),
         *("--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(num_ranks)),
@@ -132,14 +127,14 @@ def build_command(arguments: Sequence[str], num_ranks: int) -> list[str]:
 
 
 def run(arguments: Sequence[str], launch: LaunchConfig, num_ranks: int) -> int:
-    """Run `megatron-sr1 ARGUMENTS` on ranks in the foreground.
-
-    The ranks receive SIGTERM and Ctrl-C, and end with this process.
+    """Run `megatron-sr1 ARGUMENTS` on ranks, which receive SIGTERM and end with this process.
 
     Returns:
         the exit status of the first rank that failed; 128 + the signal if a signal ended it.
     """
     environment = dict(os.environ, **rank_environment(launch, num_ranks))
+    if launch.save_on_sigterm:
+        environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN_SECONDS)
     # A launcher that is killed must not leave a run behind.
     end_with_us = functools.partial(end_with, os.getpid(), signal.SIGTERM)
     ranks = subprocess.Popen(
@@ -162,12 +157,7 @@ def run(arguments: Sequence[str], launch: LaunchConfig, num_ranks: int) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Be torchrun: start the ranks and wait for them.
-
-    Returns:
-        0, or the status of the first rank that failed; 128 + the signal if a signal ended it or
-        this process.
-    """
+    """Be torchrun: start the ranks, wait for them and return the exit status, as `run` does."""
     from torch.distributed import run as elastic
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

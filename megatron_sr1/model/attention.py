@@ -3,11 +3,7 @@
 Sequences of similar length are batched into one SDPA call: causal ones are padded at the end, where
 no earlier token attends to them; others are batched only with sequences of exactly their length. So
 no mask is built, except where a row is split over context-parallel ranks: the queries of a chunk
-attend to more keys than the chunk has, which SDPA's causal flag cannot express. Keys and values are
-gathered for that.
-
-The row keeps Megatron's [T, 1, heads, width] layout, so that the rotary embedding remains a table
-with one row per token (exact for packed rows), and only this module deals with packing.
+attend to more keys than the chunk has, which SDPA's causal flag cannot express.
 """
 
 from __future__ import annotations
@@ -19,11 +15,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_sr1.model.row_split import RowSplit, Segment, whole_sequences
+from megatron_sr1.model.row_split import RowSplit, Segment
 
 # A causal sequence is padded to the longest of a batch if it fills this share of it, or lacks at
 # most this many tokens: padding short sequences is cheaper than another kernel launch.
@@ -50,31 +45,24 @@ class SequenceBatch:
 
 
 @dataclass(frozen=True)
-class Slots:
-    """Positions of tokens in the concatenated batches.
-
-    Attributes:
-        rows: [slots] int64, the token in each slot; a padding slot repeats its sequence's first.
-        places: [T] int64, each token's slot.
-        padding: [padding slots] int64.
-    """
-
-    rows: torch.Tensor
-    places: torch.Tensor
-    padding: torch.Tensor
-
-
-@dataclass(frozen=True)
 class AttentionPlan:
     """How a packed row of `num_tokens` tokens of this rank is divided into batches.
 
-    Without `slots` the batches hold the tokens in order, without padding.
+    The last three are positions in the concatenated batches; None: they hold the tokens in order,
+    without padding.
+
+    Attributes:
+        rows: [slots] int64, the token in each slot; a padding slot repeats its sequence's first.
+        places: [num_tokens] int64, each token's slot.
+        padding: [padding slots] int64.
     """
 
     batches: tuple[SequenceBatch, ...]
-    slots: Slots | None
     num_tokens: int
     is_causal: bool
+    rows: torch.Tensor | None = None
+    places: torch.Tensor | None = None
+    padding: torch.Tensor | None = None
 
 
 @dataclass
@@ -88,25 +76,16 @@ class PackedRow(PackedSeqParams):
     split: RowSplit | None = None
 
 
-def plan_attention(
-    segments: Sequence[Segment],
-    *,
-    is_causal: bool,
-    places: torch.Tensor | None = None,
-    device: torch.device | str = "cpu",
-) -> AttentionPlan:
-    """Divide a packed row into batches of sequences of similar length.
+def plan_attention(split: RowSplit, *, is_causal: bool) -> AttentionPlan:
+    """Divide this rank's share of a row into batches of sequences of similar length.
 
-    Args:
-        segments: this rank's queries in order, with their keys.
-        is_causal: if not, sequences are never padded.
-        places: [tokens of the row] int64, the position of each key; None: in order.
-        device: device of the index tensors.
+    Sequences are padded only if `is_causal`.
     """
+    segments, places, device = split.segments, split.places, split.cu_seqlens.device
     total = sum(segment.num_queries for segment in segments)
     if places is None and len({segment.num_keys for segment in segments}) == 1:
         batch = SequenceBatch(len(segments), segments[0].num_queries)
-        return AttentionPlan((batch,), None, total, is_causal)
+        return AttentionPlan((batch,), total, is_causal)
     batches, all_rows, are_tokens = [], [], []
     for members in _group_by_length(segments, is_causal):
         counts = [segment.num_queries for segment in members]
@@ -128,46 +107,34 @@ def plan_attention(
     token_places = torch.empty(total, dtype=torch.int64)
     token_places[rows[token_slots]] = token_slots
     found = (rows, token_places, (~is_token).nonzero()[:, 0])
-    return AttentionPlan(tuple(batches), Slots(*(t.to(device) for t in found)), total, is_causal)
+    return AttentionPlan(tuple(batches), total, is_causal, *(t.to(device) for t in found))
 
 
-def pack_row(
-    cu_seqlens: torch.Tensor, *, is_causal: bool, split: RowSplit | None = None
-) -> PackedRow:
-    """Return the packing parameters of a row for Megatron's attention layers.
-
-    `cu_seqlens`, [sequences + 1] int32, are the boundaries on the row. With `split` the row is
-    divided among context-parallel ranks; without it each rank holds the whole row.
-    """
-    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
-    segments = whole_sequences(lengths) if split is None else split.segments
-    places = None if split is None else split.places
-    device = cu_seqlens.device
+def pack_row(split: RowSplit, *, is_causal: bool) -> PackedRow:
+    """Return the packing parameters of a row for Megatron's attention layers."""
+    longest = int(split.cu_seqlens.diff().max())
+    # Transformer Engine's context parallelism splits sequences at the padded boundaries.
+    padded = None if split.places is None else split.cu_seqlens
     return PackedRow(
         qkv_format="sbhd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        # Transformer Engine's context parallelism splits sequences at these.
-        cu_seqlens_q_padded=None if places is None else cu_seqlens,
-        cu_seqlens_kv_padded=None if places is None else cu_seqlens,
-        max_seqlen_q=max(lengths, default=0),
-        max_seqlen_kv=max(lengths, default=0),
-        plan=plan_attention(segments, is_causal=is_causal, places=places, device=device),
+        cu_seqlens_q=split.cu_seqlens,
+        cu_seqlens_kv=split.cu_seqlens,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        plan=plan_attention(split, is_causal=is_causal),
         split=split,
     )
 
 
 def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    plan: AttentionPlan,
-    softmax_scale: float | None = None,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: AttentionPlan
 ) -> torch.Tensor:
     """Compute attention within each sequence of a packed row, for which `plan` was made.
 
     The query is [T, heads, width], key and value are [tokens of the whole row, key/value heads,
-    width]; the result is [T, heads * width]. Scores are scaled by 1 / sqrt(width) by default.
+    width]; the result is [T, heads * width]. Scores are scaled by 1 / sqrt(width).
     """
     assert query.shape[0] == plan.num_tokens, (
         f"cu_seqlens end at {plan.num_tokens}, the row has {query.shape[0]} tokens"
@@ -183,14 +150,13 @@ def attend(
             v,
             attn_mask=batch.mask,
             is_causal=plan.is_causal and batch.mask is None,
-            scale=softmax_scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
         results.append(context.transpose(1, 2).flatten(0, 1).flatten(1))
     joined = results[0] if len(results) == 1 else torch.cat(results)
-    if plan.slots is None:
+    if plan.rows is None:
         return joined
-    return _Gather.apply(joined, plan.slots.places, plan.slots.rows, plan.slots.padding)
+    return _Gather.apply(joined, plan.places, plan.rows, plan.padding)
 
 
 def _batches_of(
@@ -200,8 +166,8 @@ def _batches_of(
     places = [batch.key_rows for batch in plan.batches if batch.key_rows is not None]
     if are_keys and places:  # chunks of a sequence share keys
         return [tensor.index_select(0, rows) for rows in places]
-    if plan.slots is not None:
-        tensor = _Gather.apply(tensor, plan.slots.rows, plan.slots.places)
+    if plan.rows is not None:
+        tensor = _Gather.apply(tensor, plan.rows, plan.places)
     return tensor.split([batch.num_sequences * batch.num_queries for batch in plan.batches])
 
 
@@ -232,49 +198,31 @@ class _Gather(torch.autograd.Function):
 
 
 class PackedAttention(MegatronModule):
-    """Core attention of Megatron's layers for packed rows, used for text and vision.
+    """Core attention of Megatron's layers for packed rows, used for text and vision."""
 
-    Replaces `DotProductAttention` in a layer's spec; each call is given its `PackedRow`.
-    """
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: AttnMaskType,
-        attention_type: str,
-        softmax_scale: float | None = None,
-        **unused: Any,
-    ) -> None:
+    def __init__(self, config: TransformerConfig, **unused: Any) -> None:
         """Accept the arguments that Megatron's `Attention` passes to any core attention."""
         super().__init__(config=config)
-        assert config.attention_dropout == 0.0, "attention dropout is not supported"
-        self.softmax_scale = softmax_scale
 
     def forward(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        attn_mask_type: AttnMaskType | None = None,
-        attention_bias: torch.Tensor | None = None,
-        packed_seq_params: PackedRow | None = None,
+        attention_mask: None,
+        packed_seq_params: PackedRow,
         **unused: Any,
     ) -> torch.Tensor:
         """Attend within each sequence of the row, which `packed_seq_params` describes.
 
         The query is [T, 1, heads, width], with this rank's heads, key and value are [T, 1,
-        key/value heads, width]; the result is [T, 1, heads * width]. The other arguments, which
-        Megatron passes to any core attention, are ignored.
+        key/value heads, width]; the result is [T, 1, heads * width].
         """
-        assert packed_seq_params is not None and packed_seq_params.plan is not None
         assert query.shape[1] == 1, "a packed row has batch size 1"
         plan, split = packed_seq_params.plan, packed_seq_params.split
-        query, key, value = query[:, 0], key[:, 0], value[:, 0]
-        if split is not None:
-            key, value = split.gather(key), split.gather(value)
-        return attend(query, key, value, plan, self.softmax_scale).unsqueeze(1)
+        assert plan is not None and split is not None
+        key, value = split.gather(key[:, 0]), split.gather(value[:, 0])
+        return attend(query[:, 0], key, value, plan).unsqueeze(1)
 
 
 def _slots(starts: Sequence[int], counts: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_sr1.config.model import ParallelConfig
+from megatron_sr1.config.run import ParallelConfig
 from megatron_sr1.errors import CheckpointError, ConfigError
 
 
@@ -84,13 +84,9 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class HFConfig:
-    """A published model.
+    """A published model; each `image_token_id` in a row is replaced by an image feature.
 
-    Attributes:
-        text: shape of the language model.
-        vision: shape of the vision tower.
-        image_token_id: the image pad; each one in a row is replaced by an image feature.
-        raw: the whole file.
+    `raw` is the content of the file.
     """
 
     text: TextConfig
@@ -123,7 +119,7 @@ def read_hf_config(directory: str | Path) -> HFConfig:
         raise CheckpointError(f"{path}: no such file; expected a Hugging Face model directory")
     try:
         raw = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{path}: not JSON: {error}") from None
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(raw).__name__}")
@@ -148,8 +144,7 @@ def parse_hf_config(raw: Mapping[str, Any]) -> HFConfig:
         ConfigError: it requires something that the model does not support.
         KeyError: a key without a safe default is missing.
     """
-    text_raw = raw.get("text_config") or raw
-    text = _parse_text(text_raw)
+    text = _parse_text(raw.get("text_config") or raw)
     vision = _parse_vision(raw["vision_config"], text.hidden_size)
     if vision.out_hidden_size != text.hidden_size:
         raise ConfigError(
@@ -232,14 +227,13 @@ def check_layout(hf_config: HFConfig, parallel: ParallelConfig) -> None:
     """Raise a ConfigError if the layout does not divide the model."""
     text, vision, tensor = hf_config.text, hf_config.vision, parallel.tensor
     tower = 1 if parallel.vision == "images" else tensor
-    parts = [
+    for name, value, num_ranks in (
         ("num_attention_heads", text.num_attention_heads, tensor),
         ("num_key_value_heads", text.num_key_value_heads, tensor),
         ("intermediate_size", text.intermediate_size, tensor),
         ("vision num_heads", vision.num_heads, tower),
         ("vision intermediate_size", vision.intermediate_size, tower),
-    ]
-    for name, value, num_ranks in parts:
+    ):
         if value % num_ranks:
             other = " or parallel.vision=images" if name.startswith("vision") else ""
             raise ConfigError(

@@ -1,17 +1,18 @@
 """Layers beside Megatron's: their specs, the RMS norm, and the rotary tables.
 
-`local` kernels are pure torch and run anywhere; `transformer_engine` is NVIDIA's and needs CUDA.
-Both keep the packed row in the sbhd layout and pass its boundaries to the core attention only.
-
-A rotary table has angles [tokens, 1, 1, width] as Megatron's unfused `apply_rotary_pos_emb` takes
-them: one row per token that a rank holds, in the rank's order, so packing and context parallelism
-need no further rule. Text has three position rows, vision two. Formulas: transformers,
-models/qwen2_5_vl/modeling_qwen2_5_vl.py (RoFormer, arXiv 2104.09864, with sections by axis).
+The packed row keeps Megatron's sbhd layout, [T, 1, ...]; only the core attention is given its
+boundaries. A rotary table has angles [tokens, 1, 1, width] as Megatron's unfused
+`apply_rotary_pos_emb` takes them: one row per token that a rank holds, in the rank's order, so
+packing and context parallelism need no further rule. Text has three position rows, vision two.
+Formulas: transformers, models/qwen2_5_vl/modeling_qwen2_5_vl.py (RoFormer, arXiv 2104.09864, with
+sections by axis).
 """
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+import functools
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_sr1.errors import ConfigError
-from megatron_sr1.model.attention import PackedAttention
+from megatron_sr1.model.attention import PackedAttention, PackedRow
 
 
 class RMSNorm(torch.nn.Module):
@@ -51,40 +52,59 @@ class RMSNorm(torch.nn.Module):
         return self.weight * normal.to(hidden.dtype)
 
 
-def text_layer(kernels: str) -> ModuleSpec:
-    """Return the spec of a decoder layer; `kernels` is local or transformer_engine."""
-    if kernels == "transformer_engine":
-        from megatron_sr1.model.te_attention import PackedTEAttention
+class Kernels(NamedTuple):
+    """Spec of a decoder layer, and the classes of norms and linear layers outside of layers."""
+
+    layer: ModuleSpec
+    norm: Any
+    column_linear: Any
+    row_linear: Any
+
+
+def kernels(name: str) -> Kernels:
+    """Return the layers of pure torch (`local`) or of NVIDIA's `transformer_engine`, on CUDA."""
+    if name == "transformer_engine":
+        from megatron.core.extensions import transformer_engine as te
 
         spec = get_gpt_layer_with_transformer_engine_spec()
-        spec.submodules.self_attention.submodules.core_attention = PackedTEAttention
-        return spec
+        spec.submodules.self_attention.submodules.core_attention = _te_attention()
+        return Kernels(spec, te.TENorm, te.TEColumnParallelLinear, te.TERowParallelLinear)
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
     spec.submodules.self_attention.submodules.core_attention = PackedAttention
-    return spec
+    return Kernels(spec, RMSNorm, ColumnParallelLinear, RowParallelLinear)
 
 
-def norm(kernels: str) -> Any:
-    """Return the class of the norms outside of layers: the decoder's last and the merger's."""
-    if kernels == "local":
-        return RMSNorm
-    from megatron.core.extensions.transformer_engine import TENorm
+@functools.cache
+def _te_attention() -> type:
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
-    return TENorm
+    class PackedTEAttention(TEDotProductAttention):  # type: ignore[misc]
+        """Transformer Engine's attention in its packed layout, for a row that is sbhd elsewhere.
 
+        Context parallelism is its own here (point to point, the only kind that supports packed
+        rows): it takes this rank's share in the order of row_split.py, and the boundaries of the
+        whole row.
+        """
 
-def linears(kernels: str) -> tuple[Any, Any]:
-    """Return the classes of the merger's column- and row-parallel linear layers."""
-    if kernels == "local":
-        return ColumnParallelLinear, RowParallelLinear
-    from megatron.core.extensions.transformer_engine import (
-        TEColumnParallelLinear,
-        TERowParallelLinear,
-    )
+        def forward(
+            self,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            attention_mask: None,
+            packed_seq_params: PackedRow,
+            **kwargs: Any,
+        ) -> torch.Tensor:
+            """Attend as `PackedAttention.forward` does."""
+            packed = copy.copy(packed_seq_params)
+            packed.qkv_format = "thd"
+            query, key, value = query[:, 0], key[:, 0], value[:, 0]
+            context = super().forward(query, key, value, None, packed_seq_params=packed, **kwargs)
+            return context.reshape(len(query), 1, -1)
 
-    return TEColumnParallelLinear, TERowParallelLinear
+    return PackedTEAttention
 
 
 def require_transformer_engine() -> None:
@@ -115,8 +135,7 @@ def text_angles(
     frequencies for each of the three; their sum is head_dim / 2.
     """
     frequencies = inverse_frequencies(head_dim, theta, position_ids.device)
-    angles = position_ids[:, 0, :, None].float() * frequencies
-    by_axis = angles.split(sections, dim=-1)
+    by_axis = (position_ids[:, 0, :, None].float() * frequencies).split(sections, dim=-1)
     half = torch.cat([part[axis] for axis, part in enumerate(by_axis)], dim=-1)
     return torch.cat([half, half], dim=-1)[:, None, None, :]
 

@@ -4,11 +4,9 @@ In: a packed row of tokens with positions and boundaries, and the images in it. 
 for the next stage; on the last stage logprobs of the labels, or logits. Numbers are those of
 transformers' Qwen2_5_VLForConditionalGeneration, sequence by sequence.
 
-The row keeps Megatron's [T, 1, width] layout and each token has its own row of the rotary table, so
-only the core attention deals with packing. Context-parallel ranks are given the same whole row,
-compute on their own share of it and return the whole result (row_split.py). Image features are
-inserted into the embedded share before it is split for sequence parallelism, so each of these ranks
-gets the whole gradient of the share's features.
+Context-parallel ranks are given the same whole row, compute on their own share of it and return the
+whole result (row_split.py). Image features are inserted into the embedded share before it is split
+for sequence parallelism, so each of these ranks gets the whole gradient of the share's features.
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_sr1.config.model import ModelConfig, ParallelConfig
+from megatron_sr1.config.run import ModelConfig, ParallelConfig
 from megatron_sr1.errors import DataError
 from megatron_sr1.model import layers
 from megatron_sr1.model.attention import pack_row
@@ -42,7 +40,7 @@ from megatron_sr1.model.hf_config import HFConfig, check_layout
 from megatron_sr1.model.logprobs import full_logits, label_logprobs, vocabulary_rows
 from megatron_sr1.model.row_split import RowSplit, split_row
 from megatron_sr1.model.transformer_config import padded_vocab_size, text_transformer_config
-from megatron_sr1.model.vision import encode_by_turns, feature_numbers, make_tower
+from megatron_sr1.model.vision import VisionModel, encode_by_turns, feature_numbers
 from megatron_sr1.records import VisionInputs
 from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.groups import Groups
@@ -75,11 +73,11 @@ class Qwen25VL(MegatronModule):
         self.post_process = groups.is_last_stage and virtual_stage == num_virtual - 1
         self.share_embeddings_and_output_weights = hf_config.tie_word_embeddings
         num_layers = get_num_layers_to_build(config, self.vp_stage, groups.pipeline.rank)
+        kernels = layers.kernels(model.spec)
         self.language_model = GPTModel(
             config=config,
             transformer_layer_spec=TransformerBlockSubmodules(
-                layer_specs=[layers.text_layer(model.spec)] * num_layers,
-                layer_norm=layers.norm(model.spec),
+                layer_specs=[kernels.layer] * num_layers, layer_norm=kernels.norm
             ),
             vocab_size=padded_vocab_size(hf_config.text.vocab_size, groups.tensor.size),
             max_sequence_length=hf_config.text.max_position_embeddings,
@@ -94,7 +92,7 @@ class Qwen25VL(MegatronModule):
             vp_stage=self.vp_stage,
         )
         self.vision_model = (
-            make_tower(config, hf_config, groups, model.spec) if self.pre_process else None
+            VisionModel(config, hf_config, groups, model.spec) if self.pre_process else None
         )
 
     def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -155,7 +153,7 @@ class Qwen25VL(MegatronModule):
             rotary_pos_emb=layers.text_angles(
                 split.take(position_ids, dim=-1), text.head_dim, text.rope_theta, text.mrope_section
             ),
-            packed_seq_params=pack_row(cu_seqlens, is_causal=True, split=split),
+            packed_seq_params=pack_row(split, is_causal=True),
         )
         if not self.post_process:
             return hidden
@@ -226,8 +224,8 @@ def build_model(
 ) -> list[Qwen25VL]:
     """Build this rank's share of the model, one chunk per virtual stage.
 
-    Weights are NaN until they are loaded. `groups` gives the numbers of ranks, `model` dtype,
-    kernels, recomputation and FP8, `parallel` the rest of the layout.
+    Weights are NaN until they are loaded, padding rows 0. `groups` gives the numbers of ranks,
+    `model` dtype, kernels, recomputation and FP8, `parallel` the rest of the layout.
 
     Raises:
         ConfigError: the layout does not divide the model, or the kernels cannot run here.
@@ -242,16 +240,11 @@ def build_model(
         chunks = [
             Qwen25VL(config, hf_config, groups, model, number) for number in range(parallel.virtual)
         ]
+    vocab_size = hf_config.text.vocab_size
     for chunk in chunks:
-        _mark_unloaded(chunk)
+        for name, parameter in chunk.named_parameters():
+            parameter.detach().fill_(float("nan"))  # one that is not loaded is noticed
+            if name.endswith(("word_embeddings.weight", "output_layer.weight")):
+                padding = vocabulary_rows(vocab_size, len(parameter), groups.tensor.rank)[1]
+                parameter.detach()[padding:].zero_()
     return chunks
-
-
-@torch.no_grad()
-def _mark_unloaded(chunk: Qwen25VL) -> None:
-    """Fill weights with NaN, so that one that is not loaded is noticed, and padding rows with 0."""
-    for name, parameter in chunk.named_parameters():
-        parameter.fill_(float("nan"))
-        if name.endswith(("word_embeddings.weight", "output_layer.weight")):
-            vocab_size, rank = chunk.hf_config.text.vocab_size, chunk.groups.tensor.rank
-            parameter[vocabulary_rows(vocab_size, len(parameter), rank)[1] :].zero_()

@@ -12,7 +12,6 @@ context-parallel ranks as over data-parallel ones, and tokens are counted on one
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -28,13 +27,8 @@ class Segment:
     """Consecutive queries of one rank, and the keys of their sequence up to the last query.
 
     The last query attends to all the keys, the one before it to all but one, and so on. Without a
-    causal mask there are as many queries as keys, and all attend to all.
-
-    Attributes:
-        first_query: position among the rank's tokens.
-        num_queries: number of queries.
-        first_key: position on the row.
-        num_keys: number of keys, at least that of the queries.
+    causal mask there are as many queries as keys, and all attend to all. `first_query` is a
+    position among the rank's tokens, `first_key` one on the row.
     """
 
     first_query: int
@@ -48,14 +42,16 @@ class RowSplit:
     """One rank's share of a row of T tokens.
 
     Attributes:
-        group: context-parallel ranks.
+        cu_seqlens: [sequences + 1] int32, boundaries of the whole row; the last is T.
+        group: context-parallel ranks; None if this rank holds the whole row.
         segments: this rank's queries in order.
         own: [T / ranks] int64, position on the row of each token of this rank; None: all in order.
         places: [T] int64, position of each token of the row in the concatenated shares of the
             ranks; None: in order.
     """
 
-    group: Group
+    cu_seqlens: torch.Tensor
+    group: Group | None
     segments: tuple[Segment, ...]
     own: torch.Tensor | None = None
     places: torch.Tensor | None = None
@@ -69,7 +65,7 @@ class RowSplit:
 
         For tensors that each rank then uses in its own way: keys and values.
         """
-        if self.places is None:
+        if self.group is None:
             return share
         return gather_from_sequence_parallel_region(share, group=self.group.process_group)
 
@@ -79,7 +75,7 @@ class RowSplit:
         For tensors that all ranks then use in the same way: the gradient of a share is its part of
         the row's.
         """
-        if self.places is None:
+        if self.group is None:
             return share
         whole = gather_from_sequence_parallel_region(
             share.transpose(0, 1).contiguous(),
@@ -94,48 +90,29 @@ def sequence_multiple(num_ranks: int) -> int:
     return 1 if num_ranks == 1 else 2 * num_ranks
 
 
-def whole_sequences(lengths: Sequence[int]) -> tuple[Segment, ...]:
-    """Return the segments of sequences that one rank holds entirely; empty ones have none."""
-    segments, start = [], 0
-    for length in lengths:
-        if length:
-            segments.append(Segment(start, length, start, length))
-        start += length
-    return tuple(segments)
-
-
-def split_row(cu_seqlens: torch.Tensor, group: Group) -> RowSplit:
-    """Split a row with these boundaries, [sequences + 1] int32, over the context-parallel ranks.
+def split_row(cu_seqlens: torch.Tensor, group: Group | None = None) -> RowSplit:
+    """Split a row over the context-parallel ranks, if there are several.
 
     Raises:
         DataError: a sequence cannot be divided into equal chunks.
     """
-    bounds, multiple = cu_seqlens.tolist(), sequence_multiple(group.size)
-    lengths = [end - start for start, end in pairwise(bounds)]
-    if group.size == 1:
-        return RowSplit(group, whole_sequences(lengths))
-    for length in lengths:
+    sequences = [(start, end - start) for start, end in pairwise(cu_seqlens.tolist())]
+    if group is None or group.size == 1:
+        segments = [Segment(start, length, start, length) for start, length in sequences if length]
+        return RowSplit(cu_seqlens, None, tuple(segments))
+    multiple = sequence_multiple(group.size)
+    segments, num_own = [], 0
+    for start, length in sequences:
         if length % multiple:
             raise DataError(
                 f"a sequence of {length} tokens cannot be split over {group.size} context-parallel "
                 f"ranks; pad each sequence to a multiple of {multiple}"
             )
-    chunks = [list(_chunks(bounds, rank, group.size)) for rank in range(group.size)]
-    segments, num_own = [], 0
-    for start, first, size in chunks[group.rank]:
-        if size:
-            segments.append(Segment(num_own, size, start, first + size - start))
+        size = length // multiple
+        for chunk in (group.rank, multiple - 1 - group.rank) if size else ():
+            segments.append(Segment(num_own, size, start, (chunk + 1) * size))
             num_own += size
-    shares = [torch.cat([torch.arange(a, a + size) for _, a, size in own]) for own in chunks]
-    places = torch.empty(bounds[-1], dtype=torch.int64)
-    places[torch.cat(shares)] = torch.arange(bounds[-1])
-    device = cu_seqlens.device
-    return RowSplit(group, tuple(segments), shares[group.rank].to(device), places.to(device))
-
-
-def _chunks(bounds: Sequence[int], rank: int, num_ranks: int) -> Iterator[tuple[int, int, int]]:
-    """Yield for each chunk of a rank the start of its sequence, its own start, and its length."""
-    for start, end in pairwise(bounds):
-        size = (end - start) // (2 * num_ranks)
-        for number in (rank, 2 * num_ranks - 1 - rank):
-            yield start, start + number * size, size
+    chunks = torch.cat([torch.arange(n) * multiple // max(n, 1) for _, n in sequences])
+    order = torch.minimum(chunks, multiple - 1 - chunks).argsort(stable=True).to(cu_seqlens.device)
+    own = order.unflatten(0, (group.size, -1))[group.rank]
+    return RowSplit(cu_seqlens, group, tuple(segments), own, order.argsort())

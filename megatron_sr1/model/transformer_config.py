@@ -15,12 +15,11 @@ from megatron.core.enums import Fp8Recipe
 from megatron.core.fp8_utils import get_fp8_align_size
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_sr1.config.model import ModelConfig, ParallelConfig
+from megatron_sr1.config.run import ModelConfig, ParallelConfig
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.model.hf_config import HFConfig, VisionConfig
 from megatron_sr1.runtime.groups import Groups
 
-VISION_NORM_EPS = 1e-6
 UNIFORM_RECOMPUTE = {"recompute_method": "uniform", "recompute_num_layers": 1}
 FP8_RECIPES = {
     "delayed": Fp8Recipe.delayed,
@@ -113,7 +112,7 @@ def vision_transformer_config(
         num_attention_heads=vision.num_heads,
         num_query_groups=vision.num_heads,
         kv_channels=vision.head_dim,
-        layernorm_epsilon=VISION_NORM_EPS,
+        layernorm_epsilon=1e-6,
         add_bias_linear=True,
         add_qkv_bias=True,
         mrope_section=None,

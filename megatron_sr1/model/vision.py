@@ -27,10 +27,11 @@ from megatron.core.transformer.transformer_block import TransformerBlock, Transf
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_sr1.errors import DataError
-from megatron_sr1.model import layers
 from megatron_sr1.model.attention import PackedRow, pack_row
 from megatron_sr1.model.hf_config import HFConfig, VisionConfig
-from megatron_sr1.model.transformer_config import VISION_NORM_EPS, vision_transformer_config
+from megatron_sr1.model.layers import Kernels, kernels, vision_angles
+from megatron_sr1.model.row_split import split_row
+from megatron_sr1.model.transformer_config import vision_transformer_config
 from megatron_sr1.records import VisionInputs
 from megatron_sr1.runtime.groups import Group, Groups, share_out
 
@@ -42,13 +43,11 @@ class ImageLayout:
     Attributes:
         order: [merged tokens] int64, the token at each position of the window order.
         window_lengths: patches of each window, in order.
-        frame_lengths: patches of each frame.
         positions: [patches, 2] int64, row and column of each patch, in window order.
     """
 
     order: torch.Tensor
     window_lengths: tuple[int, ...]
-    frame_lengths: tuple[int, ...]
     positions: torch.Tensor
 
 
@@ -93,7 +92,6 @@ def image_layout(time: int, height: int, width: int, merge: int, window: int) ->
     return ImageLayout(
         order=order,
         window_lengths=tuple((torch.bincount(window_ids) * merge**2).tolist()),
-        frame_lengths=(height * width,) * time,
         positions=torch.stack([patch_rows.flatten(), patch_columns.flatten()], dim=-1),
     )
 
@@ -113,7 +111,7 @@ def row_layout(
         inverse=order.argsort().to(device),
         positions=torch.cat([layout.positions for layout in layouts]).to(device),
         windows=_pack([n for layout in layouts for n in layout.window_lengths], device),
-        images=_pack([n for layout in layouts for n in layout.frame_lengths], device),
+        images=_pack([h * w for t, h, w in grids for _ in range(t)], device),
     )
 
 
@@ -138,26 +136,20 @@ class PatchMerger(MegatronModule):
     """Norm, then an MLP over the patches of each merged token, which are adjacent."""
 
     def __init__(
-        self, config: TransformerConfig, vision: VisionConfig, kernels: str, collection: Any
+        self, config: TransformerConfig, vision: VisionConfig, layers: Kernels, tp_group: Any
     ) -> None:
-        """Build the merger; arguments as `VisionModel`'s."""
+        """Build the merger, whose linear layers are split over the ranks of `tp_group`."""
         super().__init__(config=config)
-        self.merged_size = vision.hidden_size * vision.spatial_merge_size**2
-        self.norm = layers.norm(kernels)(
-            config=config, hidden_size=vision.hidden_size, eps=VISION_NORM_EPS
+        self.merged_size = width = vision.hidden_size * vision.spatial_merge_size**2
+        self.norm = layers.norm(
+            config=config, hidden_size=vision.hidden_size, eps=config.layernorm_epsilon
         )
-        column, row = layers.linears(kernels)
-        common = {
-            "config": config,
-            "init_method": config.init_method,
-            "bias": True,
-            "skip_bias_add": False,
-            "is_expert": False,
-            "tp_group": collection.tp,
-        }
-        width = self.merged_size
-        self.linear_fc1 = column(width, width, gather_output=False, **common)
-        self.linear_fc2 = row(width, vision.out_hidden_size, input_is_parallel=True, **common)
+        common: dict[str, Any] = {"config": config, "init_method": config.init_method, "bias": True}
+        common |= {"skip_bias_add": False, "is_expert": False, "tp_group": tp_group}
+        self.linear_fc1 = layers.column_linear(width, width, gather_output=False, **common)
+        self.linear_fc2 = layers.row_linear(
+            width, vision.out_hidden_size, input_is_parallel=True, **common
+        )
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Merge [patches, 1, width] into [merged tokens, 1, width of the language model]."""
@@ -170,25 +162,27 @@ class VisionModel(MegatronModule):
     """Patch embedding, blocks and merger."""
 
     def __init__(
-        self, config: TransformerConfig, vision: VisionConfig, kernels: str, collection: Any
+        self, text: TransformerConfig, hf_config: HFConfig, groups: Groups, spec: str
     ) -> None:
-        """Build the tower.
+        """Build the tower, split over the tensor-parallel ranks or whole on each of them.
 
-        `config` is from `vision_transformer_config`, `kernels` is local or transformer_engine, and
-        `collection` has Megatron's process groups.
+        `text` is the configuration of the language model's layers, `spec` names the kernels.
         """
+        vision = hf_config.vision
+        config = vision_transformer_config(text, vision, groups.tower.size)
         super().__init__(config=config)
         self.vision = vision
-        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        collection = copy.copy(groups.collection)
+        collection.tp = groups.tower.process_group
         self.patch_embed = torch.nn.Linear(
             vision.patch_dim,
             vision.hidden_size,
             bias=False,
             dtype=config.params_dtype,
-            device=device,
+            device="cpu" if config.use_cpu_initialization else torch.cuda.current_device(),
         )
-        layer = layers.text_layer(kernels)
-        attention = layer.submodules.self_attention
+        layers = kernels(spec)
+        attention = layers.layer.submodules.self_attention
         attention.module = VisionSelfAttention
         attention.params = {
             "attn_mask_type": AttnMaskType.no_mask,
@@ -196,11 +190,18 @@ class VisionModel(MegatronModule):
         }
         self.decoder = TransformerBlock(
             config=config,
-            spec=TransformerBlockSubmodules(layer_specs=[layer] * vision.depth, layer_norm=None),
+            spec=TransformerBlockSubmodules(
+                layer_specs=[layers.layer] * vision.depth, layer_norm=None
+            ),
             post_layer_norm=False,
             pg_collection=collection,
         )
-        self.merger = PatchMerger(config, vision, kernels, collection)
+        self.merger = PatchMerger(config, vision, layers, collection.tp)
+        for parameter in self.parameters() if groups.tower.size < groups.tensor.size else ():
+            # Each rank has the gradient of its own images, and encode_by_turns sums the equal
+            # gradients of the tensor-parallel ranks: the gradient is the mean over the ranks.
+            parameter.average_gradients_across_tp_domain = True  # type: ignore[attr-defined]
+            parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
 
     def forward(self, inputs: VisionInputs) -> torch.Tensor:
         """Return the features of all images, in the order of the image-pad tokens.
@@ -221,31 +222,10 @@ class VisionModel(MegatronModule):
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
-            rotary_pos_emb=layers.vision_angles(
-                layout.positions, vision.head_dim, vision.rope_theta
-            ),
+            rotary_pos_emb=vision_angles(layout.positions, vision.head_dim, vision.rope_theta),
             packed_seq_params=(layout.windows, layout.images),
         )
         return self.merger(hidden)[:, 0].index_select(0, layout.inverse)
-
-
-def make_tower(
-    config: TransformerConfig, hf_config: HFConfig, groups: Groups, kernels: str
-) -> VisionModel:
-    """Build the tower, split over the tensor-parallel ranks or whole on each of them.
-
-    `config` is that of the language model.
-    """
-    vision, collection = hf_config.vision, copy.copy(groups.collection)
-    tower_config = vision_transformer_config(config, vision, groups.tower.size)
-    collection.tp = groups.tower.process_group
-    tower = VisionModel(tower_config, vision, kernels, collection)
-    for parameter in tower.parameters() if groups.tower.size < groups.tensor.size else ():
-        # Each rank has the gradient of its own images, and encode_by_turns sums the equal gradients
-        # of the tensor-parallel ranks: the gradient is the mean over the ranks.
-        parameter.average_gradients_across_tp_domain = True  # type: ignore[attr-defined]
-        parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
-    return tower
 
 
 def encode_by_turns(tower: VisionModel, inputs: VisionInputs, group: Group) -> torch.Tensor:
@@ -254,7 +234,7 @@ def encode_by_turns(tower: VisionModel, inputs: VisionInputs, group: Group) -> t
     Tower and inputs are the same on all ranks. Features are [merged tokens, width], in the images'
     order. In the backward pass a feature's gradient is summed over the ranks and goes to the one
     that encoded it: context-parallel ranks each had a share of the row. Tensor-parallel ranks had
-    equal copies, so there the sum is too large by their number, which `make_tower` accounts for.
+    equal copies, so there the sum is too large by their number, which `VisionModel` accounts for.
 
     Raises:
         DataError: grids and pixels do not match.
@@ -271,9 +251,8 @@ def encode_by_turns(tower: VisionModel, inputs: VisionInputs, group: Group) -> t
     merged = tower.vision.spatial_merge_size**2
     shares = [sorted(share) for share in share_out(sizes, group.size)]
     counts = [sum(sizes[i] for i in share) // merged for share in shares]
-    pixels, own = inputs.pixel_values.split(sizes), shares[group.rank]
-    parts = []
-    if own:
+    pixels, parts = inputs.pixel_values.split(sizes), []
+    if own := shares[group.rank]:
         mine = VisionInputs(torch.cat([pixels[i] for i in own]), inputs.image_grid_thw[own])
         parts.append(tower(mine))
     # All ranks contribute equally many rows. The padding requires a gradient, so that every rank
@@ -285,8 +264,9 @@ def encode_by_turns(tower: VisionModel, inputs: VisionInputs, group: Group) -> t
         device=inputs.pixel_values.device,
         requires_grad=torch.is_grad_enabled(),
     )
-    padded = torch.cat([*parts, padding])
-    whole = gather_from_sequence_parallel_region(padded, group=group.process_group)
+    whole = gather_from_sequence_parallel_region(
+        torch.cat([*parts, padding]), group=group.process_group
+    )
     features: dict[int, torch.Tensor] = {}
     for share, rows in zip(shares, whole.split(max(counts)), strict=True):
         lengths = [sizes[i] // merged for i in share]
@@ -310,4 +290,4 @@ def feature_numbers(inputs: VisionInputs, merge: int) -> torch.Tensor:
 
 def _pack(lengths: list[int], device: torch.device) -> PackedRow:
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
-    return pack_row(cu_seqlens, is_causal=False)
+    return pack_row(split_row(cu_seqlens), is_causal=False)

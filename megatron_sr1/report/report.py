@@ -10,9 +10,12 @@ import json
 import re
 import statistics
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+from megatron_sr1.data.shards import ShardReader
+from megatron_sr1.errors import ConfigError
 from megatron_sr1.observability.metrics import read_lines
 from megatron_sr1.records import RIGHT_FROM
 from megatron_sr1.report import page, panels
@@ -27,18 +30,23 @@ DEMO_RUNS = {
     "vision_sr1": "GRPO + self-reward",
 }
 WAYS = ("sampled", "greedy")
+FILES = ("metrics.jsonl", "eval", "rollouts", "vision_sr1")
 NUM_PROMPTS_SHOWN = 6
 
 
-def write_report(run_dir: str | Path, images: Images | None = None) -> Path:
-    """Write `report.html` into a run directory or the demo's directory.
+def write_report(run_dir: str | Path) -> Path:
+    """Write `report.html` into the directory of a run, finished or not, or of the demo.
 
-    Args:
-        run_dir: with config.json and metrics.jsonl, or with the demo's three runs.
-        images: those of the held-out set for the demo and an evaluation, of the training set for
-            other runs (see `shards_of`); None for no images.
+    Raises:
+        ConfigError: the directory holds none.
     """
     run_dir = Path(run_dir)
+    if not any((run_dir / name).exists() for name in FILES):
+        raise ConfigError(
+            f"{run_dir}: no such run; expected a directory with config.json and metrics.jsonl or "
+            "eval/, or the demo's"
+        )
+    images = images_of(run_dir)
     is_demo = all((run_dir / name).is_dir() for name in DEMO_RUNS)
     text = _demo_page(run_dir, images) if is_demo else _run_page(run_dir, images)
     target = run_dir / "report.html"
@@ -46,19 +54,16 @@ def write_report(run_dir: str | Path, images: Images | None = None) -> Path:
     return target
 
 
-def is_run(run_dir: Path) -> bool:
-    """Return True if a directory holds files of a run, finished or not, or of the demo."""
-    names = ("metrics.jsonl", "eval", "rollouts", "vision_sr1")
-    return any((run_dir / name).exists() for name in names)
+def images_of(run_dir: Path) -> Images | None:
+    """Return what reads a sample's images, if the shards that config.json names still exist.
 
-
-def shards_of(run_dir: Path) -> Path | None:
-    """Return the directory of the shards with the report's images, from the run's configuration."""
+    They are the held-out set for the demo and an evaluation, the training set for other runs.
+    """
     demo = run_dir / "vision_sr1" / "config.json"
     config = _json(demo if demo.is_file() else run_dir / "config.json")
     held_out = demo.is_file() or config.get("stage") == "eval"
     folder = config.get("data", {}).get("eval" if held_out else "train")
-    return Path(folder) if folder else None
+    return ShardReader(folder).images if folder and any(Path(folder).glob("*.tar")) else None
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -67,13 +72,9 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _demo_page(run_dir: Path, images: Images | None) -> str:
     runs = {name: read_lines(run_dir / name / "metrics.jsonl") for name in DEMO_RUNS}
-    judged = {
-        way: {
-            shown: read_lines(run_dir / "eval" / f"{name}_{way}.jsonl")
-            for name, shown in DEMO_RUNS.items()
-        }
-        for way in WAYS
-    }
+    judged: dict[str, dict[str, Lines]] = {way: {} for way in WAYS}
+    for way, (name, shown) in product(WAYS, DEMO_RUNS.items()):
+        judged[way][shown] = read_lines(run_dir / "eval" / f"{name}_{way}.jsonl")
     sampled = {name: lines for name, lines in judged["sampled"].items() if lines}
     grpo = {DEMO_RUNS[name]: runs[name] for name in ("see_think", "vision_sr1")}
     bars = [panels.verdict_bars(models, way) for way, models in judged.items()]
@@ -81,6 +82,7 @@ def _demo_page(run_dir: Path, images: Images | None) -> str:
     sizes = ", ".join(sorted({str(len(lines)) for lines in sampled.values()}))
     tables = [panels.verdict_table("rate, %", rated), panels.difference_table(judged)]
     times = [panels.time_chart(name, lines) for name, lines in grpo.items()]
+    cold = panels.run_charts(runs["cold_start"])[:2]
     body = [
         "<h1>Digits, from scratch</h1>",
         '<p class="soft">A small Qwen2.5-VL learns to read three handwritten digits; then GRPO '
@@ -109,9 +111,7 @@ def _demo_page(run_dir: Path, images: Images | None) -> str:
             "Wall seconds of the GRPO steps by phase.",
             page.box("stack", [page.box("grid2", times), panels.time_table(grpo)]),
         ),
-        page.section(
-            "Cold start", "", page.box("grid2", panels.run_charts(runs["cold_start"])[:2])
-        ),
+        page.section("Cold start", "", page.box("grid2", cold)),
         page.section(
             "Samples",
             "Selected by rule, not by hand: the first questions; some where the cold start took a "
@@ -186,8 +186,7 @@ def _demo_tiles(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _run_tiles(lines: Lines) -> list[tuple[str, str]]:
-    found = []
-    tail = lines[-max(len(lines) // 10, 1) :]
+    found, tail = [], lines[-max(len(lines) // 10, 1) :]
     for name in ("reward/accuracy", "reward/self_reward", "reward/shortcut_rate", "actor/loss"):
         values = [line[name] for line in tail if line.get(name) is not None]
         if values:
@@ -211,24 +210,21 @@ def _question_cards(judged: Mapping[str, Lines], images: Images | None) -> list[
     """Show informative questions with the responses of each model or way of answering."""
     if not judged:
         return []
-    rows = {name: {line["index"]: line for line in lines} for name, lines in judged.items()}
-    return [
-        page.question_card(
-            rule, {name: found[index] for name, found in rows.items() if index in found}, images
-        )
-        for rule, index in pick_questions(judged)
-    ]
+    cards = []
+    for rule, index in pick_questions(judged):
+        lines = {
+            name: row for name, rows in judged.items() for row in rows if row["index"] == index
+        }
+        cards.append(page.question_card(rule, lines, images))
+    return cards
 
 
 def pick_questions(judged: Mapping[str, Lines], each: int = 4) -> list[tuple[str, int]]:
     """Select at most `each` questions by each of some fixed rules, as pairs of rule and index.
 
     The first questions; those where the first run took a shortcut and the last run's description
-    suffices (of one run: its shortcuts); those that the last run still answers wrongly.
-
-    Args:
-        judged: name of a run -> evaluation lines on the same questions.
-        each: maximum number of questions per rule.
+    suffices (of one run: its shortcuts); those that the last run still answers wrongly. `judged`
+    holds the runs' evaluation lines on the same questions.
     """
     rows = [{line["index"]: line for line in lines} for lines in judged.values()]
     first, last = rows[0], rows[-1]
@@ -240,8 +236,7 @@ def pick_questions(judged: Mapping[str, Lines], each: int = 4) -> list[tuple[str
         rules = {"one of the first": list(last), "fixed": fixed, "still wrong": wrong}
     chosen: dict[int, str] = {}
     for rule, indices in rules.items():
-        for index in [i for i in indices if i not in chosen][:each]:
-            chosen[index] = rule
+        chosen |= dict.fromkeys([i for i in indices if i not in chosen][:each], rule)
     return [(rule, index) for index, rule in chosen.items()]
 
 

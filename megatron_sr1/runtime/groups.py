@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_sr1.config.model import ParallelConfig
+from megatron_sr1.config.run import ParallelConfig
 from megatron_sr1.errors import CheckpointError, ConfigError
 from megatron_sr1.runtime import cpu, signals
 from megatron_sr1.runtime.device import start_distributed

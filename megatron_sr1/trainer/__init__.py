@@ -1,1 +1,1 @@
-"""Stages of a run: supervised cold start, GRPO with self-reward, evaluation, the demo."""
+"""The training loops: supervised fine-tuning, and GRPO with self-reward."""

@@ -171,6 +171,11 @@ def make_actor(
         finalize_model_grads,
     )
 
+    def finalize(model: list[Any], num_tokens: torch.Tensor, **more: Any) -> None:
+        # Context-parallel ranks have the same rows and losses: one of them counts.
+        counted = num_tokens if groups.counts_tokens else torch.zeros_like(num_tokens)
+        finalize_model_grads(model, counted, **more)
+
     frozen = freeze(chunks, hf_config, config.model.freeze)
     with cpu.megatron_mode():
         ddp_config = DistributedDataParallelConfig(
@@ -184,7 +189,7 @@ def make_actor(
         no_sync = [outer.no_sync for outer in wrapped]
         # All chunks of a rank share one configuration.
         chunks[0].config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-        chunks[0].config.finalize_model_grads_func = finalize_model_grads
+        chunks[0].config.finalize_model_grads_func = finalize
         optimizer = make_optimizer(config, wrapped)
         scheduler = make_scheduler(config.optimizer, optimizer, num_updates)
     return Actor(chunks, wrapped, optimizer, scheduler, hf_config, source, groups, frozen)

@@ -1,21 +1,28 @@
-"""A run's state on one rank: steps, phases, counts of bad samples, and where metrics go."""
+"""A run's state on one rank: steps, phases, counts of bad samples, metrics and checkpoints.
+
+A run resumes only what was trained in the same stage and from the same model: the KL reference is
+read from `model.path`.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from megatron_sr1.checkpoint.folders import fingerprint, latest_step
+from megatron_sr1.checkpoint.loading import load_checkpoint
+from megatron_sr1.checkpoint.saving import EVALUATION, Keep, SaveQueue
 from megatron_sr1.config.loading import save_config
 from megatron_sr1.config.run import Config
 from megatron_sr1.data.loader import Loader
-from megatron_sr1.errors import DataError, GradingError
+from megatron_sr1.errors import ConfigError, DataError, GradingError
 from megatron_sr1.observability.metrics import MetricsFile
 from megatron_sr1.observability.profiling import (
     STEPS_BETWEEN_TRIMS,
@@ -29,9 +36,11 @@ from megatron_sr1.runtime import failure, signals
 from megatron_sr1.runtime.files import write_text
 from megatron_sr1.runtime.groups import Groups, sum_over_ranks
 from megatron_sr1.trainer.actor import Actor
-from megatron_sr1.trainer.resume import RunCheckpoints
+from megatron_sr1.trainer.optimizer import schedule_change, schedule_facts
 from megatron_sr1.trainer.throughput import Throughput, peak_flops
 
+T = TypeVar("T")
+FINGERPRINT = "fingerprint of model.path's weights"
 log = logging.getLogger(__name__)
 UNGRADED_WARNING_SHARE = 0.05
 """Share of a step's prompts left out by the grader above which the log warns."""
@@ -41,6 +50,7 @@ class Context:
     """State of one stage on one rank.
 
     Attributes:
+        checkpoints: directory of the run's checkpoints.
         step: finished steps.
         loader: order of the training set; only if there is one.
         throughput: counts a step's work; exists after `start`.
@@ -53,7 +63,7 @@ class Context:
         """Touch no file yet: `start` or `open` does. Without training, `num_samples` is 0."""
         self.config, self.groups = config, groups
         self.run_dir = Path(config.output)
-        self.step = self.skipped = self.ungraded = self._newly_skipped = 0
+        self.step = self.skipped = self.ungraded = 0
         self.is_leaving = False
         self.meter = StepMeter()
         self.throughput: Throughput
@@ -64,7 +74,11 @@ class Context:
             self.run_dir,
             rank,
         )
-        self._checkpoints = RunCheckpoints(config, self.phase)
+        saved, self.checkpoints = config.checkpoint, self.run_dir / "checkpoints"
+        keep = Keep(saved.keep_last, saved.keep_best, saved.best_by)
+        limit = saved.max_in_flight if saved.asynchronous else 0
+        self._saves = SaveQueue(self.checkpoints, keep, limit)
+        self._origin: dict[str, str] = {}
         self._sinks: list[Sink] = []
         self._metrics: MetricsFile | None = None
         if num_samples:
@@ -80,11 +94,6 @@ class Context:
     def has_steps_left(self) -> bool:
         """True while the loop has steps to do."""
         return self.step < self.config.optimizer.num_steps and not self.is_leaving
-
-    @property
-    def checkpoints(self) -> Path:
-        """Directory of the run's checkpoints."""
-        return self._checkpoints.directory
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -104,28 +113,32 @@ class Context:
         """Abort the run if a block exceeds a phase's deadline; unlike a phase it is not timed."""
         return failure.deadline(name, self.config.launch.phase_deadline_seconds)
 
-    def skip(self, error: DataError) -> None:
-        """Log and count a bad sample; `count_skipped` checks whether there are too many."""
-        self._newly_skipped += 1
-        log.warning("skipped: %s", error)
-
-    def count_skipped(self, is_replica_leader: bool) -> None:
-        """Add up the samples skipped since the last call; collective over all ranks.
+    def read_usable(
+        self, read: Callable[[int], T], indices: Iterable[int], is_replica_leader: bool
+    ) -> list[T]:
+        """Read samples; log, count and leave out the unusable ones; collective over all ranks.
 
         One of the ranks that read the same samples is their leader and counts.
 
         Raises:
-            DataError: there are too many; all ranks raise.
+            DataError: too many samples of the run are unusable; all ranks raise.
         """
-        newly = {"skipped": float(self._newly_skipped if is_replica_leader else 0)}
+        found, skipped = [], 0
+        for index in indices:
+            try:
+                found.append(read(index))
+            except DataError as error:
+                skipped += 1
+                log.warning("skipped: %s", error)
+        newly = {"skipped": float(skipped if is_replica_leader else 0)}
         self.skipped += round(sum_over_ranks(self.groups, newly)["skipped"])
-        self._newly_skipped = 0
         limit = self.config.data.max_skipped
         if self.skipped > limit:
             raise DataError(
                 f"{self.skipped} samples skipped, at most {limit} (data.max_skipped); the warnings "
                 "above name them"
             )
+        return found
 
     def count_ungraded(self, newly: Mapping[int, str], num_prompts: int) -> float:
         """Add up prompts of a step that the grader left out, and warn if there are many.
@@ -173,12 +186,21 @@ class Context:
                 sink.show(step, lines, images, cells)
 
     def start(self, actor: Actor) -> None:
-        """Resume as `RunCheckpoints.resume` does, then open metrics and sinks."""
-        state = self._checkpoints.resume(actor)
-        if state is not None:
-            self.step, self.skipped = state["step"], state["skipped"]
-            self.ungraded = state.get("ungraded", 0)
-            self.loader.load_state_dict(state["loader"])
+        """Resume the latest checkpoint, if there is one, then open metrics and sinks.
+
+        Collective over all ranks.
+
+        Raises:
+            ConfigError: the checkpoint is of another stage, or was trained from another model.
+            CheckpointError: it is damaged.
+        """
+        self._origin = {
+            "stage": self.config.stage,
+            "model.path": self.config.model.path,
+            FINGERPRINT: fingerprint(actor.source),
+        }
+        if latest_step(self.checkpoints) is not None:
+            self._resume(actor)
         self.open()
         self.throughput = Throughput(
             actor.hf_config,
@@ -191,6 +213,28 @@ class Context:
             self._metrics.keep_until(self.config.stage, self.step)
             self._sinks = make_sinks(self.config, self.run_dir, self.step)
         self._profiler.begin(self.step + 1)
+
+    def _resume(self, actor: Actor) -> None:
+        verify = self.config.checkpoint.verify
+        state = load_checkpoint(self.checkpoints, actor.trained, verify=verify)
+        for key, value in self._origin.items():
+            if key not in state and key == FINGERPRINT:
+                log.warning("%s: saved without the %s; taken as the same", self.checkpoints, key)
+            elif state.get(key) != value:
+                raise ConfigError(
+                    f"{self.checkpoints} has {key}={state.get(key)}, now it is {value}; give the "
+                    "former, or another output"
+                )
+        self.step, self.skipped = state["step"], state["skipped"]
+        self.ungraded = state.get("ungraded", 0)
+        self.loader.load_state_dict(state["loader"])
+        change = schedule_change(state.get("schedule"), self._schedule(actor))
+        if change and self.is_writer:
+            log.warning("the learning-rate schedule is not the checkpoint's: %s", change)
+        log.info("resumed from step %d in %s", self.step, self.checkpoints)
+
+    def _schedule(self, actor: Actor) -> dict[str, Any]:
+        return schedule_facts(self.config, actor.optimizer, actor.scheduler, self.step)
 
     def open(self) -> None:
         """Make the run directory and write the resolved configuration; only on the writer."""
@@ -216,7 +260,9 @@ class Context:
             trim_host_memory()
         with self._deadline("profile"):
             self._profiler.end(self.step)
-        rated = rate() if rate is not None and self._checkpoints.is_due(self.step) else {}
+        every, is_last = self.config.checkpoint.every_steps, not self.has_steps_left
+        is_due = is_last or bool(every and self.step % every == 0)
+        rated = rate() if rate is not None and is_due else {}
         times, memory = self.meter.take()
         with self._deadline("perf"):
             perf = self.throughput.take(times, partial(sum_over_ranks, self.groups))
@@ -233,16 +279,35 @@ class Context:
             with self._deadline("log"):
                 for sink in self._sinks:
                     sink.log(self.step, line)
+        flags = {"stop": signals.stop_requested(), "writing": self._saves.is_writing}
+        with self._deadline("ask"):
+            totals = sum_over_ranks(self.groups, flags)
+        stop = totals["stop"] > 0
+        if self._saves and not totals["writing"]:
+            with self.phase("save"):
+                self._saves.finish_oldest()
+        if stop or is_due:
+            with self.phase("save"):
+                self._save(actor, rated)
+        if stop or is_last:
+            with self.phase("save"):
+                self._saves.finish_all()
+        if stop:
+            self._leave()
+        else:
+            self._profiler.begin(self.step + 1)
+
+    def _save(self, actor: Actor, rated: Mapping[str, float]) -> None:
         state = {
             "step": self.step,
             "skipped": self.skipped,
             "ungraded": self.ungraded,
             "loader": self.loader.state_dict(),
+            "schedule": self._schedule(actor),
+            **({EVALUATION: dict(rated)} if rated else {}),
+            **self._origin,
         }
-        if self._checkpoints.finish_step(actor, state, rated):
-            self._leave()
-        else:
-            self._profiler.begin(self.step + 1)
+        self._saves.add(self.step, actor.trained, state, actor.source.hf_files)
 
     def _leave(self) -> None:
         """End the loop, and report to the launcher that the run is unfinished."""

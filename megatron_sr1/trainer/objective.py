@@ -128,7 +128,8 @@ def grpo_loss(
         in_loss = batch.loss_mask.sum()
         sums = {name: (value, sampled) for name, value in over_sampled.items()}
         sums |= {name: (value, in_loss) for name, value in {**over_loss, **weighted}.items()}
-        return loss_sum, denominator, sums
+        sums["loss"] = (loss_sum.detach(), denominator)
+        return loss_sum, denominator.int(), sums
 
     return loss
 

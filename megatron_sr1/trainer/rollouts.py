@@ -151,17 +151,15 @@ def read_prompts(
     context: Context, engine: Engine, samples: Samples, indices: Sequence[int]
 ) -> list[Prompt]:
     """Read this replica's part of the prompts; unusable ones are skipped and counted."""
-    prompts = []
-    for index in indices[engine.replica :: engine.num_replicas]:
-        try:
-            example = samples.example(index)
-            if example.answer is None:
-                raise DataError(f"{example.shard} sample {example.key} has no answer to judge by")
-            prompts.append(samples.prompt(index))
-        except DataError as error:
-            context.skip(error)
-    context.count_skipped(engine.is_replica_leader)
-    return prompts
+
+    def read(index: int) -> Prompt:
+        example = samples.example(index)
+        if example.answer is None:
+            raise DataError(f"{example.shard} sample {example.key} has no answer to judge by")
+        return samples.prompt(index)
+
+    own = indices[engine.replica :: engine.num_replicas]
+    return context.read_usable(read, own, engine.is_replica_leader)
 
 
 def pass2_settings(config: Config) -> Pass2:

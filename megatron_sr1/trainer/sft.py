@@ -16,7 +16,7 @@ from megatron_sr1.runtime.groups import gather_objects
 from megatron_sr1.trainer.actor import Actor
 from megatron_sr1.trainer.context import Context
 from megatron_sr1.trainer.samples import Samples
-from megatron_sr1.trainer.step import named, update
+from megatron_sr1.trainer.step import Sums, named, update
 
 
 def train_sft(context: Context, actor: Actor, samples: Samples) -> None:
@@ -35,9 +35,10 @@ def train_sft(context: Context, actor: Actor, samples: Samples) -> None:
 
 def token_loss(
     policy_logprobs: torch.Tensor, batch: PackedBatch
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+) -> tuple[torch.Tensor, torch.Tensor, Sums]:
     """Return the negative log-likelihood of the targets, and their number as denominator."""
-    return sft_loss(policy_logprobs, batch.loss_mask), batch.loss_mask.sum(), {}
+    loss_sum, num_tokens = sft_loss(policy_logprobs, batch.loss_mask), batch.loss_mask.sum().int()
+    return loss_sum, num_tokens, {"loss": (loss_sum.detach(), num_tokens)}
 
 
 def _conversations(context: Context, samples: Samples, indices: list[int]) -> list[TrainSample]:
@@ -46,16 +47,11 @@ def _conversations(context: Context, samples: Samples, indices: list[int]) -> li
     Each rank reads some; who trains on which is decided when all lengths are known.
     """
     groups = context.groups
-    read = []
-    for index in shard(indices, groups.data.rank, groups.data.size):
-        try:
-            read.append(samples.conversation(index))
-        except DataError as error:
-            context.skip(error)
-    context.count_skipped(groups.is_replica_leader)
+    own = shard(indices, groups.data.rank, groups.data.size)
+    read = context.read_usable(samples.conversation, own, groups.is_replica_leader)
     everyone = [sample for part in gather_objects(read, groups.data) for sample in part]
     if not everyone:
         raise DataError("no sample of this step could be read; see the warnings above")
     sizes = [size_of(sample) for sample in everyone]
-    own = [everyone[place] for place in samples.own_part(sizes, groups.data)]
-    return own or [replace(everyone[0], loss_mask=np.zeros_like(everyone[0].loss_mask))]
+    chosen = [everyone[place] for place in samples.own_part(sizes, groups.data)]
+    return chosen or [replace(everyone[0], loss_mask=np.zeros_like(everyone[0].loss_mask))]

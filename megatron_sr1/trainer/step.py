@@ -33,9 +33,10 @@ Sums = dict[str, tuple[torch.Tensor, torch.Tensor]]
 An update reports the sum divided by the number, each summed over all micro-batches and ranks; for
 names that end in `_max`, the maximum; for `num_…`, the sum itself. A mean or maximum over no token
 is absent."""
-TokenLoss = Callable[[torch.Tensor, PackedBatch], tuple[torch.Tensor, torch.Tensor, Sums]]
+TokenLoss = Callable[..., tuple[torch.Tensor, torch.Tensor, Sums]]
 """(policy_logprobs [1, T], batch) -> (loss summed over its target tokens, its part of the loss's
-denominator, what to report)."""
+denominator, int32, what to report: `loss`, these two, and more). Megatron calls it, so that no
+function of ours lies between."""
 
 
 def sample_logprobs(
@@ -55,14 +56,8 @@ def sample_logprobs(
     Returns:
         per sample [tokens] float32; entry t is the logprob of token t, 0 if it is no target.
     """
-    logprobs: list[torch.Tensor] = []
-
-    def collect(output: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
-        logprobs.append(output.detach())
-        return output
-
     with torch.no_grad(), cpu.megatron_mode():
-        _schedule(actor, actor.chunks, batches, temperature, lambda batch: collect, False)()
+        logprobs = _schedule(actor, actor.chunks, batches, temperature, loss=None)()
     rows = _from_last_stage(logprobs[: len(batches)], batches, actor)
     found: list[np.ndarray] = [np.zeros(0, np.float32)] * len(samples)
     for batch, row in zip(batches, rows, strict=True):
@@ -95,31 +90,15 @@ def update(
     Raises:
         SR1Error: the loss is not finite; nothing was updated.
     """
-    sums: dict[str, torch.Tensor] = {}
-
-    def reduce(batch: PackedBatch, output: torch.Tensor) -> tuple[torch.Tensor, Any, Any]:
-        loss_sum, denominator, reported = loss(output, batch)
-        num_tokens = batch.loss_mask.sum()
-        values = {
-            "loss": (loss_sum, denominator),
-            "num_tokens": (num_tokens, num_tokens),
-            **reported,
-        }
-        for name, pair in values.items():
-            found = torch.stack([value.detach().double() for value in pair])
-            add = torch.maximum if name.endswith("_max") else torch.add
-            sums[name] = add(sums[name], found) if name in sums else found
-        counted = denominator if actor.groups.counts_tokens else torch.zeros_like(denominator)
-        return loss_sum, counted.int(), {}
-
     actor.restore()
     for wrapped in actor.wrapped:
         wrapped.zero_grad_buffer()
     actor.optimizer.zero_grad()
     learning_rate = actor.optimizer.param_groups[0]["lr"]
     with cpu.megatron_mode():
-        _schedule(actor, actor.wrapped, batches, temperature, lambda b: partial(reduce, b), True)()
-    measured = _measured(sums, actor.groups)
+        reported = _schedule(actor, actor.wrapped, batches, temperature, loss)()
+    num_tokens = torch.stack([batch.loss_mask.sum() for batch in batches]).sum()
+    measured = _measured([*reported, {"num_tokens": (num_tokens, num_tokens)}], actor.groups)
     measured |= {"learning_rate": float(learning_rate), "skipped_updates": 0.0}
     if "loss" not in measured:  # the same on all ranks
         if actor.groups.world.rank == 0:
@@ -156,13 +135,13 @@ def named(measured: list[dict[str, float]]) -> dict[str, float]:
     return named
 
 
-def _measured(sums: dict[str, torch.Tensor], groups: Groups) -> dict[str, float]:
-    """Reduce what the last pipeline stages counted, as described at `Sums`, equal on all ranks.
-
-    Args:
-        sums: by name [2] float64: a sum or a maximum, and the number of tokens that it is over.
-        groups: of the layout.
-    """
+def _measured(reported: Sequence[Sums], groups: Groups) -> dict[str, float]:
+    """Combine what the last pipeline stages reported, as described at `Sums`, on all ranks."""
+    sums: dict[str, torch.Tensor] = {}
+    for name, pair in (item for found in reported for item in found.items()):
+        found = torch.stack([value.detach().double() for value in pair])
+        add = torch.maximum if name.endswith("_max") else torch.add
+        sums[name] = add(sums[name], found) if name in sums else found
     counted = groups.is_last_stage and groups.tensor.rank == 0 and groups.counts_tokens
     names: list[Any] = [sorted(sums)]
     if groups.pipeline.size > 1:
@@ -193,10 +172,12 @@ def _schedule(
     models: list[Any],
     batches: Sequence[PackedBatch],
     temperature: float,
-    loss_of: Callable[[PackedBatch], Callable[..., Any]],
-    is_training: bool,
-) -> Callable[[], Any]:
-    """Return Megatron's pipeline schedule over the micro-batches, to be called in its CPU mode."""
+    loss: TokenLoss | None,
+) -> Callable[[], list[Any]]:
+    """Return Megatron's pipeline schedule over the micro-batches, to be called in its CPU mode.
+
+    On the last stage it returns what the loss reports of each; without a loss, the logprobs.
+    """
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     groups, rows = actor.groups, list(batches)
@@ -216,7 +197,7 @@ def _schedule(
             wanted=batch.loss_mask != 0,
             temperature=temperature,
         )
-        return output, loss_of(batch) if batch.sample_ids else _no_loss
+        return output, loss and partial(loss if batch.sample_ids else _no_loss, batch=batch)
 
     return partial(
         get_forward_backward_func(),
@@ -226,8 +207,7 @@ def _schedule(
         num_microbatches=len(rows),
         seq_length=rows[0].input_ids.shape[1],
         micro_batch_size=1,
-        forward_only=not is_training,
-        collect_non_loss_data=not is_training,
+        forward_only=loss is None,
     )
 
 
@@ -260,10 +240,8 @@ def empty_row(num_tokens: int) -> PackedBatch:
     )
 
 
-def _no_loss(output: torch.Tensor, non_loss_data: bool = False) -> Any:
+def _no_loss(output: torch.Tensor, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor, Sums]:
     """Return the loss of an empty row."""
-    if non_loss_data:
-        return output
     return 0 * output.sum(), torch.zeros([], dtype=torch.int32), {}
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_sr1.checkpoint.folders import resolve_model
 from megatron_sr1.checkpoint.tensors import METADATA, unwrap
-from megatron_sr1.config.model import ModelConfig, ParallelConfig
+from megatron_sr1.config.run import ModelConfig, ParallelConfig
 from megatron_sr1.conversion.convert import hf_to_megatron, megatron_to_hf
 from megatron_sr1.conversion.reader import UnitReader
 from megatron_sr1.conversion.units import units

@@ -7,7 +7,7 @@ pytestmark = pytest.mark.gpu
 
 
 def test_gradients_and_state_leave_the_gpu_and_training_goes_on_as_if_they_had_stayed(tiny_model):
-    from megatron_sr1.config.model import ParallelConfig
+    from megatron_sr1.config.run import ParallelConfig
     from megatron_sr1.runtime.device import select_device, start_distributed
     from megatron_sr1.runtime.groups import make_groups
     from megatron_sr1.trainer.sft import token_loss

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.gpu
 def test_transformer_engine_equals_local_layers_in_bfloat16(seed, tmp_path):
     pytest.importorskip("transformer_engine.pytorch")
     from megatron_sr1.checkpoint.hf import load_hf
-    from megatron_sr1.config.model import ModelConfig, ParallelConfig
+    from megatron_sr1.config.run import ModelConfig, ParallelConfig
     from megatron_sr1.model.hf_config import read_hf_config
     from megatron_sr1.model.qwen25_vl import build_model
     from megatron_sr1.records import VisionInputs

@@ -8,7 +8,7 @@ import torch
 
 from megatron_sr1.checkpoint.hf import load_hf
 from megatron_sr1.checkpoint.mapping import canonical_hf_name
-from megatron_sr1.config.model import ModelConfig, ParallelConfig
+from megatron_sr1.config.run import ModelConfig, ParallelConfig
 from megatron_sr1.errors import DataError
 from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.model.qwen25_vl import build_model

@@ -11,6 +11,7 @@ from megatron_sr1.demo.digits import make_digits
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_FRAMES = 8
+"""From the command line to the loss, both counted."""
 STEP = """
 import importlib, json, sys, traceback
 from megatron_sr1.cli import main
@@ -31,7 +32,7 @@ sys.exit(main(arguments))
 
 
 def frames_between(tiny_model, folder, stage, module, loss):
-    """The package's functions between `main` and the loss, in order."""
+    """The package's frames, from that of `python -m megatron_sr1` to the loss, in order."""
     shards = make_digits(folder, 1, num_train=4, num_eval=2, num_cold_start=4)
     data = shards["cold_start" if stage == "sft" else "train"]
     arguments = ["train", "examples/digits_cpu.yaml", f"stage={stage}", f"model.path={tiny_model}"]
@@ -46,7 +47,7 @@ def frames_between(tiny_model, folder, stage, module, loss):
     stack = json.loads(file.read_text())
     names = [name for path, name in stack if Path(path).is_relative_to(ROOT / "megatron_sr1")]
     assert names[0] == "main" and "update" in names
-    return names[1:]
+    return ["<module>", *names, loss]
 
 
 def test_few_frames_lie_between_the_command_line_and_the_supervised_loss(tiny_model, tmp_path):

@@ -14,19 +14,20 @@ def test_bad_samples_are_named_and_counted_up_to_the_limit(groups, tmp_path, cap
         None, ["model.path=x", "data.train=x", "data.max_skipped=3", f"output={tmp_path}"]
     )
     context = Context(config, groups, 0)
+
+    def read(index):
+        if index > 9:
+            raise DataError(f"s.tar sample {index}: no image")
+        return str(index)
+
     with caplog.at_level(logging.WARNING):
-        for key in "ab":
-            context.skip(DataError(f"s.tar sample {key}: no image"))
-    context.count_skipped(is_replica_leader=True)
+        assert context.read_usable(read, [1, 10, 2, 11], True) == ["1", "2"]
     assert context.skipped == 2
     assert [r.getMessage() for r in caplog.records] == [
-        f"skipped: s.tar sample {key}: no image" for key in "ab"
+        f"skipped: s.tar sample {index}: no image" for index in (10, 11)
     ]
-    context.skip(DataError("s.tar sample c: no image"))
-    context.count_skipped(is_replica_leader=False)  # another rank, with the same samples, counts it
-    context.count_skipped(is_replica_leader=True)
+    # Another rank, with the same samples, counts them.
+    assert context.read_usable(read, [12, 3], False) == ["3"]
     assert context.skipped == 2
-    for key in "de":
-        context.skip(DataError(f"s.tar sample {key}: no image"))
     with pytest.raises(DataError, match=r"4 samples skipped, at most 3 \(data.max_skipped\)"):
-        context.count_skipped(is_replica_leader=True)
+        context.read_usable(read, [13, 14], True)

@@ -19,6 +19,7 @@ from megatron_sr1.data.packing import pack_samples
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.data.shards import write_shards
 from megatron_sr1.records import Message, TrainSample
+from megatron_sr1.trainer.context import Context
 from megatron_sr1.trainer.rollouts import read_prompts
 from megatron_sr1.trainer.samples import Samples
 from tests.checkpoint_files import files_of
@@ -98,7 +99,7 @@ def test_twelve_images_come_in_order(processor, tmp_path):
     assert torch.equal(red[:12], red[12:].flip(0))
 
 
-def test_a_prompt_that_is_too_long_leaves_the_others_order(processor, tmp_path, caplog):
+def test_a_prompt_that_is_too_long_leaves_the_others_order(processor, groups, tmp_path, caplog):
     """Ten rows, text and image by turns, row 5 too long; the same after a resume."""
     image = png(Image.new("RGB", (28, 28)))
     records = []
@@ -107,8 +108,8 @@ def test_a_prompt_that_is_too_long_leaves_the_others_order(processor, tmp_path, 
         shown = (image,) if number % 2 else ()
         records.append(Record((Message("user", "<image>" * len(shown) + asked),), "1", shown))
     samples = samples_of(tmp_path, records, processor, max_prompt_tokens=100)
-    skipped = []
-    context = Of(skip=skipped.append, count_skipped=lambda is_replica_leader: None)
+    paths = ["model.path=x", "data.train=x", f"output={tmp_path}"]
+    context = Context(load_config(None, paths), groups, 0)
 
     def read(loader):
         drawn = loader.next_step()
@@ -116,13 +117,14 @@ def test_a_prompt_that_is_too_long_leaves_the_others_order(processor, tmp_path, 
         return [p.example.index for p in read_prompts(context, engine, samples, drawn)]
 
     loader = Loader(10, 4, seed=0, shuffle=False)
-    assert read(loader) == [0, 1, 2, 3] and not skipped
+    assert read(loader) == [0, 1, 2, 3] and not context.skipped
     state = loader.state_dict()
     assert read(loader) == [4, 6, 7]
     resumed = Loader(10, 4, seed=0, shuffle=False)
     resumed.load_state_dict(state)
     assert read(resumed) == [4, 6, 7]
-    assert len(skipped) == 2 and "000000005: prompt of" in str(skipped[0])
+    assert context.skipped == 2
+    assert "000000005: prompt of" in caplog.text
     halves = [Of(replica=r, num_replicas=2, is_replica_leader=True) for r in range(2)]
     found = [
         [p.example.index for p in read_prompts(context, half, samples, range(10))]

@@ -11,7 +11,7 @@ NEXT_TO_A_GPU = """
 import json, os, sys
 import torch
 torch.cuda.is_available, torch.cuda.device_count = (lambda: True), (lambda: 1)
-from megatron_sr1.config.model import ModelConfig, ParallelConfig
+from megatron_sr1.config.run import ModelConfig, ParallelConfig
 from megatron_sr1.model.qwen25_vl import build_model
 from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.runtime.device import select_device, start_distributed, stop_distributed

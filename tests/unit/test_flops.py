@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_sr1.config.model import ModelConfig, ParallelConfig
+from megatron_sr1.config.run import ModelConfig, ParallelConfig
 from megatron_sr1.model import flops
 from megatron_sr1.model.hf_config import parse_hf_config
 from megatron_sr1.model.qwen25_vl import build_model

@@ -7,7 +7,7 @@ import sys
 SCRIPT = """
 import os
 import torch.distributed as dist
-from megatron_sr1.config.model import ParallelConfig
+from megatron_sr1.config.run import ParallelConfig
 from megatron_sr1.runtime.device import select_device, start_distributed
 from megatron_sr1.runtime.groups import destroy_groups, make_groups
 

@@ -127,6 +127,15 @@ def test_sigterm_reaches_the_ranks():
     assert process.wait(timeout=30) == 128 + signal.SIGTERM
 
 
+def test_ranks_that_save_on_sigterm_are_not_killed_after_30_seconds(capfd, monkeypatch):
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
+    rank = "import os; print(os.environ.get('TORCH_ELASTIC_SHUTDOWN_TIMEOUT'))"
+    monkeypatch.setattr(torchrun, "build_command", lambda *_: [sys.executable, "-c", rank])
+    for saves, expected in ((True, torchrun.SHUTDOWN_SECONDS), (False, "None")):
+        torchrun.run([], LaunchConfig(threads=1, save_on_sigterm=saves), 1)
+        assert capfd.readouterr().out.strip() == expected
+
+
 @pytest.mark.field
 def test_a_rank_that_is_killed_before_it_reports_is_named(tmp_path):
     program = tmp_path / "rank.py"
@@ -158,12 +167,12 @@ def test_launch_device_cpu_hides_gpus_before_a_rank_imports_torch(tmp_path, monk
     )
     rank = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     program = "import os, sys\nfrom megatron_sr1 import cli\n"
-    program += "def rank_main(config):\n"
+    program += "def one_rank(config):\n"
     program += (
         "    assert os.environ['CUDA_VISIBLE_DEVICES'] == '' and 'torch' not in sys.modules\n"
     )
-    program += "    return 7\n"
-    program += f"cli.rank_main = rank_main\nsys.exit(cli.main(['train', {str(config)!r}]))"
+    program += "    sys.exit(7)\n"
+    program += f"cli.one_rank = one_rank\nsys.exit(cli.main(['train', {str(config)!r}]))"
     environment = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"} | rank
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True

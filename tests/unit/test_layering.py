@@ -77,7 +77,7 @@ def test_a_package_imports_only_from_lower_layers(path):
     package = package_of(path)
     if package == "__init__":
         return
-    assert package in LAYER, f"{package} has no layer: give it one in DESIGN and here"
+    assert package in LAYER, f"{package} has no layer: give it one in CONTRIBUTING.md and here"
     assert problems_of_layers(package, path.read_text()) == []
 
 

@@ -5,21 +5,24 @@ import torch
 
 from megatron_sr1.errors import DataError
 from megatron_sr1.model.attention import MIN_FILL, attend, pack_row, plan_attention
-from megatron_sr1.model.row_split import split_row, whole_sequences
+from megatron_sr1.model.row_split import split_row
 from megatron_sr1.runtime.groups import Group
 
 RAGGED = [5, 60, 1, 17, 60, 33, 200, 58]
 
 
+def boundaries(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
 def plan_whole(lengths, *, is_causal):
-    return plan_attention(whole_sequences(lengths), is_causal=is_causal)
+    return plan_attention(split_row(boundaries(lengths)), is_causal=is_causal)
 
 
 def shares_of(lengths, num_ranks):
     """Return each context-parallel rank's split of a row; ranks do not communicate here."""
-    borders = torch.tensor([0, *lengths]).cumsum(0).int()
     ranks = tuple(range(num_ranks))
-    return [split_row(borders, Group(None, rank, num_ranks, ranks)) for rank in ranks]
+    return [split_row(boundaries(lengths), Group(None, rank, num_ranks, ranks)) for rank in ranks]
 
 
 def written_out(query, key, value, lengths, is_causal):
@@ -68,23 +71,23 @@ def test_only_sequences_of_similar_length_share_a_batch():
 def test_padding_of_long_causal_sequences_stays_bounded():
     lengths = [4000, 3100, 2900, 1000]
     plan = plan_whole(lengths, is_causal=True)
-    padded = len(plan.slots.rows)
+    padded = len(plan.rows)
     assert padded <= sum(lengths) / MIN_FILL
     assert len(plan.batches) == 3
 
 
 def test_bidirectional_sequences_are_never_padded():
     plan = plan_whole(RAGGED, is_causal=False)
-    assert len(plan.slots.rows) == sum(RAGGED)
+    assert len(plan.rows) == sum(RAGGED)
 
 
 def test_equal_lengths_need_no_copies():
     plan = plan_whole([12] * 5, is_causal=True)
-    assert plan.slots is None
+    assert plan.rows is None
 
 
 def test_a_row_longer_than_its_boundaries_is_refused():
-    row = pack_row(torch.tensor([0, 3, 8], dtype=torch.int32), is_causal=True)
+    row = pack_row(split_row(boundaries([3, 5])), is_causal=True)
     tensors = [torch.randn(9, 2, 16)] * 3
     with pytest.raises(AssertionError, match="cu_seqlens end at 8"):
         attend(*tensors, row.plan)
@@ -105,7 +108,7 @@ def test_the_ranks_of_a_split_row_together_attend_as_one_does(num_ranks, kv_head
     def split_attention(query, key, value):
         results = []
         for split in splits:
-            plan = plan_attention(split.segments, is_causal=True, places=split.places)
+            plan = plan_attention(split, is_causal=True)
             own = split.take(query, dim=0)
             assert len(own) == total // num_ranks
             results.append(attend(own, key[order], value[order], plan))

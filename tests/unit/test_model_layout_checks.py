@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_sr1.config.model import ModelConfig, ParallelConfig
+from megatron_sr1.config.run import ModelConfig, ParallelConfig
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.model.hf_config import check_layout
 from megatron_sr1.model.qwen25_vl import build_model

@@ -56,6 +56,7 @@ def run_pairs(
     algorithm = AlgorithmConfig(**{"kl_coefficient": 0.0, **chosen})
     loss, denominator, reported = grpo_loss(algorithm, bound, MAX_RESPONSE)(policy, batch)
     loss.backward()
+    assert reported.pop("loss") == (loss, denominator)
     outside = [i for i in range(9) if i not in TARGETS]
     assert not policy.grad[0, outside].any()
     return (

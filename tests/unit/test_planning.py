@@ -12,7 +12,7 @@ import pytest
 from megatron_sr1.checkpoint.mapping import TOWER
 from megatron_sr1.cli import main
 from megatron_sr1.config.loading import load_config
-from megatron_sr1.config.model import ParallelConfig
+from megatron_sr1.config.run import ParallelConfig
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.model.hf_config import check_layout, parse_hf_config
 from megatron_sr1.planning.actor_time import ActorCost

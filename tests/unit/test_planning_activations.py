@@ -7,7 +7,7 @@ the MLP's intermediate results.
 import pytest
 import torch
 
-from megatron_sr1.config.model import ModelConfig, ParallelConfig
+from megatron_sr1.config.run import ModelConfig, ParallelConfig
 from megatron_sr1.model.hf_config import parse_hf_config
 from megatron_sr1.model.logprobs import label_logprobs
 from megatron_sr1.model.qwen25_vl import build_model

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from megatron_sr1.demo.digits import make_digits
 from megatron_sr1.errors import DataError
 from megatron_sr1.report.charts import Series, bar_chart, line_chart, stacked_chart
 from megatron_sr1.report.panels import paired
-from megatron_sr1.report.report import DEMO_RUNS, pick_questions, shards_of, write_report
+from megatron_sr1.report.report import DEMO_RUNS, images_of, pick_questions, write_report
 
 EVIL = '</dd></article><script>alert(1)</script><img src=x onerror="alert(2)"> & "quoted"'
 
@@ -90,6 +91,10 @@ class Tags(HTMLParser):
         self.data += data
 
 
+def show(monkeypatch, images):
+    monkeypatch.setattr("megatron_sr1.report.report.images_of", lambda run_dir: images)
+
+
 @pytest.mark.parametrize("make", [make_run, make_demo])
 def test_a_models_text_stays_text(tmp_path, make):
     make(tmp_path, EVIL)
@@ -101,9 +106,10 @@ def test_a_models_text_stays_text(tmp_path, make):
 
 
 @pytest.mark.parametrize("make", [make_run, make_demo])
-def test_the_page_loads_nothing_and_is_small(tmp_path, make):
+def test_the_page_loads_nothing_and_is_small(tmp_path, make, monkeypatch):
     make(tmp_path)
-    path = write_report(tmp_path, lambda index: [Image.new("RGB", (84, 28), (index, 0, 0))])
+    show(monkeypatch, lambda index: [Image.new("RGB", (84, 28), (index, 0, 0))])
+    path = write_report(tmp_path)
     page = Tags(path.read_text())
     policy = [value for name, value in page.attributes if name == "content"][0]
     assert policy.startswith("default-src 'none'") and "script" not in policy
@@ -113,10 +119,11 @@ def test_the_page_loads_nothing_and_is_small(tmp_path, make):
     assert path.stat().st_size < 5e6
 
 
-def test_a_page_of_a_long_run_with_large_images_stays_under_five_megabytes(tmp_path):
+def test_a_page_of_a_long_run_with_large_images_stays_under_five_megabytes(tmp_path, monkeypatch):
     make_run(tmp_path)
     write_lines(tmp_path / "metrics.jsonl", metrics(20000, self_reward=True))
-    path = write_report(tmp_path, lambda index: [Image.effect_noise((2000, 1500), 80)] * 3)
+    show(monkeypatch, lambda index: [Image.effect_noise((2000, 1500), 80)] * 3)
+    path = write_report(tmp_path)
     assert path.stat().st_size < 5e6
 
 
@@ -174,23 +181,27 @@ def test_a_metric_without_a_title_is_shown_too(tmp_path):
 
 
 def test_an_empty_run_still_gets_a_report(tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
     assert "0 steps" in write_report(tmp_path).read_text()
 
 
-def test_a_missing_image_is_reported_and_does_not_stop_the_report(tmp_path):
+def test_a_missing_image_is_reported_and_does_not_stop_the_report(tmp_path, monkeypatch):
     make_run(tmp_path)
 
     def images(index):
         raise DataError("shard gone")
 
-    assert "image not available" in write_report(tmp_path, images).read_text()
+    show(monkeypatch, images)
+    assert "image not available" in write_report(tmp_path).read_text()
 
 
-def test_images_come_from_the_data_set_of_the_samples(tmp_path):
+def test_images_come_from_the_data_set_of_the_samples(tmp_path, monkeypatch):
     make_demo(tmp_path)
-    assert shards_of(tmp_path) == Path("shards/eval")
-    assert shards_of(tmp_path / "vision_sr1") == Path("shards/train")
-    assert shards_of(tmp_path / "eval") is None
+    make_digits(tmp_path / "shards", 1, num_train=2, num_eval=3, num_cold_start=2)
+    monkeypatch.chdir(tmp_path)
+    found = [images_of(tmp_path / name) for name in ("", "vision_sr1")]
+    assert [len(images.__self__) for images in found] == [3, 2]
+    assert images_of(tmp_path / "eval") is None
 
 
 def test_questions_are_selected_by_rule():

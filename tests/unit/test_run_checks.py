@@ -1,5 +1,6 @@
 """A start and a dry run refuse the same things, before any process starts, in one line."""
 
+import contextlib
 import json
 import os
 import signal
@@ -59,7 +60,8 @@ def made(tmp_path_factory):
 def started(monkeypatch):
     """What a start would have run; the ranks themselves do not start."""
     calls = []
-    monkeypatch.setattr(cli, "rank_main", lambda config: calls.append(config) or 0)
+    rank = contextlib.nullcontext((lambda config, groups: calls.append(config), None))
+    monkeypatch.setattr(cli, "one_rank", lambda config: rank)
     monkeypatch.setattr("megatron_sr1.launch.torchrun.run", lambda *a: calls.append(a) or 0)
     monkeypatch.setattr("megatron_sr1.launch.torchrun.rank_environment", lambda *a: {})
     return calls
@@ -224,6 +226,7 @@ def test_version_is_the_packages_and_every_command_describes_itself(capsys):
 
 # Real processes in place of the ranks: they save what they are told to, and wait.
 INTERRUPTED = """
+import contextlib
 import sys
 from megatron_sr1 import cli
 from megatron_sr1.launch import torchrun
@@ -238,7 +241,8 @@ print("up", flush=True)
 time.sleep(60)
 '''
 torchrun.build_command = lambda arguments, num_ranks: [sys.executable, "-c", rank]
-cli.rank_main = lambda config: exec(rank)
+stage = lambda config, groups: exec(rank)
+cli.one_rank = lambda config: contextlib.nullcontext((stage, None))
 sys.exit(cli.main(sys.argv[1:]))
 """
 

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sr1.config.model import ModelConfig
 from megatron_sr1.config.rollout import RewardConfig
-from megatron_sr1.config.run import Config
+from megatron_sr1.config.run import Config, ModelConfig
 from megatron_sr1.errors import GradingError
 from megatron_sr1.records import Completion, Example, Message, Rollout
 from megatron_sr1.rewards.math_worker import Uncomparable
@@ -138,7 +137,7 @@ def test_gathering_gives_back_all_of_a_world_of_one(groups, scorer):
 
 
 def main(output):
-    from megatron_sr1.config.model import ParallelConfig
+    from megatron_sr1.config.run import ParallelConfig
     from megatron_sr1.runtime.device import select_device, start_distributed, stop_distributed
     from megatron_sr1.runtime.groups import make_groups
 

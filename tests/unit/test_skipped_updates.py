@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_sr1.algorithm.losses import sft_loss
 from megatron_sr1.config.loading import load_config
 from megatron_sr1.config.training import AlgorithmConfig
 from megatron_sr1.data.packing import pack_samples
 from megatron_sr1.records import TrainSample
 from megatron_sr1.trainer.actor import load_actor_model, make_actor
 from megatron_sr1.trainer.objective import grpo_loss
+from megatron_sr1.trainer.sft import token_loss
 from megatron_sr1.trainer.step import named, update
 
 pytestmark = pytest.mark.field
@@ -92,10 +92,6 @@ def test_an_update_without_a_token_in_the_loss_leaves_everything_as_it_is(
 
     # Supervised fine-tuning, of a step of which no rank has a target.
     nothing = [replace(s, loss_mask=np.zeros_like(s.loss_mask)) for s in make_samples()]
-
-    def token_loss(logprobs, batch):
-        return sft_loss(logprobs, batch.loss_mask), batch.loss_mask.sum(), {}
-
     assert update(actor, packed(nothing), token_loss, 1.0)["skipped_updates"] == 1
     assert_same(state_of(actor), before)
 

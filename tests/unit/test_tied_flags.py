@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from megatron_sr1.checkpoint.folders import resolve_model
 from megatron_sr1.checkpoint.hf import save_hf
 from megatron_sr1.config.loading import load_config
-from megatron_sr1.config.model import ModelConfig
+from megatron_sr1.config.run import ModelConfig
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.runtime.device import select_device

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_sr1.checkpoint import manifest, saving, tensors
-from megatron_sr1.config.model import ParallelConfig
+from megatron_sr1.config.run import ParallelConfig
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.runtime.device import select_device, start_distributed
 from megatron_sr1.runtime.groups import make_groups

@@ -80,7 +80,8 @@ def make_batches(processor, groups, row_budget):
 
 
 def nll(logprobs, batch):
-    return -(logprobs * batch.loss_mask).sum(), batch.loss_mask.sum(), {}
+    loss, num_tokens = -(logprobs * batch.loss_mask).sum(), batch.loss_mask.sum().int()
+    return loss, num_tokens, {"loss": (loss.detach(), num_tokens)}
 
 
 class Run:

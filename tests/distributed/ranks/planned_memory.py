@@ -73,7 +73,8 @@ def make_batch(hf_config):
 
 
 def loss(logprobs, batch):
-    return -logprobs.sum(), batch.loss_mask.sum(), {}
+    total, num_tokens = -logprobs.sum(), batch.loss_mask.sum().int()
+    return total, num_tokens, {"loss": (total.detach(), num_tokens)}
 
 
 def measure(config, hf_config, groups):

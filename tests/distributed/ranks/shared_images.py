@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sr1.checkpoint.hf import load_hf
-from megatron_sr1.config.model import ModelConfig, ParallelConfig
+from megatron_sr1.config.run import ModelConfig, ParallelConfig
 from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.model.qwen25_vl import build_model
 from megatron_sr1.model.row_split import sequence_multiple

@@ -13,7 +13,7 @@ import transformer_engine.pytorch as te
 from transformer_engine.pytorch.fp8 import STATE
 
 from megatron_sr1.checkpoint.hf import load_hf
-from megatron_sr1.config.model import ModelConfig, ParallelConfig
+from megatron_sr1.config.run import ModelConfig, ParallelConfig
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.model import layers, qwen25_vl
 from megatron_sr1.model.hf_config import read_hf_config

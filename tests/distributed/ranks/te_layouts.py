@@ -9,7 +9,7 @@ from pathlib import Path
 
 import transformer_engine
 
-from megatron_sr1.config.model import ParallelConfig
+from megatron_sr1.config.run import ParallelConfig
 from megatron_sr1.model import layers
 from megatron_sr1.runtime.device import select_device, start_distributed
 from megatron_sr1.runtime.groups import destroy_groups, make_groups
