@@ -116,10 +116,8 @@ def check_header(block: bytes, place: Place, span: Span, where: str) -> None:
     is_text = span == place.text
     fits = key == place.key and (extension == "json" if is_text else _is_image(extension))
     if size != span[1] or (exact and not fits):
-        raise DataError(
-            f"{where}: its place holds {shown(name)} of {size} bytes; remove "
-            f"{index_path(Path('SHARD.tar')).name} files to rebuild them"
-        )
+        held = f"its place holds {shown(name)} of {size} bytes"
+        raise DataError(f"{where}: {held}; remove SHARD.index.json files to rebuild them")
 
 
 def _usable(value: Any, tar: Path) -> list[Place]:
@@ -215,7 +213,7 @@ def _members(file: BinaryIO, tar: Path) -> Iterator[tuple[str, Span]]:
         if kind in _REGULAR:
             if data + size > total:
                 short = f"{max(0, total - data)} of {size} bytes; the shard is truncated"
-                raise DataError(f"{tar} sample {printable(_sample_key(name)[0])}: {short}")
+                raise DataError(f"{tar} sample {printable(_sample_key(name)[0], 400)}: {short}")
             yield name, (data, size)
         elif kind != _FOLDER:
             what = _REJECTED.get(kind, f"of type {kind!r}")

@@ -21,7 +21,7 @@ from megatron_sr1.rewards.response import find_description
 from megatron_sr1.rewards.score import Scorer, cross
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.rollout.pass2 import Pass2, RolloutHooks
-from megatron_sr1.rollout.two_pass import RolloutStats, roll_out
+from megatron_sr1.rollout.two_pass import roll_out
 from megatron_sr1.runtime.groups import Groups, gather_objects, sum_over_ranks
 from megatron_sr1.runtime.rng import request_seed
 from megatron_sr1.trainer.context import Context
@@ -142,8 +142,16 @@ def roll_out_prompts(
         graded = score(rollouts if is_leader else (), samples, scorer)
     with context.phase("share"):
         graded = gather_graded(graded, indices, context.groups)
-        counts = {name: value if is_leader else 0.0 for name, value in _counts(stats).items()}
-        counted = sum_over_ranks(context.groups, counts)
+        counts = {
+            "rollout/response_tokens": stats.pass1_tokens,
+            "rollout/reading_tokens": stats.pass2_tokens,
+            "rollout/truncated": stats.truncated,
+            "rollout/readings": stats.num_pass2,
+            "rollout/distinct_readings": stats.num_prompts2,
+            "rollout/engine_steps": stats.engine_steps,
+        }
+        own = {name: float(value if is_leader else 0) for name, value in counts.items()}
+        counted = sum_over_ranks(context.groups, own)
     return graded, counted
 
 
@@ -172,17 +180,6 @@ def pass2_settings(config: Config) -> Pass2:
         num_samples=config.rollout.pass2_samples,
         question_only=config.reward.question_baseline,
     )
-
-
-def _counts(stats: RolloutStats) -> dict[str, float]:
-    return {
-        "rollout/response_tokens": float(stats.pass1_tokens),
-        "rollout/reading_tokens": float(stats.pass2_tokens),
-        "rollout/truncated": float(stats.truncated),
-        "rollout/readings": float(stats.num_pass2),
-        "rollout/distinct_readings": float(stats.num_prompts2),
-        "rollout/engine_steps": float(stats.engine_steps),
-    }
 
 
 def score(rollouts: Sequence[Rollout], samples: Samples, scorer: Scorer) -> Graded:
@@ -225,12 +222,9 @@ def _log_first(what: str, found: Sequence[str]) -> None:
 
 
 def gather_graded(graded: Graded, order: Sequence[int], groups: Groups) -> Graded:
-    """Gather what all replicas graded on every rank; collective over all ranks.
+    """Gather what all replicas' leaders graded on every rank; collective over all ranks.
 
-    Args:
-        graded: of this replica on its leader, else empty.
-        order: indices of the examples; the result is in this order, samples ascending.
-        groups: of the layout.
+    The result is in the order of these indices of examples, samples ascending.
     """
     place = {index: number for number, index in enumerate(order)}
     parts = gather_objects(graded, groups.world)
