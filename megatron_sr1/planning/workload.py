@@ -67,9 +67,7 @@ class PlannedRun:
     @property
     def num_updates(self) -> int:
         """Optimizer updates per step."""
-        if not self.has_rollouts:
-            return 1
-        return self.config.data.prompts_per_step // self.config.algorithm.prompts_per_update
+        return self.config.updates_per_step
 
     @property
     def patches_per_token(self) -> int:
