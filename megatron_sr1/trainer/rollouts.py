@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 from megatron_sr1.config.run import Config
@@ -113,8 +113,7 @@ def roll_out_prompts(
     """Sample and score prompts on all replicas.
 
     Returns:
-        the graded rollouts of all replicas in the order of `indices`, equal on every rank, and what
-        the engine counted.
+        the graded rollouts in the order of `indices`, equal on every rank, and engine counts.
     """
     config = context.config
     with context.phase("prompts"):
@@ -227,16 +226,12 @@ def gather_graded(graded: Graded, order: Sequence[int], groups: Groups) -> Grade
     The result is in the order of these indices of examples, samples ascending.
     """
     place = {index: number for number, index in enumerate(order)}
-    parts = gather_objects(graded, groups.world)
 
     def in_order(found: Iterable[Scored]) -> tuple[Scored, ...]:
         return tuple(sorted(found, key=lambda s: (place[s.rollout.index], s.rollout.sample)))
 
-    return Graded(
-        in_order(item for part in parts for item in part.scored),
-        {index: text for part in parts for index, text in part.ungraded.items()},
-        in_order(item for part in parts for item in part.set_aside),
-    )
+    whole = reduce(Graded.with_more, gather_objects(graded, groups.world))
+    return Graded(in_order(whole.scored), whole.ungraded, in_order(whole.set_aside))
 
 
 def reward_means(scored: Sequence[Scored]) -> dict[str, float]:
