@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from math import prod
 from pathlib import Path
 
 from megatron_sr1.checkpoint.folders import latest_step, resolve_model
-from megatron_sr1.checkpoint.mapping import check_freeze, entries
+from megatron_sr1.checkpoint.mapping import check_freeze
 from megatron_sr1.config.run import Config
-from megatron_sr1.data.shards import NUM_SEARCHED, ShardReader
+from megatron_sr1.data.shards import ShardReader, first_with_image
 from megatron_sr1.errors import ConfigError, DataError
 from megatron_sr1.model.hf_config import HFConfig, check_layout, read_hf_config
-from megatron_sr1.planning.layout import configured
+from megatron_sr1.planning.layout import Layout, configured
 from megatron_sr1.planning.memory import stage_parameters, static_memory
+from megatron_sr1.planning.workload import num_parameters
 from megatron_sr1.rewards.user_reward import UserReward
 
 
@@ -37,8 +37,14 @@ def dry_run(config: Config) -> str:
     ]
     if config.stage != "eval":
         lines += [f"train data  {_data(config.data.train)}", f"layout      {_layout(config)}"]
-        lines += [f"parameters  {_parameters(config, hf_config)}"]
-        lines += [f"memory      {_memory(config, hf_config)}", f"steps       {_steps(config)}"]
+        parameters = memory = "unknown without the model"
+        if hf_config is not None:
+            num_ranks = config.launch.num_processes or config.parallel.replica_size
+            layout = configured(config, num_ranks)
+            parameters = _parameters(config, hf_config, layout, num_ranks)
+            memory = _memory(config, hf_config, layout)
+        lines += [f"parameters  {parameters}", f"memory      {memory}"]
+        lines += [f"steps       {_steps(config)}"]
     if config.stage != "sft":
         if config.reward.function:
             lines.append(f"reward      answers judged by {config.reward.function}, loaded")
@@ -56,11 +62,11 @@ def _model(config: Config, hf_config: HFConfig | None) -> str:
     path = config.model.path
     if hf_config is None:
         return f"{path}: does not exist, not checked"
-    count = sum(prod(shape) for entry in entries(hf_config) for shape in entry.hf_shapes)
-    kind = "huggingface" if (Path(path) / "config.json").is_file() else "megatron"
-    kind = kind if has_weights(path) else "config.json alone"
+    kind = "huggingface" if has_weights(path) else "config.json alone"
+    kind = kind if (Path(path) / "config.json").is_file() else "megatron"
     return (
-        f"{path} ({kind}), {count:,} parameters, {hf_config.text.num_layers} text layers, "
+        f"{path} ({kind}), {num_parameters(hf_config):,} parameters, "
+        f"{hf_config.text.num_layers} text layers, "
         f"{hf_config.vision.depth} vision blocks, {config.model.dtype}, {config.model.spec} kernels"
     )
 
@@ -89,28 +95,21 @@ def _layout(config: Config) -> str:
     return f"{text} x data {ranks // size} = {ranks} ranks"
 
 
-def _num_ranks(config: Config) -> int:
-    """Return the configured number of ranks, by default that of one replica."""
-    return config.launch.num_processes or config.parallel.replica_size
-
-
-def _parameters(config: Config, hf_config: HFConfig | None) -> str:
+def _parameters(config: Config, hf_config: HFConfig, layout: Layout | None, num_ranks: int) -> str:
     """Describe the parameters of a rank at each end of the pipeline."""
-    if hf_config is None:
-        return "unknown without the model"
-    layout = configured(config, _num_ranks(config))
     if not has_weights(config.model.path) and layout is not None:
         ranks = (0, layout.pipeline - 1)
         parts = [[stage_parameters(hf_config, layout, s) for s in layout.stages(r)] for r in ranks]
         first, last = (sum(p.numel for stage in part for p in stage) for part in parts)
     else:
-        first, last = (_built_parameters(config, hf_config, r) for r in (0, _num_ranks(config) - 1))
+        ends = (0, num_ranks - 1)
+        first, last = (_built_parameters(config, hf_config, rank, num_ranks) for rank in ends)
     if config.parallel.pipeline == 1:
         return f"{first:,} on each rank"
     return f"{first:,} on a rank of the first stage, {last:,} of the last"
 
 
-def _built_parameters(config: Config, hf_config: HFConfig, rank: int) -> int:
+def _built_parameters(config: Config, hf_config: HFConfig, rank: int, num_ranks: int) -> int:
     """Count a rank's parameters by building Megatron's classes, without memory.
 
     They are built on torch's meta device, in a world whose other ranks do not exist (torch's
@@ -126,7 +125,6 @@ def _built_parameters(config: Config, hf_config: HFConfig, rank: int) -> int:
         from megatron_sr1.runtime.device import stop_distributed
         from megatron_sr1.runtime.groups import make_groups
 
-        num_ranks = _num_ranks(config)
         torch.distributed.init_process_group(
             "fake", store=FakeStore(), rank=rank, world_size=num_ranks
         )
@@ -140,11 +138,8 @@ def _built_parameters(config: Config, hf_config: HFConfig, rank: int) -> int:
             stop_distributed()
 
 
-def _memory(config: Config, hf_config: HFConfig | None) -> str:
+def _memory(config: Config, hf_config: HFConfig, layout: Layout | None) -> str:
     """Describe what the fullest rank holds during the whole run; `megatron-sr1 plan` says more."""
-    if hf_config is None:
-        return "unknown without the model"
-    layout = configured(config, _num_ranks(config))
     if layout is None:
         return "unknown: the layout does not divide the ranks"
     held = max(
@@ -161,10 +156,9 @@ def _steps(config: Config) -> str:
     steps, data = config.optimizer.num_steps, config.data
     if config.stage == "sft":
         return f"{steps} updates of {data.prompts_per_step} sequences"
-    updates = data.prompts_per_step // config.algorithm.prompts_per_update
     return (
         f"{steps} of {data.prompts_per_step} prompts x {config.rollout.samples_per_prompt} "
-        f"responses, {updates} updates each"
+        f"responses, {config.updates_per_step} updates each"
     )
 
 
@@ -173,14 +167,9 @@ NUM_READ = 8
 
 
 def check_run(config: Config, num_ranks: int) -> list[str]:
-    """Check a run by its shards, its model's shape and its configuration.
+    """Check a run by its shards, its model's shape and its configuration; return warnings.
 
-    Args:
-        config: of the run.
-        num_ranks: of the run; 0 if the launch decides.
-
-    Returns:
-        warnings, a sentence each.
+    `num_ranks` is 0 if the launch decides.
 
     Raises:
         SR1Error: the run would fail with it.
@@ -214,9 +203,8 @@ def model_shape(path: str) -> HFConfig | None:
     """
     if not Path(path).exists():
         return None
-    if (Path(path) / "config.json").is_file():
-        return read_hf_config(path)
-    return read_hf_config(resolve_model(path).hf_files)
+    has_shape = (Path(path) / "config.json").is_file()
+    return read_hf_config(path if has_shape else resolve_model(path).hf_files)
 
 
 def check_output(config: Config) -> None:
@@ -274,7 +262,7 @@ def _check_data(config: Config, which: str) -> list[str]:
             f"data.{which}={directory}: none of the first {NUM_READ} samples can be used: {reason}"
         )
     if config.stage == "grpo" and is_train and config.rollout.canary_bound > 0:
-        _check_canary(reader, directory)
+        first_with_image(len(reader), lambda index: reader.example(index).num_images)
     return [f"{fault}; the run will skip it" for fault in faults]
 
 
@@ -302,16 +290,3 @@ def _fault(reader: ShardReader, index: int, config: Config) -> str:
     if config.stage == "sft" and all(turn.role != "assistant" for turn in example.messages):
         return f"{where} has no assistant turn to learn from"
     return ""
-
-
-def _check_canary(reader: ShardReader, directory: str) -> None:
-    for index in range(min(len(reader), NUM_SEARCHED)):
-        try:
-            if reader.example(index).num_images:
-                return
-        except DataError:
-            continue
-    raise ConfigError(
-        f"rollout.canary_bound needs a sample with an image among the first {NUM_SEARCHED} of "
-        f"data.train, {directory} has none; set rollout.canary_bound=0"
-    )

@@ -7,10 +7,11 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
-from megatron_sr1.config.run import Config, LaunchConfig
+from megatron_sr1.config.run import Config
 from megatron_sr1.dry_run import check_num_samples, check_output
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.evaluation.evaluate import HeldOut, evaluation_scorer
@@ -24,7 +25,6 @@ from megatron_sr1.runtime.rng import seed_everything
 from megatron_sr1.trainer.actor import Actor, Reference, load_actor_model, make_actor
 from megatron_sr1.trainer.context import Context
 from megatron_sr1.trainer.grpo import train_grpo
-from megatron_sr1.trainer.optimizer import updates_per_step
 from megatron_sr1.trainer.samples import Samples, make_processor
 from megatron_sr1.trainer.sft import train_sft
 from megatron_sr1.trainer.sync import start_engine, sync
@@ -36,12 +36,19 @@ host memory would grow for hundreds of steps. A step takes as long: all layers s
 
 
 def start_ranks(config: Config) -> Groups:
-    """Start torch.distributed and make the layout's groups."""
-    device = select_device(config.launch.device)
+    """Start torch.distributed and make the layout's groups.
+
+    A collective's time limit is above every deadline, so that the watch reports hangs; without
+    deadlines it is a month.
+    """
+    launch = config.launch
+    longest = max(launch.setup_deadline_seconds, launch.phase_deadline_seconds)
+    device = select_device(launch.device)
     if device.type == "cpu":
-        torch.set_num_threads(num_threads(config.launch))
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(launch.threads or max(1, (os.cpu_count() or 1) // ranks))
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(ONEDNN_KERNELS))
-    start_distributed(device, collective_timeout_seconds(config.launch))
+    start_distributed(device, longest + 60.0 if longest > 0 else 30 * 86400.0)
     failure.see_others()
     groups = make_groups(config.parallel, device)
     seed_everything(config.seed, groups)
@@ -56,21 +63,6 @@ def joined_ranks(config: Config) -> Iterator[Groups]:
     yield groups
     # Not after a failure: the others would see a broken connection before they can read why.
     stop_distributed()
-
-
-def collective_timeout_seconds(launch: LaunchConfig) -> float:
-    """Return the time limit of a collective: above every deadline, so that the watch reports hangs.
-
-    Without deadlines it is a month.
-    """
-    longest = max(launch.setup_deadline_seconds, launch.phase_deadline_seconds)
-    return longest + 60.0 if longest > 0 else 30 * 86400.0
-
-
-def num_threads(launch: LaunchConfig) -> int:
-    """Return the number of threads of each rank on a CPU."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return launch.threads or max(1, (os.cpu_count() or 1) // ranks)
 
 
 def run_sft(config: Config, groups: Groups) -> None:
@@ -95,7 +87,7 @@ def run_grpo(config: Config, groups: Groups) -> None:
             held_out_samples = Samples(config, config.data.eval, samples.processor)
             held_out = HeldOut(context, engine, held_out_samples, eval_scorer)
             if config.checkpoint.keep_best:
-                rate = rating(context, actor, engine, held_out)
+                rate = partial(rate_actor, context, actor, engine, held_out)
         train_grpo(context, actor, engine, samples, scorer, reference, rate)
         if context.is_leaving:
             return context.close()
@@ -133,33 +125,28 @@ def start(config: Config, groups: Groups) -> tuple[Context, Samples, Actor, Refe
         chunks, hf_config, source = load_actor_model(config, groups)
         needs_reference = config.stage == "grpo" and config.algorithm.kl_coefficient > 0
         reference = Reference(chunks) if needs_reference else None
-        num_updates = updates_per_step(config) * config.optimizer.num_steps
+        num_updates = config.updates_per_step * config.optimizer.num_steps
         actor = make_actor(config, chunks, hf_config, source, groups, num_updates)
         context.start(actor)
     return context, samples, actor, reference
 
 
-def rating(
+def rate_actor(
     context: Context, actor: Actor, engine: Engine, held_out: HeldOut
-) -> Callable[[], dict[str, float]]:
-    """Return a function that evaluates the actor by greedy answers to `data.eval`; collective."""
+) -> dict[str, float]:
+    """Evaluate the actor by greedy answers to `data.eval`; collective."""
+    sync(context, actor, engine)
+    rates = held_out.judge(f"step_{context.step}", temperature=0.0)
+    engine.sleep()
+    actor.restore()  # for the save that follows
+    held_out.samples.forget()
     config = context.config
-    metric = config.checkpoint.best_by.split()[1]
-
-    def rate() -> dict[str, float]:
-        sync(context, actor, engine)
-        rates = held_out.judge(f"step_{context.step}", temperature=0.0)
-        engine.sleep()
-        actor.restore()  # for the save that follows
-        held_out.samples.forget()
-        if metric not in rates:
-            raise ConfigError(
-                f"checkpoint.best_by={config.checkpoint.best_by!r}: the evaluation of "
-                f"{config.data.eval} gave {', '.join(rates)}, not {metric}"
-            )
-        return rates
-
-    return rate
+    if config.checkpoint.best_by.split()[1] not in rates:
+        raise ConfigError(
+            f"checkpoint.best_by={config.checkpoint.best_by!r} names none of the rates that the "
+            f"evaluation of {config.data.eval} gave: {', '.join(rates)}"
+        )
+    return rates
 
 
 def judge(context: Context, held_out: HeldOut) -> None:

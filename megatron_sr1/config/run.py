@@ -138,6 +138,12 @@ class Config:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer updates per step; with `algorithm.filter_groups`, the most."""
+        is_sft = self.stage == "sft"
+        return 1 if is_sft else self.data.prompts_per_step // self.algorithm.prompts_per_update
+
 
 def keys() -> list[str]:
     """Return all dotted keys that a configuration may set."""

@@ -47,8 +47,7 @@ def inside(folder: Path, name: str, where: str) -> Path:
     try:
         is_inside = (folder / name).resolve().is_relative_to(folder.resolve())
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a cycle of links
-        reason = printable(str(error), 200)
-        raise DataError(f"{where}: {shown(name)} is no path: {reason}") from None
+        raise DataError(f"{where}: {shown(name)} is no path: {printable(error)}") from None
     if not is_inside:
         raise DataError(f"{where}: {shown(name)} leads out of {folder}")
     return folder / name
@@ -63,7 +62,7 @@ def parse_json(data: bytes, where: str) -> Any:
     except RecursionError:
         raise DataError(f"{where}: not JSON that can be read: nested too deeply") from None
     except ValueError as error:
-        raise DataError(f"{where}: not JSON: {printable(str(error))[:200]}") from None
+        raise DataError(f"{where}: not JSON: {printable(error)}") from None
 
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
@@ -100,11 +99,12 @@ def shown(value: Any, limit: int = 80) -> str:
         text = repr(list(value[:5]))[:limit]
     else:
         text = type(value).__name__ if isinstance(value, dict) else repr(value)[:limit]
-    return printable(text)
+    return printable(text, 400)
 
 
-def printable(text: str, limit: int = 400) -> str:
-    """Escape control characters and line breaks, and omit the middle of a long text."""
+def printable(value: object, limit: int = 200) -> str:
+    """Format a text or an error for a message: one line, without the middle of a long text."""
+    text = str(value)
     if len(text) > limit:
         text = f"{text[: limit // 2]}…{text[-limit // 2 :]}"
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

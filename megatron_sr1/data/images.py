@@ -101,7 +101,7 @@ def decode_image(data: bytes, where: str) -> Image.Image:
         try:
             return _to_rgb(image)
         except Exception as error:  # Pillow's decoders raise almost any error on broken files
-            reason = printable(str(error))[:200] or type(error).__name__
+            reason = printable(error) or type(error).__name__
             raise DataError(f"{where}: the image does not decode: {reason}") from None
 
 
@@ -118,7 +118,7 @@ def _open(data: bytes, where: str) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise DataError(f"{where}: refused: {error}") from None
     except Exception as error:  # Pillow's readers raise almost any error on broken headers
-        reason = f"{len(data)} bytes, {printable(str(error))[:120] or type(error).__name__}"
+        reason = f"{len(data)} bytes, {printable(error, 120) or type(error).__name__}"
         formats = ", ".join(FORMATS)
         raise DataError(f"{where}: not an image that can be read as {formats} ({reason})") from None
     width, height = image.size

@@ -112,7 +112,7 @@ def pack_samples(
     """Pack samples into rows of at most `pack_tokens`; a larger sample gets a row of its own.
 
     Args:
-        samples: samples in any order.
+        samples: in any order.
         pack_tokens: budget of a row without padding, tokens; 0: one row per sample.
         vision_of: returns the pixels of a sample by its index; None on ranks without the vision
             tower, whose batches then have no `vision`.

@@ -190,7 +190,7 @@ def _load(directory: Path, min_pixels: int | None, max_pixels: int | None) -> tu
             directory, **{name: value for name, value in limits.items() if value is not None}
         )
     except Exception as error:  # the tokenizers library raises bare Exceptions
-        reason = printable(" ".join(str(error).split()))[:300]
+        reason = printable(" ".join(str(error).split()), 300)
         raise DataError(
             f"{directory}: tokenizer or image processor cannot be read ({reason}); expected the "
             "directory of a Qwen2.5-VL model"

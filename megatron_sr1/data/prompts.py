@@ -202,7 +202,7 @@ class ChatTemplate:
                     add_generation_prompt=generate,
                 )
         except Exception as error:  # a template can raise anything, as can the sandbox
-            reason = printable(f"{type(error).__name__}: {error}")[:200]
+            reason = printable(f"{type(error).__name__}: {error}")
             raise DataError(f"{self._directory}: the chat template fails: {reason}") from None
         if len(text) > MAX_RENDERED_CHARACTERS:
             limit = f"{len(text)} characters; the limit is {MAX_RENDERED_CHARACTERS}"
@@ -264,4 +264,4 @@ def _read_template(directory: Path, tokenizer: Any) -> str:
     try:
         return tokenizer.get_chat_template()
     except ValueError as error:
-        raise DataError(f"{directory}: {printable(str(error))[:200]}") from None
+        raise DataError(f"{directory}: {printable(error)}") from None

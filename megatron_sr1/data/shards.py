@@ -7,6 +7,7 @@ read in one operation. Any webdataset reader can stream the same files.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import itertools
@@ -14,7 +15,7 @@ import json
 import os
 import tarfile
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from megatron_sr1.data.examples import Record, example_from_stored, stored
 from megatron_sr1.data.guards import MAX_IMAGE_BYTES, MAX_JSON_BYTES, parse_json, read_json, shown
 from megatron_sr1.data.images import decode_image, image_format
 from megatron_sr1.data.shard_index import BLOCK, Place, Span, check_header, read_index, write_index
-from megatron_sr1.errors import DataError
+from megatron_sr1.errors import ConfigError, DataError
 from megatron_sr1.records import Example
 from megatron_sr1.runtime.files import replacing, write_text
 
@@ -204,3 +205,21 @@ def _add(tar: tarfile.TarFile, number: int, record: Record) -> Place:
         spans.append((tar.offset + tarfile.BLOCKSIZE, len(data)))  # short names: a one-block header
         tar.addfile(member, io.BytesIO(data))
     return Place(key, spans[0], tuple(spans[1:]))
+
+
+def first_with_image(num_samples: int, num_images: Callable[[int], int]) -> int:
+    """Return the first sample with an image, which `rollout.canary_bound` compares.
+
+    `num_images` returns a sample's number of images, or raises a DataError if it cannot be used.
+
+    Raises:
+        ConfigError: none of the first samples is one.
+    """
+    for index in range(min(num_samples, NUM_SEARCHED)):
+        with contextlib.suppress(DataError):
+            if num_images(index):
+                return index
+    raise ConfigError(
+        f"rollout.canary_bound needs a sample with an image among the first {NUM_SEARCHED} of "
+        "data.train, which has none; set it to 0"
+    )

@@ -85,9 +85,8 @@ def source_files(source: Path) -> list[Path]:
 
 def count_rows(files: list[Path]) -> int | None:
     """Return the number of rows according to parquet footers; None for other formats."""
-    if files[0].suffix != ".parquet":
-        return None
-    return sum(_parquet(path).metadata.num_rows for path in files)
+    is_parquet = files[0].suffix == ".parquet"
+    return sum(_parquet(path).metadata.num_rows for path in files) if is_parquet else None
 
 
 def records(
@@ -124,7 +123,7 @@ def _parquet(path: Path) -> Any:
     try:
         return pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable as parquet: {printable(str(error))[:200]}") from None
+        raise DataError(f"{path}: not readable as parquet: {printable(error)}") from None
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -134,8 +133,8 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
         try:
             batch = next(batches, None)
         except Exception as error:  # errors of pyarrow and of the codecs that it uses
-            reason = printable(str(error))[:200]
-            raise DataError(f"{path}: row {number} or a later one is damaged: {reason}") from None
+            reason = f"row {number} or a later one is damaged: {printable(error)}"
+            raise DataError(f"{path}: {reason}") from None
         if batch is None:
             return
         for place in range(batch.num_rows):
@@ -143,7 +142,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
             try:
                 yield where, batch.slice(place, 1).to_pylist()[0]
             except Exception as error:  # text that is not UTF-8, dates out of range, extensions
-                yield where, DataError(f"{where}: not readable: {printable(str(error))[:200]}")
+                yield where, DataError(f"{where}: not readable: {printable(error)}")
             number += 1
 
 
@@ -317,9 +316,8 @@ def _system(row: Mapping[str, Any], messages: Sequence[Message], where: str) -> 
         return [turn]
     if messages[0].content.strip() == turn.content.strip():
         return []
-    raise DataError(
-        f"{where}: the column system and the system turn of the conversation differ; keep one"
-    )
+    what = "the column system and the system turn of the conversation"
+    raise DataError(f"{where}: {what} differ; keep one")
 
 
 def _message(turn: Any, images: list[Any], where: str) -> Message:
@@ -351,14 +349,11 @@ def _part(part: Any, role: str, images: list[Any], where: str) -> str:
         return part["text"] if role == "assistant" else escape_marks(part["text"])
     if kind not in _IMAGE_PARTS:
         what = f"of type {shown(kind)}" if isinstance(part, Mapping) else shown(part)
-        raise DataError(
-            f"{where}: a part {what} in the content; expected "
-            '{"type": "text", "text": …} or {"type": "image"}'
-        )
+        expected = '{"type": "text", "text": …} or {"type": "image"}'
+        raise DataError(f"{where}: a part {what} in the content; expected {expected}")
     if role == "assistant":
-        raise DataError(
-            f"{where}: an image part in an assistant turn; a model that writes text shows no images"
-        )
+        why = "a model that writes text shows no images"
+        raise DataError(f"{where}: an image part in an assistant turn; {why}")
     found = next((part[f] for f in _IMAGE_FIELDS if part.get(f) is not None), None)
     if isinstance(found, Mapping) and "url" in found:
         found = found["url"]

@@ -26,14 +26,7 @@ class HeldOut:
     """Evaluates the engine's weights, always on the same questions with the same seeds."""
 
     def __init__(self, context: Context, engine: Engine, samples: Samples, scorer: Scorer) -> None:
-        """Select the first `data.eval_limit` questions.
-
-        Args:
-            context: of the run that keeps the verdicts.
-            engine: of this rank.
-            samples: of `data.eval`.
-            scorer: from `evaluation_scorer`.
-        """
+        """Select the first `data.eval_limit` questions of `samples`, those of `data.eval`."""
         self.samples = samples
         self._context, self._engine, self._scorer = context, engine, scorer
         self._indices = range(len(samples))[: context.config.data.eval_limit or None]

@@ -38,13 +38,9 @@ class Sink:
     """Shows or stores the metrics of steps; a method that is not overridden does nothing."""
 
     def show(self, step: int, rollouts: Rollouts, images: Images, cells: Cells) -> None:
-        """Receive a step's rollouts, before its metrics.
+        """Receive a step's rollouts, as in rollouts/step_N.jsonl, before its metrics.
 
-        Args:
-            step: counted from 1.
-            rollouts: as in rollouts/step_N.jsonl.
-            images: index of an example -> its images.
-            cells: the responses, counted by verdict.
+        Steps count from 1; `images` maps the index of an example to its images.
         """
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

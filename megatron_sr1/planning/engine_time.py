@@ -13,16 +13,7 @@ from dataclasses import dataclass
 
 from megatron_sr1.model import flops
 from megatron_sr1.model.hf_config import HFConfig
-from megatron_sr1.planning.costs import (
-    COLLECTIVE_SECONDS,
-    DESCRIPTION_SHARE,
-    ENGINE_RESERVED_BYTES,
-    ENGINE_SEQUENCE_SECONDS,
-    ENGINE_STEP_SECONDS,
-    gather_seconds,
-    memory_seconds,
-    transfer_seconds,
-)
+from megatron_sr1.planning import costs
 from megatron_sr1.planning.workload import PlannedRun, num_parameters
 from megatron_sr1.runtime.gpus import Gpu
 
@@ -45,7 +36,7 @@ class Replica:
     memory_bytes: float
     dtype_bytes: int
     max_num_seqs: int
-    step_overhead_seconds: float = ENGINE_STEP_SECONDS
+    step_overhead_seconds: float = costs.ENGINE_STEP_SECONDS
 
     @property
     def weight_bytes(self) -> float:
@@ -65,7 +56,7 @@ class Replica:
     @property
     def cache_bytes(self) -> float:
         """Memory left for keys and values on each rank."""
-        return self.memory_bytes - self.weight_bytes - ENGINE_RESERVED_BYTES
+        return self.memory_bytes - self.weight_bytes - costs.ENGINE_RESERVED_BYTES
 
     @property
     def cache_tokens(self) -> float:
@@ -92,22 +83,18 @@ class Replica:
         collectives = 0.0
         if self.ranks > 1:
             row = running * text.hidden_size * self.dtype_bytes
-            once = gather_seconds(2 * row, self.ranks, gpu.nvlink_rate)
-            collectives = 2 * text.num_layers * max(once, COLLECTIVE_SECONDS)
-        overhead = self.step_overhead_seconds + ENGINE_SEQUENCE_SECONDS * running
-        return max(memory_seconds(traffic, gpu), products) + collectives + overhead
+            once = costs.gather_seconds(2 * row, self.ranks, gpu.nvlink_rate)
+            collectives = 2 * text.num_layers * max(once, costs.COLLECTIVE_SECONDS)
+        overhead = self.step_overhead_seconds + costs.ENGINE_SEQUENCE_SECONDS * running
+        return max(costs.memory_seconds(traffic, gpu), products) + collectives + overhead
 
     def decode_seconds(
         self, requests: float, mean: float, limit: float, context: float, load: float = 1.0
     ) -> float:
         """Return the time until all requests of this replica have finished.
 
-        Args:
-            requests: number of them.
-            mean: steps that a request holds its slot.
-            limit: maximum steps of a request.
-            context: tokens before the new one of a running sequence, mean.
-            load: sequences that run per slot, mean.
+        A request holds its slot for `mean` steps, at most `limit`. A slot runs `load` sequences on
+        average, with `context` tokens before the new one.
         """
         if requests <= 0 or mean <= 0:
             return 0.0
@@ -123,10 +110,7 @@ class Replica:
         return seconds + min(mean, steps_left) * self.step_seconds(load, context)
 
     def pass_seconds(self, run: PlannedRun, replicas: int) -> tuple[float, float]:
-        """Return the decoding time of pass 1, and what pass 2 adds to it.
-
-        `replicas` share the sequences of a step.
-        """
+        """Return the decoding time of pass 1 and what pass 2 adds, on each of `replicas`."""
         requests, rollout = run.num_sequences / replicas, run.config.rollout
         first, limit = run.response_tokens, rollout.max_response_tokens
         second, second_limit = run.reading_tokens, rollout.max_reading_tokens
@@ -136,8 +120,8 @@ class Replica:
         if not second or rollout.pass2 != "fork":
             return alone, self.decode_seconds(requests, second, second_limit, second_context)
         # A rollout ends with its response or its reading, which starts when the description ends.
-        chain = max(first, DESCRIPTION_SHARE * first + second)
-        longest = max(limit, DESCRIPTION_SHARE * limit + second_limit)
+        chain = max(first, costs.DESCRIPTION_SHARE * first + second)
+        longest = max(limit, costs.DESCRIPTION_SHARE * limit + second_limit)
         mixed = (first * context + second * second_context) / (first + second)
         load = (first + second) / chain
         both = self.decode_seconds(requests, chain, longest, mixed, load)
@@ -146,9 +130,9 @@ class Replica:
     def sync_seconds(self, world: int) -> float:
         """Return the time of a weight sync from `world` ranks."""
         num_bytes = num_parameters(self.hf_config) * self.dtype_bytes
-        moving = 0.0 if world == 1 else transfer_seconds(num_bytes, self.gpu.nvlink_rate)
+        moving = 0.0 if world == 1 else costs.transfer_seconds(num_bytes, self.gpu.nvlink_rate)
         # Read and written to be gathered, then written and read once more by the engine.
-        return moving + memory_seconds(4 * num_bytes, self.gpu)
+        return moving + costs.memory_seconds(4 * num_bytes, self.gpu)
 
 
 def prefill_work(run: PlannedRun) -> flops.Work:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 
 from megatron_sr1.config.run import Config, ParallelConfig
@@ -101,8 +101,8 @@ class Layout:
 
     def __str__(self) -> str:
         """Describe in one line."""
-        parts = [f"tensor {self.tensor}{'+sp' if self.sequence else ''}"]
-        parts += [f"pipeline {self.pipeline}{f' x {self.virtual}' if self.virtual > 1 else ''}"]
+        parts = [f"tensor {self.tensor}{'+sp' if self.sequence else ''}, pipeline {self.pipeline}"]
+        parts[0] += f" x {self.virtual}" if self.virtual > 1 else ""
         parts += [f"layers {'+'.join(map(str, self.stage_layers))}"] if self.stage_layers else []
         parts += [f"context {self.context}"] if self.context > 1 else []
         parts += [f"data {self.data}, recompute {self.recompute}"]
@@ -124,34 +124,23 @@ def configured(config: Config, num_gpus: int) -> Layout | None:
     parallel, engine = config.parallel, config.rollout.tensor_parallel
     if num_gpus % parallel.replica_size or num_gpus % engine:
         return None
-    return Layout(
-        parallel.tensor,
-        parallel.pipeline,
-        parallel.context,
-        num_gpus // parallel.replica_size,
-        parallel.sequence,
-        config.model.recompute,
-        engine,
-        parallel.virtual,
-        tuple(parallel.stage_layers),
-        parallel.vision,
-    )
+    shared = asdict(parallel) | {"stage_layers": tuple(parallel.stage_layers)}
+    del shared["distributed_optimizer"]
+    data, recompute = num_gpus // parallel.replica_size, config.model.recompute
+    return Layout(**shared, data=data, recompute=recompute, engine=engine)
 
 
-def candidates(hf_config: HFConfig, num_gpus: int, max_data: int) -> Iterator[Layout]:
+def candidates(hf_config: HFConfig, num_gpus: int, max_data: int, engine: int) -> Iterator[Layout]:
     """Yield the layouts that use all GPUs, with tensor parallelism within a node.
 
-    Args:
-        hf_config: shape of the model.
-        num_gpus: GPUs.
-        max_data: data-parallel ranks that an update has work for.
+    `max_data` is the number of data-parallel ranks that an update has work for.
     """
     for tensor in range(1, min(GPUS_PER_NODE, num_gpus) + 1):
         for pipeline in range(1, hf_config.text.num_layers + 1):
             rest, remainder = divmod(num_gpus, tensor * pipeline)
             if remainder or not _divides(hf_config, tensor, pipeline):
                 continue
-            layout = Layout(tensor, pipeline, sequence=tensor > 1)
+            layout = Layout(tensor, pipeline, sequence=tensor > 1, engine=engine)
             for context in CONTEXT_SIZES:
                 if rest % context or rest // context > max_data:
                     continue
@@ -217,12 +206,8 @@ def balanced_stages(
 ) -> tuple[int, ...]:
     """Return the layers per stage, at least one, that minimize the time of the slowest rank.
 
-    Args:
-        layout: gives the ranks and their stages.
-        num_layers: layers to distribute.
-        first: time of the first stage without its layers (the tower).
-        layer: time of a layer.
-        last: time of the last stage without its layers (the logits).
+    Times are those of the first and of the last stage without their layers (the tower, the logits),
+    and of a layer.
     """
     layers = [1] * (layout.pipeline * layout.virtual)
     others = [first, *[0.0] * (len(layers) - 2), last]

@@ -18,6 +18,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 
 from megatron_sr1.checkpoint.mapping import EMBEDDING, OUTPUT, TOWER, Entry, entries, is_frozen
 from megatron_sr1.config.run import Config
@@ -39,8 +40,7 @@ class Memory:
 
     Attributes:
         static: weights, gradients, optimizer state.
-        activations: by kind, during an update: of all micro-batches in flight, of the layer that is
-            being recomputed, and of one chunk of logits with the output layer's gradient.
+        activations: by kind, during an update; those of layers are of all micro-batches in flight.
         engine: by kind, while it is awake; empty without an engine.
         training: total during an update.
         rollout: total while the engine samples; 0 without an engine.
@@ -60,13 +60,9 @@ class Memory:
 
 @dataclass(frozen=True)
 class StaticMemory:
-    """Memory that a rank holds during the whole run, bytes.
+    """Memory that a rank holds during the whole run, bytes, with the padding of its buffer.
 
-    Attributes:
-        weights: with the padding of their buffer.
-        gradients: of the whole buffer.
-        optimizer: state on the GPU.
-        host: state in host memory.
+    `optimizer` is the state on the GPU, `host` the state in host memory.
     """
 
     weights: int
@@ -98,10 +94,8 @@ def rank_memory(
     training = static.device + sum(activations.values()) + RESERVED_BYTES
     if replica is None:
         return Memory(static, activations, {}, training, rollout=0.0)
-    engine = {
-        "engine weights": replica.weight_bytes,
-        "engine KV cache": max(replica.cache_bytes, 0.0),
-    }
+    cache = max(replica.cache_bytes, 0.0)
+    engine = {"engine weights": replica.weight_bytes, "engine KV cache": cache}
     awake = max(replica.memory_bytes, replica.weight_bytes + ENGINE_RESERVED_BYTES)
     rollout = static.device + RESERVED_BYTES + awake
     if config.rollout.sleep_level == 0:
@@ -164,8 +158,7 @@ class Activations:
         blocks: float = vision.depth * h * e
         if recompute == "none":
             tables = 4 * vision.head_dim * e
-            # Windows are copies of parts of q, k and v; full attention keeps the projected ones
-            # too.
+            # Windows copy parts of q, k and v; full attention keeps the projected ones too.
             attention = ((vision.depth - full) * 5 + full * 6) * h * e
             mlp = self._mlp(vision.intermediate_size) + 4 * vision.num_heads
             blocks = vision.depth * (tables + 2 * self._norm(h) + mlp / tower) + attention / tower
@@ -249,11 +242,7 @@ def stage_parameters(
 ) -> tuple[Parameter, ...]:
     """Return a rank's part of the parameters of a stage, in the order of the model.
 
-    Args:
-        hf_config: shape of the model.
-        layout: of the actor.
-        stage: number of the stage from 0, virtual stages included.
-        freeze: patterns of `model.freeze`.
+    Stages are counted from 0, virtual ones included; `freeze` are patterns of `model.freeze`.
     """
     layers = layout.layers(hf_config.text.num_layers)[stage]
     return _cut(hf_config, layout.tensor, layout.tower, layers, tuple(freeze))
@@ -285,10 +274,7 @@ def _cut(
 def static_memory(
     config: Config, hf_config: HFConfig, layout: Layout, pipeline_rank: int, data_rank: int = 0
 ) -> StaticMemory:
-    """Return the static memory of one rank.
-
-    `data_rank` is the rank among those that share the state; rank 0 holds the most.
-    """
+    """Return a rank's static memory; of those that share the state, `data_rank` 0 holds most."""
     frozen = buffer = own = 0
     for stage in layout.stages(pipeline_rank):
         parameters = stage_parameters(hf_config, layout, stage, config.model.freeze)
@@ -333,29 +319,19 @@ def _model_order(name: str) -> tuple[int, int, int]:
 def _sharded(parameters: Sequence[Parameter], ranks: int, rank: int) -> tuple[int, int]:
     """Elements of the padded buffer of trained parameters, and those whose state a rank keeps."""
     start, own = 0, 0
-    for bucket in _buckets(parameters):
-        places, place = [], start
+    # A buffer reverses the order of the model; a tied embedding is its own bucket.
+    for _, bucket in groupby(reversed(parameters), key=lambda parameter: parameter.is_shared):
+        places, stop = [], start
         for parameter in bucket:
-            place = _up(place, PARAMETER_ALIGNMENT)
-            places.append((place, place + parameter.numel))
-            place += parameter.numel
-        end = _up(place, math.lcm(ranks, BUCKET_ALIGNMENT))
+            begin = _up(stop, PARAMETER_ALIGNMENT)
+            stop = begin + parameter.numel
+            places.append((begin, stop))
+        end = _up(stop, math.lcm(ranks, BUCKET_ALIGNMENT))
         share = (end - start) // ranks
         low, high = start + rank * share, start + (rank + 1) * share
         own += sum(max(0, min(stop, high) - max(begin, low)) for begin, stop in places)
         start = end
     return start, own
-
-
-def _buckets(parameters: Sequence[Parameter]) -> list[list[Parameter]]:
-    """Parameters by bucket; a buffer has them in the reverse order of the model."""
-    buckets: list[list[Parameter]] = [[]]
-    for parameter in reversed(parameters):
-        if parameter.is_shared:
-            buckets += [[parameter], []]
-        else:
-            buckets[-1].append(parameter)
-    return [bucket for bucket in buckets if bucket]
 
 
 def _up(number: int, multiple: int) -> int:

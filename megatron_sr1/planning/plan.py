@@ -16,13 +16,7 @@ from megatron_sr1.model.hf_config import check_layout
 from megatron_sr1.planning.actor_time import ActorCost, forward_work
 from megatron_sr1.planning.costs import RESERVED_BYTES, compute_seconds
 from megatron_sr1.planning.engine_time import Replica, prefill_work
-from megatron_sr1.planning.layout import (
-    Layout,
-    candidates,
-    configured,
-    cut_keys,
-    engine_sizes,
-)
+from megatron_sr1.planning.layout import Layout, candidates, configured, cut_keys, engine_sizes
 from megatron_sr1.planning.memory import Memory, StaticMemory, rank_memory
 from megatron_sr1.planning.workload import PlannedRun, num_parameters
 from megatron_sr1.runtime.gpus import GPUS_PER_NODE
@@ -42,7 +36,6 @@ class Estimate:
     """Memory and time of a layout.
 
     Attributes:
-        layout: of the actor, with the size of an engine replica.
         memory: of the fullest rank.
         fits: the layout can run (see above).
         seconds: time of a step, by phase.
@@ -108,10 +101,9 @@ def plan(run: PlannedRun, num_gpus: int) -> str:
 
 
 def estimates(run: PlannedRun, num_gpus: int) -> list[Estimate]:
-    """Return all layouts of `num_gpus` GPUs: those that fit first, sorted by time.
+    """Return all layouts: those that fit, sorted by time, then the others, sorted by memory.
 
-    Layouts that do not fit follow, sorted by memory. Each pipeline appears with equal stages and
-    with balanced ones.
+    Each pipeline appears with equal stages and with balanced ones.
 
     Raises:
         ConfigError: the GPUs are neither a part of a node nor whole nodes.
@@ -125,10 +117,9 @@ def estimates(run: PlannedRun, num_gpus: int) -> list[Estimate]:
     engine = _fastest_engine(run, num_gpus)
     max_data = run.config.data.prompts_per_step // run.num_updates
     found = []
-    for even in candidates(run.hf_config, num_gpus, max_data):
-        layout = replace(even, engine=engine)
-        for each in dict.fromkeys((layout, ActorCost(run, layout).balanced())):
-            found.append(estimate(run, each))
+    for layout in candidates(run.hf_config, num_gpus, max_data, engine):
+        both = dict.fromkeys((layout, ActorCost(run, layout).balanced()))
+        found += [estimate(run, each) for each in both]
     return sorted(found, key=lambda e: (not e.fits, e.step_seconds if e.fits else e.memory.peak))
 
 

@@ -67,9 +67,7 @@ class PlannedRun:
     @property
     def num_updates(self) -> int:
         """Optimizer updates per step."""
-        if not self.has_rollouts:
-            return 1
-        return self.config.data.prompts_per_step // self.config.algorithm.prompts_per_update
+        return self.config.updates_per_step
 
     @property
     def patches_per_token(self) -> int:
@@ -115,12 +113,8 @@ def planned_run(
 ) -> PlannedRun:
     """Return a run with the mean lengths that are given, and assumptions for the others.
 
-    Args:
-        config: of the run.
-        hf_config: shape of the model.
-        gpu: type of all GPUs.
-        lengths: fields of `PlannedRun`; None assumes `PROMPT_TEXT_TOKENS`, an image of the
-            geometric mean of the pixel limits, and `SHARE_OF_LIMIT` of the limits of responses.
+    `lengths` are fields of `PlannedRun`. Assumed are `PROMPT_TEXT_TOKENS`, an image of the
+    geometric mean of the pixel limits, and `SHARE_OF_LIMIT` of the limits of responses.
     """
     data, rollout = config.data, config.rollout
     mean_pixels = math.sqrt(data.min_pixels * data.max_pixels)

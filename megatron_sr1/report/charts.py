@@ -110,13 +110,8 @@ def _ticks(low: float, high: float, whole: bool = False) -> list[float]:
 def line_chart(title: str, series: Sequence[Series], percent: bool = False) -> str:
     """Draw curves over steps: values in pale, a centred moving average in full colour.
 
-    Args:
-        title: above the chart.
-        series: curves; those without a value are left out.
-        percent: values are shares, shown as percentages on an axis from 0 to 1.
-
-    Returns:
-        a `<figure>`; "" if there is nothing to draw.
+    With `percent`, values are shares, shown as percentages on an axis from 0 to 1. Return a
+    `<figure>`, or "" if there is no value to draw.
     """
     drawn = [(s, xs, ys) for s in series for xs, ys in [s.thinned()] if xs]
     if not drawn:
@@ -174,10 +169,7 @@ def stacked_chart(title: str, layers: Sequence[Series]) -> str:
 def bar_chart(title: str, groups: Sequence[str], bars: Mapping[str, Sequence[Bar | None]]) -> str:
     """Draw groups of bars of shares, one bar per name in each, with 95 % intervals.
 
-    Args:
-        title: above the chart.
-        groups: captions below the axis.
-        bars: name -> a bar per group, None if it does not apply.
+    `bars` maps a name to a bar per group, None if it does not apply.
     """
     frame = _Frame((0.0, float(len(groups))), (0.0, 1.0))
     parts = frame.grid(percent=True, x_ticks=False)

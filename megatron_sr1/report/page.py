@@ -115,13 +115,8 @@ def box(kind: str, parts: Iterable[str]) -> str:
 
 def tiles(values: Sequence[tuple[str, str]]) -> str:
     """Show large numbers with their names; `values` holds (number, name)."""
-    return box(
-        "tiles",
-        (
-            f'<div class="card tile"><b>{escape(number)}</b><span>{escape(name)}</span></div>'
-            for number, name in values
-        ),
-    )
+    card = '<div class="card tile"><b>{}</b><span>{}</span></div>'
+    return box("tiles", (card.format(escape(number), escape(name)) for number, name in values))
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -174,19 +169,11 @@ def text(value: str | None, absent: str = "none") -> str:
 
 
 def question_card(rule: str, runs: Mapping[str, Line], images: Images | None) -> str:
-    """Show one question with each run's responses.
-
-    Args:
-        rule: why the question was selected.
-        runs: name -> its line about this question.
-        images: None to show none.
-    """
-    said = []
-    for name, line in runs.items():
-        verdicts = _verdict("answer", line["accuracy"])
-        verdicts += _verdict("read from the description", line["self_reward"])
-        verdicts += _verdict("description exact", line["description_exact"])
-        said.append(_response(name, line, verdicts))
+    """Show one question, selected by `rule`, with each run's response."""
+    said = [
+        _response(name, line, _verdicts(line, "description exact", line["description_exact"]))
+        for name, line in runs.items()
+    ]
     return _card(next(iter(runs.values())), rule, images, box("grid3", said))
 
 
@@ -196,9 +183,7 @@ def rollout_card(lines: Sequence[Line], images: Images | None) -> str:
     said = []
     for line in [ordered[0], ordered[-1]] if len(ordered) > 1 else ordered:
         reward = line["reward"]
-        verdicts = _verdict("answer", reward["accuracy"])
-        verdicts += _verdict("read from the description", reward["self_reward"])
-        verdicts += _verdict("form", reward["format"])
+        verdicts = _verdicts(reward, "form", reward["format"])
         verdicts += '<span class="bad">states the answer</span> ' if reward["leak"] else ""
         verdicts += f'<span class="soft">reward {reward["total"]:.2f}</span>'
         title = f"sample {line['sample']}, advantage {line['advantage']:+.2f}"
@@ -227,6 +212,13 @@ def _response(title: str, line: Line, verdicts: str) -> str:
         f"<dt>answered</dt><dd>{text(rest, 'nothing')}</dd>"
         f"<dt>read back</dt><dd>{text(line['reading'], 'no second pass')}</dd></dl></div>"
     )
+
+
+def _verdicts(rated: Line, other: str, value: float | None) -> str:
+    """The verdicts on answer and description, and one `other`."""
+    verdicts = _verdict("answer", rated["accuracy"])
+    verdicts += _verdict("read from the description", rated["self_reward"])
+    return verdicts + _verdict(other, value)
 
 
 def _verdict(name: str, value: float | None) -> str:

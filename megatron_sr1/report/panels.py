@@ -66,12 +66,11 @@ def _bar(lines: Lines, verdict: str) -> Bar | None:
     return share, 1.96 * math.sqrt(share * (1 - share) / len(lines))
 
 
-def paired(first: Lines, second: Lines, verdict: str) -> tuple[float, float] | None:
-    """Compare evaluation lines of two models on the same questions.
+def paired(first: Lines, second: Lines, verdict: str) -> Bar | None:
+    """Return the mean of second minus first, and half the width of its 95 % interval.
 
-    Returns:
-        mean of second minus first over the questions for which both have the verdict, and half the
-        width of its 95 % interval; None with fewer than two such questions.
+    The mean is over the questions for which both evaluations have the verdict; None with fewer than
+    two.
     """
     before = {line["index"]: line.get(verdict) for line in first}
     pairs = [(before.get(line["index"]), line.get(verdict)) for line in second]
@@ -86,21 +85,18 @@ def verdict_bars(judged: Mapping[str, Lines], way: str = "") -> str:
 
     `way` says in the title how the models answered.
     """
-    if not judged:
-        return ""
     bars = {name: [_bar(lines, v) for v in VERDICTS] for name, lines in judged.items()}
     title = f"Share of held-out questions, %{', ' if way else ''}{way}"
-    return bar_chart(title, LABELS, bars)
+    return bar_chart(title, LABELS, bars) if bars else ""
 
 
 def verdict_table(title: str, judged: Mapping[str, Lines]) -> str:
     """Return a table of the verdicts' rates, %, with 95 % intervals, by the name of a model."""
-    rows = []
-    for name, lines in judged.items():
-        if lines:
-            bars = [_bar(lines, verdict) for verdict in VERDICTS]
-            cells = (_percent(*bar) if bar else "–" for bar in bars)
-            rows.append([name, *cells])
+    rows = [
+        [name, *(_percent(_bar(lines, verdict)) for verdict in VERDICTS)]
+        for name, lines in judged.items()
+        if lines
+    ]
     return page.table([title, *LABELS], rows)
 
 
@@ -114,13 +110,15 @@ def difference_table(judged: Mapping[str, Mapping[str, Lines]]) -> str:
         for (one, first), (other, second) in itertools.combinations(models.items(), 2):
             gaps = [paired(first, second, verdict) for verdict in VERDICTS]
             if any(gaps):
-                cells = (_percent(*gap, sign="+") if gap else "–" for gap in gaps)
+                cells = (_percent(gap, sign="+") for gap in gaps)
                 rows.append([f"{way}: {other} minus {one}", *cells])
     return page.table(["difference, points", *LABELS], rows)
 
 
-def _percent(value: float, error: float, sign: str = "") -> str:
-    return f"{100 * value:{sign}.1f}\u00a0±\u00a0{100 * error:.1f}"  # a cell stays on one line
+def _percent(bar: Bar | None, sign: str = "") -> str:
+    if bar is None:
+        return "–"
+    return f"{100 * bar[0]:{sign}.1f}\u00a0±\u00a0{100 * bar[1]:.1f}"  # a cell stays on one line
 
 
 def cross(title: str, lines: Sequence[Mapping[str, Any]]) -> str:
@@ -169,9 +167,8 @@ def _phases(lines: Lines) -> list[str]:
     """Return the phases, longest first, without the step as a whole."""
     sums: Counter[str] = Counter()
     for line in lines:
-        for name, value in line.items():
-            if name.startswith("time/") and name != "time/step_seconds" and value:
-                sums[name] += value
+        sums.update({name: v for name, v in line.items() if name.startswith("time/") and v})
+    del sums["time/step_seconds"]
     return [name for name, _ in sums.most_common()]
 
 
@@ -182,11 +179,8 @@ def _phase_name(metric: str) -> str:
 def time_chart(title: str, lines: Lines) -> str:
     """Draw the seconds per step by phase; phases without their own colour are summed."""
     steps, phases = [line["step"] for line in lines], _phases(lines)
-    layers = [
-        _series(lines, name, _phase_name(name), colour)
-        for name, colour in PHASE_COLOURS.items()
-        if name in phases
-    ]
+    named = {name: colour for name, colour in PHASE_COLOURS.items() if name in phases}
+    layers = [_series(lines, name, _phase_name(name), c) for name, c in named.items()]
     others = [name for name in phases if name not in PHASE_COLOURS]
     rest = [sum(line.get(name) or 0.0 for name in others) for line in lines]
     return stacked_chart(title, [*layers, Series("others", steps, rest, 0)])

@@ -10,6 +10,7 @@ import json
 import re
 import statistics
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +72,9 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _demo_page(run_dir: Path, images: Images | None) -> str:
     runs = {name: read_lines(run_dir / name / "metrics.jsonl") for name in DEMO_RUNS}
-    judged = {
-        way: {
-            shown: read_lines(run_dir / "eval" / f"{name}_{way}.jsonl")
-            for name, shown in DEMO_RUNS.items()
-        }
-        for way in WAYS
-    }
+    judged: dict[str, dict[str, Lines]] = {way: {} for way in WAYS}
+    for way, (name, shown) in product(WAYS, DEMO_RUNS.items()):
+        judged[way][shown] = read_lines(run_dir / "eval" / f"{name}_{way}.jsonl")
     sampled = {name: lines for name, lines in judged["sampled"].items() if lines}
     grpo = {DEMO_RUNS[name]: runs[name] for name in ("see_think", "vision_sr1")}
     bars = [panels.verdict_bars(models, way) for way, models in judged.items()]
@@ -85,6 +82,7 @@ def _demo_page(run_dir: Path, images: Images | None) -> str:
     sizes = ", ".join(sorted({str(len(lines)) for lines in sampled.values()}))
     tables = [panels.verdict_table("rate, %", rated), panels.difference_table(judged)]
     times = [panels.time_chart(name, lines) for name, lines in grpo.items()]
+    cold = panels.run_charts(runs["cold_start"])[:2]
     body = [
         "<h1>Digits, from scratch</h1>",
         '<p class="soft">A small Qwen2.5-VL learns to read three handwritten digits; then GRPO '
@@ -113,9 +111,7 @@ def _demo_page(run_dir: Path, images: Images | None) -> str:
             "Wall seconds of the GRPO steps by phase.",
             page.box("stack", [page.box("grid2", times), panels.time_table(grpo)]),
         ),
-        page.section(
-            "Cold start", "", page.box("grid2", panels.run_charts(runs["cold_start"])[:2])
-        ),
+        page.section("Cold start", "", page.box("grid2", cold)),
         page.section(
             "Samples",
             "Selected by rule, not by hand: the first questions; some where the cold start took a "
@@ -190,8 +186,7 @@ def _demo_tiles(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _run_tiles(lines: Lines) -> list[tuple[str, str]]:
-    found = []
-    tail = lines[-max(len(lines) // 10, 1) :]
+    found, tail = [], lines[-max(len(lines) // 10, 1) :]
     for name in ("reward/accuracy", "reward/self_reward", "reward/shortcut_rate", "actor/loss"):
         values = [line[name] for line in tail if line.get(name) is not None]
         if values:
@@ -215,24 +210,21 @@ def _question_cards(judged: Mapping[str, Lines], images: Images | None) -> list[
     """Show informative questions with the responses of each model or way of answering."""
     if not judged:
         return []
-    rows = {name: {line["index"]: line for line in lines} for name, lines in judged.items()}
-    return [
-        page.question_card(
-            rule, {name: found[index] for name, found in rows.items() if index in found}, images
-        )
-        for rule, index in pick_questions(judged)
-    ]
+    cards = []
+    for rule, index in pick_questions(judged):
+        lines = {
+            name: row for name, rows in judged.items() for row in rows if row["index"] == index
+        }
+        cards.append(page.question_card(rule, lines, images))
+    return cards
 
 
 def pick_questions(judged: Mapping[str, Lines], each: int = 4) -> list[tuple[str, int]]:
     """Select at most `each` questions by each of some fixed rules, as pairs of rule and index.
 
     The first questions; those where the first run took a shortcut and the last run's description
-    suffices (of one run: its shortcuts); those that the last run still answers wrongly.
-
-    Args:
-        judged: name of a run -> evaluation lines on the same questions.
-        each: maximum number of questions per rule.
+    suffices (of one run: its shortcuts); those that the last run still answers wrongly. `judged`
+    holds the runs' evaluation lines on the same questions.
     """
     rows = [{line["index"]: line for line in lines} for lines in judged.values()]
     first, last = rows[0], rows[-1]
@@ -244,8 +236,7 @@ def pick_questions(judged: Mapping[str, Lines], each: int = 4) -> list[tuple[str
         rules = {"one of the first": list(last), "fixed": fixed, "still wrong": wrong}
     chosen: dict[int, str] = {}
     for rule, indices in rules.items():
-        for index in [i for i in indices if i not in chosen][:each]:
-            chosen[index] = rule
+        chosen |= dict.fromkeys([i for i in indices if i not in chosen][:each], rule)
     return [(rule, index) for index, rule in chosen.items()]
 
 

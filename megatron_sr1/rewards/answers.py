@@ -277,11 +277,10 @@ def question_options(question: str) -> dict[str, str]:
             if len(chain) > 1 and (len(chain) >= len(best) or best[0].re is mark):
                 best = chain
     options = {}
-    for place, found in enumerate(best):
-        is_last = place + 1 == len(best)
-        end = len(question) if is_last else best[place + 1].start()
+    ends = [found.start() for found in best[1:]]
+    for found, end in zip(best, [*ends, None], strict=False):
         text = question[found.end() : end].strip()
-        options[found[1].upper()] = (text.split("\n")[0] if is_last else text).strip(" ,;\n*")
+        options[found[1].upper()] = (text if end else text.split("\n")[0]).strip(" ,;\n*")
     return options
 
 
@@ -312,10 +311,9 @@ def names_another(cleaned: str, label: str, options: Mapping[str, str]) -> bool:
     key, labelled = text_key(cleaned), text_key(clean(options.get(label, "")))
     if not key or key == labelled:
         return False
-    for found in _OTHER_LABEL.finditer(cleaned):
-        letter = next(group for group in found.groups() if group).upper()
-        if letter != label and (not options or letter in options):
-            return True
+    letters = {"".join(f.groups("")).upper() for f in _OTHER_LABEL.finditer(cleaned)}
+    if any(letter in (options or letters) for letter in letters - {label}):
+        return True
     others = {text_key(clean(text)) for other, text in options.items() if other != label}
     return any(
         other and other not in labelled and re.search(rf"(?<!\w){re.escape(other)}(?!\w)", key)

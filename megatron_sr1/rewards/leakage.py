@@ -128,19 +128,16 @@ def _concludes_with_value(text: str, value: str) -> bool:
     ends = r"(?!\.\d|,\d|\s*[-+*/=]\s*\d)"
     said = rf"(?:{spellings})(?![a-z0-9_]){ends}"
     apart = r"\s?".join(value) if value.isdigit() else said
-    if re.fullmatch(rf"(?:(?:it|this|that)(?: is|'s) )?{said}\W*", text):
-        return True
-    if re.search(rf"{_ANSWER}{_FILLER}\s*[\"'(]?(?:{said}|{apart}(?!\s?\w){ends})", text):
-        return True
     unit = r"(?: [a-z]+| ?[°%])?"
     stop = r"\s*(?:[.,;:!?)\n]|$|because\b|since\b)"
-    if any(re.search(p.format(said=said) + unit + stop, text) for p in _VALUE_BEFORE_STOP):
-        return True
-    if any(re.search(p.format(said=said), text) for p in _VALUE):
-        return True
-    if value.casefold() in ("yes", "no") and re.match(rf"{said}\s*[,.!;]", text):
-        return True
-    return _derives_value(text, said, unit)
+    return bool(
+        re.fullmatch(rf"(?:(?:it|this|that)(?: is|'s) )?{said}\W*", text)
+        or re.search(rf"{_ANSWER}{_FILLER}\s*[\"'(]?(?:{said}|{apart}(?!\s?\w){ends})", text)
+        or any(re.search(p.format(said=said) + unit + stop, text) for p in _VALUE_BEFORE_STOP)
+        or any(re.search(p.format(said=said), text) for p in _VALUE)
+        or (value.casefold() in ("yes", "no") and re.match(rf"{said}\s*[,.!;]", text))
+        or _derives_value(text, said, unit)
+    )
 
 
 def _derives_value(text: str, said: str, unit: str) -> bool:
@@ -148,11 +145,11 @@ def _derives_value(text: str, said: str, unit: str) -> bool:
     sentences = _sentences(text)
     last = sentences[-1] if sentences else ""
     concluded = rf"{_HENCE},?(?: [^.;]*)? {said}{unit}\W*"
-    if any(re.fullmatch(concluded, sentence) for sentence in sentences):
-        return True
-    if re.search(rf"(?:^|[,:] |\band ){concluded}$", last):
-        return True
-    if re.search(rf"(?:{_LAST_WORD})\s*{said}{unit}\W*$", last):
+    if (
+        any(re.fullmatch(concluded, sentence) for sentence in sentences)
+        or re.search(rf"(?:^|[,:] |\band ){concluded}$", last)
+        or re.search(rf"(?:{_LAST_WORD})\s*{said}{unit}\W*$", last)
+    ):
         return True
     end = rf"\s*{said}{unit}[^\w\"']*$"
     result = re.search(rf"(?:=|\bis|\bequals|\bmakes){end}", last)
@@ -166,22 +163,17 @@ def _concludes_with_label(text: str, label: str) -> bool:
     """Return True if a plain text states an option label as the answer."""
     named = rf"[(\[]?{label}[)\]]?(?![A-Za-z0-9_'])"
     option = rf"(?:option|choice|answer)\s+{named}"
-    if re.fullmatch(rf"(?i:(?:the )?(?:(?:option|choice|answer)(?: is)?:? )?){named}\W*", text):
-        return True
-    if re.search(rf"(?i:{_ANSWER}{_FILLER})\s*{named}(?!\s+[a-z]+s?\b)", text):
-        return True
-    if re.search(rf"(?i:{_ANSWER})\s*{named}\s*(?:$|[.,;:)])", text):
-        return True
-    if any(re.search(pattern.format(named=named), text) for pattern in _LABEL):
-        return True
-    place = _PLACES[ord(label) - ord("A")] if ord(label) - ord("A") < len(_PLACES) else "-"
-    if re.search(_PLACE.format(place=place), text, re.IGNORECASE):
-        return True
-    if re.search(rf"(?:^|\.\s+|,\s+)(?i:{_HENCE}),?(?: [^.;]*)? {named}\W*$", text):
-        return True
-    last = _sentences(text)[-1:] or [""]
-    alone = re.fullmatch(rf"\W*(?:{option}|{named})\W*", last[0], re.IGNORECASE)
-    return bool(alone) and label in last[0]
+    place = dict(zip("ABCDEF", _PLACES, strict=True)).get(label, "-")
+    last = (_sentences(text) or [""])[-1]
+    return bool(
+        re.fullmatch(rf"(?i:(?:the )?(?:(?:option|choice|answer)(?: is)?:? )?){named}\W*", text)
+        or re.search(rf"(?i:{_ANSWER}{_FILLER})\s*{named}(?!\s+[a-z]+s?\b)", text)
+        or re.search(rf"(?i:{_ANSWER})\s*{named}\s*(?:$|[.,;:)])", text)
+        or any(re.search(pattern.format(named=named), text) for pattern in _LABEL)
+        or re.search(_PLACE.format(place=place), text, re.IGNORECASE)
+        or re.search(rf"(?:^|\.\s+|,\s+)(?i:{_HENCE}),?(?: [^.;]*)? {named}\W*$", text)
+        or (label in last and re.fullmatch(rf"\W*(?:{option}|{named})\W*", last, re.IGNORECASE))
+    )
 
 
 def _sentences(text: str) -> list[str]:

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ class MathWorker:
         self._command = command or program
         self._process: GraderProcess | None = None
         self._spare: GraderProcess | None = None
-        self._cache: dict[tuple[str, str], dict[str, Any]] = {}
+        self._compared = lru_cache(CACHE_ENTRIES)(self._compare)
 
     @property
     def pid(self) -> int | None:
@@ -148,14 +149,11 @@ class MathWorker:
             GradingLimit: the comparison exceeded the time or memory limit, or ended the process.
             GradingError: gold cannot be compared with itself, or no grader starts.
         """
-        pair = (gold, answer)
         what = f"{sample_name}: comparing answer {_shorten(answer)} with gold {_shorten(gold)}"
-        reply = self._cache.get(pair)
-        if reply is None:
-            reply = self._compare(gold, answer, what)
-            if len(self._cache) >= CACHE_ENTRIES:
-                self._cache.clear()
-            self._cache[pair] = reply
+        try:
+            reply = self._compared(gold, answer)
+        except GradingError as error:
+            raise type(error)(f"{what}: {error}") from None
         if "limit" in reply:
             raise GradingLimit(f"{what} {reply['limit']}")
         if "uncomparable" in reply:
@@ -169,7 +167,7 @@ class MathWorker:
             self._spare.stop()
             self._spare = None
 
-    def _compare(self, gold: str, answer: str, what: str) -> dict[str, Any]:
+    def _compare(self, gold: str, answer: str) -> dict[str, Any]:
         """Return a reply that holds `equal`, `uncomparable`, or the description of a `limit`."""
         timed_out = f"took more than {self._timeout_seconds:g} s (reward.grader_timeout_seconds)"
         try:
@@ -184,14 +182,14 @@ class MathWorker:
             if code == -signal.SIGALRM:
                 return {"limit": timed_out}
             ended = f"the grader ended (exit status {code})"
-            if not self._is_alive(gold):
-                raise GradingError(f"{what}: {ended}: {error}") from None
-            raise GradingLimit(f"{what} failed, {ended}") from None
+            if self._is_alive(gold):
+                raise GradingLimit(ended) from None
+            raise GradingError(f"{ended}: {error}") from None
         if "limit" in reply:
             self._stop_current()
             return {"limit": f"ended with {reply['limit']}"}
         if "equal" not in reply and "uncomparable" not in reply:
-            raise GradingError(f"{what}: the grader broke: {reply.get('error', reply)}")
+            raise GradingError(f"the grader broke: {reply.get('error', reply)}")
         return reply
 
     def _is_alive(self, gold: str) -> bool:
@@ -222,5 +220,4 @@ class MathWorker:
 
 
 def _shorten(text: str) -> str:
-    cut = text if len(text) <= MAX_SHOWN_CHARACTERS else text[:MAX_SHOWN_CHARACTERS] + "…"
-    return repr(cut)
+    return repr(text[:MAX_SHOWN_CHARACTERS] + "…" * (len(text) > MAX_SHOWN_CHARACTERS))

@@ -66,41 +66,26 @@ def parse(text: str) -> list[Any]:
     )
 
 
-def equal(gold: str, answer: str) -> bool:
-    r"""Return True if an answer equals the gold one; both without math delimiters.
+def equal(golds: list[Any], answer: str) -> bool:
+    r"""Return True if an answer, without math delimiters, equals one of the gold expressions.
 
     An answer is wrong if the grammar cannot read it, if it has no value (division by zero), or if
     it leaves the work undone: a sum, an integral, a limit, a huge power or factorial.
     """
-    golds, answers = read_gold(gold), parse(answer)
+    answers = parse(answer)
     if not golds or any(map(_is_undone, answers)) or any(map(_has_no_value, answers)):
         return False
     return _verify(golds, answers)
 
 
-@lru_cache(maxsize=1024)  # the responses of a group share their gold answer
-def read_gold(gold: str) -> list[Any]:
-    """Parse a gold answer and compare it with itself, so that it raises here if it ever does."""
-    return _checked(parse(gold))
+def library_equal(golds: list[Any], answer: str) -> bool:
+    r"""Do the same as `equal` by math-verify alone, as in its README."""
+    return _verify(golds, _library_parse(rf"\boxed{{{answer}}}"))
 
 
-def library_equal(gold: str, answer: str) -> bool:
-    r"""Return True if an answer equals the gold one, compared as in math-verify's README."""
-    return _verify(library_gold(gold), _library_parse(rf"\boxed{{{answer}}}"))
-
-
-@lru_cache(maxsize=1024)
 def library_gold(gold: str) -> list[Any]:
-    """Do the same as `read_gold` for `library_equal`."""
-    return _checked(_library_parse(gold if "$" in gold else f"${gold}$"))
-
-
-def _checked(golds: list[Any]) -> list[Any]:
-    """Compare gold answers with themselves and return them; none for 1/0, which nothing equals."""
-    if any(_has_no_value(gold) for gold in golds):
-        return []
-    _verify(golds, golds)
-    return golds
+    """Do the same as `parse` for `library_equal`."""
+    return _library_parse(gold if "$" in gold else f"${gold}$")
 
 
 def _library_parse(text: str) -> list[Any]:
@@ -136,11 +121,24 @@ def _verify(golds: list[Any], answers: list[Any]) -> bool:
     return False
 
 
-GRADERS: dict[str, tuple[Callable[[str], Any], Callable[[str, str], bool]]] = {
-    "rules": (read_gold, equal),
+GRADERS: dict[str, tuple[Callable[[str], list[Any]], Callable[[list[Any], str], bool]]] = {
+    "rules": (parse, equal),
     "math_verify": (library_gold, library_equal),
 }
-"""Functions that read and check a gold answer, and that compare an answer with it."""
+"""Functions that read a gold answer, and that compare an answer with it."""
+
+
+@lru_cache(maxsize=1024)  # the responses of a group share their gold answer
+def read_gold(gold: str, grader: str) -> list[Any]:
+    """Parse a gold answer; none for 1/0, which nothing equals.
+
+    It is compared with itself, so that it raises here if it ever does.
+    """
+    golds = GRADERS[grader][0](gold)
+    if any(map(_has_no_value, golds)):
+        return []
+    _verify(golds, golds)
+    return golds
 
 
 def _has_no_value(expression: Any) -> bool:
@@ -248,16 +246,15 @@ def _relations(expression: Any) -> list[Any]:
 
 def serve(replies: Any, grader: str = "rules") -> None:
     """Answer requests from standard input until it ends."""
-    check_gold, compare = GRADERS[grader]
     for line in sys.stdin:
         request = json.loads(line)
         # The default action ends the process even in C code, where Python handles no signals.
         signal.setitimer(signal.ITIMER_REAL, 2 * request["seconds"] + 1)
         blamed = "error"
         try:
-            check_gold(request["gold"])
+            golds = read_gold(request["gold"], grader)
             blamed = "uncomparable"
-            reply: dict[str, Any] = {"equal": compare(request["gold"], request["answer"])}
+            reply: dict[str, Any] = {"equal": GRADERS[grader][1](golds, request["answer"])}
         except MemoryError as error:
             reply = {"limit": type(error).__name__}
         except Exception as error:
@@ -276,7 +273,7 @@ def main(grader: str) -> None:
     if grader == "rules":
         install()
     for gold, answer in _WARM_UP:
-        GRADERS[grader][1](gold, answer)
+        GRADERS[grader][1](read_gold(gold, grader), answer)
     replies.write(json.dumps({"ready": True}) + "\n")
     serve(replies, grader)
 

@@ -46,9 +46,7 @@ def find_description(text: str) -> str | None:
     before, inside = text[: span.start], span.content
     if any(mark in before or mark in inside for mark in (*DESCRIPTION, *THINK)):
         return None
-    if _BOXED.search(before):
-        return None
-    return inside.strip() or None
+    return None if _BOXED.search(before) else inside.strip() or None
 
 
 def find_span(text: str, marks: tuple[str, str]) -> Span | None:
@@ -92,10 +90,9 @@ def has_format(text: str, recipe: str) -> bool:
     Source: the format reward of Vision-SR1 (arXiv 2508.19652, section 3.2). Each block occurs once,
     in order, and is not empty; whitespace between blocks is ignored.
     """
-    for mark in (*DESCRIPTION, *THINK):
-        expected = sum(mark in block for block in BLOCKS[recipe])
-        if text.count(mark) != expected:
-            return False
+    marks = [mark for block in BLOCKS[recipe] for mark in block]
+    if any(text.count(mark) != marks.count(mark) for mark in (*DESCRIPTION, *THINK)):
+        return False
     rest = text
     for block in BLOCKS[recipe]:
         span = find_span(rest, block)

@@ -82,10 +82,7 @@ class UserReward:
 
     def _describe(self, error: BaseException) -> str:
         """Describe an exception and the last line of the user's file in its traceback."""
-        lines = [
-            frame.lineno
-            for frame in traceback.extract_tb(error.__traceback__)
-            if frame.filename == str(self._path)
-        ]
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(self._path)]
         place = f" ({self._path.name} line {lines[-1]})" if lines else ""
         return f"raised {type(error).__name__}: {error}{place}"

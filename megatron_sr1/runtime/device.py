@@ -17,10 +17,7 @@ from megatron_sr1.errors import ConfigError
 
 
 def select_device(kind: str = "auto") -> torch.device:
-    """Select the device of this rank (`LOCAL_RANK` selects the GPU); a CPU rank sees no GPU.
-
-    Args:
-        kind: auto | cpu | cuda.
+    """Select the device of this rank: auto, cpu (which sees no GPU) or cuda (`LOCAL_RANK`'s GPU).
 
     Raises:
         ConfigError: cuda was requested but there is none, or there are fewer GPUs than local ranks.

@@ -47,15 +47,18 @@ class FailureWatch:
         presence: this rank's lock, and the check of the next rank's.
     """
 
-    def __init__(self, run_dir: Path, rank: int, world_size: int) -> None:
+    def __init__(self, run_dir: Path) -> None:
         """Open the stack file in the run directory, which all ranks share, and start the watcher.
+
+        Rank and world size are those of the environment.
 
         Raises:
             ConfigError: another process is this rank of the same run directory.
         """
-        self.run_dir, self.rank, self.world_size = run_dir, rank, world_size
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self._launch, self._parent = Launch(run_dir), os.getppid()
-        self.presence = Presence(run_dir / STACKS_DIRECTORY, rank, world_size)
+        self.presence = Presence(run_dir / STACKS_DIRECTORY, self.rank, self.world_size)
         self._stacks = self.presence.file
         self._deadlines: list[tuple[float, str, float]] = []
         self.phase = ""
@@ -154,12 +157,9 @@ class FailureWatch:
     ) -> NoReturn:
         """Record the failure unless there is one, dump the stacks, log why, and exit.
 
-        Args:
-            cause: one line.
-            code: exit status.
-            trace: formatted traceback. It is written to the stack file, and also to stderr if this
-                rank is the first to fail and `code` is not 2 (a user's error).
-            culprit: failure of another rank that ends this one; None if this one failed.
+        `code` is the exit status, 2 for a user's error. `trace` is written to the stack file, and
+        to stderr if this rank is the first to fail and its user is not to blame. `culprit` is the
+        failure of another rank that ends this one; None if this one failed.
         """
         self._ending.acquire()  # main thread or watcher, whichever is first; the other one waits
         try:
@@ -175,9 +175,7 @@ class FailureWatch:
         first = self._launch.record(culprit)
         why, is_ours = f"rank {first.rank}: {first.cause}", first.rank == self.rank
         in_main = threading.current_thread() is threading.main_thread()
-        where = self.phase or "no phase"
-        if not in_main:
-            where += f", {_main_thread_place()}"
+        where = (self.phase or "no phase") + ("" if in_main else f", {_main_thread_place()}")
         headline = f"{own.cause if is_ours else f'stopped by {why}'}\nwas in {where}"
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         self._stacks.write(f"{stamp} rank {self.rank}: {headline}\n{trace}\n")
@@ -196,10 +194,9 @@ class FailureWatch:
 
     def _linger(self, culprit: Failure | None) -> None:
         until = time.monotonic() + LINGER_SECONDS
-        directory = self.run_dir / STACKS_DIRECTORY
         dead = culprit.rank if culprit is not None and culprit.cause == GONE else None
         others = (rank for rank in range(self.world_size) if rank != dead)
-        waiting = {directory / f"rank_{rank}.txt" for rank in others}
+        waiting = {Path(self._stacks.name).with_name(f"rank_{rank}.txt") for rank in others}
         while waiting and time.monotonic() < until:
             waiting = {path for path in waiting if not (path.exists() and path.stat().st_size)}
             time.sleep(0.05)
@@ -227,18 +224,12 @@ def _main_thread_place() -> str:
 
 
 @contextmanager
-def guard(
-    run_dir: str | Path, rank: int | None = None, world_size: int | None = None
-) -> Iterator[FailureWatch]:
+def guard(run_dir: str | Path) -> Iterator[FailureWatch]:
     """Run a rank's main function; if it raises, end this process and all other ranks.
 
     An `SR1Error` is reported as one line, with exit status 2; other exceptions with a traceback and
-    status 1. `SystemExit` and Ctrl-C pass through. In another guard, it does nothing.
-
-    Args:
-        run_dir: run directory, created if absent.
-        rank: of this process; from the environment if None.
-        world_size: ranks; from the environment if None.
+    status 1. `SystemExit` and Ctrl-C pass through. In another guard, it does nothing. The run
+    directory is created if absent.
 
     Raises:
         ConfigError: another process is this rank of the same run directory.
@@ -247,11 +238,7 @@ def guard(
     if outer is not None:
         yield outer
         return
-    watch = FailureWatch(
-        Path(run_dir),
-        int(os.environ.get("RANK", "0")) if rank is None else rank,
-        int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size,
-    )
+    watch = FailureWatch(Path(run_dir))
     token = _current.set(watch)
     try:
         yield watch

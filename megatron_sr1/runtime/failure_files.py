@@ -36,12 +36,7 @@ log = logging.getLogger(__name__)
 class Failure(NamedTuple):
     """The failure of a rank; if it was killed, another one recorded it.
 
-    Attributes:
-        rank: the one that failed.
-        cause: one line.
-        code: exit status.
-        time: of the recording, Unix seconds.
-        launch: name of the launch.
+    `cause` is one line, `code` the exit status, `time` that of the recording, Unix seconds.
     """
 
     rank: int
@@ -191,12 +186,10 @@ class Presence:
 
 
 def summarize_failure(run_dir: Path, failure: Failure, since: float) -> list[str]:
-    """Summarize a failed run, for the end of its output.
+    """Return lines for the end of a failed run's output: the cause, then where the ranks were.
 
-    Stack files from before `since`, the Unix time of the launch, belong to earlier launches.
-
-    Returns:
-        lines: the cause, then where the ranks were; the places of the fewest ranks first.
+    The places of the fewest ranks come first. Stack files from before `since`, the Unix time of the
+    launch, belong to earlier launches.
     """
     cause = f"megatron-sr1: error: rank {failure.rank}: {failure.cause}"
     directory = run_dir / STACKS_DIRECTORY

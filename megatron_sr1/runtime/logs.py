@@ -24,8 +24,7 @@ EXPECTED = {
 def configure_logging(level: str) -> None:
     """Log to stderr; ranks other than 0 log warnings only, with their number.
 
-    Args:
-        level: debug | info | warning; debug shows everything that libraries write.
+    `level` is debug, info or warning; debug shows everything that libraries write.
     """
     rank = int(os.environ.get("RANK", "0"))
     name = "%(asctime)s %(message)s" if rank == 0 else f"%(asctime)s rank {rank}: %(message)s"

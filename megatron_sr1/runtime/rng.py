@@ -86,17 +86,9 @@ def seed_everything(seed: int, groups: Groups) -> None:
 
 
 def request_seed(seed: int, step: int, index: int, sample: int, part: int = 1) -> int:
-    """Derive the seed of an engine request from what is requested, not from when it runs.
+    """Derive the seed of an engine request, in [0, 2**31), from what is requested, not from when.
 
-    Args:
-        seed: of the run.
-        step: training step.
-        index: of the example.
-        sample: index of the response among those of its prompt.
-        part: the pass, 1 or 2.
-
-    Returns:
-        a number in [0, 2**31).
+    `index` is the example's, `sample` that of the response to its prompt, `part` the pass, 1 or 2.
     """
     text = f"{seed}/{step}/{index}/{sample}/{part}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "big") >> 1

@@ -36,11 +36,7 @@ class Actor:
     Attributes:
         chunks: the model, one chunk per virtual stage.
         wrapped: the same chunks inside Megatron's DistributedDataParallel.
-        optimizer: Megatron's optimizer.
-        scheduler: Megatron's learning-rate schedule.
-        hf_config: shape of the model.
-        source: the directory that it was loaded from.
-        groups: of the layout.
+        source: the directory that the model was loaded from.
         frozen: published names of the tensors of frozen layers.
     """
 
@@ -123,11 +119,7 @@ class Reference:
 
 
 def load_actor_model(config: Config, groups: Groups) -> tuple[list[Any], HFConfig, ModelSource]:
-    """Build the model under the groups' layout and load `model.path` into it.
-
-    Returns:
-        the chunks, the model's shape, and where it came from.
-    """
+    """Load `model.path` under the groups' layout; return its chunks, its shape and its source."""
     source = resolve_model(config.model.path)
     hf_config = read_hf_config(source.hf_files)
     with cpu.megatron_mode():

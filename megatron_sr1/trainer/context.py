@@ -18,7 +18,7 @@ import torch
 
 from megatron_sr1.checkpoint.folders import fingerprint, latest_step
 from megatron_sr1.checkpoint.loading import load_checkpoint
-from megatron_sr1.checkpoint.saving import EVALUATION, Keep, SaveQueue
+from megatron_sr1.checkpoint.saving import EVALUATION, SaveQueue
 from megatron_sr1.config.loading import save_config
 from megatron_sr1.config.run import Config
 from megatron_sr1.data.loader import Loader
@@ -74,10 +74,8 @@ class Context:
             self.run_dir,
             rank,
         )
-        saved, self.checkpoints = config.checkpoint, self.run_dir / "checkpoints"
-        keep = Keep(saved.keep_last, saved.keep_best, saved.best_by)
-        limit = saved.max_in_flight if saved.asynchronous else 0
-        self._saves = SaveQueue(self.checkpoints, keep, limit)
+        self.checkpoints = self.run_dir / "checkpoints"
+        self._saves = SaveQueue(self.checkpoints, config.checkpoint)
         self._origin: dict[str, str] = {}
         self._sinks: list[Sink] = []
         self._metrics: MetricsFile | None = None
@@ -141,11 +139,9 @@ class Context:
         return found
 
     def count_ungraded(self, newly: Mapping[int, str], num_prompts: int) -> float:
-        """Add up prompts of a step that the grader left out, and warn if there are many.
+        """Add up prompts that the grader left out, and return their share of a step's prompts.
 
-        Args:
-            newly: index of each prompt -> the limit that it met; equal on all ranks.
-            num_prompts: all prompts of the step, of which the share is returned.
+        `newly` holds the limit that each prompt met, by its index, equal on all ranks.
 
         Raises:
             GradingError: the share is more than `reward.max_ungraded_share`; all ranks raise.
@@ -292,10 +288,16 @@ class Context:
         if stop or is_last:
             with self.phase("save"):
                 self._saves.finish_all()
-        if stop:
-            self._leave()
-        else:
-            self._profiler.begin(self.step + 1)
+        if not stop:
+            return self._profiler.begin(self.step + 1)
+        self.is_leaving = True
+        if self.is_writer:
+            log.info(
+                "stop requested: saved step %d of %d; the same command continues from there",
+                self.step,
+                self.config.optimizer.num_steps,
+            )
+            signals.mark_unfinished()  # for the launcher
 
     def _save(self, actor: Actor, rated: Mapping[str, float]) -> None:
         state = {
@@ -308,17 +310,6 @@ class Context:
             **self._origin,
         }
         self._saves.add(self.step, actor.trained, state, actor.source.hf_files)
-
-    def _leave(self) -> None:
-        """End the loop, and report to the launcher that the run is unfinished."""
-        self.is_leaving = True
-        if self.is_writer:
-            log.info(
-                "stop requested: saved step %d of %d; the same command continues from there",
-                self.step,
-                self.config.optimizer.num_steps,
-            )
-            signals.mark_unfinished()
 
     def close(self) -> None:
         """Close the sinks."""

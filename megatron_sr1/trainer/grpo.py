@@ -11,9 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from megatron_sr1.config.run import Config
+from megatron_sr1.data.packing import Size
 from megatron_sr1.records import TrainSample
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rollout.engine import Engine
@@ -106,24 +105,21 @@ def own_samples(
     credited: Credit,
     chosen: Sequence[int],
 ) -> list[list[TrainSample]]:
-    """Return this data-parallel rank's part of each update of the step, from the chosen groups.
-
-    A rank without any gets one sample without targets, so that all ranks take part.
-    """
+    """Return this data-parallel rank's part of each update of the step, from the chosen groups."""
     n = context.config.rollout.samples_per_prompt
     per_update = context.config.algorithm.prompts_per_update
+
+    def size(number: int) -> Size:
+        return samples.size(scored[number].rollout)
+
+    def sample(number: int) -> TrainSample:
+        advantages = credited.advantages_of(*divmod(number, n))
+        return samples.train_sample(scored[number].rollout, *advantages)
+
     updates = []
     for start in range(0, len(chosen), per_update):
         of_update = [g * n + k for g in chosen[start : start + per_update] for k in range(n)]
-        sizes = [samples.size(scored[number].rollout) for number in of_update]
-        own = [
-            samples.train_sample(scored[i].rollout, *credited.advantages_of(*divmod(i, n)))
-            for i in (of_update[place] for place in samples.own_part(sizes, context.groups.data))
-        ]
-        if not own:
-            spare = samples.train_sample(scored[of_update[0]].rollout, 0.0)
-            own = [replace(spare, loss_mask=np.zeros_like(spare.loss_mask))]
-        updates.append(own)
+        updates.append(samples.own_part(of_update, size, sample, context.groups.data))
     return updates
 
 

@@ -97,12 +97,8 @@ def grpo_loss(
     """Return the policy loss plus KL of a micro-batch, as configured.
 
     It reports `mismatch/…` over all sampled tokens, everything else over those in the loss, which
-    `mask_beyond_nats` makes fewer.
-
-    Args:
-        algorithm: kind of loss, clips, corrections.
-        mismatch_bound: largest |engine - actor| logprob of a token, nats; 0 turns the check off.
-        max_response_tokens: constant length of `loss: dr_grpo`.
+    `mask_beyond_nats` makes fewer. `mismatch_bound` is the largest |engine - actor| logprob of a
+    token, nats, or 0 for any; `max_response_tokens` the constant length of `loss: dr_grpo`.
     """
 
     def loss(
@@ -114,7 +110,13 @@ def grpo_loss(
         assert engine is not None
         sampled = batch.loss_mask.sum()
         over_sampled = correction.mismatch_sums(engine, old, batch.loss_mask)
-        _check_mismatch(float(over_sampled["mismatch/abs_max"]), mismatch_bound)
+        worst = float(over_sampled["mismatch/abs_max"])
+        if 0 < mismatch_bound < worst:
+            raise EngineError(
+                f"engine and actor disagree by {worst:.2g} nats on a sampled token, at most "
+                f"{mismatch_bound:.2g} (rollout.mismatch_bound): the engine does not hold the "
+                "actor's weights, or their kernels differ more than the bound allows"
+            )
         if algorithm.mask_beyond_nats > 0:
             near, masked = correction.near_sequences(
                 engine, old, batch.loss_mask, batch.cu_seqlens, algorithm.mask_beyond_nats
@@ -147,12 +149,3 @@ def _weighted(
     weights = correction.truncated_importance_weights(engine, old, batch.loss_mask, cap, borders)
     reported = correction.weight_sums(weights, batch.loss_mask, cap)
     return replace(batch, advantages=batch.advantages * weights), reported
-
-
-def _check_mismatch(worst: float, bound: float) -> None:
-    if 0 < bound < worst:
-        raise EngineError(
-            f"engine and actor disagree by {worst:.2g} nats on a sampled token, at most "
-            f"{bound:.2g} (rollout.mismatch_bound): the engine does not hold the "
-            "actor's weights, or their kernels differ more than the bound allows"
-        )

@@ -21,6 +21,7 @@ together, so an update below 2^-18 of its weight is lost; the moments have 8.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,20 +89,9 @@ def make_scheduler(chosen: OptimizerConfig, optimizer: Any, num_updates: int) ->
     )
 
 
-def updates_per_step(config: Config) -> int:
-    """Return the optimizer updates per step; with `algorithm.filter_groups`, the most."""
-    if config.stage == "sft":
-        return 1
-    return config.data.prompts_per_step // config.algorithm.prompts_per_update
-
-
 def schedule_facts(config: Config, optimizer: Any, scheduler: Any, step: int) -> dict[str, Any]:
-    """Describe the schedule after `step` steps, for a checkpoint.
-
-    Returns:
-        the settings of the schedule by name, and the next and the last learning rate.
-    """
-    chosen, per_step = config.optimizer, updates_per_step(config)
+    """Describe the schedule after `step` steps, for a checkpoint: settings and `RATES` by name."""
+    chosen, per_step = config.optimizer, config.updates_per_step
     names = ("num_steps", "learning_rate", "min_learning_rate", "warmup_steps", "schedule")
     here = scheduler.num_steps
     end = here + (chosen.num_steps - step) * per_step
@@ -119,14 +109,10 @@ def schedule_facts(config: Config, optimizer: Any, scheduler: Any, step: int) ->
 
 
 def schedule_change(saved: Any, now: dict[str, Any]) -> str:
-    """Describe how the schedule of a checkpoint differs from that of this run.
+    """Describe how a checkpoint's `schedule_facts` differ from those of this run at the same step.
 
-    Args:
-        saved: `schedule_facts` of the checkpoint; None if it is older than they are.
-        now: those of this run at the same step.
-
-    Returns:
-        each difference as `name old -> new`; empty if no setting differs.
+    The description is `name old -> new, …`, empty if no setting differs or, in a checkpoint older
+    than these facts, nothing was `saved`.
     """
     known = saved if isinstance(saved, dict) else {}
     differ = [name for name, value in now.items() if name in known and known[name] != value]
@@ -160,55 +146,47 @@ class ShardAdamW:
         self.dtype = dtype
         self._offload = offload
         self._update: Callable[..., None] = _kahan if dtype == torch.bfloat16 else _plain
-        self.state: dict[torch.Tensor, Tensors] = {}
+        self.state = {shard: self._initial(shard) for g in param_groups for shard in g["params"]}
         for group in param_groups:
             group["step"] = 0
-            for shard in group["params"]:
-                self.state[shard] = self._initial(shard)
 
     def _initial(self, shard: torch.Tensor) -> Tensors:
         weights = shard.detach()
+        assert self.dtype == torch.float32 or weights.dtype == torch.bfloat16
+        zeros = partial(
+            torch.zeros,
+            weights.shape,
+            dtype=self.dtype,
+            device="cpu" if self._offload else weights.device,
+            pin_memory=self._offload and weights.is_cuda,
+        )
+        master = weights
         if self.dtype == torch.bfloat16:
-            assert weights.dtype == torch.bfloat16
-            master = self._empty(weights).zero_()
-        elif weights.dtype == torch.float32:
-            master = weights
-        else:
-            master = self._empty(weights).copy_(weights)
-        moments = {name: self._empty(weights).zero_() for name in ("exp_avg", "exp_avg_sq")}
-        return {"master_param": master, **moments}
-
-    def _empty(self, like: torch.Tensor) -> torch.Tensor:
-        device = torch.device("cpu") if self._offload else like.device
-        pinned = self._offload and like.is_cuda
-        return torch.empty(like.shape, dtype=self.dtype, device=device, pin_memory=pinned)
+            master = zeros()
+        elif weights.dtype != torch.float32:
+            master = zeros().copy_(weights)
+        return {"master_param": master, "exp_avg": zeros(), "exp_avg_sq": zeros()}
 
     @torch.no_grad()
     def step(self) -> None:
         """Update every shard by its `decoupled_grad`."""
         for group in self.param_groups:
             for shard in group["params"]:
-                tensors = self._on_device(shard)
-                self._update(shard, shard.decoupled_grad, tensors, group)
-                self._put_back(shard, tensors)
+                held = used = self.state[shard]
+                if self._offload:  # on a CPU too, so that the tests run what a GPU runs
+                    used = {
+                        name: torch.empty_like(kept, device=shard.device).copy_(
+                            kept, non_blocking=True
+                        )
+                        for name, kept in held.items()
+                    }
+                self._update(shard, shard.decoupled_grad, used, group)
+                for name in held if self._offload else ():
+                    held[name].copy_(used[name], non_blocking=True)
             group["step"] += 1
         if self._offload and torch.cuda.is_available():
             # Checkpoints read host memory without synchronizing.
             torch.cuda.current_stream().synchronize()
-
-    def _on_device(self, shard: torch.Tensor) -> Tensors:
-        if not self._offload:
-            return self.state[shard]
-        # On a CPU it is a copy as well, so that the tests run what a GPU runs.
-        return {
-            name: torch.empty_like(held, device=shard.device).copy_(held, non_blocking=True)
-            for name, held in self.state[shard].items()
-        }
-
-    def _put_back(self, shard: torch.Tensor, tensors: Tensors) -> None:
-        for name, held in self.state[shard].items():
-            if held is not tensors[name]:
-                held.copy_(tensors[name], non_blocking=True)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Release the gradients."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 from megatron_sr1.errors import DataError, GradingLimit
@@ -19,7 +19,7 @@ from megatron_sr1.records import Example, Prompt, Reward, Rollout
 from megatron_sr1.rewards.response import find_description
 from megatron_sr1.rewards.score import Scorer, cross
 from megatron_sr1.rollout.engine import Engine
-from megatron_sr1.rollout.two_pass import RolloutHooks, RolloutStats, roll_out
+from megatron_sr1.rollout.two_pass import RolloutHooks, roll_out
 from megatron_sr1.runtime.groups import Groups, gather_objects, sum_over_ranks
 from megatron_sr1.runtime.rng import request_seed
 from megatron_sr1.trainer.context import Context
@@ -111,8 +111,7 @@ def roll_out_prompts(
     """Sample and score prompts on all replicas.
 
     Returns:
-        the graded rollouts of all replicas in the order of `indices`, equal on every rank, and what
-        the engine counted.
+        the graded rollouts in the order of `indices`, equal on every rank, and engine counts.
     """
     config = context.config
     with context.phase("prompts"):
@@ -138,8 +137,16 @@ def roll_out_prompts(
         graded = score(rollouts if is_leader else (), samples, scorer)
     with context.phase("share"):
         graded = gather_graded(graded, indices, context.groups)
-        counts = {name: value if is_leader else 0.0 for name, value in _counts(stats).items()}
-        counted = sum_over_ranks(context.groups, counts)
+        counts = {
+            "rollout/response_tokens": stats.pass1_tokens,
+            "rollout/reading_tokens": stats.pass2_tokens,
+            "rollout/truncated": stats.truncated,
+            "rollout/readings": stats.num_pass2,
+            "rollout/distinct_readings": stats.num_prompts2,
+            "rollout/engine_steps": stats.engine_steps,
+        }
+        own = {name: float(value if is_leader else 0) for name, value in counts.items()}
+        counted = sum_over_ranks(context.groups, own)
     return graded, counted
 
 
@@ -156,17 +163,6 @@ def read_prompts(
 
     own = indices[engine.replica :: engine.num_replicas]
     return context.read_usable(read, own, engine.is_replica_leader)
-
-
-def _counts(stats: RolloutStats) -> dict[str, float]:
-    return {
-        "rollout/response_tokens": float(stats.pass1_tokens),
-        "rollout/reading_tokens": float(stats.pass2_tokens),
-        "rollout/truncated": float(stats.truncated),
-        "rollout/readings": float(stats.num_pass2),
-        "rollout/distinct_readings": float(stats.num_prompts2),
-        "rollout/engine_steps": float(stats.engine_steps),
-    }
 
 
 def score(rollouts: Sequence[Rollout], samples: Samples, scorer: Scorer) -> Graded:
@@ -209,24 +205,17 @@ def _log_first(what: str, found: Sequence[str]) -> None:
 
 
 def gather_graded(graded: Graded, order: Sequence[int], groups: Groups) -> Graded:
-    """Gather what all replicas graded on every rank; collective over all ranks.
+    """Gather what all replicas' leaders graded on every rank; collective over all ranks.
 
-    Args:
-        graded: of this replica on its leader, else empty.
-        order: indices of the examples; the result is in this order, samples ascending.
-        groups: of the layout.
+    The result is in the order of these indices of examples, samples ascending.
     """
     place = {index: number for number, index in enumerate(order)}
-    parts = gather_objects(graded, groups.world)
 
     def in_order(found: Iterable[Scored]) -> tuple[Scored, ...]:
         return tuple(sorted(found, key=lambda s: (place[s.rollout.index], s.rollout.sample)))
 
-    return Graded(
-        in_order(item for part in parts for item in part.scored),
-        {index: text for part in parts for index, text in part.ungraded.items()},
-        in_order(item for part in parts for item in part.set_aside),
-    )
+    whole = reduce(Graded.with_more, gather_objects(graded, groups.world))
+    return Graded(in_order(whole.scored), whole.ungraded, in_order(whole.set_aside))
 
 
 def reward_means(scored: Sequence[Scored]) -> dict[str, float]:

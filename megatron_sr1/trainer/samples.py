@@ -6,10 +6,11 @@ keeps what it has read until `forget`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -30,6 +31,8 @@ from megatron_sr1.runtime.groups import Group, Groups
 
 if TYPE_CHECKING:
     from PIL import Image
+
+T = TypeVar("T")
 
 
 def make_processor(config: Config) -> Processor:
@@ -77,9 +80,20 @@ class Samples:
 
     def prompt(self, index: int) -> Prompt:
         """Return the pass-1 prompt of a sample, with its images."""
-        if index not in self._prompts:
-            self._prompts[index] = self._read_prompt(index)
-        return self._prompts[index]
+        if index in self._prompts:
+            return self._prompts[index]
+        example, limit = self.example(index), self._config.data.max_prompt_tokens
+        recipe, style = self._config.reward.recipe, self._config.data.prompt_style
+        messages = pass1_messages(example, recipe, style)
+        prompt = self.processor.encode_prompt(example, self.reader.images(index), messages)
+        if len(prompt.token_ids) > limit:
+            raise DataError(
+                f"{example.shard} sample {example.key}: prompt of {len(prompt.token_ids)} tokens, "
+                f"at most {limit}; raise data.max_prompt_tokens or lower data.max_pixels "
+                "(and data.min_pixels, to which images are enlarged)"
+            )
+        self._prompts[index] = prompt
+        return prompt
 
     def images(self, index: int) -> Sequence[Image.Image]:
         """Return the decoded RGB images of a sample."""
@@ -148,12 +162,22 @@ class Samples:
         limit = self._config.data.max_prompt_tokens
         return self.processor.encode_conversation(example, images, limit)
 
-    def own_part(self, sizes: Sequence[Size], data: Group) -> list[int]:
-        """Return which samples of an update this data-parallel rank trains on, balanced by cost.
+    def own_part(
+        self,
+        update: Sequence[T],
+        size: Callable[[T], Size],
+        sample: Callable[[T], TrainSample],
+        data: Group,
+    ) -> list[TrainSample]:
+        """Return the samples of an update that this data-parallel rank trains on, balanced by cost.
 
-        `sizes` holds those of all samples of the update, on all ranks.
+        If it has none, one without targets is returned, so that all ranks take part.
         """
-        return plan_ranks(sizes, data.size, self._patch_cost)[data.rank]
+        own = plan_ranks([size(item) for item in update], data.size, self._patch_cost)[data.rank]
+        if own:
+            return [sample(update[place]) for place in own]
+        spare = sample(update[0])
+        return [replace(spare, loss_mask=np.zeros_like(spare.loss_mask))]
 
     def pack(self, chosen: Sequence[TrainSample], groups: Groups) -> list[PackedBatch]:
         """Pack this rank's samples into micro-batches within the token budget."""
@@ -176,29 +200,14 @@ class Samples:
 
     def forget(self) -> None:
         """Free what was read; after a step it is not needed again for long."""
-        self._examples.clear()
-        self._prompts.clear()
-        self._images.clear()
-        self._pixels.clear()
-        self.readings.clear()
+        kept = (self._examples, self._prompts, self._images, self._pixels, self.readings)
+        for found in kept:
+            found.clear()
 
     @cached_property
     def _patch_cost(self) -> float:
         """Cost of an image's patch, in text tokens."""
         return patch_cost(read_hf_config(self.processor.model_dir))
-
-    def _read_prompt(self, index: int) -> Prompt:
-        example, limit = self.example(index), self._config.data.max_prompt_tokens
-        recipe, style = self._config.reward.recipe, self._config.data.prompt_style
-        messages = pass1_messages(example, recipe, style)
-        prompt = self.processor.encode_prompt(example, self.reader.images(index), messages)
-        if len(prompt.token_ids) > limit:
-            raise DataError(
-                f"{example.shard} sample {example.key}: prompt of {len(prompt.token_ids)} tokens, "
-                f"at most {limit}; raise data.max_prompt_tokens or lower data.max_pixels "
-                "(and data.min_pixels, to which images are enlarged)"
-            )
-        return prompt
 
 
 def description_tokens(pieces: Sequence[str]) -> tuple[int, int]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import numpy as np
 import torch
 
 from megatron_sr1.algorithm.losses import sft_loss
@@ -42,7 +39,7 @@ def token_loss(
 
 
 def _conversations(context: Context, samples: Samples, indices: list[int]) -> list[TrainSample]:
-    """Return this rank's part of a step; one sample without targets if it would have none.
+    """Return this rank's part of a step.
 
     Each rank reads some; who trains on which is decided when all lengths are known.
     """
@@ -52,6 +49,4 @@ def _conversations(context: Context, samples: Samples, indices: list[int]) -> li
     everyone = [sample for part in gather_objects(read, groups.data) for sample in part]
     if not everyone:
         raise DataError("no sample of this step could be read; see the warnings above")
-    sizes = [size_of(sample) for sample in everyone]
-    chosen = [everyone[place] for place in samples.own_part(sizes, groups.data)]
-    return chosen or [replace(everyone[0], loss_mask=np.zeros_like(everyone[0].loss_mask))]
+    return samples.own_part(everyone, size_of, lambda sample: sample, groups.data)

@@ -47,11 +47,8 @@ def sample_logprobs(
 ) -> list[np.ndarray]:
     """Return the logprobs of every sample's targets under the actor's weights, without gradients.
 
-    Args:
-        actor: all ranks of a replica call this with the same batches.
-        samples: the samples in `batches`.
-        batches: all of `samples`, packed.
-        temperature: divides the logits.
+    `batches` are all of `samples`, packed, the same on all ranks of a replica; `temperature`
+    divides the logits.
 
     Returns:
         per sample [tokens] float32; entry t is the logprob of token t, 0 if it is no target.
@@ -75,11 +72,8 @@ def update(
 ) -> dict[str, float]:
     """Train on one batch: forward, backward, gradient reduction and clipping, optimizer step.
 
-    Args:
-        actor: with its optimizer.
-        batches: this data-parallel rank's micro-batches; their number may differ between ranks.
-        loss: summed loss of a micro-batch.
-        temperature: divides the logits.
+    `batches` are this data-parallel rank's micro-batches, of which another rank may have fewer;
+    `temperature` divides the logits.
 
     Returns:
         equal on all ranks: `loss`, divided by its denominator over the whole update, `grad_norm`,
@@ -127,11 +121,8 @@ def named(measured: list[dict[str, float]]) -> dict[str, float]:
         values = [m[name] for m in measured if name in m]
         of_optimizer = name in ("grad_norm", "learning_rate")
         group = "" if "/" in name else "optimizer/" if of_optimizer else "actor/"
-        if name.endswith("_max"):
-            named[group + name] = max(values)
-        else:
-            count = 1 if name == "skipped_updates" else len(values)
-            named[group + name] = sum(values) / count
+        mean = sum(values) / (1 if name == "skipped_updates" else len(values))
+        named[group + name] = max(values) if name.endswith("_max") else mean
     return named
 
 
@@ -212,9 +203,7 @@ def _schedule(
 
 
 def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
-    """Return the batch with its tensors on `device`; the same object on a CPU."""
-    if device.type == "cpu":
-        return batch
+    """Return the batch with its tensors on `device`."""
     moved: dict[str, Any] = {
         f.name: getattr(batch, f.name).to(device, non_blocking=True)
         for f in fields(batch)
@@ -241,7 +230,6 @@ def empty_row(num_tokens: int) -> PackedBatch:
 
 
 def _no_loss(output: torch.Tensor, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor, Sums]:
-    """Return the loss of an empty row."""
     return 0 * output.sum(), torch.zeros([], dtype=torch.int32), {}
 
 

@@ -9,7 +9,6 @@ that survived one are not: scored prompts are computed as a whole.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +19,8 @@ from megatron_sr1.checkpoint.hf import check_tensors, save_hf
 from megatron_sr1.checkpoint.hf_files import HFSource
 from megatron_sr1.config.run import Config
 from megatron_sr1.data.processor import Processor
-from megatron_sr1.data.shards import NUM_SEARCHED
-from megatron_sr1.errors import ConfigError, DataError, EngineError
+from megatron_sr1.data.shards import first_with_image
+from megatron_sr1.errors import EngineError
 from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.records import TrainSample
 from megatron_sr1.rollout.engine import Engine
@@ -81,17 +80,17 @@ class Canary:
     """A sample of the training set that stays the same for the whole run."""
 
     def __init__(self, samples: Samples, bound_nats: float) -> None:
-        """Choose the first usable sample with an image.
+        """Choose the first usable sample with an image; raise ConfigError if there is none.
 
-        Args:
-            samples: the training set.
-            bound_nats: largest |engine - actor| of a token, > 0.
-
-        Raises:
-            ConfigError: none of the first samples has an image.
+        `bound_nats` is the largest |engine - actor| of a token, > 0.
         """
+
+        def num_images(index: int) -> int:
+            # Text-only samples are skipped before their prompts are made.
+            return samples.example(index).num_images and len(samples.prompt(index).image_grid_thw)
+
         self._samples, self._bound = samples, bound_nats
-        self._index = _first_with_image(samples)
+        self._index = first_with_image(len(samples), num_images)
 
     def check(self, context: Context, actor: Actor, engine: Engine) -> dict[str, float]:
         """Compare after a sync; collective over all ranks.
@@ -117,30 +116,11 @@ class Canary:
             )
             batches = self._samples.pack([sample], context.groups)
             (actor_logprobs,) = sample_logprobs(actor, [sample], batches, temperature=1.0)
-        worst = self._worst(engine_logprobs, actor_logprobs[-len(response) :])
-        return {"mismatch/canary_abs_max": worst}
-
-    def _worst(self, engine_logprobs: Sequence[float], actor_logprobs: np.ndarray) -> float:
-        worst = float(np.abs(np.array(engine_logprobs) - actor_logprobs).max())
+        worst = float(np.abs(np.array(engine_logprobs) - actor_logprobs[-len(response) :]).max())
         if not worst <= self._bound:
             raise EngineError(
                 f"canary: engine and actor disagree by {worst:.2g} nats on a fixed response to a "
                 f"fixed image, at most {self._bound:.2g} (rollout.canary_bound): the engine does "
                 "not hold the actor's weights, or kept what it computed with earlier ones"
             )
-        return worst
-
-
-def _first_with_image(samples: Samples) -> int:
-    for index in range(min(len(samples), NUM_SEARCHED)):
-        if not samples.example(index).num_images:
-            continue
-        try:
-            samples.prompt(index)
-        except DataError:
-            continue
-        return index
-    raise ConfigError(
-        f"rollout.canary_bound needs a sample with an image among the first {NUM_SEARCHED} of "
-        "data.train; set it to 0"
-    )
+        return {"mismatch/canary_abs_max": worst}

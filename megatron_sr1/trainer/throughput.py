@@ -123,12 +123,7 @@ class Throughput:
 
 
 def peak_flops(configured_tflops: float, device: torch.device) -> float | None:
-    """Return the operations per second of a rank's device; None if unknown.
-
-    Args:
-        configured_tflops: 10^12 operations per second; 0: from the GPU's name.
-        device: of this rank.
-    """
+    """Return the operations per second of a rank's device, by default by its name, if known."""
     if configured_tflops:
         return configured_tflops * 1e12
     return peak_of(torch.cuda.get_device_name(device.index)) if device.type == "cuda" else None

@@ -220,11 +220,12 @@ def test_a_failure_of_an_earlier_launch_is_ignored_and_then_removed(tmp_path):
 
 def test_a_failure_of_another_launch_in_the_same_second_is_ignored(tmp_path):
     code = f"""
-import json
+import json, os
 old = {{"rank": 1, "cause": "old", "code": 1, "time": time.time(), "launch": "another"}}
 with open({str(tmp_path / FAILURE_FILE)!r}, "w") as file:
     json.dump(old, file)
-with guard({str(tmp_path)!r}, 0, 2):
+os.environ.update(RANK="0", WORLD_SIZE="2")
+with guard({str(tmp_path)!r}):
     time.sleep(1)
 """
     done = alone(code, tmp_path)
@@ -273,11 +274,14 @@ with guard({str(tmp_path)!r}):
 
 def test_a_rank_ends_when_the_process_that_started_it_is_killed(tmp_path):
     rank = "import time\nfrom megatron_sr1.runtime.failure import guard\n"
-    rank += f"with guard({str(tmp_path)!r}, 0, 2):\n"
+    rank += f"with guard({str(tmp_path)!r}):\n"
     rank += "    print('up', flush=True)\n    time.sleep(300)\n"
     starter = "import subprocess, sys\nsubprocess.run([sys.executable, '-c', sys.argv[1]])"
     process = subprocess.Popen(
-        [sys.executable, "-c", starter, rank], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [sys.executable, "-c", starter, rank],
+        env={**os.environ, "RANK": "0", "WORLD_SIZE": "2"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     assert process.stdout.readline() == b"up\n"
     process.kill()
@@ -294,12 +298,12 @@ def test_a_run_directory_holds_one_run_at_a_time(tmp_path, monkeypatch):
     assert first.stdout.readline() == b"up\n"
     with (
         pytest.raises(ConfigError, match="another process is rank 0 of this run"),
-        guard(tmp_path, rank=0, world_size=1),
+        guard(tmp_path),
     ):
         pass
     first.communicate(b"")
     assert first.returncode == 0, "the second start ended the first run"
-    with guard(tmp_path, rank=0, world_size=1):
+    with guard(tmp_path):
         pass
 
 
@@ -328,6 +332,6 @@ def test_the_summary_names_the_rank_in_another_place_first(tmp_path):
 
 
 def test_system_exit_passes_through(tmp_path):
-    with pytest.raises(SystemExit, match="3"), guard(tmp_path, rank=0, world_size=1):
+    with pytest.raises(SystemExit, match="3"), guard(tmp_path):
         raise SystemExit(3)
     assert not (tmp_path / FAILURE_FILE).exists()

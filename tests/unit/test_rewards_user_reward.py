@@ -163,7 +163,7 @@ def test_a_hanging_function_ends_at_the_deadline_of_its_phase(tmp_path):
         "from megatron_sr1.rewards.user_reward import UserReward\n"
         "from megatron_sr1.runtime import failure\n"
         f"reward = UserReward({str(tmp_path / 'mine.py:reward')!r})\n"
-        f"with failure.guard({str(tmp_path)!r}, 0, 1), failure.deadline('reward', 0.5):\n"
+        f"with failure.guard({str(tmp_path)!r}), failure.deadline('reward', 0.5):\n"
         f"    reward('s', **{GIVEN!r})\n"
     )
     command = [sys.executable, "-c", program]

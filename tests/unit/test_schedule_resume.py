@@ -12,7 +12,6 @@ import pytest
 from megatron_sr1.config.loading import load_config
 from megatron_sr1.trainer.actor import load_actor_model, make_actor
 from megatron_sr1.trainer.context import Context
-from megatron_sr1.trainer.optimizer import updates_per_step
 
 pytestmark = pytest.mark.field
 SETTINGS = [
@@ -27,7 +26,7 @@ def resumed(directory, output, groups, *changes):
     """A context and an actor that go on from what is in `output`, if anything is."""
     config = load_config(None, [f"model.path={directory}", f"output={output}", *SETTINGS, *changes])
     chunks, hf_config, source = load_actor_model(config, groups)
-    num_updates = updates_per_step(config) * config.optimizer.num_steps
+    num_updates = config.updates_per_step * config.optimizer.num_steps
     actor = make_actor(config, chunks, hf_config, source, groups, num_updates)
     context = Context(config, groups, 100)
     context.start(actor)
@@ -37,7 +36,7 @@ def resumed(directory, output, groups, *changes):
 def updates(context, actor, num_steps):
     """Steps of which only the schedule takes part; the learning rate of each update."""
     rates = []
-    for _ in range(num_steps * updates_per_step(context.config)):
+    for _ in range(num_steps * context.config.updates_per_step):
         rates.append(actor.optimizer.param_groups[0]["lr"])
         actor.scheduler.step(increment=1)
     return rates
