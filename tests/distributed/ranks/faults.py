@@ -112,8 +112,9 @@ def inject(case, run_dir):
         real = saving.save_tensors
 
         def save_tensors(*arguments):
-            real(*arguments)
+            pending = real(*arguments)
             fault()
+            return pending
 
         saving.save_tensors = save_tensors
     elif place in ("reward", "worker"):
