@@ -143,7 +143,7 @@ def test_a_timeout_does_not_slow_down_other_comparisons():
     # No other answer waited for a process to load, which took start_seconds on this machine.
     assert slow.longest_seconds < 0.8 * slow.start_seconds
     # tools/grading_rate.py measures it more precisely, with ten times as many.
-    assert slow.seconds < 1.25 * clean.seconds + 0.2
+    assert slow.seconds < 1.25 * clean.seconds + 0.5 * slow.start_seconds
 
 
 @pytest.mark.parametrize(
