@@ -140,7 +140,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     if arguments.command != "train":
         overrides.append(f"stage={arguments.command}")
     is_rank = not arguments.dry_run and torchrun.join()
-    with torchrun.first_rank_first(os.environ):
+    with torchrun.first_rank_first():
         config = load_config(arguments.config, overrides)
     if config.launch.device == "cpu":  # before torch is imported, here and in the ranks
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -227,7 +227,7 @@ def one_rank(config: Config) -> Iterator[tuple[Callable[[Config, Groups], None],
     signals.listen(config.launch.save_on_sigterm)
     configure_logging(config.logging.level)
     with ExitStack() as stack:
-        with torchrun.first_rank_first(os.environ):
+        with torchrun.first_rank_first():
             stack.enter_context(guard(config.output))
         from megatron_sr1.stages import STAGES, joined_ranks
 
@@ -308,7 +308,7 @@ def plan_command(arguments: argparse.Namespace) -> int:
     from megatron_sr1.runtime.gpus import find_gpu
 
     gpu = find_gpu(arguments.gpu)
-    config = load_config(arguments.config, list(arguments.overrides))
+    config = load_config(arguments.config, arguments.overrides)
     hf_config = read_hf_config(config.model.path)
     lengths = {f"{name}_tokens": getattr(arguments, f"{name}_tokens") for name in LENGTHS}
     print(plan(planned_run(config, hf_config, gpu, lengths), arguments.gpus))

@@ -4,8 +4,9 @@ import torch
 
 from megatron_sr1.checkpoint.folders import resolve_model
 from megatron_sr1.checkpoint.loading import load_checkpoint, load_model
-from megatron_sr1.checkpoint.saving import Keep, SaveQueue
+from megatron_sr1.checkpoint.saving import SaveQueue
 from megatron_sr1.config.loading import load_config
+from megatron_sr1.config.training import CheckpointConfig
 from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.model.qwen25_vl import build_model
 from megatron_sr1.records import PackedBatch
@@ -20,7 +21,7 @@ def make_run(directory, groups, dtype="float32"):
     hf_config = read_hf_config(source.hf_files)
     with cpu.megatron_mode():
         chunks = build_model(hf_config, groups, config.model, config.parallel)
-        load_model(chunks, source, hf_config, groups)
+        load_model(chunks, source, hf_config, groups, verify=True)
     return make_actor(config, chunks, hf_config, source, groups, num_updates=10)
 
 
@@ -56,7 +57,7 @@ def held(actor):
 
 def save(actor, groups, folder, step, source=None, keep_last=0):
     """Save a step whose state is {"n": step}."""
-    queue = SaveQueue(folder, Keep(keep_last), 0)
+    queue = SaveQueue(folder, CheckpointConfig(keep_last=keep_last))
     queue.add(step, actor.trained, {"n": step}, source)
     return folder / f"step_{step}"
 

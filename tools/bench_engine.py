@@ -24,10 +24,10 @@ from typing import Any
 
 from megatron_sr1.checkpoint.hf import export_weights
 from megatron_sr1.config.loading import load_config
+from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.records import Prompt, Rollout
 from megatron_sr1.rewards.response import find_description
-from megatron_sr1.rollout.pass2 import Pass2, RolloutHooks
-from megatron_sr1.rollout.two_pass import roll_out
+from megatron_sr1.rollout.two_pass import RolloutHooks, roll_out
 from megatron_sr1.runtime.rng import request_seed
 from megatron_sr1.stages import start_ranks
 from megatron_sr1.trainer.actor import load_actor_model
@@ -85,13 +85,16 @@ class Bench:
             rollouts, stats = roll_out(
                 self.engine,
                 prompts,
-                samples_per_prompt=SAMPLES,
-                temperature=1.0,
-                max_response_tokens=CAP_TOKENS,
-                pass2=None if kind is None else Pass2(kind, 1.0, CAP_TOKENS),
-                hooks=RolloutHooks(
+                RolloutConfig(
+                    samples_per_prompt=SAMPLES,
+                    max_response_tokens=CAP_TOKENS,
+                    pass2=kind or "fork",
+                    pass2_temperature=1.0,
+                    max_reading_tokens=CAP_TOKENS,
+                ),
+                RolloutHooks(
                     find_description,
-                    self.samples.reading_prompt,
+                    self.samples.reading_prompt if kind else None,
                     lambda index, sample, part: request_seed(seed, 0, index, sample, part),
                 ),
             )

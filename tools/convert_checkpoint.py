@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+TO_MEGATRON, TO_HF = "hf-to-megatron", "megatron-to-hf"
 EPILOG = """
 examples:
   python tools/convert_checkpoint.py hf-to-megatron Qwen2.5-VL-7B-Instruct qwen25vl_7b_megatron
@@ -34,14 +35,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     ways = parser.add_subparsers(dest="way", required=True, metavar="WAY")
     text = "safetensors to a Megatron distributed checkpoint"
-    to_megatron = ways.add_parser("hf-to-megatron", help=text).add_argument
+    to_megatron = ways.add_parser(TO_MEGATRON, help=text).add_argument
     to_megatron("source", type=Path, help="Hugging Face directory")
     to_megatron("target", type=Path, help="new directory for the checkpoint")
     dtypes = ("auto", "float32", "bfloat16")
     text = "type of the stored weights; auto keeps the source's (default: %(default)s)"
     to_megatron("--dtype", choices=dtypes, default="auto", help=text)
     text = "a Megatron checkpoint to safetensors"
-    to_hf = ways.add_parser("megatron-to-hf", help=text).add_argument
+    to_hf = ways.add_parser(TO_HF, help=text).add_argument
     text = "directory of checkpoints (takes the latest) or a step_N directory"
     to_hf("source", type=Path, help=text)
     to_hf("target", type=Path, help="new Hugging Face directory")
@@ -74,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
 
     started = time.monotonic()
     try:
-        (from_hf if arguments.way == "hf-to-megatron" else from_megatron)(arguments, Progress())
+        run(arguments, Progress())
     except SR1Error as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -83,46 +84,39 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def from_hf(arguments: argparse.Namespace, report: Progress) -> None:
-    """Convert published weights to a checkpoint."""
+def run(arguments: argparse.Namespace, report: Progress) -> None:
+    """Convert, compare, or list what would be moved.
+
+    Raises `CheckpointError` if the source is of the other kind, or the target is not empty.
+    """
     import torch
 
     from megatron_sr1.checkpoint.folders import LATEST, resolve_model
-    from megatron_sr1.conversion.convert import hf_to_megatron, verify_conversion
-    from megatron_sr1.conversion.plan import plan_to_megatron, rows
+    from megatron_sr1.conversion import convert, plan
     from megatron_sr1.errors import CheckpointError
 
-    source, target = arguments.source, arguments.target
-    dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
-    if arguments.dry_run:
-        print("\n".join(rows(plan_to_megatron(source, dtype))))
+    source, target, to_published = arguments.source, arguments.target, arguments.way == TO_HF
+    dtype = None if to_published else getattr(torch, arguments.dtype, None)
+    if arguments.dry_run and not to_published:  # config.json is enough, which is no model yet
+        print("\n".join(plan.rows(plan.plan_to_megatron(source, dtype))))
         return
-    if resolve_model(source).kind != "huggingface":
-        raise CheckpointError(f"{source} is a Megatron checkpoint already; use megatron-to-hf")
-    if not (arguments.verify and (target / LATEST).is_file()):
-        hf_to_megatron(source, target, dtype, report)
-    if arguments.verify:
-        verify_conversion(source, resolve_model(target), report, to_published=False)
-
-
-def from_megatron(arguments: argparse.Namespace, report: Progress) -> None:
-    """Convert a checkpoint to published weights."""
-    from megatron_sr1.checkpoint.folders import resolve_model
-    from megatron_sr1.conversion.convert import megatron_to_hf, verify_conversion
-    from megatron_sr1.conversion.plan import plan_to_hf, rows
-    from megatron_sr1.errors import CheckpointError
-
-    source, target = arguments.source, arguments.target
     found = resolve_model(source)
-    if found.kind != "megatron":
-        raise CheckpointError(f"{source} is a Hugging Face directory already; use hf-to-megatron")
+    if to_published and found.kind != "megatron":
+        raise CheckpointError(f"{source} is a Hugging Face directory already; use {TO_MEGATRON}")
+    if not to_published and found.kind != "huggingface":
+        raise CheckpointError(f"{source} is a Megatron checkpoint already; use {TO_HF}")
     if arguments.dry_run:
-        print("\n".join(rows(plan_to_hf(found))))
+        print("\n".join(plan.rows(plan.plan_to_hf(found))))
         return
-    if not (arguments.verify and (target / "config.json").is_file()):
-        megatron_to_hf(found, target, arguments.checksums, report)
+    is_finished = (target / ("config.json" if to_published else LATEST)).is_file()
+    if not (arguments.verify and is_finished):
+        if to_published:
+            convert.megatron_to_hf(found, target, arguments.checksums, report)
+        else:
+            convert.hf_to_megatron(source, target, dtype, report)
     if arguments.verify:
-        verify_conversion(target, found, report, to_published=True)
+        published, checkpoint = (target, found) if to_published else (source, resolve_model(target))
+        convert.verify_conversion(published, checkpoint, report, to_published=to_published)
 
 
 class Progress:

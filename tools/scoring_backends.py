@@ -141,7 +141,7 @@ def loaded(source: ModelSource, groups: Groups, model: ModelConfig) -> tuple[lis
     hf_config = read_hf_config(source.hf_files)
     with cpu.megatron_mode():
         chunks = build_model(hf_config, groups, model, ParallelConfig())
-        load_model(chunks, source, hf_config, groups)
+        load_model(chunks, source, hf_config, groups, verify=True)
     return chunks, hf_config
 
 

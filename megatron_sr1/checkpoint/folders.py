@@ -1,9 +1,6 @@
 """Directories of models and checkpoints: what kind one is, its steps, `latest`, `state.json`.
 
-In: a path that a user gives, or a run's directory of checkpoints. Out: where weights, configuration
-and tokenizer are, a fingerprint that changes when the weights do, the complete steps, and what
-`state.json` of a step holds: `{"format", "step", "layout", "scheduler", "state"}`. Free of torch,
-for the planner and the checks before a start.
+Free of torch, for the planner and the checks before a start.
 """
 
 from __future__ import annotations
@@ -17,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sr1.checkpoint.disk import size_text
-from megatron_sr1.checkpoint.manifest import DIGEST, is_whole
+from megatron_sr1.checkpoint.disk import DIGEST, is_whole, size_text
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.runtime.files import write_text
 
@@ -31,13 +27,7 @@ NUM_BLOCKS, BLOCK_BYTES = 64, 4096
 STATE_FORMAT = 2
 WITH_MANIFEST = 2  # formats before this one had none
 MAX_STATE_BYTES = 16 * 2**20
-STATE_TYPES: dict[str, tuple[type, ...]] = {
-    "format": (int,),
-    "step": (int,),
-    "layout": (dict,),
-    "scheduler": (dict, type(None)),
-    "state": (dict,),
-}
+STATE_TYPES = {"format": int, "step": int, "layout": dict, "scheduler": dict | None, "state": dict}
 
 
 def latest_step(directory: str | Path) -> int | None:
@@ -97,11 +87,8 @@ def other_steps(folder: Path) -> str:
 class ModelSource:
     """Where a model's weights and the files that belong to them are.
 
-    Attributes:
-        kind: huggingface | megatron.
-        weights: directory of the weights.
-        hf_files: Hugging Face directory with configuration and tokenizer; with weights only where
-            `kind` is huggingface.
+    `kind` is huggingface or megatron; `hf_files` is the Hugging Face directory with configuration
+    and tokenizer, and with weights only where `kind` is huggingface.
     """
 
     kind: str
@@ -122,8 +109,8 @@ def resolve_model(directory: str | Path) -> ModelSource:
     if (folder / ".metadata").is_file():
         if not (folder / HF_FILES / "config.json").is_file():
             raise CheckpointError(
-                f"{folder}: a checkpoint without {HF_FILES}/config.json, so its model's shape is "
-                "not known; it can resume its run, but not be a model"
+                f"{folder}: a checkpoint without {HF_FILES}/config.json, so that its model's shape "
+                "is not known; it can only resume its run"
             )
         return ModelSource("megatron", folder, folder / HF_FILES)
     raise CheckpointError(
@@ -160,21 +147,16 @@ def write_state(
     The layout is empty for a conversion, which has no ranks' generators; the scheduler is
     Megatron's learning-rate schedule or None; the state has JSON values.
     """
-    record = {
-        "format": STATE_FORMAT,
-        "step": step,
-        "layout": dict(layout),
-        "scheduler": None if scheduler is None else scheduler.state_dict(),
-        "state": dict(state),
-    }
+    position = None if scheduler is None else scheduler.state_dict()
+    values = STATE_FORMAT, step, dict(layout), position, dict(state)
+    record = dict(zip(STATE_TYPES, values, strict=True))
     write_text(folder / STATE, json.dumps(record, indent=2) + "\n", sync=True)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Read `state.json` of a checkpoint.
+    """Read `state.json` of a checkpoint, which may be damaged or written by someone else.
 
-    Raises `CheckpointError` if it is absent, a link, too large, not JSON, or not of this form: it
-    may be damaged or written by someone else.
+    Raises `CheckpointError` if it is absent, a link, too large, not JSON, or not of this form.
     """
     path = folder / STATE
     try:

@@ -1,8 +1,6 @@
 """Published weights into the model and out of it, one tensor at a time.
 
-In: Megatron chunks under any tensor- and pipeline-parallel layout, and a Hugging Face directory.
-Out: loaded chunks, a stream of whole tensors under their published names (export, weight sync), or
-a directory like the source's with the chunks' weights.
+The model's chunks may have any tensor- and pipeline-parallel layout.
 """
 
 from __future__ import annotations
@@ -15,19 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_sr1.checkpoint import mapping
 from megatron_sr1.checkpoint.hf_files import HFSource, check_target, write_like
-from megatron_sr1.checkpoint.mapping import (
-    EMBEDDING,
-    HF_EMBEDDING,
-    HF_OUTPUT,
-    OUTPUT,
-    TOWER,
-    Entry,
-    canonical_parameter,
-    entries,
-)
+from megatron_sr1.checkpoint.mapping import HF_EMBEDDING, HF_OUTPUT, Entry, entries
 from megatron_sr1.checkpoint.tensors import unwrap
-from megatron_sr1.checkpoint.transforms import Slice, join, publish, slices
+from megatron_sr1.checkpoint.transforms import join, publish, slices
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.runtime.groups import Group, Groups, gather_objects
@@ -50,14 +40,12 @@ def load_hf(
     for entry, parameter in local_parameters(chunks, hf_config):
         group = _sharing(entry, groups)
         wanted = slices(entry, group.rank, group.size, parameter.shape[0])
-        value = join(entry, [source.read(w) for w in wanted], group.size)
+        value = join(entry, [source.read(*block) for block in wanted], group.size)
         with torch.no_grad():
-            if entry.form == "vocabulary":
-                parameter[len(value) :].zero_()
-                parameter[: len(value)].copy_(value)
-            else:
+            if entry.form != "vocabulary":
                 assert parameter.shape == value.shape, (entry.name, parameter.shape, value.shape)
-                parameter.copy_(value)
+            parameter[: len(value)].copy_(value)
+            parameter[len(value) :].zero_()
 
 
 def check_tensors(source: HFSource, hf_config: HFConfig) -> None:
@@ -83,8 +71,7 @@ def check_tensors(source: HFSource, hf_config: HFConfig) -> None:
         if name in expected and t.shape != expected[name]
     ]
     problems = [
-        f"{len(names)} {what}: {', '.join(names[:NUM_NAMED])}"
-        + (", …" if len(names) > NUM_NAMED else "")
+        f"{len(names)} {what}: " + ", ".join(names[:NUM_NAMED] + ["…"] * (len(names) > NUM_NAMED))
         for what, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", wrong))
         if names
     ]
@@ -111,15 +98,15 @@ def _check_tied(source: HFSource, hf_config: HFConfig) -> None:
         return
     dtype, num_rows = source.tensors[HF_OUTPUT].dtype, hf_config.text.vocab_size
     for first in range(0, num_rows, NUM_ROWS):
-        rows = first, min(first + NUM_ROWS, num_rows)
-        output = source.read(Slice(HF_OUTPUT, rows))
-        embedding = source.read(Slice(HF_EMBEDDING, rows)).to(dtype)
+        rows = slice(first, min(first + NUM_ROWS, num_rows))
+        output = source.read(HF_OUTPUT, (rows,))
+        embedding = source.read(HF_EMBEDDING, (rows,)).to(dtype)
         if not torch.equal(output.view(torch.uint8), embedding.view(torch.uint8)):
             gap = (output.float() - embedding.float()).abs().max().item()
             raise CheckpointError(
                 f"{source.directory}: config.json has {said}, so that the output layer is the "
                 f"embedding, but {HF_OUTPUT} differs from {HF_EMBEDDING} (by up to {gap:.2g} in "
-                f"rows {rows[0]} to {rows[1] - 1}); if it is an output layer of its own, set "
+                f"rows {first} to {rows.stop - 1}); if it is an output layer of its own, set "
                 "tie_word_embeddings to false in every place; if not, remove the tensor"
             )
 
@@ -143,21 +130,18 @@ def local_parameters(
     """
     table = {entry.name: entry for entry in entries(hf_config)}
     if hf_config.tie_word_embeddings:
-        table[OUTPUT] = table[EMBEDDING]
+        table[mapping.OUTPUT] = table[mapping.EMBEDDING]
     for chunk in chunks:
         layers = unwrap(chunk).language_model.decoder.layers
         first_layer = int(layers[0].layer_number) - 1 if len(layers) else 0
         for name, parameter in chunk.named_parameters():
-            entry = table.get(canonical_parameter(name, first_layer))
+            entry = table.get(mapping.canonical_parameter(name, first_layer))
             assert entry is not None, f"no row of the table is about parameter {name}"
             yield entry, parameter
 
 
 def export_weights(
-    chunks: Sequence[Any],
-    hf_config: HFConfig,
-    groups: Groups,
-    left_out: Collection[str] = (),
+    chunks: Sequence[Any], hf_config: HFConfig, groups: Groups, left_out: Collection[str] = ()
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield whole tensors under their published names, on every rank, in the order of computation.
 
@@ -196,7 +180,7 @@ def export_weights(
 
 def _sharing(entry: Entry, groups: Groups) -> Group:
     """Return the ranks that a parameter is split over."""
-    return groups.tower if entry.name.startswith(TOWER) else groups.tensor
+    return groups.tower if entry.name.startswith(mapping.TOWER) else groups.tensor
 
 
 def save_hf(
@@ -208,13 +192,11 @@ def save_hf(
 ) -> None:
     """Write a directory like the source's with the chunks' weights; collective over all ranks.
 
-    The source is a Hugging Face directory, or the copy of one in a Megatron checkpoint; the target
-    is replaced if it holds a model. Names, types, the split into files and the index are the
-    source's; all other files are copied byte for byte. Rank 0 writes one tensor at a time under a
-    temporary name, then renames.
-
-    Raises:
-        CheckpointError: the source is of another shape, or the target is something else.
+    The source is a Hugging Face directory, or the copy of one in a Megatron checkpoint. Names,
+    types, the split into files and the index are the source's; all other files are copied byte for
+    byte. Rank 0 writes one tensor at a time under a temporary name, then renames. A model in the
+    target is replaced. Raises `CheckpointError` if the source is of another shape, or the target is
+    something else.
     """
     source, target = HFSource(source_directory), Path(target_directory)
     check_tensors(source, hf_config)

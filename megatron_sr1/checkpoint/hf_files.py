@@ -1,9 +1,8 @@
 """Hugging Face model directories: read by their safetensors headers, and written like the source.
 
-In: a directory with `model.safetensors.index.json` or a single `model.safetensors`, or the copy of
-one without weights that a Megatron checkpoint carries. Out: names, shapes and types of all tensors,
-blocks of them on demand, and directories with the same files and other weights. A directory gets
-its name only after everything in it is on the disk.
+A directory has `model.safetensors.index.json` or a single `model.safetensors`, or is the copy of
+one without weights that a Megatron checkpoint carries. One that is written gets its name only after
+everything in it is on the disk.
 
 The format is a little-endian 8-byte length, a JSON header, and the tensors' bytes
 (https://github.com/huggingface/safetensors). Headers are kept as bytes: a file that is written
@@ -27,18 +26,12 @@ import torch
 from megatron_sr1.checkpoint.disk import read_ahead
 from megatron_sr1.checkpoint.folders import INDEX, SINGLE
 from megatron_sr1.checkpoint.mapping import canonical_hf_name
-from megatron_sr1.checkpoint.transforms import Slice
 from megatron_sr1.errors import CheckpointError
 
 HEADER_SUFFIX = ".header"  # of a weight file's header, where the weights are kept elsewhere
 MAX_HEADER_BYTES = 100_000_000
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -56,20 +49,18 @@ class StoredTensor:
 class HFSource:
     """A Hugging Face directory, with weights or with their headers only.
 
-    Attributes:
-        headers: raw header of each weight file, its length field included.
-        tensors: all tensors by their published name.
-
-    Raises:
-        CheckpointError: no weights, or a file that is absent, cut off or not safetensors.
+    `headers` has the raw header of each weight file, its length field included; `tensors` all
+    tensors by their published names. Raises `CheckpointError` if there are no weights, or if a file
+    is absent, cut off or not safetensors.
     """
 
     def __init__(self, directory: str | Path) -> None:
         """Read all headers."""
         self.directory = Path(directory)
-        self.headers = {name: self._read_header(name) for name in self._weight_files()}
+        self.headers: dict[str, bytes] = {}
         self.tensors: dict[str, StoredTensor] = {}
-        for file, header in self.headers.items():
+        for file in self._weight_files():
+            self.headers[file] = header = _read_header(self.directory / file)
             for tensor in _parse_header(self.directory / file, header):
                 published = canonical_hf_name(tensor.name)
                 if published in self.tensors:
@@ -90,18 +81,15 @@ class HFSource:
         if not self.has_weights:
             raise CheckpointError(f"{self.directory}: headers of weight files, but not the weights")
 
-    def read(self, wanted: Slice) -> torch.Tensor:
-        """Read a block of a tensor, in the type of the file."""
+    def read(self, name: str, block: tuple[slice, ...] = ()) -> torch.Tensor:
+        """Read a tensor, or a block of it, in the type of the file."""
         from safetensors import safe_open
 
-        stored = self.tensors[wanted.hf_name]
+        stored = self.tensors[name]
         path = self.directory / stored.file
         with safe_open(str(path), framework="pt") as file:
-            view = file.get_slice(stored.name)
-            if wanted.rows is not None:
-                return view[wanted.rows[0] : wanted.rows[1]]
-            if wanted.columns is not None:
-                return view[:, wanted.columns[0] : wanted.columns[1]]
+            if block:
+                return file.get_slice(stored.name)[block]
             with path.open("rb") as whole:
                 read_ahead(whole.fileno(), stored.begin, stored.num_bytes)
             return file.get_tensor(stored.name)
@@ -124,51 +112,39 @@ class HFSource:
 
     def _weight_files(self) -> list[str]:
         index = self.directory / INDEX
-        if index.is_file():
-            return _read_index(index)
-        for name in (SINGLE, SINGLE + HEADER_SUFFIX):
-            if (self.directory / name).is_file():
+        if not index.is_file():
+            if any((self.directory / name).is_file() for name in (SINGLE, SINGLE + HEADER_SUFFIX)):
                 return [SINGLE]
-        found = sorted(p.name for p in self.directory.glob("*"))
-        raise CheckpointError(
-            f"{self.directory}: no weights; looked for {INDEX} and {SINGLE}, found "
-            f"{', '.join(found[:12]) or 'nothing'}; save other formats as safetensors first"
-        )
-
-    def _read_header(self, name: str) -> bytes:
-        path = self.directory / name
-        alone = self.directory / (name + HEADER_SUFFIX)
-        if not path.is_file() and alone.is_file():
-            return alone.read_bytes()
-        if not path.is_file():
-            raise CheckpointError(f"{path}: no such file, but {INDEX} names it; fetch it again")
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            length = int.from_bytes(prefix, "little")
-            size = path.stat().st_size
-            if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-                raise CheckpointError(
-                    f"{path}: not a safetensors file, or cut off ({size} bytes); fetch it again"
-                )
-            header = prefix + file.read(length)
-        last = max((t.begin + t.num_bytes for t in _parse_header(path, header)), default=0)
-        if last > size:
+            found = sorted(p.name for p in self.directory.glob("*"))
             raise CheckpointError(
-                f"{path}: cut off at {size} bytes, its header names {last}; fetch it again"
+                f"{self.directory}: no weights; looked for {INDEX} and {SINGLE}, found "
+                f"{', '.join(found[:12]) or 'nothing'}; save other formats as safetensors first"
             )
-        return header
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise CheckpointError(f"{index}: expected JSON with a weight_map of names") from None
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name:
+                raise CheckpointError(f"{index}: {name!r} is not the name of a file next to it")
+        return names
 
 
-def _read_index(index: Path) -> list[str]:
-    """Return the names of the weight files that an index lists."""
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise CheckpointError(f"{index}: expected JSON with a weight_map of names") from None
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(f"{index}: {name!r} is not the name of a file next to it")
-    return names
+def _read_header(path: Path) -> bytes:
+    """Return the header of a weight file, or the copy of it that is kept without the weights."""
+    alone = path.with_name(path.name + HEADER_SUFFIX)
+    if not path.is_file() and alone.is_file():
+        return alone.read_bytes()
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file, but {INDEX} names it; fetch it again")
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length, size = int.from_bytes(prefix, "little"), path.stat().st_size
+        if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+            raise CheckpointError(
+                f"{path}: not a safetensors file, or cut off ({size} bytes); fetch it again"
+            )
+        return prefix + file.read(length)
 
 
 def _parse_header(path: Path, header: bytes) -> list[StoredTensor]:
@@ -184,14 +160,16 @@ def _parse_header(path: Path, header: bytes) -> list[StoredTensor]:
                     f"{', '.join(DTYPES)} (quantised weights must be expanded first)"
                 )
             begin, end = entry["data_offsets"]
-            dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-            if begin < 0 or end - begin != dtype.itemsize * torch.Size(shape).numel():
+            dtype, shape, size = DTYPES[entry["dtype"]], tuple(entry["shape"]), end - begin
+            if begin < 0 or size != dtype.itemsize * torch.Size(shape).numel():
                 raise CheckpointError(f"{path}: tensor {name}: offsets and shape {shape} disagree")
-            found.append(
-                StoredTensor(name, path.name, dtype, shape, len(header) + begin, end - begin)
-            )
+            found.append(StoredTensor(name, path.name, dtype, shape, len(header) + begin, size))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{path}: its header is not that of a safetensors file") from None
+    last = max((tensor.begin + tensor.num_bytes for tensor in found), default=0)
+    if path.is_file() and last > path.stat().st_size:
+        size = path.stat().st_size
+        raise CheckpointError(f"{path}: cut off at {size} of {last} bytes; fetch it again")
     return found
 
 
@@ -201,26 +179,19 @@ def check_target(source: HFSource, target: Path) -> None:
         raise CheckpointError(
             f"{target} lies inside the source {source.directory}; write elsewhere"
         )
-    if not target.exists():
-        return
-    if not target.is_dir():
+    if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target} is a file; name a directory for the model")
-    if any(target.iterdir()) and not (target / "config.json").is_file():
+    if any(target.glob("*")) and not (target / "config.json").is_file():
         raise CheckpointError(
             f"{target} is not empty and holds no model (no config.json); name another directory"
         )
 
 
 def write_like(source: HFSource, target: Path, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Write weights into a directory like the source's; on one rank.
+    """Write weights into a directory like the source's, replacing the target; on one rank.
 
-    Args:
-        source: gives headers and all other files.
-        target: replaced if it is there.
-        weights: (published name, whole tensor), every tensor of the source once.
-
-    Raises:
-        CheckpointError: a tensor did not come or does not fit.
+    `weights` yields (published name, whole tensor), every tensor of the source once. Raises
+    `CheckpointError` if one did not come or does not fit.
     """
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -1,6 +1,5 @@
 """Load the Megatron distributed checkpoints of a run, under the same layout or another.
 
-In: a directory of checkpoints. Out: model, optimizer and schedule filled, and a JSON state.
 saving.py writes `DIR/step_N/` with
 
     .metadata, common.pt, *.distcp   model and optimizer (megatron.core.dist_checkpointing)
@@ -18,25 +17,17 @@ none, which is logged.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_sr1.checkpoint.folders import (
-    LATEST,
-    STATE,
-    WITH_MANIFEST,
-    ModelSource,
-    latest_step,
-    other_steps,
-    read_state,
-)
+from megatron_sr1.checkpoint import folders
+from megatron_sr1.checkpoint.disk import MANIFEST, listed, problems_of
+from megatron_sr1.checkpoint.folders import LATEST, STATE, ModelSource
 from megatron_sr1.checkpoint.hf import load_hf
-from megatron_sr1.checkpoint.manifest import MANIFEST, listed, problems_of
 from megatron_sr1.checkpoint.mapping import OUTPUT
 from megatron_sr1.checkpoint.megatron_optimizer import check_kind, fill_step
 from megatron_sr1.checkpoint.tensors import EXTRA, Trained, chunk_key, sharded_state, unwrap
@@ -51,38 +42,35 @@ log = logging.getLogger(__name__)
 SETTINGS = ("max_lr", "min_lr", "betas", "eps")
 
 
-def load_checkpoint(
-    directory: str | Path, trained: Trained, step: int | None = None, verify: bool = True
-) -> dict[str, Any]:
-    """Resume from a checkpoint, under the same layout or another; collective over all ranks.
+def load_checkpoint(directory: str | Path, trained: Trained, verify: bool = True) -> dict[str, Any]:
+    """Fill what is trained from a run's latest checkpoint, of any layout; collective.
 
-    Args:
-        directory: checkpoints of the run.
-        trained: is filled. Of the schedule the position is loaded, while learning rates, betas and
-            epsilon stay as this run configures them.
-        step: which checkpoint; None takes the latest.
-        verify: compare the files' digests, not only their sizes.
+    Of the schedule the position is loaded, while learning rates, betas and epsilon stay as this run
+    configures them. Generators are restored only under the layout that they were saved under. With
+    `verify`, the files' digests are compared, not only their sizes.
 
     Returns:
-        The JSON state that was saved. Generators are restored only under the layout that they
-        were saved under; under another they stay as they were seeded.
+        The JSON state that was saved.
 
     Raises:
         CheckpointError: there is none, it is damaged, or it is of another model. Of damaged files
             it names the first few, and the complete checkpoints in the directory.
     """
-    step = latest_step(directory) if step is None else step
+    step = folders.latest_step(directory)
     if step is None:
         raise CheckpointError(
             f"{directory}: no checkpoint; looked for {LATEST} and step_N directories"
         )
     folder = Path(directory) / f"step_{step}"
-    record = read_state(folder)
+    record = folders.read_state(folder)
     if record["step"] != step:
         raise CheckpointError(f"{folder / STATE}: it is the state of step_{record['step']}")
     verify_folder(folder, trained.groups, verify)
-    with _own_settings(trained.optimizer):
-        load_tensors(folder, trained.chunks, trained.optimizer)
+    groups = [] if trained.optimizer is None else trained.optimizer.param_groups
+    own = [{name: group[name] for name in SETTINGS if name in group} for group in groups]
+    load_tensors(folder, trained.chunks, trained.optimizer)
+    for number, settings in enumerate(own):  # loading replaced the groups by those of the saved run
+        trained.optimizer.param_groups[number].update(settings)
     if trained.scheduler is not None and record["scheduler"] is not None:
         try:
             trained.scheduler.load_state_dict(record["scheduler"])
@@ -99,22 +87,8 @@ def load_checkpoint(
     return dict(record["state"])
 
 
-@contextlib.contextmanager
-def _own_settings(optimizer: Any) -> Iterator[None]:
-    """Keep what this run configures; loading would bring the settings of the saved run."""
-    groups = [] if optimizer is None else optimizer.param_groups
-    own = [{name: group[name] for name in SETTINGS if name in group} for group in groups]
-    yield
-    for number, settings in enumerate(own):
-        optimizer.param_groups[number].update(settings)
-
-
 def load_model(
-    chunks: Sequence[Any],
-    source: ModelSource,
-    hf_config: HFConfig,
-    groups: Groups,
-    verify: bool = True,
+    chunks: Sequence[Any], source: ModelSource, hf_config: HFConfig, groups: Groups, verify: bool
 ) -> None:
     """Fill the chunks from a model directory of either kind; collective over all ranks.
 
@@ -160,11 +134,10 @@ def load_tensors(folder: Path, chunks: Sequence[Any], optimizer: Any) -> None:
 
 
 def verify_source(source: ModelSource, groups: Groups, digests: bool) -> None:
-    """Compare a model's Megatron checkpoint with its manifest; collective over all ranks.
+    """Compare a model's checkpoint with its manifest as `verify_folder` does; collective.
 
-    Raises:
-        CheckpointError: on all ranks: a file is not as it was saved, or the checkpoint has an
-            output layer that its configuration would have replaced by the embedding.
+    Raises `CheckpointError` also if the checkpoint has an output layer that its configuration would
+    have replaced by the embedding.
     """
     verify_folder(source.weights, groups, digests)
     config = read_hf_config(source.hf_files)
@@ -178,28 +151,20 @@ def verify_source(source: ModelSource, groups: Groups, digests: bool) -> None:
 def verify_folder(folder: Path, groups: Groups, digests: bool) -> None:
     """Compare a checkpoint with its manifest, each rank a part; collective over all ranks.
 
-    Without `digests`, only names and sizes are compared.
-
-    Raises:
-        CheckpointError: on all ranks: a file is not as it was saved, or the manifest is missing
-            where saving wrote one. It names files, what was expected and what came.
+    Without `digests`, only names and sizes are compared. Raises `CheckpointError` on all ranks if a
+    file is not as it was saved, or the manifest is missing where saving wrote one.
     """
     rank, size = groups.world.rank, groups.world.size
-    saved_with = read_state(folder)["format"] if (folder / STATE).is_file() else 0
+    saved_with = folders.read_state(folder)["format"] if (folder / STATE).is_file() else 0
     if not (folder / MANIFEST).exists():
-        if saved_with >= WITH_MANIFEST:
-            raise CheckpointError(f"{folder / MANIFEST}: missing; {other_steps(folder)}")
+        if saved_with >= folders.WITH_MANIFEST:
+            raise CheckpointError(f"{folder / MANIFEST}: missing; {folders.other_steps(folder)}")
         if rank == 0:
-            log.warning(
-                "%s has no %s: it was saved before checksums were kept, so damage to it goes "
-                "unnoticed",
-                *(folder, MANIFEST),
-            )
+            text = "%s has no %s: it was saved before checksums were kept; damage is not noticed"
+            log.warning(text, folder, MANIFEST)
         return
-
     parts = on_all_ranks(groups, lambda: problems_of(folder, digests, rank, size))
     found = sorted(problem for part in parts for problem in part)
     if found:
-        raise CheckpointError(
-            f"{folder}: not as it was saved ({MANIFEST}): {listed(found)}; {other_steps(folder)}"
-        )
+        found_text, advice = listed(found), folders.other_steps(folder)
+        raise CheckpointError(f"{folder}: not as it was saved ({MANIFEST}): {found_text}; {advice}")

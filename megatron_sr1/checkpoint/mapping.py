@@ -1,8 +1,6 @@
 """One table between Megatron's parameters and the tensors of a published Qwen2.5-VL.
 
-In: a model's configuration. Out: an `Entry` for every parameter: the published tensors' names and
-shapes, how they form the parameter, and the dimension that is split over tensor-parallel ranks.
-Loading, export and weight sync use the same entries, through transforms.py. Free of torch.
+Loading, export and weight sync use its entries, through transforms.py. Free of torch.
 """
 
 from __future__ import annotations
@@ -19,8 +17,7 @@ EMBEDDING = "language_model.embedding.word_embeddings.weight"
 OUTPUT = "language_model.output_layer.weight"
 HF_EMBEDDING = "model.embed_tokens.weight"
 HF_OUTPUT = "lm_head.weight"
-TOWER = "vision_model."
-"""Prefix of the vision tower's parameters."""
+TOWER = "vision_model."  # the parameters of the vision tower begin so
 
 COLUMN, ROW, WHOLE = 0, 1, None  # the dimension that is split over tensor-parallel ranks
 
@@ -50,44 +47,40 @@ class Entry:
     num_parts: int = 1
 
 
-# Parameter of a layer, published tensors, their shapes by dimension name, split, form.
+# Parameter of a layer, published modules that have a tensor of the same kind (weight or bias), its
+# shapes by dimension name, split, form.
 _Row = tuple[str, tuple[str, ...], tuple[str, ...], int | None, str]
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATED = ("mlp.gate_proj", "mlp.up_proj")
 
 
-def _each(modules: tuple[str, ...], kind: str) -> tuple[str, ...]:
-    return tuple(f"{module}.{kind}" for module in modules)
-
-
 _TEXT_LAYER: tuple[_Row, ...] = (
-    ("input_layernorm.weight", ("input_layernorm.weight",), ("h",), WHOLE, "plain"),
-    ("self_attention.linear_qkv.weight", _each(_QKV, "weight"), ("q h", "k h", "k h"), COLUMN,
-     "grouped"),
-    ("self_attention.linear_qkv.bias", _each(_QKV, "bias"), ("q", "k", "k"), COLUMN, "grouped"),
-    ("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), ("h q",), ROW, "plain"),
-    ("pre_mlp_layernorm.weight", ("post_attention_layernorm.weight",), ("h",), WHOLE, "plain"),
-    ("mlp.linear_fc1.weight", _each(_GATED, "weight"), ("f h", "f h"), COLUMN, "stacked"),
-    ("mlp.linear_fc2.weight", ("mlp.down_proj.weight",), ("h f",), ROW, "plain"),
-)  # fmt: skip
+    ("input_layernorm.weight", ("input_layernorm",), ("h",), WHOLE, "plain"),
+    ("self_attention.linear_qkv.weight", _QKV, ("q h", "k h", "k h"), COLUMN, "grouped"),
+    ("self_attention.linear_qkv.bias", _QKV, ("q", "k", "k"), COLUMN, "grouped"),
+    ("self_attention.linear_proj.weight", ("self_attn.o_proj",), ("h q",), ROW, "plain"),
+    ("pre_mlp_layernorm.weight", ("post_attention_layernorm",), ("h",), WHOLE, "plain"),
+    ("mlp.linear_fc1.weight", _GATED, ("f h", "f h"), COLUMN, "stacked"),
+    ("mlp.linear_fc2.weight", ("mlp.down_proj",), ("h f",), ROW, "plain"),
+)
 _VISION_LAYER: tuple[_Row, ...] = (
-    ("input_layernorm.weight", ("norm1.weight",), ("h",), WHOLE, "plain"),
-    ("self_attention.linear_qkv.weight", ("attn.qkv.weight",), ("3h h",), COLUMN, "grouped"),
-    ("self_attention.linear_qkv.bias", ("attn.qkv.bias",), ("3h",), COLUMN, "grouped"),
-    ("self_attention.linear_proj.weight", ("attn.proj.weight",), ("h h",), ROW, "plain"),
-    ("self_attention.linear_proj.bias", ("attn.proj.bias",), ("h",), WHOLE, "plain"),
-    ("pre_mlp_layernorm.weight", ("norm2.weight",), ("h",), WHOLE, "plain"),
-    ("mlp.linear_fc1.weight", _each(_GATED, "weight"), ("f h", "f h"), COLUMN, "stacked"),
-    ("mlp.linear_fc1.bias", _each(_GATED, "bias"), ("f", "f"), COLUMN, "stacked"),
-    ("mlp.linear_fc2.weight", ("mlp.down_proj.weight",), ("h f",), ROW, "plain"),
-    ("mlp.linear_fc2.bias", ("mlp.down_proj.bias",), ("h",), WHOLE, "plain"),
+    ("input_layernorm.weight", ("norm1",), ("h",), WHOLE, "plain"),
+    ("self_attention.linear_qkv.weight", ("attn.qkv",), ("3h h",), COLUMN, "grouped"),
+    ("self_attention.linear_qkv.bias", ("attn.qkv",), ("3h",), COLUMN, "grouped"),
+    ("self_attention.linear_proj.weight", ("attn.proj",), ("h h",), ROW, "plain"),
+    ("self_attention.linear_proj.bias", ("attn.proj",), ("h",), WHOLE, "plain"),
+    ("pre_mlp_layernorm.weight", ("norm2",), ("h",), WHOLE, "plain"),
+    ("mlp.linear_fc1.weight", _GATED, ("f h", "f h"), COLUMN, "stacked"),
+    ("mlp.linear_fc1.bias", _GATED, ("f", "f"), COLUMN, "stacked"),
+    ("mlp.linear_fc2.weight", ("mlp.down_proj",), ("h f",), ROW, "plain"),
+    ("mlp.linear_fc2.bias", ("mlp.down_proj",), ("h",), WHOLE, "plain"),
 )
 _MERGER: tuple[_Row, ...] = (
-    ("norm.weight", ("ln_q.weight",), ("h",), WHOLE, "plain"),
-    ("linear_fc1.weight", ("mlp.0.weight",), ("m m",), COLUMN, "plain"),
-    ("linear_fc1.bias", ("mlp.0.bias",), ("m",), COLUMN, "plain"),
-    ("linear_fc2.weight", ("mlp.2.weight",), ("o m",), ROW, "plain"),
-    ("linear_fc2.bias", ("mlp.2.bias",), ("o",), WHOLE, "plain"),
+    ("norm.weight", ("ln_q",), ("h",), WHOLE, "plain"),
+    ("linear_fc1.weight", ("mlp.0",), ("m m",), COLUMN, "plain"),
+    ("linear_fc1.bias", ("mlp.0",), ("m",), COLUMN, "plain"),
+    ("linear_fc2.weight", ("mlp.2",), ("o m",), ROW, "plain"),
+    ("linear_fc2.bias", ("mlp.2",), ("o",), WHOLE, "plain"),
 )
 
 
@@ -104,12 +97,11 @@ def entries(config: HFConfig) -> tuple[Entry, ...]:
         "k": text.num_key_value_heads * text.head_dim,
         "f": text.intermediate_size,
     }
-    merged = vision.hidden_size * vision.spatial_merge_size**2
     vision_dims = {
         "h": vision.hidden_size,
         "3h": 3 * vision.hidden_size,
         "f": vision.intermediate_size,
-        "m": merged,
+        "m": vision.hidden_size * vision.spatial_merge_size**2,
         "o": vision.out_hidden_size,
     }
     patch = (vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
@@ -135,16 +127,16 @@ def entries(config: HFConfig) -> tuple[Entry, ...]:
 
 
 def _entry(row: _Row, prefix: str, hf_prefix: str, dims: dict[str, int], groups: int) -> Entry:
-    name, hf_names, shapes, shard_dim, form = row
-    grouped = form == "grouped"
+    name, modules, shapes, shard_dim, form = row
+    kind, grouped = name.rpartition(".")[2], form == "grouped"
     return Entry(
         name=prefix + name,
-        hf_names=tuple(hf_prefix + n for n in hf_names),
+        hf_names=tuple(f"{hf_prefix}{module}.{kind}" for module in modules),
         hf_shapes=tuple(tuple(dims[d] for d in shape.split()) for shape in shapes),
         shard_dim=shard_dim,
         form=form,
         num_groups=groups if grouped else 1,
-        num_parts=3 // len(hf_names) if grouped else 1,
+        num_parts=3 // len(modules) if grouped else 1,
     )
 
 
@@ -179,8 +171,7 @@ def canonical_parameter(name: str, first_layer: int = 0) -> str:
     Wrappers' prefixes and Transformer Engine's fused norms are translated; `first_layer` numbers
     the chunk's first decoder layer in the whole language model.
     """
-    while name.startswith("module."):
-        name = name.removeprefix("module.")
+    name = re.sub(r"^(module\.)+", "", name)
     name = name.replace("self_attention.linear_qkv.layer_norm_", "input_layernorm.")
     name = name.replace("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")
     found = re.match(r"language_model\.decoder\.layers\.(\d+)\.", name)
@@ -192,7 +183,4 @@ def canonical_parameter(name: str, first_layer: int = 0) -> str:
 
 def canonical_hf_name(name: str) -> str:
     """Return a tensor's published name; transformers 5 has other names in memory."""
-    for inner, published in (("model.language_model.", "model."), ("model.visual.", "visual.")):
-        if name.startswith(inner):
-            return published + name.removeprefix(inner)
-    return name
+    return re.sub(r"^model\.(?:language_(?=model\.)|(?=visual\.))", "", name)

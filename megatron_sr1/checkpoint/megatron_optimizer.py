@@ -37,9 +37,8 @@ def _chained(optimizer: Any) -> list[Any]:
 
 def _over_torch(optimizer: Any) -> list[Any]:
     """Return Megatron's `DistributedOptimizer`s over torch's Adam inside an optimizer or None."""
-    adams = (torch.optim.Adam, torch.optim.AdamW)
     found = [part for part in _chained(optimizer) if hasattr(part, "gbuf_ranges")]
-    return [part for part in found if isinstance(part.optimizer, adams)]
+    return [part for part in found if isinstance(part.optimizer, torch.optim.Adam)]
 
 
 def ensure_state(optimizer: Any) -> None:
@@ -49,9 +48,8 @@ def ensure_state(optimizer: Any) -> None:
             for parameter in group["params"]:
                 state = part.optimizer.state[parameter]
                 if not state:
-                    state["step"] = torch.tensor(0.0)
-                    state["exp_avg"] = torch.zeros_like(parameter)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+                    moments = {n: torch.zeros_like(parameter) for n in ("exp_avg", "exp_avg_sq")}
+                    state.update(step=torch.tensor(0.0), **moments)
 
 
 @contextlib.contextmanager
@@ -59,8 +57,14 @@ def fill_step(optimizer: Any) -> Iterator[None]:
     """Complete the loaded state with a step per parameter; around all of the loading."""
     parts, name = _over_torch(optimizer), "_set_main_param_and_optimizer_states"
     ensure_state(optimizer)
+
+    def with_step(part: Any, original: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        group, order = part.model_param_group_index_map[model_param]
+        main_param = part.optimizer.param_groups[group]["params"][order]
+        original(model_param, {"step": part.optimizer.state[main_param]["step"], **tensors})
+
     for part in parts:
-        setattr(part, name, partial(_set_with_step, part, getattr(part, name)))
+        setattr(part, name, partial(with_step, part, getattr(part, name)))
     try:
         yield
     finally:
@@ -71,15 +75,9 @@ def fill_step(optimizer: Any) -> Iterator[None]:
             state["step"] = state["step"].clone()
 
 
-def _set_with_step(part: Any, original: Any, model_param: Any, tensors: dict[str, Any]) -> None:
-    group, order = part.model_param_group_index_map[model_param]
-    main_param = part.optimizer.param_groups[group]["params"][order]
-    original(model_param, {"step": part.optimizer.state[main_param]["step"], **tensors})
-
-
 def _in_bfloat16(optimizer: Any) -> bool:
     """Return True if an optimizer of Megatron's holds its state in bfloat16; None does not."""
-    inner = [getattr(part, "optimizer", None) for part in _chained(optimizer)]
+    inner = (getattr(part, "optimizer", None) for part in _chained(optimizer))
     return any(getattr(one, "dtype", None) == torch.bfloat16 for one in inner)
 
 
@@ -87,28 +85,24 @@ def named_by_kind(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
     """Rename and narrow the sharded float32 state of an optimizer that holds it in bfloat16."""
     if not _in_bfloat16(optimizer) or state["param_state"] is None:
         return state
+
+    def narrow(tensor: Any) -> Any:
+        """Return a sharded tensor, or a factory of some, in bfloat16; exact, as its values were."""
+        key, data = tensor.key.replace(MASTER, COMPENSATION, 1), tensor.data.to(torch.bfloat16)
+        dtype = {"dtype": data.dtype} if hasattr(tensor, "dtype") else {}
+        return replace(tensor, key=key, data=data, **dtype)
+
     kept = {
-        number: {name: _narrow(tensor) for name, tensor in tensors.items()}
+        number: {name: narrow(tensor) for name, tensor in tensors.items()}
         for number, tensors in state["param_state"].items()
     }
     return {**state, "param_state": kept}
 
 
-def _narrow(tensor: Any) -> Any:
-    """Return a sharded tensor, or a factory of some, in bfloat16; exact, as its values were."""
-    changes: dict[str, Any] = {
-        "key": tensor.key.replace(MASTER, COMPENSATION, 1),
-        "data": tensor.data.to(torch.bfloat16),
-    }
-    if hasattr(tensor, "dtype"):
-        changes["dtype"] = torch.bfloat16
-    return replace(tensor, **changes)
-
-
 def check_kind(folder: Path, names: Collection[str], optimizer: Any) -> None:
-    """Raise `CheckpointError` if the type of the stored state is not that of the optimizer's.
+    """Raise `CheckpointError` if stored tensors of these names are not the optimizer's type.
 
-    `names` are those of the stored tensors. An optimizer of None reads no state.
+    An optimizer of None reads no state.
     """
     kinds = {"float32": MASTER, "bfloat16": COMPENSATION}
     found = [kind for kind, prefix in kinds.items() if any(n.startswith(prefix) for n in names)]

@@ -1,8 +1,7 @@
-"""A model's and an optimizer's tensors in Megatron's distributed checkpoint format.
+"""A model's and an optimizer's tensors in Megatron's distributed checkpoint format, `torch_dist`.
 
-In: chunks and optimizer under any layout, and a directory. Out: the directory's `torch_dist` files,
-written at once or in the background. The optimizer is kept parameter by parameter ("fully
-reshardable"), so that tensor, pipeline and data parallelism may all change in between.
+The optimizer is kept parameter by parameter ("fully reshardable"), so that tensor, pipeline and
+data parallelism may all change in between.
 
 Megatron-Core writes in forked processes and waits until each has reported. One that is killed (by
 the kernel when memory runs out, for example) never does, so `watched_writers` handles SIGCHLD and
@@ -34,8 +33,7 @@ from typing import Any
 import psutil
 import torch
 
-from megatron_sr1.checkpoint.disk import check_space, needed_bytes, write_failure
-from megatron_sr1.checkpoint.manifest import Measure, measure
+from megatron_sr1.checkpoint.disk import Measure, check_space, measure, needed_bytes, write_failure
 from megatron_sr1.checkpoint.megatron_optimizer import ensure_state, named_by_kind
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.runtime import cpu
@@ -63,11 +61,8 @@ EXTRA = "_extra_state"
 class Trained:
     """What a checkpoint holds of a run besides its JSON state.
 
-    Attributes:
-        chunks: the model, one chunk per virtual stage, wrapped for training or not.
-        optimizer: Megatron's optimizer; None to save or load the model alone.
-        scheduler: its learning-rate schedule, or None.
-        groups: process groups of the layout.
+    The model has one chunk per virtual stage, wrapped for training or not. An optimizer of None
+    saves or loads the model alone; `scheduler` is its learning-rate schedule, or None.
     """
 
     chunks: Sequence[Any]
@@ -109,7 +104,7 @@ def chunk_key(number: int, num_chunks: int) -> str:
     return "model" if num_chunks == 1 else f"model{number}"
 
 
-def save_tensors(folder: Path, trained: Trained, in_background: bool) -> PendingTensors | None:
+def save_tensors(folder: Path, trained: Trained, in_background: bool) -> PendingTensors:
     """Write model and optimizer into an empty directory; collective over all ranks.
 
     In the background a process of each rank writes the tensors as they are now. Torch's own
@@ -118,7 +113,7 @@ def save_tensors(folder: Path, trained: Trained, in_background: bool) -> Pending
 
     Raises:
         CheckpointError: the disk is full or a writing process died. On all ranks, unless it is in
-            files that rank 0 writes within Megatron: then on rank 0, whose end ends the others.
+            files that rank 0 writes within Megatron: then on rank 0, whose exit ends the others.
     """
     from megatron.core.dist_checkpointing import save
 
@@ -137,24 +132,27 @@ def save_tensors(folder: Path, trained: Trained, in_background: bool) -> Pending
                 return PendingTensors(folder, needed, groups, request)
             with watched_writers():
                 save(state, str(folder))
-    return None
+    return PendingTensors(folder, needed, groups, None)
 
 
 class PendingTensors:
-    """Tensors that a process of each rank is writing at Megatron's request.
-
-    `needed` is the number of bytes that all ranks write, for messages.
-    """
+    """Tensors that a process of each rank is writing; `needed` bytes in all, for messages."""
 
     def __init__(self, folder: Path, needed: int, groups: Groups, request: Any) -> None:
-        """Take the snapshot and start the process, if this rank has something to write."""
+        """Take the snapshot and start the process, if this rank has something to write.
+
+        Without a request of Megatron's, everything is written already.
+        """
         self._folder, self._needed, self._groups = folder, needed, groups
-        self._finalizers = request.finalize_fns
+        self._finalizers = request.finalize_fns if request else []
         self._process: Any = None
-        if request.async_fn is None:
+        if request is None or request.async_fn is None:
             return
         rank, _, self._queue = request.async_fn_args
-        buckets = _unpinned(request.preload_fn())
+        buckets = [
+            (path, key, (others, [(i, t.clone() if t.is_pinned() else t) for i, t in tensors]))
+            for path, key, (others, tensors) in request.preload_fn()
+        ]
         fork = multiprocessing.get_context("fork")
         self._reports, reports = fork.Pipe(duplex=False)
         self._process = fork.Process(
@@ -195,13 +193,6 @@ class PendingTensors:
         return dict(measures)
 
 
-def _unpinned(buckets: list[Any]) -> list[Any]:
-    return [
-        (path, key, (others, [(i, t.clone() if t.is_pinned() else t) for i, t in tensors]))
-        for path, key, (others, tensors) in buckets
-    ]
-
-
 def _write(
     parent: int, reports: Connection, function: Callable[..., None], rank: int, buckets: list[Any]
 ) -> None:
@@ -209,18 +200,16 @@ def _write(
     end_with(parent)
     torch.set_num_threads(1)  # the threads of the parent's pool are not here
     queue: SimpleQueue[Any] = SimpleQueue()  # the parent's own queue is filled in `_collect`
-    results, measures, problem = None, {}, None
     try:
         with watched_writers():
             function(rank, buckets, queue)
         results = queue.get_nowait()
         if isinstance(results, Exception):
             raise results
-        paths = [Path(path) for path, _, _ in buckets]
-        measures = {path.name: measure(path) for path in paths}
+        measures = {Path(path).name: measure(Path(path)) for path, _, _ in buckets}
+        reports.send((results, measures, None))
     except Exception as error:  # reported to the parent, which raises it on all ranks
-        problem = reason(error)
-    reports.send((None if problem else results, measures, problem))
+        reports.send((None, {}, reason(error)))
     reports.close()
 
 

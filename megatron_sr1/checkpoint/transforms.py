@@ -8,52 +8,37 @@ Megatron's layers expect (megatron/core/transformer/attention.py and mlp.py).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
 from megatron_sr1.checkpoint.mapping import ROW, WHOLE, Entry
 from megatron_sr1.errors import ConfigError
 
-
-@dataclass(frozen=True)
-class Slice:
-    """A block of a published tensor; first and last + 1 row and column, None for all of them."""
-
-    hf_name: str
-    rows: tuple[int, int] | None = None
-    columns: tuple[int, int] | None = None
+Block = tuple[str, tuple[slice, ...]]  # name of a published tensor and where; () for all of it
 
 
-def slices(entry: Entry, rank: int, size: int, local_rows: int) -> list[Slice]:
+def slices(entry: Entry, rank: int, size: int, local_rows: int) -> list[Block]:
     """Return what a tensor-parallel rank reads of the published tensors, in the order of `join`.
 
-    Args:
-        entry: of the parameter.
-        rank: in the tensor-parallel group.
-        size: of the tensor-parallel group.
-        local_rows: rows of the rank's parameter, which include a vocabulary's padding.
-
-    Raises:
-        ConfigError: the dimension does not divide over the ranks.
+    `local_rows` are those of the rank's parameter, which include a vocabulary's padding. Raises
+    `ConfigError` if the dimension does not divide over the ranks.
     """
-    found = []
+    found: list[Block] = []
     for name, shape in zip(entry.hf_names, entry.hf_shapes, strict=True):
         rows = shape[0] // entry.num_parts
-        for part in range(entry.num_parts):
-            first = part * rows
+        for first in range(0, shape[0], rows):
             if entry.shard_dim is WHOLE:
-                found.append(Slice(name))
+                found.append((name, ()))
             elif entry.form == "vocabulary":
-                found.append(
-                    Slice(name, (min(rank * local_rows, rows), min((rank + 1) * local_rows, rows)))
-                )
+                begin, end = (min(r * local_rows, rows) for r in (rank, rank + 1))
+                found.append((name, (slice(begin, end),)))
             elif entry.shard_dim == ROW:
                 share = _share(entry, shape[1], size)
-                found.append(Slice(name, columns=(rank * share, (rank + 1) * share)))
+                found.append((name, (slice(None), slice(rank * share, (rank + 1) * share))))
             else:
                 share = _share(entry, rows, size)
-                found.append(Slice(name, (first + rank * share, first + (rank + 1) * share)))
+                begin = first + rank * share
+                found.append((name, (slice(begin, begin + share),)))
     return found
 
 
@@ -94,21 +79,12 @@ def split(entry: Entry, parameter: torch.Tensor, size: int = 1) -> list[torch.Te
     return [parameter]
 
 
-def assemble(entry: Entry, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return a whole parameter made of its published tensors."""
-    return join(entry, [part for t in tensors for part in t.chunk(entry.num_parts)])
-
-
 def publish(entry: Entry, shards: Sequence[torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
-    """Return the published tensors of a parameter, with their names.
+    """Return (published name, whole tensor) of a parameter, in the entry's order.
 
-    Args:
-        entry: of the parameter.
-        shards: of all tensor-parallel ranks in order, each as `join` makes it; one is enough where
-            every rank has all of it. Vocabulary rows may be padded.
-
-    Returns:
-        (published name, whole tensor) in the entry's order; views of a single shard where possible.
+    The shards are those of all tensor-parallel ranks in order, each as `join` makes it; one is
+    enough where every rank has all of it. Vocabulary rows may be padded. The tensors are views of a
+    single shard where possible.
     """
     if entry.shard_dim is WHOLE:
         parts = split(entry, shards[0])

@@ -1,8 +1,7 @@
 """Check a checkpoint's pickles before anything in them is unpickled.
 
 Torch's distributed checkpoint format pickles its `.metadata`, and Megatron the values that are not
-tensors. In: a checkpoint's directory. Out: its metadata, or an error if a pickle names anything but
-the plain records that belong there.
+tensors. A pickle that names anything but the plain records that belong there is refused.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ class _Reader(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if name not in ALLOWED.get(module, "").split() and not is_dtype:
-            raise CheckpointError(f"it names {module}.{name}, which no checkpoint of ours does")
+            raise CheckpointError(f"it names {module}.{name}, which no checkpoint needs")
         return super().find_class(module, name)
 
 
@@ -72,8 +71,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
 def check_folder(folder: Path) -> Any:
     """Return torch's `Metadata` of a checkpoint; refuse one that would run code when it is read.
 
-    Raises:
-        CheckpointError: naming the file and what it asks for.
+    The `CheckpointError` names the file and what it asks for.
     """
     path = folder / ".metadata"
     try:

@@ -2,9 +2,8 @@
 
 `hf_to_megatron` writes a directory of checkpoints with one `step_0`, to be loaded under any layout
 by any supported Megatron-Core: the values besides the tensors are in `common.pt`, the older form,
-which newer releases read too. It holds no generators, and its state has no layout.
-`megatron_to_hf` writes a directory like the one that the checkpoint's model came from: the same
-names, types, files and index. Neither makes a model or imports Megatron.
+which newer releases read too. It holds no generators, and its state has no layout. Neither way
+makes a model or imports Megatron.
 
 A conversion that is called again after it was stopped keeps the files that are finished and right.
 """
@@ -19,6 +18,7 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -27,22 +27,16 @@ from megatron_sr1.checkpoint.disk import (
     TENSOR_OVERHEAD_BYTES,
     check_space,
     flush_and_evict,
+    listed,
     write_failure,
 )
 from megatron_sr1.checkpoint.folders import HF_FILES, ModelSource, write_state
-from megatron_sr1.checkpoint.hf_files import (
-    HFSource,
-    StoredTensor,
-    replace_directory,
-    tensor_bytes,
-)
+from megatron_sr1.checkpoint.hf_files import HFSource, StoredTensor, replace_directory, tensor_bytes
 from megatron_sr1.checkpoint.loading import verify_source
-from megatron_sr1.checkpoint.manifest import listed
 from megatron_sr1.checkpoint.mapping import HF_EMBEDDING, HF_OUTPUT
 from megatron_sr1.checkpoint.saving import publish_folder, write_manifest
-from megatron_sr1.checkpoint.transforms import Slice, assemble
-from megatron_sr1.conversion.reader import UnitReader, differences
-from megatron_sr1.conversion.units import Published, Unit
+from megatron_sr1.checkpoint.transforms import join
+from megatron_sr1.conversion.units import Published, Unit, UnitReader, differences
 from megatron_sr1.conversion.writer import FILE_BYTES, UnitWriter
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.runtime.files import sync_directory
@@ -81,17 +75,10 @@ def hf_to_megatron(
     report: Report,
     file_bytes: int = FILE_BYTES,
 ) -> None:
-    """Write a checkpoint of published weights.
+    """Write a checkpoint of published weights, as files of up to `file_bytes` of tensors.
 
-    Args:
-        directory: of the weights.
-        target: new directory of checkpoints, or what a conversion that was stopped has left.
-        dtype: to store; None keeps the source's, float32 where it mixes types.
-        report: called after each tensor.
-        file_bytes: size limit of the tensors in a file.
-
-    Raises:
-        CheckpointError: the source is no such model, the target is not empty, or the disk is full.
+    A `dtype` of None keeps the source's, float32 where it mixes types. Raises `CheckpointError` if
+    the source is no such model, the target is not empty, or the disk is full.
     """
     published = Published.open(directory)
     published.source.need_weights()
@@ -112,9 +99,10 @@ def hf_to_megatron(
         progress = _Progress(total * dtype.itemsize, kept * dtype.itemsize, report)
 
         def make(unit: Unit) -> torch.Tensor:
-            tensors = [published.source.read(Slice(name)) for name in unit.entry.hf_names]
+            tensors = [published.source.read(name) for name in unit.entry.hf_names]
+            parts = [part for tensor in tensors for part in tensor.chunk(unit.entry.num_parts)]
             progress.add(unit.num_values * dtype.itemsize)
-            return assemble(unit.entry, tensors).to(dtype)
+            return join(unit.entry, parts).to(dtype)
 
         needed = progress.left_bytes + TENSOR_OVERHEAD_BYTES * len(published.units)
         with _space_checked(partial, needed):
@@ -132,18 +120,15 @@ def _write_other_files(partial: Path, source: HFSource, keep: Collection[str]) -
     (partial / "common.pt").write_bytes(nothing.getvalue())
     (partial / "metadata.json").write_text(json.dumps(BACKENDS), encoding="utf-8")
     source.copy_without_weights(partial / HF_FILES)
-    state = {"converted_from": source.directory.resolve().name}
-    write_state(partial, 0, {}, None, state)
+    write_state(partial, 0, {}, None, {"converted_from": source.directory.resolve().name})
 
 
 def megatron_to_hf(found: ModelSource, target: Path, digests: bool, report: Report) -> None:
     """Write the published form of a checkpoint into a new directory.
 
-    With `digests`, its files are compared with the manifest's digests, not only by size.
-
-    Raises:
-        CheckpointError: the source is damaged or of another model, the target is not empty, or the
-            disk is full.
+    With `digests`, its files are compared with the manifest's digests, not only by size. Raises
+    `CheckpointError` if the source is damaged or of another model, the target is not empty, or the
+    disk is full.
     """
     _need_empty(target)
     groups = single_process()
@@ -153,7 +138,7 @@ def megatron_to_hf(found: ModelSource, target: Path, digests: bool, report: Repo
         partial = target.with_name(f".{target.name}.partial")
         try:
             with claimed(partial):
-                _Export(found, partial, report).write()
+                _export(found, partial, report)
                 checked.result()  # nothing gets its name before
                 replace_directory(partial, target)
                 sync_directory(target.resolve().parent)
@@ -162,66 +147,64 @@ def megatron_to_hf(found: ModelSource, target: Path, digests: bool, report: Repo
             raise
 
 
-class _Export:
-    """The weight files of a directory that is being written."""
-
-    def __init__(self, found: ModelSource, partial: Path, report: Report) -> None:
-        """Keep the files that an earlier call has finished; remove everything else."""
-        self.partial = partial
-        self.published = Published.open(found.hf_files)
-        self.source = self.published.source
-        self.reader = UnitReader(found.weights, self.published.units)
-        units = self.published.units
-        self.unit_of = {name: unit for unit in units for name in unit.entry.hf_names}
-        self.unit_of.setdefault(HF_OUTPUT, self.unit_of[HF_EMBEDDING])
-        kept = [name for name in self.source.headers if self._is_right(name)]
-        _remove_others(partial, kept)
-        self.names = [name for name in self.source.headers if name not in kept]
-        tensors = self.source.tensors.values()
-        kept_bytes = sum(t.num_bytes for t in tensors if t.file in kept)
-        self.progress = _Progress(sum(t.num_bytes for t in tensors), kept_bytes, report)
-
-    def write(self) -> None:
-        """Write all files that are not there."""
-        needed = self.progress.left_bytes
-        with _space_checked(self.partial, needed), ThreadPoolExecutor(max_workers=1) as pool:
-            self.source.copy_other_files(self.partial)
-            synced: Future[None] = pool.submit(lambda: None)
-            for name in self.names:
-                unfinished = self.partial / (name + UNFINISHED)
-                with unfinished.open("wb") as file:
-                    file.write(self.source.headers[name])
-                    for stored, tensor in self._tensors(name):
-                        file.seek(stored.begin)
-                        file.write(tensor_bytes(stored, tensor))
-                        self.progress.add(stored.num_bytes)
-                # One file is brought to the disk while the next is written.
-                synced.result()
-                synced = pool.submit(_finish, unfinished, self.partial / name)
+def _export(found: ModelSource, partial: Path, report: Report) -> None:
+    """Write the weight files that an earlier call has not finished; remove everything else."""
+    published = Published.open(found.hf_files)
+    reader = UnitReader(found.weights, published.units)
+    headers, tensors = published.source.headers, published.source.tensors.values()
+    kept = [
+        name for name, header in headers.items()
+        if _is_right(partial / name, header, _tensors_of(published, reader, name))
+    ]  # fmt: skip
+    _remove_others(partial, kept)
+    kept_bytes = sum(t.num_bytes for t in tensors if t.file in kept)
+    progress = _Progress(sum(t.num_bytes for t in tensors), kept_bytes, report)
+    needed = progress.left_bytes
+    with _space_checked(partial, needed), ThreadPoolExecutor(max_workers=1) as pool:
+        published.source.copy_other_files(partial)
+        synced: Future[None] = pool.submit(lambda: None)
+        for name in [name for name in headers if name not in kept]:
+            unfinished = partial / (name + UNFINISHED)
+            with unfinished.open("wb") as file:
+                file.write(headers[name])
+                for stored, tensor in _tensors_of(published, reader, name):
+                    file.seek(stored.begin)
+                    file.write(tensor_bytes(stored, tensor))
+                    progress.add(stored.num_bytes)
+            # One file is flushed to the disk while the next is written.
             synced.result()
+            synced = pool.submit(_finish, unfinished, partial / name)
+        synced.result()
 
-    def _is_right(self, name: str) -> bool:
-        """Return True if a file is there, with the values of the checkpoint."""
-        header, path = self.source.headers[name], self.partial / name
-        if not path.is_file():
+
+def _tensors_of(
+    published: Published, reader: UnitReader, name: str
+) -> Iterator[tuple[StoredTensor, torch.Tensor]]:
+    """Yield a weight file's tensors, by unit, so that each unit is read once."""
+    mine = {n: t for n, t in published.source.tensors.items() if t.file == name}
+    unit_of = {n: unit for unit in published.units for n in unit.entry.hf_names}
+    unit_of.setdefault(HF_OUTPUT, unit_of[HF_EMBEDDING])
+    in_order = sorted(mine, key=lambda n: mine[n].begin)
+    for unit in dict.fromkeys(unit_of[n] for n in in_order):
+        for published_name, tensor in published.tensors(unit, reader.read(unit)):
+            if published_name in mine:
+                yield mine[published_name], tensor
+
+
+def _is_right(
+    path: Path, header: bytes, tensors: Iterator[tuple[StoredTensor, torch.Tensor]]
+) -> bool:
+    """Return True if a weight file is there, with this header and these values."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        if file.read(len(header)) != header:
             return False
-        with path.open("rb") as file:
-            if file.read(len(header)) != header:
+        for stored, tensor in tensors:
+            file.seek(stored.begin)
+            if file.read(stored.num_bytes) != tensor_bytes(stored, tensor):
                 return False
-            for stored, tensor in self._tensors(name):
-                file.seek(stored.begin)
-                if file.read(stored.num_bytes) != tensor_bytes(stored, tensor):
-                    return False
-        return True
-
-    def _tensors(self, name: str) -> Iterator[tuple[StoredTensor, torch.Tensor]]:
-        """Yield a file's tensors, by unit, so that each unit is read once."""
-        mine = {n: t for n, t in self.source.tensors.items() if t.file == name}
-        in_order = sorted(mine, key=lambda n: mine[n].begin)
-        for unit in dict.fromkeys(self.unit_of[n] for n in in_order):
-            for published_name, tensor in self.published.tensors(unit, self.reader.read(unit)):
-                if published_name in mine:
-                    yield mine[published_name], tensor
+    return True
 
 
 def _finish(unfinished: Path, final: Path) -> None:
@@ -236,21 +219,19 @@ def verify_conversion(
 ) -> None:
     """Read both sides from the disk and compare them bit by bit.
 
-    Raises:
-        CheckpointError: naming the first tensors that differ, with their files.
+    Raises `CheckpointError` with the first tensors that differ, and their files.
     """
     published = Published.open(directory)
     reader = UnitReader(checkpoint.weights, published.units)
     headers, tensors = published.source.headers, published.source.tensors
-    made = (directory / name for name in headers)
-    for path in made if to_published else checkpoint.weights.glob("*.distcp"):
+    weights = checkpoint.weights
+    for path in [directory / n for n in headers] if to_published else weights.glob("*.distcp"):
         flush_and_evict(path)
     sizes = [sum(tensors[n].num_bytes for n in u.entry.hf_names) for u in published.units]
-    done, different = 0, []
+    different = []
     found = differences(published, reader, published.units, to_published=to_published)
-    for size, names in zip(sizes, found, strict=True):
+    for done, names in zip(accumulate(sizes), found, strict=True):
         different += [names] if names else []
-        done += size
         report("comparing", done, sum(sizes))
     if different:
         raise CheckpointError(
@@ -261,9 +242,8 @@ def verify_conversion(
 
 def _need_empty(target: Path, but: Collection[str] = ()) -> None:
     """Raise `CheckpointError` if a target is a file, or holds anything but what is named."""
-    if target.exists() and (
-        not target.is_dir() or any(p.name not in but for p in target.iterdir())
-    ):
+    others = [path for path in target.glob("*") if path.name not in but]
+    if others or (target.exists() and not target.is_dir()):
         raise CheckpointError(f"{target} is there already; name a new or an empty directory")
 
 
@@ -297,6 +277,6 @@ def _space_checked(folder: Path, needed: int) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
-            f"{write_failure(folder, needed, reason(error))}; make room and start the same command "
-            "again: it continues after the last finished file"
+            f"{write_failure(folder, needed, reason(error))}; free space and start the same "
+            "command again: it continues after the last finished file"
         ) from error

@@ -1,8 +1,7 @@
 """What a conversion would move, before any of it is read: by headers or by the configuration alone.
 
-In: a model's units and the types on both sides. Out: a row per unit, and totals: bytes, files, and
-the anonymous memory that the conversion needs at its peak, by how convert.py holds a unit; a test
-compares the prediction with what a conversion took.
+The anonymous memory at the peak is predicted from how convert.py holds a unit; a test compares it
+with what a conversion took.
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ import torch
 from megatron_sr1.checkpoint.disk import size_text
 from megatron_sr1.checkpoint.folders import INDEX, SINGLE, ModelSource
 from megatron_sr1.checkpoint.hf_files import HEADER_SUFFIX
-from megatron_sr1.conversion.reader import UnitReader
-from megatron_sr1.conversion.units import Published, Unit, units
+from megatron_sr1.conversion.units import Published, Unit, UnitReader, units
 from megatron_sr1.conversion.writer import FILE_BYTES, split_units
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.model.hf_config import read_hf_config
@@ -83,7 +81,7 @@ def plan_to_hf(found: ModelSource) -> list[Move]:
     tensors, reader = published.source.tensors, UnitReader(found.weights, published.units)
     return [
         Move(unit, reader.dtype(unit), tensors[unit.entry.hf_names[0]].dtype, True,
-             reader.num_pieces(unit))
+             len(reader.pieces(unit)))
         for unit in published.units
     ]  # fmt: skip
 

@@ -1,17 +1,16 @@
 """Write units into the tensor files of a distributed checkpoint, one at a time.
 
-In: a directory, units, and a function that makes a unit's parameter. Out: `__N_0.distcp` files and
-`.metadata`, by torch's own writer, whose planner makes each tensor when its turn comes
-(Megatron-Core's `save` takes all of them at once). Each file is written as a rank of its own would.
-When one is on the disk, a note records what is in it: a later call with the same units keeps the
-file if it matches its note and the caller finds its values right.
+`__N_0.distcp` files and `.metadata` are written by torch's own writer, whose planner makes each
+tensor when its turn comes (Megatron-Core's `save` takes all of them at once); each file as a rank
+of its own would write it. When one is on the disk, a note records what is in it: a later call with
+the same units keeps the file if it matches its note and the caller finds its values right.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,16 +24,11 @@ from torch.distributed.checkpoint.metadata import (
     StorageMeta,
     TensorProperties,
 )
-from torch.distributed.checkpoint.planner import (
-    SavePlan,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.utils.serialization import config
 
-from megatron_sr1.checkpoint.disk import flush_and_evict
-from megatron_sr1.checkpoint.manifest import Measure, measure
+from megatron_sr1.checkpoint.disk import Measure, flush_and_evict, measure
 from megatron_sr1.conversion.units import Unit
 from megatron_sr1.runtime.files import write_text
 
@@ -57,14 +51,7 @@ def split_units(units: Sequence[Unit], dtype: torch.dtype, file_bytes: int) -> l
 
 
 class UnitWriter:
-    """Tensor files in a directory that is not a checkpoint yet.
-
-    Args:
-        folder: exists.
-        notes: directory for the notes, exists.
-        units: all that the checkpoint is to hold.
-        dtype: to store them in.
-        file_bytes: size limit of the tensors in a file.
+    """Tensor files of up to `file_bytes` in a directory that is not a checkpoint yet.
 
     Attributes:
         files: name and units of each file.
@@ -92,8 +79,7 @@ class UnitWriter:
     def keep_finished(self, is_right: Callable[[Sequence[Unit]], bool]) -> int:
         """Keep what an earlier call left on the disk, and return the number of values in it.
 
-        `is_right` is called with units and returns True if the directory, which can be read as a
-        checkpoint by then, holds their right values.
+        The directory can be read as a checkpoint when `is_right` is called with units.
         """
         for name in self.files:
             self._read_note(name)
@@ -107,19 +93,19 @@ class UnitWriter:
     def write(self, make: MakeUnit) -> None:
         """Write the files that are not there, and the metadata of all.
 
-        `make` returns a unit's parameter in the stored type. OSError or RuntimeError is raised if
-        the disk is full or a file cannot be written.
+        `make` returns a unit's parameter in the stored type. Raises OSError or RuntimeError if the
+        disk is full or a file cannot be written.
         """
-        self._planner.make = {
-            (u.key, u.offsets): (u, make) for part in self.files.values() for u in part
-        }
-        with _without_crc(), ThreadPoolExecutor(max_workers=1) as pool:
+        self._planner.make = make
+        self._planner.units = {(u.key, u.offsets): u for part in self.files.values() for u in part}
+        # torch's CRC-32 of each tensor costs most, and the manifest has a SHA-256.
+        no_crc = config.patch("save.compute_crc32", False)
+        with no_crc, ThreadPoolExecutor(max_workers=1) as pool:
             noted: Future[None] = pool.submit(lambda: None)
             for name in [name for name in self.files if name not in self.measures]:
-                self._results[name] = self._writer.write_data(
-                    self._plans[name], self._planner
-                ).value()
-                # One file is brought to the disk and measured while the next is written.
+                written = self._writer.write_data(self._plans[name], self._planner)
+                self._results[name] = written.value()
+                # One file is flushed to the disk and measured while the next is written.
                 noted.result()
                 noted = pool.submit(self._note, name)
             noted.result()
@@ -153,12 +139,13 @@ class UnitWriter:
 class _OnDemand(DefaultSavePlanner):
     """Makes a tensor when the writer comes to it."""
 
-    make: dict[tuple[str, tuple[int, ...]], tuple[Unit, MakeUnit]]
+    make: MakeUnit
+    units: dict[tuple[str, tuple[int, ...]], Unit]
 
     def resolve_data(self, write_item: Any) -> torch.Tensor:
         """Return the unit of an item, with the dimension of the layers."""
-        unit, make = self.make[write_item.index.fqn, tuple(write_item.index.offset)]
-        return make(unit).contiguous().view(unit.sizes)
+        unit = self.units[write_item.index.fqn, tuple(write_item.index.offset)]
+        return self.make(unit).contiguous().view(unit.sizes)
 
 
 class _Writer(FileSystemWriter):
@@ -178,14 +165,3 @@ def _write_item(unit: Unit, dtype: torch.dtype) -> WriteItem:
             size=torch.Size(unit.global_shape),
         ),
     )
-
-
-@contextlib.contextmanager
-def _without_crc() -> Iterator[None]:
-    """Leave out torch's CRC-32 of each tensor, which costs most; the manifest has a SHA-256."""
-    former = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(former)

@@ -123,18 +123,15 @@ def check_header(block: bytes, place: Place, span: Span, where: str) -> None:
 def _usable(value: Any, tar: Path) -> list[Place]:
     """Return the positions of an index; raises ValueError or the like if it is not usable."""
     rows, size = value["samples"], tar.stat().st_size
-    if value["version"] != VERSION:
-        raise ValueError("an earlier version")
-    if value["tar_bytes"] != size or value["crc32"] != _checksum(rows):
-        raise ValueError("made for another tar, or damaged")
+    if (value["version"], value["tar_bytes"], value["crc32"]) != (VERSION, size, _checksum(rows)):
+        raise ValueError("of an earlier version, for another tar, or damaged")
     places = [Place(k, _span(t), tuple(map(_span, i))) for k, t, i in rows]
     spans = sorted(span for p in places for span in (p.text, *p.images))
     ends = [0, *(offset + length for offset, length in spans)]
     inside = all(offset - BLOCK >= end for (offset, _), end in zip(spans, ends, strict=False))
-    if not inside or ends[-1] > size:
-        raise ValueError("positions outside the tar, or overlapping")
-    if len({place.key for place in places}) != len(places) or places != sorted(places, key=_begin):
-        raise ValueError("duplicate keys, or out of order")
+    unique = len({place.key for place in places}) == len(places)
+    if not (inside and unique) or ends[-1] > size or places != sorted(places, key=_begin):
+        raise ValueError("positions outside the tar or overlapping, duplicate keys, or unordered")
     return places
 
 

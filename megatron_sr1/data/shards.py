@@ -123,7 +123,8 @@ class ShardReader:
         if size > limit:
             raise DataError(f"{where}: a member of {size} bytes, at most {limit}")
         try:
-            data = os.pread(self._open(tar).fileno(), size + BLOCK, offset - BLOCK)
+            file = self._open(tar)  # kept until it is read: another thread may evict it
+            data = os.pread(file.fileno(), size + BLOCK, offset - BLOCK)
         except OSError as error:
             raise DataError(f"{where}: {error.strerror}") from None
         if len(data) != size + BLOCK:

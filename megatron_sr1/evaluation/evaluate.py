@@ -12,8 +12,7 @@ from megatron_sr1.records import RIGHT_FROM, Example
 from megatron_sr1.rewards.response import find_description
 from megatron_sr1.rewards.score import Scorer, is_exact, rates
 from megatron_sr1.rollout.engine import Engine
-from megatron_sr1.rollout.pass2 import RolloutHooks
-from megatron_sr1.rollout.two_pass import roll_out
+from megatron_sr1.rollout.two_pass import RolloutHooks, roll_out
 from megatron_sr1.runtime.rng import request_seed
 from megatron_sr1.trainer import rollouts
 from megatron_sr1.trainer.context import Context
@@ -46,21 +45,21 @@ class HeldOut:
             all are wrong.
         """
         context, engine, samples = self._context, self._engine, self.samples
-        config, pass2 = context.config, None
-        if config.reward.recipe != "vision_r1":
-            configured = rollouts.pass2_settings(config)
-            pass2 = replace(configured, mode="generate", num_samples=1, question_only=False)
+        config = context.config
         with context.phase("evaluate"):
             found, _ = roll_out(
                 engine,
                 rollouts.read_prompts(context, engine, samples, self._indices),
-                samples_per_prompt=1,
-                temperature=temperature,
-                max_response_tokens=config.rollout.max_response_tokens,
-                pass2=pass2,
-                hooks=RolloutHooks(
+                replace(
+                    config.rollout,
+                    samples_per_prompt=1,
+                    temperature=temperature,
+                    pass2_mode="generate",
+                    pass2_samples=1,
+                ),
+                RolloutHooks(
                     find_description,
-                    samples.reading_prompt,
+                    None if config.reward.recipe == "vision_r1" else samples.reading_prompt,
                     # The same seeds for every model, so that comparisons are paired.
                     partial(request_seed, 0, -1),
                 ),

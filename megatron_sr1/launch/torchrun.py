@@ -79,7 +79,7 @@ def first_node(nodes: str) -> str:
 
 
 @contextmanager
-def first_rank_first(environment: Mapping[str, str]) -> Iterator[None]:
+def first_rank_first() -> Iterator[None]:
     """Let each machine's first rank report an error that all ranks raise; the others wait.
 
     torchrun, and srun with --kill-on-bad-exit, stop the others once the first one has exited.
@@ -87,7 +87,7 @@ def first_rank_first(environment: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except SR1Error:
-        if environment.get("LOCAL_RANK", "0") != "0":
+        if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(FIRST_RANK_SECONDS)
         raise
 

@@ -5,7 +5,7 @@ same steps and samples on its own, so every request carries its own seed. Replic
 prompts and do not communicate.
 
 Logprobs are log_softmax(logits / temperature) over the whole vocabulary; banned ids are excluded
-from sampling only (sampler.py explains how the two relate).
+from sampling only (see `FullVocabularySampler`).
 """
 
 from __future__ import annotations
@@ -22,13 +22,7 @@ from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.errors import EngineError
 from megatron_sr1.records import Completion
-from megatron_sr1.rollout import weight_sync
-from megatron_sr1.rollout.vllm_api import (
-    preprocess,
-    sampling_parameters,
-    shut_down,
-    start_vllm,
-)
+from megatron_sr1.rollout import vllm_api, weight_sync
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -69,10 +63,8 @@ class Request:
 class Progress:
     """State of one request after a step.
 
-    Attributes:
-        id: the request's id.
-        token_ids: all tokens sampled so far; a view, valid until the next step.
-        completion: the result, once the request is finished.
+    `token_ids` are all tokens sampled so far, a view that is valid until the next step;
+    `completion` is the result, once the request is finished.
     """
 
     id: str
@@ -84,8 +76,7 @@ class Engine:
     """One rank's part of a colocated vLLM engine replica.
 
     Attributes:
-        replica: index of this rank's replica.
-        num_replicas: replicas in the world.
+        replica: index of this rank's replica, of `num_replicas`.
         is_replica_leader: whether this rank is the first of its replica.
         weight_version: number of the last weight sync; -1 before the first.
         max_model_len: longest sequence, expanded prompt and response, tokens.
@@ -102,38 +93,33 @@ class Engine:
         dtype: str = "float32",
         seed: int = 0,
     ) -> None:
-        """Load the model. Collective over the world; torch.distributed must be initialized.
+        """Load a Hugging Face directory. Collective; torch.distributed must be initialized.
 
-        Args:
-            model_dir: Hugging Face directory.
-            rollout: layout, limits, memory and quantisation of the engine. `sleep_level` is for
-                CUDA; on a CPU the engine always runs eagerly, as compiling takes longer than it
-                saves.
-            processor: gives the pixel limits, the size of the largest image and the vision tokens,
-                which are never sampled; None: the directory's limits, and every token is sampled.
-            device_kind: cpu | cuda; the installed vLLM must be built for it.
-            dtype: float32 | bfloat16.
-            seed: of the engine itself; requests bring their own.
+        `rollout.sleep_level` is for CUDA; on a CPU the engine always runs eagerly, as compiling
+        takes longer than it saves. `processor` gives the pixel limits, the size of the largest
+        image and the vision tokens, which are never sampled; without it the limits are the
+        directory's, and every token is sampled. The installed vLLM must be built for `device_kind`,
+        cpu or cuda. `dtype` is float32 or bfloat16; requests bring their own seeds.
 
         Raises:
-            EngineError: no process group, a layout that does not divide the world, or a vLLM
-                built for another device.
+            EngineError: vLLM is built for another device.
         """
-        rank, world = _place(rollout.tensor_parallel)
-        self.replica = rank // rollout.tensor_parallel
-        self.num_replicas = world // rollout.tensor_parallel
-        self.is_replica_leader = rank % rollout.tensor_parallel == 0
+        size, world = rollout.tensor_parallel, torch.distributed.get_world_size()
+        assert world % size == 0, f"rollout.tensor_parallel={size} does not divide {world} ranks"
+        self.num_replicas = world // size
+        self.replica, place = divmod(torch.distributed.get_rank(), size)
+        self.is_replica_leader = place == 0
         self.max_model_len = rollout.max_model_len
         self.weight_version = -1
         self.num_steps = 0
         self._sleep_level = rollout.sleep_level if device_kind == "cuda" else 0
         self._asleep, self._unusable = False, ""
-        self._llm = start_vllm(
+        self._llm = vllm_api.start_vllm(
             model_dir, rollout, processor, device_kind=device_kind, dtype=dtype, seed=seed
         )
         self._core = self._llm.llm_engine
         self._tokenizer = self._llm.get_tokenizer()
-        weakref.finalize(self, shut_down, self._core.engine_core.engine_core)
+        weakref.finalize(self, vllm_api.shut_down, self._core.engine_core.engine_core)
         self._live: dict[str, Request] = {}
         self._pieces: dict[int, str] = {}
 
@@ -160,12 +146,12 @@ class Engine:
         for request in requests:
             key = (request.token_ids, *map(id, request.images))
             if key not in processed:
-                processed[key] = preprocess(self._core, request)
+                processed[key] = vllm_api.preprocess(self._core, request)
             self._check(request, processed[key]["prompt_token_ids"])
-            if request.id in self._live:
-                raise EngineError(f"request {request.id} is already live; ids must be unique")
+            assert request.id not in self._live, f"request {request.id} is already live"
             self._live[request.id] = request
-            self._core.add_request(request.id, processed[key], sampling_parameters(request))
+            parameters = vllm_api.sampling_parameters(request)
+            self._core.add_request(request.id, processed[key], parameters)
 
     def step(self) -> list[Progress]:
         """Run one engine step, which adds a token to every running sequence.
@@ -175,11 +161,10 @@ class Engine:
         self.num_steps += 1
         progress = []
         for output in self._core.step():
-            sampled = output.outputs[0]
-            completion = None
+            name, completion = output.request_id, None
             if output.finished:
-                completion = self._completion(self._live.pop(output.request_id), output)
-            progress.append(Progress(output.request_id, sampled.token_ids, completion))
+                completion = self._completion(self._live.pop(name), output)
+            progress.append(Progress(name, output.outputs[0].token_ids, completion))
         return progress
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
@@ -206,8 +191,7 @@ class Engine:
         assert not self._live, "score between rollouts"
         token_ids, num_scored = (*prompt_token_ids, *response_token_ids), len(response_token_ids)
         request = Request("score", token_ids, None, tuple(images), num_scored=num_scored)
-        (scored,) = self.generate([request])
-        return list(scored.logprobs)
+        return list(self.generate([request])[0].logprobs)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of sampled ids without special tokens."""
@@ -229,11 +213,9 @@ class Engine:
     ) -> None:
         """Load the actor's weights and drop every cache computed with the old ones.
 
-        Args:
-            weights: (Hugging Face name, full tensor) pairs, the same on each rank of the replica;
-                iterated once, layer by layer, and the iteration may be collective.
-            version: number that later rollouts carry.
-            whole: if False, layers that receive no tensor keep their weights.
+        `weights` are (Hugging Face name, full tensor) pairs, the same on each rank of the replica;
+        they are iterated once, layer by layer, and the iteration may be collective. Later rollouts
+        carry `version`. Unless `whole`, layers that receive no tensor keep their weights.
 
         Raises:
             EngineError: the engine is asleep or has live requests, or tensors are missing.
@@ -242,9 +224,7 @@ class Engine:
             raise EngineError(self._unusable)
         if self._asleep or self._live:
             state = "asleep" if self._asleep else f"working on {self.num_live} requests"
-            raise EngineError(
-                f"weight sync {version}: the engine is {state}; sync between rollouts"
-            )
+            raise EngineError(f"weight sync {version}: engine is {state}; sync between rollouts")
         self._unusable = f"weight sync {version} failed; start the run again"
         weight_sync.push(self._llm, weights, version, whole)
         self.weight_version, self._unusable = version, ""
@@ -255,11 +235,10 @@ class Engine:
             return
         assert not self._live, "sleep between rollouts"
         self._core.reset_encoder_cache()  # vLLM's sleep does so itself, except at level 0
-        if self._sleep_level == 0:
-            return
-        self._llm.sleep(level=self._sleep_level)
-        self._asleep = True
-        if self._sleep_level == 2:
+        if self._sleep_level > 0:
+            self._llm.sleep(level=self._sleep_level)
+            self._asleep = True
+        if not self.keeps_weights:
             self._unusable = "sleep level 2 dropped its weights; sync them first"
 
     def wake(self) -> None:
@@ -298,17 +277,3 @@ class Engine:
                 f"sampled ones exceed the engine's {self.max_model_len}; raise "
                 "rollout.max_model_len or lower the token limits"
             )
-
-
-def _place(tensor_parallel: int) -> tuple[int, int]:
-    """Return this process's rank and the world size."""
-    if not torch.distributed.is_initialized():
-        raise EngineError(
-            "the engine needs torch.distributed: call runtime.device.start_distributed first"
-        )
-    world = torch.distributed.get_world_size()
-    if world % tensor_parallel:
-        raise EngineError(
-            f"rollout.tensor_parallel={tensor_parallel} does not divide the {world} ranks"
-        )
-    return torch.distributed.get_rank(), world

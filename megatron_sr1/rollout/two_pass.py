@@ -1,21 +1,127 @@
 """A step's rollouts: pass 1 sees the image, pass 2 only the description and the question.
 
 Source: the two passes of Vision-SR1 (arXiv 2508.19652), which rewards a description if it alone
-leads to the answer. Both passes share one engine loop. With the schedule `fork`, pass 2 of a sample
-starts when its description closes, while this and other samples are still decoding; with `barrier`,
-it starts after the last response of pass 1. Each request carries its seed, so both schedules sample
-the same tokens. A closing tag may share a token with its neighbours, so it is searched in the text.
+leads to the answer. Both passes share one engine loop. With `rollout.pass2=fork`, pass 2 of a
+sample starts when its description closes, while this and other samples are still decoding; with
+`barrier`, it starts after the last response of pass 1. Each request carries its seed, so both
+schedules sample the same tokens. A closing tag may share a token with its neighbours, so it is
+searched in the text.
+
+Pass 2 reads a description by one greedy answer, by m sampled ones, or by the gold answer's
+logprobs, from prefill alone. Descriptions that lead to the same prompt share one reading; the seed
+of a request is derived from its prompt, so it does not matter which of them closed first, or on
+which replica.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from megatron_sr1.records import Completion, Prompt, Rollout
+from megatron_sr1.config.rollout import RolloutConfig
+from megatron_sr1.errors import EngineError
+from megatron_sr1.records import Completion, Prompt, Reading, Rollout
 from megatron_sr1.rollout.engine import Engine, Progress, Request
-from megatron_sr1.rollout.pass2 import PREFIX, Pass2, Readings, RolloutHooks, check_prompt_fits
+
+PREFIX = "reading/"
+"""Prefix of the ids of pass-2 requests."""
+
+
+@dataclass(frozen=True)
+class RolloutHooks:
+    """What a rollout needs to know of the data set, the recipe and the run.
+
+    Attributes:
+        find_description: text of a response so far -> its description once that has closed.
+        reading_prompt: prompt, description -> token ids of the pass-2 prompt; None: no pass 2.
+        seed_of: seed of a pass-1 request from its example's index, its sample number and 1; of a
+            pass-2 request from -1, a number derived from its prompt, and 2 upwards.
+        gold_answer: prompt -> ids that lead up to its gold answer and the answer's own ids, which
+            `pass2_mode=likelihood` scores after the pass-2 prompt; the other mode needs none.
+        question_only: whether each question is also read without a description.
+        closing_mark: a description closes with this character; the text is searched when it comes.
+    """
+
+    find_description: Callable[[str], str | None]
+    reading_prompt: Callable[[Prompt, str], tuple[int, ...]] | None
+    seed_of: Callable[[int, int, int], int]
+    gold_answer: Callable[[Prompt], tuple[tuple[int, ...], tuple[int, ...]]] | None = None
+    question_only: bool = False
+    closing_mark: str = ">"
+
+
+class Readings:
+    """Pass-2 requests, one set per distinct prompt, and their results.
+
+    Attributes:
+        names: prompt -> ids of its requests.
+        done: id of a finished request -> its completion.
+    """
+
+    def __init__(self, engine: Engine, rollout: RolloutConfig, hooks: RolloutHooks) -> None:
+        """Start without any request."""
+        self._engine, self._rollout, self._hooks = engine, rollout, hooks
+        self.names: dict[tuple[int, ...], list[str]] = {}
+        self.done: dict[str, Completion] = {}
+
+    def apply_to(self, prompt: Prompt) -> bool:
+        """Return True if a prompt gets a second pass: the recipe has one, the prompt has images."""
+        return self._hooks.reading_prompt is not None and bool(prompt.image_grid_thw)
+
+    def _compose(self, prompt: Prompt, description: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the ids of a reading's prompt, and those of the gold answer at its end, if any."""
+        assert self._hooks.reading_prompt is not None
+        token_ids = self._hooks.reading_prompt(prompt, description)
+        if self._rollout.pass2_mode != "likelihood":
+            return token_ids, ()
+        assert self._hooks.gold_answer is not None
+        lead, answer = self._hooks.gold_answer(prompt)
+        return (*token_ids, *lead, *answer), answer
+
+    def check(self, prompt: Prompt) -> None:
+        """Raise EngineError, before sampling, if a prompt's longest reading does not fit."""
+        if self.apply_to(prompt):
+            token_ids, scored = self._compose(prompt, "")
+            longest = len(token_ids) + self._rollout.max_response_tokens
+            max_tokens = 1 if scored else self._rollout.max_reading_tokens
+            check_prompt_fits(self._engine, prompt, longest, max_tokens, "pass 2")
+
+    def ask(self, prompt: Prompt, description: str) -> tuple[tuple[int, ...], list[Request]]:
+        """Return the requests for a description ("" for the question alone).
+
+        Returns:
+            the key to pass to `result`, and the requests, none if the prompt was asked before.
+        """
+        token_ids, scored = self._compose(prompt, description)
+        if token_ids in self.names:
+            return token_ids, []
+        # Retokenised text can have more tokens than were sampled; the answer then gets fewer.
+        max_tokens = 1 if scored else self._rollout.max_reading_tokens
+        max_tokens = min(max_tokens, self._engine.max_model_len - len(token_ids))
+        check_prompt_fits(self._engine, prompt, len(token_ids), max(max_tokens, 1), "pass 2")
+        requests = [
+            Request(
+                id=f"{PREFIX}{len(self.names)}.{number}",
+                token_ids=token_ids,
+                expanded_token_ids=token_ids,
+                temperature=self._rollout.pass2_temperature,
+                max_tokens=max_tokens,
+                seed=self._hooks.seed_of(-1, _digest(token_ids), 2 + number),
+                with_logprobs=False,
+                num_scored=len(scored),
+            )
+            for number in range(1 if scored else self._rollout.pass2_samples)
+        ]
+        self.names[token_ids] = [request.id for request in requests]
+        return token_ids, requests
+
+    def result(self, key: tuple[int, ...] | None) -> Reading | None:
+        """Return the reading of a key; all its requests must be finished."""
+        if key is None:
+            return None
+        return Reading(tuple(self.done[name] for name in self.names[key]))
 
 
 @dataclass(frozen=True)
@@ -55,25 +161,12 @@ class _Sample:
 
 
 def roll_out(
-    engine: Engine,
-    prompts: Sequence[Prompt],
-    *,
-    samples_per_prompt: int,
-    temperature: float,
-    max_response_tokens: int,
-    pass2: Pass2 | None,
-    hooks: RolloutHooks,
+    engine: Engine, prompts: Sequence[Prompt], rollout: RolloutConfig, hooks: RolloutHooks
 ) -> tuple[list[Rollout], RolloutStats]:
-    """Sample both passes of this replica's prompts.
+    """Sample both passes of this replica's prompts; text-only prompts skip pass 2.
 
-    Args:
-        engine: must be awake.
-        prompts: this replica's prompts, the same on each of its ranks.
-        samples_per_prompt: responses per prompt (n).
-        temperature: of pass 1; 0 is greedy.
-        max_response_tokens: token limit of pass 1.
-        pass2: None for recipes without it; text-only samples skip it in any case.
-        hooks: the recipe's tags and prompts, and the run's seeds.
+    The engine is awake; `prompts` are the same on each rank of the replica. `rollout` gives the
+    number of samples, temperatures (0 is greedy), token limits and the kind of pass 2.
 
     Returns:
         rollouts, ordered by prompt and then by sample, and their cost.
@@ -82,23 +175,24 @@ def roll_out(
         EngineError: a prompt and its token limits exceed the engine's length; names the sample.
     """
     started, steps_before, pass2_only = time.perf_counter(), engine.num_steps, 0.0
-    readings = Readings(engine, pass2, hooks)
+    readings = Readings(engine, rollout, hooks)
     samples = {
         f"{position}.{number}": _Sample(prompt, number)
         for position, prompt in enumerate(prompts)
-        for number in range(samples_per_prompt)
+        for number in range(rollout.samples_per_prompt)
     }
+    max_tokens = rollout.max_response_tokens
     for prompt in prompts:
-        check_prompt_fits(engine, prompt, len(prompt.token_ids), max_response_tokens, "pass 1")
-        readings.check(prompt, max_response_tokens)
+        check_prompt_fits(engine, prompt, len(prompt.token_ids), max_tokens, "pass 1")
+        readings.check(prompt)
     first = [
         Request(
             id=name,
             token_ids=s.prompt.engine_token_ids,
             expanded_token_ids=s.prompt.token_ids,
             images=s.prompt.images,
-            temperature=temperature,
-            max_tokens=max_response_tokens,
+            temperature=rollout.temperature,
+            max_tokens=max_tokens,
             seed=hooks.seed_of(s.prompt.example.index, s.number, 1),
             watched=readings.apply_to(s.prompt),
         )
@@ -106,16 +200,16 @@ def roll_out(
     ]
     engine.submit(first)
     num_open, ready = len(first), list[Request]()
-    if pass2 is not None and pass2.question_only:
-        for sample in samples.values():
-            if readings.apply_to(sample.prompt):
-                sample.question_key, requests = readings.ask(sample.prompt, "")
-                ready += requests
+    for sample in samples.values() if hooks.question_only else ():
+        if readings.apply_to(sample.prompt):
+            sample.question_key, requests = readings.ask(sample.prompt, "")
+            ready += requests
     while engine.num_live:
         step_started, alone = time.perf_counter(), num_open == 0
         for progress in engine.step():
             if progress.id.startswith(PREFIX):
-                readings.take(progress)
+                assert progress.completion is not None  # they are not watched
+                readings.done[progress.id] = progress.completion
                 continue
             sample = samples[progress.id]
             if _has_closed(sample, progress, engine, readings, hooks):
@@ -125,32 +219,29 @@ def roll_out(
             if progress.completion is not None:
                 sample.completion = progress.completion
                 num_open -= 1
-        if pass2 is not None and (pass2.schedule == "fork" or num_open == 0):
+        if rollout.pass2 == "fork" or num_open == 0:
             engine.submit(ready)
             ready = []
         if alone:
             pass2_only += time.perf_counter() - step_started
     rollouts = [_rollout(s, readings, hooks, engine.weight_version) for s in samples.values()]
     completions = [r.completion for r in rollouts]
+    sampled = [c for c in readings.done.values() if c.finish_reason != "given"]
     stats = RolloutStats(
         engine_steps=engine.num_steps - steps_before,
         seconds=time.perf_counter() - started,
         pass2_only_seconds=pass2_only,
         pass1_tokens=sum(len(c.token_ids) for c in completions),
-        pass2_tokens=readings.num_tokens,
+        pass2_tokens=sum(len(c.token_ids) for c in sampled),
         truncated=sum(c.finish_reason == "length" for c in completions),
         num_pass2=sum(r.reading is not None for r in rollouts),
-        num_prompts2=readings.num_asked,
+        num_prompts2=len(readings.names),
     )
     return rollouts, stats
 
 
 def _has_closed(
-    sample: _Sample,
-    progress: Progress,
-    engine: Engine,
-    readings: Readings,
-    hooks: RolloutHooks,
+    sample: _Sample, progress: Progress, engine: Engine, readings: Readings, hooks: RolloutHooks
 ) -> bool:
     """Return True if the new tokens close the description, and store it in the sample."""
     if sample.description is not None or not readings.apply_to(sample.prompt):
@@ -175,7 +266,27 @@ def _rollout(
         prompt_token_ids=sample.prompt.token_ids,
         completion=sample.completion,
         description=description,
-        reading=None if sample.key is None else readings.result(sample.key),
+        reading=readings.result(sample.key),
         weight_version=weight_version,
-        question_only=None if sample.question_key is None else readings.result(sample.question_key),
+        question_only=readings.result(sample.question_key),
     )
+
+
+def check_prompt_fits(
+    engine: Engine, prompt: Prompt, num_prompt: int, num_sampled: int, what: str
+) -> None:
+    """Raise EngineError, naming the sample, if prompt and sampled tokens exceed the length."""
+    if num_prompt + num_sampled <= engine.max_model_len:
+        return
+    example = prompt.example
+    raise EngineError(
+        f"{example.shard} sample {example.key} (index {example.index}): {what} can take "
+        f"{num_prompt} prompt tokens and {num_sampled} sampled ones, which exceeds the engine's "
+        f"{engine.max_model_len}; raise rollout.max_model_len or lower the token limits"
+    )
+
+
+def _digest(token_ids: tuple[int, ...]) -> int:
+    """Return a hash of a prompt in [0, 2**31)."""
+    text = ",".join(map(str, token_ids)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "big") >> 1

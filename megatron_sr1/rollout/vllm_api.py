@@ -1,4 +1,4 @@
-"""What the engine calls of vLLM: start in this process, requests, shutdown."""
+"""What the engine uses of vLLM: start in this process, requests, shutdown, and our sampler."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.errors import EngineError
 from megatron_sr1.rollout import weight_sync
-from megatron_sr1.rollout.sampler import FullVocabularySampler
 from megatron_sr1.runtime.cpu import patch_torchvision
 from megatron_sr1.runtime.rng import preserve_rng_and_threads
 
@@ -28,6 +27,7 @@ log = logging.getLogger(__name__)
 _CPU_STEP_TOKENS = 32768  # prompt tokens per step on a CPU; raised to hold one whole prompt
 _STEP_TOKENS = 8192  # the smallest of vLLM's default limits per step on GPUs
 _CPU_BLOCK_TOKENS = 32  # short prompts share a prefix only if blocks are short
+_GREEDY_BELOW = 1e-5
 
 
 @preserve_rng_and_threads()  # importing and starting vLLM changes both
@@ -46,6 +46,7 @@ def start_vllm(
     import vllm
     from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
     from vllm.platforms import current_platform
+    from vllm.v1 import outputs
 
     built_for = "cpu" if current_platform.is_cpu() else "cuda"
     if built_for != device_kind:
@@ -77,7 +78,10 @@ def start_vllm(
         )
     # vLLM's finalizer would destroy torch's process group, which the trainer also uses.
     llm.llm_engine.engine_core._finalizer.detach()
-    _replace_sampler(llm.llm_engine, processor.vision_token_ids if processor else ())
+    runner = llm.llm_engine.model_executor.driver_worker.model_runner
+    runner.sampler = FullVocabularySampler(
+        runner.sampler.topk_topp_sampler, outputs, processor.vision_token_ids if processor else ()
+    )
     llm.init_weight_transfer_engine({"init_info": {}})
     return llm
 
@@ -96,12 +100,9 @@ def set_environment(kv_cache_gib: int) -> None:
 
 @contextmanager
 def _launcher_variables() -> Iterator[None]:
-    """Set a launcher's variables while the engine starts, unless a launcher has set them.
-
-    vLLM reads the rank from the environment even if the process group is already initialized.
-    """
-    variables = {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    variables["RANK"] = str(torch.distributed.get_rank())
+    """Set a launcher's variables, unless one has: vLLM reads the rank from the environment."""
+    variables = {"RANK": str(torch.distributed.get_rank()), "LOCAL_RANK": "0"}
+    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     added = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ.update(added)
     try:
@@ -135,14 +136,6 @@ def device_arguments(
         size = {"shortest_edge": processor.min_pixels, "longest_edge": processor.max_pixels}
         arguments["mm_processor_kwargs"] = {"size": size}
     return arguments
-
-
-def _replace_sampler(core: Any, banned_token_ids: Iterable[int]) -> None:
-    from vllm.v1 import outputs
-
-    runner = core.model_executor.driver_worker.model_runner
-    draw = runner.sampler.topk_topp_sampler
-    runner.sampler = FullVocabularySampler(draw, outputs, banned_token_ids)
 
 
 def preprocess(core: Any, request: Request) -> dict[str, Any]:
@@ -188,3 +181,87 @@ def shut_down(core: Any) -> None:
     core.model_executor.shutdown()
     core.scheduler.shutdown()
     gc.unfreeze()
+
+
+class FullVocabularySampler(torch.nn.Module):
+    """Replaces vLLM's sampler: excludes banned ids, but reports logprobs of the full softmax.
+
+    A step of the engine samples one id per sequence from the softmax restricted to the ids that are
+    not banned. Its logprob is log_softmax(logits / temperature)[id] over the whole vocabulary
+    (temperature 1 for greedy sequences), so that an actor that does not know the bans computes the
+    same number: under the restricted distribution it would be larger by -log(1 - mass of the banned
+    ids), the same for every id of a position.
+
+    Not supported, as no request uses them: penalties, stop-word bans, min-p, top-k, top-p, the
+    logprobs of alternatives, and ranks.
+    """
+
+    logprobs_mode = "raw_logprobs"
+
+    def __init__(self, draw: torch.nn.Module, outputs: Any, banned_token_ids: Iterable[int]):
+        """Wrap vLLM's `TopKTopPSampler`, which uses each request's generator; never sample bans.
+
+        `outputs` is vLLM's module of output records.
+        """
+        super().__init__()
+        self.topk_topp_sampler = draw
+        self._outputs = outputs
+        self._banned = torch.tensor(sorted(set(banned_token_ids)), dtype=torch.int64)
+
+    def forward(
+        self,
+        logits: torch.Tensor,
+        sampling_metadata: Any,
+        predict_bonus_token: bool = False,
+        logprobs_mode_override: str | None = None,
+    ) -> Any:
+        """Sample one id per row of logits [sequences, vocabulary], which are overwritten.
+
+        Returns:
+            vLLM's `SamplerOutput`. The last two arguments, which vLLM passes, are not used.
+        """
+        logits = logits.float()
+        temperature = sampling_metadata.temperature
+        if temperature is not None:
+            greedy = temperature < _GREEDY_BELOW
+            logits.div_(temperature.masked_fill(greedy, 1.0).unsqueeze(1))
+        wanted = sampling_metadata.max_num_logprobs is not None
+        log_total = logits.logsumexp(dim=-1, keepdim=True) if wanted else None
+        if self._banned.numel():
+            self._banned = self._banned.to(logits.device)
+            logits.index_fill_(1, self._banned, float("-inf"))
+        if sampling_metadata.all_greedy:
+            drawn = logits.argmax(dim=-1)
+        else:
+            drawn = self._draw(logits, sampling_metadata.generators)
+            if not sampling_metadata.all_random:
+                drawn = torch.where(greedy, logits.argmax(dim=-1), drawn)
+        tensors = None
+        if log_total is not None:
+            logprobs = logits.gather(1, drawn.unsqueeze(1)) - log_total
+            tensors = self._tensors(drawn.unsqueeze(1), logprobs)
+        return self._outputs.SamplerOutput(drawn.int().unsqueeze(1), tensors)
+
+    def _draw(self, logits: torch.Tensor, generators: dict[int, torch.Generator]) -> torch.Tensor:
+        """Sample with each row's generator; preserves the trainer's CPU random state."""
+        state = torch.get_rng_state()
+        drawn, _ = self.topk_topp_sampler(logits, generators, None, None)
+        torch.set_rng_state(state)
+        return drawn.long().view(-1)
+
+    @staticmethod
+    def compute_logprobs(logits: torch.Tensor) -> torch.Tensor:
+        """Return float32 logprobs; vLLM calls it for prompt positions."""
+        return logits.log_softmax(dim=-1, dtype=torch.float32)
+
+    def gather_logprobs(
+        self, logprobs: torch.Tensor, num_logprobs: int, token_ids: torch.Tensor
+    ) -> Any:
+        """Select logprobs [tokens, vocabulary] of given tokens; vLLM calls it for prompts."""
+        assert num_logprobs == 0, "alternatives are not supported"
+        columns = token_ids.unsqueeze(1)
+        return self._tensors(columns, logprobs.gather(1, columns))
+
+    def _tensors(self, token_ids: torch.Tensor, logprobs: torch.Tensor) -> Any:
+        ranks = torch.zeros(len(token_ids), dtype=torch.int64, device=token_ids.device)
+        return self._outputs.LogprobsTensors(token_ids.int(), logprobs, ranks)

@@ -70,26 +70,13 @@ def _unfinished(model: torch.nn.Module) -> set[str]:
     """
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-    names = set()
-    for name, layer in model.named_modules():
-        info = get_layerwise_info(layer)
-        padded = hasattr(layer, "num_embeddings_padded")
-        if info.can_load() and not padded and 0 < info.load_numel < info.load_numel_total:
-            names.add(name)
-    return names
-
-
-def _repack_output_layer(model: torch.nn.Module) -> None:
-    """Repack the weight of the output layer after loading.
-
-    An output layer tied to the embedding receives no tensor of its own, so the reload skips it; but
-    on a CPU it computes with a packed copy, made when it was first loaded.
-    """
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-
-    for layer in model.modules():
-        if isinstance(layer, ParallelLMHead):
-            layer.quant_method.process_weights_after_loading(layer)
+    return {
+        name
+        for name, layer in model.named_modules()
+        if (info := get_layerwise_info(layer)).can_load()
+        and not hasattr(layer, "num_embeddings_padded")
+        and 0 < info.load_numel < info.load_numel_total
+    }
 
 
 @functools.cache
@@ -99,6 +86,7 @@ def _transfer_class() -> type:
         WeightTransferInitInfo,
         WeightTransferUpdateInfo,
     )
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
     from vllm.model_executor.model_loader import reload
 
     @dataclass
@@ -140,7 +128,11 @@ def _transfer_class() -> type:
 
         def finish_weight_update(self) -> None:
             reload.finalize_layerwise_reload(self.model, self.model_config)
-            _repack_output_layer(self.model)
+            # An output layer tied to the embedding receives no tensor of its own, so the reload
+            # skips it; but on a CPU it computes with a packed copy, made when it was first loaded.
+            for layer in self.model.modules():
+                if isinstance(layer, ParallelLMHead):
+                    layer.quant_method.process_weights_after_loading(layer)
 
         def shutdown(self) -> None:
             pass

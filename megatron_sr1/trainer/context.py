@@ -18,7 +18,7 @@ import torch
 
 from megatron_sr1.checkpoint.folders import fingerprint, latest_step
 from megatron_sr1.checkpoint.loading import load_checkpoint
-from megatron_sr1.checkpoint.saving import EVALUATION, Keep, SaveQueue
+from megatron_sr1.checkpoint.saving import EVALUATION, SaveQueue
 from megatron_sr1.config.loading import save_config
 from megatron_sr1.config.run import Config
 from megatron_sr1.data.loader import Loader
@@ -74,10 +74,8 @@ class Context:
             self.run_dir,
             rank,
         )
-        saved, self.checkpoints = config.checkpoint, self.run_dir / "checkpoints"
-        keep = Keep(saved.keep_last, saved.keep_best, saved.best_by)
-        limit = saved.max_in_flight if saved.asynchronous else 0
-        self._saves = SaveQueue(self.checkpoints, keep, limit)
+        self.checkpoints = self.run_dir / "checkpoints"
+        self._saves = SaveQueue(self.checkpoints, config.checkpoint)
         self._origin: dict[str, str] = {}
         self._sinks: list[Sink] = []
         self._metrics: MetricsFile | None = None

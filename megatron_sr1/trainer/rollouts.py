@@ -11,17 +11,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
-from megatron_sr1.config.run import Config
 from megatron_sr1.errors import DataError, GradingLimit
 from megatron_sr1.records import Example, Prompt, Reward, Rollout
 from megatron_sr1.rewards.response import find_description
 from megatron_sr1.rewards.score import Scorer, cross
 from megatron_sr1.rollout.engine import Engine
-from megatron_sr1.rollout.pass2 import Pass2, RolloutHooks
-from megatron_sr1.rollout.two_pass import roll_out
+from megatron_sr1.rollout.two_pass import RolloutHooks, roll_out
 from megatron_sr1.runtime.groups import Groups, gather_objects, sum_over_ranks
 from megatron_sr1.runtime.rng import request_seed
 from megatron_sr1.trainer.context import Context
@@ -113,8 +111,7 @@ def roll_out_prompts(
     """Sample and score prompts on all replicas.
 
     Returns:
-        the graded rollouts of all replicas in the order of `indices`, equal on every rank, and what
-        the engine counted.
+        the graded rollouts in the order of `indices`, equal on every rank, and engine counts.
     """
     config = context.config
     with context.phase("prompts"):
@@ -123,15 +120,13 @@ def roll_out_prompts(
         rollouts, stats = roll_out(
             engine,
             prompts,
-            samples_per_prompt=config.rollout.samples_per_prompt,
-            temperature=config.rollout.temperature,
-            max_response_tokens=config.rollout.max_response_tokens,
-            pass2=pass2_settings(config) if config.reward.recipe == "vision_sr1" else None,
-            hooks=RolloutHooks(
+            config.rollout,
+            RolloutHooks(
                 find_description,
-                samples.reading_prompt,
+                samples.reading_prompt if config.reward.recipe == "vision_sr1" else None,
                 partial(request_seed, config.seed, context.step),
                 samples.gold_answer,
+                config.reward.question_baseline,
             ),
         )
     context.meter.move("pass1", "pass2", stats.pass2_only_seconds)
@@ -168,18 +163,6 @@ def read_prompts(
 
     own = indices[engine.replica :: engine.num_replicas]
     return context.read_usable(read, own, engine.is_replica_leader)
-
-
-def pass2_settings(config: Config) -> Pass2:
-    """Return the configured pass 2."""
-    return Pass2(
-        schedule=config.rollout.pass2,
-        temperature=config.rollout.pass2_temperature,
-        max_tokens=config.rollout.max_reading_tokens,
-        mode=config.rollout.pass2_mode,
-        num_samples=config.rollout.pass2_samples,
-        question_only=config.reward.question_baseline,
-    )
 
 
 def score(rollouts: Sequence[Rollout], samples: Samples, scorer: Scorer) -> Graded:
@@ -227,16 +210,12 @@ def gather_graded(graded: Graded, order: Sequence[int], groups: Groups) -> Grade
     The result is in the order of these indices of examples, samples ascending.
     """
     place = {index: number for number, index in enumerate(order)}
-    parts = gather_objects(graded, groups.world)
 
     def in_order(found: Iterable[Scored]) -> tuple[Scored, ...]:
         return tuple(sorted(found, key=lambda s: (place[s.rollout.index], s.rollout.sample)))
 
-    return Graded(
-        in_order(item for part in parts for item in part.scored),
-        {index: text for part in parts for index, text in part.ungraded.items()},
-        in_order(item for part in parts for item in part.set_aside),
-    )
+    whole = reduce(Graded.with_more, gather_objects(graded, groups.world))
+    return Graded(in_order(whole.scored), whole.ungraded, in_order(whole.set_aside))
 
 
 def reward_means(scored: Sequence[Scored]) -> dict[str, float]:

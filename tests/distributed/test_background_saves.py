@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sr1.checkpoint.disk import read_manifest
 from megatron_sr1.checkpoint.folders import steps
-from megatron_sr1.checkpoint.manifest import read_manifest
 from megatron_sr1.demo.digits import make_digits
 from tests.distributed.test_resume import command, numbers, run_to_the_end
 

@@ -12,8 +12,7 @@ from megatron_sr1.checkpoint.folders import resolve_model
 from megatron_sr1.checkpoint.tensors import METADATA, unwrap
 from megatron_sr1.config.run import ModelConfig, ParallelConfig
 from megatron_sr1.conversion.convert import hf_to_megatron, megatron_to_hf
-from megatron_sr1.conversion.reader import UnitReader
-from megatron_sr1.conversion.units import units
+from megatron_sr1.conversion.units import UnitReader, units
 from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.runtime import cpu
 from tests.checkpoint_files import files_of, write_two_files
@@ -91,7 +90,8 @@ def test_what_every_layout_saved_converts_back(loaded, untied, tmp_path, layout)
     """Two ranks' pieces are put together, and the padding of the vocabulary is left out."""
     found = resolve_model(loaded / untied.name / f"{layout}.saved")
     all_units = units(read_hf_config(found.hf_files))
-    pieces = {UnitReader(found.weights, all_units).num_pieces(unit) for unit in all_units}
+    reader = UnitReader(found.weights, all_units)
+    pieces = {len(reader.pieces(unit)) for unit in all_units}
     assert pieces == ({1, 2} if layout == "2x1x1b" else {1})
     megatron_to_hf(found, tmp_path / "hf", True, quiet)
     assert files_of(tmp_path / "hf") == files_of(untied)

@@ -8,10 +8,10 @@ import os
 import pytest
 import rollout_setup as setup
 
+from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.data.prompts import pass2_messages
 from megatron_sr1.rollout.engine import Request
-from megatron_sr1.rollout.pass2 import Pass2, RolloutHooks
-from megatron_sr1.rollout.two_pass import roll_out
+from megatron_sr1.rollout.two_pass import RolloutHooks, roll_out
 from tools.engine_steps import SCHEDULES, Limits, jobs_of, recorded, simulate
 
 LIMITS = Limits(max_num_seqs=128, max_step_tokens=32768, block_tokens=32, chunked=False)
@@ -40,13 +40,16 @@ def runs(tiny_model):
             rollouts, stats = roll_out(
                 engine,
                 prompts,
-                samples_per_prompt=6,
-                temperature=1.0,
-                max_response_tokens=24,
-                pass2=PASS2[schedule] and Pass2(PASS2[schedule], 1.0, 10),
-                hooks=RolloutHooks(
+                RolloutConfig(
+                    samples_per_prompt=6,
+                    max_response_tokens=24,
+                    pass2=PASS2[schedule] or "fork",
+                    pass2_temperature=1.0,
+                    max_reading_tokens=10,
+                ),
+                RolloutHooks(
                     find_description=first_letters,
-                    reading_prompt=reading_prompt,
+                    reading_prompt=reading_prompt if PASS2[schedule] else None,
                     seed_of=lambda index, sample, part: (1000 * index + 10 * sample + part) % 2**31,
                     closing_mark="e",
                 ),

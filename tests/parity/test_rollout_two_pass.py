@@ -9,11 +9,18 @@ from dataclasses import replace
 import pytest
 import rollout_setup as setup
 
+from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.errors import EngineError
 from megatron_sr1.rewards.response import find_description
 from megatron_sr1.rollout.engine import Progress, Request
-from megatron_sr1.rollout.pass2 import Pass2, Readings, RolloutHooks, _digest
-from megatron_sr1.rollout.two_pass import _has_closed, _Sample, roll_out
+from megatron_sr1.rollout.two_pass import (
+    Readings,
+    RolloutHooks,
+    _digest,
+    _has_closed,
+    _Sample,
+    roll_out,
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,22 +38,22 @@ def roll(tiny_model, engine):
             [{"role": "user", "content": [{"type": "text", "text": text}]}]
         )
 
-    def call(prompts, end="e", schedule="fork", early=None, **changes):
+    def call(prompts, end="e", hooks=None, **changes):
         settings = {
             "samples_per_prompt": 4,
-            "temperature": 1.0,
             "max_response_tokens": 24,
-            "pass2": Pass2(schedule, 1.0, 10),
-            "hooks": RolloutHooks(
-                find_description=lambda text: text.split(end)[0] if end in text else None,
-                reading_prompt=reading_prompt,
-                seed_of=lambda index, sample, part: (1000 * index + 10 * sample + part) % 2**31,
-                gold_answer=lambda prompt: processor.encode_answer("\\boxed{", "14", "}"),
-                closing_mark=end[-1],
-            ),
+            "pass2_temperature": 1.0,
+            "max_reading_tokens": 10,
         }
-        settings["hooks"] = replace(settings["hooks"], **(early or {}))
-        return roll_out(engine, prompts, **{**settings, **changes})
+        usual = RolloutHooks(
+            find_description=lambda text: text.split(end)[0] if end in text else None,
+            reading_prompt=reading_prompt,
+            seed_of=lambda index, sample, part: (1000 * index + 10 * sample + part) % 2**31,
+            gold_answer=lambda prompt: processor.encode_answer("\\boxed{", "14", "}"),
+            closing_mark=end[-1],
+        )
+        rollout = RolloutConfig(**{**settings, **changes})
+        return roll_out(engine, prompts, rollout, replace(usual, **(hooks or {})))
 
     call.reading_prompt = reading_prompt
     return call
@@ -57,11 +64,14 @@ EARLY = {
     "closing_mark": "",
 }
 """A description is the first eight characters, whatever they are: greedy text repeats itself."""
+QUESTION_ONLY = {"question_only": True}
+NO_PASS_2 = {"reading_prompt": None}
+LIKELIHOOD = {"pass2_temperature": 0.0, "pass2_mode": "likelihood"}
 MODES = {
-    "greedy": {"temperature": 0.0},
-    "sampled": {"temperature": 1.0},
-    "three answers": {"temperature": 1.0, "num_samples": 3, "question_only": True},
-    "likelihood": {"temperature": 0.0, "mode": "likelihood", "question_only": True},
+    "greedy": ({"pass2_temperature": 0.0}, EARLY),
+    "sampled": ({"pass2_temperature": 1.0}, EARLY),
+    "three answers": ({"pass2_temperature": 1.0, "pass2_samples": 3}, EARLY | QUESTION_ONLY),
+    "likelihood": (LIKELIHOOD, EARLY | QUESTION_ONLY),
 }
 
 
@@ -71,13 +81,9 @@ def test_fork_and_barrier_give_the_same_tokens_in_both_passes(
     tiny_model, roll, mode, first_temperature
 ):
     prompts = [setup.prompt(tiny_model, k) for k in range(4)]
+    settings, hooks = MODES[mode]
     forked, held = (
-        roll(
-            prompts,
-            temperature=first_temperature,
-            pass2=Pass2(schedule=schedule, max_tokens=10, **MODES[mode]),
-            early=EARLY,
-        )[0]
+        roll(prompts, temperature=first_temperature, pass2=schedule, hooks=hooks, **settings)[0]
         for schedule in ("fork", "barrier")
     )
     assert [without_scores(r) for r in forked] == [without_scores(r) for r in held]
@@ -98,8 +104,8 @@ def without_scores(rollout):
 
 def test_fork_takes_fewer_steps_than_a_barrier(tiny_model, roll):
     prompts = [setup.prompt(tiny_model, k) for k in range(4)]
-    forked, fork_stats = roll(prompts, end="x", schedule="fork")
-    held, barrier_stats = roll(prompts, end="x", schedule="barrier")
+    forked, fork_stats = roll(prompts, end="x", pass2="fork")
+    held, barrier_stats = roll(prompts, end="x", pass2="barrier")
     assert 0 < fork_stats.num_pass2 == sum(r.reading is not None for r in forked) < 16
     assert fork_stats.engine_steps <= 24 + 10 == barrier_stats.engine_steps
     assert fork_stats.pass2_only_seconds < fork_stats.seconds
@@ -137,7 +143,7 @@ def sampled(ids, part):
 
 def test_several_answers_are_those_of_their_seeds(tiny_model, engine, roll):
     prompts = [setup.prompt(tiny_model, k) for k in range(3)]
-    rollouts, stats = roll(prompts, pass2=Pass2("fork", 1.0, 10, num_samples=3))
+    rollouts, stats = roll(prompts, pass2_samples=3)
     read = [r for r in rollouts if r.reading is not None]
     assert read and stats.num_prompts2 < 3 * len(read)
     for rollout in read[:4]:
@@ -150,8 +156,7 @@ def test_several_answers_are_those_of_their_seeds(tiny_model, engine, roll):
 def test_likelihood_of_the_gold_answer_equals_transformers(tiny_model, roll):
     prompts = [setup.prompt(tiny_model, k) for k in range(3)]
     lead, answer = setup.processor(tiny_model).encode_answer("\\boxed{", "14", "}")
-    pass2 = Pass2("fork", 0.0, 10, mode="likelihood", question_only=True)
-    rollouts, stats = roll(prompts, pass2=pass2)
+    rollouts, stats = roll(prompts, hooks=QUESTION_ONLY, **LIKELIHOOD)
     assert stats.pass2_tokens == 0 and any(r.reading for r in rollouts)
     for rollout in rollouts:
         read = [("", rollout.question_only), (rollout.description, rollout.reading)]
@@ -168,7 +173,7 @@ def test_likelihood_of_the_gold_answer_equals_transformers(tiny_model, roll):
 def test_equal_descriptions_of_a_question_are_read_once(tiny_model, roll):
     """At temperature 0 all samples of a prompt say the same."""
     prompts = [setup.prompt(tiny_model, k) for k in range(3)]
-    rollouts, stats = roll(prompts, temperature=0.0, early=EARLY)
+    rollouts, stats = roll(prompts, temperature=0.0, hooks=EARLY)
     assert stats.num_pass2 == len(rollouts) == 12
     descriptions = {r.description: r.reading for r in rollouts}
     assert stats.num_prompts2 == len(descriptions) <= 3  # the three ask the same question
@@ -179,8 +184,8 @@ def test_equal_descriptions_of_a_question_are_read_once(tiny_model, roll):
 
 def test_questions_alone_are_read_once_and_only_with_images(tiny_model, roll):
     text_only, image = setup.prompt(tiny_model, 0, num_images=0), setup.prompt(tiny_model, 1)
-    pass2 = Pass2("barrier", 0.0, 10, question_only=True)
-    rollouts, stats = roll([text_only, image], end="\u2603", pass2=pass2)
+    settings = {"pass2": "barrier", "pass2_temperature": 0.0, "hooks": QUESTION_ONLY}
+    rollouts, stats = roll([text_only, image], end="\u2603", **settings)
     assert stats.num_prompts2 == 1 and stats.num_pass2 == 0
     assert [r.question_only is None for r in rollouts] == [True] * 4 + [False] * 4
 
@@ -190,7 +195,7 @@ def test_description_is_found_where_its_end_shares_tokens_with_its_neighbours(
 ):
     """The mark begins inside one sampled token and ends inside the next."""
     prompts = [setup.prompt(tiny_model, k) for k in range(4)]
-    rollouts, _ = roll(prompts, pass2=None)
+    rollouts, _ = roll(prompts, hooks=NO_PASS_2)
     pieces = [[engine.piece(t) for t in r.completion.token_ids] for r in rollouts]
     ends = (
         (left[-1] + right[0], rollout)
@@ -221,8 +226,8 @@ def test_in_qwens_own_vocabulary_the_tag_closes_with_the_token_that_holds_its_en
     encoded = qwen_tokenizer(before + after, return_offsets_mapping=True)
     ids, places = encoded["input_ids"], encoded["offset_mapping"]
     sample = _Sample(setup.prompt(tiny_model, 0), 0)
-    hooks = RolloutHooks(find_description, None, None)
-    readings = Readings(engine, Pass2("fork", 0.0, 8), hooks)
+    hooks = RolloutHooks(find_description, lambda prompt, description: (), None)
+    readings = Readings(engine, RolloutConfig(), hooks)
     closed = [
         number
         for number in range(len(ids))
@@ -237,7 +242,7 @@ def test_without_images_a_closed_description_or_pass_2_there_is_no_reading(tiny_
     rollouts, stats = roll([text_only, image])
     assert all(r.reading is None for r in rollouts[:4])
     assert all((r.reading is None) == (r.description is None) for r in rollouts[4:])
-    rollouts, stats = roll([image], pass2=None)
+    rollouts, stats = roll([image], hooks=NO_PASS_2)
     assert stats.num_pass2 == stats.pass2_tokens == stats.pass2_only_seconds == 0
     assert any(r.description is not None for r in rollouts)
     rollouts, stats = roll([image], end="\u2603")
@@ -254,5 +259,5 @@ def test_lengths_that_may_not_fit_are_rejected_before_anything_is_sampled(tiny_m
     with pytest.raises(EngineError, match=r"shard0\.tar sample key0 .*pass 1"):
         roll(prompts, max_response_tokens=250)
     with pytest.raises(EngineError, match=r"sample key0 .*pass 2"):
-        roll(prompts, pass2=Pass2("fork", 0.0, 250))
+        roll(prompts, max_reading_tokens=250)
     assert engine.num_steps == steps and engine.num_live == 0

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from megatron_sr1.checkpoint.folders import latest_step, read_state, resolve_model
-from megatron_sr1.checkpoint.saving import Keep, remove_old, remove_remains
+from megatron_sr1.checkpoint.saving import remove_old, remove_remains
 from megatron_sr1.checkpoint.untrusted import check_folder
+from megatron_sr1.config.training import CheckpointConfig
 from megatron_sr1.errors import CheckpointError
 
 
@@ -50,9 +51,9 @@ def test_a_latest_that_leads_nowhere_is_an_error_that_names_the_complete_ones(tm
 def test_the_last_checkpoints_are_kept_and_later_ones_left_alone(tmp_path):
     for step in (2, 4, 10, 20):
         make_step(tmp_path, step)
-    remove_old(tmp_path / "step_10", Keep(2))
+    remove_old(tmp_path / "step_10", CheckpointConfig(keep_last=2))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_10", "step_20", "step_4"]
-    remove_old(tmp_path / "step_20", Keep())
+    remove_old(tmp_path / "step_20", CheckpointConfig(keep_last=0))
     assert len(list(tmp_path.iterdir())) == 3
 
 

@@ -17,8 +17,8 @@ import psutil
 import pytest
 import torch
 
+from megatron_sr1.checkpoint.disk import MANIFEST
 from megatron_sr1.checkpoint.folders import MAX_STATE_BYTES, latest_step, read_state
-from megatron_sr1.checkpoint.manifest import MANIFEST
 from megatron_sr1.checkpoint.saving import write_manifest
 from megatron_sr1.checkpoint.untrusted import check_folder
 from megatron_sr1.errors import CheckpointError
@@ -57,7 +57,7 @@ def copy(saved, tmp_path):
 def sign(step, groups):
     """A manifest that fits what is there now."""
     (step / MANIFEST).unlink()
-    write_manifest(step, groups)
+    write_manifest(step, groups, {})
 
 
 def put_metadata(step, attack):

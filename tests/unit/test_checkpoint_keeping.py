@@ -5,11 +5,16 @@ import json
 import pytest
 
 from megatron_sr1.checkpoint.folders import latest_step, read_state, steps
-from megatron_sr1.checkpoint.saving import Keep, remove_old
+from megatron_sr1.checkpoint.saving import remove_old
 from megatron_sr1.config.loading import load_config
+from megatron_sr1.config.training import CheckpointConfig
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.trainer.context import Context
 from tests.checkpoint_run import make_run
+
+
+def keep(last, best, best_by="max accuracy"):
+    return CheckpointConfig(keep_last=last, keep_best=best, best_by=best_by)
 
 
 def rated(folder, rates):
@@ -24,36 +29,36 @@ def rated(folder, rates):
 
 
 @pytest.mark.parametrize(
-    ("keep", "kept"),
+    ("settings", "kept"),
     [
-        (Keep(1, 1, "max accuracy"), [2, 6]),
-        (Keep(1, 2, "max accuracy"), [2, 4, 6]),  # of equal ones the later
-        (Keep(2, 1, "min shortcut_rate"), [3, 5, 6]),
-        (Keep(3, 1, "max accuracy"), [2, 4, 5, 6]),
-        (Keep(1, 1, "max description_exact"), [6]),  # nothing gave it
-        (Keep(1, 0, "max accuracy"), [6]),
-        (Keep(0, 1, "max accuracy"), [1, 2, 3, 4, 5, 6]),
+        (keep(1, 1), [2, 6]),
+        (keep(1, 2), [2, 4, 6]),  # of equal ones the later
+        (keep(2, 1, "min shortcut_rate"), [3, 5, 6]),
+        (keep(3, 1), [2, 4, 5, 6]),
+        (keep(1, 1, "max description_exact"), [6]),  # nothing gave it
+        (keep(1, 0), [6]),
+        (keep(0, 1), [1, 2, 3, 4, 5, 6]),
     ],
 )
-def test_the_best_and_the_last_stay(tmp_path, keep, kept):
+def test_the_best_and_the_last_stay(tmp_path, settings, kept):
     rates = [(0.5, 0.4), (0.9, 0.3), (0.1, 0.0), (0.5, 0.5), None, (0.2, 0.2)]
     names = ("accuracy", "shortcut_rate")
     rated(tmp_path, rates=[pair and dict(zip(names, pair, strict=True)) for pair in rates])
-    remove_old(tmp_path / "step_6", keep)
+    remove_old(tmp_path / "step_6", settings)
     assert steps(tmp_path) == kept
 
 
 @pytest.mark.parametrize("value", ["high", True, None, float("nan"), [1]])
 def test_a_rating_that_is_no_number_is_none(tmp_path, value):
     rated(tmp_path, rates=[{"accuracy": 0.1}, {"accuracy": value}, {"accuracy": 0.0}])
-    remove_old(tmp_path / "step_3", Keep(1, 1, "max accuracy"))
+    remove_old(tmp_path / "step_3", keep(1, 1))
     assert steps(tmp_path) == [1, 3]
 
 
 def test_a_damaged_checkpoint_is_not_among_the_best(tmp_path):
     rated(tmp_path, rates=[{"accuracy": 0.4}, {"accuracy": 0.9}, {"accuracy": 0.1}])
     (tmp_path / "step_2" / ".metadata").unlink()
-    remove_old(tmp_path / "step_3", Keep(1, 1, "max accuracy"))
+    remove_old(tmp_path / "step_3", keep(1, 1))
     assert steps(tmp_path) == [1, 3]
 
 

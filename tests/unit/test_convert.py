@@ -17,8 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_sr1.checkpoint.disk import MANIFEST, read_manifest
 from megatron_sr1.checkpoint.folders import resolve_model
-from megatron_sr1.checkpoint.manifest import MANIFEST, read_manifest
 from megatron_sr1.checkpoint.saving import write_manifest
 from megatron_sr1.conversion.convert import claimed, hf_to_megatron, megatron_to_hf
 from megatron_sr1.conversion.plan import peak_bytes, plan_to_hf, plan_to_megatron
@@ -217,7 +217,7 @@ def test_verify_finds_one_changed_bit_of_a_checkpoint(model, tmp_path, capsys):
     path = max(step.glob("*.distcp"), key=lambda p: p.stat().st_size)
     flip(path, path.stat().st_size // 2)
     (step / MANIFEST).unlink()
-    write_manifest(step, single_process())  # so that only the values tell
+    write_manifest(step, single_process(), {})  # so that only the values tell
     assert main(arguments) == 1
     said = capsys.readouterr().err
     assert "differ in" in said and path.name in said and said.count("weight (") == 1
@@ -254,7 +254,7 @@ def test_a_pickle_that_would_run_code_is_refused(converted, tmp_path, put, messa
     step = tmp_path / "m" / "step_0"
     put(step, Attack(tmp_path / "owned"))
     (step / MANIFEST).unlink()
-    write_manifest(step, single_process())
+    write_manifest(step, single_process(), {})
     with pytest.raises(CheckpointError, match=message):
         megatron_to_hf(resolve_model(tmp_path / "m"), tmp_path / "hf", True, quiet)
     assert not (tmp_path / "owned").exists() and not (tmp_path / "hf").exists()
@@ -265,7 +265,7 @@ def test_a_checkpoint_of_another_model_is_refused(converted, tmp_path):
     path = tmp_path / "m" / "step_0" / ".metadata"
     path.write_bytes(path.read_bytes().replace(b"merger.linear_fc1", b"merger.linear_fc9"))
     (tmp_path / "m" / "step_0" / MANIFEST).unlink()
-    write_manifest(tmp_path / "m" / "step_0", single_process())
+    write_manifest(tmp_path / "m" / "step_0", single_process(), {})
     with pytest.raises(CheckpointError, match=r"vision_model.merger.linear_fc1.weight is missing"):
         megatron_to_hf(resolve_model(tmp_path / "m"), tmp_path / "hf", True, quiet)
 

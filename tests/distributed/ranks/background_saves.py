@@ -47,9 +47,9 @@ def main():
     pending = begin_save(out / "background", 1, run.actor.trained, {}, in_background=True)
     seen = {"trained": run.updates(2), "before": steps(out / "background")}
     if rank == 0:
-        while not pending.is_done:
+        while not pending.tensors.is_done:
             time.sleep(0.01)
-    seen["done"] = pending.is_done
+    seen["done"] = pending.tensors.is_done
     dist.barrier()
     gate.touch()
     pending.finish()

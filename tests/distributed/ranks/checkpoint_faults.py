@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_sr1.checkpoint import manifest, saving, tensors
+from megatron_sr1.checkpoint import disk, saving, tensors
 from megatron_sr1.config.run import ParallelConfig
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.runtime.device import select_device, start_distributed
@@ -40,13 +40,13 @@ def main():
     groups = make_groups(ParallelConfig(tensor=2), device)
     rank, folder = groups.world.rank, out / "checkpoints"
     actor = make_run(source, groups)
-    measured, plain = [], manifest.measure
+    measured, plain = [], disk.measure
 
     def note(path, **more):
         measured.append(Path(path).name)
         return plain(path, **more)
 
-    for module in (manifest, saving, tensors):
+    for module in (disk, saving, tensors):
         module.measure = note
     fill(actor, 2)
     save(actor, groups, folder, 2, source)

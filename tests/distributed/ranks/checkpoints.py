@@ -20,9 +20,10 @@ import torch.distributed as dist
 from megatron_sr1.checkpoint.folders import resolve_model
 from megatron_sr1.checkpoint.hf import save_hf
 from megatron_sr1.checkpoint.loading import load_checkpoint, load_model
-from megatron_sr1.checkpoint.saving import Keep, SaveQueue, begin_save
+from megatron_sr1.checkpoint.saving import SaveQueue, begin_save
 from megatron_sr1.checkpoint.tensors import Trained
 from megatron_sr1.config.loading import load_config
+from megatron_sr1.config.training import CheckpointConfig
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.model.qwen25_vl import build_model
@@ -51,7 +52,7 @@ def load(config, groups):
     hf_config = read_hf_config(source.hf_files)
     with cpu.megatron_mode():
         chunks = build_model(hf_config, groups, config.model, config.parallel)
-    load_model(chunks, source, hf_config, groups)
+    load_model(chunks, source, hf_config, groups, verify=True)
     return chunks, hf_config, source
 
 
@@ -116,7 +117,7 @@ def resume(out, source, *plans):
         run.updates(2)
         torch.rand(3 + dist.get_rank())  # generators that differ by rank
         for step in (1, 2):
-            saves = SaveQueue(out / saving, Keep(1), 0)
+            saves = SaveQueue(out / saving, CheckpointConfig(keep_last=1))
             saves.add(step, run.actor.trained, {"cursor": [2, 5]}, source)
         results[saving] = run.numbers()
         for layout in others.split(","):

@@ -112,8 +112,9 @@ def inject(case, run_dir):
         real = saving.save_tensors
 
         def save_tensors(*arguments):
-            real(*arguments)
+            pending = real(*arguments)
             fault()
+            return pending
 
         saving.save_tensors = save_tensors
     elif place in ("reward", "worker"):
@@ -170,7 +171,7 @@ def in_update(fault, place):
 
 def in_engine(fault, place):
     from megatron_sr1.rollout.engine import Engine
-    from megatron_sr1.rollout.pass2 import PREFIX
+    from megatron_sr1.rollout.two_pass import PREFIX
 
     if place == "sync":
         real = Engine.sync

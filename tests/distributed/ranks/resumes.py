@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_sr1.checkpoint.manifest import read_manifest
+from megatron_sr1.checkpoint.disk import read_manifest
 from megatron_sr1.config.loading import load_config
 from megatron_sr1.observability.metrics import read_lines
 from megatron_sr1.runtime.device import select_device, start_distributed

@@ -13,8 +13,7 @@ import torch.distributed as dist
 from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.errors import EngineError
 from megatron_sr1.rollout.engine import Engine
-from megatron_sr1.rollout.pass2 import Pass2, RolloutHooks
-from megatron_sr1.rollout.two_pass import roll_out
+from megatron_sr1.rollout.two_pass import RolloutHooks, roll_out
 from megatron_sr1.runtime.device import select_device, start_distributed, stop_distributed
 from tests.parity import rollout_setup as setup
 
@@ -41,11 +40,15 @@ def main(model_dir, output, tensor_parallel):
         rollouts, _ = roll_out(
             engine,
             prompts,
-            samples_per_prompt=4,
-            temperature=1.0,
-            max_response_tokens=20,
-            pass2=Pass2("fork", 1.0, 8, num_samples=2, question_only=True),
-            hooks=RolloutHooks(
+            RolloutConfig(
+                samples_per_prompt=4,
+                max_response_tokens=20,
+                pass2_temperature=1.0,
+                max_reading_tokens=8,
+                pass2_samples=2,
+            ),
+            RolloutHooks(
+                question_only=True,
                 find_description=lambda text: text.split("x")[0] if "x" in text else None,
                 reading_prompt=lambda prompt, description: processor.encode_text(
                     [{"role": "user", "content": [{"type": "text", "text": f"Read {description}"}]}]
