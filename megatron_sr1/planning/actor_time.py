@@ -12,12 +12,7 @@ from dataclasses import dataclass, replace
 
 from megatron_sr1.checkpoint.mapping import TOWER
 from megatron_sr1.model import flops
-from megatron_sr1.planning.costs import (
-    compute_seconds,
-    gather_seconds,
-    memory_seconds,
-    transfer_seconds,
-)
+from megatron_sr1.planning import costs
 from megatron_sr1.planning.layout import Layout, balanced_stages, num_slots
 from megatron_sr1.planning.memory import Activations, StaticMemory, activations_of
 from megatron_sr1.planning.workload import DTYPE_BYTES, PlannedRun, num_parameters
@@ -52,12 +47,12 @@ class PartCost:
         A forward pass writes and reads the activations; a backward pass reads them, and writes and
         reads as many bytes of gradients.
         """
-        moving, collectives = memory_seconds(self.traffic, gpu), self.collective_seconds
+        moving, collectives = costs.memory_seconds(self.traffic, gpu), self.collective_seconds
         if not (with_backward and self.is_trained):
-            return compute_seconds(self.work, gpu) / self.ranks + 2 * moving + collectives
+            return costs.compute_seconds(self.work, gpu) / self.ranks + 2 * moving + collectives
         everything = self.work + flops.backward(self.work) + self.recomputed
         forwards = 2 if self.is_repeated else 1
-        computing = compute_seconds(everything, gpu) / self.ranks
+        computing = costs.compute_seconds(everything, gpu) / self.ranks
         return computing + (2 * forwards + 3) * moving + (forwards + 1) * collectives
 
 
@@ -112,7 +107,7 @@ class ActorCost:
         hidden_bytes = patches * (vision.hidden_size * run.dtype_bytes)
         collectives = vision.depth * self._all_reduces_seconds(hidden_bytes, layout.tower)
         features = run.image_tokens / run.sequence_tokens * self.row_bytes * layout.context
-        collectives += gather_seconds(features, layout.images, run.gpu.nvlink_rate)
+        collectives += costs.gather_seconds(features, layout.images, run.gpu.nvlink_rate)
         return PartCost(
             whole,
             layout.tower,
@@ -159,7 +154,7 @@ class ActorCost:
 
     def swap_seconds(self, held: StaticMemory) -> float:
         """Return the time to swap the reference's weights in and out over PCIe: four copies."""
-        return transfer_seconds(4 * held.weights, self.run.gpu.host_rate)
+        return costs.transfer_seconds(4 * held.weights, self.run.gpu.host_rate)
 
     def update_seconds(self, held: StaticMemory) -> float:
         """Return the time of all updates of a step on ranks that hold `held`."""
@@ -184,20 +179,20 @@ class ActorCost:
 
     def _all_reduces_seconds(self, num_bytes: float, ranks: int) -> float:
         """Time of a layer's two all-reduces, or of the equivalent under sequence parallelism."""
-        return 2 * gather_seconds(2 * num_bytes, ranks, self.run.gpu.nvlink_rate)
+        return 2 * costs.gather_seconds(2 * num_bytes, ranks, self.run.gpu.nvlink_rate)
 
     def _context_seconds(self) -> float:
         """Time to gather a layer's keys and values over context-parallel ranks."""
         text, layout = self.run.hf_config.text, self.layout
         width = 2 * text.num_key_value_heads * text.head_dim / layout.tensor
         num_bytes = self.run.row_tokens * width * self.run.dtype_bytes
-        return gather_seconds(num_bytes, layout.context, self.run.gpu.nvlink_rate)
+        return costs.gather_seconds(num_bytes, layout.context, self.run.gpu.nvlink_rate)
 
     def _send_seconds(self) -> float:
         """Time to send hidden states to the next stage, on another node if there is one."""
         layout, gpu = self.layout, self.run.gpu
         rate = gpu.network_rate if layout.num_ranks > GPUS_PER_NODE else gpu.nvlink_rate
-        return transfer_seconds(self.row_bytes / layout.sequence_split, rate)
+        return costs.transfer_seconds(self.row_bytes / layout.sequence_split, rate)
 
     def _reduce_seconds(self, held: StaticMemory) -> float:
         """Time to reduce gradients over the ranks that share the state, and to gather weights."""
@@ -205,25 +200,22 @@ class ActorCost:
         # Ranks are ordered tensor, context, data; pipeline comes last.
         spans_nodes = layout.tensor * layout.num_sharing > GPUS_PER_NODE
         rate = gpu.network_rate if spans_nodes else gpu.nvlink_rate
-        seconds = 0.0
-        if run.config.parallel.distributed_optimizer:
-            for num_bytes in (held.gradients, held.weights):
-                seconds += gather_seconds(num_bytes, layout.num_sharing, rate)
-        else:
-            seconds += gather_seconds(2 * held.gradients, layout.num_sharing, rate)
+        sharded = run.config.parallel.distributed_optimizer
+        moved = (held.gradients, held.weights) if sharded else (2 * held.gradients,)
+        seconds = sum(costs.gather_seconds(size, layout.num_sharing, rate) for size in moved)
         if layout.tower != layout.tensor and run.trains_tower:  # each rank holds the whole tower
             gradient_bytes = DTYPE_BYTES[run.config.optimizer.gradients]
             tower = gradient_bytes * num_parameters(run.hf_config, TOWER)
-            seconds += gather_seconds(2 * tower, layout.tensor, gpu.nvlink_rate)
+            seconds += costs.gather_seconds(2 * tower, layout.tensor, gpu.nvlink_rate)
         return seconds
 
     def _optimizer_seconds(self, held: StaticMemory) -> float:
         """Time to read gradients and to update the state, which may cross PCIe both ways."""
         config, gpu, state = self.run.config, self.run.gpu, held.optimizer + held.host
-        seconds = memory_seconds(2 * state + held.gradients, gpu)
+        seconds = costs.memory_seconds(2 * state + held.gradients, gpu)
         moves_all = self.run.has_rollouts and config.rollout.make_room == "optimizer"
         moved = state if moves_all else held.host
-        return seconds + transfer_seconds(2 * moved, gpu.host_rate)
+        return seconds + costs.transfer_seconds(2 * moved, gpu.host_rate)
 
 
 def forward_work(run: PlannedRun) -> flops.Work:
