@@ -215,13 +215,13 @@ def check_output(config: Config) -> None:
     if config.stage == "eval":
         raise ConfigError(
             f"{config.output} holds a training run, whose files an evaluation would replace; give "
-            "another output"
+            "another output directory"
         )
     step = latest_step(checkpoints)
     if step is not None and not config.checkpoint.resume:
         raise ConfigError(
             f"{checkpoints} holds a run up to step {step}, and checkpoint.resume=false would write "
-            "over it; give another output"
+            "over it; give another output directory"
         )
 
 

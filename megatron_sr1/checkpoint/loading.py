@@ -122,7 +122,7 @@ def load_tensors(folder: Path, chunks: Sequence[Any], optimizer: Any) -> None:
             loaded = dist_checkpointing.load(state, str(folder))
         except (CheckpointingException, CheckpointException, RuntimeError, KeyError) as error:
             raise CheckpointError(
-                f"{folder}: {reason(error)}; expected a checkpoint of the model at hand"
+                f"{folder}: {reason(error)}; expected a checkpoint of this model"
             ) from error
         for number, chunk in enumerate(chunks):
             part = loaded[chunk_key(number, len(chunks))]

@@ -1,12 +1,12 @@
-"""Saves of a run: whole or not at all, at once or in the background; and which checkpoints stay.
+"""Save a run atomically, at once or in the background, and prune old checkpoints.
 
 1. `begin_save` makes `.step_N.partial` and has the tensors written as they are now.
 2. `Save.finish` waits until all ranks have written, writes the manifest, renames the directory to
    `step_N` and moves `latest`. Until it has returned there is no checkpoint.
 3. `remove_old` removes the checkpoints that are not to be kept, by the ratings in their states.
 
-All run in the main thread, so that no collective of a save meets training's own. A save that fails
-stops the run with its cause, in the background too.
+All run in the main thread, so that collectives of a save never interleave with those of training.
+A save that fails stops the run with its cause, in the background too.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ def publish_folder(partial: Path, target: Path) -> None:
 def remove_old(newest: Path, settings: CheckpointConfig) -> None:
     """Remove the checkpoints that are not to be kept, and damaged ones; the newest always stays.
 
-    Later ones, of a run that was set back, are left alone.
+    Later ones, left when a run was rolled back, are kept.
     """
     folder, step = newest.parent, int(newest.name.removeprefix("step_"))
     present, whole = ([s for s in found(folder) if s <= step] for found in (steps, whole_steps))

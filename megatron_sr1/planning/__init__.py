@@ -1,1 +1,1 @@
-"""What a configuration takes and how long it lasts on a cluster, computed without one."""
+"""Estimate the memory and the step time of a run from its configuration."""

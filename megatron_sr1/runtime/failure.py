@@ -256,7 +256,7 @@ def guard(run_dir: str | Path) -> Iterator[FailureWatch]:
 
 
 def see_others() -> None:
-    """Check the next rank once, when all are up: its death before the next poll is seen too."""
+    """Check the next rank once all are up, so that a death before the next poll is noticed too."""
     watch = _current.get()
     if watch is not None:
         watch.presence.gone()

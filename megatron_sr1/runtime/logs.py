@@ -1,4 +1,4 @@
-"""What a process writes to the terminal: our log lines, and of the libraries' what matters.
+"""What a process writes to the terminal: our log lines, and messages of libraries that matter.
 
 In: `logging.level`. Out: log lines on stderr. Unless the level is debug, messages of libraries that
 a user can do nothing about are dropped: warnings about their own future or about optional packages

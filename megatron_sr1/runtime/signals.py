@@ -87,7 +87,7 @@ def stop_requested() -> bool:
 
 
 def mark_unfinished() -> None:
-    """Create the file, where the batch script named one, that says: saved, steps are left."""
+    """Create the batch script's marker file, if it named one: saved, with steps left."""
     path = os.environ.get(UNFINISHED)
     if path:
         Path(path).touch()

@@ -218,8 +218,8 @@ class Context:
                 log.warning("%s: saved without the %s; taken as the same", self.checkpoints, key)
             elif state.get(key) != value:
                 raise ConfigError(
-                    f"{self.checkpoints} has {key}={state.get(key)}, now it is {value}; give the "
-                    "former, or another output"
+                    f"{self.checkpoints} was saved with {key}={state.get(key)}, this run has "
+                    f"{value}; use the saved value or another output directory"
                 )
         self.step, self.skipped = state["step"], state["skipped"]
         self.ungraded = state.get("ungraded", 0)

@@ -85,8 +85,9 @@ def train_grpo(
 def chosen_groups(credited: Credit, config: Config) -> tuple[list[int], dict[str, float]]:
     """Return the groups to learn from, and how many were dropped.
 
-    Without the filter these are all, else those that teach. If none does, as many as a step has
-    remain: then only the KL term moves the actor, as it would without the filter.
+    Without the filter these are all groups, otherwise those with a spread of rewards. If there is
+    none, the first `prompts_per_step` remain: then only the KL term moves the actor, as it would
+    without the filter.
     """
     everyone = list(range(len(credited.advantages)))
     if not config.algorithm.filter_groups:
