@@ -284,7 +284,7 @@ def _fault(reader: ShardReader, index: int, config: Config) -> str:
         reader.images(index)
     except DataError as error:
         return str(error)
-    where = f"{example.shard} sample {example.key}"
+    where = example.where
     if config.stage != "sft" and example.answer is None:
         return f"{where} has no gold answer to judge by"
     if config.stage == "sft" and all(turn.role != "assistant" for turn in example.messages):

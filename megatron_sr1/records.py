@@ -51,6 +51,11 @@ class Example:
     other_answers: tuple[str, ...] = ()
 
     @property
+    def where(self) -> str:
+        """The sample's place for messages: its shard and key."""
+        return f"{self.shard} sample {self.key}"
+
+    @property
     def golds(self) -> tuple[str, ...]:
         """All gold answers, in order; empty if there is no answer."""
         return () if self.answer is None else (self.answer, *self.other_answers)

@@ -32,12 +32,11 @@ def run_ranks(script, num_ranks, arguments, timeout) -> subprocess.CompletedProc
     command = [str(script), *map(str, arguments)]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pytest", "tests.ranks_libraries"])
-    world = {"WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks, "MASTER_PORT": free_port()}
+    (port,) = free_ports(1)
     with tempfile.NamedTemporaryFile("r", errors="replace") as log:
         ranks = []
         for rank in range(num_ranks):
-            variables = {**world, "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1"}
-            environment = os.environ | {name: str(value) for name, value in variables.items()}
+            environment = os.environ | rank_variables(rank, num_ranks, port)
             ranks.append(context.Process(target=_run_rank, args=(command, environment, log.name)))
         with contextlib.chdir(ROOT):  # the fork server finds tests/ from here
             for process in ranks:
@@ -46,9 +45,20 @@ def run_ranks(script, num_ranks, arguments, timeout) -> subprocess.CompletedProc
         return subprocess.CompletedProcess(command, status, log.read())
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+def free_ports(number: int) -> list[int]:
+    """Ports of the loopback interface that nobody uses."""
+    with contextlib.ExitStack() as stack:
+        servers = [
+            stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(number)
+        ]
+        return [server.getsockname()[1] for server in servers]
+
+
+def rank_variables(rank: int, num_ranks: int, port: int) -> dict[str, str]:
+    """The variables that torchrun sets for a rank."""
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks}
+    variables |= {"LOCAL_WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {name: str(value) for name, value in variables.items()}
 
 
 def _wait_for(ranks, deadline) -> int:

@@ -7,7 +7,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from tests.slurm_here import SlurmHere, free_ports, host_name, until
+from tests.ranks import free_ports
+from tests.slurm_here import SlurmHere, host_name, until
 
 PACKAGES = ("mariadb-server-core", "libmariadb3", "libaio1", "liburing2")
 PACKAGES += ("slurmdbd", "slurm-wlm-mysql-plugin")

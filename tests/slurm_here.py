@@ -12,6 +12,8 @@ import subprocess
 import time
 from pathlib import Path
 
+from tests.ranks import free_ports
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 NODES = ("127.0.0.1", "127.0.0.2")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
@@ -174,14 +176,3 @@ def until(holds, seconds: float, otherwise: str) -> None:
     while not holds():
         assert time.monotonic() < end, otherwise
         time.sleep(0.1)
-
-
-def free_ports(number: int) -> list[int]:
-    """Ports of the loopback that nobody has."""
-    sockets = [socket.socket() for _ in range(number)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports

@@ -76,11 +76,6 @@ def to_dict(config: Config) -> dict[str, Any]:
     return {str(key): value for key, value in plain.items()}
 
 
-def save_config(config: Config, path: Path) -> None:
-    """Write the resolved configuration as JSON."""
-    path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
-
-
 def _read_layers(path: Path) -> list[tuple[str, dict[Any, Any]]]:
     """Read a file and the ones that it builds on; the first base comes first."""
     layers: list[tuple[str, dict[Any, Any]]] = []

@@ -83,7 +83,7 @@ class Processor:
         self, example: Example, images: Sequence[Image.Image], messages: Sequence[ChatMessage]
     ) -> Prompt:
         """Tokenise the chat messages of an example and its RGB images in both forms."""
-        where = f"{example.shard} sample {example.key}"
+        where = example.where
         collapsed = self._chat.prompt_ids(messages)
         grids = tuple(self.grid(image, where) for image in images)
         expanded = self.expand(collapsed, grids, where)
@@ -118,7 +118,7 @@ class Processor:
             DataError: no assistant turn, a template that rewrites earlier turns, or more than
                 `max_tokens` with images expanded.
         """
-        where = f"{example.shard} sample {example.key}"
+        where = example.where
         ids: list[int] = []
         targets: list[bool] = []
         for part, learnt in self._chat.turn_ids(chat_messages(example.messages), where):

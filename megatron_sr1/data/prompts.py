@@ -91,7 +91,7 @@ def pass1_messages(example: Example, recipe: str, style: str = "full") -> list[C
     found = sum(part["type"] == "image" for m in messages for part in m["content"])
     if found != example.num_images:
         raise DataError(
-            f"{example.shard} sample {example.key}: {found} {IMAGE_MARK} marks up to the last user "
+            f"{example.where}: {found} {IMAGE_MARK} marks up to the last user "
             f"turn, {example.num_images} images; images of later turns cannot be asked about"
         )
     return messages

@@ -31,6 +31,7 @@ from megatron_sr1.report.panels import paired
 from megatron_sr1.report.report import DEMO_RUNS
 from megatron_sr1.rewards.score import VERDICTS, Scorer, rates
 from megatron_sr1.rollout.engine import Engine
+from megatron_sr1.runtime.files import write_text
 from megatron_sr1.runtime.groups import Groups
 from megatron_sr1.trainer.context import Context
 from megatron_sr1.trainer.grpo import train_grpo
@@ -151,7 +152,7 @@ def finish(output: Path) -> dict[str, Any]:
     steps = read_lines(output / "vision_sr1" / "metrics.jsonl")
     summary["seconds"] = read_lines(output / "seconds.jsonl")[0]["seconds"]
     summary["median_step_seconds"] = statistics.median(s["time/step_seconds"] for s in steps)
-    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_text(output / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 

@@ -280,7 +280,7 @@ def check_prompt_fits(
         return
     example = prompt.example
     raise EngineError(
-        f"{example.shard} sample {example.key} (index {example.index}): {what} can take "
+        f"{example.where} (index {example.index}): {what} can take "
         f"{num_prompt} prompt tokens and {num_sampled} sampled ones, which exceeds the engine's "
         f"{engine.max_model_len}; raise rollout.max_model_len or lower the token limits"
     )

@@ -158,7 +158,7 @@ def read_prompts(
     def read(index: int) -> Prompt:
         example = samples.example(index)
         if example.answer is None:
-            raise DataError(f"{example.shard} sample {example.key} has no answer to judge by")
+            raise DataError(f"{example.where} has no answer to judge by")
         return samples.prompt(index)
 
     own = indices[engine.replica :: engine.num_replicas]
@@ -179,7 +179,7 @@ def score(rollouts: Sequence[Rollout], samples: Samples, scorer: Scorer) -> Grad
         if rollout.index in ungraded:
             continue
         example = samples.example(rollout.index)
-        name = f"{example.shard} sample {example.key} rollout {rollout.sample}"
+        name = f"{example.where} rollout {rollout.sample}"
         try:
             reward = scorer.score(name, rollout, example)
         except GradingLimit as error:

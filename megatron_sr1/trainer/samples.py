@@ -88,7 +88,7 @@ class Samples:
         prompt = self.processor.encode_prompt(example, self.reader.images(index), messages)
         if len(prompt.token_ids) > limit:
             raise DataError(
-                f"{example.shard} sample {example.key}: prompt of {len(prompt.token_ids)} tokens, "
+                f"{example.where}: prompt of {len(prompt.token_ids)} tokens, "
                 f"at most {limit}; raise data.max_prompt_tokens or lower data.max_pixels "
                 "(and data.min_pixels, to which images are enlarged)"
             )

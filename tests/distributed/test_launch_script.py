@@ -1,7 +1,6 @@
 """The script for several machines, as two node agents on this one."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 
 from megatron_sr1.demo.digits import make_digits
 from megatron_sr1.observability.metrics import read_lines
+from tests.ranks import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -17,9 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.slow
 def test_two_node_agents_make_one_run(tiny_model, tmp_path):
     shards = make_digits(tmp_path, 1, num_train=8, num_eval=4, num_cold_start=32)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     paths = [str(Path(sys.executable).parent), os.environ["PATH"]]
     environment = {"PATH": os.pathsep.join(paths), "MASTER_PORT": str(port), "NUM_NODES": "2"}
     agents = [

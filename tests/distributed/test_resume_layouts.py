@@ -21,7 +21,7 @@ NUM_SAMPLES = 24  # the steps after the checkpoint reach into the second epoch
 
 @pytest.fixture(scope="module")
 def runs(tiny_model, run_ranks, tmp_path_factory):
-    """What resumes.py tells of each plan; `dp1` and `dp2` are data parallelism alone."""
+    """What resumes.py writes about each plan; `dp1` and `dp2` are data parallelism alone."""
     folder, out = tmp_path_factory.mktemp("digits"), tmp_path_factory.mktemp("runs")
     shards = make_digits(folder, 1, num_train=1, num_eval=1, num_cold_start=NUM_SAMPLES)
     common = (out, tiny_model, shards["cold_start"])

@@ -73,7 +73,7 @@ HOSTILE = {
     "size of 2^95": (header(b"b.json", 0, field=b"\x80" + b"\xff" * 11) + END, "not a tar header"),
     "checksum wrong in the middle": (GOOD + b"x" * 512 + END, "byte 1024: not a tar header"),
     "cut inside a header": (GOOD + GOOD[:300], "byte 1024: .* is it truncated"),
-    "cut behind a member": (GOOD, "ends without tar's end mark; is it truncated"),
+    "cut after a member": (GOOD, "ends without tar's end mark; is it truncated"),
     "cut inside a member": (GOOD[:540], "sample a: 28 of 65 bytes; the shard is truncated"),
     "no bytes": (b"", "no tar header"),
     "text named tar": (b"hello" * 300, "not a tar header"),
@@ -93,7 +93,7 @@ HOSTILE = {
         "a pax record that cannot be read",
     ),
     "pax: global path": (member(b"p", b"10 path=x\n", b"g") + GOOD + END, "pax record b'path'"),
-    "pax: and nothing behind": (pax((b"path", b"b.json")) + END, "more data after the end mark"),
+    "pax: and nothing after it": (pax((b"path", b"b.json")) + END, "more data after the end mark"),
     "a thousand long names": (member(b"L", b"x", b"L") * 5000 + END, "more data after the end"),
 }
 

@@ -72,7 +72,7 @@ def test_limits_that_hold_are_listed():
 
 
 @pytest.mark.parametrize(
-    ("worse", "told"),
+    ("worse", "report"),
     [
         ({"forked_steps": 25}, "engine steps"),
         ({"forked_seconds": (4.1, 2.1, 1.0)}, "wall time"),
@@ -80,9 +80,9 @@ def test_limits_that_hold_are_listed():
         ({"ours": 3.3}, "TRL's"),
     ],
 )
-def test_an_exceeded_limit_is_named(worse, told):
+def test_an_exceeded_limit_is_named(worse, report):
     checked = verdicts({"demo": measured(**worse), "wide": measured()}, gpu())
-    assert [told in claim for claim, holds in checked.items() if not holds] == [True]
+    assert [report in claim for claim, holds in checked.items() if not holds] == [True]
 
 
 def test_the_wide_model_and_the_modelled_gpu_have_limits_too():

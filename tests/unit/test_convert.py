@@ -217,7 +217,7 @@ def test_verify_finds_one_changed_bit_of_a_checkpoint(model, tmp_path, capsys):
     path = max(step.glob("*.distcp"), key=lambda p: p.stat().st_size)
     flip(path, path.stat().st_size // 2)
     (step / MANIFEST).unlink()
-    write_manifest(step, single_process(), {})  # so that only the values tell
+    write_manifest(step, single_process(), {})  # so that only the values show it
     assert main(arguments) == 1
     said = capsys.readouterr().err
     assert "differ in" in said and path.name in said and said.count("weight (") == 1

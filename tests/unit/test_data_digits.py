@@ -184,9 +184,9 @@ def test_the_cold_start_is_wrong_and_asks_for_sums_by_the_stated_shares():
         sums.append(record.metadata["kind"] == "sum")
         if record.metadata["format"] != "reader":
             slips.append(record.metadata["answered"] != record.metadata["digits"])
-        told = re.search(r"<description> (.*) </description>", record.messages[-1].content)
-        if told:
-            pairs = zip(described_digits(told[1]), record.metadata["digits"], strict=True)
+        description = re.search(r"<description> (.*) </description>", record.messages[-1].content)
+        if description:
+            pairs = zip(described_digits(description[1]), record.metadata["digits"], strict=True)
             wrong += [a != b for a, b in pairs]
     assert len(wrong) > 9000 and len(slips) > 3500
     for found, rate in ((wrong, DESCRIPTION_NOISE), (slips, SLIP_RATE), (sums, 1 / 3)):
@@ -198,8 +198,8 @@ def test_the_reader_reads_right_descriptions_without_an_image(readers):
     assert 0.15 < len(found) / SIZES["num_cold_start"] < 0.35
     for example in found:
         assert example.num_images == 0 and "<image>" not in example.question
-        told = example.question.split("\n")[0]
-        assert described_digits(told) == example.metadata["digits"]
+        description = example.question.split("\n")[0]
+        assert described_digits(description) == example.metadata["digits"]
 
 
 def test_responses_are_short_in_tokens(tiny_model):

@@ -17,24 +17,24 @@ from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.runtime.device import select_device, start_distributed, stop_distributed
 from megatron_sr1.runtime.groups import make_groups
 device = select_device("cpu")
-told = {"hidden": os.environ.get("CUDA_VISIBLE_DEVICES") == ""}
-told["sees"] = [torch.cuda.is_available(), torch.cuda.device_count()]
+found = {"hidden": os.environ.get("CUDA_VISIBLE_DEVICES") == ""}
+found["sees"] = [torch.cuda.is_available(), torch.cuda.device_count()]
 before = dict(os.environ)
 start_distributed(device, 60)
-told["world"] = [torch.distributed.get_rank(), torch.distributed.get_world_size()]
-told["added"] = sorted(set(os.environ.items()) ^ set(before.items()))
+found["world"] = [torch.distributed.get_rank(), torch.distributed.get_world_size()]
+found["added"] = sorted(set(os.environ.items()) ^ set(before.items()))
 groups = make_groups(ParallelConfig(), device)
 model = ModelConfig(dtype="float32")
 (chunk,) = build_model(read_hf_config(sys.argv[1]), groups, model, ParallelConfig())
-told["devices"] = sorted({tensor.device.type for tensor in chunk.parameters()})
+found["devices"] = sorted({tensor.device.type for tensor in chunk.parameters()})
 stop_distributed()
-print(json.dumps(told))
+print(json.dumps(found))
 """
 
 
 @pytest.fixture(scope="module")
-def told(tiny_model):
-    """What a process finds that starts alone and is told CPU where torch sees a GPU."""
+def found(tiny_model):
+    """What a process finds that starts alone with the device cpu where torch sees a GPU."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     names += ("CUDA_VISIBLE_DEVICES",)
     environment = {k: v for k, v in os.environ.items() if k not in names}
@@ -45,11 +45,11 @@ def told(tiny_model):
 
 
 @pytest.mark.field
-def test_a_rank_on_the_cpu_sees_no_gpu_and_megatron_allocates_none(told):
+def test_a_rank_on_the_cpu_sees_no_gpu_and_megatron_allocates_none(found):
     """With this CPU build of torch, whatever asks a GPU for memory raises."""
-    assert told["hidden"] and told["sees"] == [False, 0]
-    assert told["devices"] == ["cpu"]
+    assert found["hidden"] and found["sees"] == [False, 0]
+    assert found["devices"] == ["cpu"]
 
 
-def test_a_world_of_one_leaves_the_environment_as_it_was(told):
-    assert told["world"] == [0, 1] and told["added"] == []
+def test_a_world_of_one_leaves_the_environment_as_it_was(found):
+    assert found["world"] == [0, 1] and found["added"] == []

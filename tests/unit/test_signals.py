@@ -20,15 +20,15 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 
 with guard(sys.argv[1]):
     fork = multiprocessing.get_context("fork")
-    told, counter = fork.SimpleQueue(), fork.JoinableQueue()
+    results, counter = fork.SimpleQueue(), fork.JoinableQueue()
     bucket = (sys.argv[2], "", ([], []))
     # It waits for a number in the counter, which a rank that is killed has not written yet.
     writer = fork.Process(
         target=FileSystemWriterAsync.write_preloaded_data,
-        args=([], 0, bucket, told, counter, True),
+        args=([], 0, bucket, results, counter, True),
     )
     writer.start()
-    assert told.get() == (0, [])
+    assert results.get() == (0, [])
     print(*(child.pid for child in psutil.Process().children()), flush=True)
     time.sleep(300)
 """

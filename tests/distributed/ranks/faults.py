@@ -17,10 +17,11 @@ import io
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
+
+from tests.ranks import free_ports, rank_variables
 
 PHASE_OF = {"load": "setup", "pass2": "pass1", "worker": "reward"}
 PHASE_OF |= dict.fromkeys(("forward", "backward", "optimizer"), "update")
@@ -255,9 +256,7 @@ def fork_rank(case, rank, port, log):
     os.setpgid(0, 0)
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()})
+    os.environ.update(rank_variables(rank, 2, port))
     status = 70
     try:
         status = run_rank(case, ["train", case["config"], *case["overrides"]])
@@ -295,9 +294,7 @@ def run_case(case):
 
     run_dir, started = Path(case["output"]), time.time()
     run_dir.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     with open(run_dir / "output.txt", "w+") as log:
         waiting = {fork_rank(case, rank, port, log): rank for rank in range(2)}
         statuses, late, until = [None, None], [], started + case["limit"]
