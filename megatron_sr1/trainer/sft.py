@@ -24,8 +24,7 @@ def train_sft(context: Context, actor: Actor, samples: Samples) -> None:
             batches = samples.pack(own, context.groups)
         with context.phase("update"):
             measured = update(actor, batches, token_loss, temperature=1.0)
-        if context.groups.is_replica_leader:
-            context.throughput.count_samples("update", own)
+        context.throughput.count_samples("update", own)
         samples.forget()
         context.finish_step(named([measured]), actor)
 
