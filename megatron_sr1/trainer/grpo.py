@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_sr1.config.run import Config
-from megatron_sr1.data.packing import Size
 from megatron_sr1.records import TrainSample
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rollout.engine import Engine
@@ -20,7 +19,7 @@ from megatron_sr1.trainer.actor import Actor, Reference
 from megatron_sr1.trainer.context import Context
 from megatron_sr1.trainer.objective import Credit, credit, grpo_loss
 from megatron_sr1.trainer.rollouts import Scored, reward_means, roll_out_step, rollout_line
-from megatron_sr1.trainer.samples import Samples
+from megatron_sr1.trainer.samples import Samples, without_targets
 from megatron_sr1.trainer.step import named, sample_logprobs, update
 from megatron_sr1.trainer.sync import Canary, sync
 
@@ -101,16 +100,15 @@ def own_samples(
     n = context.config.rollout.samples_per_prompt
     per_update = context.config.algorithm.prompts_per_update
 
-    def size(number: int) -> Size:
-        return samples.size(scored[number].rollout)
-
     def sample(number: int) -> TrainSample:
         return samples.train_sample(scored[number].rollout, **credited.advantages_of(number))
 
     updates = []
     for start in range(0, len(chosen), per_update):
         of_update = [g * n + k for g in chosen[start : start + per_update] for k in range(n)]
-        updates.append(samples.own_part(of_update, size, sample, context.groups.data))
+        sizes = [samples.size(scored[number].rollout) for number in of_update]
+        own = [sample(of_update[p]) for p in samples.own_places(sizes, context.groups.data)]
+        updates.append(own or [without_targets(sample(of_update[0]))])
     return updates
 
 

@@ -6,11 +6,10 @@ keeps what it has read until `forget`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
@@ -28,8 +27,6 @@ from megatron_sr1.model.transformer_config import fp8_row_multiple
 from megatron_sr1.records import PackedBatch, Prompt, Rollout, TrainSample, VisionInputs
 from megatron_sr1.rewards.response import DESCRIPTION, bare_gold, find_span
 from megatron_sr1.runtime.groups import Group, Groups
-
-T = TypeVar("T")
 
 
 def make_processor(config: Config) -> Processor:
@@ -147,22 +144,12 @@ class Samples:
         limit = self._config.data.max_prompt_tokens
         return self.processor.encode_conversation(example, images, limit)
 
-    def own_part(
-        self,
-        update: Sequence[T],
-        size: Callable[[T], Size],
-        sample: Callable[[T], TrainSample],
-        data: Group,
-    ) -> list[TrainSample]:
-        """Return the samples of an update that this data-parallel rank trains on, balanced by cost.
+    def own_places(self, sizes: Sequence[Size], data: Group) -> list[int]:
+        """Return which samples of an update this data-parallel rank trains on, balanced by cost.
 
-        If it has none, one without targets is returned, so that all ranks take part.
+        If it has none, it takes one `without_targets`, so that all ranks take part.
         """
-        own = plan_ranks([size(item) for item in update], data.size, self._patch_cost)[data.rank]
-        if own:
-            return [sample(update[place]) for place in own]
-        spare = sample(update[0])
-        return [replace(spare, loss_mask=np.zeros_like(spare.loss_mask))]
+        return plan_ranks(sizes, data.size, self._patch_cost)[data.rank]
 
     def pack(self, chosen: Sequence[TrainSample], groups: Groups) -> list[PackedBatch]:
         """Pack this rank's samples into micro-batches within the token budget."""
@@ -194,6 +181,11 @@ class Samples:
     def _patch_cost(self) -> float:
         """Cost of an image's patch, in text tokens."""
         return patch_cost(read_hf_config(self.processor.model_dir))
+
+
+def without_targets(sample: TrainSample) -> TrainSample:
+    """Return a sample from which nothing is learned."""
+    return replace(sample, loss_mask=np.zeros_like(sample.loss_mask))
 
 
 def description_tokens(pieces: Sequence[str]) -> tuple[int, int]:
