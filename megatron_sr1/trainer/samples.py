@@ -145,10 +145,7 @@ class Samples:
         return self.processor.encode_conversation(example, images, limit)
 
     def own_places(self, sizes: Sequence[Size], data: Group) -> list[int]:
-        """Return which samples of an update this data-parallel rank trains on, balanced by cost.
-
-        If it has none, it takes one `without_targets`, so that all ranks take part.
-        """
+        """Return which samples of an update this data-parallel rank trains on, balanced by cost."""
         return plan_ranks(sizes, data.size, self._patch_cost)[data.rank]
 
     def pack(self, chosen: Sequence[TrainSample], groups: Groups) -> list[PackedBatch]:
@@ -184,7 +181,7 @@ class Samples:
 
 
 def without_targets(sample: TrainSample) -> TrainSample:
-    """Return a sample from which nothing is learned."""
+    """Return a sample that teaches nothing, for a rank with no other: all ranks take part."""
     return replace(sample, loss_mask=np.zeros_like(sample.loss_mask))
 
 
