@@ -45,16 +45,17 @@ def sample(tokens, grids=(), targets=1):
 @pytest.fixture
 def count(groups, monkeypatch):
     """Makes a counter of two ranks that do the same."""
-    two = replace(groups, world=replace(groups.world, size=2))
 
     def summed(_, values):
         return {name: 2 * value for name, value in values.items()}
 
     monkeypatch.setattr(throughput, "sum_over_ranks", summed)
 
-    def make(freeze=(), peak_tflops=0.0):
+    def make(freeze=(), peak_tflops=0.0, tensor_rank=0):
         config = Config(model=ModelConfig(freeze=list(freeze)))
         config.logging.peak_tflops = peak_tflops
+        tensor = replace(groups.tensor, rank=tensor_rank)
+        two = replace(groups, world=replace(groups.world, size=2), tensor=tensor)
         return Throughput(config, HF_CONFIG, two)
 
     return make
@@ -93,6 +94,15 @@ def test_a_frozen_tower_goes_forward_once_and_logprobs_are_a_forward_pass(count)
     assert told["perf/reference_mfu"] == pytest.approx(forward / 4e9)
     assert told["perf/update_mfu"] == pytest.approx(update / 1e9)
     assert told["perf/step_mfu"] == pytest.approx((2 * forward + update) / 1e10)
+
+
+def test_of_the_ranks_that_share_samples_only_the_first_counts_them(count):
+    found = []
+    for tensor_rank in (0, 1):
+        counter = count(tensor_rank=tensor_rank)
+        counter.count_samples("update", [sample(20)])
+        found.append(take(counter, update=1.0, step=1.0))
+    assert found[0] and not found[1]
 
 
 def test_a_rollout_is_its_prompt_once_and_what_both_passes_sample(count):
