@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from megatron_sr1.doctor import GIB, Finding, judged, needed, report, version
 from megatron_sr1.runtime.device import select_device, start_distributed
+from megatron_sr1.runtime.failure_files import name_ranks
 from megatron_sr1.runtime.groups import gather_objects
 
 TIMEOUT_SECONDS = 120.0
@@ -69,13 +70,8 @@ def _agreed(name: str, value: Any, advice: str) -> Finding:
     ranks = _ranks_by_value(value)
     if len(ranks) == 1:
         return Finding("ok", name, str(value))
-    differences = "; ".join(f"{value}: rank {_shown(some)}" for value, some in ranks.items())
+    differences = "; ".join(f"{value}: {name_ranks(some)}" for value, some in ranks.items())
     return Finding("fail", name, differences, advice)
-
-
-def _shown(ranks: list[int]) -> str:
-    few = ", ".join(map(str, ranks[:8]))
-    return few if len(ranks) <= 8 else f"{few} and {len(ranks) - 8} more"
 
 
 def _ranks(device: torch.device) -> Iterator[Finding]:
@@ -165,7 +161,7 @@ def _files(run_dir: Path) -> Iterator[Finding]:
         yield Finding("fail", name, "; ".join(problems), "make it writable")
         return
     unseen = enumerate(gather_objects(_unseen(folder, size)))
-    problems = [f"rank {r} does not see files of {_shown(some)}" for r, some in unseen if some]
+    problems = [f"rank {r} does not see files of {name_ranks(some)}" for r, some in unseen if some]
     found, advice = f"{run_dir}, seen by all ranks", "use a directory that all machines share"
     yield judged(not problems, name, "; ".join(problems) or found, advice)
     if not problems:

@@ -19,11 +19,7 @@ Broken = Iterator[str]
 
 
 def validate(config: Config) -> None:
-    """Check values beyond their types.
-
-    Raises:
-        ConfigError: naming key, value and what is accepted.
-    """
+    """Check values beyond their types; a ConfigError names key, value and what is accepted."""
     for key, each, value in settings(config):
         check_setting(key, each, value)
     groups: list[Callable[[Config], Broken]] = [_model, _memory, _run]

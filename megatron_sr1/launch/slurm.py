@@ -49,35 +49,32 @@ def submit(title: str, cluster: Cluster, tasks: Sequence[Task]) -> str:
     """Check everything, then submit the tasks, a job each, and return immediately.
 
     A job that follows another starts if that one succeeded, and is removed from the queue
-    otherwise. `title`, without spaces, names nemo-run's experiment.
-
-    Returns:
-        the job ids and the commands that show, follow and cancel the jobs, for the terminal.
-
-    Raises:
-        SR1Error: a check failed, nemo-run is not installed, or Slurm rejected the job.
+    otherwise. `title`, without spaces, names nemo-run's experiment. Returned are the job ids and
+    the commands that show, follow and cancel the jobs, for the terminal. It is an SR1Error if a
+    check fails, nemo-run is not installed, or Slurm rejects a job.
     """
     configs = check(cluster, tasks)
-    _check_names(cluster, tasks)
     # Without a tunnel, nemo-run's own directory is that of the logs.
     home = os.path.abspath(cluster.logs) if cluster.logs and not cluster.tunnel else ""
     run = _nemo_run(home)
     name = f"{title}_{time.time_ns()}"
     quiet = {"enable_goodbye_message": False, "skip_status_at_exit": True}
-    with tempfile.TemporaryDirectory(prefix="sr1_submit_") as folder:
-        with run.Experiment(title, id=name, log_level="WARNING", **quiet) as experiment:
-            for task in tasks:
-                place = Path(folder) / task.name
-                place.mkdir()
-                shutil.copy(task.config, place / CONFIG_NAME)
-                shutil.copy(NODE_SCRIPT, place)
-                experiment.add(
-                    _command(run, cluster, task),
-                    executor=build_executor(run, cluster, place, configs[task.name]),
-                    name=task.name,
-                    dependencies=[task.follows] if task.follows else None,
-                )
-            _run(experiment)
+    with (
+        tempfile.TemporaryDirectory(prefix="sr1_submit_") as folder,
+        run.Experiment(title, id=name, log_level="WARNING", **quiet) as experiment,
+    ):
+        for task in tasks:
+            place = Path(folder) / task.name
+            place.mkdir()
+            shutil.copy(task.config, place / CONFIG_NAME)
+            shutil.copy(NODE_SCRIPT, place)
+            experiment.add(
+                _command(run, cluster, task),
+                executor=build_executor(run, cluster, place, configs[task.name]),
+                name=task.name,
+                dependencies=[task.follows] if task.follows else None,
+            )
+        _run(experiment)
     return _next_commands(name, experiment.jobs, home, cluster.tunnel)
 
 
@@ -203,10 +200,8 @@ def _nemo_run(home: str) -> Any:
 def check(cluster: Cluster, tasks: Sequence[Task]) -> dict[str, Config]:
     """Check everything that can be checked before a job is queued, or raise an SR1Error.
 
-    Paths in a container are not checked, as its mounts may rename them.
-
-    Returns:
-        the resolved configuration of each task, by its name.
+    Paths in a container are not checked, as its mounts may rename them. Returned are the resolved
+    configurations, by the name of their task.
     """
     if cluster.nodes < 1 or cluster.ranks_per_node < 1:
         raise ConfigError(
@@ -225,6 +220,7 @@ def check(cluster: Cluster, tasks: Sequence[Task]) -> dict[str, Config]:
         _check_container(cluster)
     else:
         _check_there(cluster, tasks, configs)
+    _check_names(cluster, tasks)
     return configs
 
 

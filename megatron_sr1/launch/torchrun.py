@@ -129,8 +129,7 @@ def build_command(arguments: Sequence[str], num_ranks: int) -> list[str]:
 def run(arguments: Sequence[str], launch: LaunchConfig, num_ranks: int) -> int:
     """Run `megatron-sr1 ARGUMENTS` on ranks, which receive SIGTERM and end with this process.
 
-    Returns:
-        the exit status of the first rank that failed; 128 + the signal if a signal ended it.
+    Return the exit status of the first rank that failed; 128 + the signal if a signal ended it.
     """
     environment = dict(os.environ, **rank_environment(launch, num_ranks))
     if launch.save_on_sigterm:

@@ -131,8 +131,7 @@ def patch_torchvision() -> bool:
     environment of `make env` they are empty files (tools/make_env.py); this function serves
     environments made with pip. Call it before importing transformers' models or vLLM.
 
-    Returns:
-        True if the patch was needed.
+    True means that the patch was needed.
     """
     try:
         import torchvision  # noqa: F401

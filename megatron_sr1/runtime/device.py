@@ -19,8 +19,7 @@ from megatron_sr1.errors import ConfigError
 def select_device(kind: str = "auto") -> torch.device:
     """Select the device of this rank: auto, cpu (which sees no GPU) or cuda (`LOCAL_RANK`'s GPU).
 
-    Raises:
-        ConfigError: cuda was requested but there is none, or there are fewer GPUs than local ranks.
+    Without a GPU for cuda, or with fewer GPUs than local ranks, raise a ConfigError.
     """
     if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for child processes, and CUDA if not loaded yet

@@ -48,13 +48,7 @@ class FailureWatch:
     """
 
     def __init__(self, run_dir: Path) -> None:
-        """Open the stack file in the run directory, which all ranks share, and start the watcher.
-
-        Rank and world size are those of the environment.
-
-        Raises:
-            ConfigError: another process is this rank of the same run directory.
-        """
+        """Start watching in a run directory, which all ranks share; errors are `guard`'s."""
         self.rank = int(os.environ.get("RANK", "0"))
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self._launch, self._parent = Launch(run_dir), os.getppid()
@@ -204,8 +198,7 @@ class FailureWatch:
     def close(self) -> None:
         """Stop watching after a normal end, and remove the stack file."""
         self._stop.set()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        self._thread.join()
         faulthandler.cancel_dump_traceback_later()
         self._unlisten()
         faulthandler.disable()

@@ -119,12 +119,7 @@ class Presence:
     """
 
     def __init__(self, directory: Path, rank: int, world_size: int) -> None:
-        """Open and lock the file in the directory of stack files, which all ranks share.
-
-        Raises:
-            ConfigError: another process is this rank of the same run directory, or the directory
-                cannot be created or written to.
-        """
+        """Open and lock the file in the directory of stack files, which all ranks share."""
         self._next = (rank + 1) % world_size if world_size > 1 else None
         self._directory, self._seen = directory, False
         self.file = self._open(rank)
@@ -199,11 +194,12 @@ def summarize_failure(run_dir: Path, failure: Failure, since: float) -> list[str
         if found and path.stat().st_mtime >= since - 1.0:
             ranks.setdefault(found[1], []).append(int(path.stem.removeprefix("rank_")))
     places = sorted(ranks.items(), key=lambda item: (len(item[1]), item[1]))
-    lines = [f"  {_names(sorted(who))} in {where}" for where, who in places[:MOST_PLACES]]
+    lines = [f"  {name_ranks(sorted(who))} in {where}" for where, who in places[:MOST_PLACES]]
     return [f"{cause} (stacks in {directory})", *lines]
 
 
-def _names(ranks: list[int]) -> str:
+def name_ranks(ranks: list[int]) -> str:
+    """Return "rank 3", "ranks 0, 1" or "ranks 0, 1, … and 9 more"."""
     shown = ", ".join(map(str, ranks[:MOST_RANKS]))
     more = f" and {len(ranks) - MOST_RANKS} more" if len(ranks) > MOST_RANKS else ""
     return f"rank{'s' if len(ranks) > 1 else ''} {shown}{more}"
