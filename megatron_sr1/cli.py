@@ -333,10 +333,9 @@ def doctor_command(arguments: argparse.Namespace) -> int:
         from megatron_sr1.launch import torchrun
 
         if not torchrun.join():
-            raise ConfigError(
-                "doctor --distributed runs on the ranks of a launch: start it as `torchrun "
-                "--nproc-per-node N -m megatron_sr1 doctor --distributed`, or with srun"
-            )
+            start = "torchrun --nproc-per-node N -m megatron_sr1 doctor --distributed"
+            problem = "doctor --distributed runs on the ranks of a launch"
+            raise ConfigError(f"{problem}: start it as `{start}`, or with srun")
         configure_logging("warning")
         from megatron_sr1.doctor_distributed import examine_together
 

@@ -33,8 +33,6 @@ class Finding:
 
     Attributes:
         level: ok | warn (works, but not well) | fail (does not work) | none (optional).
-        name: what was checked.
-        found: what was found.
         advice: what to do; "" for nothing.
     """
 

@@ -108,11 +108,9 @@ def _all_reduce(device: torch.device) -> Iterator[Finding]:
         rate = 2 * (size - 1) / size * num_bytes / slowest / 1e9
         backend = "gloo" if device.type == "cpu" else "nccl"
         found = f"{slowest * 1e3:.2f} ms, bus bandwidth {rate:.2f} GB/s ({backend})"
-        name = f"all-reduce {num_bytes // MIB} MiB"
-        if all(gather_objects(right)):
-            yield Finding("ok", name, found)
-        else:
-            yield Finding("fail", name, "wrong sum", "look for faulty GPUs or links")
+        name, is_right = f"all-reduce {num_bytes // MIB} MiB", all(gather_objects(right))
+        found = found if is_right else "wrong sum"
+        yield judged(is_right, name, found, "look for faulty GPUs or links")
 
 
 def _reduce_seconds(data: torch.Tensor, device: torch.device) -> float:

@@ -187,10 +187,9 @@ def run_there(cluster: Cluster, command: str) -> subprocess.CompletedProcess[str
     except FileNotFoundError:
         raise ConfigError(f"{argv[0]} is not installed here; a tunnel needs it") from None
     if cluster.tunnel and done.returncode == 255:  # ssh's own status
-        raise ConfigError(
-            f"tunnel {cluster.tunnel} cannot be reached: {last_line(done.stderr)}; try "
-            f"`ssh {cluster.tunnel}` (it must work with a key, without a password)"
-        )
+        advice = f"try `ssh {cluster.tunnel}` (it must work with a key, without a password)"
+        reason = last_line(done.stderr)
+        raise ConfigError(f"tunnel {cluster.tunnel} cannot be reached: {reason}; {advice}")
     return done
 
 

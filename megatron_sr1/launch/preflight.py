@@ -29,10 +29,8 @@ def absent_paths(config: Config) -> dict[str, str]:
 def check_paths(config: Config, has_model: bool = True, is_dry_run: bool = False) -> None:
     """Check that model, data, reward function and output are usable, or raise an SR1Error.
 
-    Args:
-        config: names the paths.
-        has_model: False if an earlier run will have written the model by then.
-        is_dry_run: model and data need not exist, and a config.json alone is accepted as a model.
+    Without `has_model`, an earlier run will have written the model by then. For `is_dry_run` model
+    and data need not exist, and a config.json alone is accepted as a model.
     """
     absent = absent_paths(config) if is_dry_run else {}
     has_shape = is_dry_run and (Path(config.model.path) / "config.json").is_file()
@@ -77,9 +75,8 @@ def crowded(launch: LaunchConfig, num_ranks: int) -> str:
 
 def _check_model(path: Path) -> None:
     if not path.exists():
-        raise CheckpointError(
-            f"model.path={path}: {_absent(path)}; give a Hugging Face or a checkpoint directory"
-        )
+        advice = "give a Hugging Face or a checkpoint directory"
+        raise CheckpointError(f"model.path={path}: {_absent(path)}; {advice}")
     try:
         resolve_model(path)
     except CheckpointError as error:

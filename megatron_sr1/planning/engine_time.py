@@ -26,7 +26,6 @@ class Replica:
         ranks: tensor-parallel ranks, one GPU each.
         memory_bytes: the engine's share of each GPU's memory.
         dtype_bytes: size of a weight, key or value.
-        max_num_seqs: slots.
         step_overhead_seconds: time of a step outside its kernels: scheduling, launches, sampling.
     """
 

@@ -8,7 +8,7 @@ maximum length.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.model import flops
@@ -107,10 +107,8 @@ def estimates(run: PlannedRun, num_gpus: int) -> list[Estimate]:
     """
     if num_gpus < 1 or (num_gpus > GPUS_PER_NODE and num_gpus % GPUS_PER_NODE):
         near = max(1, num_gpus // GPUS_PER_NODE) * GPUS_PER_NODE
-        raise ConfigError(
-            f"--gpus {num_gpus}: expected 1 to {GPUS_PER_NODE}, or a multiple of "
-            f"{GPUS_PER_NODE}, e.g. {near} or {near + GPUS_PER_NODE}"
-        )
+        expected = f"1 to {GPUS_PER_NODE}, or a multiple of {GPUS_PER_NODE}, e.g. {near} or "
+        raise ConfigError(f"--gpus {num_gpus}: expected {expected}{near + GPUS_PER_NODE}")
     engine = _fastest_engine(run, num_gpus)
     max_data = run.config.data.prompts_per_step // run.config.updates_per_step
     found = []
@@ -257,11 +255,10 @@ def _own_lines(run: PlannedRun, num_gpus: int) -> list[str]:
 
 def _memory_lines(memory: Memory) -> list[str]:
     """Memory of the fullest rank by kind."""
-    static = memory.static
+    static = asdict(memory.static)
+    host = static.pop("host")
     kinds = {
-        "weights": static.weights,
-        "gradients": static.gradients,
-        "optimizer": static.optimizer,
+        **static,
         **memory.activations,
         "reserved": RESERVED_BYTES,
         "total, training": memory.training,
@@ -269,8 +266,8 @@ def _memory_lines(memory: Memory) -> list[str]:
     }
     if memory.engine:
         kinds["total, rollout"] = memory.rollout
-    if static.host:
-        kinds["optimizer in host memory"] = static.host
+    if host:
+        kinds["optimizer in host memory"] = host
     return [f"  {name:<26}{value / 1e9:8.1f}" for name, value in kinds.items()]
 
 

@@ -112,10 +112,8 @@ class Presence:
 
     Each rank watches only the next one, so that the cost does not depend on the number of ranks. A
     rank counts as dead only if it was seen to hold its lock: on a file system without locks, or
-    whose locks are local to each host, no rank is ever taken for dead.
-
-    Attributes:
-        file: `rank_N.txt`, empty and open for writing.
+    whose locks are local to each host, no rank is ever taken for dead. `file` is `rank_N.txt`,
+    empty and open for writing.
     """
 
     def __init__(self, directory: Path, rank: int, world_size: int) -> None:
@@ -127,6 +125,7 @@ class Presence:
 
     def _open(self, rank: int) -> TextIO:
         path, until = self._directory / f"rank_{rank}.txt", time.monotonic() + PATIENCE_SECONDS
+        run_dir = self._directory.parent
         while True:
             try:
                 self._directory.mkdir(parents=True, exist_ok=True)
@@ -136,19 +135,17 @@ class Presence:
                 if isinstance(error, FileNotFoundError) and time.monotonic() < until:
                     time.sleep(0.01)
                     continue
-                raise ConfigError(
-                    f"output={self._directory.parent} cannot be written to ({error.strerror}: "
-                    f"{error.filename}); choose another directory, or make this one writable"
-                ) from None
+                problem = f"cannot be written to ({error.strerror}: {error.filename})"
+                advice = "choose another directory, or make this one writable"
+                raise ConfigError(f"output={run_dir} {problem}; {advice}") from None
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 file.close()
                 if time.monotonic() > until:
-                    raise ConfigError(
-                        f"{self._directory.parent}: another process is rank {rank} of this run; "
-                        "wait for that run or stop it, or choose another output"
-                    ) from None
+                    problem = f"another process is rank {rank} of this run"
+                    advice = "wait for that run or stop it, or choose another output"
+                    raise ConfigError(f"{run_dir}: {problem}; {advice}") from None
                 time.sleep(0.1)
                 continue
             except OSError:  # no locks on this file system

@@ -52,7 +52,6 @@ class Groups:
         context: ranks that share each sequence.
         data: ranks with the same shard of the model and different samples.
         data_context: data times context, over which gradients are summed.
-        world: all ranks.
         tower: ranks that share each layer of the tower: `tensor`, or this rank alone.
         images: ranks among which a row's images are divided.
         collection: Megatron's `ProcessGroupCollection` of the same groups.
