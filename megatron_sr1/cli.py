@@ -242,13 +242,13 @@ def _with_cause(status: int, run_dir: Path, started: float) -> int:
     from megatron_sr1.runtime.failure_files import read_failure, summarize_failure
 
     failure = read_failure(run_dir, since=started)
-    lines = [f"megatron-sr1: error: the ranks ended with status {status}; see above"]
-    if failure is not None:
-        status = failure.code
-        lines = [] if status == 2 else summarize_failure(run_dir, failure, started)
-    if lines:
-        print(*lines, sep="\n", file=sys.stderr)
-    return status
+    if failure is None:
+        problem = f"the ranks ended with status {status}; see above"
+        print(f"megatron-sr1: error: {problem}", file=sys.stderr)
+        return status
+    if failure.code != 2:
+        print(*summarize_failure(run_dir, failure, started), sep="\n", file=sys.stderr)
+    return failure.code
 
 
 def demo_command(arguments: argparse.Namespace) -> int:

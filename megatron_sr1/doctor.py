@@ -117,7 +117,6 @@ def _packages() -> Iterator[Finding]:
 
 
 def _gpus() -> list[str]:
-    """Describe the GPUs that torch sees."""
     if version("torch") is None:
         return []
     import torch

@@ -254,7 +254,6 @@ def _own_lines(run: PlannedRun, num_gpus: int) -> list[str]:
 
 
 def _memory_lines(memory: Memory) -> list[str]:
-    """Memory of the fullest rank by kind."""
     static = asdict(memory.static)
     host = static.pop("host")
     kinds = {
