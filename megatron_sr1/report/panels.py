@@ -18,7 +18,7 @@ from megatron_sr1.rewards import score
 from megatron_sr1.rewards.score import VERDICTS, rate
 
 Lines = list[dict[str, Any]]
-LABELS = [verdict.label for verdict in VERDICTS.values()]
+LABELS = [label for _, label in VERDICTS.values()]
 CURVES = {
     "Rewards": {
         "reward/accuracy": "answer",

@@ -181,7 +181,7 @@ def _demo_tiles(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     for way, name in (("sampled", "self_reward"), ("sampled", "accuracy"), ("greedy", "accuracy")):
         value = summary.get("vision_sr1", {}).get(way, {}).get(name)
         if value is not None:
-            found.append((f"{value:.1%}", f"{VERDICTS[name].label}, {way}, GRPO + self-reward"))
+            found.append((f"{value:.1%}", f"{VERDICTS[name][1]}, {way}, GRPO + self-reward"))
     return found
 
 

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from megatron_sr1.config.rollout import RewardConfig
 from megatron_sr1.errors import GradingError
@@ -141,20 +141,21 @@ class Scorer(AbstractContextManager["Scorer"]):
         return value
 
     def _value(self, reading: Reading, judge: Callable[[str], float]) -> float:
-        """Return the mean reward of the answers, or the reward of the likelihood, in [0, 1]."""
-        if reading.gold_logprobs is not None:
-            return likelihood_reward(
-                reading.gold_logprobs, self._config.likelihood, self._config.likelihood_nats
-            )
-        return sum(judge(text) for text in reading.texts) / len(reading.texts)
+        """Return the mean reward of the answers, or the reward of the likelihood, in [0, 1].
 
-    def close(self) -> None:
-        """Stop the grading process; a later score starts a new one."""
-        self._grader.worker.close()
+        The likelihood p is that of the gold answer's tokens: per_token: its mean over them |
+        probability: p | linear: 1 + log p / likelihood_nats, at least 0.
+        """
+        logprobs, kind = reading.gold_logprobs, self._config.likelihood
+        if logprobs is None:
+            return sum(judge(text) for text in reading.texts) / len(reading.texts)
+        if kind == "linear":
+            return max(1.0 + sum(logprobs) / self._config.likelihood_nats, 0.0)
+        return math.exp(sum(logprobs) / (len(logprobs) if kind == "per_token" else 1))
 
     def __exit__(self, *_: object) -> None:
-        """Stop the grading process."""
-        self.close()
+        """Stop the grading process; a later score starts a new one."""
+        self._grader.worker.close()
 
 
 def _golds(example: Example) -> tuple[str, ...]:
@@ -173,34 +174,13 @@ def _leaks(description: str | None, example: Example, exceptions: list[str]) -> 
         return True
 
 
-def likelihood_reward(logprobs: Sequence[float], kind: str, nats: float) -> float:
-    """Convert the likelihood of a gold answer to a reward in [0, 1].
-
-    Args:
-        logprobs: of its tokens, nats; one or more.
-        kind: per_token: exp(mean) | probability: exp(sum) | linear: max(1 + sum / nats, 0).
-        nats: for linear, the -log p at which the reward reaches 0.
-    """
-    total = sum(logprobs)
-    if kind == "linear":
-        return max(1.0 + total / nats, 0.0)
-    return math.exp(total / len(logprobs) if kind == "per_token" else total)
-
-
-class Verdict(NamedTuple):
-    """Name of a verdict's rate in summary.json, and its label in reports."""
-
-    rate: str
-    label: str
-
-
 VERDICTS = {
-    "accuracy": Verdict("accuracy", "answer right"),
-    "self_reward": Verdict("self_reward", "read from description"),
-    "description_exact": Verdict("description_exact", "description exact"),
-    "shortcut": Verdict("shortcut_rate", "shortcut"),
+    "accuracy": ("accuracy", "answer right"),
+    "self_reward": ("self_reward", "read from description"),
+    "description_exact": ("description_exact", "description exact"),
+    "shortcut": ("shortcut_rate", "shortcut"),
 }
-"""Verdicts of an evaluation line."""
+"""Verdict of an evaluation line -> name of its rate in summary.json, label in reports."""
 
 
 def rate(lines: Sequence[dict[str, Any]], verdict: str) -> float | None:
