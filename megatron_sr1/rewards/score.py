@@ -19,7 +19,6 @@ from functools import partial
 from typing import Any
 
 from megatron_sr1.config.rollout import RewardConfig
-from megatron_sr1.errors import GradingError
 from megatron_sr1.records import RIGHT_FROM, Example, Reading, Reward, Rollout
 from megatron_sr1.rewards.grader import UNCOMPARABLE, Grader
 from megatron_sr1.rewards.leakage import states_answer
@@ -56,12 +55,8 @@ class Scorer(AbstractContextManager["Scorer"]):
         """
         exceptions: list[str] = []
         judge = partial(self._judge, sample_name, rollout, example, exceptions)
-        try:
-            accuracy = judge(rollout.completion.text)
-            self_reward = self._self_reward(rollout, example, judge)
-        except GradingError as error:
-            name = "" if str(error).startswith(sample_name) else f"{sample_name}: "
-            raise type(error)(f"{name}{error}") from error.__cause__
+        accuracy = judge(rollout.completion.text)
+        self_reward = self._self_reward(rollout, example, judge)
         leak = _leaks(rollout.description, example, exceptions)
         has_right_format = has_format(rollout.completion.text, self._recipe)
         is_paid = self._recipe == "vision_sr1" and (self._config.pay_leaks or not leak)
