@@ -129,35 +129,6 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="card scroll">{inner}</div>'
 
 
-def cross_table(title: str, cells: Mapping[tuple[bool, bool], int]) -> str:
-    """Return the table of pass 1 x pass 2, with shares and counts; the shortcut is framed.
-
-    `cells` maps (pass 1 right, pass 2 right) to a number of samples.
-    """
-    total = sum(cells.values())
-    if not total:
-        return ""
-
-    def cell(first: bool, second: bool) -> str:
-        count = cells.get((first, second), 0)
-        kind = ' class="shortcut"' if first and not second else ""
-        tint = f'style="background:rgba(var(--mark),{0.04 + 0.4 * count / total:.3f})"'
-        return f"<td{kind} {tint}>{count / total:.1%}<small>{count}</small></td>"
-
-    rows = "".join(
-        f"<tr><th>pass 1 {'right' if first else 'wrong'}</th>"
-        f"{cell(first, True)}{cell(first, False)}</tr>"
-        for first in (True, False)
-    )
-    rate = cells.get((True, False), 0) / total
-    head = "<tr><th></th><th>pass 2 right</th><th>pass 2 wrong</th></tr>"
-    return (
-        f'<div class="card"><h3>{escape(title)}</h3><table class="cross">{head}{rows}</table>'
-        f'<p class="note" style="margin:10px 0 0">language-shortcut rate {rate:.1%} of {total}</p>'
-        "</div>"
-    )
-
-
 def text(value: str | None, absent: str = "none") -> str:
     """Escape a model's text and cut it to a readable length."""
     if value is None:

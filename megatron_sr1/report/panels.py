@@ -10,6 +10,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
 from megatron_sr1.report import page
@@ -122,9 +123,28 @@ def _percent(bar: Bar | None, sign: str = "") -> str:
 
 
 def cross(title: str, lines: Sequence[Mapping[str, Any]]) -> str:
-    """Return the table of pass 1 x pass 2 for the lines that have a second pass."""
-    judged = ((line["accuracy"], line["self_reward"]) for line in lines)
-    return page.cross_table(title, score.cross(judged))
+    """Return the table of pass 1 x pass 2 for the lines that have both, with shares and counts.
+
+    The shortcut (right with the image, wrong without) is framed.
+    """
+    cells = score.cross((line["accuracy"], line["self_reward"]) for line in lines)
+    total = cells.total()
+    if not total:
+        return ""
+    rows = "<tr><th></th><th>pass 2 right</th><th>pass 2 wrong</th></tr>"
+    for first, word in ((True, "right"), (False, "wrong")):
+        rows += f"<tr><th>pass 1 {word}</th>"
+        for second in (True, False):
+            share, kind = cells[first, second] / total, ' class="shortcut"' * (first > second)
+            tint = f'style="background:rgba(var(--mark),{0.04 + 0.4 * share:.3f})"'
+            rows += f"<td{kind} {tint}>{share:.1%}<small>{cells[first, second]}</small></td>"
+        rows += "</tr>"
+    rate = cells[True, False] / total
+    return (
+        f'<div class="card"><h3>{escape(title)}</h3><table class="cross">{rows}</table>'
+        f'<p class="note" style="margin:10px 0 0">language-shortcut rate {rate:.1%} of {total}</p>'
+        "</div>"
+    )
 
 
 def _series(lines: Lines, metric: str, name: str, colour: int) -> Series:
