@@ -188,9 +188,7 @@ def _demo_tiles(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _run_tiles(lines: Lines) -> list[tuple[str, str]]:
     found, tail = [], lines[-max(len(lines) // 10, 1) :]
     for name in ("reward/accuracy", "reward/self_reward", "reward/shortcut_rate", "actor/loss"):
-        values = [line[name] for line in tail if line.get(name) is not None]
-        if values:
-            mean = statistics.fmean(values)
+        if (mean := rate(tail, name)) is not None:
             shown = f"{mean:.1%}" if name in panels.SHARES else f"{mean:.3g}"
             found.append((shown, f"{panels.TITLES[name]}, last tenth"))
     seconds = [line["time/step_seconds"] for line in lines if "time/step_seconds" in line]
