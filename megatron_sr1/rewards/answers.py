@@ -253,7 +253,6 @@ _LABEL_ALONE = re.compile(
 _LABEL_AND_TEXT = (
     re.compile(r"(?:(?:option|choice) )?[(\[]([A-Za-z])[)\]]\s*[:.\-]?\s*(\S.*)", re.I | re.S),
     re.compile(r"(?:(?:option|choice) )?([A-Za-z])(?:[.):]\s*| - )(?<!\.)(\S.*)", re.I | re.S),
-    re.compile(r"(?:(?:option|choice) )?([A-Za-z])\.\s+(\S.*)", re.I | re.S),
 )
 _LABEL_THEN_TEXT = re.compile(r"([A-Za-z])(?:,\s*|\s+)(\S.*)", re.DOTALL)
 _OTHER_LABEL = re.compile(

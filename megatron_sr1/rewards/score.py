@@ -95,7 +95,7 @@ class Scorer(AbstractContextManager["Scorer"]):
         Exceptions that the answer raised in the grader are added to `exceptions`.
         """
         best = 0.0
-        for gold in _golds(example):
+        for gold in example.golds or ("",):  # the grader rejects an empty one
             if self._user_reward is None:
                 verdict = self._grader.judge(find_answer(text), gold, example.question, sample_name)
                 if verdict.because.startswith(UNCOMPARABLE):
@@ -153,17 +153,13 @@ class Scorer(AbstractContextManager["Scorer"]):
         self._grader.worker.close()
 
 
-def _golds(example: Example) -> tuple[str, ...]:
-    """Return all gold answers; an empty one, which the grader rejects, if there is none."""
-    return example.golds or ("",)
-
-
 def _leaks(description: str | None, example: Example, exceptions: list[str]) -> bool:
     """Return True if a description states a gold answer, or if reading it raised."""
     if description is None:
         return False
     try:
-        return any(states_answer(description, gold, example.question) for gold in _golds(example))
+        golds = example.golds or ("",)
+        return any(states_answer(description, gold, example.question) for gold in golds)
     except Exception as error:
         exceptions.append(f"{type(error).__name__}: {error}")
         return True
@@ -193,9 +189,8 @@ def rates(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
 def cross(verdicts: Iterable[tuple[float, float | None]]) -> Counter[tuple[bool, bool]]:
     """Count responses by (answer right, read from the description right).
 
-    Args:
-        verdicts: accuracy and self-reward of each response; those without a self-reward are
-            skipped, one in between counts as right from 0.5 on.
+    `verdicts` holds accuracy and self-reward of each. A response without a self-reward is skipped;
+    a value between 0 and 1 counts as right from 0.5 on.
     """
     return Counter(
         (accuracy >= RIGHT_FROM, self_reward >= RIGHT_FROM)
@@ -205,11 +200,9 @@ def cross(verdicts: Iterable[tuple[float, float | None]]) -> Counter[tuple[bool,
 
 
 def is_exact(description: str, expected: Sequence[Any]) -> bool:
-    """Return True if a description names the expected items in order, and no others.
+    """Return True if a description names the expected words or digits in order, and no others.
 
-    Args:
-        description: text of the span.
-        expected: words or digits; if all are digits, the other text is not compared.
+    If all that is expected are digits, the other text is not compared.
     """
     items = [str(item).lower() for item in expected]
     pattern = "[0-9]" if all(re.fullmatch("[0-9]", item) for item in items) else r"\w+"
