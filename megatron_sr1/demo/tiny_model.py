@@ -36,14 +36,9 @@ def make_tiny_model(
 ) -> None:
     """Write a tiny Qwen2.5-VL with random float32 weights.
 
-    Args:
-        directory: created if needed.
-        corpus: texts for the byte-pair vocabulary, of at most `vocab_size` tokens.
-        vocab_size: rows of the embedding.
-        seed: of the weights.
-        hidden_size: of the language model, a multiple of 64; heads have 32 channels.
-        num_layers: of the language model; the vision tower has two.
-        tie_word_embeddings: True to use the embedding as the output layer.
+    The byte-pair vocabulary of the corpus has at most `vocab_size` tokens, the embedding has that
+    many rows. `hidden_size` and `num_layers` are those of the language model; the former is a
+    multiple of 64, as heads have 32 channels. The vision tower has two layers.
     """
     import torch
 

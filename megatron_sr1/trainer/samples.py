@@ -86,6 +86,8 @@ class Samples:
         example, images = self.example(index), self.reader.images(index)
         recipe, data = self._config.reward.recipe, self._config.data
         with located(example.where):
+            if example.answer is None:
+                raise DataError("no gold answer to judge by")
             messages = pass1_messages(example, recipe, data.prompt_style)
             prompt = self.processor.encode_prompt(example, images, messages)
             if len(prompt.token_ids) > data.max_prompt_tokens:
