@@ -165,10 +165,7 @@ def _steps(config: Config) -> str:
 def check_run(config: Config, num_ranks: int) -> list[str]:
     """Check a run by its shards, its model's shape and its configuration; return warnings.
 
-    `num_ranks` is 0 if the launch decides.
-
-    Raises:
-        SR1Error: the run would fail with it.
+    What would stop the run raises its SR1Error. `num_ranks` is 0 if the launch decides.
     """
     check_output(config)
     replica = config.parallel.replica_size
@@ -192,11 +189,7 @@ def check_run(config: Config, num_ranks: int) -> list[str]:
 
 
 def model_shape(path: str) -> HFConfig | None:
-    """Return the shape of the model in a directory of either kind; None if it does not exist.
-
-    Raises:
-        SR1Error: the directory holds no model.
-    """
+    """Return the shape of the model in a directory of either kind; None if it does not exist."""
     if not Path(path).exists():
         return None
     has_shape = (Path(path) / "config.json").is_file()

@@ -150,11 +150,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_eight_bits(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
-    """Scale an image of mode F, I or I;16 to 8 bits, by the tags of the file if it is a TIFF.
-
-    Raises:
-        ValueError: the range of values does not show which ones are black and white.
-    """
+    """Scale an image of mode F, I or I;16 to 8 bits, by the tags of the file if it is a TIFF."""
     deep = np.asarray(image).astype(np.float64)
     if not np.isfinite(deep).all():
         raise ValueError("pixels that are infinite or NaN; convert it to 8 bits")

@@ -216,9 +216,6 @@ def first_with_image(num_samples: int, num_images: Callable[[int], int]) -> int:
     """Return the first sample with an image, which `rollout.canary_bound` compares.
 
     `num_images` returns a sample's number of images, or raises a DataError if it cannot be used.
-
-    Raises:
-        ConfigError: none of the first samples is one.
     """
     for index in range(min(num_samples, NUM_SEARCHED)):
         with contextlib.suppress(DataError):

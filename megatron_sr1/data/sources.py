@@ -40,7 +40,6 @@ METADATA_FILE = "metadata.jsonl"
 SUFFIXES = (".parquet", ".jsonl", ".json")
 MAX_SOURCE_BYTES = 4 * 2**30
 """Limit of a json file, which is read as a whole; jsonl and parquet are streamed."""
-_PARQUET_ROWS = 64
 _TURN_COLUMNS = ("messages", "conversations")
 _TEXT_COLUMNS = ("problem", "question", "prompt")
 _ALPACA_COLUMNS = ("instruction", "input", "output")
@@ -128,7 +127,7 @@ def _parquet(path: Path) -> Any:
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     number = 0
-    batches = _parquet(path).iter_batches(batch_size=_PARQUET_ROWS)
+    batches = _parquet(path).iter_batches(batch_size=64)
     while True:
         try:
             batch = next(batches, None)

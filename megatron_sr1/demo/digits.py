@@ -69,13 +69,7 @@ def make_digits(
     """Write the three sets as shards into train, eval and cold_start below a directory.
 
     The seed is that of train and cold_start; eval is always the same, and a smaller one is a prefix
-    of a larger one.
-
-    Returns:
-        name of a set -> its directory.
-
-    Raises:
-        DataError: one of the directories already holds shards.
+    of a larger one. Returns the directories by the sets' names; none may hold shards already.
     """
     root = Path(directory)
     learnt, held_out = _draw_images()
