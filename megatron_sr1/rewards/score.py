@@ -158,8 +158,7 @@ def _leaks(description: str | None, example: Example, exceptions: list[str]) -> 
     if description is None:
         return False
     try:
-        golds = example.golds or ("",)
-        return any(states_answer(description, gold, example.question) for gold in golds)
+        return any(states_answer(description, gold, example.question) for gold in example.golds)
     except Exception as error:
         exceptions.append(f"{type(error).__name__}: {error}")
         return True
