@@ -31,7 +31,6 @@ class SequenceBatch:
     """Sequences, or chunks of them, of one SDPA call.
 
     Attributes:
-        num_sequences: number of sequences.
         num_queries: slots of each sequence.
         key_rows: [num_sequences * keys] int64, the row of each key; None: the queries' slots.
         mask: [num_sequences, 1, queries, keys] bool, True where a query attends to a key; None:
@@ -77,10 +76,7 @@ class PackedRow(PackedSeqParams):
 
 
 def plan_attention(split: RowSplit, *, is_causal: bool) -> AttentionPlan:
-    """Divide this rank's share of a row into batches of sequences of similar length.
-
-    Sequences are padded only if `is_causal`.
-    """
+    """Divide this rank's share of a row into batches of similar lengths, equal if not causal."""
     segments, places, device = split.segments, split.places, split.cu_seqlens.device
     total = sum(segment.num_queries for segment in segments)
     if places is None and len({segment.num_keys for segment in segments}) == 1:

@@ -143,8 +143,7 @@ def text_angles(
 def vision_angles(positions: torch.Tensor, head_dim: int, theta: float) -> torch.Tensor:
     """Return the angles of the vision tower, [patches, 1, 1, head_dim] float32.
 
-    Half of the frequencies are for rows, half for columns. `positions` is [patches, 2] int64, row
-    and column of each patch in its image.
+    `positions` is [patches, 2] int64, row and column of each patch; each has half the frequencies.
     """
     frequencies = inverse_frequencies(head_dim // 2, theta, positions.device)
     half = (positions[:, :, None].float() * frequencies).flatten(1)

@@ -148,10 +148,7 @@ def _own_labels(labels: torch.Tensor, num_ids: int) -> tuple[torch.Tensor, torch
 def _shard_sums(
     logits: torch.Tensor, labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return max m, sum exp(l - m), and l_y - m of each token over this shard.
-
-    The last is 0 if the label is in another rank's shard.
-    """
+    """Return each token's max m, sum exp(l - m), and l_y - m, 0 if y is in another rank's shard."""
     largest = logits.amax(dim=-1)
     logits.sub_(largest[:, None])
     ids, is_own = _own_labels(labels, logits.shape[1])

@@ -140,10 +140,8 @@ def _leave(weight: torch.Tensor) -> torch.Tensor:
 def _fp8_settings(model: ModelConfig, stage_layers: int) -> dict[str, Any]:
     """Return the FP8 fields, which concern the linear layers of the language model only.
 
-    The tower, the embedding and the output layer remain in the activations' dtype.
-
-    Raises:
-        ConfigError: more layers are kept in bfloat16 than Megatron supports.
+    The tower, the embedding and the output layer remain in the activations' dtype. Raises
+    ConfigError if more layers are to be kept in bfloat16 than Megatron supports.
     """
     if model.fp8 is None:
         return {}
