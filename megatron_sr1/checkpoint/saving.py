@@ -67,7 +67,7 @@ def begin_save(
     All ranks see `directory`, the run's checkpoints; `state` has the JSON values that
     `load_checkpoint` returns. The model came from `source_directory`, a Hugging Face directory or
     `hf_files` of a checkpoint; without it the checkpoint can be resumed from, but is no model. With
-    `in_background`, a process of each rank writes the tensors, which may change meanwhile.
+    `in_background`, a process of each rank writes the tensors as they are; they may then change.
 
     Raises `CheckpointError` if the disk is full, a file cannot be written, or a writing process
     died; earlier checkpoints are untouched.

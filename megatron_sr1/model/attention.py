@@ -47,8 +47,7 @@ class SequenceBatch:
 class AttentionPlan:
     """How a packed row of `num_tokens` tokens of this rank is divided into batches.
 
-    The last three are positions in the concatenated batches; None: they hold the tokens in order,
-    without padding.
+    The last three are positions in the concatenated batches; None: tokens in order, no padding.
 
     Attributes:
         rows: [slots] int64, the token in each slot; a padding slot repeats its sequence's first.

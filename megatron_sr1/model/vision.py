@@ -127,9 +127,7 @@ class PatchMerger(MegatronModule):
         """Build the merger, whose linear layers are split over the ranks of `tp_group`."""
         super().__init__(config=config)
         self.merged_size = width = vision.hidden_size * vision.spatial_merge_size**2
-        self.norm = layers.norm(
-            config=config, hidden_size=vision.hidden_size, eps=config.layernorm_epsilon
-        )
+        self.norm = layers.norm(config, vision.hidden_size, config.layernorm_epsilon)
         common: dict[str, Any] = {"config": config, "init_method": config.init_method, "bias": True}
         common |= {"skip_bias_add": False, "is_expert": False, "tp_group": tp_group}
         self.linear_fc1 = layers.column_linear(width, width, gather_output=False, **common)
@@ -176,9 +174,7 @@ class VisionModel(MegatronModule):
         }
         self.decoder = TransformerBlock(
             config=config,
-            spec=TransformerBlockSubmodules(
-                layer_specs=[layers.layer] * vision.depth, layer_norm=None
-            ),
+            spec=TransformerBlockSubmodules(layer_specs=[layers.layer] * vision.depth),
             post_layer_norm=False,
             pg_collection=collection,
         )

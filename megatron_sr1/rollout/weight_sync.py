@@ -2,9 +2,8 @@
 
 The payload of vLLM's `update` is the iterator itself, as trainer and engine share the process. vLLM
 loads a layer as soon as its last tensor has arrived, then releases them. The source may therefore
-create each tensor on request, and the whole model never exists twice. A tensor must not be
-overwritten before the next layer has been requested, so a source that reuses a buffer must refill
-it at layer boundaries.
+create each tensor on request, and the whole model never exists twice. A source that reuses a buffer
+must refill it at layer boundaries only, when the next layer has been requested.
 """
 
 from __future__ import annotations
