@@ -75,7 +75,7 @@ class PackedRow(PackedSeqParams):
 
 
 def plan_attention(split: RowSplit, *, is_causal: bool) -> AttentionPlan:
-    """Divide this rank's share of a row into batches of similar lengths, equal if not causal."""
+    """Divide this rank's share of a row into batches of sequences of similar length."""
     segments, places, device = split.segments, split.places, split.cu_seqlens.device
     total = sum(segment.num_queries for segment in segments)
     if places is None and len({segment.num_keys for segment in segments}) == 1:

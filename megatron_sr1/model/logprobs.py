@@ -1,7 +1,7 @@
 """Logprobs of labels from hidden states, over a vocabulary split across ranks.
 
-Logits exist for one chunk of tokens at a time and are computed again in the backward pass, only of
-wanted tokens, and there only of those with a gradient: prompts and images cost nothing.
+Logits exist for one chunk of tokens at a time and are computed again in the backward pass: those of
+wanted tokens only, and there of those with a gradient. Prompts and images cost nothing.
 
 With l the logits over the temperature and p = softmax(l), d logprob(y) / d l_j = [j = y] - p_j.
 """

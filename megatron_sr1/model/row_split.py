@@ -72,7 +72,7 @@ class RowSplit:
     def join(self, share: torch.Tensor) -> torch.Tensor:
         """Return the whole row [1, T, ...] of the ranks' shares [1, T / ranks, ...].
 
-        For tensors that all ranks then use in the same way: a share has its part of the gradient.
+        For tensors that all ranks use in the same way: a share's gradient is a slice of the row's.
         """
         if self.group is None:
             return share
