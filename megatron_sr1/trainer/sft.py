@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from megatron_sr1.algorithm.losses import sft_loss
-from megatron_sr1.data.loader import shard
 from megatron_sr1.data.packing import size_of
 from megatron_sr1.errors import DataError
 from megatron_sr1.records import PackedBatch, TrainSample
@@ -44,7 +43,7 @@ def _conversations(context: Context, samples: Samples, indices: list[int]) -> li
     Each rank reads some; who trains on which is decided when all lengths are known.
     """
     groups = context.groups
-    own = shard(indices, groups.data.rank, groups.data.size)
+    own = indices[groups.data.rank :: groups.data.size]
     read = context.read_usable(samples.conversation, own, groups.is_replica_leader)
     everyone = [sample for part in gather_objects(read, groups.data) for sample in part]
     if not everyone:
