@@ -83,15 +83,13 @@ class Processor:
         self, example: Example, images: Sequence[Image.Image], messages: Sequence[ChatMessage]
     ) -> Prompt:
         """Tokenise the chat messages of an example and its RGB images in both forms."""
-        where = example.where
         collapsed = self._chat.prompt_ids(messages)
-        grids = tuple(self.grid(image, where) for image in images)
-        expanded = self.expand(collapsed, grids, where)
-        return Prompt(example, expanded, collapsed, tuple(images), grids)
+        grids = tuple(self.grid(image) for image in images)
+        return Prompt(example, self.expand(collapsed, grids), collapsed, tuple(images), grids)
 
     def encode_text(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
         """Tokenise a prompt without images, as in pass 2."""
-        return self.expand(self._chat.prompt_ids(messages), (), "text prompt")
+        return self.expand(self._chat.prompt_ids(messages), ())
 
     def encode_answer(
         self, before: str, answer: str, after: str
@@ -118,26 +116,25 @@ class Processor:
             DataError: no assistant turn, a template that rewrites earlier turns, or more than
                 `max_tokens` with images expanded.
         """
-        where = example.where
         ids: list[int] = []
         targets: list[bool] = []
-        for part, learnt in self._chat.turn_ids(chat_messages(example.messages), where):
+        for part, learnt in self._chat.turn_ids(chat_messages(example.messages)):
             ends = [i + 1 for i, token in enumerate(part) if token in self.end_token_ids]
             # Learnt up to the template's last end of turn; what follows it is not sampled.
             upto = (ends or [len(part)])[-1] if learnt else 0
             ids += part
             targets += [True] * upto + [False] * (len(part) - upto)
-        grids = tuple(self.grid(image, where) for image in images)
-        counts = self._expansion(ids, grids, where)
+        grids = tuple(self.grid(image) for image in images)
+        counts = self._expansion(ids, grids)
         token_ids = np.repeat(np.asarray(ids, np.int64), counts)
         if max_tokens is not None and len(token_ids) > max_tokens:
-            raise DataError(f"{where}: {len(token_ids)} tokens, limit {max_tokens}")
+            raise DataError(f"{len(token_ids)} tokens, limit {max_tokens}")
         mask = np.repeat(np.asarray(targets, bool), counts)
         return TrainSample(example.index, len(images), token_ids, mask, grids)
 
-    def expand(self, ids: Sequence[int], grids: Sequence[Grid], where: str) -> tuple[int, ...]:
+    def expand(self, ids: Sequence[int], grids: Sequence[Grid]) -> tuple[int, ...]:
         """Expand one pad id per image to one per merged patch."""
-        return tuple(np.repeat(ids, self._expansion(ids, grids, where)).tolist())
+        return tuple(np.repeat(ids, self._expansion(ids, grids)).tolist())
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
         """Return the text of each id: "" for special tokens, U+FFFD for parts of a character."""
@@ -145,7 +142,7 @@ class Processor:
             self._pieces[token] = str(self.tokenizer.decode([token], skip_special_tokens=True))
         return [self._pieces[token] for token in token_ids]
 
-    def grid(self, image: Image.Image, where: str = "image") -> Grid:
+    def grid(self, image: Image.Image) -> Grid:
         """Return (t, h, w) of an image after resizing, in patches, without processing pixels."""
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
@@ -153,7 +150,7 @@ class Processor:
         try:
             height, width = smart_resize(image.height, image.width, self._patch_side, *limits)
         except ValueError as error:
-            raise DataError(f"{where}: {image.width} x {image.height} pixels: {error}") from None
+            raise DataError(f"{image.width} x {image.height} pixels: {error}") from None
         return 1, height // self.patch_size, width // self.patch_size
 
     def vision(self, images: Sequence[Image.Image]) -> VisionInputs:
@@ -161,17 +158,13 @@ class Processor:
         out = self.image_processor(list(images), return_tensors="pt")
         return VisionInputs(out["pixel_values"], out["image_grid_thw"])
 
-    def _expansion(self, collapsed: Sequence[int], grids: Sequence[Grid], where: str) -> np.ndarray:
-        """Return how often each id is repeated, [tokens] int64.
-
-        Raises:
-            DataError: pad ids and grids differ in number.
-        """
+    def _expansion(self, collapsed: Sequence[int], grids: Sequence[Grid]) -> np.ndarray:
+        """Return how often each id is repeated, [tokens] int64."""
         pads = np.flatnonzero(np.asarray(collapsed) == self.image_pad_id)
         if len(pads) != len(grids):
             raise DataError(
-                f"{where}: {len(pads)} image places in the prompt, {len(grids)} images; the chat "
-                "template must write one image-pad token per image part"
+                f"{len(pads)} image places in the prompt, {len(grids)} images; the chat template "
+                "must write one image-pad token per image part"
             )
         counts = np.ones(len(collapsed), np.int64)
         counts[pads] = [t * h * w // self.merge_size**2 for t, h, w in grids]

@@ -91,8 +91,8 @@ def pass1_messages(example: Example, recipe: str, style: str = "full") -> list[C
     found = sum(part["type"] == "image" for m in messages for part in m["content"])
     if found != example.num_images:
         raise DataError(
-            f"{example.where}: {found} {IMAGE_MARK} marks up to the last user "
-            f"turn, {example.num_images} images; images of later turns cannot be asked about"
+            f"{found} {IMAGE_MARK} marks up to the last user turn, {example.num_images} images; "
+            "images of later turns cannot be asked about"
         )
     return messages
 
@@ -160,9 +160,7 @@ class ChatTemplate:
         """Return the ids up to the start of the assistant's turn, one pad id per image."""
         return self._encode(self._render(messages, generate=True))
 
-    def turn_ids(
-        self, messages: Sequence[ChatMessage], where: str
-    ) -> list[tuple[tuple[int, ...], bool]]:
+    def turn_ids(self, messages: Sequence[ChatMessage]) -> list[tuple[tuple[int, ...], bool]]:
         """Tokenise a conversation in pieces, split before and after each assistant turn's text.
 
         Each piece is tokenised on its own, as the engine samples a response after its prompt; turns
@@ -181,14 +179,14 @@ class ChatTemplate:
             whole = self._render(messages[: number + 1], generate=False)
             if not prompt.startswith(done) or not whole.startswith(prompt):
                 raise DataError(
-                    f"{where}: the chat template renders earlier turns differently later on; split "
-                    "the conversation into samples with one assistant turn each"
+                    "the chat template renders earlier turns differently later on; split the "
+                    "conversation into samples with one assistant turn each"
                 )
             pieces.append((self._encode(prompt[len(done) :]), False))
             pieces.append((self._encode(whole[len(prompt) :]), True))
             done = whole
         if not pieces:
-            raise DataError(f"{where}: no assistant turn; supervised samples need one to imitate")
+            raise DataError("no assistant turn; supervised samples need one to imitate")
         return pieces
 
     def _render(self, messages: Sequence[ChatMessage], generate: bool) -> str:
@@ -256,12 +254,10 @@ def _read_template(directory: Path, tokenizer: Any) -> str:
         if not isinstance(value, dict) or not isinstance(value.get("chat_template"), str):
             raise DataError(f"{path}: expected an object with the text chat_template")
         return value["chat_template"]
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"{directory}: no chat template (chat_template.jinja, chat_template.json or in "
-            "tokenizer_config.json); take the directory of an instruction-tuned model"
-        )
-    try:
-        return tokenizer.get_chat_template()
-    except ValueError as error:
-        raise DataError(f"{directory}: {printable(error)}") from None
+    with contextlib.suppress(ValueError):  # there is none, or several without a default
+        if template := tokenizer.get_chat_template():
+            return template
+    raise DataError(
+        f"{directory}: no chat template (chat_template.jinja, chat_template.json or in "
+        "tokenizer_config.json); take the directory of an instruction-tuned model"
+    )

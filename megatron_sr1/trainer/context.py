@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +19,6 @@ import torch
 from megatron_sr1.checkpoint.folders import fingerprint, latest_step
 from megatron_sr1.checkpoint.loading import load_checkpoint
 from megatron_sr1.checkpoint.saving import EVALUATION, SaveQueue
-from megatron_sr1.config.loading import to_dict
 from megatron_sr1.config.run import Config
 from megatron_sr1.data.loader import Loader
 from megatron_sr1.errors import ConfigError, DataError, GradingError
@@ -217,7 +217,7 @@ class Context:
         """Make the run directory and write the resolved configuration; only on the writer."""
         if self.is_writer:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(to_dict(self.config), indent=2) + "\n"
+            text = json.dumps(asdict(self.config), indent=2) + "\n"
             write_text(self.run_dir / "config.json", text)
 
     def finish_step(

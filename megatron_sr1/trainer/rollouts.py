@@ -135,15 +135,8 @@ def read_prompts(
     context: Context, engine: Engine, samples: Samples, indices: Sequence[int]
 ) -> list[Prompt]:
     """Read this replica's part of the prompts; unusable ones are skipped and counted."""
-
-    def read(index: int) -> Prompt:
-        example = samples.example(index)
-        if example.answer is None:
-            raise DataError(f"{example.where} has no answer to judge by")
-        return samples.prompt(index)
-
     own = indices[engine.replica :: engine.num_replicas]
-    return context.read_usable(read, own, engine.is_replica_leader)
+    return context.read_usable(samples.prompt, own, engine.is_replica_leader)
 
 
 def score(rollouts: Sequence[Rollout], samples: Samples, scorer: Scorer) -> list[Scored]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from megatron_sr1.checkpoint.folders import resolve_model
 from megatron_sr1.config.run import Config
+from megatron_sr1.data.guards import located
 from megatron_sr1.data.packing import Size, pack_samples, plan_ranks
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.data.prompts import pass1_messages, pass2_messages
@@ -72,16 +73,19 @@ class Samples:
         """Return the pass-1 prompt of a sample, with its images."""
         if index in self._prompts:
             return self._prompts[index]
-        example, limit = self.example(index), self._config.data.max_prompt_tokens
-        recipe, style = self._config.reward.recipe, self._config.data.prompt_style
-        messages = pass1_messages(example, recipe, style)
-        prompt = self.processor.encode_prompt(example, self.images(index), messages)
-        if len(prompt.token_ids) > limit:
-            raise DataError(
-                f"{example.where}: prompt of {len(prompt.token_ids)} tokens, "
-                f"at most {limit}; raise data.max_prompt_tokens or lower data.max_pixels "
-                "(and data.min_pixels, to which images are enlarged)"
-            )
+        example, images = self.example(index), self.images(index)
+        recipe, data = self._config.reward.recipe, self._config.data
+        with located(example.where):
+            if example.answer is None:
+                raise DataError("no gold answer to judge by")
+            messages = pass1_messages(example, recipe, data.prompt_style)
+            prompt = self.processor.encode_prompt(example, images, messages)
+            if len(prompt.token_ids) > data.max_prompt_tokens:
+                raise DataError(
+                    f"prompt of {len(prompt.token_ids)} tokens, at most {data.max_prompt_tokens}; "
+                    "raise data.max_prompt_tokens or lower data.max_pixels (and data.min_pixels, "
+                    "to which images are enlarged)"
+                )
         self._prompts[index] = prompt
         return prompt
 
@@ -142,7 +146,8 @@ class Samples:
         """Return a conversation as a sequence whose assistant turns are the targets."""
         example, images = self.example(index), self.images(index)
         limit = self._config.data.max_prompt_tokens
-        return self.processor.encode_conversation(example, images, limit)
+        with located(example.where):
+            return self.processor.encode_conversation(example, images, limit)
 
     def own_places(self, sizes: Sequence[Size], data: Group) -> list[int]:
         """Return which samples of an update this data-parallel rank trains on, balanced by cost."""

@@ -28,11 +28,11 @@ from megatron_sr1.data.processor import Processor
 from megatron_sr1.records import PackedBatch, TrainSample
 from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.device import select_device, start_distributed
-from megatron_sr1.runtime.groups import Groups, destroy_groups, gather_objects, make_groups
+from megatron_sr1.runtime.groups import Groups, gather_objects, make_groups
 from megatron_sr1.trainer.actor import Actor, load_actor_model, make_actor
 from megatron_sr1.trainer.objective import grpo_loss
 from megatron_sr1.trainer.step import update
-from tests.layouts import exported, pack_rows, published_gradients, random_samples
+from tests.layouts import destroy_groups, exported, pack_rows, published_gradients, random_samples
 
 NUM_UPDATES, LEARNING_RATE, TEMPERATURE = 2, 1e-3, 0.7
 EPSILON = 1e-4

@@ -23,11 +23,11 @@ from megatron_sr1.data.processor import Processor
 from megatron_sr1.model.row_split import split_row
 from megatron_sr1.records import PackedBatch, TrainSample
 from megatron_sr1.runtime.device import select_device, start_distributed
-from megatron_sr1.runtime.groups import Group, destroy_groups, make_groups
+from megatron_sr1.runtime.groups import Group, make_groups
 from megatron_sr1.trainer.actor import Reference, load_actor_model, make_actor
 from megatron_sr1.trainer.objective import grpo_loss
 from megatron_sr1.trainer.step import sample_logprobs, update
-from tests.layouts import layout_settings, pack_rows, random_samples
+from tests.layouts import destroy_groups, layout_settings, pack_rows, random_samples
 
 WIDE = {"gspo_clip_low": 0.02, "gspo_clip_high": 0.03}
 OBJECTIVES = {
