@@ -40,10 +40,7 @@ function of ours lies between."""
 
 
 def sample_logprobs(
-    actor: Actor,
-    samples: Sequence[TrainSample],
-    batches: Sequence[PackedBatch],
-    temperature: float,
+    actor: Actor, samples: Sequence[TrainSample], batches: Sequence[PackedBatch], temperature: float
 ) -> list[np.ndarray]:
     """Return the logprobs of every sample's targets under the actor's weights, without gradients.
 
