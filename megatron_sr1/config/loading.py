@@ -56,7 +56,7 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
     try:
         for name, layer in layers:
             _check_types(layer, Config(), name)
-            config = OmegaConf.merge(config, layer)
+            config.merge_with(layer)
         name = source
         resolved = OmegaConf.to_object(config)
     except MissingMandatoryValue as error:
