@@ -42,7 +42,6 @@ TEMPLATE_SECONDS = 10.0
 MAX_RENDERED_CHARACTERS = 4 * MAX_TEXT_CHARACTERS
 _DEFUSE = "\ue0de"
 """Private-use character; inserted into a special token's name, it turns the name into text."""
-_SETTINGS = "image processor (preprocessor_config.json or processor_config.json)"
 
 
 class Processor:
@@ -267,8 +266,9 @@ def _setting(holder: Any, name: str, least: int, directory: Path) -> int:
     value = getattr(holder, name, None)
     if type(value) is not int or value < least:
         raise DataError(
-            f"{directory}: {_SETTINGS}: {name} is {shown(value)}; expected an integer of at least "
-            f"{least} (data.min_pixels and data.max_pixels replace the limits of the edges, pixels)"
+            f"{directory}: image processor (preprocessor_config.json or processor_config.json): "
+            f"{name} is {shown(value)}; expected an integer of at least {least} (data.min_pixels "
+            "and data.max_pixels replace the limits of the edges, pixels)"
         )
     return value
 
