@@ -141,7 +141,7 @@ def finish(output: Path) -> dict[str, Any]:
     summary["differences"] = differences = {}
     for (first, before), (second, after) in itertools.combinations(judged.items(), 2):
         differences[f"{second} - {first}"] = {
-            way: {v.rate: paired(before[way], after[way], key) for key, v in VERDICTS.items()}
+            way: {rate: paired(before[way], after[way], key) for key, (rate, _) in VERDICTS.items()}
             for way in WAYS
         }
     steps = read_lines(output / "vision_sr1" / "metrics.jsonl")
