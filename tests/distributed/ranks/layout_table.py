@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from megatron_sr1.config.loading import load_config
+from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.config.run import Config
 from megatron_sr1.config.training import AlgorithmConfig
 from megatron_sr1.data.processor import Processor
@@ -114,7 +115,7 @@ def run(
     destroy_groups()
     groups = make_groups(config.parallel, select_device("cpu"))
     rows = make_rows(config, groups, processor, variant.packing)
-    loss = grpo_loss(AlgorithmConfig(kl_coefficient=0.1), 0.0, 64)
+    loss = grpo_loss(AlgorithmConfig(kl_coefficient=0.1), RolloutConfig(max_response_tokens=64))
     losses, found = [], {}
     for name in ("sgd", "adamw"):
         config.parallel.distributed_optimizer = name == "adamw"

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from megatron_sr1.config.loading import load_config
+from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.config.training import AlgorithmConfig
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.model.row_split import split_row
@@ -85,7 +86,7 @@ def run_layout(layout: str, model_dir: str, processor: Processor) -> dict:
         check_hard_cases(batches, groups.context, processor.image_pad_id)
     before = sample_logprobs(actor, own, batches, 0.7)
     algorithm = AlgorithmConfig(kl_coefficient=0.1, **OBJECTIVES[objective or "token_mean"])
-    loss = grpo_loss(algorithm, 0.0, 64)
+    loss = grpo_loss(algorithm, RolloutConfig(max_response_tokens=64))
     updates = [update(actor, batches, loss, 0.7) for _ in range(2)]
     after = sample_logprobs(actor, own, batches, 0.7)
     with reference.in_place():
