@@ -24,6 +24,9 @@ from megatron_sr1.planning.memory import stage_parameters, static_memory
 from megatron_sr1.planning.workload import num_parameters
 from megatron_sr1.rewards.user_reward import UserReward
 
+NUM_READ = 8
+"""Samples of a data set that are read and decoded, the first ones."""
+
 
 def dry_run(config: Config) -> str:
     """Describe a checked run: model, data, layout, steps, and what does not exist yet."""
@@ -51,9 +54,8 @@ def dry_run(config: Config) -> str:
         lines.append(f"eval data   {_data(config.data.eval)}")
         rollout = config.rollout
         lines.append(
-            f"engine      tensor parallel {rollout.tensor_parallel}, "
-            f"{rollout.max_num_seqs} slots of {rollout.max_model_len} tokens, pass 2 "
-            f"{rollout.pass2}"
+            f"engine      tensor parallel {rollout.tensor_parallel}, {rollout.max_num_seqs} slots "
+            f"of {rollout.max_model_len} tokens, pass 2 {rollout.pass2}"
         )
     return "\n".join(lines)
 
@@ -65,9 +67,9 @@ def _model(config: Config, hf_config: HFConfig | None) -> str:
     kind = "huggingface" if has_weights(path) else "config.json alone"
     kind = kind if (Path(path) / "config.json").is_file() else "megatron"
     return (
-        f"{path} ({kind}), {num_parameters(hf_config):,} parameters, "
-        f"{hf_config.text.num_layers} text layers, "
-        f"{hf_config.vision.depth} vision blocks, {config.model.dtype}, {config.model.spec} kernels"
+        f"{path} ({kind}), {num_parameters(hf_config):,} parameters, {hf_config.text.num_layers} "
+        f"text layers, {hf_config.vision.depth} vision blocks, {config.model.dtype}, "
+        f"{config.model.spec} kernels"
     )
 
 
@@ -142,10 +144,8 @@ def _memory(config: Config, hf_config: HFConfig, layout: Layout | None) -> str:
     """Describe what the fullest rank holds during the whole run; `megatron-sr1 plan` says more."""
     if layout is None:
         return "unknown: the layout does not divide the ranks"
-    held = max(
-        (static_memory(config, hf_config, layout, rank) for rank in layout.ends),
-        key=lambda h: h.device,
-    )
+    ranks = (static_memory(config, hf_config, layout, rank) for rank in layout.ends)
+    held = max(ranks, key=lambda memory: memory.device)
     parts = {"weights": held.weights, "gradients": held.gradients, "optimizer": held.optimizer}
     text = " + ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
     host = f", {held.host / 1e9:.2f} GB in host memory" if held.host else ""
@@ -162,17 +162,10 @@ def _steps(config: Config) -> str:
     )
 
 
-NUM_READ = 8
-"""Samples of a data set that are read and decoded, the first ones."""
-
-
 def check_run(config: Config, num_ranks: int) -> list[str]:
     """Check a run by its shards, its model's shape and its configuration; return warnings.
 
-    `num_ranks` is 0 if the launch decides.
-
-    Raises:
-        SR1Error: the run would fail with it.
+    What would stop the run raises its SR1Error. `num_ranks` is 0 if the launch decides.
     """
     check_output(config)
     replica = config.parallel.replica_size
@@ -183,7 +176,7 @@ def check_run(config: Config, num_ranks: int) -> list[str]:
         )
     hf_config = model_shape(config.model.path)
     if hf_config is not None:
-        _check_shape(config, hf_config, num_ranks or replica)
+        _check_shape(config, hf_config)
     if config.stage != "sft":
         if num_ranks % config.rollout.tensor_parallel:
             raise ConfigError(
@@ -196,11 +189,7 @@ def check_run(config: Config, num_ranks: int) -> list[str]:
 
 
 def model_shape(path: str) -> HFConfig | None:
-    """Return the shape of the model in a directory of either kind; None if it does not exist.
-
-    Raises:
-        SR1Error: the directory holds no model.
-    """
+    """Return the shape of the model in a directory of either kind; None if it does not exist."""
     if not Path(path).exists():
         return None
     has_shape = (Path(path) / "config.json").is_file()
@@ -225,10 +214,9 @@ def check_output(config: Config) -> None:
         )
 
 
-def _check_shape(config: Config, hf_config: HFConfig, num_ranks: int) -> None:
+def _check_shape(config: Config, hf_config: HFConfig) -> None:
     """Raise ConfigError if settings do not fit the model's shape."""
-    if configured(config, num_ranks) is not None:
-        check_layout(hf_config, config.parallel)
+    check_layout(hf_config, config.parallel)
     check_freeze(hf_config, config.model.freeze)
     if config.stage == "sft":
         return
@@ -248,7 +236,7 @@ def _check_shape(config: Config, hf_config: HFConfig, num_ranks: int) -> None:
 def _check_data(config: Config, which: str) -> list[str]:
     """Check the shards of data.train or data.eval, as the stage uses them."""
     directory, is_train = getattr(config.data, which), which == "train"
-    is_used = config.stage != "eval" if is_train else config.stage != "sft"
+    is_used = config.stage != ("eval" if is_train else "sft")
     if not is_used or not directory or not Path(directory).exists():
         return []
     reader = ShardReader(directory)
@@ -284,9 +272,8 @@ def _fault(reader: ShardReader, index: int, config: Config) -> str:
         reader.images(index)
     except DataError as error:
         return str(error)
-    where = example.where
     if config.stage != "sft" and example.answer is None:
-        return f"{where} has no gold answer to judge by"
+        return f"{example.where} has no gold answer to judge by"
     if config.stage == "sft" and all(turn.role != "assistant" for turn in example.messages):
-        return f"{where} has no assistant turn to learn from"
+        return f"{example.where} has no assistant turn to learn from"
     return ""

@@ -69,8 +69,6 @@ def run_sft(config: Config, groups: Groups) -> None:
     """Fine-tune `model.path` on `data.train`."""
     context, samples, actor, _ = start(config, groups)
     train_sft(context, actor, samples)
-    if context.is_leaving:
-        return context.close()
     export(context, actor)
     finish(context)
 
@@ -89,10 +87,8 @@ def run_grpo(config: Config, groups: Groups) -> None:
             if config.checkpoint.keep_best:
                 rate = partial(rate_actor, context, actor, engine, held_out)
         train_grpo(context, actor, engine, samples, scorer, reference, rate)
-        if context.is_leaving:
-            return context.close()
         export(context, actor)
-        if held_out is not None:
+        if held_out is not None and not context.is_leaving:
             sync(context, actor, engine)
             judge(context, held_out)
     finish(context)
@@ -160,16 +156,16 @@ def judge(context: Context, held_out: HeldOut) -> None:
 
 
 def export(context: Context, actor: Actor) -> None:
-    """Write the Hugging Face model, if configured."""
-    if context.config.checkpoint.export_hf:
+    """Write the Hugging Face model, if configured, unless the run stopped early."""
+    if context.config.checkpoint.export_hf and not context.is_leaving:
         with context.phase("export"):
             actor.save_hf(context.run_dir / "hf")
 
 
 def finish(context: Context) -> None:
-    """Close the sinks and write the report."""
+    """Close the sinks and, unless the run stopped early, write the report."""
     context.close()
-    if context.is_writer:
+    if context.is_writer and not context.is_leaving:
         from megatron_sr1.report.report import write_report
 
         with context.phase("report"):

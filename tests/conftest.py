@@ -74,7 +74,8 @@ def groups():
     """Groups of a world of one, in this process."""
     from megatron_sr1.config.run import ParallelConfig
     from megatron_sr1.runtime.device import select_device, start_distributed
-    from megatron_sr1.runtime.groups import destroy_groups, make_groups
+    from megatron_sr1.runtime.groups import make_groups
+    from tests.layouts import destroy_groups
 
     device = select_device("cpu")
     start_distributed(device)

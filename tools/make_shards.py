@@ -131,7 +131,7 @@ class Faults:
 
 def kind_of(message: str, where: str) -> str:
     """Return a message without the row's name and without what differs from row to row."""
-    text = re.sub(r", image [0-9]+", "", message.removeprefix(where)).lstrip(":, ")
+    text = re.sub("^: (image [0-9]+: )?", "", message.removeprefix(where))
     return re.sub(r"'[^']*'|\"[^\"]*\"|\[[^\]]*\]|[0-9]+", "…", text)[:80]
 
 

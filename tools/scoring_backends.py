@@ -26,6 +26,7 @@ from megatron_sr1.checkpoint.loading import load_model
 from megatron_sr1.checkpoint.untrusted import stored_dtype
 from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.config.run import ModelConfig, ParallelConfig
+from megatron_sr1.data.guards import located
 from megatron_sr1.data.images import decode_image
 from megatron_sr1.data.packing import pack_samples
 from megatron_sr1.data.processor import Processor
@@ -177,9 +178,9 @@ def train_sample(
     number: int, line: Any, images: Sequence[Any], processor: Processor
 ) -> TrainSample:
     """Convert a line to a sample; raise a DataError if its image-pad runs do not fit its images."""
-    grids = tuple(processor.grid(image, line.where) for image in images)
-    collapsed = collapse(line.prompt, processor.image_pad_id)
-    expanded = processor.expand(collapsed, grids, line.where)
+    with located(line.where):
+        grids = tuple(processor.grid(image) for image in images)
+        expanded = processor.expand(collapse(line.prompt, processor.image_pad_id), grids)
     if expanded != line.prompt:
         raise DataError(
             f"{line.where}: the images make a prompt of {len(expanded)} tokens, it has "
@@ -199,7 +200,11 @@ def collapse(token_ids: Sequence[int], image_pad_id: int) -> tuple[int, ...]:
 
 def open_images(line: Any) -> list[Any]:
     """Decode the images of a line under the limits for all data."""
-    return [decode_image(path.read_bytes(), f"{line.where}: {path}") for path in line.images]
+    images = []
+    for path in line.images:
+        with located(f"{line.where}: {path}"):
+            images.append(decode_image(path.read_bytes()))
+    return images
 
 
 BACKENDS: dict[str, Callable[..., Scores]] = {

@@ -88,10 +88,7 @@ def near_sequences(
 def weight_sums(
     weights: torch.Tensor, loss_mask: torch.Tensor, cap: float
 ) -> dict[str, torch.Tensor]:
-    """Sum importance weights over target tokens, and count those at the cap.
-
-    Returns the scalars `importance/weight` and `importance/capped_share` (tokens).
-    """
+    """Return the sum of the weights of target tokens, and how many are at the cap, as scalars."""
     chosen = weights[loss_mask.bool()]
     capped = chosen >= cap * (1 - 1e-6)  # exp(log(cap)) may differ from the cap by rounding
     return {"importance/weight": chosen.sum(), "importance/capped_share": capped.sum()}

@@ -83,11 +83,8 @@ def read_manifest(folder: Path) -> dict[str, Measure]:
 
 
 def is_whole(folder: Path) -> bool:
-    """Return True if a checkpoint's files are there with their sizes.
-
-    Without a manifest (older releases wrote none), the metadata of the tensors is enough.
-    """
-    if not (folder / MANIFEST).exists():
+    """Return True if a checkpoint's files are there with their sizes."""
+    if not (folder / MANIFEST).exists():  # older releases wrote none
         return (folder / ".metadata").is_file()
     try:
         return not problems_of(folder, digests=False)
@@ -176,8 +173,7 @@ def check_space(folder: Path, needed: int) -> None:
 def write_failure(folder: Path, needed: int, problem: str) -> str:
     """Describe a failed write: the disk's own error, the problem, and the space needed and free.
 
-    Torch's writer in C++ reports that a write failed but not why. Writing a little more gives the
-    reason.
+    Torch's writer in C++ does not report why a write failed; writing a little more shows it.
     """
     cause, probe = "", folder / ".probe"
     try:

@@ -147,11 +147,8 @@ def export_weights(
 
     Collective: all ranks iterate to the end. A stage broadcasts its shard to the others, then the
     tensor-parallel ranks gather the parameter; no more than one is whole at a time. A parameter
-    made of any of the published names in `left_out` is neither sent nor yielded.
-
-    Yields:
-        (published name, tensor in the model's type on the model's device). It may be a view of a
-        live parameter: copy it to keep it over an update.
+    made of any of the published names in `left_out` is neither sent nor yielded. Tensors have the
+    model's type and device; they may be views of live parameters, which the next update changes.
     """
     mine, left_out = dict[str, torch.Tensor](), frozenset(left_out)
     for entry, parameter in local_parameters(chunks, hf_config):
@@ -194,9 +191,8 @@ def save_hf(
 
     The source is a Hugging Face directory, or the copy of one in a Megatron checkpoint. Names,
     types, the split into files and the index are the source's; all other files are copied byte for
-    byte. Rank 0 writes one tensor at a time under a temporary name, then renames. A model in the
-    target is replaced. Raises `CheckpointError` if the source is of another shape, or the target is
-    something else.
+    byte. Rank 0 writes one tensor at a time under a temporary name, then renames; it replaces only
+    a model. Raises `CheckpointError` for any other target, or if the source is of another shape.
     """
     source, target = HFSource(source_directory), Path(target_directory)
     check_tensors(source, hf_config)

@@ -49,9 +49,8 @@ class StoredTensor:
 class HFSource:
     """A Hugging Face directory, with weights or with their headers only.
 
-    `headers` has the raw header of each weight file, its length field included; `tensors` all
-    tensors by their published names. Raises `CheckpointError` if there are no weights, or if a file
-    is absent, cut off or not safetensors.
+    `headers` has each weight file's raw header, with its length field; `tensors` has all tensors by
+    published name. Raises `CheckpointError` if a file is absent, cut off or not safetensors.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -167,8 +166,7 @@ def _parse_header(path: Path, header: bytes) -> list[StoredTensor]:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{path}: its header is not that of a safetensors file") from None
     last = max((tensor.begin + tensor.num_bytes for tensor in found), default=0)
-    if path.is_file() and last > path.stat().st_size:
-        size = path.stat().st_size
+    if path.is_file() and last > (size := path.stat().st_size):
         raise CheckpointError(f"{path}: cut off at {size} of {last} bytes; fetch it again")
     return found
 

@@ -47,14 +47,10 @@ def load_checkpoint(directory: str | Path, trained: Trained, verify: bool = True
 
     Of the schedule the position is loaded, while learning rates, betas and epsilon stay as this run
     configures them. Generators are restored only under the layout that they were saved under. With
-    `verify`, the files' digests are compared, not only their sizes.
+    `verify`, the files' digests are compared, not only their sizes. Returns the saved JSON state.
 
-    Returns:
-        The JSON state that was saved.
-
-    Raises:
-        CheckpointError: there is none, it is damaged, or it is of another model. Of damaged files
-            it names the first few, and the complete checkpoints in the directory.
+    Raises `CheckpointError` if there is none, it is damaged, or it is of another model. Of damaged
+    files it names the first few, and the complete checkpoints in the directory.
     """
     step = folders.latest_step(directory)
     if step is None:
@@ -136,8 +132,7 @@ def load_tensors(folder: Path, chunks: Sequence[Any], optimizer: Any) -> None:
 def verify_source(source: ModelSource, groups: Groups, digests: bool) -> None:
     """Compare a model's checkpoint with its manifest as `verify_folder` does; collective.
 
-    Raises `CheckpointError` also if the checkpoint has an output layer that its configuration would
-    have replaced by the embedding.
+    Raises `CheckpointError` also if an output layer of its own would be replaced by the embedding.
     """
     verify_folder(source.weights, groups, digests)
     config = read_hf_config(source.hf_files)

@@ -19,6 +19,12 @@ HF_EMBEDDING = "model.embed_tokens.weight"
 HF_OUTPUT = "lm_head.weight"
 TOWER = "vision_model."  # the parameters of the vision tower begin so
 
+# Norms before a linear layer, and their names in Transformer Engine's fused layer.
+FUSED_NORMS = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+
 COLUMN, ROW, WHOLE = 0, 1, None  # the dimension that is split over tensor-parallel ranks
 
 
@@ -148,14 +154,14 @@ def is_frozen(entry: Entry, patterns: Sequence[str]) -> bool:
 def check_freeze(config: HFConfig, patterns: Sequence[str]) -> None:
     """Raise `ConfigError` if a pattern matches nothing, or only a part of a fused parameter."""
     for pattern in patterns:
-        for entry in entries(config):
-            is_hit = any(re.search(pattern, name) for name in entry.hf_names)
-            if is_hit and not is_frozen(entry, [pattern]):
+        found = [e for e in entries(config) if any(re.search(pattern, n) for n in e.hf_names)]
+        for entry in found:
+            if not is_frozen(entry, [pattern]):
                 raise ConfigError(
                     f"model.freeze: {pattern!r} matches some of {', '.join(entry.hf_names)}, which "
                     "are one parameter here; match all of them or none"
                 )
-        if not any(is_frozen(entry, [pattern]) for entry in entries(config)):
+        if not found:
             some = ", ".join(entry.hf_names[0] for entry in entries(config)[:3])
             raise ConfigError(f"model.freeze: {pattern!r} matches no parameter, as {some}, …")
 
@@ -172,8 +178,8 @@ def canonical_parameter(name: str, first_layer: int = 0) -> str:
     the chunk's first decoder layer in the whole language model.
     """
     name = re.sub(r"^(module\.)+", "", name)
-    name = name.replace("self_attention.linear_qkv.layer_norm_", "input_layernorm.")
-    name = name.replace("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")
+    for norm, fused in FUSED_NORMS.items():
+        name = name.replace(fused, norm)
     found = re.match(r"language_model\.decoder\.layers\.(\d+)\.", name)
     if found:
         number = int(found[1]) + first_layer

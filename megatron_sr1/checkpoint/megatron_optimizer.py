@@ -100,14 +100,11 @@ def named_by_kind(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_kind(folder: Path, names: Collection[str], optimizer: Any) -> None:
-    """Raise `CheckpointError` if stored tensors of these names are not the optimizer's type.
-
-    An optimizer of None reads no state.
-    """
+    """Raise `CheckpointError` if stored tensors of these names are not of the optimizer's type."""
     kinds = {"float32": MASTER, "bfloat16": COMPENSATION}
     found = [kind for kind, prefix in kinds.items() if any(n.startswith(prefix) for n in names)]
     expected = "bfloat16" if _in_bfloat16(optimizer) else "float32"
-    if optimizer is not None and found and expected not in found:
+    if optimizer is not None and found and expected not in found:  # None reads no state
         raise CheckpointError(
             f"{folder}: its optimizer state is {found[0]}, this run's is {expected}; set "
             f"optimizer.state={found[0]}, or start a new run with model.path={folder}"

@@ -16,7 +16,7 @@ import io
 import logging
 import math
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,18 +64,13 @@ def begin_save(
 ) -> Save:
     """Begin to save everything that a resumed run needs; collective over all ranks.
 
-    Args:
-        directory: checkpoints of the run, seen by all ranks.
-        step: number of the checkpoint.
-        trained: what is saved besides the state.
-        state: JSON values that `load_checkpoint` returns.
-        source_directory: Hugging Face directory that the model came from (or `hf_files` of a
-            checkpoint); without it the checkpoint can be resumed from, but is no model directory.
-        in_background: leave the tensors to a process of each rank; they may be changed afterwards.
+    All ranks see `directory`, the run's checkpoints; `state` has the JSON values that
+    `load_checkpoint` returns. The model came from `source_directory`, a Hugging Face directory or
+    `hf_files` of a checkpoint; without it the checkpoint can be resumed from, but is no model. With
+    `in_background`, a process of each rank writes the tensors as they are; they may then change.
 
-    Raises:
-        CheckpointError: the disk is full, a file cannot be written, or a writing process died;
-            earlier checkpoints are untouched.
+    Raises `CheckpointError` if the disk is full, a file cannot be written, or a writing process
+    died; earlier checkpoints are untouched.
     """
     folder, groups = Path(directory), trained.groups
     target, partial = folder / f"step_{step}", folder / f".step_{step}.partial"
@@ -166,24 +161,17 @@ def _whole_or_not(target: Path, partial: Path, groups: Groups) -> Iterator[None]
 
 def write_manifest(folder: Path, groups: Groups, known: Mapping[str, Measure]) -> None:
     """Measure all ranks' files and flush them to the disk, but for the known; collective."""
+
+    def with_files(known: Mapping[str, Measure], *patterns: str) -> dict[str, Measure]:
+        files = [path for pattern in patterns for path in folder.rglob(pattern) if path.is_file()]
+        names = {file.relative_to(folder).as_posix() for file in files} - known.keys() - {MANIFEST}
+        return {**known, **{name: measure(folder / name, sync=True) for name in names}}
+
+    # Megatron-Core names a rank's files so; rank 0 measures all others.
     rank = groups.world.rank
-
-    def measure_own() -> dict[str, Measure]:
-        # Megatron-Core names a rank's files so; rank 0 measures all others.
-        names = {p.name for p in (*folder.glob(f"__{rank}_*"), *folder.glob(f"rng_{rank}.pt"))}
-        return {**known, **measured(names - known.keys())}
-
-    def measured(names: Collection[str]) -> dict[str, Measure]:
-        return {name: measure(folder / name, sync=True) for name in sorted(names)}
-
-    parts = on_all_ranks(groups, measure_own)
+    parts = on_all_ranks(groups, lambda: with_files(known, f"__{rank}_*", f"rng_{rank}.pt"))
     measures = {name: found for part in parts for name, found in part.items()}
-
-    def write() -> None:
-        there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
-        write_record(folder, measures | measured(there - measures.keys() - {MANIFEST}))
-
-    on_writer(groups, write)
+    on_writer(groups, lambda: write_record(folder, with_files(measures, "*")))
 
 
 def publish_folder(partial: Path, target: Path) -> None:
@@ -196,11 +184,9 @@ def publish_folder(partial: Path, target: Path) -> None:
 
 
 def remove_old(newest: Path, settings: CheckpointConfig) -> None:
-    """Remove the checkpoints that are not to be kept, and damaged ones; the newest always stays.
-
-    Later ones, left when a run was rolled back, are kept.
-    """
+    """Remove the checkpoints that are not to be kept, and damaged ones; the newest always stays."""
     folder, step = newest.parent, int(newest.name.removeprefix("step_"))
+    # Later ones, left when a run was rolled back, are kept.
     present, whole = ([s for s in found(folder) if s <= step] for found in (steps, whole_steps))
     if settings.keep_last < 1 or not whole:
         return

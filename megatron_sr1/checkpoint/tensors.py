@@ -21,7 +21,6 @@ import inspect
 import multiprocessing
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -108,12 +107,10 @@ def save_tensors(folder: Path, trained: Trained, in_background: bool) -> Pending
     """Write model and optimizer into an empty directory; collective over all ranks.
 
     In the background a process of each rank writes the tensors as they are now. Torch's own
-    `async_save` does not know Megatron's sharded tensors, and Megatron's queue of calls knows no
-    manifest.
+    `async_save` does not know Megatron's sharded tensors; Megatron's queue of calls, no manifest.
 
-    Raises:
-        CheckpointError: the disk is full or a writing process died. On all ranks, unless it is in
-            files that rank 0 writes within Megatron: then on rank 0, whose exit ends the others.
+    Raises `CheckpointError` if the disk is full or a writing process died. On all ranks, unless it
+    is in files that rank 0 writes within Megatron: then on rank 0, whose exit ends the others.
     """
     from megatron.core.dist_checkpointing import save
 
@@ -139,10 +136,7 @@ class PendingTensors:
     """Tensors that a process of each rank is writing; `needed` bytes in all, for messages."""
 
     def __init__(self, folder: Path, needed: int, groups: Groups, request: Any) -> None:
-        """Take the snapshot and start the process, if this rank has something to write.
-
-        Without a request of Megatron's, everything is written already.
-        """
+        """Take the snapshot and start the process; without a request all is written already."""
         self._folder, self._needed, self._groups = folder, needed, groups
         self._finalizers = request.finalize_fns if request else []
         self._process: Any = None
@@ -215,13 +209,7 @@ def _write(
 
 @contextlib.contextmanager
 def watched_writers() -> Iterator[None]:
-    """Raise `CheckpointError` as soon as a child process that was started inside fails.
-
-    Only Python's main thread can be interrupted; in another one this does nothing.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    """Raise `CheckpointError` as soon as a child process that was started inside fails."""
     before = {child.pid for child in psutil.Process().children()}
 
     def look(number: int, frame: FrameType | None) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import torch
 
 from megatron_sr1.checkpoint.mapping import ROW, WHOLE, Entry
-from megatron_sr1.errors import ConfigError
 
 Block = tuple[str, tuple[slice, ...]]  # name of a published tensor and where; () for all of it
 
@@ -20,8 +19,7 @@ Block = tuple[str, tuple[slice, ...]]  # name of a published tensor and where; (
 def slices(entry: Entry, rank: int, size: int, local_rows: int) -> list[Block]:
     """Return what a tensor-parallel rank reads of the published tensors, in the order of `join`.
 
-    `local_rows` are those of the rank's parameter, which include a vocabulary's padding. Raises
-    `ConfigError` if the dimension does not divide over the ranks.
+    `local_rows` include a vocabulary's padding. The layout divides the model (`check_layout`).
     """
     found: list[Block] = []
     for name, shape in zip(entry.hf_names, entry.hf_shapes, strict=True):
@@ -44,12 +42,7 @@ def slices(entry: Entry, rank: int, size: int, local_rows: int) -> list[Block]:
 
 def _share(entry: Entry, length: int, size: int) -> int:
     units = entry.num_groups if entry.form == "grouped" else length
-    if units % size:
-        what = "key/value heads" if entry.form == "grouped" else "rows or columns"
-        raise ConfigError(
-            f"{entry.name}: {units} {what} do not divide over parallel.tensor={size} ranks; use a "
-            f"divisor of {units}"
-        )
+    assert units % size == 0, f"{entry.name}: {units} heads, rows or columns over {size} ranks"
     return length // size
 
 
@@ -82,9 +75,8 @@ def split(entry: Entry, parameter: torch.Tensor, size: int = 1) -> list[torch.Te
 def publish(entry: Entry, shards: Sequence[torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
     """Return (published name, whole tensor) of a parameter, in the entry's order.
 
-    The shards are those of all tensor-parallel ranks in order, each as `join` makes it; one is
-    enough where every rank has all of it. Vocabulary rows may be padded. The tensors are views of a
-    single shard where possible.
+    The shards are those of all tensor-parallel ranks in order, as `join` makes them, vocabulary
+    rows padded; one is enough where every rank has all of it. Of one, the tensors may be views.
     """
     if entry.shard_dim is WHOLE:
         parts = split(entry, shards[0])

@@ -69,10 +69,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 
 def check_folder(folder: Path) -> Any:
-    """Return torch's `Metadata` of a checkpoint; refuse one that would run code when it is read.
-
-    The `CheckpointError` names the file and what it asks for.
-    """
+    """Return torch's `Metadata` of a checkpoint; refuse one that would run code when it is read."""
     path = folder / ".metadata"
     try:
         metadata = _unpickle(path.read_bytes())

@@ -54,20 +54,6 @@ BACKENDS = {
 }
 
 
-class _Progress:
-    """Counts and reports the bytes that are written, after those that an earlier call wrote."""
-
-    def __init__(self, total_bytes: int, kept_bytes: int, report: Report) -> None:
-        self._total, self._done, self._report = total_bytes, kept_bytes, report
-        self.left_bytes = total_bytes - kept_bytes
-        if kept_bytes:
-            report("kept", kept_bytes, kept_bytes)
-
-    def add(self, num_bytes: int) -> None:
-        self._done += num_bytes
-        self._report("writing", self._done, self._total)
-
-
 def hf_to_megatron(
     directory: Path,
     target: Path,
@@ -80,7 +66,7 @@ def hf_to_megatron(
     A `dtype` of None keeps the source's, float32 where it mixes types. Raises `CheckpointError` if
     the source is no such model, the target is not empty, or the disk is full.
     """
-    published = Published.open(directory)
+    published = Published(directory)
     published.source.need_weights()
     dtype = dtype or published.dtype
     partial, notes = target / f".{STEP}.partial", target / f".{STEP}.notes"
@@ -92,20 +78,23 @@ def hf_to_megatron(
 
         def is_right(parts: Sequence[Unit]) -> bool:
             reader = UnitReader(partial, parts)
-            return not any(differences(published, reader, parts, to_published=False))
+            return not any(differences(published, reader, to_published=False))
 
-        kept = writer.keep_finished(is_right)
-        total = sum(unit.num_values for unit in published.units)
-        progress = _Progress(total * dtype.itemsize, kept * dtype.itemsize, report)
+        done = writer.keep_finished(is_right) * dtype.itemsize
+        total = sum(unit.num_values for unit in published.units) * dtype.itemsize
+        if done:
+            report("kept", done, done)
 
         def make(unit: Unit) -> torch.Tensor:
+            nonlocal done
             tensors = [published.source.read(name) for name in unit.entry.hf_names]
             parts = [part for tensor in tensors for part in tensor.chunk(unit.entry.num_parts)]
-            progress.add(unit.num_values * dtype.itemsize)
+            done += unit.num_values * dtype.itemsize
+            report("writing", done, total)
             return join(unit.entry, parts).to(dtype)
 
-        needed = progress.left_bytes + TENSOR_OVERHEAD_BYTES * len(published.units)
-        with _space_checked(partial, needed):
+        overhead = TENSOR_OVERHEAD_BYTES * len(published.units)
+        with _space_checked(partial, total - done + overhead):
             writer.write(make)
             write_manifest(partial, single_process(), writer.measures)
             publish_folder(partial, target / STEP)
@@ -149,7 +138,7 @@ def megatron_to_hf(found: ModelSource, target: Path, digests: bool, report: Repo
 
 def _export(found: ModelSource, partial: Path, report: Report) -> None:
     """Write the weight files that an earlier call has not finished; remove everything else."""
-    published = Published.open(found.hf_files)
+    published = Published(found.hf_files)
     reader = UnitReader(found.weights, published.units)
     headers, tensors = published.source.headers, published.source.tensors.values()
     kept = [
@@ -157,10 +146,11 @@ def _export(found: ModelSource, partial: Path, report: Report) -> None:
         if _is_right(partial / name, header, _tensors_of(published, reader, name))
     ]  # fmt: skip
     _remove_others(partial, kept)
-    kept_bytes = sum(t.num_bytes for t in tensors if t.file in kept)
-    progress = _Progress(sum(t.num_bytes for t in tensors), kept_bytes, report)
-    needed = progress.left_bytes
-    with _space_checked(partial, needed), ThreadPoolExecutor(max_workers=1) as pool:
+    total = sum(t.num_bytes for t in tensors)
+    done = sum(t.num_bytes for t in tensors if t.file in kept)
+    if done:
+        report("kept", done, done)
+    with _space_checked(partial, total - done), ThreadPoolExecutor(max_workers=1) as pool:
         published.source.copy_other_files(partial)
         synced: Future[None] = pool.submit(lambda: None)
         for name in [name for name in headers if name not in kept]:
@@ -170,7 +160,8 @@ def _export(found: ModelSource, partial: Path, report: Report) -> None:
                 for stored, tensor in _tensors_of(published, reader, name):
                     file.seek(stored.begin)
                     file.write(tensor_bytes(stored, tensor))
-                    progress.add(stored.num_bytes)
+                    done += stored.num_bytes
+                    report("writing", done, total)
             # One file is flushed to the disk while the next is written.
             synced.result()
             synced = pool.submit(_finish, unfinished, partial / name)
@@ -217,25 +208,21 @@ def _finish(unfinished: Path, final: Path) -> None:
 def verify_conversion(
     directory: Path, checkpoint: ModelSource, report: Report, *, to_published: bool
 ) -> None:
-    """Read both sides from the disk and compare them bit by bit.
-
-    Raises `CheckpointError` with the first tensors that differ, and their files.
-    """
-    published = Published.open(directory)
-    reader = UnitReader(checkpoint.weights, published.units)
+    """Compare both sides on the disk bit by bit; raise `CheckpointError` with what differs."""
+    published, weights = Published(directory), checkpoint.weights
+    reader = UnitReader(weights, published.units)
     headers, tensors = published.source.headers, published.source.tensors
-    weights = checkpoint.weights
     for path in [directory / n for n in headers] if to_published else weights.glob("*.distcp"):
         flush_and_evict(path)
     sizes = [sum(tensors[n].num_bytes for n in u.entry.hf_names) for u in published.units]
     different = []
-    found = differences(published, reader, published.units, to_published=to_published)
+    found = differences(published, reader, to_published=to_published)
     for done, names in zip(accumulate(sizes), found, strict=True):
         different += [names] if names else []
         report("comparing", done, sum(sizes))
     if different:
         raise CheckpointError(
-            f"{directory} and {reader.folder} differ in {listed(different)}; remove what was "
+            f"{directory} and {weights} differ in {listed(different)}; remove what was "
             "converted and convert again"
         )
 

@@ -61,7 +61,7 @@ class Move:
 def plan_to_megatron(directory: Path, dtype: torch.dtype | None) -> list[Move]:
     """Plan `hf_to_megatron` from the weight files' headers, or from config.json alone."""
     if any((directory / name).is_file() for name in (INDEX, SINGLE, SINGLE + HEADER_SUFFIX)):
-        published = Published.open(directory)
+        published = Published(directory)
         tensors, dtype = published.source.tensors, dtype or published.dtype
         return [
             Move(unit, tensors[unit.entry.hf_names[0]].dtype, dtype, False)
@@ -77,7 +77,7 @@ def plan_to_megatron(directory: Path, dtype: torch.dtype | None) -> list[Move]:
 
 def plan_to_hf(found: ModelSource) -> list[Move]:
     """Plan `megatron_to_hf` from the metadata of a checkpoint."""
-    published = Published.open(found.hf_files)
+    published = Published(found.hf_files)
     tensors, reader = published.source.tensors, UnitReader(found.weights, published.units)
     return [
         Move(unit, reader.dtype(unit), tensors[unit.entry.hf_names[0]].dtype, True,

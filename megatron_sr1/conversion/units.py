@@ -26,17 +26,13 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from megatron_sr1.checkpoint.disk import listed, read_ahead
 from megatron_sr1.checkpoint.hf import check_tensors, with_tied_copy
 from megatron_sr1.checkpoint.hf_files import HFSource
-from megatron_sr1.checkpoint.mapping import Entry, entries
+from megatron_sr1.checkpoint.mapping import FUSED_NORMS, Entry, entries
 from megatron_sr1.checkpoint.transforms import publish
 from megatron_sr1.checkpoint.untrusted import DAMAGE, check_folder
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.model.hf_config import HFConfig, read_hf_config
 from megatron_sr1.runtime.groups import reason
 
-_FUSED = {
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
-}
 _LAYER = re.compile(r"((?:vision|language)_model)\.decoder\.layers\.(\d+)\.(.+)")
 
 
@@ -79,7 +75,7 @@ def _units_of(entry: Entry, config: HFConfig) -> Iterator[Unit]:
     found = _LAYER.fullmatch(entry.name)
     if found:
         tower, number, rest = found.groups()
-        key = f"{tower}.decoder.layers.{_FUSED.get(rest, rest)}"
+        key = f"{tower}.decoder.layers.{FUSED_NORMS.get(rest, rest)}"
         layers = [config.vision.depth if tower == "vision_model" else config.text.num_layers]
         layer = [int(number)]
     columns = entry.hf_shapes[0][1:]
@@ -100,20 +96,14 @@ def _units_of(entry: Entry, config: HFConfig) -> Iterator[Unit]:
         )
 
 
-@dataclass(frozen=True)
 class Published:
     """The published side of a conversion: a directory, or the headers that a checkpoint carries."""
 
-    source: HFSource
-    config: HFConfig
-    units: tuple[Unit, ...]
-
-    @classmethod
-    def open(cls, directory: Path) -> Published:
+    def __init__(self, directory: Path) -> None:
         """Read headers and configuration; raise `CheckpointError` if they do not agree."""
-        config, source = read_hf_config(directory), HFSource(directory)
-        check_tensors(source, config)
-        return cls(source, config, units(config))
+        self.config, self.source = read_hf_config(directory), HFSource(directory)
+        check_tensors(self.source, self.config)
+        self.units = units(self.config)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -127,15 +117,11 @@ class Published:
 
 
 class UnitReader:
-    """A checkpoint's directory, opened for reading some units.
-
-    Raises:
-        CheckpointError: it is not to be trusted, damaged, or of another model.
-    """
+    """A checkpoint's directory, opened for reading some units."""
 
     def __init__(self, folder: Path, units: Sequence[Unit]) -> None:
-        """Check the metadata; no tensor is read."""
-        self.folder = folder
+        """Check the metadata; raise `CheckpointError` if hostile, damaged or of another model."""
+        self.folder, self.units = folder, units
         self.metadata = check_folder(folder)
         problems = [p for p in map(self._problem, units) if p]
         if problems:
@@ -205,16 +191,13 @@ def _part(tensor: torch.Tensor, offsets: Sequence[int], lengths: Sequence[int]) 
     return tensor
 
 
-def differences(
-    published: Published, reader: UnitReader, parts: Sequence[Unit], *, to_published: bool
-) -> Iterator[str]:
+def differences(published: Published, reader: UnitReader, *, to_published: bool) -> Iterator[str]:
     """Compare tensors bit by bit, in the type of the side that was made from the other.
 
-    Yields:
-        After each unit, the names of its tensors that differ, with their files, or "".
+    Yields, after each unit of the reader, the names of its tensors that differ and their files.
     """
     places = reader.metadata.storage_data
-    for unit in parts:
+    for unit in reader.units:
         found = []
         for name, stored in published.tensors(unit, reader.read(unit)):
             other = published.source.read(name)

@@ -53,9 +53,7 @@ def split_units(units: Sequence[Unit], dtype: torch.dtype, file_bytes: int) -> l
 class UnitWriter:
     """Tensor files of up to `file_bytes` in a directory that is not a checkpoint yet.
 
-    Attributes:
-        files: name and units of each file.
-        measures: of the files that are on the disk.
+    `files` has the units of each file by its name, `measures` what is on the disk already.
     """
 
     def __init__(

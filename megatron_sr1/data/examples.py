@@ -2,7 +2,7 @@ r"""A sample as the data set gives it: turns, image marks, gold answers, and its
 
 `<image>` in a user or system turn marks an image; `\<image>` is the text `<image>`. An even number
 of backslashes escapes nothing, so LaTeX's line break `\\` may precede an image. Assistant turns are
-plain text, as an assistant shows no images. Every error is a `DataError` that names the sample.
+plain text, as an assistant shows no images. Every error is a `DataError`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
-from megatron_sr1.data.guards import MAX_IMAGES, check_text, is_json, shown
+from megatron_sr1.data.guards import MAX_IMAGES, check_text, is_json, located, shown
 from megatron_sr1.errors import DataError
 from megatron_sr1.records import Example, Message
 
@@ -67,7 +67,6 @@ def stored(record: Record) -> dict[str, Any]:
 
 def example_from_stored(value: Any, *, index: int, key: str, shard: str) -> Example:
     """Convert a stored JSON object to an example."""
-    where = f"{shard} sample {key}"
     try:
         turns, num_images = value["messages"], value["num_images"]
         answer, metadata = value.get("answer"), dict(value.get("metadata") or {})
@@ -81,24 +80,24 @@ def example_from_stored(value: Any, *, index: int, key: str, shard: str) -> Exam
             raise TypeError("a turn's role or content is not a string")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"not a stored sample ({shown(f'{type(error).__name__}: {error}')})"
-        raise DataError(f"{where}: {reason}; make the shards with tools/make_shards.py") from None
+        raise DataError(f"{reason}; make the shards with tools/make_shards.py") from None
     if not 0 <= num_images <= MAX_IMAGES:
-        raise DataError(f"{where}: {num_images} images, at most {MAX_IMAGES}")
-    messages = place_marks(checked_turns(messages, where), num_images, where)
-    golds = [_gold_text(a, where) for a in (answer, *others) if a is not None]
+        raise DataError(f"{num_images} images, at most {MAX_IMAGES}")
+    messages = place_marks(checked_turns(messages), num_images)
+    golds = [_gold_text(a) for a in (answer, *others) if a is not None]
     golds = [gold for gold in golds if gold.strip()]  # an empty one cannot be compared with
     metadata = {k: v for k, v in metadata.items() if is_json(k, v)}
     first = golds[0] if golds else None
     return Example(index, key, shard, messages, first, num_images, metadata, tuple(golds[1:]))
 
 
-def checked_turns(messages: tuple[Message, ...], where: str) -> tuple[Message, ...]:
+def checked_turns(messages: tuple[Message, ...]) -> tuple[Message, ...]:
     """Return the turns after checking their roles (at least one user turn) and text."""
     roles = [m.role for m in messages]
     if not {"user"} <= set(roles) <= set(_ROLES):
         expected = f"{', '.join(_ROLES)} with at least one user turn"
-        raise DataError(f"{where}: roles {shown(roles)}; expected {expected}")
-    check_text("".join(m.content for m in messages), where)
+        raise DataError(f"roles {shown(roles)}; expected {expected}")
+    check_text("".join(m.content for m in messages))
     return messages
 
 
@@ -121,7 +120,7 @@ def escape_marks(text: str) -> str:
     return _MARK.sub(r"\1\\<image>", text)
 
 
-def place_marks(messages: Sequence[Message], num_images: int, where: str) -> tuple[Message, ...]:
+def place_marks(messages: Sequence[Message], num_images: int) -> tuple[Message, ...]:
     """Check that a conversation has a mark per image.
 
     If it has no marks, one per image is inserted at the start of the first user turn.
@@ -132,15 +131,15 @@ def place_marks(messages: Sequence[Message], num_images: int, where: str) -> tup
     user = next((i for i, m in enumerate(messages) if m.role == "user"), None)
     if marks or user is None:
         raise DataError(
-            f"{where}: {marks} {IMAGE_MARK} marks in the text but {num_images} images; expected "
-            f"one mark per image, or none at all; write {ESCAPED_MARK} where a user's text means "
-            "these characters (in an assistant turn they are never a mark)"
+            f"{marks} {IMAGE_MARK} marks in the text but {num_images} images; expected one mark "
+            f"per image, or none at all; write {ESCAPED_MARK} where a user's text means these "
+            "characters (in an assistant turn they are never a mark)"
         )
     placed = Message("user", IMAGE_MARK * num_images + messages[user].content)
     return (*messages[:user], placed, *messages[user + 1 :])
 
 
-def gold_answers(value: Any, where: str) -> tuple[str, ...]:
+def gold_answers(value: Any) -> tuple[str, ...]:
     r"""Return the distinct gold answers of a column: a text, a number, or a list of them.
 
     A text may be a whole solution, whose answer follows `</think>`, is enclosed by `<answer>`, or
@@ -150,45 +149,44 @@ def gold_answers(value: Any, where: str) -> tuple[str, ...]:
     """
     values = value if isinstance(value, list | tuple) else [value]
     if len(values) > MAX_GOLDS:
-        raise DataError(f"{where}: {len(values)} gold answers, at most {MAX_GOLDS}")
-    texts = (_gold_text(v, where) for v in values if v is not None)
-    return tuple(dict.fromkeys(_answer_alone(t.strip(), where) for t in texts if t.strip()))
+        raise DataError(f"{len(values)} gold answers, at most {MAX_GOLDS}")
+    texts = (_gold_text(v).strip() for v in values if v is not None)
+    return tuple(dict.fromkeys(_answer_alone(text) for text in texts if text))
 
 
-def _gold_text(value: Any, where: str) -> str:
+def _gold_text(value: Any) -> str:
     """Return a gold answer as text; numbers are accepted."""
     number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
     if isinstance(value, str) or (number and math.isfinite(value)):
-        return check_text(str(value), f"{where}, answer")
+        with located("answer"):
+            return check_text(str(value))
     expected = "expected a string or a number, or a list of them"
-    raise DataError(f"{where}: the answer is {shown(value)}; {expected}")
+    raise DataError(f"the answer is {shown(value)}; {expected}")
 
 
-def _answer_alone(text: str, where: str) -> str:
+def _answer_alone(text: str) -> str:
     """Return the answer part of a text; DataError if nothing is left or it is ambiguous."""
     rest = text.rpartition("</think>")[2]
-    found = _in_last_line(_in_tags(rest.strip(), where), where)
+    found = _in_last_line(_in_tags(rest.strip()))
     if "<think>" in found and "</think>" not in text:
-        raise DataError(f"{where}: the gold answer opens <think> and does not close it; {_TO_DO}")
+        raise DataError(f"the gold answer opens <think> and does not close it; {_TO_DO}")
     if not _NOTHING.sub("", found):
-        raise DataError(f"{where}: the gold answer {shown(text)} is empty; {_TO_DO}")
+        raise DataError(f"the gold answer {shown(text)} is empty; {_TO_DO}")
     return found
 
 
-def _in_tags(text: str, where: str) -> str:
+def _in_tags(text: str) -> str:
     pieces = _TAG.split(text)
     if len(pieces) == 1:
         return text
     answers = {answer.strip() for answer in pieces[2::4]}
     if pieces[1::2] != ["", "/"] * (len(pieces) // 4) or len(answers) != 1:
-        raise DataError(
-            f"{where}: {len(pieces) // 2} <answer> and </answer> tags in the gold answer that do "
-            f"not enclose one answer; {_TO_DO}"
-        )
+        tags = f"{len(pieces) // 2} <answer> and </answer> tags in the gold answer"
+        raise DataError(f"{tags} that do not enclose one answer; {_TO_DO}")
     return answers.pop()
 
 
-def _in_last_line(text: str, where: str) -> str:
+def _in_last_line(text: str) -> str:
     last = text.splitlines()[-1] if text else ""
     if "####" in last:
         return last.rpartition("####")[2].strip()
@@ -196,5 +194,5 @@ def _in_last_line(text: str, where: str) -> str:
     if said is not None:
         return said[1]
     if "####" in text and "\\boxed" not in text:
-        raise DataError(f"{where}: #### in the gold answer, but not in its last line; {_TO_DO}")
+        raise DataError(f"#### in the gold answer, but not in its last line; {_TO_DO}")
     return text

@@ -1,7 +1,7 @@
 """Safe reading of untrusted files, JSON and text, each within limits.
 
 Nothing here blocks (on a pipe), executes its input, or reads without a limit. What is not valid
-raises a `DataError` with a message of one line, which starts with `where`.
+raises a `DataError` of one line; `located` adds the file and sample at the boundaries.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import json
 import os
 import stat
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,61 +26,69 @@ MAX_IMAGES = 1024
 """Per sample."""
 
 
-def read_file(path: Path, max_bytes: int, where: str) -> bytes:
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Put the place in front of the message of a `DataError` that the block raises."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+
+
+def read_file(path: Path, max_bytes: int) -> bytes:
     """Read a regular file, also through links; a pipe or a device is an error and never blocks."""
-    name = f"{where}: {shown(str(path), 400)}"
     try:
         with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
-                raise DataError(f"{name}: not a regular file")
+                raise DataError("not a regular file")
             if status.st_size > max_bytes:
-                raise DataError(f"{name}: {status.st_size} bytes, at most {max_bytes}")
+                raise DataError(f"{status.st_size} bytes, at most {max_bytes}")
             return file.read(max_bytes)
     except (OSError, ValueError) as error:  # ValueError: a NUL or half a character in the name
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise DataError(f"{name}: {reason}") from None
+        raise DataError(error.strerror if isinstance(error, OSError) else str(error)) from None
 
 
-def inside(folder: Path, name: str, where: str) -> Path:
+def inside(folder: Path, name: str) -> Path:
     """Return the path of a file that a sample names; it is no URL and does not leave `folder`."""
     if "://" in name or name.startswith(("file:", "~")):
-        raise DataError(f"{where}: {shown(name)} is a URL; expected a path in {folder}")
+        raise DataError(f"{shown(name)} is a URL; expected a path in {folder}")
     try:
         is_inside = (folder / name).resolve().is_relative_to(folder.resolve())
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a cycle of links
-        raise DataError(f"{where}: {shown(name)} is no path: {printable(error)}") from None
+        raise DataError(f"{shown(name)} is no path: {printable(error)}") from None
     if not is_inside:
-        raise DataError(f"{where}: {shown(name)} leads out of {folder}")
+        raise DataError(f"{shown(name)} leads out of {folder}")
     return folder / name
 
 
-def parse_json(data: bytes, where: str) -> Any:
+def parse_json(data: bytes) -> Any:
     """Parse UTF-8 JSON with unique keys per object; a byte order mark is allowed."""
     try:
         return json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from None
+        raise DataError(f"not UTF-8: {error.reason} at byte {error.start}") from None
     except RecursionError:
-        raise DataError(f"{where}: not JSON that can be read: nested too deeply") from None
+        raise DataError("not JSON that can be read: nested too deeply") from None
     except ValueError as error:
-        raise DataError(f"{where}: not JSON: {printable(error)}") from None
+        raise DataError(f"not JSON: {printable(error)}") from None
 
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
     """Read a JSON file as `read_file` and `parse_json` do."""
-    return parse_json(read_file(path, max_bytes, str(path.parent)), str(path))
+    with located(str(path)):
+        return parse_json(read_file(path, max_bytes))
 
 
-def check_text(text: str, where: str) -> str:
+def check_text(text: str) -> str:
     """Return the text if it can be encoded as UTF-8 and is not too long."""
     if len(text) > MAX_TEXT_CHARACTERS:
-        raise DataError(f"{where}: {len(text)} characters, at most {MAX_TEXT_CHARACTERS}")
+        raise DataError(f"{len(text)} characters, at most {MAX_TEXT_CHARACTERS}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         half = f"character {error.start} is half of a surrogate pair"
-        raise DataError(f"{where}: {half}; expected text") from None
+        raise DataError(f"{half}; expected text") from None
     return text
 
 

@@ -2,7 +2,7 @@
 
 The size is read from the header first, so that a small file cannot unpack to gigabytes. Only
 formats that Pillow decodes by itself are accepted; for some others (PostScript) it starts programs.
-Of an animation, the first frame is read. Errors are `DataError`s that name the image.
+Of an animation, the first frame is read. What cannot be read raises a `DataError`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import TiffImageFile
 
-from megatron_sr1.data.guards import MAX_IMAGE_BYTES, inside, printable, read_file, shown
+from megatron_sr1.data.guards import MAX_IMAGE_BYTES, inside, located, printable, read_file, shown
 from megatron_sr1.errors import DataError
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -48,12 +48,8 @@ def largest_pixels(min_pixels: int, max_pixels: int, patch_side: int) -> int:
 
     Sides are rounded to whole patches after the area is scaled, so an image can exceed
     `max_pixels`: an enlarged one is rounded up, and a thin one keeps a width of one patch. Source:
-    `smart_resize` of transformers' Qwen2-VL image processor.
-
-    Args:
-        min_pixels: a smaller image is enlarged to this area, its sides rounded up.
-        max_pixels: a larger image is reduced to this area, its sides rounded down.
-        patch_side: side of a merged patch, pixels; sides are multiples of it.
+    `smart_resize` of transformers' Qwen2-VL image processor. `patch_side` is the side of a merged
+    patch, pixels.
     """
     area = patch_side**2
     # Reduced: rounding down keeps the limit, unless a side below one patch is raised to one.
@@ -68,7 +64,7 @@ def largest_pixels(min_pixels: int, max_pixels: int, patch_side: int) -> int:
     return largest * area
 
 
-def image_bytes(value: Any, folder: Path, where: str) -> bytes:
+def image_bytes(value: Any, folder: Path) -> bytes:
     """Return the bytes of an image of a row: bytes, a path, a data: URI, or `{"bytes", "path"}`."""
     if isinstance(value, Mapping):
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
@@ -76,53 +72,55 @@ def image_bytes(value: Any, folder: Path, where: str) -> bytes:
         return value
     if not isinstance(value, str):
         expected = "expected bytes, a path, or {'bytes': …, 'path': …}"
-        raise DataError(f"{where}: a {type(value).__name__}; {expected}")
+        raise DataError(f"a {type(value).__name__}; {expected}")
     if not value.startswith("data:"):
-        return read_file(inside(folder, value, where), MAX_IMAGE_BYTES, where)
+        path = inside(folder, value)
+        with located(shown(str(path), 400)):
+            return read_file(path, MAX_IMAGE_BYTES)
     try:
         head = _DATA_URI.match(value)
         if head is not None:
             return base64.b64decode("".join(value[head.end() :].split()), validate=True)
     except ValueError:  # incomplete, or characters outside the alphabet
         pass
-    raise DataError(f"{where}: {shown(value)}; expected data:image/…;base64, followed by base64")
+    raise DataError(f"{shown(value)}; expected data:image/…;base64, followed by base64")
 
 
-def image_format(data: bytes, where: str) -> str:
+def image_format(data: bytes) -> str:
     """Return the file extension of an image's bytes, e.g. `png` or `jpeg`."""
-    with _open(data, where) as image:
+    with _open(data) as image:
         return str(image.format).lower()
 
 
-def decode_image(data: bytes, where: str) -> Image.Image:
+def decode_image(data: bytes) -> Image.Image:
     """Decode an image file to RGB, rotated upright, with transparency composited over white."""
-    with _open(data, where) as image, warnings.catch_warnings():
+    with _open(data) as image, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             return _to_rgb(image)
         except Exception as error:  # Pillow's decoders raise almost any error on broken files
             reason = printable(error) or type(error).__name__
-            raise DataError(f"{where}: the image does not decode: {reason}") from None
+            raise DataError(f"the image does not decode: {reason}") from None
 
 
-def _open(data: bytes, where: str) -> Image.Image:
+def _open(data: bytes) -> Image.Image:
     """Open without decoding and check the size."""
     if len(data) > MAX_IMAGE_BYTES:
-        raise DataError(f"{where}: an image file of {len(data)} bytes, at most {MAX_IMAGE_BYTES}")
+        raise DataError(f"an image file of {len(data)} bytes, at most {MAX_IMAGE_BYTES}")
     if data[:2] == b"\xff\xd8" and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
-        raise DataError(f"{where}: refused: a JPEG of more than {MAX_JPEG_SCANS} scans")
+        raise DataError(f"refused: a JPEG of more than {MAX_JPEG_SCANS} scans")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
-        raise DataError(f"{where}: refused: {error}") from None
+        raise DataError(f"refused: {error}") from None
     except Exception as error:  # Pillow's readers raise almost any error on broken headers
         reason = f"{len(data)} bytes, {printable(error, 120) or type(error).__name__}"
         formats = ", ".join(FORMATS)
-        raise DataError(f"{where}: not an image that can be read as {formats} ({reason})") from None
+        raise DataError(f"not an image that can be read as {formats} ({reason})") from None
     width, height = image.size
-    size = f"{where}: {width} x {height} pixels"
+    size = f"{width} x {height} pixels"
     if width * height > MAX_IMAGE_PIXELS:
         raise DataError(f"{size}, more than {MAX_IMAGE_PIXELS}; scale it down")
     if max(width, height) > MAX_ASPECT_RATIO * max(1, min(width, height)):
@@ -152,11 +150,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_eight_bits(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
-    """Scale an image of mode F, I or I;16 to 8 bits, by the tags of the file if it is a TIFF.
-
-    Raises:
-        ValueError: the range of values does not show which ones are black and white.
-    """
+    """Scale an image of mode F, I or I;16 to 8 bits, by the tags of the file if it is a TIFF."""
     deep = np.asarray(image).astype(np.float64)
     if not np.isfinite(deep).all():
         raise ValueError("pixels that are infinite or NaN; convert it to 8 bits")

@@ -6,7 +6,7 @@ another number of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -83,9 +83,3 @@ class Loader:
         if not self.shuffle:
             return np.arange(self.num_samples)
         return np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
-
-
-def shard(indices: Sequence[int], rank: int, size: int) -> list[int]:
-    """Return every `size`-th index from `rank` on, the part of one data-parallel rank."""
-    assert 0 <= rank < size, (rank, size)
-    return list(indices[rank::size])

@@ -24,10 +24,7 @@ PER_TOKEN = ("advantages", "old_logprobs", "engine_logprobs", "reference_logprob
 
 
 class Size(NamedTuple):
-    """Size of a sample: tokens with images expanded, patches of its images, number of its prompt.
-
-    Samples of one prompt have the same images.
-    """
+    """Size of a sample: tokens with images expanded, its images' patches, number of its prompt."""
 
     tokens: int
     patches: int
@@ -109,19 +106,12 @@ def pack_samples(
     pad_multiple: int = 1,
     sequence_multiple: int = 1,
 ) -> list[PackedBatch]:
-    """Pack samples into rows of at most `pack_tokens`; a larger sample gets a row of its own.
+    """Pack samples into rows of at most `pack_tokens` without padding; 0: one row per sample.
 
-    Args:
-        samples: in any order.
-        pack_tokens: budget of a row without padding, tokens; 0: one row per sample.
-        vision_of: returns the pixels of a sample by its index; None on ranks without the vision
-            tower, whose batches then have no `vision`.
-        image_pad_id: token id of expanded images.
-        merge_size: patches per side that are merged into one token.
-        patch_cost: cost of a patch in the budget, tokens.
-        pad_multiple: rows are padded to a multiple of this by one last sequence; must be a multiple
-            of `sequence_multiple`.
-        sequence_multiple: each sequence is padded to a multiple of this at its end.
+    A larger sample gets a row of its own. `vision_of` returns the pixels of a sample by its index;
+    on ranks without the vision tower it is None, and batches have no `vision`. A patch costs
+    `patch_cost` tokens of the budget. Each sequence is padded at its end to a multiple of
+    `sequence_multiple`; rows, by one last sequence, to `pad_multiple`, a multiple of the former.
 
     Raises:
         DataError: image tokens, grids and pixels of a sample are inconsistent.
@@ -151,12 +141,8 @@ def mrope_positions(
 ) -> np.ndarray:
     """Return the mRoPE positions of one sequence, [3, tokens] int64: time, height, width.
 
-    Args:
-        token_ids: [tokens] int64, images expanded to one `image_pad_id` per merged patch.
-        grids: (t, h, w) of each image, in patches.
-        image_pad_id: token id of images.
-        merge_size: patches per side that are merged into one token.
-        index: number of the sample, for errors.
+    `token_ids`, [tokens] int64, have one `image_pad_id` per `merge_size` x `merge_size` patches;
+    `grids` are (t, h, w) of each image in patches; errors name the sample by its `index`.
 
     Raises:
         DataError: the number of image tokens does not match the grids, or an image's tokens are

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from megatron_sr1.data.guards import printable, read_json, shown
+from megatron_sr1.data.guards import located, printable, read_json, shown
 from megatron_sr1.errors import DataError
 from megatron_sr1.runtime.files import write_text
 
@@ -108,16 +108,16 @@ def scan(tar: Path) -> list[Place]:
     return sorted((_place(key, found, tar) for key, found in samples.items()), key=_begin)
 
 
-def check_header(block: bytes, place: Place, span: Span, where: str) -> None:
+def check_header(block: bytes, place: Place, span: Span) -> None:
     """Check the header before a span of a sample; the index may point to another member."""
-    name, _, size = _parse_header(block, where)
+    name, _, size = _parse_header(block)
     key, extension = _sample_key(name)
     exact = len(name) < _NAME_BYTES and place.key.isascii()
     is_text = span == place.text
     fits = key == place.key and (extension == "json" if is_text else _is_image(extension))
     if size != span[1] or (exact and not fits):
         held = f"its place holds {shown(name)} of {size} bytes"
-        raise DataError(f"{where}: {held}; remove SHARD.index.json files to rebuild them")
+        raise DataError(f"{held}; remove SHARD.index.json files to rebuild them")
 
 
 def _usable(value: Any, tar: Path) -> list[Place]:
@@ -187,49 +187,49 @@ def _members(file: BinaryIO, tar: Path) -> Iterator[tuple[str, Span]]:
     total = os.fstat(file.fileno()).st_size
     offset, long_name = 0, ""
     while True:
-        where = f"{tar} byte {offset}"
-        file.seek(offset)
-        block = file.read(BLOCK)
-        if len(block) < BLOCK:
-            what = "the file ends without tar's end mark" if offset else "no tar header"
-            raise DataError(f"{where}: not a readable tar: {what}; is it truncated?")
-        if not any(block):
-            rest = iter(lambda: file.read(2**20), b"")
-            if long_name or any(piece.strip(b"\0") for piece in rest):
-                raise DataError(f"{where}: more data after the end mark; expected a single tar")
-            return
-        name, kind, size = _parse_header(block, where)
-        data = offset + BLOCK
-        offset = data + -(-size // BLOCK) * BLOCK
-        if kind in (_LONG_NAME, _PAX, _PAX_GLOBAL):
-            if size > MAX_EXTRA_BYTES or data + size > total:
-                raise DataError(f"{where}: a header record of {size} bytes; the tar is damaged")
-            long_name = _extra(file.read(size), kind, where) or long_name
-            continue
-        name = long_name or name
-        if kind in _REGULAR:
-            if data + size > total:
-                short = f"{max(0, total - data)} of {size} bytes; the shard is truncated"
-                raise DataError(f"{tar} sample {printable(_sample_key(name)[0], 400)}: {short}")
-            yield name, (data, size)
-        elif kind != _FOLDER:
-            what = _REJECTED.get(kind, f"of type {kind!r}")
-            raise DataError(f"{where}: member {shown(name)} is {what}; expected regular files")
-        long_name = ""
+        with located(f"{tar} byte {offset}"):
+            file.seek(offset)
+            block = file.read(BLOCK)
+            if len(block) < BLOCK:
+                what = "the file ends without tar's end mark" if offset else "no tar header"
+                raise DataError(f"not a readable tar: {what}; is it truncated?")
+            if not any(block):
+                rest = iter(lambda: file.read(2**20), b"")
+                if long_name or any(piece.strip(b"\0") for piece in rest):
+                    raise DataError("more data after the end mark; expected a single tar")
+                return
+            name, kind, size = _parse_header(block)
+            data = offset + BLOCK
+            offset = data + -(-size // BLOCK) * BLOCK
+            if kind in (_LONG_NAME, _PAX, _PAX_GLOBAL):
+                if size > MAX_EXTRA_BYTES or data + size > total:
+                    raise DataError(f"a header record of {size} bytes; the tar is damaged")
+                long_name = _extra(file.read(size), kind) or long_name
+                continue
+            name, long_name = long_name or name, ""
+            if kind in _REGULAR:
+                if data + size > total:
+                    sample = printable(_sample_key(name)[0], 400)
+                    short = f"{max(0, total - data)} of {size} bytes; the shard is truncated"
+                    raise DataError(f"sample {sample}: {short}")
+                yield name, (data, size)
+            elif kind != _FOLDER:
+                what = _REJECTED.get(kind, f"of type {kind!r}")
+                raise DataError(f"member {shown(name)} is {what}; expected regular files")
 
 
-def _parse_header(block: bytes, where: str) -> tuple[str, bytes, int]:
+def _parse_header(block: bytes) -> tuple[str, bytes, int]:
     """Return name, type flag and size (bytes) of a header block."""
     try:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
-        raise DataError(f"{where}: not a tar header ({error})") from None
+        raise DataError(f"not a tar header ({error})") from None
     if not 0 <= header.size < 2**63:
-        raise DataError(f"{where}: not a tar header (size is {header.size})")
+        raise DataError(f"not a tar header (size is {header.size})")
     return header.name, header.type, header.size
 
 
-def _extra(data: bytes, kind: bytes, where: str) -> str:
+def _extra(data: bytes, kind: bytes) -> str:
     """Return the name that a GNU long name or pax record gives the next member, or ""."""
     if kind == _LONG_NAME:
         return _text(data)
@@ -240,10 +240,10 @@ def _extra(data: bytes, kind: bytes, where: str) -> str:
         record, data = data[:size], data[size:]
         key, mark, value = record[len(length) + 1 : -1].partition(b"=")
         if not mark or record[-1:] != b"\n":
-            raise DataError(f"{where}: a pax record that cannot be read")
+            raise DataError("a pax record that cannot be read")
         is_global_path = key == b"path" and kind == _PAX_GLOBAL
         if is_global_path or key in (b"size", b"linkpath") or key.startswith(b"GNU.sparse"):
-            raise DataError(f"{where}: pax record {shown(key)}; expected plain regular files")
+            raise DataError(f"pax record {shown(key)}; expected plain regular files")
         if key == b"path":
             name = _text(value)
     return name

@@ -22,7 +22,14 @@ from typing import Any
 from PIL import Image
 
 from megatron_sr1.data.examples import Record, example_from_stored, stored
-from megatron_sr1.data.guards import MAX_IMAGE_BYTES, MAX_JSON_BYTES, parse_json, read_json, shown
+from megatron_sr1.data.guards import (
+    MAX_IMAGE_BYTES,
+    MAX_JSON_BYTES,
+    located,
+    parse_json,
+    read_json,
+    shown,
+)
 from megatron_sr1.data.images import decode_image, image_format
 from megatron_sr1.data.shard_index import BLOCK, Place, Span, check_header, read_index, write_index
 from megatron_sr1.errors import ConfigError, DataError
@@ -79,8 +86,7 @@ class ShardReader:
         self.directory = Path(directory)
         self._tars = _tars(self.directory)
         if not self._tars:
-            advice = "make them with tools/make_shards.py"
-            raise DataError(f"{self.directory}: no .tar shards; {advice}")
+            raise DataError(f"{directory}: no .tar shards; make them with tools/make_shards.py")
         self._index = functools.cache(read_index)
         self._open = functools.lru_cache(64)(functools.partial(open, mode="rb", buffering=0))
         counts = _counts(self.directory, self._tars)
@@ -93,44 +99,44 @@ class ShardReader:
     def example(self, index: int) -> Example:
         """Read a sample without its images."""
         tar, place = self._locate(index)
-        value = parse_json(self._read(tar, place, place.text), f"{tar} sample {place.key}")
-        example = example_from_stored(value, index=index, key=place.key, shard=str(tar))
-        if example.num_images != len(place.images):
-            raise DataError(
-                f"{tar} sample {place.key}: its JSON names {example.num_images} images, the shard "
-                f"holds {len(place.images)}"
-            )
-        return example
+        with located(f"{tar} sample {place.key}"):
+            value = parse_json(self._read(tar, place, place.text))
+            example = example_from_stored(value, index=index, key=place.key, shard=str(tar))
+            named, held = example.num_images, len(place.images)
+            if named != held:
+                raise DataError(f"its JSON names {named} images, the shard holds {held}")
+            return example
 
     def images(self, index: int) -> list[Image.Image]:
         """Read and decode the images of a sample, in order, as RGB."""
         tar, place = self._locate(index)
-        return [
-            decode_image(data, f"{tar} sample {place.key}, image {number}")
-            for number, data in enumerate(self.image_files(index))
-        ]
+        images = []
+        for number, data in enumerate(self.image_files(index)):
+            with located(f"{tar} sample {place.key}: image {number}"):
+                images.append(decode_image(data))
+        return images
 
     def image_files(self, index: int) -> list[bytes]:
         """Read the image files of a sample as stored."""
         tar, place = self._locate(index)
-        return [self._read(tar, place, span) for span in place.images]
+        with located(f"{tar} sample {place.key}"):
+            return [self._read(tar, place, span) for span in place.images]
 
     def _read(self, tar: Path, place: Place, span: Span) -> bytes:
         """Read a member and check its header, as the index may be wrong."""
         offset, size = span
-        where = f"{tar} sample {place.key}"
         limit = MAX_JSON_BYTES if span == place.text else MAX_IMAGE_BYTES
         if size > limit:
-            raise DataError(f"{where}: a member of {size} bytes, at most {limit}")
+            raise DataError(f"a member of {size} bytes, at most {limit}")
         try:
             file = self._open(tar)  # kept until it is read: another thread may evict it
             data = os.pread(file.fileno(), size + BLOCK, offset - BLOCK)
         except OSError as error:
-            raise DataError(f"{where}: {error.strerror}") from None
+            raise DataError(error.strerror) from None
         if len(data) != size + BLOCK:
             held = max(0, len(data) - BLOCK)
-            raise DataError(f"{where}: {held} of {size} bytes; the shard is truncated")
-        check_header(data[:BLOCK], place, span, where)
+            raise DataError(f"{held} of {size} bytes; the shard is truncated")
+        check_header(data[:BLOCK], place, span)
         return data[BLOCK:]
 
     def _locate(self, index: int) -> tuple[Path, Place]:
@@ -138,12 +144,10 @@ class ShardReader:
             raise IndexError(f"{self.directory}: sample {index} of {len(self)}")
         number = bisect_right(self._ends, index)
         tar, start = self._tars[number], self._ends[number - 1] if number else 0
-        places = self._index(tar)
-        if len(places) != self._ends[number] - start:
-            raise DataError(
-                f"{tar}: {len(places)} samples, {DATASET_FILE} says {self._ends[number] - start}; "
-                "the shard is not the one that was written"
-            )
+        places, count = self._index(tar), self._ends[number] - start
+        if len(places) != count:
+            said = f"{len(places)} samples, {DATASET_FILE} says {count}"
+            raise DataError(f"{tar}: {said}; the shard is not the one that was written")
         return tar, places[index - start]
 
 
@@ -161,11 +165,9 @@ def _write_dataset(directory: Path, value: dict[str, Any]) -> None:
 
 def _is_incomplete(directory: Path) -> bool:
     """Return True if an interrupted `write_shards` left these shards."""
-    try:
-        value = read_json(directory / DATASET_FILE)
-    except DataError:
-        return False
-    return isinstance(value, dict) and value.get("complete") is False
+    with contextlib.suppress(DataError, AttributeError):  # no such file, or not an object
+        return read_json(directory / DATASET_FILE).get("complete") is False
+    return False
 
 
 def _counts(directory: Path, tars: list[Path]) -> list[int] | None:
@@ -198,7 +200,8 @@ def _add(tar: tarfile.TarFile, number: int, record: Record) -> Place:
     key = f"{number:09d}"
     files = {"json": json.dumps(stored(record), ensure_ascii=False).encode()}
     for place, data in enumerate(record.images):
-        files[f"{place}.{image_format(data, f'sample {key}, image {place}')}"] = data
+        with located(f"sample {key}: image {place}"):
+            files[f"{place}.{image_format(data)}"] = data
     spans = []
     for extension, data in files.items():
         member = tarfile.TarInfo(f"{key}.{extension}")
@@ -212,9 +215,6 @@ def first_with_image(num_samples: int, num_images: Callable[[int], int]) -> int:
     """Return the first sample with an image, which `rollout.canary_bound` compares.
 
     `num_images` returns a sample's number of images, or raises a DataError if it cannot be used.
-
-    Raises:
-        ConfigError: none of the first samples is one.
     """
     for index in range(min(num_samples, NUM_SEARCHED)):
         with contextlib.suppress(DataError):

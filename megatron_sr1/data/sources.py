@@ -26,6 +26,7 @@ from megatron_sr1.data.guards import (
     MAX_IMAGES,
     MAX_JSON_BYTES,
     is_json,
+    located,
     parse_json,
     printable,
     read_json,
@@ -39,7 +40,6 @@ METADATA_FILE = "metadata.jsonl"
 SUFFIXES = (".parquet", ".jsonl", ".json")
 MAX_SOURCE_BYTES = 4 * 2**30
 """Limit of a json file, which is read as a whole; jsonl and parquet are streamed."""
-_PARQUET_ROWS = 64
 _TURN_COLUMNS = ("messages", "conversations")
 _TEXT_COLUMNS = ("problem", "question", "prompt")
 _ALPACA_COLUMNS = ("instruction", "input", "output")
@@ -102,14 +102,13 @@ def records(
         where = ""
         for where, row in read(path):
             try:
-                if isinstance(row, DataError):
-                    raise row
-                if not isinstance(row, dict):
-                    raise DataError(f"{where}: expected an object of columns")
-                if path.name == METADATA_FILE:
-                    row = _with_image(row, where)
-                folder = image_folder or path.parent
-                yield where, record_from_row(row, folder=folder, where=where, columns=columns)
+                with located(where):
+                    if isinstance(row, DataError):
+                        raise row
+                    if not isinstance(row, dict):
+                        raise DataError("expected an object of columns")
+                    row = _with_image(row) if path.name == METADATA_FILE else row
+                    yield where, record_from_row(row, image_folder or path.parent, columns)
             except DataError as error:
                 yield where, error
         if not where:
@@ -128,7 +127,7 @@ def _parquet(path: Path) -> Any:
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     number = 0
-    batches = _parquet(path).iter_batches(batch_size=_PARQUET_ROWS)
+    batches = _parquet(path).iter_batches(batch_size=64)
     while True:
         try:
             batch = next(batches, None)
@@ -142,7 +141,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
             try:
                 yield where, batch.slice(place, 1).to_pylist()[0]
             except Exception as error:  # text that is not UTF-8, dates out of range, extensions
-                yield where, DataError(f"{where}: not readable: {printable(error)}")
+                yield where, DataError(f"not readable: {printable(error)}")
             number += 1
 
 
@@ -155,10 +154,10 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 length += len(piece)  # the rest of a long line is not kept
             where = f"{path.name} line {number}"
             if length > MAX_JSON_BYTES:
-                yield where, DataError(f"{where}: {length} bytes, at most {MAX_JSON_BYTES}")
+                yield where, DataError(f"{length} bytes, at most {MAX_JSON_BYTES}")
             elif line.strip():
                 try:
-                    yield where, parse_json(line, where)
+                    yield where, parse_json(line)
                 except DataError as error:
                     yield where, error
 
@@ -171,52 +170,46 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
         yield f"{path.name} sample {number}", value
 
 
-def _with_image(row: dict[str, Any], where: str) -> dict[str, Any]:
+def _with_image(row: dict[str, Any]) -> dict[str, Any]:
     """Move `file_name` (or `file_names`) of a row of metadata.jsonl to `images`."""
     names = row.pop("file_names", None) or row.pop("file_name", None)
     if names is None:
         return row
     if row.get("images") or row.get("image"):
-        raise DataError(f"{where}: both file_name and an image column; keep one of them")
+        raise DataError("both file_name and an image column; keep one of them")
     return {**row, "images": names}
 
 
-def record_from_row(
-    row: Mapping[str, Any], *, folder: Path, where: str, columns: Mapping[str, str]
-) -> Record:
-    """Convert one row of a source to a record.
+def record_from_row(row: Mapping[str, Any], folder: Path, columns: Mapping[str, str]) -> Record:
+    """Convert one row of a source to a record, after a trial decoding of its images.
 
     Args:
         row: its columns.
         folder: base of relative image paths, which must not lead out of it.
-        where: names the row in errors, e.g. `train.parquet row 17`.
         columns: name -> location of its value in the row: a column, or a dotted path into one
             (`prompt.0.content`). Alternatives of a mapped column become metadata.
-
-    Returns:
-        the record, after a trial decoding of its images and a check of its marks.
     """
-    known = _renamed(row, columns, where)
+    known = _renamed(row, columns)
     lost = next((c for c in _REFUSED_COLUMNS if _is_given(known.get(c))), None)
     if lost:
         raise DataError(
-            f"{where}: the column {lost} is not empty, but training does not support it; "
-            "remove the row or the column"
+            f"the column {lost} is not empty, but training does not support it; remove the row "
+            "or the column"
         )
-    messages, inline, used = _conversation(known, where)
-    found = ((gold_answers(_look_up(known, c), where), c) for c in _ANSWER_COLUMNS)
+    messages, inline, used = _conversation(known)
+    found = ((gold_answers(_look_up(known, c)), c) for c in _ANSWER_COLUMNS)
     answers, answer_column = next((pair for pair in found if pair[0]), ((), ""))
     is_sft = used.isdisjoint(_TEXT_COLUMNS) and any(m.role == "assistant" for m in messages)
     if not answers and not is_sft:
         raise DataError(
-            f"{where}: no gold answer; expected a column answer or solution that is not empty (or "
+            "no gold answer; expected a column answer or solution that is not empty (or "
             f"reward_model.ground_truth), got {_columns(row)}"
         )
-    images = _image_files(known, inline, folder, where)
-    messages = place_marks(messages, len(images), where)
+    images = _image_files(known, inline, folder)
+    messages = place_marks(messages, len(images))
     for number, message in enumerate(messages):
         if message.role != "system" and not message.content.strip():
-            raise DataError(f"{where}: turn {number} ({message.role}) is empty; expected text")
+            raise DataError(f"turn {number} ({message.role}) is empty; expected text")
     used = {*used, answer_column, *_IMAGE_COLUMNS, *_BEFORE_COLUMNS} - columns.keys()
     used |= {*columns.values()}
     left = {k: v for k, v in row.items() if k not in used and v is not None}
@@ -225,14 +218,14 @@ def record_from_row(
     return Record(messages, answers[0] if answers else None, images, metadata, answers[1:])
 
 
-def _renamed(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> Mapping[str, Any]:
+def _renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
     """Move mapped columns to their names and remove their alternatives."""
     found = {name: _look_up(row, path) for name, path in columns.items()}
     for name, value in found.items():
         if value is None and name not in _IMAGE_COLUMNS:
             raise DataError(
-                f"{where}: nothing at {columns[name]}, which is mapped to the column {name}; the "
-                f"row has {_columns(row)}"
+                f"nothing at {columns[name]}, which is mapped to the column {name}; the row has "
+                f"{_columns(row)}"
             )
     replaced = {c for group in _ALTERNATIVES if not found.keys().isdisjoint(group) for c in group}
     return {**{k: v for k, v in row.items() if k not in replaced}, **found}
@@ -258,91 +251,82 @@ def _is_given(value: Any) -> bool:
     return bool(value.strip()) if isinstance(value, str) else value not in (None, [], (), {})
 
 
-def _conversation(
-    row: Mapping[str, Any], where: str
-) -> tuple[tuple[Message, ...], list[Any], set[str]]:
+def _conversation(row: Mapping[str, Any]) -> tuple[tuple[Message, ...], list[Any], set[str]]:
     """Return the messages, the images inside them, and the columns they were read from."""
     lists = (*_TURN_COLUMNS, *(("prompt",) if not isinstance(row.get("prompt"), str) else ()))
     column = next((c for c in lists if _is_given(row.get(c))), None)
-    if column is None:
-        turns, used = _single_turn(row, where)
-        turns = [*_history(row, where), *turns]
-    elif _is_given(row.get("history")):
-        raise DataError(f"{where}: both {column} and history; put all turns into {column}")
-    else:
-        turns, used = row[column], {column}
-    if not isinstance(turns, list | tuple):
-        raise DataError(f"{where}: {column} is {shown(turns)}; expected a list of turns")
     images: list[Any] = []
-    messages = [_message(turn, images, where) for turn in turns]
-    return checked_turns((*_system(row, messages, where), *messages), where), images, used
+    if column is None:
+        messages, used = _single_turn(row)
+        messages = [*_history(row), *messages]
+    elif _is_given(row.get("history")):
+        raise DataError(f"both {column} and history; put all turns into {column}")
+    elif not isinstance(row[column], list | tuple):
+        raise DataError(f"{column} is {shown(row[column])}; expected a list of turns")
+    else:
+        messages, used = [_message(turn, images) for turn in row[column]], {column}
+    return checked_turns((*_system(row, messages), *messages)), images, used
 
 
-def _single_turn(row: Mapping[str, Any], where: str) -> tuple[list[dict[str, str]], set[str]]:
+def _single_turn(row: Mapping[str, Any]) -> tuple[list[Message], set[str]]:
     """Return the turns of a row with separate text columns, and these columns."""
     for column in _TEXT_COLUMNS:
         if _is_given(row.get(column)):
-            return [{"role": "user", "content": _string(row, column, where)}], {column}
-    asked = [_string(row, c, where) for c in ("instruction", "input") if _is_given(row.get(c))]
+            return [Message("user", _string(row, column))], {column}
+    asked = [_string(row, c) for c in ("instruction", "input") if _is_given(row.get(c))]
     if asked and _is_given(row.get("output")):
-        said = {"role": "assistant", "content": _string(row, "output", where)}
-        return [{"role": "user", "content": "\n\n".join(asked)}, said], {*_ALPACA_COLUMNS}
+        turns = [Message("user", "\n\n".join(asked)), Message("assistant", _string(row, "output"))]
+        return turns, {*_ALPACA_COLUMNS}
     raise DataError(
-        f"{where}: columns {_columns(row)}; expected problem or question (with answer or "
-        "solution), messages or conversations, or instruction and output, and not empty"
+        f"columns {_columns(row)}; expected problem or question (with answer or solution), "
+        "messages or conversations, or instruction and output, and not empty"
     )
 
 
-def _history(row: Mapping[str, Any], where: str) -> list[dict[str, str]]:
+def _history(row: Mapping[str, Any]) -> list[Message]:
     """Return alpaca's earlier turns, a list of (question, answer) pairs."""
-    pairs = row.get("history")
-    if not _is_given(pairs):
-        return []
+    pairs = row["history"] if _is_given(row.get("history")) else []
     if not isinstance(pairs, list | tuple) or not all(
         isinstance(p, list | tuple) and len(p) == 2 and all(isinstance(t, str) for t in p)
         for p in pairs
     ):
-        raise DataError(f"{where}: history is {shown(pairs)}; expected [[question, answer], …]")
-    roles = ("user", "assistant")
-    return [{"role": r, "content": t} for p in pairs for r, t in zip(roles, p, strict=True)]
+        raise DataError(f"history is {shown(pairs)}; expected [[question, answer], …]")
+    return [Message(role, p[i]) for p in pairs for i, role in enumerate(("user", "assistant"))]
 
 
-def _system(row: Mapping[str, Any], messages: Sequence[Message], where: str) -> list[Message]:
+def _system(row: Mapping[str, Any], messages: Sequence[Message]) -> list[Message]:
     """Return the system turn of the column `system`, unless the conversation has the same one."""
     if not _is_given(row.get("system")):
         return []
-    turn = Message("system", _string(row, "system", where))
+    text = _string(row, "system")
     if not messages or messages[0].role != "system":
-        return [turn]
-    if messages[0].content.strip() == turn.content.strip():
-        return []
-    what = "the column system and the system turn of the conversation"
-    raise DataError(f"{where}: {what} differ; keep one")
+        return [Message("system", text)]
+    if messages[0].content.strip() != text.strip():
+        raise DataError("the column system and the conversation's system turn differ; keep one")
+    return []
 
 
-def _message(turn: Any, images: list[Any], where: str) -> Message:
+def _message(turn: Any, images: list[Any]) -> Message:
     """Convert a turn, `{"role", "content"}` or sharegpt's `{"from", "value"}`.
 
     The content is a string, or a list of parts as in OpenAI's API, in whose texts `<image>` is not
     a mark.
     """
     if isinstance(turn, Mapping):
-        role, content = (
-            turn.get(new) if turn.get(new) is not None else turn.get(old)
-            for new, old in (("role", "from"), ("content", "value"))
-        )
-        role = _SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
-        if isinstance(role, str) and isinstance(content, str):
-            return Message(role, content)
-        if isinstance(role, str) and isinstance(content, list | tuple) and content:
-            return Message(role, "".join(_part(p, role, images, where) for p in content))
+        role = turn.get("from") if turn.get("role") is None else turn["role"]
+        content = turn.get("value") if turn.get("content") is None else turn["content"]
+        if isinstance(role, str):
+            role = _SHAREGPT_ROLES.get(role, role)
+            if isinstance(content, str):
+                return Message(role, content)
+            if isinstance(content, list | tuple) and content:
+                return Message(role, "".join(_part(p, role, images) for p in content))
         turn = f"role {shown(role)}, content {shown(content)}"
-    raise DataError(
-        f"{where}: turn {shown(turn)}; expected {{role, content}} as strings, or content as parts"
-    )
+    expected = "expected {role, content} as strings, or content as parts"
+    raise DataError(f"turn {shown(turn)}; {expected}")
 
 
-def _part(part: Any, role: str, images: list[Any], where: str) -> str:
+def _part(part: Any, role: str, images: list[Any]) -> str:
     """Return the text of a part, or a mark; an image inside the part is appended to `images`."""
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind in _TEXT_PARTS and isinstance(part.get("text"), str):
@@ -350,45 +334,43 @@ def _part(part: Any, role: str, images: list[Any], where: str) -> str:
     if kind not in _IMAGE_PARTS:
         what = f"of type {shown(kind)}" if isinstance(part, Mapping) else shown(part)
         expected = '{"type": "text", "text": …} or {"type": "image"}'
-        raise DataError(f"{where}: a part {what} in the content; expected {expected}")
+        raise DataError(f"a part {what} in the content; expected {expected}")
     if role == "assistant":
         why = "a model that writes text shows no images"
-        raise DataError(f"{where}: an image part in an assistant turn; {why}")
+        raise DataError(f"an image part in an assistant turn; {why}")
     found = next((part[f] for f in _IMAGE_FIELDS if part.get(f) is not None), None)
-    if isinstance(found, Mapping) and "url" in found:
-        found = found["url"]
+    found = found["url"] if isinstance(found, Mapping) and "url" in found else found
     if found is not None:  # otherwise the next image of the image column
         images.append(found)
     return IMAGE_MARK
 
 
-def _image_files(
-    row: Mapping[str, Any], inline: list[Any], folder: Path, where: str
-) -> tuple[bytes, ...]:
+def _image_files(row: Mapping[str, Any], inline: list[Any], folder: Path) -> tuple[bytes, ...]:
     """Return the images of a column, or those inside the turns, each of which can be decoded."""
-    values = {c: row[c] for c in _IMAGE_COLUMNS if row.get(c) is not None}
-    given = [column for column, value in values.items() if value not in ([], ())]
-    if len(given) == 2 and values["images"] in (values["image"], [values["image"]]):
-        given.pop()
-    if len(given) + bool(inline) > 1:
-        what = " and in ".join([*given, *(["the turns themselves"] if inline else [])])
-        raise DataError(f"{where}: images in {what}; keep only one of them")
-    images = values[given[0]] if given else inline
+    given = {c: row[c] for c in _IMAGE_COLUMNS if row.get(c) not in (None, [], ())}
+    if len(given) == 2 and given["images"] in (given["image"], [given["image"]]):
+        del given["image"]
+    places = [*given, *(["the turns themselves"] if inline else [])]
+    if len(places) > 1:
+        raise DataError(f"images in {' and in '.join(places)}; keep only one of them")
+    images = next(iter(given.values()), inline)
     images = images if isinstance(images, list | tuple) else [images]
     if len(images) > MAX_IMAGES:
-        raise DataError(f"{where}: {len(images)} images, at most {MAX_IMAGES}")
-    files = tuple(image_bytes(v, folder, f"{where}, image {i}") for i, v in enumerate(images))
-    for number, data in enumerate(files):
-        decode_image(data, f"{where}, image {number}")
-    return files
+        raise DataError(f"{len(images)} images, at most {MAX_IMAGES}")
+    files = []
+    for number, value in enumerate(images):
+        with located(f"image {number}"):
+            files.append(image_bytes(value, folder))
+            decode_image(files[-1])
+    return tuple(files)
 
 
 def _columns(row: Mapping[str, Any]) -> str:
     return shown(sorted(map(str, row)), 200)
 
 
-def _string(row: Mapping[str, Any], column: str, where: str) -> str:
+def _string(row: Mapping[str, Any], column: str) -> str:
     value = row[column]
     if not isinstance(value, str):
-        raise DataError(f"{where}: {column} is {shown(value)}; expected a string")
+        raise DataError(f"{column} is {shown(value)}; expected a string")
     return value

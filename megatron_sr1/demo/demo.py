@@ -126,11 +126,10 @@ def _judge(held_out: HeldOut, name: str) -> None:
 
 
 def finish(output: Path) -> dict[str, Any]:
-    """Compute summary.json from the saved files.
+    """Write and return summary.json from the saved files.
 
-    Returns:
-        the summary: rates of each model; paired differences of every two models as [mean, half the
-        width of its 95 % interval]; seconds of the whole, median seconds of a GRPO step.
+    It holds rates of each model; paired differences of every two models as [mean, half the width of
+    its 95 % interval]; seconds of the whole, median seconds of a GRPO step.
     """
     judged = {
         name: {way: read_lines(output / f"eval/{name}_{way}.jsonl") for way in WAYS}
@@ -139,16 +138,12 @@ def finish(output: Path) -> dict[str, Any]:
     summary: dict[str, Any] = {
         name: {way: rates(lines) for way, lines in ways.items()} for name, ways in judged.items()
     }
-    summary["differences"] = {
-        f"{second} - {first}": {
-            way: {
-                name: paired(judged[first][way], judged[second][way], verdict)
-                for verdict, (name, _) in VERDICTS.items()
-            }
+    summary["differences"] = differences = {}
+    for (first, before), (second, after) in itertools.combinations(judged.items(), 2):
+        differences[f"{second} - {first}"] = {
+            way: {rate: paired(before[way], after[way], key) for key, (rate, _) in VERDICTS.items()}
             for way in WAYS
         }
-        for first, second in itertools.combinations(MODELS, 2)
-    }
     steps = read_lines(output / "vision_sr1" / "metrics.jsonl")
     summary["seconds"] = read_lines(output / "seconds.jsonl")[0]["seconds"]
     summary["median_step_seconds"] = statistics.median(s["time/step_seconds"] for s in steps)

@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from megatron_sr1.data.examples import IMAGE_MARK, Record
-from megatron_sr1.data.prompts import PASS1_INSTRUCTIONS, flat_text, pass1_messages, pass2_messages
+from megatron_sr1.data.prompts import flat_text, pass1_messages, pass2_messages
 from megatron_sr1.data.shards import write_shards
 from megatron_sr1.records import Example, Message
 
@@ -69,13 +69,7 @@ def make_digits(
     """Write the three sets as shards into train, eval and cold_start below a directory.
 
     The seed is that of train and cold_start; eval is always the same, and a smaller one is a prefix
-    of a larger one.
-
-    Returns:
-        name of a set -> its directory.
-
-    Raises:
-        DataError: one of the directories already holds shards.
+    of a larger one. Returns the directories by the sets' names; none may hold shards already.
     """
     root = Path(directory)
     learnt, held_out = _draw_images()
@@ -200,8 +194,7 @@ def _cold_start(
 
 
 def _format(rng: np.random.Generator) -> str:
-    shares = np.cumsum(list(COLD_START_SHARES.values()))
-    return list(COLD_START_SHARES)[int(np.searchsorted(shares, rng.random() * shares[-1]))]
+    return str(rng.choice(list(COLD_START_SHARES), p=list(COLD_START_SHARES.values())))
 
 
 def _conversation(
@@ -220,6 +213,3 @@ def _conversation(
 
 def _spaced(digits: Digits) -> str:
     return " ".join(map(str, digits))
-
-
-assert set(COLD_START_SHARES) - {"reader"} <= set(PASS1_INSTRUCTIONS[STYLE])

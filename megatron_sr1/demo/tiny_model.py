@@ -6,7 +6,6 @@ transformers and vLLM read like a published checkpoint.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
@@ -23,17 +22,6 @@ CHAT_TEMPLATE = (
     "{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-IMAGE_PROCESSOR = {
-    "image_processor_type": "Qwen2VLImageProcessor",
-    "processor_class": "Qwen2_5_VLProcessor",
-    "patch_size": 14,
-    "temporal_patch_size": 2,
-    "merge_size": 2,
-    "min_pixels": 784,
-    "max_pixels": 200704,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-}
 
 
 def make_tiny_model(
@@ -48,21 +36,20 @@ def make_tiny_model(
 ) -> None:
     """Write a tiny Qwen2.5-VL with random float32 weights.
 
-    Args:
-        directory: created if needed.
-        corpus: texts for the byte-pair vocabulary, of at most `vocab_size` tokens.
-        vocab_size: rows of the embedding.
-        seed: of the weights.
-        hidden_size: of the language model, a multiple of 64; heads have 32 channels.
-        num_layers: of the language model; the vision tower has two.
-        tie_word_embeddings: True to use the embedding as the output layer.
+    The byte-pair vocabulary of the corpus has at most `vocab_size` tokens, the embedding has that
+    many rows. `hidden_size` and `num_layers` are those of the language model; the former is a
+    multiple of 64, as heads have 32 channels. The vision tower has two layers.
     """
     import torch
 
     from megatron_sr1.runtime.cpu import patch_torchvision
 
     patch_torchvision()
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers import (
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2VLImageProcessor,
+    )
 
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
@@ -103,14 +90,13 @@ def make_tiny_model(
         torch.manual_seed(seed)
         model = Qwen2_5_VLForConditionalGeneration(config)
     model.save_pretrained(target)
-    generation = {"eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]}
-    _write_json(target / "generation_config.json", generation)
-    _write_json(target / "preprocessor_config.json", IMAGE_PROCESSOR)
+    Qwen2VLImageProcessor(min_pixels=784, max_pixels=200704).save_pretrained(target)
 
 
 def _write_tokenizer(target: Path, corpus: Iterable[str], vocab_size: int) -> dict[str, int]:
     """Train and write the tokenizer; return the ids of its special tokens."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     # One digit a token, with the space before it; a tag with its space can become one token.
@@ -127,22 +113,14 @@ def _write_tokenizer(target: Path, corpus: Iterable[str], vocab_size: int) -> di
     )
     roles = ["user\nassistant\n"] * 1000
     tokenizer.train_from_iterator(chain(corpus, roles), trainer)
-    tokenizer.save(str(target / "tokenizer.json"))
-    _write_json(
-        target / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": "<|im_end|>",
-            "pad_token": "<|endoftext|>",
-            "additional_special_tokens": SPECIAL_TOKENS,
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": 4096,
-        },
-    )
-    (target / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=SPECIAL_TOKENS,
+        clean_up_tokenization_spaces=False,
+        model_max_length=4096,
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(target)
     # The trainer numbers them first.
     return {token: number for number, token in enumerate(SPECIAL_TOKENS)}
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")

@@ -31,7 +31,6 @@ class SequenceBatch:
     """Sequences, or chunks of them, of one SDPA call.
 
     Attributes:
-        num_sequences: number of sequences.
         num_queries: slots of each sequence.
         key_rows: [num_sequences * keys] int64, the row of each key; None: the queries' slots.
         mask: [num_sequences, 1, queries, keys] bool, True where a query attends to a key; None:
@@ -48,8 +47,7 @@ class SequenceBatch:
 class AttentionPlan:
     """How a packed row of `num_tokens` tokens of this rank is divided into batches.
 
-    The last three are positions in the concatenated batches; None: they hold the tokens in order,
-    without padding.
+    The last three are positions in the concatenated batches; None: tokens in order, no padding.
 
     Attributes:
         rows: [slots] int64, the token in each slot; a padding slot repeats its sequence's first.
@@ -77,10 +75,7 @@ class PackedRow(PackedSeqParams):
 
 
 def plan_attention(split: RowSplit, *, is_causal: bool) -> AttentionPlan:
-    """Divide this rank's share of a row into batches of sequences of similar length.
-
-    Sequences are padded only if `is_causal`.
-    """
+    """Divide this rank's share of a row into batches of sequences of similar length."""
     segments, places, device = split.segments, split.places, split.cu_seqlens.device
     total = sum(segment.num_queries for segment in segments)
     if places is None and len({segment.num_keys for segment in segments}) == 1:

@@ -41,8 +41,7 @@ class Work:
 def text_layer(hf_config: HFConfig, tokens: float, keys: float) -> Work:
     """Return the forward pass of a decoder layer.
 
-    `keys` is the mean number of keys per query: half of a sequence if a causal kernel skips the
-    rest.
+    `keys` is the mean number of keys per query: half of a sequence with a causal kernel.
     """
     text = hf_config.text
     q = text.num_attention_heads * text.head_dim

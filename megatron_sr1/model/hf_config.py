@@ -84,15 +84,12 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class HFConfig:
-    """A published model; each `image_token_id` in a row is replaced by an image feature.
-
-    `raw` is the content of the file.
-    """
+    """A published model; each `image_token_id` in a row is replaced by an image feature."""
 
     text: TextConfig
     vision: VisionConfig
     image_token_id: int
-    raw: Mapping[str, Any] = field(repr=False, hash=False)
+    raw: Mapping[str, Any] = field(repr=False, hash=False)  # content of the file
 
     @property
     def tie_flags(self) -> dict[str, bool]:
@@ -110,9 +107,8 @@ class HFConfig:
 def read_hf_config(directory: str | Path) -> HFConfig:
     """Read `config.json` of a Hugging Face directory.
 
-    Raises:
-        CheckpointError: there is no `config.json`, or it is not that of a Qwen2.5-VL.
-        ConfigError: it requires something that the model does not support.
+    Raises CheckpointError if there is none, or it is not that of a Qwen2.5-VL; ConfigError if it
+    requires something that the model does not support.
     """
     path = Path(directory) / "config.json"
     if not path.is_file():
@@ -140,9 +136,8 @@ def read_hf_config(directory: str | Path) -> HFConfig:
 def parse_hf_config(raw: Mapping[str, Any]) -> HFConfig:
     """Parse the content of a `config.json`.
 
-    Raises:
-        ConfigError: it requires something that the model does not support.
-        KeyError: a key without a safe default is missing.
+    Raises ConfigError if it requires something that the model does not support, and KeyError if a
+    key without a safe default is missing.
     """
     text = _parse_text(raw.get("text_config") or raw)
     vision = _parse_vision(raw["vision_config"], text.hidden_size)
@@ -241,8 +236,7 @@ def check_layout(hf_config: HFConfig, parallel: ParallelConfig) -> None:
                 f"{other}"
             )
     num_stages, stage_layers = parallel.pipeline * parallel.virtual, parallel.stage_layers
-    ranks = f"parallel.pipeline={parallel.pipeline}"
-    ranks += f" x virtual={parallel.virtual}" if parallel.virtual > 1 else ""
+    ranks = f"parallel.pipeline={parallel.pipeline} x virtual={parallel.virtual}"
     if not stage_layers and text.num_layers % num_stages:
         raise ConfigError(
             f"{text.num_layers} layers do not divide over {ranks} stages; use a divisor, or give "

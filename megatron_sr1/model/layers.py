@@ -70,8 +70,7 @@ def kernels(name: str) -> Kernels:
         spec.submodules.self_attention.submodules.core_attention = _te_attention()
         return Kernels(spec, te.TENorm, te.TEColumnParallelLinear, te.TERowParallelLinear)
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    spec.submodules.input_layernorm = RMSNorm
-    spec.submodules.pre_mlp_layernorm = RMSNorm
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
     spec.submodules.self_attention.submodules.core_attention = PackedAttention
     return Kernels(spec, RMSNorm, ColumnParallelLinear, RowParallelLinear)
 
@@ -83,9 +82,8 @@ def _te_attention() -> type:
     class PackedTEAttention(TEDotProductAttention):  # type: ignore[misc]
         """Transformer Engine's attention in its packed layout, for a row that is sbhd elsewhere.
 
-        Context parallelism is its own here (point to point, the only kind that supports packed
-        rows): it takes this rank's share in the order of row_split.py, and the boundaries of the
-        whole row.
+        Context parallelism is its own here (point to point, the only kind for packed rows): it
+        takes this rank's share in row_split.py's order and the boundaries of the whole row.
         """
 
         def forward(
@@ -143,8 +141,7 @@ def text_angles(
 def vision_angles(positions: torch.Tensor, head_dim: int, theta: float) -> torch.Tensor:
     """Return the angles of the vision tower, [patches, 1, 1, head_dim] float32.
 
-    Half of the frequencies are for rows, half for columns. `positions` is [patches, 2] int64, row
-    and column of each patch in its image.
+    `positions` is [patches, 2] int64, row and column of each patch; each has half the frequencies.
     """
     frequencies = inverse_frequencies(head_dim // 2, theta, positions.device)
     half = (positions[:, :, None].float() * frequencies).flatten(1)

@@ -1,8 +1,7 @@
 """Logprobs of labels from hidden states, over a vocabulary split across ranks.
 
-Logits exist for one chunk of tokens at a time and are computed again in the backward pass. Tokens
-that are not wanted, and in the backward pass those without a gradient, have none: prompts and
-images cost nothing.
+Logits exist for one chunk of tokens at a time and are computed again in the backward pass: those of
+wanted tokens only, and there of those with a gradient. Prompts and images cost nothing.
 
 With l the logits over the temperature and p = softmax(l), d logprob(y) / d l_j = [j = y] - p_j.
 """
@@ -148,10 +147,7 @@ def _own_labels(labels: torch.Tensor, num_ids: int) -> tuple[torch.Tensor, torch
 def _shard_sums(
     logits: torch.Tensor, labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return max m, sum exp(l - m), and l_y - m of each token over this shard.
-
-    The last is 0 if the label is in another rank's shard.
-    """
+    """Return each token's max m, sum exp(l - m), and l_y - m, 0 if y is in another rank's shard."""
     largest = logits.amax(dim=-1)
     logits.sub_(largest[:, None])
     ids, is_own = _own_labels(labels, logits.shape[1])

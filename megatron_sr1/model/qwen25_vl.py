@@ -123,7 +123,7 @@ class Qwen25VL(MegatronModule):
         wanted: torch.Tensor | None = None,
         temperature: float = 1.0,
     ) -> torch.Tensor:
-        """Run the stage on one packed row.
+        """Run the stage on one packed row; raises DataError if row and images do not match.
 
         Args:
             input_ids: [1, T] int64, the same row on all context-parallel ranks; each sequence's
@@ -140,9 +140,6 @@ class Qwen25VL(MegatronModule):
             logprobs [1, T] float32 on the last stage, or without labels logits [1, T, ids] float32,
             to which the temperature is not applied. On other stages hidden states [T, 1, width], T
             split over context-parallel ranks and under sequence parallelism.
-
-        Raises:
-            DataError: the row and its images do not match.
         """
         text = self.hf_config.text
         split = split_row(cu_seqlens, self.groups.context)
@@ -225,10 +222,8 @@ def build_model(
     """Build this rank's share of the model, one chunk per virtual stage.
 
     Weights are NaN until they are loaded, padding rows 0. `groups` gives the numbers of ranks,
-    `model` dtype, kernels, recomputation and FP8, `parallel` the rest of the layout.
-
-    Raises:
-        ConfigError: the layout does not divide the model, or the kernels cannot run here.
+    `model` dtype, kernels, recomputation and FP8, `parallel` the rest of the layout. Raises
+    ConfigError if the layout does not divide the model, or the kernels cannot run here.
     """
     check_layout(hf_config, parallel)
     if model.spec == "transformer_engine":

@@ -72,8 +72,7 @@ class RowSplit:
     def join(self, share: torch.Tensor) -> torch.Tensor:
         """Return the whole row [1, T, ...] of the ranks' shares [1, T / ranks, ...].
 
-        For tensors that all ranks then use in the same way: the gradient of a share is its part of
-        the row's.
+        For tensors that all ranks use in the same way: a share's gradient is a slice of the row's.
         """
         if self.group is None:
             return share
@@ -93,8 +92,7 @@ def sequence_multiple(num_ranks: int) -> int:
 def split_row(cu_seqlens: torch.Tensor, group: Group | None = None) -> RowSplit:
     """Split a row over the context-parallel ranks, if there are several.
 
-    Raises:
-        DataError: a sequence cannot be divided into equal chunks.
+    Raises DataError if a sequence cannot be divided into equal chunks.
     """
     sequences = [(start, end - start) for start, end in pairwise(cu_seqlens.tolist())]
     if group is None or group.size == 1:

@@ -1,8 +1,4 @@
-"""Megatron's configurations of the layers of the language model and of the vision tower.
-
-Losses are sums over tokens, divided by the number of tokens of the whole update
-(`calculate_per_token_loss`).
-"""
+"""Megatron's configurations of the layers of the language model and of the vision tower."""
 
 from __future__ import annotations
 
@@ -76,7 +72,7 @@ def text_transformer_config(
         sequence_parallel=parallel.sequence and groups.tensor.size > 1,
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # required by variable_seq_lengths
-        calculate_per_token_loss=True,
+        calculate_per_token_loss=True,  # a sum, divided by the number of tokens of the update
         use_cpu_initialization=on_cpu,
         init_method=_leave,
         output_layer_init_method=_leave,
@@ -140,10 +136,8 @@ def _leave(weight: torch.Tensor) -> torch.Tensor:
 def _fp8_settings(model: ModelConfig, stage_layers: int) -> dict[str, Any]:
     """Return the FP8 fields, which concern the linear layers of the language model only.
 
-    The tower, the embedding and the output layer remain in the activations' dtype.
-
-    Raises:
-        ConfigError: more layers are kept in bfloat16 than Megatron supports.
+    The tower, the embedding and the output layer remain in the activations' dtype. Raises
+    ConfigError if more layers are to be kept in bfloat16 than Megatron supports.
     """
     if model.fp8 is None:
         return {}

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -37,24 +38,10 @@ from megatron_sr1.runtime.groups import Group, Groups, share_out
 
 
 @dataclass(frozen=True)
-class ImageLayout:
-    """Order of one image's merged tokens for windowed attention; cached by grid.
-
-    Attributes:
-        order: [merged tokens] int64, the token at each position of the window order.
-        window_lengths: patches of each window, in order.
-        positions: [patches, 2] int64, row and column of each patch, in window order.
-    """
-
-    order: torch.Tensor
-    window_lengths: tuple[int, ...]
-    positions: torch.Tensor
-
-
-@dataclass(frozen=True)
 class RowLayout:
-    """The same for all images of a micro-batch, one after the other.
+    """Order of the merged tokens of a micro-batch's images for windowed attention.
 
+    `order` and `positions` are those of `image_layout` for all images, one after the other, and
     `inverse` undoes `order`; `windows` and `images` pack the row by windows and by frames.
     """
 
@@ -66,13 +53,17 @@ class RowLayout:
 
 
 @lru_cache(maxsize=4096)
-def image_layout(time: int, height: int, width: int, merge: int, window: int) -> ImageLayout:
-    """Return the layout of one image of time frames and height x width patches.
+def image_layout(
+    time: int, height: int, width: int, merge: int, window: int
+) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...]]:
+    """Return the window order of one image of time frames and height x width patches.
 
     `merge` is the side of a merged token in patches, `window` that of a window in merged tokens.
+    Raises DataError if the grid is not a multiple of the merge size.
 
-    Raises:
-        DataError: the grid is not a multiple of the merge size.
+    Returns:
+        [merged tokens] int64, the token at each position of the window order; [patches, 2] int64,
+        row and column of each patch in that order; and the number of patches of each window.
     """
     if height % merge or width % merge or min(time, height, width) < 1:
         raise DataError(
@@ -89,11 +80,8 @@ def image_layout(time: int, height: int, width: int, merge: int, window: int) ->
     in_row, in_column = torch.meshgrid(torch.arange(merge), torch.arange(merge), indexing="ij")
     patch_rows = row.flatten()[order, None] * merge + in_row.flatten()
     patch_columns = column.flatten()[order, None] * merge + in_column.flatten()
-    return ImageLayout(
-        order=order,
-        window_lengths=tuple((torch.bincount(window_ids) * merge**2).tolist()),
-        positions=torch.stack([patch_rows.flatten(), patch_columns.flatten()], dim=-1),
-    )
+    positions = torch.stack([patch_rows.flatten(), patch_columns.flatten()], dim=-1)
+    return order, positions, tuple((torch.bincount(window_ids) * merge**2).tolist())
 
 
 def row_layout(
@@ -101,16 +89,14 @@ def row_layout(
 ) -> RowLayout:
     """Return the layout of images with these (time, height, width) grids, at least one."""
     layouts = [image_layout(*grid, merge, window) for grid in grids]
-    orders, first = [], 0
-    for layout in layouts:
-        orders.append(layout.order + first)
-        first += len(layout.order)
-    order = torch.cat(orders)
+    orders, positions, lengths = zip(*layouts, strict=True)
+    firsts = accumulate((len(order) for order in orders[:-1]), initial=0)
+    order = torch.cat([order + first for order, first in zip(orders, firsts, strict=True)])
     return RowLayout(
         order=order.to(device),
         inverse=order.argsort().to(device),
-        positions=torch.cat([layout.positions for layout in layouts]).to(device),
-        windows=_pack([n for layout in layouts for n in layout.window_lengths], device),
+        positions=torch.cat(positions).to(device),
+        windows=_pack([n for windows in lengths for n in windows], device),
         images=_pack([h * w for t, h, w in grids for _ in range(t)], device),
     )
 
@@ -141,9 +127,7 @@ class PatchMerger(MegatronModule):
         """Build the merger, whose linear layers are split over the ranks of `tp_group`."""
         super().__init__(config=config)
         self.merged_size = width = vision.hidden_size * vision.spatial_merge_size**2
-        self.norm = layers.norm(
-            config=config, hidden_size=vision.hidden_size, eps=config.layernorm_epsilon
-        )
+        self.norm = layers.norm(config, vision.hidden_size, config.layernorm_epsilon)
         common: dict[str, Any] = {"config": config, "init_method": config.init_method, "bias": True}
         common |= {"skip_bias_add": False, "is_expert": False, "tp_group": tp_group}
         self.linear_fc1 = layers.column_linear(width, width, gather_output=False, **common)
@@ -190,9 +174,7 @@ class VisionModel(MegatronModule):
         }
         self.decoder = TransformerBlock(
             config=config,
-            spec=TransformerBlockSubmodules(
-                layer_specs=[layers.layer] * vision.depth, layer_norm=None
-            ),
+            spec=TransformerBlockSubmodules(layer_specs=[layers.layer] * vision.depth),
             post_layer_norm=False,
             pg_collection=collection,
         )
@@ -204,10 +186,7 @@ class VisionModel(MegatronModule):
             parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
 
     def forward(self, inputs: VisionInputs) -> torch.Tensor:
-        """Return the features of all images, in the order of the image-pad tokens.
-
-        Features are [merged tokens, width of the language model].
-        """
+        """Return features [merged tokens, width of the language model] in the images' order."""
         vision, device = self.vision, self.patch_embed.weight.device
         merge = vision.spatial_merge_size
         grids = tuple((t, h, w) for t, h, w in inputs.image_grid_thw.tolist())
@@ -235,9 +214,7 @@ def encode_by_turns(tower: VisionModel, inputs: VisionInputs, group: Group) -> t
     order. In the backward pass a feature's gradient is summed over the ranks and goes to the one
     that encoded it: context-parallel ranks each had a share of the row. Tensor-parallel ranks had
     equal copies, so there the sum is too large by their number, which `VisionModel` accounts for.
-
-    Raises:
-        DataError: grids and pixels do not match.
+    Raises DataError if grids and pixels do not match.
     """
     grids = [(t, h, w) for t, h, w in inputs.image_grid_thw.tolist()]
     sizes = [t * h * w for t, h, w in grids]
@@ -275,10 +252,9 @@ def encode_by_turns(tower: VisionModel, inputs: VisionInputs, group: Group) -> t
 
 
 def feature_numbers(inputs: VisionInputs, merge: int) -> torch.Tensor:
-    """Return the index of the tower's feature at each image token of a row.
+    """Return the index of the feature at each image token, [image tokens] int64 on the host.
 
-    [image tokens] int64 on the host; an image may occur several times. `merge` is the side of a
-    merged token in patches.
+    An image may occur several times. `merge` is the side of a merged token in patches.
     """
     sizes = inputs.image_grid_thw.cpu().prod(dim=-1) // merge**2
     numbers = torch.arange(int(sizes.sum()))

@@ -40,27 +40,22 @@ class StepMeter:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         """Start the first step; `clock` returns seconds."""
-        self._clock, self._started = clock, clock()
+        self._clock, self._marked = clock, clock()
         self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._peaks: dict[tuple[str, str], float] = {}
-        self._open, self._inner = [OUTSIDE], [0.0]
+        self._peaks: defaultdict[tuple[str, str], float] = defaultdict(float)
+        self._open = [OUTSIDE]
         self._host_peak_gib = 0.0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Measure a block, also if it raises."""
-        started = self._clock()
         self._mark()
         self._open.append(name)
-        self._inner.append(0.0)
         try:
             yield
         finally:
             self._mark()
             self._open.pop()
-            whole = self._clock() - started
-            self._seconds[name] += whole - self._inner.pop()
-            self._inner[-1] += whole
 
     def move(self, source: str, target: str, seconds: float) -> None:
         """Move `seconds` from one phase to another, at most what the first one has."""
@@ -70,9 +65,10 @@ class StepMeter:
 
     def take(self) -> tuple[dict[str, float], dict[str, float]]:
         """Return the metrics of time and those of memory, and start the next step."""
-        now, now_gib = self._clock(), self._mark()
+        now_gib, whole = self._mark(), sum(self._seconds.values())
+        del self._seconds[OUTSIDE]
         times = {f"time/{name}_seconds": seconds for name, seconds in self._seconds.items()}
-        times["time/step_seconds"] = now - self._started
+        times["time/step_seconds"] = whole
         memory = {"memory/host_gib": now_gib, "memory/host_peak_gib": self._host_peak_gib}
         on_gpu = [gib for (_, kind), gib in self._peaks.items() if kind == "gpu"]
         if on_gpu:
@@ -81,11 +77,13 @@ class StepMeter:
             if phase != OUTSIDE:
                 memory[f"memory/{phase}_{kind}_gib"] = gib
         self._seconds.clear()
-        self._peaks, self._inner, self._started = {}, [0.0], now
+        self._peaks.clear()
         return times, memory
 
     def _mark(self) -> float:
-        """Add the peaks since the last boundary to the open phase; return the host GiB now."""
+        """Add time and peaks since the last boundary to the open phase; return host GiB now."""
+        since, self._marked = self._marked, self._clock()
+        self._seconds[self._open[-1]] += self._marked - since
         status = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
         now_gib, peak_gib = (
             int(status.get(name, "0 kB").split()[0]) * 1024 / GIB for name in ("VmRSS", "VmHWM")
@@ -101,7 +99,7 @@ class StepMeter:
             peaks["host"] = peak_gib
         for kind, gib in peaks.items():
             key = self._open[-1], kind
-            self._peaks[key] = max(self._peaks.get(key, 0.0), gib)
+            self._peaks[key] = max(self._peaks[key], gib)
         return now_gib
 
 

@@ -10,12 +10,11 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from PIL import Image
 
 from megatron_sr1.config.run import Config
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 log = logging.getLogger(__name__)
 SHOWN = {
@@ -29,7 +28,8 @@ SHOWN = {
 LINE_SECONDS = 10.0
 """Least time between two log lines of steps; the first and the last step always have one."""
 Rollouts = Sequence[Mapping[str, Any]]
-Images = Callable[[int], "Sequence[Image.Image]"]
+Images = Callable[[int], Sequence[Image.Image]]
+"""Index of a sample -> its RGB images."""
 Cells = Mapping[tuple[bool, bool], int]
 """(answer right, description sufficient) -> responses, from `rewards.score.cross`."""
 
@@ -38,10 +38,7 @@ class Sink:
     """Shows or stores the metrics of steps; a method that is not overridden does nothing."""
 
     def show(self, step: int, rollouts: Rollouts, images: Images, cells: Cells) -> None:
-        """Receive a step's rollouts, as in rollouts/step_N.jsonl, before its metrics.
-
-        Steps count from 1; `images` maps the index of an example to its images.
-        """
+        """Receive a step's rollouts, as in rollouts/step_N.jsonl, before its metrics."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Receive the metrics of a finished step, counted from 1."""

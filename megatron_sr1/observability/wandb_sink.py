@@ -13,18 +13,17 @@ import os
 import struct
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from math import nan
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from megatron_sr1.config.loading import to_dict
+from PIL import Image
+
 from megatron_sr1.config.run import Config
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.observability.metrics import METRICS_FILE, read_lines
 from megatron_sr1.observability.sinks import Cells, Images, Rollouts, Sink
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 WANDB_ID_FILE = "wandb_id.txt"
 WANDB_FILES = "WANDB_DATA_DIR"
@@ -71,7 +70,7 @@ class WandbSink(Sink):
                 id=run_id,
                 resume="allow",
                 mode="offline" if settings.wandb == "offline" else "online",
-                config=to_dict(config),
+                config=asdict(config),
             )
         except wandb.Error as error:
             raise ConfigError(
@@ -126,8 +125,6 @@ class WandbSink(Sink):
 
 def side_by_side(images: Sequence[Image.Image]) -> Image.Image | None:
     """Join images into one, each shrunk to `MAX_SIDE_PIXELS`; None without images."""
-    from PIL import Image
-
     small = [image.copy() for image in images]
     for image in small:
         image.thumbnail((MAX_SIDE_PIXELS, MAX_SIDE_PIXELS))

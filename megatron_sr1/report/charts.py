@@ -22,13 +22,9 @@ Bar = tuple[float, float]
 
 @dataclass(frozen=True)
 class Series:
-    """Numbers over steps.
+    """Values `ys` (None for a missing one) over the steps `xs`, ascending.
 
-    Attributes:
-        name: in the legend.
-        xs: steps, ascending.
-        ys: values; None for a missing one.
-        colour: index into the page's palette, 0 to 7.
+    The name is shown in the legend; the colour is an index into the page's palette, 0 to 7.
     """
 
     name: str

@@ -10,21 +10,19 @@ import base64
 import io
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from PIL import Image
 
 from megatron_sr1.errors import SR1Error
+from megatron_sr1.observability.sinks import Images
 from megatron_sr1.records import RIGHT_FROM
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 log = logging.getLogger(__name__)
 Line = Mapping[str, Any]
 """A line of an evaluation or rollout file."""
-Images = Callable[[int], "Sequence[Image.Image]"]
-"""Index of a sample -> its RGB images."""
 MAX_TEXT_CHARACTERS = 1500
 MAX_SIDE_PIXELS = 512
 SMALL_PIXELS = 16384
@@ -32,9 +30,11 @@ SMALL_PIXELS = 16384
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 STYLE = """
 :root{color-scheme:light dark;--bg:#fbfbfa;--card:#fff;--ink:#20242a;--soft:#6a717c;--rule:#e4e6e9;
---good:#2f7d4f;--bad:#b3434b;--mark:31,119,168}
+--good:#2f7d4f;--bad:#b3434b;--mark:31,119,168;--c0:#8a919c;--c1:#d98324;--c2:#1f77a8;
+--c3:#4b9b5f;--c4:#b4536f;--c5:#7a63b0;--c6:#a88c2e;--c7:#4aa3a2}
 @media(prefers-color-scheme:dark){:root{--bg:#14171b;--card:#1b1f25;--ink:#e3e6ea;--soft:#98a0ac;
---rule:#2c323b;--good:#7cc799;--bad:#e58b91;--mark:90,174,222}}
+--rule:#2c323b;--good:#7cc799;--bad:#e58b91;--mark:90,174,222;--c0:#8b93a1;--c1:#e69f4c;
+--c2:#5aaede;--c3:#74c08a;--c4:#dd8aa2;--c5:#a592dc;--c6:#d0b65c;--c7:#74c9c7}}
 *{box-sizing:border-box}body{margin:0;background:var(--bg);color:var(--ink);
 font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
 main{max-width:1120px;margin:0 auto;padding:40px 24px 80px}
@@ -48,8 +48,7 @@ grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr))}
 .grid3{grid-template-columns:repeat(auto-fill,minmax(min(100%,280px),1fr))}
 .card,figure{background:var(--card);border:1px solid var(--rule);border-radius:10px;
 padding:14px 16px;margin:0;min-width:0}
-.tiles{display:grid;gap:12px;
-grid-template-columns:repeat(auto-fit,minmax(150px,1fr));margin:18px 0}
+.tiles{display:grid;gap:12px;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));margin:18px 0}
 .tile b{display:block;font-size:24px;font-weight:620;font-variant-numeric:tabular-nums}
 .tile span{color:var(--soft);font-size:13px}
 figcaption{font-size:13px;display:flex;flex-wrap:wrap;gap:2px 14px;margin-bottom:6px}
@@ -78,11 +77,6 @@ dt{color:var(--soft)}dd{margin:0;white-space:pre-wrap;overflow-wrap:anywhere}
 .tag{font-size:12.5px;font-weight:600}.tag span{margin-right:8px;white-space:nowrap}
 .good{color:var(--good)}.bad{color:var(--bad)}
 @media print{body{background:#fff}figure,.card{break-inside:avoid}}
-:root{--c0:#8a919c;--c1:#d98324;--c2:#1f77a8;--c3:#4b9b5f;--c4:#b4536f;--c5:#7a63b0;
---c6:#a88c2e;--c7:#4aa3a2;}
-@media(prefers-color-scheme:dark){:root{
---c0:#8b93a1;--c1:#e69f4c;--c2:#5aaede;--c3:#74c08a;--c4:#dd8aa2;--c5:#a592dc;
---c6:#d0b65c;--c7:#74c9c7;}}
 """ + "".join(
     f".s{i}{{stroke:var(--c{i})}}.f{i}{{fill:var(--c{i})}}.b{i}{{background:var(--c{i})}}"
     for i in range(8)
@@ -129,35 +123,6 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="card scroll">{inner}</div>'
 
 
-def cross_table(title: str, cells: Mapping[tuple[bool, bool], int]) -> str:
-    """Return the table of pass 1 x pass 2, with shares and counts; the shortcut is framed.
-
-    `cells` maps (pass 1 right, pass 2 right) to a number of samples.
-    """
-    total = sum(cells.values())
-    if not total:
-        return ""
-
-    def cell(first: bool, second: bool) -> str:
-        count = cells.get((first, second), 0)
-        kind = ' class="shortcut"' if first and not second else ""
-        tint = f'style="background:rgba(var(--mark),{0.04 + 0.4 * count / total:.3f})"'
-        return f"<td{kind} {tint}>{count / total:.1%}<small>{count}</small></td>"
-
-    rows = "".join(
-        f"<tr><th>pass 1 {'right' if first else 'wrong'}</th>"
-        f"{cell(first, True)}{cell(first, False)}</tr>"
-        for first in (True, False)
-    )
-    rate = cells.get((True, False), 0) / total
-    head = "<tr><th></th><th>pass 2 right</th><th>pass 2 wrong</th></tr>"
-    return (
-        f'<div class="card"><h3>{escape(title)}</h3><table class="cross">{head}{rows}</table>'
-        f'<p class="note" style="margin:10px 0 0">language-shortcut rate {rate:.1%} of {total}</p>'
-        "</div>"
-    )
-
-
 def text(value: str | None, absent: str = "none") -> str:
     """Escape a model's text and cut it to a readable length."""
     if value is None:
@@ -171,7 +136,7 @@ def text(value: str | None, absent: str = "none") -> str:
 def question_card(rule: str, runs: Mapping[str, Line], images: Images | None) -> str:
     """Show one question, selected by `rule`, with each run's response."""
     said = [
-        _response(name, line, _verdicts(line, "description exact", line["description_exact"]))
+        _response(name, line, _verdicts(line, "description exact", "description_exact"))
         for name, line in runs.items()
     ]
     return _card(next(iter(runs.values())), rule, images, box("grid3", said))
@@ -183,7 +148,7 @@ def rollout_card(lines: Sequence[Line], images: Images | None) -> str:
     said = []
     for line in [ordered[0], ordered[-1]] if len(ordered) > 1 else ordered:
         reward = line["reward"]
-        verdicts = _verdicts(reward, "form", reward["format"])
+        verdicts = _verdicts(reward, "form", "format")
         verdicts += '<span class="bad">states the answer</span> ' if reward["leak"] else ""
         verdicts += f'<span class="soft">reward {reward["total"]:.2f}</span>'
         title = f"sample {line['sample']}, advantage {line['advantage']:+.2f}"
@@ -214,20 +179,17 @@ def _response(title: str, line: Line, verdicts: str) -> str:
     )
 
 
-def _verdicts(rated: Line, other: str, value: float | None) -> str:
-    """The verdicts on answer and description, and one `other`."""
-    verdicts = _verdict("answer", rated["accuracy"])
-    verdicts += _verdict("read from the description", rated["self_reward"])
-    return verdicts + _verdict(other, value)
-
-
-def _verdict(name: str, value: float | None) -> str:
-    if value is None:
-        return ""
-    kind, mark = ("good", "✓") if value >= RIGHT_FROM else ("bad", "✗")
-    if 0 < value < 1:  # several answers, or a likelihood
-        mark += f" {value:.2f}"
-    return f'<span class="{kind}">{mark} {name}</span> '
+def _verdicts(line: Line, other: str, key: str) -> str:
+    """Show the verdicts on answer and description, and that under `key`, where there are any."""
+    shown = ""
+    names = {"accuracy": "answer", "self_reward": "read from the description", key: other}
+    for verdict, name in names.items():
+        if (value := line[verdict]) is not None:
+            kind, mark = ("good", "✓") if value >= RIGHT_FROM else ("bad", "✗")
+            if 0 < value < 1:  # several answers, or a likelihood
+                mark += f" {value:.2f}"
+            shown += f'<span class="{kind}">{mark} {name}</span> '
+    return shown
 
 
 def _pictures(index: int, images: Images) -> str:

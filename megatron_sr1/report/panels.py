@@ -10,6 +10,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
 from megatron_sr1.report import page
@@ -18,16 +19,12 @@ from megatron_sr1.rewards import score
 from megatron_sr1.rewards.score import VERDICTS, rate
 
 Lines = list[dict[str, Any]]
-LABELS = [verdict.label for verdict in VERDICTS.values()]
+LABELS = [label for _, label in VERDICTS.values()]
 CURVES = {
-    "Rewards": {
-        "reward/accuracy": "answer",
-        "reward/self_reward": "self-reward",
-        "reward/format": "form",
-    },
-    "Shortcuts and leaks": {"reward/shortcut_rate": "shortcut", "reward/leak_rate": "leak"},
+    "Rewards": {"accuracy": "answer", "self_reward": "self-reward", "format": "form"},
+    "Shortcuts and leaks": {"shortcut_rate": "shortcut", "leak_rate": "leak"},
 }
-"""Charts of several metrics, which are shares: title -> name -> legend."""
+"""Charts of several `reward/` metrics, which are shares: title -> name -> legend."""
 TITLES = {
     "reward/total": "Reward",
     "reward/accuracy": "Answer right",
@@ -122,9 +119,28 @@ def _percent(bar: Bar | None, sign: str = "") -> str:
 
 
 def cross(title: str, lines: Sequence[Mapping[str, Any]]) -> str:
-    """Return the table of pass 1 x pass 2 for the lines that have a second pass."""
-    judged = ((line["accuracy"], line["self_reward"]) for line in lines)
-    return page.cross_table(title, score.cross(judged))
+    """Return the table of pass 1 x pass 2 for the lines that have both, with shares and counts.
+
+    The shortcut (right with the image, wrong without) is framed.
+    """
+    cells = score.cross((line["accuracy"], line["self_reward"]) for line in lines)
+    total = cells.total()
+    if not total:
+        return ""
+    rows = "<tr><th></th><th>pass 2 right</th><th>pass 2 wrong</th></tr>"
+    for first, word in ((True, "right"), (False, "wrong")):
+        rows += f"<tr><th>pass 1 {word}</th>"
+        for second in (True, False):
+            share, kind = cells[first, second] / total, ' class="shortcut"' * (first > second)
+            tint = f'style="background:rgba(var(--mark),{0.04 + 0.4 * share:.3f})"'
+            rows += f"<td{kind} {tint}>{share:.1%}<small>{cells[first, second]}</small></td>"
+        rows += "</tr>"
+    rate = cells[True, False] / total
+    return (
+        f'<div class="card"><h3>{escape(title)}</h3><table class="cross">{rows}</table>'
+        f'<p class="note" style="margin:10px 0 0">language-shortcut rate {rate:.1%} of {total}</p>'
+        "</div>"
+    )
 
 
 def _series(lines: Lines, metric: str, name: str, colour: int) -> Series:
@@ -141,26 +157,25 @@ def overlay(metric: str, runs: Mapping[str, Lines]) -> str:
 def run_charts(lines: Lines) -> list[str]:
     """Draw the known charts, then one for each remaining metric."""
     charts, seen = [], {"step", "stage"}
-    for title, named in CURVES.items():
-        series = [_series(lines, m, s, i) for i, (m, s) in enumerate(named.items(), start=1)]
-        charts.append(line_chart(title, series, percent=True))
+    for title, legends in CURVES.items():
+        named = {f"reward/{name}": legend for name, legend in legends.items()}
+        charts.append(_curves(title, lines, named, percent=True))
         seen |= set(named)
     rest = {name for line in lines for name in line} - seen
-    charts += [_rate_chart(lines, rest, *titled) for titled in RATES.items()]
+    for ending, title in RATES.items():
+        found = sorted(n for n in rest if n.startswith("perf/") and n.endswith(ending))
+        named = {n: n.removeprefix("perf/").removesuffix(f"_{ending}") for n in found}
+        charts.append(_curves(title, lines, named, percent=ending == "mfu"))
     for name in [*(n for n in TITLES if n in rest), *sorted(rest - set(TITLES))]:
         if not name.startswith(("time/", "table/", "perf/")):
             charts.append(line_chart(TITLES.get(name, name), [_series(lines, name, name, 2)]))
     return [chart for chart in charts if chart]
 
 
-def _rate_chart(lines: Lines, names: set[str], ending: str, title: str) -> str:
-    """Draw the `perf/` metrics of all phases that have this ending."""
-    found = sorted(n for n in names if n.startswith("perf/") and n.endswith(ending))
-    series = [
-        _series(lines, name, name.removeprefix("perf/").removesuffix(f"_{ending}"), colour)
-        for colour, name in enumerate(found, start=1)
-    ]
-    return line_chart(title, series, percent=ending == "mfu") if series else ""
+def _curves(title: str, lines: Lines, named: Mapping[str, str], percent: bool) -> str:
+    """Draw several metrics of a run; `named` maps each to its legend."""
+    series = [_series(lines, *pair, i) for i, pair in enumerate(named.items(), start=1)]
+    return line_chart(title, series, percent)
 
 
 def _phases(lines: Lines) -> list[str]:

@@ -181,16 +181,14 @@ def _demo_tiles(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     for way, name in (("sampled", "self_reward"), ("sampled", "accuracy"), ("greedy", "accuracy")):
         value = summary.get("vision_sr1", {}).get(way, {}).get(name)
         if value is not None:
-            found.append((f"{value:.1%}", f"{VERDICTS[name].label}, {way}, GRPO + self-reward"))
+            found.append((f"{value:.1%}", f"{VERDICTS[name][1]}, {way}, GRPO + self-reward"))
     return found
 
 
 def _run_tiles(lines: Lines) -> list[tuple[str, str]]:
     found, tail = [], lines[-max(len(lines) // 10, 1) :]
     for name in ("reward/accuracy", "reward/self_reward", "reward/shortcut_rate", "actor/loss"):
-        values = [line[name] for line in tail if line.get(name) is not None]
-        if values:
-            mean = statistics.fmean(values)
+        if (mean := rate(tail, name)) is not None:
             shown = f"{mean:.1%}" if name in panels.SHARES else f"{mean:.3g}"
             found.append((shown, f"{panels.TITLES[name]}, last tenth"))
     seconds = [line["time/step_seconds"] for line in lines if "time/step_seconds" in line]

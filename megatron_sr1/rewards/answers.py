@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from typing import Any
 
 MAX_NUMBER_CHARACTERS = 60
+DECIMAL_CLOSENESS = Fraction(2, 10**6)
+"""Relative tolerance between a decimal and an exact number, such as 0.333333 and 1/3."""
 _SYMBOLS = str.maketrans(
     {"−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi "}
     | {"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∞": r"\infty ", "’": "'", "‘": "'"}
@@ -201,7 +204,7 @@ def _same_value(one: Quantity, other: Quantity) -> bool:
     # 0.333333 equals 1/3, but two decimals or two fractions are compared exactly.
     if not (one.is_decimal and other.is_ratio or one.is_ratio and other.is_decimal):
         return False
-    return abs(one.value - other.value) <= Fraction(2, 10**6) * abs(one.value)
+    return abs(one.value - other.value) <= DECIMAL_CLOSENESS * abs(one.value)
 
 
 def _value(found: re.Match[str]) -> Fraction | None:
@@ -250,7 +253,6 @@ _LABEL_ALONE = re.compile(
 _LABEL_AND_TEXT = (
     re.compile(r"(?:(?:option|choice) )?[(\[]([A-Za-z])[)\]]\s*[:.\-]?\s*(\S.*)", re.I | re.S),
     re.compile(r"(?:(?:option|choice) )?([A-Za-z])(?:[.):]\s*| - )(?<!\.)(\S.*)", re.I | re.S),
-    re.compile(r"(?:(?:option|choice) )?([A-Za-z])\.\s+(\S.*)", re.I | re.S),
 )
 _LABEL_THEN_TEXT = re.compile(r"([A-Za-z])(?:,\s*|\s+)(\S.*)", re.DOTALL)
 _OTHER_LABEL = re.compile(
@@ -328,3 +330,16 @@ def label_list(cleaned: str, options: Mapping[str, str]) -> list[str] | None:
         return parts
     is_run = 1 < len(cleaned) == len(set(cleaned)) and options.keys() >= set(cleaned)
     return list(cleaned) if is_run else None
+
+
+def all_paired(golds: list[Any], parts: list[Any], same: Callable[[Any, Any], bool]) -> bool:
+    """Return True if each gold part equals a part of its own, in any order, and none is left."""
+    if len(golds) != len(parts):
+        return False
+    left = list(parts)
+    for gold in golds:
+        found = next((n for n, part in enumerate(left) if same(gold, part)), None)
+        if found is None:
+            return False
+        del left[found]
+    return True

@@ -15,11 +15,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from operator import eq
 
 from megatron_sr1.errors import GradingError
 from megatron_sr1.rewards.answers import (
+    all_paired,
     clean,
     label_list,
     label_then_text,
@@ -90,16 +92,17 @@ class Grader:
             GradingError: the gold answer is empty or cannot be compared with itself, or the
                 grading process does not start.
         """
+        compare = partial(self.worker.equal, sample_name=sample_name)
+        problem = f"{sample_name}: the gold answer "
 
         def judge(answer: str | None) -> Verdict:
-            if self._kind == "rules":
+            by_rules, wanted = self._kind == "rules", bare_gold(gold).strip()
+            if not (clean(wanted) if by_rules else wanted):
+                raise GradingError(f"{problem}is {gold!r}; expected some text to compare with")
+            if by_rules:
                 return judge_answer(answer, gold, question, compare)
-            wanted = bare_gold(gold).strip()
-            unread = _judge_unread(answer, gold, wanted)
+            unread = _judge_unread(answer, gold)
             return unread or Verdict(compare(wanted, answer or ""), "math_verify")
-
-        def compare(gold: str, answer: str) -> bool:
-            return self.worker.equal(gold, answer, sample_name)
 
         try:
             return judge(answer)
@@ -114,20 +117,19 @@ class Grader:
         except GradingError:
             raise
         except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
             raise GradingError(
-                f"the gold answer {gold!r} cannot be compared with itself: "
-                f"{type(error).__name__}: {error}"
+                f"{problem}{gold!r} cannot be compared with itself: {reason}"
             ) from error
         return Verdict(False, f"{UNCOMPARABLE}{raised}")
 
 
 def judge_answer(answer: str | None, gold: str, question: str, compare: Compare) -> Verdict:
     """Judge the content of a box by the rules; `compare` is called if no other rule applies."""
-    wanted = clean(bare_gold(gold))
-    if unread := _judge_unread(answer, gold, wanted):
+    if unread := _judge_unread(answer, gold):
         return unread
     assert answer is not None
-    given = _LEAD.sub("", clean(answer), count=1)
+    wanted, given = clean(bare_gold(gold)), _LEAD.sub("", clean(answer), count=1)
     if text_key(wanted) == text_key(given):
         return Verdict(True, "text")
     options = question_options(question)
@@ -137,10 +139,8 @@ def judge_answer(answer: str | None, gold: str, question: str, compare: Compare)
     return _judge_value(wanted, given, compare)
 
 
-def _judge_unread(answer: str | None, gold: str, wanted: str) -> Verdict | None:
-    """Judge an answer that is missing or too long; None for others. Raise if gold is empty."""
-    if not wanted:
-        raise GradingError(f"the gold answer is {gold!r}; expected some text to compare with")
+def _judge_unread(answer: str | None, gold: str) -> Verdict | None:
+    """Judge an answer that is missing or too long; None for others."""
     if answer is None:
         return Verdict(False, "no box")
     is_long = len(answer) > MAX_ANSWER_CHARACTERS + 2 * len(gold)
@@ -209,12 +209,12 @@ def _judge_value(wanted: str, given: str, compare: Compare) -> Verdict:
         return Verdict(False, "range or date")  # algebra would see a difference or a quotient
     (golds, gold_word), (answers, word) = _split_values(wanted), _split_values(given)
     if gold_word or word:
-        as_many = len(golds) == len(answers)
-        if "\\pm" in wanted + given and not as_many:
+        if "\\pm" in wanted + given and len(golds) != len(answers):
             return _judge_single(", ".join(golds), ", ".join(answers), compare)
         # A comma can mean either word.
         fits = gold_word == word or not gold_word or not word or _and_is_or(golds + answers)
-        return Verdict(as_many and fits and _match_parts(golds, answers, compare), "list")
+        same = partial(_same_value, compare=compare)
+        return Verdict(fits and all_paired(golds, answers, same), "list")
     return _judge_single(wanted, given, compare)
 
 
@@ -279,11 +279,9 @@ def _split_values(cleaned: str) -> tuple[list[str], str]:
     """
     inside = _SET.fullmatch(cleaned)
     text = inside[1] if inside else cleaned
-    parts, words, start, seen, depth = [], set[str](), 0, 0, 0
+    parts, words, start, depths = [], set[str](), 0, _depths(text)
     for gap in _GAP.finditer(text):
-        depth += _depths(text[seen : gap.start()])[-1]
-        seen = gap.end()
-        if depth:
+        if depths[gap.start()]:
             continue
         parts.append(text[start : gap.start()].strip())
         words |= {"or"} if gap["any"] else {"and"} if gap["all"] else set()
@@ -302,14 +300,3 @@ def _and_is_or(parts: list[str]) -> bool:
     """
     names = {found[1].strip() for found in map(_NAME.match, parts) if found}
     return len(names) <= 1 and not any(_INEQUALITY.search(part) for part in parts)
-
-
-def _match_parts(golds: list[str], answers: list[str], compare: Compare) -> bool:
-    """Return True if each gold part equals an answer part of its own, in any order."""
-    left = list(answers)
-    for gold in golds:
-        found = next((n for n, part in enumerate(left) if _same_value(gold, part, compare)), None)
-        if found is None:
-            return False
-        del left[found]
-    return True

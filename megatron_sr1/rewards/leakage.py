@@ -21,7 +21,7 @@ from megatron_sr1.rewards.response import bare_gold
 
 MAX_SENTENCE_CHARACTERS = 300
 _SENTENCE = re.compile(r"(?<=[.;!?\n])\s+|\n+")
-_WORD = re.compile(r"\w+")
+_LATIN_WORD = re.compile(r"\b\w*[A-Za-z_]\w*")
 _LOOK_ALIKES = str.maketrans(
     "\u0430\u0435\u043e\u0440\u0441\u0443\u0445\u0456\u0455\u03bf\u03b1\u0410\u0412\u0415\u041a"
     "\u041c\u041d\u041e\u0420\u0421\u0422\u0425\u0391\u0392\u0395\u0397\u0399\u039a\u039c\u039d"
@@ -111,14 +111,7 @@ def _plain(description: str) -> str:
     """Clean a text line by line and replace look-alike letters."""
     lines = (clean(line) for line in description.splitlines())
     text = "\n".join(line for line in lines if line)
-    if text.isascii():
-        return text
-    return _WORD.sub(lambda word: _as_latin(word[0]), text)
-
-
-def _as_latin(word: str) -> str:
-    is_mixed = not word.isascii() and any("A" <= c <= "z" for c in word)
-    return word.translate(_LOOK_ALIKES) if is_mixed else word
+    return _LATIN_WORD.sub(lambda word: word[0].translate(_LOOK_ALIKES), text)
 
 
 def _concludes_with_value(text: str, value: str) -> bool:

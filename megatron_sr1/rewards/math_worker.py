@@ -20,6 +20,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from megatron_sr1.errors import GradingError, GradingLimit
 
 MEMORY_BYTES = 1 << 30
@@ -42,14 +44,12 @@ class GraderProcess:
     def __init__(self, command: tuple[str, ...]) -> None:
         """Start the process without waiting for it to load."""
         root = str(Path(__file__).resolve().parents[2])
-        paths = [root, os.environ.get("PYTHONPATH", "")]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}
-        pipe = subprocess.PIPE
+        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        pipe, environment = subprocess.PIPE, os.environ | {"PYTHONPATH": path}
         self._process = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, env=environment, bufsize=0
         )
         self.pid = self._process.pid
-        self._line = b""
 
     def wait_ready(self) -> None:
         """Wait until the process has loaded; raises OSError if it does not."""
@@ -75,21 +75,16 @@ class GraderProcess:
             ValueError: the reply is not JSON.
         """
         assert self._process.stdout is not None
-        pipe, ends = self._process.stdout.fileno(), time.monotonic() + seconds
-        poll = select.poll()
-        poll.register(pipe, select.POLLIN)
-        while not self._line.endswith(b"\n"):
-            left = ends - time.monotonic()
-            if left <= 0:
+        ends, poll = time.monotonic() + seconds, select.poll()
+        poll.register(self._process.stdout, select.POLLIN)
+        while not poll.poll(1000 * min(max(ends - time.monotonic(), 0.0), WATCH_SECONDS)):
+            if time.monotonic() >= ends:
                 raise TimeoutError
-            if poll.poll(1000 * min(left, WATCH_SECONDS)):
-                part = os.read(pipe, 65536)
-                if not part:
-                    raise OSError("its output ended; see standard error above")
-                self._line += part
-            elif self._resident_bytes() > MEMORY_BYTES:
+            if psutil.Process(self.pid).memory_info().rss > MEMORY_BYTES:
                 raise MemoryError
-        line, self._line = self._line, b""
+        line = self._process.stdout.readline()  # it is whole: the process writes it at once
+        if not line:
+            raise OSError("its output ended; see standard error above")
         return dict(json.loads(line))
 
     def stop(self, seconds: float = 0.0) -> int:
@@ -102,14 +97,6 @@ class GraderProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             return self._process.wait()
-
-    def _resident_bytes(self) -> int:
-        """Return the memory of the process; 0 on systems without /proc."""
-        try:
-            pages = Path(f"/proc/{self.pid}/statm").read_text().split()[1]
-        except OSError:
-            return 0
-        return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 class Uncomparable(Exception):

@@ -33,31 +33,34 @@ from functools import lru_cache
 from itertools import product
 from typing import Any
 
+import math_verify
+import sympy
+from latex2sympy2_extended import NormalizationConfig
+from latex2sympy2_extended.logic import And
+from math_verify import ExprExtractionConfig, LatexExtractionConfig
+from math_verify.grader import get_pct_val, safe_sympy_doit
+
+from megatron_sr1.rewards.answers import DECIMAL_CLOSENESS, all_paired
+
 MAX_ADDRESS_BYTES = 4 << 30
 """For a single allocation, too fast for math_worker.py, which watches the memory in use."""
 LARGEST_EXPONENT = 1000
 LARGEST_SYMBOLIC_EXPONENT = 100
 """Expanding (x + 1)^500 takes seconds."""
 MAX_REASON_CHARACTERS = 200
+UNDONE = (sympy.Sum, sympy.Integral, sympy.Limit, sympy.Product, sympy.Derivative)
 _WARM_UP = (("5", "6"), (r"\sqrt{8}", r"2\sqrt{2}"), ("x>5", "x<5"), ("(1,2)", r"\{1,2\}"))
-DECIMAL_CLOSENESS = 2e-6
-"""Relative tolerance between a decimal and an exact number, as 0.333333 and 1/3; the same as in
-answers.py."""
 SAME_NUMBER = 1e-50
 """Relative tolerance between numbers whose exact difference sympy cannot compute."""
 
 
 def parse(text: str) -> list[Any]:
     """Return the expressions that the LaTeX grammar reads in a text, possibly none."""
-    from latex2sympy2_extended import NormalizationConfig
-    from math_verify import LatexExtractionConfig
-    from math_verify import parse as parse_latex
-
     # Keep what looks like units: answers.py has removed the real ones, and 5m is not 5.
     as_written = NormalizationConfig(
         basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none"
     )
-    return parse_latex(
+    return math_verify.parse(
         f"${text}$",
         extraction_config=[LatexExtractionConfig(normalization_config=as_written)],
         fallback_mode="no_fallback",
@@ -89,10 +92,7 @@ def library_gold(gold: str) -> list[Any]:
 
 
 def _library_parse(text: str) -> list[Any]:
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig
-    from math_verify import parse as parse_text
-
-    return parse_text(
+    return math_verify.parse(
         text,
         extraction_config=[LatexExtractionConfig(), ExprExtractionConfig()],
         parsing_timeout=None,
@@ -105,12 +105,10 @@ def _verify(golds: list[Any], answers: list[Any]) -> bool:
 
     The library stops at the first pair that raises, even if another is equal.
     """
-    from math_verify import verify
-
     raised: Exception | None = None
     for gold, answer in product(golds, answers):
         try:
-            if verify(gold, answer, timeout_seconds=None, raise_on_error=True):
+            if math_verify.verify(gold, answer, timeout_seconds=None, raise_on_error=True):
                 return True
         except MemoryError:
             raise
@@ -142,55 +140,41 @@ def read_gold(gold: str, grader: str) -> list[Any]:
 
 
 def _has_no_value(expression: Any) -> bool:
-    from sympy import nan, zoo
-
-    return bool(getattr(expression, "has", lambda *_: False)(nan, zoo))
+    return bool(getattr(expression, "has", lambda *_: False)(sympy.nan, sympy.zoo))
 
 
 def _is_undone(expression: Any) -> bool:
-    from sympy import Derivative, Integral, Limit, Pow, Product, Sum, factorial, preorder_traversal
-
-    for part in preorder_traversal(expression):
-        if isinstance(part, Sum | Integral | Limit | Product | Derivative):
+    for part in sympy.preorder_traversal(expression):
+        if isinstance(part, UNDONE):
             return True
-        if not isinstance(part, Pow | factorial) or part.args[-1].free_symbols:
+        if not isinstance(part, sympy.Pow | sympy.factorial) or part.args[-1].free_symbols:
             continue
         size = part.args[-1]
-        is_symbolic = isinstance(part, Pow) and part.args[0].free_symbols
+        is_symbolic = isinstance(part, sympy.Pow) and part.args[0].free_symbols
         largest = LARGEST_SYMBOLIC_EXPONENT if is_symbolic else LARGEST_EXPONENT
-        if size.has(Pow, factorial) and not _is_root(size):
+        # The grammar keeps an exponent of 1/2 as 2^-1.
+        is_root = size.is_Pow and size.args[0].is_Integer and size.args[1] == -1
+        if size.has(sympy.Pow, sympy.factorial) and not is_root:
             return True
         if size.is_number and size.is_Rational and abs(size) > largest:
             return True
     return False
 
 
-def _is_root(size: Any) -> bool:
-    """Return True for an exponent such as 1/2, which the grammar keeps as 2^-1."""
-    return bool(size.is_Pow and size.args[0].is_Integer and size.args[1] == -1)
-
-
 def install() -> None:
     """Replace the three functions in the library; call it once per process."""
-    from math_verify import grader
-    from sympy import Ne
-
-    grader.INVERSE_RELATIONS[Ne] = Ne
+    grader = math_verify.grader
+    grader.INVERSE_RELATIONS[sympy.Ne] = sympy.Ne
     grader.sympy_numeric_eq = equal_numbers
     one_relation = grader.sympy_compare_relational
 
     def equal_relations(gold: Any, answer: Any, *rounding: int) -> bool:
         """Return True if both have the same relations, in any order."""
-        golds, left = _relations(gold), _relations(answer)
-        if len(golds) != len(left):
-            return False
-        for relation in golds:
-            same = (n for n, other in enumerate(left) if one_relation(relation, other, *rounding))
-            found = next(same, None)
-            if found is None:
-                return False
-            del left[found]
-        return True
+
+        def same(one: Any, other: Any) -> bool:
+            return one_relation(one, other, *rounding)
+
+        return all_paired(_relations(gold), _relations(answer), same)
 
     grader.sympy_compare_relational = equal_relations
 
@@ -200,21 +184,20 @@ def equal_numbers(gold: Any, answer: Any, float_rounding: int, numeric_precision
 
     The library passes the last two arguments, which are not used.
     """
-    from math_verify.grader import get_pct_val, safe_sympy_doit
-    from sympy import Expr, Float, Integer, MatrixBase
-
     gold, answer = safe_sympy_doit(gold), safe_sympy_doit(answer)
-    if isinstance(gold, MatrixBase) or isinstance(answer, MatrixBase):
+    if isinstance(gold, sympy.MatrixBase) or isinstance(answer, sympy.MatrixBase):
         if getattr(gold, "shape", None) != getattr(answer, "shape", None):
             return False
         pairs = zip(gold.flat(), answer.flat(), strict=True)
         return all(equal_numbers(one, other, 0, 0) for one, other in pairs)
-    if not isinstance(gold, Expr) or not isinstance(answer, Expr):
+    if not isinstance(gold, sympy.Expr) or not isinstance(answer, sympy.Expr):
         return False  # a relation and a number
-    if any(isinstance(get_pct_val(side, side), Integer) for side in (gold, answer)):
-        gold, answer = get_pct_val(gold, gold), get_pct_val(answer, answer)
-    decimals = [isinstance(get_pct_val(side, side), Float) for side in (gold, answer)]
-    is_rounded = sum(decimals) == 1 and not isinstance(answer if decimals[0] else gold, Integer)
+    plain = [get_pct_val(side, side) for side in (gold, answer)]  # without percent signs
+    if any(isinstance(side, sympy.Integer) for side in plain):
+        gold, answer = plain
+    decimals = [isinstance(side, sympy.Float) for side in plain]
+    exact = answer if decimals[0] else gold
+    is_rounded = sum(decimals) == 1 and not isinstance(exact, sympy.Integer)
     gold, answer = _exact(gold), _exact(answer)
     difference = gold - answer
     if difference == 0:
@@ -223,22 +206,18 @@ def equal_numbers(gold: Any, answer: Any, float_rounding: int, numeric_precision
         return False
     if difference.is_Rational and not is_rounded:
         return False
-    tolerance = DECIMAL_CLOSENESS if is_rounded else SAME_NUMBER
+    tolerance = float(DECIMAL_CLOSENESS) if is_rounded else SAME_NUMBER
     return bool(abs(difference.evalf()) <= tolerance * abs(gold.evalf()))
 
 
 def _exact(expression: Any) -> Any:
     """Convert decimals to exact fractions."""
-    from sympy import Float, Rational
-
-    floats = expression.atoms(Float)
-    return expression.xreplace({number: Rational(str(number)) for number in floats})
+    floats = expression.atoms(sympy.Float)
+    return expression.xreplace({number: sympy.Rational(str(number)) for number in floats})
 
 
 def _relations(expression: Any) -> list[Any]:
     """Return the relations of a chain, or a single one as a list."""
-    from latex2sympy2_extended.logic import And
-
     if not isinstance(expression, And):
         return [expression]
     return [part for argument in expression._unsorted_args for part in _relations(argument)]
@@ -264,7 +243,7 @@ def serve(replies: Any, grader: str = "rules") -> None:
 
 
 def main(grader: str) -> None:
-    """Reserve standard output for replies, load the library and warm it up, then serve."""
+    """Reserve standard output for replies and warm the library up, then serve."""
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # so that output of libraries is not taken for a reply
     logging.disable(logging.CRITICAL)

@@ -63,8 +63,7 @@ def find_boxed(text: str) -> Span | None:
     starts = list(_BOXED.finditer(text))
     if not starts:
         return None
-    last = starts[-1]
-    depth = 1
+    last, depth = starts[-1], 1
     for brace in _BRACE.finditer(text, last.end()):
         depth += {"{": 1, "}": -1}.get(brace.group(), 0)  # an escaped brace is text
         if depth == 0:
@@ -93,13 +92,10 @@ def has_format(text: str, recipe: str) -> bool:
     marks = [mark for block in BLOCKS[recipe] for mark in block]
     if any(text.count(mark) != marks.count(mark) for mark in (*DESCRIPTION, *THINK)):
         return False
-    rest = text
-    for block in BLOCKS[recipe]:
-        span = find_span(rest, block)
-        if span is None or rest[: span.start].strip() or not span.content.strip():
-            return False
-        rest = rest[span.end :]
-    boxed = find_boxed(rest)
-    if boxed is None or not boxed.content.strip():
+    boxed = find_boxed(text)
+    if boxed is None:
         return False
-    return not rest[: boxed.start].strip() and not rest[boxed.end :].strip()
+    blocks = r"\s*".join(f"{opening}(.*){closing}" for opening, closing in BLOCKS[recipe])
+    found = re.fullmatch(rf"\s*{blocks}\s*", text[: boxed.start], re.DOTALL)
+    filled = found is not None and all(content.strip() for content in found.groups())
+    return filled and bool(boxed.content.strip()) and not text[boxed.end :].strip()

@@ -16,10 +16,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from megatron_sr1.config.rollout import RewardConfig
-from megatron_sr1.errors import GradingError
 from megatron_sr1.records import RIGHT_FROM, Example, Reading, Reward, Rollout
 from megatron_sr1.rewards.grader import UNCOMPARABLE, Grader
 from megatron_sr1.rewards.leakage import states_answer
@@ -56,12 +55,8 @@ class Scorer(AbstractContextManager["Scorer"]):
         """
         exceptions: list[str] = []
         judge = partial(self._judge, sample_name, rollout, example, exceptions)
-        try:
-            accuracy = judge(rollout.completion.text)
-            self_reward = self._self_reward(rollout, example, judge)
-        except GradingError as error:
-            name = "" if str(error).startswith(sample_name) else f"{sample_name}: "
-            raise type(error)(f"{name}{error}") from error.__cause__
+        accuracy = judge(rollout.completion.text)
+        self_reward = self._self_reward(rollout, example, judge)
         leak = _leaks(rollout.description, example, exceptions)
         has_right_format = has_format(rollout.completion.text, self._recipe)
         is_paid = self._recipe == "vision_sr1" and (self._config.pay_leaks or not leak)
@@ -100,7 +95,7 @@ class Scorer(AbstractContextManager["Scorer"]):
         Exceptions that the answer raised in the grader are added to `exceptions`.
         """
         best = 0.0
-        for gold in _golds(example):
+        for gold in example.golds or ("",):  # the grader rejects an empty one
             if self._user_reward is None:
                 verdict = self._grader.judge(find_answer(text), gold, example.question, sample_name)
                 if verdict.because.startswith(UNCOMPARABLE):
@@ -141,25 +136,21 @@ class Scorer(AbstractContextManager["Scorer"]):
         return value
 
     def _value(self, reading: Reading, judge: Callable[[str], float]) -> float:
-        """Return the mean reward of the answers, or the reward of the likelihood, in [0, 1]."""
-        if reading.gold_logprobs is not None:
-            return likelihood_reward(
-                reading.gold_logprobs, self._config.likelihood, self._config.likelihood_nats
-            )
-        return sum(judge(text) for text in reading.texts) / len(reading.texts)
+        """Return the mean reward of the answers, or the reward of the likelihood, in [0, 1].
 
-    def close(self) -> None:
-        """Stop the grading process; a later score starts a new one."""
-        self._grader.worker.close()
+        The likelihood p is that of the gold answer's tokens: per_token: its mean over them |
+        probability: p | linear: 1 + log p / likelihood_nats, at least 0.
+        """
+        logprobs, kind = reading.gold_logprobs, self._config.likelihood
+        if logprobs is None:
+            return sum(judge(text) for text in reading.texts) / len(reading.texts)
+        if kind == "linear":
+            return max(1.0 + sum(logprobs) / self._config.likelihood_nats, 0.0)
+        return math.exp(sum(logprobs) / (len(logprobs) if kind == "per_token" else 1))
 
     def __exit__(self, *_: object) -> None:
-        """Stop the grading process."""
-        self.close()
-
-
-def _golds(example: Example) -> tuple[str, ...]:
-    """Return all gold answers; an empty one, which the grader rejects, if there is none."""
-    return example.golds or ("",)
+        """Stop the grading process; a later score starts a new one."""
+        self._grader.worker.close()
 
 
 def _leaks(description: str | None, example: Example, exceptions: list[str]) -> bool:
@@ -167,40 +158,19 @@ def _leaks(description: str | None, example: Example, exceptions: list[str]) -> 
     if description is None:
         return False
     try:
-        return any(states_answer(description, gold, example.question) for gold in _golds(example))
+        return any(states_answer(description, gold, example.question) for gold in example.golds)
     except Exception as error:
         exceptions.append(f"{type(error).__name__}: {error}")
         return True
 
 
-def likelihood_reward(logprobs: Sequence[float], kind: str, nats: float) -> float:
-    """Convert the likelihood of a gold answer to a reward in [0, 1].
-
-    Args:
-        logprobs: of its tokens, nats; one or more.
-        kind: per_token: exp(mean) | probability: exp(sum) | linear: max(1 + sum / nats, 0).
-        nats: for linear, the -log p at which the reward reaches 0.
-    """
-    total = sum(logprobs)
-    if kind == "linear":
-        return max(1.0 + total / nats, 0.0)
-    return math.exp(total / len(logprobs) if kind == "per_token" else total)
-
-
-class Verdict(NamedTuple):
-    """Name of a verdict's rate in summary.json, and its label in reports."""
-
-    rate: str
-    label: str
-
-
 VERDICTS = {
-    "accuracy": Verdict("accuracy", "answer right"),
-    "self_reward": Verdict("self_reward", "read from description"),
-    "description_exact": Verdict("description_exact", "description exact"),
-    "shortcut": Verdict("shortcut_rate", "shortcut"),
+    "accuracy": ("accuracy", "answer right"),
+    "self_reward": ("self_reward", "read from description"),
+    "description_exact": ("description_exact", "description exact"),
+    "shortcut": ("shortcut_rate", "shortcut"),
 }
-"""Verdicts of an evaluation line."""
+"""Verdict of an evaluation line -> name of its rate in summary.json, label in reports."""
 
 
 def rate(lines: Sequence[dict[str, Any]], verdict: str) -> float | None:
@@ -218,9 +188,8 @@ def rates(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
 def cross(verdicts: Iterable[tuple[float, float | None]]) -> Counter[tuple[bool, bool]]:
     """Count responses by (answer right, read from the description right).
 
-    Args:
-        verdicts: accuracy and self-reward of each response; those without a self-reward are
-            skipped, one in between counts as right from 0.5 on.
+    `verdicts` holds accuracy and self-reward of each. A response without a self-reward is skipped;
+    a value between 0 and 1 counts as right from 0.5 on.
     """
     return Counter(
         (accuracy >= RIGHT_FROM, self_reward >= RIGHT_FROM)
@@ -230,11 +199,9 @@ def cross(verdicts: Iterable[tuple[float, float | None]]) -> Counter[tuple[bool,
 
 
 def is_exact(description: str, expected: Sequence[Any]) -> bool:
-    """Return True if a description names the expected items in order, and no others.
+    """Return True if a description names the expected words or digits in order, and no others.
 
-    Args:
-        description: text of the span.
-        expected: words or digits; if all are digits, the other text is not compared.
+    If all that is expected are digits, the other text is not compared.
     """
     items = [str(item).lower() for item in expected]
     pattern = "[0-9]" if all(re.fullmatch("[0-9]", item) for item in items) else r"\w+"

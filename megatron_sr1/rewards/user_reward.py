@@ -6,10 +6,10 @@ it stops the run and names sample and function, instead of scoring 0.
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
+import runpy
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from megatron_sr1.errors import ConfigError, GradingError
 
 ARGUMENTS = ("response", "gold", "question", "description", "metadata")
 """The function's keyword arguments."""
-MODULE = "megatron_sr1_own_reward"
 MAX_SHOWN_CHARACTERS = 200
 BROKEN = (Exception, SystemExit)
 """Includes SystemExit: sys.exit(0) would end this rank as if it had succeeded."""
@@ -35,34 +34,27 @@ class UserReward:
                 does not accept ARGUMENTS.
         """
         self._setting = f"reward.function={named}"
-        file, _, self._name = named.rpartition(":")
+        file, _, name = named.rpartition(":")
         self._path = Path(file).resolve()
-        self._call = self._load()
+        if self._path.suffix != ".py" or not name.isidentifier():
+            raise ConfigError(f"{self._setting}; expected FILE.py:NAME")
+        if not self._path.is_file():
+            raise ConfigError(f"{self._setting}: {self._path}: no such file")
+        try:
+            defined = runpy.run_path(str(self._path))
+        except BROKEN as error:
+            raise ConfigError(f"{self._setting}: {self._describe(error)}") from error
+        self._call: Any = defined.get(name)
+        if not callable(self._call):
+            functions = [n for n, v in defined.items() if inspect.isfunction(v)]
+            available = f"it has {', '.join(functions)}" if functions else "it has no function"
+            raise ConfigError(f"{self._setting}: no function {name} in the file; {available}")
         try:
             inspect.signature(self._call).bind(**dict.fromkeys(ARGUMENTS))
         except TypeError as error:
             raise ConfigError(
                 f"{self._setting}: {error}; it is called with {', '.join(ARGUMENTS)} as keywords"
             ) from None
-
-    def _load(self) -> Callable[..., Any]:
-        if self._path.suffix != ".py" or not self._name.isidentifier():
-            raise ConfigError(f"{self._setting}; expected FILE.py:NAME")
-        if not self._path.is_file():
-            raise ConfigError(f"{self._setting}: {self._path}: no such file")
-        spec = importlib.util.spec_from_file_location(MODULE, self._path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except BROKEN as error:
-            raise ConfigError(f"{self._setting}: {self._describe(error)}") from error
-        found = getattr(module, self._name, None)
-        if not callable(found):
-            functions = [n for n, v in vars(module).items() if inspect.isfunction(v)]
-            available = f"it has {', '.join(functions)}" if functions else "it has no function"
-            raise ConfigError(f"{self._setting}: no function {self._name} in the file; {available}")
-        return found
 
     def __call__(self, sample_name: str, **given: str | None | Mapping[str, Any]) -> float:
         """Call the function with ARGUMENTS and return its result, in [0, 1].

@@ -35,8 +35,7 @@ class Request:
     Attributes:
         id: unique among the live requests, the same on all ranks of a replica.
         token_ids: prompt for the engine, a single image-pad id per image.
-        expanded_token_ids: the trainer's tokens of the same prompt, which the engine's must equal;
-            None: not compared.
+        expanded_token_ids: the trainer's tokens, which the engine's must equal; None: not compared.
         images: RGB images, in order.
         temperature: 0 is greedy.
         max_tokens: maximum number of sampled tokens, including the end of turn.
@@ -76,8 +75,7 @@ class Engine:
     """One rank's part of a colocated vLLM engine replica.
 
     Attributes:
-        replica: index of this rank's replica, of `num_replicas`.
-        is_replica_leader: whether this rank is the first of its replica.
+        replica: index of this rank's replica, of `num_replicas`; its first rank is its leader.
         weight_version: number of the last weight sync; -1 before the first.
         max_model_len: longest sequence, expanded prompt and response, tokens.
         num_steps: engine steps run so far.
@@ -98,11 +96,8 @@ class Engine:
         `rollout.sleep_level` is for CUDA; on a CPU the engine always runs eagerly, as compiling
         takes longer than it saves. `processor` gives the pixel limits, the size of the largest
         image and the vision tokens, which are never sampled; without it the limits are the
-        directory's, and every token is sampled. The installed vLLM must be built for `device_kind`,
-        cpu or cuda. `dtype` is float32 or bfloat16; requests bring their own seeds.
-
-        Raises:
-            EngineError: vLLM is built for another device.
+        directory's, and every token is sampled. Raises EngineError if the installed vLLM is not
+        built for `device_kind`, cpu or cuda. `dtype` is float32 or bfloat16.
         """
         size, world = rollout.tensor_parallel, torch.distributed.get_world_size()
         assert world % size == 0, f"rollout.tensor_parallel={size} does not divide {world} ranks"
@@ -136,9 +131,8 @@ class Engine:
     def submit(self, requests: Sequence[Request]) -> None:
         """Add requests, which start with the next step. Equal prompts are preprocessed once.
 
-        Raises:
-            EngineError: the engine is asleep, or a prompt does not fit or expands to other tokens
-                than the trainer's.
+        Raises EngineError if the engine is asleep, or a prompt does not fit or expands to other
+        tokens than the trainer's.
         """
         if self._asleep or self._unusable:
             raise EngineError(f"the engine cannot sample: {self._unusable or 'it is asleep'}")
@@ -154,10 +148,7 @@ class Engine:
             self._core.add_request(request.id, processed[key], parameters)
 
     def step(self) -> list[Progress]:
-        """Run one engine step, which adds a token to every running sequence.
-
-        Returns the progress of watched and of finished requests, in the engine's order.
-        """
+        """Run one engine step; return the progress of watched and of finished requests."""
         self.num_steps += 1
         progress = []
         for output in self._core.step():
@@ -183,10 +174,8 @@ class Engine:
     ) -> list[float]:
         """Return the logprob of each token of a given response, nats, at temperature 1.
 
-        The prompt has one image-pad id per image. Only prefill runs.
-
-        Raises:
-            EngineError: prompt and response leave no token of `max_model_len` free.
+        The prompt has one image-pad id per image. Only prefill runs. Raises EngineError if prompt
+        and response leave no token of `max_model_len` free.
         """
         assert not self._live, "score between rollouts"
         token_ids, num_scored = (*prompt_token_ids, *response_token_ids), len(response_token_ids)
@@ -215,10 +204,8 @@ class Engine:
 
         `weights` are (Hugging Face name, full tensor) pairs, the same on each rank of the replica;
         they are iterated once, layer by layer, and the iteration may be collective. Later rollouts
-        carry `version`. Unless `whole`, layers that receive no tensor keep their weights.
-
-        Raises:
-            EngineError: the engine is asleep or has live requests, or tensors are missing.
+        carry `version`. Unless `whole`, layers that receive no tensor keep their weights. Raises
+        EngineError if the engine is asleep or has live requests, or tensors are missing.
         """
         if self._unusable.startswith("weight sync"):
             raise EngineError(self._unusable)
@@ -271,9 +258,13 @@ class Engine:
                 "the same image processor and pixel limits (data.min_pixels, data.max_pixels)"
             )
         num_sampled = 1 if request.num_scored else request.max_tokens
-        if length + num_sampled > self.max_model_len:
+        self.check_fits(f"request {request.id}: it", length, num_sampled)
+
+    def check_fits(self, what: str, num_prompt: int, num_sampled: int) -> None:
+        """Raise EngineError, naming `what`, if its tokens exceed the longest sequence."""
+        if num_prompt + num_sampled > self.max_model_len:
             raise EngineError(
-                f"request {request.id}: a prompt of {length} tokens and up to {num_sampled} "
-                f"sampled ones exceed the engine's {self.max_model_len}; raise "
-                "rollout.max_model_len or lower the token limits"
+                f"{what} can take {num_prompt} prompt tokens and {num_sampled} sampled ones, which "
+                f"exceeds the engine's {self.max_model_len}; raise rollout.max_model_len or lower "
+                "the token limits"
             )

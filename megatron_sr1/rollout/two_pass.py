@@ -21,7 +21,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_sr1.config.rollout import RolloutConfig
-from megatron_sr1.errors import EngineError
 from megatron_sr1.records import Completion, Prompt, Reading, Rollout
 from megatron_sr1.rollout.engine import Engine, Progress, Request
 
@@ -53,54 +52,46 @@ class RolloutHooks:
 
 
 class Readings:
-    """Pass-2 requests, one set per distinct prompt, and their results.
-
-    Attributes:
-        names: prompt -> ids of its requests.
-        done: id of a finished request -> its completion.
-    """
+    """Pass-2 requests, one set per distinct prompt, and their results."""
 
     def __init__(self, engine: Engine, rollout: RolloutConfig, hooks: RolloutHooks) -> None:
         """Start without any request."""
         self._engine, self._rollout, self._hooks = engine, rollout, hooks
-        self.names: dict[tuple[int, ...], list[str]] = {}
-        self.done: dict[str, Completion] = {}
+        self.names: dict[tuple[int, ...], list[str]] = {}  # ids of each prompt's requests
+        self.done: dict[str, Completion] = {}  # by the id of the request
 
     def apply_to(self, prompt: Prompt) -> bool:
         """Return True if a prompt gets a second pass: the recipe has one, the prompt has images."""
         return self._hooks.reading_prompt is not None and bool(prompt.image_grid_thw)
 
-    def _compose(self, prompt: Prompt, description: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the ids of a reading's prompt, and those of the gold answer at its end, if any."""
+    def _compose(self, prompt: Prompt, description: str) -> tuple[tuple[int, ...], int, int]:
+        """Return a reading's prompt, how many ids at its end are scored, and its token limit."""
         assert self._hooks.reading_prompt is not None
         token_ids = self._hooks.reading_prompt(prompt, description)
         if self._rollout.pass2_mode != "likelihood":
-            return token_ids, ()
+            return token_ids, 0, self._rollout.max_reading_tokens
         assert self._hooks.gold_answer is not None
         lead, answer = self._hooks.gold_answer(prompt)
-        return (*token_ids, *lead, *answer), answer
+        return (*token_ids, *lead, *answer), len(answer), 1
 
     def check(self, prompt: Prompt) -> None:
         """Raise EngineError, before sampling, if a prompt's longest reading does not fit."""
         if self.apply_to(prompt):
-            token_ids, scored = self._compose(prompt, "")
+            token_ids, _, max_tokens = self._compose(prompt, "")
             longest = len(token_ids) + self._rollout.max_response_tokens
-            max_tokens = 1 if scored else self._rollout.max_reading_tokens
-            check_prompt_fits(self._engine, prompt, longest, max_tokens, "pass 2")
+            self._engine.check_fits(_named(prompt, "pass 2"), longest, max_tokens)
 
     def ask(self, prompt: Prompt, description: str) -> tuple[tuple[int, ...], list[Request]]:
-        """Return the requests for a description ("" for the question alone).
+        """Return the key to pass to `result`, and requests, none if the prompt was asked before.
 
-        Returns:
-            the key to pass to `result`, and the requests, none if the prompt was asked before.
+        The description is "" for the question alone.
         """
-        token_ids, scored = self._compose(prompt, description)
+        token_ids, num_scored, max_tokens = self._compose(prompt, description)
         if token_ids in self.names:
             return token_ids, []
         # Retokenised text can have more tokens than were sampled; the answer then gets fewer.
-        max_tokens = 1 if scored else self._rollout.max_reading_tokens
         max_tokens = min(max_tokens, self._engine.max_model_len - len(token_ids))
-        check_prompt_fits(self._engine, prompt, len(token_ids), max(max_tokens, 1), "pass 2")
+        self._engine.check_fits(_named(prompt, "pass 2"), len(token_ids), max(max_tokens, 1))
         requests = [
             Request(
                 id=f"{PREFIX}{len(self.names)}.{number}",
@@ -110,9 +101,9 @@ class Readings:
                 max_tokens=max_tokens,
                 seed=self._hooks.seed_of(-1, _digest(token_ids), 2 + number),
                 with_logprobs=False,
-                num_scored=len(scored),
+                num_scored=num_scored,
             )
-            for number in range(1 if scored else self._rollout.pass2_samples)
+            for number in range(1 if num_scored else self._rollout.pass2_samples)
         ]
         self.names[token_ids] = [request.id for request in requests]
         return token_ids, requests
@@ -166,13 +157,9 @@ def roll_out(
     """Sample both passes of this replica's prompts; text-only prompts skip pass 2.
 
     The engine is awake; `prompts` are the same on each rank of the replica. `rollout` gives the
-    number of samples, temperatures (0 is greedy), token limits and the kind of pass 2.
-
-    Returns:
-        rollouts, ordered by prompt and then by sample, and their cost.
-
-    Raises:
-        EngineError: a prompt and its token limits exceed the engine's length; names the sample.
+    number of samples, temperatures (0 is greedy), token limits and the kind of pass 2. Returns the
+    rollouts, ordered by prompt and then by sample, and their cost. Raises EngineError, naming the
+    sample, if a prompt and its token limits exceed the engine's length.
     """
     started, steps_before, pass2_only = time.perf_counter(), engine.num_steps, 0.0
     readings = Readings(engine, rollout, hooks)
@@ -183,7 +170,7 @@ def roll_out(
     }
     max_tokens = rollout.max_response_tokens
     for prompt in prompts:
-        check_prompt_fits(engine, prompt, len(prompt.token_ids), max_tokens, "pass 1")
+        engine.check_fits(_named(prompt, "pass 1"), len(prompt.token_ids), max_tokens)
         readings.check(prompt)
     first = [
         Request(
@@ -272,18 +259,9 @@ def _rollout(
     )
 
 
-def check_prompt_fits(
-    engine: Engine, prompt: Prompt, num_prompt: int, num_sampled: int, what: str
-) -> None:
-    """Raise EngineError, naming the sample, if prompt and sampled tokens exceed the length."""
-    if num_prompt + num_sampled <= engine.max_model_len:
-        return
-    example = prompt.example
-    raise EngineError(
-        f"{example.where} (index {example.index}): {what} can take "
-        f"{num_prompt} prompt tokens and {num_sampled} sampled ones, which exceeds the engine's "
-        f"{engine.max_model_len}; raise rollout.max_model_len or lower the token limits"
-    )
+def _named(prompt: Prompt, which: str) -> str:
+    """Name a pass over a sample for messages."""
+    return f"{prompt.example.where} (index {prompt.example.index}): {which}"
 
 
 def _digest(token_ids: tuple[int, ...]) -> int:

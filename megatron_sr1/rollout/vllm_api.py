@@ -199,10 +199,7 @@ class FullVocabularySampler(torch.nn.Module):
     logprobs_mode = "raw_logprobs"
 
     def __init__(self, draw: torch.nn.Module, outputs: Any, banned_token_ids: Iterable[int]):
-        """Wrap vLLM's `TopKTopPSampler`, which uses each request's generator; never sample bans.
-
-        `outputs` is vLLM's module of output records.
-        """
+        """Wrap vLLM's `TopKTopPSampler`; `outputs` is vLLM's module of output records."""
         super().__init__()
         self.topk_topp_sampler = draw
         self._outputs = outputs
@@ -217,8 +214,7 @@ class FullVocabularySampler(torch.nn.Module):
     ) -> Any:
         """Sample one id per row of logits [sequences, vocabulary], which are overwritten.
 
-        Returns:
-            vLLM's `SamplerOutput`. The last two arguments, which vLLM passes, are not used.
+        Returns vLLM's `SamplerOutput`. The last two arguments, which vLLM passes, are not used.
         """
         logits = logits.float()
         temperature = sampling_metadata.temperature

@@ -2,9 +2,8 @@
 
 The payload of vLLM's `update` is the iterator itself, as trainer and engine share the process. vLLM
 loads a layer as soon as its last tensor has arrived, then releases them. The source may therefore
-create each tensor on request, and the whole model never exists twice. A tensor must not be
-overwritten before the next layer has been requested, so a source that reuses a buffer must refill
-it at layer boundaries.
+create each tensor on request, and the whole model never exists twice. A source that reuses a buffer
+must refill it at layer boundaries only, when the next layer has been requested.
 """
 
 from __future__ import annotations
@@ -34,9 +33,7 @@ def push(llm: Any, weights: Iterable[tuple[str, torch.Tensor]], version: int, wh
     """Run a weight update, then drop every cache computed with the old weights.
 
     The arguments are those of `Engine.sync`; `llm` is vLLM's `LLM`, awake and without requests.
-
-    Raises:
-        EngineError: a tensor is missing or unknown, or has another shape.
+    Raises EngineError if a tensor is missing or unknown, or has another shape.
     """
     last = "none"
 
@@ -65,8 +62,7 @@ def push(llm: Any, weights: Iterable[tuple[str, torch.Tensor]], version: int, wh
 def _unfinished(model: torch.nn.Module) -> set[str]:
     """Return the names of fused layers that were loaded only in part, as q without k.
 
-    An embedding is padded to a round number of rows and never counts as full. It consists of one
-    tensor, so it needs no check.
+    An embedding is padded to a round number of rows, so it never counts as full, but is one tensor.
     """
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
@@ -90,23 +86,21 @@ def _transfer_class() -> type:
     from vllm.model_executor.model_loader import reload
 
     @dataclass
-    class Init(WeightTransferInitInfo):
-        """No arguments: trainer and engine share one process."""
-
-    @dataclass
     class Update(WeightTransferUpdateInfo):
         """The stream of weights."""
 
         weights: Iterator[tuple[str, torch.Tensor]]
         whole: bool
 
-    class InProcessTransfer(WeightTransferEngine[Init, Update]):  # type: ignore[misc]
+    class InProcessTransfer(
+        WeightTransferEngine[WeightTransferInitInfo, Update]  # type: ignore[misc]
+    ):
         """Loads the weights that the trainer in the same process yields, layer by layer."""
 
-        init_info_cls = Init
+        init_info_cls = WeightTransferInitInfo  # empty: trainer and engine share one process
         update_info_cls = Update
 
-        def init_transfer_engine(self, init_info: Init) -> None:
+        def init_transfer_engine(self, init_info: WeightTransferInitInfo) -> None:
             self._held = {name for name, _ in self.model.named_parameters()}
 
         def start_weight_update(self) -> None:

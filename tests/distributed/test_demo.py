@@ -96,7 +96,7 @@ def test_a_log_names_the_four_parts_and_not_every_step(demo):
 def test_the_terminal_shows_every_rate_of_every_model():
     number = itertools.count(1)
     summary = {
-        name: {way: {v.rate: next(number) / 1000 for v in VERDICTS.values()} for way in WAYS}
+        name: {way: {rate: next(number) / 1000 for rate, _ in VERDICTS.values()} for way in WAYS}
         for name in MODELS
     }
     shown = io.StringIO()

@@ -194,7 +194,7 @@ def check_image(given):
     data = mutated(VALID_IMAGES[number], edits)
     data = repaired_png(data) if repair else data
     with refused_or_right(), in_time("decoding", 30.0):
-        image = decode_image(data, "sample")
+        image = decode_image(data)
         width, height = image.size
         assert image.mode == "RGB" and 0 < width * height <= MAX_IMAGE_PIXELS
         assert max(width, height) <= MAX_ASPECT_RATIO * min(width, height)
@@ -277,7 +277,7 @@ def check_example(row):
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "a.png").write_bytes(VALID_IMAGES[3])
         with refused_or_right(), in_time("a row"):
-            record = record_from_row(row, folder=Path(folder), where="row 1", columns={})
+            record = record_from_row(row, Path(folder), columns={})
             assert write_shards([record], Path(folder) / "out") == 1
             reader = ShardReader(Path(folder) / "out")
             example = reader.example(0)

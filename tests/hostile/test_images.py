@@ -90,11 +90,9 @@ def test_a_hostile_image_is_refused_in_one_line(name, tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess.Popen, "__init__", start)
     started = time.process_time()
     with pytest.raises(DataError, match=reason) as error:
-        decode_image(data, "s.tar sample k, image 0")
+        decode_image(data)
     assert time.process_time() - started < 5
-    assert (
-        str(error.value).startswith("s.tar sample k, image 0: ") and str(error.value).isprintable()
-    )
+    assert str(error.value).isprintable()
     assert not list(tmp_path.iterdir())
 
 
@@ -103,18 +101,18 @@ def test_the_first_frame_of_an_animation_is_read(kind):
     frames = [plain(color=c) for c in ("red", "lime", "blue")]
     options = {"lossless": True} if kind == "WEBP" else {}
     data = file(frames[0], kind, save_all=True, append_images=frames[1:], **options)
-    assert decode_image(data, "x").getpixel((4, 2)) == (255, 0, 0)
+    assert decode_image(data).getpixel((4, 2)) == (255, 0, 0)
 
 
 def test_cmyk_images_become_rgb():
-    image = decode_image(file(plain(color=(0, 0, 0, 0), mode="CMYK"), "JPEG"), "x")
+    image = decode_image(file(plain(color=(0, 0, 0, 0), mode="CMYK"), "JPEG"))
     assert image.mode == "RGB" and min(image.getpixel((4, 2))) > 250
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_sixteen_bits_are_scaled_not_clipped(kind):
     ramp = np.tile(np.linspace(0, 65535, 16).astype(np.uint16), (4, 1))
-    image = np.asarray(decode_image(file(Image.fromarray(ramp), kind), "x"))
+    image = np.asarray(decode_image(file(Image.fromarray(ramp), kind)))
     assert image.shape == (4, 16, 3)
     assert image[0, :, 0].tolist() == [255 * i // 15 for i in range(16)]
 
@@ -123,7 +121,7 @@ def test_a_palette_with_transparency_is_composited_over_white():
     image = Image.new("P", (4, 4), 0)
     image.putpalette([0, 0, 0, 200, 10, 10])
     image.putpixel((1, 1), 1)
-    pixels = decode_image(file(image, transparency=0), "x")
+    pixels = decode_image(file(image, transparency=0))
     assert pixels.getpixel((0, 0)) == (255, 255, 255)
     assert pixels.getpixel((1, 1)) == (200, 10, 10)
 
@@ -132,11 +130,11 @@ def test_a_palette_with_transparency_is_composited_over_white():
 def test_exif_orientation_is_applied_if_it_is_valid(turn, size):
     exif = plain().getexif()
     exif[0x0112] = turn
-    assert decode_image(file(plain(), "JPEG", exif=exif), "x").size == size
+    assert decode_image(file(plain(), "JPEG", exif=exif)).size == size
 
 
 def test_an_image_of_one_pixel_is_accepted(tiny_model):
-    image = decode_image(file(plain((1, 1))), "x")
+    image = decode_image(file(plain((1, 1))))
     processor = Processor(tiny_model, 784, 200704)
     assert processor.grid(image) == (1, 2, 2)
     assert processor.vision([image]).image_grid_thw.tolist() == [[1, 2, 2]]
@@ -145,5 +143,5 @@ def test_an_image_of_one_pixel_is_accepted(tiny_model):
 def test_the_processor_accepts_the_longest_allowed_side(tiny_model):
     processor = Processor(tiny_model, 784, 200704)
     for size in ((200, 1), (1, 200), (6000, 30)):
-        t, h, w = processor.grid(decode_image(file(plain(size)), "x"))
+        t, h, w = processor.grid(decode_image(file(plain(size))))
         assert t * h * w * 196 <= 2 * 200704

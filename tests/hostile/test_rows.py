@@ -324,7 +324,7 @@ STORED = {"messages": [{"role": "user", "content": "q"}], "num_images": 0}
 def test_a_hostile_stored_sample_is_refused(change, reason):
     with pytest.raises(DataError, match=reason) as error:
         example_from_stored({**STORED, **change}, index=0, key="k", shard="s.tar")
-    assert str(error.value).startswith("s.tar sample k") and str(error.value).isprintable()
+    assert str(error.value).isprintable()
 
 
 def test_rows_of_a_million_blanks_or_marks_take_linear_time(make, tmp_path):

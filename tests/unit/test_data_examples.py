@@ -15,6 +15,7 @@ from megatron_sr1.data.examples import (
     place_marks,
     stored,
 )
+from megatron_sr1.data.guards import located
 from megatron_sr1.data.images import decode_image
 from megatron_sr1.data.prompts import chat_messages, flat_text, strip_image_marks
 from megatron_sr1.data.sources import record_from_row
@@ -31,7 +32,8 @@ def png(size=(8, 8), color="red", mode="RGB", **options):
 def read(row, folder="."):
     from pathlib import Path
 
-    return record_from_row(row, folder=Path(folder), where="rows.jsonl line 3", columns={})
+    with located("rows.jsonl line 3"):
+        return record_from_row(row, Path(folder), columns={})
 
 
 @pytest.mark.parametrize("text", ["problem", "question"])
@@ -49,7 +51,7 @@ def test_an_image_is_taken_as_bytes_path_parquet_struct_or_list(tmp_path):
         for column, given in (("image", value), ("images", [value])):
             record = read({"problem": "?", "answer": "1", column: given}, tmp_path)
             assert record.messages[0].content == "<image>?"
-            assert decode_image(record.images[0], "x").getpixel((0, 0)) == (255, 0, 0)
+            assert decode_image(record.images[0]).getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_sharegpt_rows_keep_their_turns_in_both_spellings():
@@ -74,13 +76,13 @@ def test_answer_tags_around_a_whole_solution_are_removed():
 
 def test_marks_are_inserted_only_if_there_are_none():
     turns = [Message("system", "s"), Message("user", "q"), Message("assistant", "a")]
-    placed = place_marks(turns, 2, "x")
+    placed = place_marks(turns, 2)
     assert [m.content for m in placed] == ["s", "<image><image>q", "a"]
-    assert place_marks(placed, 2, "x") == placed
-    with pytest.raises(DataError, match="x: 2 <image> marks in the text but 1 images"):
-        place_marks(placed, 1, "x")
+    assert place_marks(placed, 2) == placed
+    with pytest.raises(DataError, match="^2 <image> marks in the text but 1 images"):
+        place_marks(placed, 1)
     with pytest.raises(DataError, match="2 <image> marks in the text but 0 images"):
-        place_marks(placed, 0, "x")
+        place_marks(placed, 0)
 
 
 @pytest.mark.parametrize(
@@ -115,25 +117,25 @@ def test_an_image_too_large_is_refused_before_it_is_decoded(monkeypatch):
     data = png((10, 10))
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", explode)
     with pytest.raises(DataError, match="10 x 10 pixels, more than 99"):
-        decode_image(data, "x")
+        decode_image(data)
 
 
 def test_a_decompression_bomb_is_refused():
     bomb = png((14000, 14000), 0, "1")
     assert len(bomb) < 200_000
-    with pytest.raises(DataError, match="x: "):
-        decode_image(bomb, "x")
+    with pytest.raises(DataError, match="refused: .*pixels"):
+        decode_image(bomb)
 
 
 def test_an_image_too_long_for_the_model_is_refused():
     with pytest.raises(DataError, match="402 x 2 pixels.*200 times"):
-        decode_image(png((402, 2)), "x")
-    decode_image(png((400, 2)), "x")
+        decode_image(png((402, 2)))
+    decode_image(png((400, 2)))
 
 
 def test_transparency_is_composited_over_white():
-    assert decode_image(png(color=(0, 0, 0, 0), mode="RGBA"), "x").getpixel((0, 0)) == (255,) * 3
-    half = decode_image(png(color=(0, 0, 0, 128), mode="RGBA"), "x").getpixel((0, 0))
+    assert decode_image(png(color=(0, 0, 0, 0), mode="RGBA")).getpixel((0, 0)) == (255,) * 3
+    half = decode_image(png(color=(0, 0, 0, 128), mode="RGBA")).getpixel((0, 0))
     assert 120 < half[0] < 135
 
 
@@ -143,7 +145,7 @@ def test_a_picture_is_turned_upright():
     exif[0x0112] = 6
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", exif=exif)
-    assert decode_image(buffer.getvalue(), "x").size == (4, 10)
+    assert decode_image(buffer.getvalue()).size == (4, 10)
 
 
 def test_a_stored_record_comes_back_as_an_example():
@@ -152,7 +154,7 @@ def test_a_stored_record_comes_back_as_an_example():
     assert (example.index, example.key, example.shard, example.answer) == (5, "k", "s.tar", "a")
     assert (example.num_images, example.metadata, example.question) == (1, {"n": [1]}, "<image>q")
     for bad in ({}, {"messages": [], "num_images": "0"}, [], {"messages": 3, "num_images": 1}):
-        with pytest.raises(DataError, match="s.tar sample k: not a stored sample"):
+        with pytest.raises(DataError, match="not a stored sample"):
             example_from_stored(bad, index=0, key="k", shard="s.tar")
 
 

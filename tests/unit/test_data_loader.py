@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from megatron_sr1.data.loader import Loader, shard
+from megatron_sr1.data.loader import Loader
 from megatron_sr1.errors import DataError
 
 
@@ -73,16 +73,6 @@ def test_a_cursor_of_another_order_is_refused(change):
     other = Loader(options["num_samples"], 2, options["seed"], options["shuffle"])
     with pytest.raises(DataError, match=next(iter(change))):
         other.load_state_dict(state)
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
-def test_shares_are_disjoint_complete_and_even(size):
-    indices = Loader(40, 11, seed=2).next_step()
-    shares = [shard(indices, rank, size) for rank in range(size)]
-    assert sorted(sum(shares, [])) == sorted(indices)
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
-    joined = [shares[i % size][i // size] for i in range(len(indices))]
-    assert joined == indices
 
 
 def test_an_empty_dataset_is_refused():

@@ -147,7 +147,7 @@ def test_file_names_that_lead_out_of_the_image_folder_are_refused(tmp_path):
     (tmp_path / "secret.png").write_bytes(png())
     lines(source / "metadata.jsonl", {"file_name": "../secret.png", "problem": "q", "answer": "1"})
     done = make(source, tmp_path / "out", "--max-skipped", 0, status=1)
-    assert "metadata.jsonl line 1, image 0: '../secret.png' leads out of" in done.stderr
+    assert "metadata.jsonl line 1: image 0: '../secret.png' leads out of" in done.stderr
 
 
 @pytest.mark.field

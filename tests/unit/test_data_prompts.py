@@ -44,7 +44,7 @@ def test_an_answer_after_the_question_is_not_shown():
     asked = example(("user", "<image>q"), ("assistant", "secret"))
     assert "secret" not in str(pass1_messages(asked, "vision_sr1"))
     late = example(("user", "q"), ("assistant", "see <image>"))
-    with pytest.raises(DataError, match="s.tar sample k: 0 <image> marks"):
+    with pytest.raises(DataError, match="0 <image> marks"):
         pass1_messages(late, "vision_sr1")
 
 

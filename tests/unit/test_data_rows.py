@@ -17,6 +17,7 @@ from megatron_sr1.data.examples import (
     example_from_stored,
     stored,
 )
+from megatron_sr1.data.guards import located
 from megatron_sr1.data.prompts import (
     chat_messages,
     pass1_messages,
@@ -50,7 +51,8 @@ def read(tmp_path):
 
     def read(row, **columns):
         columns = {name: path for name, path in columns.items()}
-        return record_from_row(row, folder=tmp_path, where="rows.json sample 3", columns=columns)
+        with located("rows.json sample 3"):
+            return record_from_row(row, tmp_path, columns)
 
     return read
 
@@ -162,7 +164,7 @@ def test_saved_lines_name_further_gold_answers_only_if_there_are_any(read):
     for answer, wanted in ((["1", "2"], ["2"]), ("1", None)):
         record = read({"problem": "q", "answer": answer})
         example = example_from_stored(stored(record), index=0, key="k", shard="s.tar")
-        line = rollout_line(1, scored, example, 0.0)
+        line = rollout_line(1, scored, example, {"advantage": 0.0})
         assert line["gold"] == "1" and line.get("other_golds") == wanted
 
 
@@ -204,7 +206,7 @@ def test_an_empty_image_column_does_not_hide_a_filled_one(read):
     ):
         read({**row, "images": ["b.png"]})
     for bad in ([None], "", {}):
-        with pytest.raises(DataError, match="rows.json sample 3, image 0"):
+        with pytest.raises(DataError, match="rows.json sample 3: image 0"):
             read({**row, "images": bad, "image": None})
 
 
@@ -248,7 +250,7 @@ def test_the_system_column_of_sharegpt_is_used(read):
     assert said(record) == [("system", "Be brief"), ("user", "hi"), ("assistant", "ho")]
     own = [{"from": "system", "value": "Be brief"}, *turns]
     assert said(read({"conversations": own, "system": "Be brief "})) == said(record)
-    with pytest.raises(DataError, match="the column system and the system turn .* differ"):
+    with pytest.raises(DataError, match="the column system and .* system turn differ"):
         read({"conversations": own, "system": "Be long"})
     with pytest.raises(DataError, match="both conversations and history; put all turns into"):
         read({"conversations": turns, "history": [["q", "a"]]})

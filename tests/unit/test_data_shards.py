@@ -123,7 +123,7 @@ def test_a_truncated_shard_is_named_with_the_sample(folder):
     index = index_path(tar)  # an index as new and for that size: the read itself must notice
     value = json.loads(index.read_text())
     index.write_text(json.dumps({**value, "tar_bytes": tar.stat().st_size}))
-    with pytest.raises(DataError, match=r"shard-000002.tar sample 000000010: 3 of \d+ bytes"):
+    with pytest.raises(DataError, match=r"000002.tar byte \d+: sample 000000010: 3 of \d+ bytes"):
         ShardReader(folder).example(10)
 
 
@@ -133,7 +133,7 @@ def test_a_broken_image_is_named_with_shard_sample_and_position(folder):
     with open(tar, "r+b") as file:
         file.seek(offset)
         file.write(b"\0" * size)
-    with pytest.raises(DataError, match="shard-000000.tar sample 000000002, image 1"):
+    with pytest.raises(DataError, match="shard-000000.tar sample 000000002: image 1"):
         ShardReader(folder).images(2)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_sr1.errors import GradingError
 from megatron_sr1.rewards.answers import question_options
-from megatron_sr1.rewards.grader import judge_answer
+from megatron_sr1.rewards.grader import Grader, judge_answer
 from megatron_sr1.rewards.math_worker import MathWorker
 from megatron_sr1.rewards.response import find_answer
 from tests import grading_attacks, grading_cases, grading_forms
@@ -102,8 +102,8 @@ def test_512_verdicts_on_numbers_take_milliseconds():
 
 @pytest.mark.parametrize("gold", ["", "  ", "$$", "\\boxed{}"])
 def test_an_empty_gold_answer_is_an_error(gold):
-    with pytest.raises(GradingError, match="gold answer"):
-        same_answer("5", gold, PLAIN, never)
+    with pytest.raises(GradingError, match="sample 7: the gold answer is"):
+        Grader("rules", 5.0).judge("5", gold, PLAIN, "sample 7")
 
 
 def test_options_are_parsed_in_all_notations():

@@ -7,6 +7,7 @@ from megatron_sr1.config.loading import load_config
 from megatron_sr1.data.packing import size_of
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.demo.digits import make_digits
+from megatron_sr1.errors import DataError
 from megatron_sr1.records import Completion, Rollout
 from megatron_sr1.rewards.response import find_description
 from megatron_sr1.trainer.samples import Samples
@@ -63,6 +64,13 @@ def test_a_description_that_is_not_one_gets_no_advantage_of_its_own(samples):
     assert rollout.description is None
     got = samples.train_sample(rollout, 2.0, -3.0).advantages[len(prompt) :]
     assert set(got.tolist()) == {2.0}
+
+
+def test_a_prompt_that_is_too_long_is_named(samples, monkeypatch):
+    monkeypatch.setattr(samples._config.data, "max_prompt_tokens", 3)
+    samples.forget()
+    with pytest.raises(DataError, match=r"tar sample 000000001: prompt of \d+ tokens, at most 3"):
+        samples.prompt(1)
 
 
 def test_a_rollouts_size_is_that_of_its_sequence(samples):

@@ -53,7 +53,7 @@ def test_targets_are_the_answers_and_their_ends_however_a_question_quotes_them(t
     assert (sample.token_ids == end).sum() == 4  # of the turns; a quoted one is characters
     length = len(sample.token_ids)
     assert len(conversation(processor, max_tokens=length).token_ids) == length
-    with pytest.raises(DataError, match=f"sample k: {length} tokens, limit {length - 1}"):
+    with pytest.raises(DataError, match=f"{length} tokens, limit {length - 1}"):
         conversation(processor, max_tokens=length - 1)
 
 
