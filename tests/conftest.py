@@ -1,5 +1,6 @@
 """What tests share: a tiny model directory, and a way to run a script on several ranks."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -34,6 +35,11 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs CUDA, and a run of tests/gpu alone"))
+
+
+def pytest_collection_finish():
+    """Garbage collections need not visit the libraries, which are imported by now."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

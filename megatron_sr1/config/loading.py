@@ -45,7 +45,7 @@ _ENVIRONMENT = re.compile(r"\$\{oc\.env:[A-Za-z_][A-Za-z0-9_]*(,[^${}]*)?\}")
 def load_config(path: str | Path | None, overrides: list[str] | None = None) -> Config:
     """Resolve a YAML file, if given, and `group.key=value` overrides; validate the result.
 
-    It is a ConfigError if the file is missing or no mapping, a key is unknown or a value wrong.
+    Raise a ConfigError if the file is missing or no mapping, a key is unknown or a value wrong.
     """
     config = OmegaConf.structured(Config)
     layers = [] if path is None else _read_layers(Path(path))
@@ -54,7 +54,7 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
     try:
         for name, layer in layers:
             _check_types(layer, Config(), name)
-            config = OmegaConf.merge(config, layer)
+            config.merge_with(layer)
         name = source
         resolved = OmegaConf.to_object(config)
     except MissingMandatoryValue as error:

@@ -78,10 +78,9 @@ def _memory(config: Config) -> Broken:
             "optimizer.offload=true to keep the state in host memory always"
         )
     if optimizer.state == "bfloat16" and optimizer.beta2 > LARGEST_BETA2:
-        yield (
-            "{optimizer.beta2} with {optimizer.state}: a second moment in bfloat16 cannot shrink "
-            f"by less than 2^-8 of itself; set {LARGEST_BETA2} or less"
-        )
+        reason = "a second moment in bfloat16 cannot shrink by less than 2^-8 of itself"
+        advice = f"set {LARGEST_BETA2} or less"
+        yield f"{{optimizer.beta2}} with {{optimizer.state}}: {reason}; {advice}"
 
 
 def _run(config: Config) -> Broken:

@@ -142,8 +142,8 @@ def tasks_of(
 ) -> list[Task]:
     """Return the jobs that the flags of `add_arguments` describe, each following the previous one.
 
-    The overrides of `settings`, by stage, apply before those of the command line. An unknown stage,
-    stages out of order, or several without `--output` are a ConfigError.
+    The overrides of `settings`, by stage, apply before those of the command line. Raise a
+    ConfigError for an unknown stage, stages out of order, or several without `--output`.
     """
     stages = [name.strip() for name in arguments.stages.split(",")]
     if not stages or stages != [name for name in STAGES if name in stages]:

@@ -49,9 +49,9 @@ def submit(title: str, cluster: Cluster, tasks: Sequence[Task]) -> str:
     """Check everything, then submit the tasks, a job each, and return immediately.
 
     A job that follows another starts if that one succeeded, and is removed from the queue
-    otherwise. `title`, without spaces, names nemo-run's experiment. Returned are the job ids and
-    the commands that show, follow and cancel the jobs, for the terminal. It is an SR1Error if a
-    check fails, nemo-run is not installed, or Slurm rejects a job.
+    otherwise. `title`, without spaces, names nemo-run's experiment. Return the job ids and the
+    commands that show, follow and cancel the jobs, for the terminal. Raise an SR1Error if a check
+    fails, nemo-run is not installed, or Slurm rejects a job.
     """
     configs = check(cluster, tasks)
     # Without a tunnel, nemo-run's own directory is that of the logs.
@@ -190,7 +190,7 @@ def _nemo_run(home: str) -> Any:
 def check(cluster: Cluster, tasks: Sequence[Task]) -> dict[str, Config]:
     """Check everything that can be checked before a job is queued, or raise an SR1Error.
 
-    Paths in a container are not checked, as its mounts may rename them. Returned are the resolved
+    Paths in a container are not checked, as its mounts may rename them. Return the resolved
     configurations, by the name of their task.
     """
     nodes, ranks = cluster.nodes, cluster.ranks_per_node

@@ -63,7 +63,7 @@ class Estimate:
 def plan(run: PlannedRun, num_gpus: int) -> str:
     """Return the text that `megatron-sr1 plan` prints, for a run that uses all GPUs.
 
-    It is a ConfigError if nothing fits, nothing is trained, or the GPUs are not whole nodes.
+    Raise a ConfigError if nothing fits, nothing is trained, or the GPUs are not whole nodes.
     """
     config, gpu = run.config, run.gpu
     if config.stage == "eval":
@@ -102,7 +102,7 @@ def plan(run: PlannedRun, num_gpus: int) -> str:
 def estimates(run: PlannedRun, num_gpus: int) -> list[Estimate]:
     """Return all layouts: those that fit, sorted by time, then the others, sorted by memory.
 
-    Each pipeline appears with equal stages and with balanced ones. It is a ConfigError if the GPUs
+    Each pipeline appears with equal stages and with balanced ones. Raise a ConfigError if the GPUs
     are neither a part of a node nor whole nodes.
     """
     if num_gpus < 1 or (num_gpus > GPUS_PER_NODE and num_gpus % GPUS_PER_NODE):
@@ -171,10 +171,8 @@ def _nothing_fits(run: PlannedRun, num_gpus: int, found: list[Estimate]) -> Conf
         if chosen is not None:
             advice = f"use {more} GPUs ({chosen.layout}) or the settings in docs/memory.md"
             break
-    return ConfigError(
-        f"nothing fits on {num_gpus} {run.gpu.name} of {run.gpu.memory_bytes / 1e9:.0f} GB: "
-        f"{nearest}; {advice}"
-    )
+    where = f"{num_gpus} {run.gpu.name} of {run.gpu.memory_bytes / 1e9:.0f} GB"
+    return ConfigError(f"nothing fits on {where}: {nearest}; {advice}")
 
 
 def _replica(run: PlannedRun, ranks: int) -> Replica:

@@ -68,9 +68,7 @@ class _CPUMode(TorchFunctionMode):
 
 
 def _names_cuda(device: Any) -> bool:
-    if isinstance(device, torch.device):
-        return device.type == "cuda"
-    return isinstance(device, str) and device.startswith("cuda")
+    return isinstance(device, (str, torch.device)) and str(device).startswith("cuda")
 
 
 def megatron_mode() -> AbstractContextManager[Any]:

@@ -19,7 +19,7 @@ from megatron_sr1.errors import ConfigError
 def select_device(kind: str = "auto") -> torch.device:
     """Select the device of this rank: auto, cpu (which sees no GPU) or cuda (`LOCAL_RANK`'s GPU).
 
-    Without a GPU for cuda, or with fewer GPUs than local ranks, raise a ConfigError.
+    Raise a ConfigError if there is no GPU for cuda, or fewer GPUs than local ranks.
     """
     if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for child processes, and CUDA if not loaded yet

@@ -214,8 +214,8 @@ def guard(run_dir: str | Path) -> Iterator[FailureWatch]:
 
     An `SR1Error` is reported as one line, with exit status 2; other exceptions with a traceback and
     status 1. `SystemExit` and Ctrl-C pass through. In another guard, it does nothing. The run
-    directory is created if absent; if it cannot be, or another process is this rank of the same
-    one, that is a ConfigError.
+    directory is created if absent. Raise a ConfigError if that fails, or if another process is this
+    rank of the same directory.
     """
     outer = _current.get()
     if outer is not None:

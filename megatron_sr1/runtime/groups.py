@@ -94,7 +94,7 @@ def make_groups(parallel: ParallelConfig, device: torch.device, *, on_host: bool
     """Create Megatron's groups for a layout; torch.distributed must have been started.
 
     With `on_host`, also create gloo groups, over which optimizer state is gathered in host memory.
-    A layout that does not divide the number of ranks is a ConfigError.
+    Raise a ConfigError if the layout does not divide the number of ranks.
     """
     cpu.install()
     signals.tie_checkpoint_writers()
@@ -211,8 +211,8 @@ def reason(error: BaseException) -> str:
 def share_out(costs: Sequence[float], num_shares: int) -> list[list[int]]:
     """Partition items by cost: the largest first, each to the share with the least load.
 
-    No two shares differ by more than the largest item (Graham, 1969, doi:10.1137/0117039). Returned
-    are the indices of each share's items, in the order of assignment; a share may be empty.
+    No two shares differ by more than the largest item (Graham, 1969, doi:10.1137/0117039). Return
+    the indices of each share's items, in the order of assignment; a share may be empty.
     """
     shares: list[list[int]] = [[] for _ in range(num_shares)]
     least = [(0.0, share) for share in range(num_shares)]  # a heap
