@@ -46,7 +46,7 @@ def start_ranks(config: Config) -> Groups:
     device = select_device(launch.device)
     if device.type == "cpu":
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(launch.threads or max(1, (os.cpu_count() or 1) // ranks))
+        torch.set_num_threads(launch.threads or max(1, len(os.sched_getaffinity(0)) // ranks))
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(ONEDNN_KERNELS))
     start_distributed(device, longest + 60.0 if longest > 0 else 30 * 86400.0)
     failure.see_others()
@@ -90,7 +90,7 @@ def run_grpo(config: Config, groups: Groups) -> None:
         export(context, actor)
         if held_out is not None and not context.is_leaving:
             sync(context, actor, engine)
-            judge(context, held_out)
+            evaluate(context, held_out)
     finish(context)
 
 
@@ -104,7 +104,7 @@ def run_eval(config: Config, groups: Groups) -> None:
     with evaluation_scorer(config) as scorer:
         with context.phase("setup"):
             engine = start_engine(config, groups, processor)
-        judge(context, HeldOut(context, engine, samples, scorer))
+        evaluate(context, HeldOut(context, engine, samples, scorer))
     context.close()
 
 
@@ -132,7 +132,7 @@ def rate_actor(
 ) -> dict[str, float]:
     """Evaluate the actor by greedy answers to `data.eval`; collective."""
     sync(context, actor, engine)
-    rates = held_out.judge(f"step_{context.step}", temperature=0.0)
+    rates = held_out.evaluate(f"step_{context.step}", temperature=0.0)
     engine.sleep()
     actor.restore()  # for the save that follows
     held_out.samples.forget()
@@ -145,11 +145,11 @@ def rate_actor(
     return rates
 
 
-def judge(context: Context, held_out: HeldOut) -> None:
+def evaluate(context: Context, held_out: HeldOut) -> None:
     """Evaluate sampled and greedy answers, and write the rates to summary.json."""
     summary = {}
     for way, temperature in (("sampled", context.config.rollout.temperature), ("greedy", 0.0)):
-        summary[way] = held_out.judge(way, temperature)
+        summary[way] = held_out.evaluate(way, temperature)
         log.info("held-out, %s: %s", way, summary[way])
     if context.is_writer:
         write_text(context.run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")

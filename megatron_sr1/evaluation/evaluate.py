@@ -31,7 +31,7 @@ class HeldOut:
         self._context, self._engine, self._scorer = context, engine, scorer
         self._indices = range(len(samples))[: context.config.data.eval_limit or None]
 
-    def judge(self, name: str, temperature: float) -> dict[str, float]:
+    def evaluate(self, name: str, temperature: float) -> dict[str, float]:
         """Answer the questions and save every verdict in `eval/{name}.jsonl`.
 
         `temperature` is that of pass 1; 0 is greedy. Pass 2 is as configured, but always one
