@@ -42,6 +42,10 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_unconfigure():
+    gc.unfreeze()  # libraries in C++ report what they find alive at the end
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """Directory of the digits model with random weights."""
