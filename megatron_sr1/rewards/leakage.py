@@ -100,7 +100,7 @@ def states_answer(description: str, gold: str, question: str) -> bool:
     values = [wanted]
     text = _plain(description)
     if label is not None:
-        values.append(clean(options.get(label, "")))
+        values.append(options.get(label, ""))
         if _concludes_with_label(text, label):
             return True
         values = [v for v in values if v.strip("()[].: ").upper() != label]
