@@ -220,7 +220,9 @@ def _judge_value(wanted: str, given: str, compare: Compare) -> Verdict:
 
 def _judge_single(wanted: str, given: str, compare: Compare) -> Verdict:
     """Compare as quantities or as mathematics."""
-    wanted, given = _without_name(wanted, given)
+    if ("=" in wanted) != ("=" in given):  # AB = 5 is 5 if the other side has no name
+        sides = ((_NAMED.fullmatch(side), side) for side in (wanted, given))
+        wanted, given = (found[1].strip() if found else side for found, side in sides)
     # A number word is its digits in the key.
     keys = [(text_key(side), side) for side in (wanted, given)]
     one, other = (quantity(key if key.isdigit() else side) for key, side in keys)
@@ -234,15 +236,6 @@ def _judge_single(wanted: str, given: str, compare: Compare) -> Verdict:
     if not _is_mathematics(wanted) or not _is_mathematics(given):
         return Verdict(False, "other text")
     return Verdict(compare(wanted, given), "algebra")
-
-
-def _without_name(wanted: str, given: str) -> tuple[str, str]:
-    """Reduce `AB = 5` to 5 if the other side has no name."""
-    if ("=" in wanted) == ("=" in given):
-        return wanted, given
-    sides = ((_NAMED.fullmatch(side), side) for side in (wanted, given))
-    wanted, given = (found[1].strip() if found else side for found, side in sides)
-    return wanted, given
 
 
 def _is_mathematics(cleaned: str) -> bool:

@@ -98,20 +98,14 @@ def states_answer(description: str, gold: str, question: str) -> bool:
     wanted = clean(bare_gold(gold))
     label = gold_label(wanted, options)
     values = [wanted]
-    text = _plain(description)
+    lines = filter(None, map(clean, description.splitlines()))
+    text = _LATIN_WORD.sub(lambda word: word[0].translate(_LOOK_ALIKES), "\n".join(lines))
     if label is not None:
         values.append(options.get(label, ""))
         if _concludes_with_label(text, label):
             return True
         values = [v for v in values if v.strip("()[].: ").upper() != label]
     return any(_concludes_with_value(text.casefold(), value) for value in values if value)
-
-
-def _plain(description: str) -> str:
-    """Clean a text line by line and replace look-alike letters."""
-    lines = (clean(line) for line in description.splitlines())
-    text = "\n".join(line for line in lines if line)
-    return _LATIN_WORD.sub(lambda word: word[0].translate(_LOOK_ALIKES), text)
 
 
 def _concludes_with_value(text: str, value: str) -> bool:
