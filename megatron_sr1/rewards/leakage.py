@@ -130,7 +130,7 @@ def _concludes_with_value(text: str, value: str) -> bool:
 def _derives_value(text: str, said: str, unit: str) -> bool:
     """Return True if a sentence draws a value as its conclusion, or the last one computes it."""
     sentences = _sentences(text)
-    last = sentences[-1] if sentences else ""
+    last = sentences[-1]
     concluded = rf"{_HENCE},?(?: [^.;]*)? {said}{unit}\W*"
     if (
         any(re.fullmatch(concluded, sentence) for sentence in sentences)
@@ -151,7 +151,7 @@ def _concludes_with_label(text: str, label: str) -> bool:
     named = rf"[(\[]?{label}[)\]]?(?![A-Za-z0-9_'])"
     option = rf"(?:option|choice|answer)\s+{named}"
     place = dict(zip("ABCDEF", _PLACES, strict=True)).get(label, "-")
-    last = (_sentences(text) or [""])[-1]
+    last = _sentences(text)[-1]
     return bool(
         re.fullmatch(rf"(?i:(?:the )?(?:(?:option|choice|answer)(?: is)?:? )?){named}\W*", text)
         or re.search(rf"(?i:{_ANSWER}{_FILLER})\s*{named}(?!\s+[a-z]+s?\b)", text)
@@ -166,4 +166,4 @@ def _concludes_with_label(text: str, label: str) -> bool:
 def _sentences(text: str) -> list[str]:
     """Return the last characters of each sentence, so that patterns take linear time."""
     parts = (part.strip() for part in _SENTENCE.split(text))
-    return [part[-MAX_SENTENCE_CHARACTERS:] for part in parts if part]
+    return [part[-MAX_SENTENCE_CHARACTERS:] for part in parts if part] or [""]

@@ -164,11 +164,9 @@ def install() -> None:
 
     def equal_relations(gold: Any, answer: Any, *rounding: int) -> bool:
         """Return True if both have the same relations, in any order."""
-
-        def same(one: Any, other: Any) -> bool:
-            return one_relation(one, other, *rounding)
-
-        return all_paired(_relations(gold), _relations(answer), same)
+        return all_paired(
+            _relations(gold), _relations(answer), lambda *pair: one_relation(*pair, *rounding)
+        )
 
     grader.sympy_compare_relational = equal_relations
 
