@@ -145,9 +145,8 @@ class MathWorker:
     def close(self) -> None:
         """Stop both processes, busy or not."""
         self._stop_current(EXIT_SECONDS)
-        if self._spare is not None:
-            self._spare.stop()
-            self._spare = None
+        self._process, self._spare = self._spare, None
+        self._stop_current()
 
     def _compare(self, gold: str, answer: str) -> dict[str, Any]:
         """Return a reply that holds `equal`, `uncomparable`, or the description of a `limit`."""
