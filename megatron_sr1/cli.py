@@ -242,13 +242,13 @@ def _with_cause(status: int, run_dir: Path, started: float) -> int:
     from megatron_sr1.runtime.failure_files import read_failure, summarize_failure
 
     failure = read_failure(run_dir, since=started)
-    lines = [f"megatron-sr1: error: the ranks ended with status {status}; see above"]
-    if failure is not None:
-        status = failure.code
-        lines = [] if status == 2 else summarize_failure(run_dir, failure, started)
-    if lines:
-        print(*lines, sep="\n", file=sys.stderr)
-    return status
+    if failure is None:
+        problem = f"the ranks ended with status {status}; see above"
+        print(f"megatron-sr1: error: {problem}", file=sys.stderr)
+        return status
+    if failure.code != 2:
+        print(*summarize_failure(run_dir, failure, started), sep="\n", file=sys.stderr)
+    return failure.code
 
 
 def demo_command(arguments: argparse.Namespace) -> int:
@@ -333,10 +333,9 @@ def doctor_command(arguments: argparse.Namespace) -> int:
         from megatron_sr1.launch import torchrun
 
         if not torchrun.join():
-            raise ConfigError(
-                "doctor --distributed runs on the ranks of a launch: start it as `torchrun "
-                "--nproc-per-node N -m megatron_sr1 doctor --distributed`, or with srun"
-            )
+            start = "torchrun --nproc-per-node N -m megatron_sr1 doctor --distributed"
+            problem = "doctor --distributed runs on the ranks of a launch"
+            raise ConfigError(f"{problem}: start it as `{start}`, or with srun")
         configure_logging("warning")
         from megatron_sr1.doctor_distributed import examine_together
 

@@ -33,8 +33,6 @@ class Finding:
 
     Attributes:
         level: ok | warn (works, but not well) | fail (does not work) | none (optional).
-        name: what was checked.
-        found: what was found.
         advice: what to do; "" for nothing.
     """
 
@@ -119,7 +117,6 @@ def _packages() -> Iterator[Finding]:
 
 
 def _gpus() -> list[str]:
-    """Describe the GPUs that torch sees."""
     if version("torch") is None:
         return []
     import torch
@@ -189,14 +186,13 @@ def _kernels() -> Iterator[Finding]:
     problem = _import_problem("transformer_engine.pytorch") if engine and has_gpu else ""
     yield _transformer_engine(engine, has_gpu, problem)
     kind = apex_kind()
-    yield {
-        "nvidia": Finding("ok", "apex", f"NVIDIA's, {version('apex') or 'version unknown'}"),
-        "namesake": Finding(
-            *("warn", "apex", "PyPI's namesake, a web toolkit, not NVIDIA's"),
-            "pip uninstall apex; NVIDIA's is built from source (github.com/NVIDIA/apex)",
-        ),
-        "none": Finding("none", "apex", "not installed: Megatron-Core uses torch instead"),
-    }[kind]
+    if kind == "namesake":
+        advice = "pip uninstall apex; NVIDIA's is built from source (github.com/NVIDIA/apex)"
+        yield Finding("warn", "apex", "PyPI's namesake, a web toolkit, not NVIDIA's", advice)
+    elif kind == "nvidia":
+        yield Finding("ok", "apex", f"NVIDIA's, {version('apex') or 'version unknown'}")
+    else:
+        yield Finding("none", "apex", "not installed: Megatron-Core uses torch instead")
     adam = "apex's FusedAdam" if kind == "nvidia" else "torch's AdamW"
     if engine is not None and has_gpu and not problem:
         adam = "Transformer Engine's FusedAdam"

@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from megatron_sr1.doctor import GIB, Finding, judged, needed, report, version
 from megatron_sr1.runtime.device import select_device, start_distributed
+from megatron_sr1.runtime.failure_files import name_ranks
 from megatron_sr1.runtime.groups import gather_objects
 
 TIMEOUT_SECONDS = 120.0
@@ -69,13 +70,8 @@ def _agreed(name: str, value: Any, advice: str) -> Finding:
     ranks = _ranks_by_value(value)
     if len(ranks) == 1:
         return Finding("ok", name, str(value))
-    differences = "; ".join(f"{value}: rank {_shown(some)}" for value, some in ranks.items())
+    differences = "; ".join(f"{value}: {name_ranks(some)}" for value, some in ranks.items())
     return Finding("fail", name, differences, advice)
-
-
-def _shown(ranks: list[int]) -> str:
-    few = ", ".join(map(str, ranks[:8]))
-    return few if len(ranks) <= 8 else f"{few} and {len(ranks) - 8} more"
 
 
 def _ranks(device: torch.device) -> Iterator[Finding]:
@@ -112,11 +108,9 @@ def _all_reduce(device: torch.device) -> Iterator[Finding]:
         rate = 2 * (size - 1) / size * num_bytes / slowest / 1e9
         backend = "gloo" if device.type == "cpu" else "nccl"
         found = f"{slowest * 1e3:.2f} ms, bus bandwidth {rate:.2f} GB/s ({backend})"
-        name = f"all-reduce {num_bytes // MIB} MiB"
-        if all(gather_objects(right)):
-            yield Finding("ok", name, found)
-        else:
-            yield Finding("fail", name, "wrong sum", "look for faulty GPUs or links")
+        name, is_right = f"all-reduce {num_bytes // MIB} MiB", all(gather_objects(right))
+        found = found if is_right else "wrong sum"
+        yield judged(is_right, name, found, "look for faulty GPUs or links")
 
 
 def _reduce_seconds(data: torch.Tensor, device: torch.device) -> float:
@@ -165,7 +159,7 @@ def _files(run_dir: Path) -> Iterator[Finding]:
         yield Finding("fail", name, "; ".join(problems), "make it writable")
         return
     unseen = enumerate(gather_objects(_unseen(folder, size)))
-    problems = [f"rank {r} does not see files of {_shown(some)}" for r, some in unseen if some]
+    problems = [f"rank {r} does not see files of {name_ranks(some)}" for r, some in unseen if some]
     found, advice = f"{run_dir}, seen by all ranks", "use a directory that all machines share"
     yield judged(not problems, name, "; ".join(problems) or found, advice)
     if not problems:

@@ -176,7 +176,7 @@ def check_run(config: Config, num_ranks: int) -> list[str]:
         )
     hf_config = model_shape(config.model.path)
     if hf_config is not None:
-        _check_shape(config, hf_config, num_ranks or replica)
+        _check_shape(config, hf_config)
     if config.stage != "sft":
         if num_ranks % config.rollout.tensor_parallel:
             raise ConfigError(
@@ -214,10 +214,9 @@ def check_output(config: Config) -> None:
         )
 
 
-def _check_shape(config: Config, hf_config: HFConfig, num_ranks: int) -> None:
+def _check_shape(config: Config, hf_config: HFConfig) -> None:
     """Raise ConfigError if settings do not fit the model's shape."""
-    if configured(config, num_ranks) is not None:
-        check_layout(hf_config, config.parallel)
+    check_layout(hf_config, config.parallel)
     check_freeze(hf_config, config.model.freeze)
     if config.stage == "sft":
         return

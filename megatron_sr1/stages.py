@@ -46,7 +46,7 @@ def start_ranks(config: Config) -> Groups:
     device = select_device(launch.device)
     if device.type == "cpu":
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(launch.threads or max(1, (os.cpu_count() or 1) // ranks))
+        torch.set_num_threads(launch.threads or max(1, len(os.sched_getaffinity(0)) // ranks))
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(ONEDNN_KERNELS))
     start_distributed(device, longest + 60.0 if longest > 0 else 30 * 86400.0)
     failure.see_others()
@@ -69,8 +69,6 @@ def run_sft(config: Config, groups: Groups) -> None:
     """Fine-tune `model.path` on `data.train`."""
     context, samples, actor, _ = start(config, groups)
     train_sft(context, actor, samples)
-    if context.is_leaving:
-        return context.close()
     export(context, actor)
     finish(context)
 
@@ -89,12 +87,10 @@ def run_grpo(config: Config, groups: Groups) -> None:
             if config.checkpoint.keep_best:
                 rate = partial(rate_actor, context, actor, engine, held_out)
         train_grpo(context, actor, engine, samples, scorer, reference, rate)
-        if context.is_leaving:
-            return context.close()
         export(context, actor)
-        if held_out is not None:
+        if held_out is not None and not context.is_leaving:
             sync(context, actor, engine)
-            judge(context, held_out)
+            evaluate(context, held_out)
     finish(context)
 
 
@@ -108,7 +104,7 @@ def run_eval(config: Config, groups: Groups) -> None:
     with evaluation_scorer(config) as scorer:
         with context.phase("setup"):
             engine = start_engine(config, groups, processor)
-        judge(context, HeldOut(context, engine, samples, scorer))
+        evaluate(context, HeldOut(context, engine, samples, scorer))
     context.close()
 
 
@@ -136,7 +132,7 @@ def rate_actor(
 ) -> dict[str, float]:
     """Evaluate the actor by greedy answers to `data.eval`; collective."""
     sync(context, actor, engine)
-    rates = held_out.judge(f"step_{context.step}", temperature=0.0)
+    rates = held_out.evaluate(f"step_{context.step}", temperature=0.0)
     engine.sleep()
     actor.restore()  # for the save that follows
     held_out.samples.forget()
@@ -149,27 +145,27 @@ def rate_actor(
     return rates
 
 
-def judge(context: Context, held_out: HeldOut) -> None:
+def evaluate(context: Context, held_out: HeldOut) -> None:
     """Evaluate sampled and greedy answers, and write the rates to summary.json."""
     summary = {}
     for way, temperature in (("sampled", context.config.rollout.temperature), ("greedy", 0.0)):
-        summary[way] = held_out.judge(way, temperature)
+        summary[way] = held_out.evaluate(way, temperature)
         log.info("held-out, %s: %s", way, summary[way])
     if context.is_writer:
         write_text(context.run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
 def export(context: Context, actor: Actor) -> None:
-    """Write the Hugging Face model, if configured."""
-    if context.config.checkpoint.export_hf:
+    """Write the Hugging Face model, if configured, unless the run stopped early."""
+    if context.config.checkpoint.export_hf and not context.is_leaving:
         with context.phase("export"):
             actor.save_hf(context.run_dir / "hf")
 
 
 def finish(context: Context) -> None:
-    """Close the sinks and write the report."""
+    """Close the sinks and, unless the run stopped early, write the report."""
     context.close()
-    if context.is_writer:
+    if context.is_writer and not context.is_leaving:
         from megatron_sr1.report.report import write_report
 
         with context.phase("report"):

@@ -1,5 +1,6 @@
 """What tests share: a tiny model directory, and a way to run a script on several ranks."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -36,6 +37,11 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs CUDA, and a run of tests/gpu alone"))
 
 
+def pytest_collection_finish():
+    """Garbage collections need not visit the libraries, which are imported by now."""
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """Directory of the digits model with random weights."""
@@ -68,7 +74,8 @@ def groups():
     """Groups of a world of one, in this process."""
     from megatron_sr1.config.run import ParallelConfig
     from megatron_sr1.runtime.device import select_device, start_distributed
-    from megatron_sr1.runtime.groups import destroy_groups, make_groups
+    from megatron_sr1.runtime.groups import make_groups
+    from tests.layouts import destroy_groups
 
     device = select_device("cpu")
     start_distributed(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 from megatron_sr1.data.packing import pack_samples
@@ -144,3 +146,20 @@ def exported(chunks: Sequence[Any], hf_config: HFConfig, groups: Groups) -> dict
 
     weights = export_weights(chunks, hf_config, groups)
     return {name: weight.clone() for name, weight in weights}
+
+
+def destroy_groups() -> None:
+    """Undo `make_groups`, so that other groups can be made; collective over all ranks.
+
+    Megatron itself only drops its references: the groups' threads would live on, busy waiting, as
+    do those of a model that still exists. Groups created by others, such as an engine in this
+    process, stay.
+    """
+    from megatron.core import parallel_state
+
+    dist.barrier()
+    for group in parallel_state._global_process_group_list or []:
+        if group is not None:  # None stands for the world
+            dist.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()
+    gc.collect()  # models and optimizers hold groups in reference cycles

@@ -1,5 +1,6 @@
 """Import what a rank needs, without running a thread of ours: processes are forked afterwards."""
 
+import gc
 import importlib
 
 from megatron_sr1.rollout.vllm_api import set_environment
@@ -18,3 +19,4 @@ assert _transformers.AutoTokenizer and _transformers.Qwen2VLImageProcessor
 importlib.import_module("vllm")
 importlib.import_module("vllm.model_executor.models.qwen2_5_vl")
 assert importlib.import_module("vllm.platforms").current_platform.is_cpu()
+gc.freeze()  # a rank's collections need not visit the libraries

@@ -124,7 +124,7 @@ def start_ranks(argv: list[str], num_ranks: int) -> int:
     """Run this file under torchrun; return its exit status."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(num_ranks), str(Path(__file__).resolve()), *argv]
-    threads = max((os.cpu_count() or 1) // num_ranks, 1)
+    threads = max(len(os.sched_getaffinity(0)) // num_ranks, 1)
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     return subprocess.run(command, env=environment, check=False).returncode
 

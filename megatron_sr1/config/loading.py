@@ -45,9 +45,7 @@ _ENVIRONMENT = re.compile(r"\$\{oc\.env:[A-Za-z_][A-Za-z0-9_]*(,[^${}]*)?\}")
 def load_config(path: str | Path | None, overrides: list[str] | None = None) -> Config:
     """Resolve a YAML file, if given, and `group.key=value` overrides; validate the result.
 
-    Raises:
-        ConfigError: the file is missing or not a mapping, unknown key, wrong type or impossible
-            value.
+    Raise a ConfigError if the file is missing or no mapping, a key is unknown or a value wrong.
     """
     config = OmegaConf.structured(Config)
     layers = [] if path is None else _read_layers(Path(path))
@@ -56,7 +54,7 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
     try:
         for name, layer in layers:
             _check_types(layer, Config(), name)
-            config = OmegaConf.merge(config, layer)
+            config.merge_with(layer)
         name = source
         resolved = OmegaConf.to_object(config)
     except MissingMandatoryValue as error:
@@ -69,29 +67,16 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
     return resolved
 
 
-def to_dict(config: Config) -> dict[str, Any]:
-    """Return a configuration as a plain dictionary, for config.json."""
-    plain = OmegaConf.to_container(OmegaConf.structured(config))
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
-
-
-def _read_layers(path: Path) -> list[tuple[str, dict[Any, Any]]]:
-    """Read a file and the ones that it builds on; the first base comes first."""
-    layers: list[tuple[str, dict[Any, Any]]] = []
-    seen: list[Path] = []
-    while True:
-        if path.resolve() in seen:
-            raise ConfigError(f"{path}: builds on itself; {BASE} must name another file")
-        seen.append(path.resolve())
-        layer = _read_yaml(path)
-        base = layer.pop(BASE, None)
-        layers.insert(0, (str(path), layer))
-        if base is None:
-            return layers
-        if not isinstance(base, str):
-            raise ConfigError(f"{path}: {BASE} is {base!r}; expected the path of a YAML file")
-        path = path.parent / base
+def _read_layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[Any, Any]]]:
+    """Read a file, on which those `above` build, after the ones that it builds on."""
+    if path.resolve() in above:
+        raise ConfigError(f"{path}: builds on itself; {BASE} must name another file")
+    layer = _read_yaml(path)
+    base = layer.pop(BASE, None)
+    if base is not None and not isinstance(base, str):
+        raise ConfigError(f"{path}: {BASE} is {base!r}; expected the path of a YAML file")
+    bases = [] if base is None else _read_layers(path.parent / base, (*above, path.resolve()))
+    return [*bases, (str(path), layer)]
 
 
 def _read_yaml(path: Path) -> dict[Any, Any]:
@@ -132,10 +117,8 @@ def _plain(layer: Any, name: str) -> Any:
     text = _ENVIRONMENT.sub("", str(OmegaConf.to_container(layer)))
     start = text.find("${")
     if start >= 0:
-        raise ConfigError(
-            f"{name}: {text[start : start + 80]!a}: of interpolations only ${{oc.env:NAME}} and "
-            "${oc.env:NAME,default} are read; write the value"
-        )
+        read = "of interpolations only ${oc.env:NAME} and ${oc.env:NAME,default} are read"
+        raise ConfigError(f"{name}: {text[start : start + 80]!a}: {read}; write the value")
     try:
         return OmegaConf.to_container(layer, resolve=True)
     except OmegaConfBaseException as error:

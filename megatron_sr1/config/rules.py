@@ -19,11 +19,7 @@ Broken = Iterator[str]
 
 
 def validate(config: Config) -> None:
-    """Check values beyond their types.
-
-    Raises:
-        ConfigError: naming key, value and what is accepted.
-    """
+    """Check values beyond their types; a ConfigError names key, value and what is accepted."""
     for key, each, value in settings(config):
         check_setting(key, each, value)
     groups: list[Callable[[Config], Broken]] = [_model, _memory, _run]
@@ -49,10 +45,9 @@ def _model(config: Config) -> Broken:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ConfigError(
-                f"model.freeze: {pattern!r} is no regular expression: {error}; a published name, "
-                "with its dots as [.], matches itself"
-            ) from None
+            problem = f"{pattern!r} is no regular expression: {error}"
+            advice = "a published name, with its dots as [.], matches itself"
+            raise ConfigError(f"model.freeze: {problem}; {advice}") from None
     if model.fp8 is not None and model.spec != "transformer_engine":
         yield "model.fp8 needs model.spec=transformer_engine"
     if model.bf16_layers_at_start + model.bf16_layers_at_end > 0:
@@ -60,31 +55,22 @@ def _model(config: Config) -> Broken:
         if model.fp8 is None:
             yield f"{kept}: without model.fp8 no layer is in FP8; set it or leave these out"
         if model.fp8_recipe == "delayed":
-            yield (
-                f"{kept}: delayed scaling takes all layers or none; set model.fp8_recipe=current, "
-                "blockwise or mxfp8"
-            )
+            advice = "set model.fp8_recipe=current, blockwise or mxfp8"
+            yield f"{kept}: delayed scaling takes all layers or none; {advice}"
 
 
 def _memory(config: Config) -> Broken:
     optimizer, rollout, dtype = config.optimizer, config.rollout, config.model.dtype
-    if rollout.quantization is not None and dtype != "bfloat16":
-        yield (
-            "{rollout.quantization} is for weights in bfloat16, not {model.dtype}; set "
-            "model.dtype=bfloat16"
-        )
-    for name in ("state", "gradients"):
-        if getattr(optimizer, name) == "bfloat16" and dtype != "bfloat16":
-            yield (
-                f"optimizer.{name}=bfloat16 is for weights in bfloat16, not {{model.dtype}}; set "
-                f"model.dtype=bfloat16 or optimizer.{name}=float32"
-            )
+    if dtype != "bfloat16":
+        wrong = "is for weights in bfloat16, not {model.dtype}; set model.dtype=bfloat16"
+        if rollout.quantization is not None:
+            yield f"{{rollout.quantization}} {wrong}"
+        for name in ("state", "gradients"):
+            if getattr(optimizer, name) == "bfloat16":
+                yield f"optimizer.{name}=bfloat16 {wrong} or optimizer.{name}=float32"
     is_special = optimizer.state == "bfloat16" or optimizer.offload
     if is_special and not config.parallel.distributed_optimizer:
-        yield (
-            "{optimizer.state}, {optimizer.offload}: only the distributed optimizer supports this; "
-            "set parallel.distributed_optimizer=true"
-        )
+        yield "{optimizer.state}, {optimizer.offload} need parallel.distributed_optimizer=true"
     if rollout.make_room == "optimizer" and (dtype == "float32" or is_special):
         yield (
             "{rollout.make_room} with {model.dtype}, {optimizer.state}, {optimizer.offload}: it "
@@ -92,10 +78,9 @@ def _memory(config: Config) -> Broken:
             "optimizer.offload=true to keep the state in host memory always"
         )
     if optimizer.state == "bfloat16" and optimizer.beta2 > LARGEST_BETA2:
-        yield (
-            "{optimizer.beta2} with {optimizer.state}: a second moment in bfloat16 cannot shrink "
-            f"by less than 2^-8 of itself; set {LARGEST_BETA2} or less"
-        )
+        reason = "a second moment in bfloat16 cannot shrink by less than 2^-8 of itself"
+        advice = f"set {LARGEST_BETA2} or less"
+        yield f"{{optimizer.beta2}} with {{optimizer.state}}: {reason}; {advice}"
 
 
 def _run(config: Config) -> Broken:
@@ -104,10 +89,8 @@ def _run(config: Config) -> Broken:
         yield "{data.min_pixels} is more than {data.max_pixels}"
     is_decay = optimizer.schedule != "constant"
     if is_decay and optimizer.min_learning_rate > optimizer.learning_rate:
-        yield (
-            "{optimizer.min_learning_rate} is more than {optimizer.learning_rate}; a decay ends "
-            "below its peak"
-        )
+        names = "{optimizer.min_learning_rate} is more than {optimizer.learning_rate}"
+        yield f"{names}; a decay ends below its peak"
     if steps:
         if len(steps) != 2 or steps[0] > steps[1]:
             yield f"logging.profile_steps is {steps}; expected [first, last], from 1"
@@ -122,10 +105,8 @@ def _run(config: Config) -> Broken:
         if checkpoint.keep_last == 0:
             yield f"{keep}: checkpoint.keep_last=0 keeps all; set it to 1 or more"
         if config.reward.recipe == "vision_r1" and checkpoint.best_by != "max accuracy":
-            yield (
-                "{checkpoint.best_by} needs descriptions, and reward.recipe=vision_r1 has none; "
-                "use 'max accuracy'"
-            )
+            none = "reward.recipe=vision_r1 has none; use 'max accuracy'"
+            yield f"{{checkpoint.best_by}} needs descriptions, and {none}"
 
 
 def _pass2(config: Config) -> Broken:
@@ -133,11 +114,9 @@ def _pass2(config: Config) -> Broken:
     by_likelihood, is_greedy = rollout.pass2_mode == "likelihood", rollout.pass2_temperature == 0
     several = rollout.pass2_samples > 1
     if by_likelihood and (several or not is_greedy):
-        yield (
-            "rollout.pass2_mode=likelihood samples no answers, {rollout.pass2_samples} and "
-            "{rollout.pass2_temperature} would do nothing; leave both out or set "
-            "pass2_mode=generate"
-        )
+        unused = "{rollout.pass2_samples} and {rollout.pass2_temperature} would do nothing"
+        advice = "leave both out or set pass2_mode=generate"
+        yield f"rollout.pass2_mode=likelihood samples no answers, {unused}; {advice}"
     if several and is_greedy:
         yield "{rollout.pass2_samples} greedy answers are one answer; set rollout.pass2_temperature"
     if config.stage == "grpo" and config.reward.recipe != "vision_sr1":
@@ -147,36 +126,28 @@ def _pass2(config: Config) -> Broken:
             "reward.question_baseline": config.reward.question_baseline,
         }.items():
             if is_set:
-                yield (
-                    f"{{{setting}}} is about the self-reward, and {{reward.recipe}} has none; use "
-                    "recipe=vision_sr1"
-                )
+                lacking = "is about the self-reward, and {reward.recipe} has none"
+                yield f"{{{setting}}} {lacking}; use recipe=vision_sr1"
 
 
 def _rollout(config: Config) -> Broken:
     data, rollout = config.data, config.rollout
     if rollout.top_p != 1.0 or rollout.top_k != 0:
-        yield (
-            "{rollout.top_p}, {rollout.top_k}: training rollouts are sampled from the whole "
-            "distribution; set top_p=1 and top_k=0"
-        )
+        reason = "training rollouts are sampled from the whole distribution"
+        yield f"{{rollout.top_p}}, {{rollout.top_k}}: {reason}; set top_p=1 and top_k=0"
     if data.max_prompt_tokens + rollout.max_response_tokens > rollout.max_model_len:
-        yield (
-            "{data.max_prompt_tokens} + {rollout.max_response_tokens} is more than "
-            "{rollout.max_model_len}; raise the last or lower one of the others"
-        )
+        total = "{data.max_prompt_tokens} + {rollout.max_response_tokens}"
+        advice = "raise the last or lower one of the others"
+        yield f"{total} is more than {{rollout.max_model_len}}; {advice}"
 
 
 def _algorithm(config: Config) -> Broken:
     if config.rollout.samples_per_prompt < 2:
-        yield (
-            "{rollout.samples_per_prompt} with stage=grpo: a response is compared with the others "
-            "of its prompt, and alone it would teach nothing; set 2 or more, for example 8"
-        )
+        reason = "responses to a prompt are compared, and one alone would teach nothing"
+        advice = "set 2 or more, for example 8"
+        yield f"{{rollout.samples_per_prompt}} with stage=grpo: {reason}; {advice}"
     if config.algorithm.credit != "scalar" and config.reward.recipe != "vision_sr1":
-        yield (
-            "{algorithm.credit} divides the self-reward, and {reward.recipe} has none; use "
-            "credit=scalar or recipe=vision_sr1"
-        )
+        problem = "{algorithm.credit} divides the self-reward, and {reward.recipe} has none"
+        yield f"{problem}; use credit=scalar or recipe=vision_sr1"
     if config.data.prompts_per_step % config.algorithm.prompts_per_update > 0:
         yield "{algorithm.prompts_per_update} does not divide {data.prompts_per_step}"

@@ -4,28 +4,44 @@ Prompts exist in two forms: collapsed, with one image-pad id per image, for the 
 expanded, with one id per merged patch, for the trainer. The image processor is the class that vLLM
 loads for the same directory (transformers' torchvision one), so that the pixels of trainer and
 engine are bitwise equal.
+
+Markers that the chat template writes (`<|im_start|>`, one `<|image_pad|>` per image) become special
+tokens. The same characters inside a question, a description or an answer are tokenised as plain
+text, so a data set can neither end a turn nor refer to an image that it does not have. Other text
+gets the same ids as from transformers' `apply_chat_template`. A template is a program that comes
+with the model: it runs in transformers' sandbox, and within a time limit, which the sandbox lacks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import functools
+import re
+import signal
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from megatron_sr1.data.guards import printable, read_json, shown
+from megatron_sr1.data.guards import MAX_TEXT_CHARACTERS, printable, read_json, shown
 from megatron_sr1.data.images import largest_pixels
-from megatron_sr1.data.prompts import ChatMessage, ChatTemplate, chat_messages
+from megatron_sr1.data.prompts import ChatMessage, chat_messages
 from megatron_sr1.errors import ConfigError, DataError
-from megatron_sr1.records import Example, Prompt, TrainSample, VisionInputs
+from megatron_sr1.records import Example, Message, Prompt, TrainSample, VisionInputs
 from megatron_sr1.runtime.cpu import patch_torchvision
 
 IMAGE_PAD = "<|image_pad|>"
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", IMAGE_PAD, "<|video_pad|>")
 Grid = tuple[int, int, int]
-_SETTINGS = "image processor (preprocessor_config.json or processor_config.json)"
+TEMPLATE_SECONDS = 10.0
+"""Limit of processor time per rendering; usual templates take milliseconds."""
+MAX_RENDERED_CHARACTERS = 4 * MAX_TEXT_CHARACTERS
+_DEFUSE = "\ue0de"
+"""Private-use character; inserted into a special token's name, it turns the name into text."""
 
 
 class Processor:
@@ -61,9 +77,12 @@ class Processor:
             raise ConfigError(
                 f"min_pixels={self.min_pixels} is more than max_pixels={self.max_pixels}"
             )
-        self._pieces: dict[int, str] = {}
-        self._chat = ChatTemplate(self.model_dir, self.tokenizer)
-        special = self._chat.special
+        added = self.tokenizer.added_tokens_decoder
+        self._special = special = {t.content: int(i) for i, t in added.items() if t.special}
+        names = sorted(special, key=len, reverse=True)
+        self._pattern = re.compile(f"({'|'.join(map(re.escape, names))})")
+        self._template = _read_template(self.model_dir, self.tokenizer)
+        self._render(chat_messages([Message("user", "?")]), generate=True)  # as a check
         if IMAGE_PAD not in special:
             raise DataError(
                 f"{model_dir}: the tokenizer has no special token {IMAGE_PAD}; expected the "
@@ -72,6 +91,8 @@ class Processor:
         self.image_pad_id = special[IMAGE_PAD]
         self.vision_token_ids = tuple(special[t] for t in VISION_TOKENS if t in special)
         self.end_token_ids = _end_token_ids(self.model_dir, self.tokenizer)
+        decode = functools.partial(self.tokenizer.decode, skip_special_tokens=True)
+        self._piece = functools.cache(lambda token: str(decode([token])))
 
     @property
     def max_image_tokens(self) -> int:
@@ -83,13 +104,13 @@ class Processor:
         self, example: Example, images: Sequence[Image.Image], messages: Sequence[ChatMessage]
     ) -> Prompt:
         """Tokenise the chat messages of an example and its RGB images in both forms."""
-        collapsed = self._chat.prompt_ids(messages)
+        collapsed = self._encode(self._render(messages, generate=True))
         grids = tuple(self.grid(image) for image in images)
         return Prompt(example, self.expand(collapsed, grids), collapsed, tuple(images), grids)
 
     def encode_text(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
         """Tokenise a prompt without images, as in pass 2."""
-        return self.expand(self._chat.prompt_ids(messages), ())
+        return self.expand(self._encode(self._render(messages, generate=True)), ())
 
     def encode_answer(
         self, before: str, answer: str, after: str
@@ -110,20 +131,35 @@ class Processor:
     ) -> TrainSample:
         """Tokenise a conversation to imitate; targets are the assistant turns with their ends.
 
-        Each assistant turn is tokenised as the engine would sample it after its prompt.
+        It is split before and after each assistant turn's text, and each piece tokenised on its
+        own, as the engine samples a response after its prompt. Later turns are ignored.
 
         Raises:
             DataError: no assistant turn, a template that rewrites earlier turns, or more than
                 `max_tokens` with images expanded.
         """
+        messages, done = chat_messages(example.messages), ""
         ids: list[int] = []
         targets: list[bool] = []
-        for part, learnt in self._chat.turn_ids(chat_messages(example.messages)):
-            ends = [i + 1 for i, token in enumerate(part) if token in self.end_token_ids]
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = self._render(messages[:number], generate=True)
+            whole = self._render(messages[: number + 1], generate=False)
+            if not prompt.startswith(done) or not whole.startswith(prompt):
+                raise DataError(
+                    "the chat template renders earlier turns differently later on; split the "
+                    "conversation into samples with one assistant turn each"
+                )
+            asked, said = self._encode(prompt[len(done) :]), self._encode(whole[len(prompt) :])
+            ends = [i + 1 for i, token in enumerate(said) if token in self.end_token_ids]
             # Learnt up to the template's last end of turn; what follows it is not sampled.
-            upto = (ends or [len(part)])[-1] if learnt else 0
-            ids += part
-            targets += [True] * upto + [False] * (len(part) - upto)
+            upto = ends[-1] if ends else len(said)
+            ids += asked + said
+            targets += [False] * len(asked) + [True] * upto + [False] * (len(said) - upto)
+            done = whole
+        if not ids:
+            raise DataError("no assistant turn; supervised samples need one to imitate")
         grids = tuple(self.grid(image) for image in images)
         counts = self._expansion(ids, grids)
         token_ids = np.repeat(np.asarray(ids, np.int64), counts)
@@ -138,9 +174,7 @@ class Processor:
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
         """Return the text of each id: "" for special tokens, U+FFFD for parts of a character."""
-        for token in set(token_ids) - self._pieces.keys():
-            self._pieces[token] = str(self.tokenizer.decode([token], skip_special_tokens=True))
-        return [self._pieces[token] for token in token_ids]
+        return [self._piece(token) for token in token_ids]
 
     def grid(self, image: Image.Image) -> Grid:
         """Return (t, h, w) of an image after resizing, in patches, without processing pixels."""
@@ -157,6 +191,44 @@ class Processor:
         """Return the input of the vision tower for one or more RGB images, in order."""
         out = self.image_processor(list(images), return_tensors="pt")
         return VisionInputs(out["pixel_values"], out["image_grid_thw"])
+
+    def _render(self, messages: Sequence[ChatMessage], generate: bool) -> str:
+        """Render the messages; special tokens inside their text are defused."""
+        try:
+            with _time_limit(TEMPLATE_SECONDS):
+                text = self.tokenizer.apply_chat_template(
+                    [self._defused(m) for m in messages],
+                    chat_template=self._template,
+                    tokenize=False,
+                    add_generation_prompt=generate,
+                )
+        except Exception as error:  # a template can raise anything, as can the sandbox
+            reason = printable(f"{type(error).__name__}: {error}")
+            raise DataError(f"{self.model_dir}: the chat template fails: {reason}") from None
+        if len(text) > MAX_RENDERED_CHARACTERS:
+            limit = f"{len(text)} characters; the limit is {MAX_RENDERED_CHARACTERS}"
+            raise DataError(f"{self.model_dir}: the chat template writes {limit}")
+        return text
+
+    def _defused(self, message: ChatMessage) -> ChatMessage:
+        parts = [dict(part) for part in message["content"]]
+        for part in parts:
+            if part["type"] == "text":
+                text = part["text"].replace(_DEFUSE, "")
+                part["text"] = self._pattern.sub(lambda m: m[0][0] + _DEFUSE + m[0][1:], text)
+        if all(p["type"] == "text" for p in parts):  # some templates only support strings
+            return {"role": message["role"], "content": "".join(p["text"] for p in parts)}
+        return {"role": message["role"], "content": parts}
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        """Tokenise rendered text: special tokens where the template wrote them, else as text."""
+        pieces = self._pattern.split(text)
+        plain = [piece.replace(_DEFUSE, "") for piece in pieces[::2]]
+        encoded = self.tokenizer(plain, add_special_tokens=False, split_special_tokens=True)
+        ids = list(encoded["input_ids"][0])
+        for piece, part in zip(pieces[1::2], encoded["input_ids"][1:], strict=True):
+            ids += [self._special[piece], *part]
+        return tuple(ids)
 
     def _expansion(self, collapsed: Sequence[int], grids: Sequence[Grid]) -> np.ndarray:
         """Return how often each id is repeated, [tokens] int64."""
@@ -194,8 +266,9 @@ def _setting(holder: Any, name: str, least: int, directory: Path) -> int:
     value = getattr(holder, name, None)
     if type(value) is not int or value < least:
         raise DataError(
-            f"{directory}: {_SETTINGS}: {name} is {shown(value)}; expected an integer of at least "
-            f"{least} (data.min_pixels and data.max_pixels replace the limits of the edges, pixels)"
+            f"{directory}: image processor (preprocessor_config.json or processor_config.json): "
+            f"{name} is {shown(value)}; expected an integer of at least {least} (data.min_pixels "
+            "and data.max_pixels replace the limits of the edges, pixels)"
         )
     return value
 
@@ -211,3 +284,38 @@ def _end_token_ids(directory: Path, tokenizer: Any) -> tuple[int, ...]:
         if any(i is not None and type(i) is not int for i in ids):
             raise DataError(f"{path}: eos_token_id is {shown(more)}; expected token ids")
     return tuple(dict.fromkeys(i for i in ids if i is not None))
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError after this much processor time, which does not depend on machine load."""
+    if threading.current_thread() is not threading.main_thread():  # only it receives signals
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"not finished after {seconds:g} s")
+
+    before = signal.signal(signal.SIGPROF, stop)
+    left, _ = signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, left)  # the caller's own timer; 0: none
+        signal.signal(signal.SIGPROF, before)
+
+
+def _read_template(directory: Path, tokenizer: Any) -> str:
+    path = directory / "chat_template.json"
+    if path.is_file():  # preferred, as it supports images
+        value = read_json(path)
+        if not isinstance(value, dict) or not isinstance(value.get("chat_template"), str):
+            raise DataError(f"{path}: expected an object with the text chat_template")
+        return value["chat_template"]
+    with contextlib.suppress(ValueError):  # there is none, or several without a default
+        if template := tokenizer.get_chat_template():
+            return template
+    raise DataError(
+        f"{directory}: no chat template (chat_template.jinja, chat_template.json or in "
+        "tokenizer_config.json); take the directory of an instruction-tuned model"
+    )

@@ -86,8 +86,7 @@ class ShardReader:
         self.directory = Path(directory)
         self._tars = _tars(self.directory)
         if not self._tars:
-            advice = "make them with tools/make_shards.py"
-            raise DataError(f"{self.directory}: no .tar shards; {advice}")
+            raise DataError(f"{directory}: no .tar shards; make them with tools/make_shards.py")
         self._index = functools.cache(read_index)
         self._open = functools.lru_cache(64)(functools.partial(open, mode="rb", buffering=0))
         counts = _counts(self.directory, self._tars)

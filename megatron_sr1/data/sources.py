@@ -347,14 +347,13 @@ def _part(part: Any, role: str, images: list[Any]) -> str:
 
 def _image_files(row: Mapping[str, Any], inline: list[Any], folder: Path) -> tuple[bytes, ...]:
     """Return the images of a column, or those inside the turns, each of which can be decoded."""
-    values = {c: row[c] for c in _IMAGE_COLUMNS if row.get(c) is not None}
-    given = [column for column, value in values.items() if value not in ([], ())]
-    if len(given) == 2 and values["images"] in (values["image"], [values["image"]]):
-        given.pop()
+    given = {c: row[c] for c in _IMAGE_COLUMNS if row.get(c) not in (None, [], ())}
+    if len(given) == 2 and given["images"] in (given["image"], [given["image"]]):
+        del given["image"]
     places = [*given, *(["the turns themselves"] if inline else [])]
     if len(places) > 1:
         raise DataError(f"images in {' and in '.join(places)}; keep only one of them")
-    images = values[given[0]] if given else inline
+    images = next(iter(given.values()), inline)
     images = images if isinstance(images, list | tuple) else [images]
     if len(images) > MAX_IMAGES:
         raise DataError(f"{len(images)} images, at most {MAX_IMAGES}")

@@ -96,11 +96,11 @@ def train(output: Path, seed: int) -> None:
         questions = Samples(judge_config, judge_config.data.eval, samples.processor)
         with evaluation_scorer(judge_config) as scorer:
             held_out = HeldOut(judging, engine, questions, scorer)
-            _judge(held_out, "cold_start")
+            _evaluate(held_out, "cold_start")
             for number, (name, config) in enumerate(configs.items(), start=3):
                 log.info("%d/4 %s (%d steps)", number, DEMO_RUNS[name], config.optimizer.num_steps)
                 _train_grpo(config, groups, engine)
-                _judge(held_out, name)
+                _evaluate(held_out, name)
         if groups.world.rank == 0:
             # A line per start that reached the end; `finish` takes the first, which did the
             # training unless an earlier start was interrupted.
@@ -117,10 +117,10 @@ def _train_grpo(config: Config, groups: Groups, engine: Engine) -> None:
     actor.save_hf(context.run_dir / "hf")
 
 
-def _judge(held_out: HeldOut, name: str) -> None:
+def _evaluate(held_out: HeldOut, name: str) -> None:
     """Evaluate the engine's weights on the held-out questions, sampled and greedily."""
     for way, temperature in WAYS.items():
-        found = held_out.judge(f"{name}_{way}", temperature)
+        found = held_out.evaluate(f"{name}_{way}", temperature)
         shown = ", ".join(f"{rate} {value:.3g}" for rate, value in found.items())
         log.info("%s, held-out questions, %s: %s", DEMO_RUNS[name], way, shown)
 

@@ -31,13 +31,11 @@ class HeldOut:
         self._context, self._engine, self._scorer = context, engine, scorer
         self._indices = range(len(samples))[: context.config.data.eval_limit or None]
 
-    def judge(self, name: str, temperature: float) -> dict[str, float]:
-        """Answer the questions and save every verdict.
+    def evaluate(self, name: str, temperature: float) -> dict[str, float]:
+        """Answer the questions and save every verdict in `eval/{name}.jsonl`.
 
-        Args:
-            name: of the file `eval/{name}.jsonl`.
-            temperature: of pass 1; 0 is greedy. Pass 2 is as configured, but always one answer, so
-                that it is right or wrong.
+        `temperature` is that of pass 1; 0 is greedy. Pass 2 is as configured, but always one
+        answer, so that it is right or wrong.
 
         Returns:
             accuracy, self_reward, description_exact and shortcut_rate, those that apply, in [0, 1],
@@ -65,13 +63,14 @@ class HeldOut:
                 ),
             )
             own = found if engine.is_replica_leader else ()
-            graded = rollouts.score(own, samples, self._scorer)
-            graded = rollouts.gather_graded(graded, self._indices, context.groups)
-        if graded.ungraded and not graded.scored:
+            scored = rollouts.score(own, samples, self._scorer)
+            scored = rollouts.gather_scored(scored, self._indices, context.groups)
+        usable, limits = rollouts.without_ungraded(scored)
+        if any(s.limit for s in usable):
             log.warning("NO QUESTION COULD BE GRADED; all count as wrong, see the warnings above")
-        lines = [evaluation_line(s, samples.example(s.rollout.index)) for s in graded.usable]
+        lines = [evaluation_line(s, samples.example(s.rollout.index)) for s in usable]
         context.save_lines(f"eval/{name}.jsonl", lines)
-        return {**rates(lines), "ungraded": len(graded.ungraded)}
+        return {**rates(lines), "ungraded": len(limits)}
 
 
 def evaluation_scorer(config: Config) -> Scorer:
@@ -91,20 +90,19 @@ def evaluation_line(scored: Scored, example: Example) -> dict[str, Any]:
     rollout, reward = scored.rollout, scored.reward
     expected = example.metadata.get("expected_description", example.metadata.get("digits"))
     exact = None if expected is None else int(is_exact(rollout.description or "", expected))
-    self_reward, shortcut = None, None
+    shortcut = None
     if reward.self_reward is not None:
-        self_reward = _short(reward.self_reward)
         shortcut = int(reward.accuracy >= RIGHT_FROM > reward.self_reward)
     return {
         "index": rollout.index,
         **rollouts.texts(rollout, example),
         "accuracy": _short(reward.accuracy),
-        "self_reward": self_reward,
+        "self_reward": _short(reward.self_reward),
         "description_exact": exact,
         "shortcut": shortcut,
     }
 
 
-def _short(verdict: float) -> float:
+def _short(verdict: float | None) -> float | None:
     """Convert 0.0 and 1.0 to int, for the file."""
     return int(verdict) if verdict in (0.0, 1.0) else verdict

@@ -142,32 +142,30 @@ def tasks_of(
 ) -> list[Task]:
     """Return the jobs that the flags of `add_arguments` describe, each following the previous one.
 
-    The overrides of `settings`, by stage, apply before those of the command line.
-
-    Raises:
-        ConfigError: an unknown stage, stages out of order, or several without `--output`.
+    The overrides of `settings`, by stage, apply before those of the command line. Raise a
+    ConfigError for an unknown stage, stages out of order, or several without `--output`.
     """
     stages = [name.strip() for name in arguments.stages.split(",")]
     if not stages or stages != [name for name in STAGES if name in stages]:
         raise ConfigError(f"--stages={arguments.stages}: expected some of {','.join(STAGES)}")
     if len(stages) > 1 and not arguments.output:
         raise ConfigError(f"--stages={arguments.stages} needs --output, a directory for their runs")
-    tasks: list[Task] = []
+    tasks, follows = [], ""
     for stage in stages:
         own = [f"stage={stage}", *(settings or {}).get(stage, ())]
         if arguments.output:
             below = f"/{stage}" if len(stages) > 1 else ""
             own.append(f"output={arguments.output}{below}")
-        if tasks:
-            own.append(f"model.path={arguments.output}/{tasks[-1].name}/hf")
+        if follows:
+            own.append(f"model.path={arguments.output}/{follows}/hf")
         for text in arguments.overrides:
             head, _, rest = text.partition(":")
             if head not in STAGES or not rest:
                 own.append(text)
             elif head == stage:
                 own.append(rest)
-        follows = tasks[-1].name if tasks else ""
         tasks.append(Task(stage, Path(arguments.config), tuple(own), follows))
+        follows = stage
     return tasks
 
 
@@ -184,17 +182,14 @@ def run_there(cluster: Cluster, command: str) -> subprocess.CompletedProcess[str
     try:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=ANSWER_SECONDS)
     except subprocess.TimeoutExpired:
-        where = cluster.tunnel or "this machine"
-        raise ConfigError(
-            f"{where}: no answer to `{command}` in {ANSWER_SECONDS} s; is Slurm up?"
-        ) from None
+        problem = f"no answer to `{command}` in {ANSWER_SECONDS} s; is Slurm up?"
+        raise ConfigError(f"{cluster.tunnel or 'this machine'}: {problem}") from None
     except FileNotFoundError:
         raise ConfigError(f"{argv[0]} is not installed here; a tunnel needs it") from None
     if cluster.tunnel and done.returncode == 255:  # ssh's own status
-        raise ConfigError(
-            f"tunnel {cluster.tunnel} cannot be reached: {last_line(done.stderr)}; try "
-            f"`ssh {cluster.tunnel}` (it must work with a key, without a password)"
-        )
+        advice = f"try `ssh {cluster.tunnel}` (it must work with a key, without a password)"
+        reason = last_line(done.stderr)
+        raise ConfigError(f"tunnel {cluster.tunnel} cannot be reached: {reason}; {advice}")
     return done
 
 

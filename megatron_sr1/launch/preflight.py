@@ -27,15 +27,10 @@ def absent_paths(config: Config) -> dict[str, str]:
 
 
 def check_paths(config: Config, has_model: bool = True, is_dry_run: bool = False) -> None:
-    """Check that model, data, reward function and output are usable for the stage.
+    """Check that model, data, reward function and output are usable, or raise an SR1Error.
 
-    Args:
-        config: names the paths.
-        has_model: False if an earlier run will have written the model by then.
-        is_dry_run: model and data need not exist, and a config.json alone is accepted as a model.
-
-    Raises:
-        SR1Error: key and path, what is there instead, and what to give.
+    Without `has_model`, an earlier run will have written the model by then. For `is_dry_run` model
+    and data need not exist, and a config.json alone is accepted as a model.
     """
     absent = absent_paths(config) if is_dry_run else {}
     has_shape = is_dry_run and (Path(config.model.path) / "config.json").is_file()
@@ -48,8 +43,8 @@ def check_paths(config: Config, has_model: bool = True, is_dry_run: bool = False
     function = config.reward.function
     file = function.rpartition(":")[0]
     if function and not Path(file).is_file():
-        shown = f"reward.function={function}: no file {file or function}"
-        raise ConfigError(f"{shown}; expected FILE.py:NAME")
+        problem = f"no file {file or function}; expected FILE.py:NAME"
+        raise ConfigError(f"reward.function={function}: {problem}")
     check_output(config.output)
 
 
@@ -63,10 +58,8 @@ def check_output(output: str) -> None:
         below = "" if there == path else f" lies below {there}, which"
         raise ConfigError(f"output={output}{below} is a file; name a directory for the run")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(
-            f"output={output}: {there} cannot be written to (read-only, or another user's); name "
-            "another directory"
-        )
+        problem = "cannot be written to (read-only, or another user's); name another directory"
+        raise ConfigError(f"output={output}: {there} {problem}")
 
 
 def crowded(launch: LaunchConfig, num_ranks: int) -> str:
@@ -82,9 +75,8 @@ def crowded(launch: LaunchConfig, num_ranks: int) -> str:
 
 def _check_model(path: Path) -> None:
     if not path.exists():
-        raise CheckpointError(
-            f"model.path={path}: {_absent(path)}; give a Hugging Face or a checkpoint directory"
-        )
+        advice = "give a Hugging Face or a checkpoint directory"
+        raise CheckpointError(f"model.path={path}: {_absent(path)}; {advice}")
     try:
         resolve_model(path)
     except CheckpointError as error:

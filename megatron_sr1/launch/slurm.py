@@ -49,35 +49,38 @@ def submit(title: str, cluster: Cluster, tasks: Sequence[Task]) -> str:
     """Check everything, then submit the tasks, a job each, and return immediately.
 
     A job that follows another starts if that one succeeded, and is removed from the queue
-    otherwise. `title`, without spaces, names nemo-run's experiment.
-
-    Returns:
-        the job ids and the commands that show, follow and cancel the jobs, for the terminal.
-
-    Raises:
-        SR1Error: a check failed, nemo-run is not installed, or Slurm rejected the job.
+    otherwise. `title`, without spaces, names nemo-run's experiment. Return the job ids and the
+    commands that show, follow and cancel the jobs, for the terminal. Raise an SR1Error if a check
+    fails, nemo-run is not installed, or Slurm rejects a job.
     """
     configs = check(cluster, tasks)
-    _check_names(cluster, tasks)
     # Without a tunnel, nemo-run's own directory is that of the logs.
     home = os.path.abspath(cluster.logs) if cluster.logs and not cluster.tunnel else ""
     run = _nemo_run(home)
+    from invoke.exceptions import UnexpectedExit
+
     name = f"{title}_{time.time_ns()}"
     quiet = {"enable_goodbye_message": False, "skip_status_at_exit": True}
-    with tempfile.TemporaryDirectory(prefix="sr1_submit_") as folder:
-        with run.Experiment(title, id=name, log_level="WARNING", **quiet) as experiment:
-            for task in tasks:
-                place = Path(folder) / task.name
-                place.mkdir()
-                shutil.copy(task.config, place / CONFIG_NAME)
-                shutil.copy(NODE_SCRIPT, place)
-                experiment.add(
-                    _command(run, cluster, task),
-                    executor=build_executor(run, cluster, place, configs[task.name]),
-                    name=task.name,
-                    dependencies=[task.follows] if task.follows else None,
-                )
-            _run(experiment)
+    with (
+        tempfile.TemporaryDirectory(prefix="sr1_submit_") as folder,
+        run.Experiment(title, id=name, log_level="WARNING", **quiet) as experiment,
+    ):
+        for task in tasks:
+            place = Path(folder) / task.name
+            place.mkdir()
+            shutil.copy(task.config, place / CONFIG_NAME)
+            shutil.copy(NODE_SCRIPT, place)
+            experiment.add(
+                _command(run, cluster, task),
+                executor=build_executor(run, cluster, place, configs[task.name]),
+                name=task.name,
+                dependencies=[task.follows] if task.follows else None,
+            )
+        try:
+            experiment.run(detach=True)
+        except UnexpectedExit as error:  # of sbatch
+            reason = last_line(error.result.stderr or error.result.stdout)
+            raise ConfigError(f"Slurm refused the job: {reason}") from None
     return _next_commands(name, experiment.jobs, home, cluster.tunnel)
 
 
@@ -89,19 +92,18 @@ def _next_commands(name: str, submitted: Sequence[Any], home: str, tunnel: str) 
         jobs[job.id] = job.handle.partition("://")[2].split("/")[1]
         log = str(job.executor.job_details.srun_stdout).replace("%j", jobs[job.id])
         follow.append(f"tail -f {shlex.quote(log.replace('${SLURM_RESTART_COUNT:-0}', '0'))}")
-    return "\n".join(
-        [
-            *(f"# {task} is job {job}" for task, job in jobs.items()),
-            "# nemo-run's commands (status and logs need a Slurm with accounting):",
-            f"{nemo} experiment status {name}",
-            *(f"{nemo} experiment logs {name} {i}    # {task}" for i, task in enumerate(jobs)),
-            f"{nemo} experiment cancel --all {name}",
-            f"# Slurm's own{f', on {tunnel}' if tunnel else ''}:",
-            f"squeue --jobs {','.join(jobs.values())}",
-            *follow,
-            f"scancel {' '.join(jobs.values())}",
-        ]
-    )
+    lines = [
+        *(f"# {task} is job {job}" for task, job in jobs.items()),
+        "# nemo-run's commands (status and logs need a Slurm with accounting):",
+        f"{nemo} experiment status {name}",
+        *(f"{nemo} experiment logs {name} {i}    # {task}" for i, task in enumerate(jobs)),
+        f"{nemo} experiment cancel --all {name}",
+        f"# Slurm's own{f', on {tunnel}' if tunnel else ''}:",
+        f"squeue --jobs {','.join(jobs.values())}",
+        *follow,
+        f"scancel {' '.join(jobs.values())}",
+    ]
+    return "\n".join(lines)
 
 
 def build_executor(run: Any, cluster: Cluster, package: Path, config: Config) -> Any:
@@ -137,9 +139,7 @@ def build_executor(run: Any, cluster: Cluster, package: Path, config: Config) ->
         additional_parameters=extra,
         srun_args=_srun_options(cluster, cores),
         setup_lines=SETUP,
-        packager=run.PatternPackager(
-            include_pattern=str(package / "*"), relative_path=str(package)
-        ),
+        packager=run.PatternPackager(include_pattern=f"{package}/*", relative_path=str(package)),
         tunnel=_tunnel(run, cluster),
         retries=0,  # a retry would restart a job whatever the failure
         poll_estimated_start_time=False,
@@ -165,17 +165,6 @@ def _command(run: Any, cluster: Cluster, task: Task) -> Any:
     return run.Script("-m", entrypoint=shlex.quote(cluster.interpreter), args=words)
 
 
-def _run(experiment: Any) -> None:
-    """Submit the jobs; turn an error of sbatch into one line."""
-    from invoke.exceptions import UnexpectedExit
-
-    try:
-        experiment.run(detach=True)
-    except UnexpectedExit as error:
-        reason = last_line(error.result.stderr or error.result.stdout)
-        raise ConfigError(f"Slurm refused the job: {reason}") from None
-
-
 def _tunnel(run: Any, cluster: Cluster) -> Any:
     if not cluster.tunnel:
         return run.LocalTunnel(job_dir="")  # below nemo-run's home, where it writes its scripts
@@ -193,29 +182,29 @@ def _nemo_run(home: str) -> Any:
     try:
         import nemo_run
     except ImportError as error:
-        raise ConfigError(
-            f"nemo-run cannot be imported ({error}); run `make launch-env` and start this with "
-            ".venv-launch/bin/python"
-        ) from None
+        advice = "run `make launch-env` and start this with .venv-launch/bin/python"
+        raise ConfigError(f"nemo-run cannot be imported ({error}); {advice}") from None
     return nemo_run
 
 
 def check(cluster: Cluster, tasks: Sequence[Task]) -> dict[str, Config]:
     """Check everything that can be checked before a job is queued, or raise an SR1Error.
 
-    Paths in a container are not checked, as its mounts may rename them.
-
-    Returns:
-        the resolved configuration of each task, by its name.
+    Paths in a container are not checked, as its mounts may rename them. Return the resolved
+    configurations, by the name of their task.
     """
-    if cluster.nodes < 1 or cluster.ranks_per_node < 1:
-        raise ConfigError(
-            f"nodes={cluster.nodes}, ranks a node={cluster.ranks_per_node}: expected 1 or more; "
-            "give --gpus-per-node, or --tasks-per-node for a run on CPUs"
-        )
+    nodes, ranks = cluster.nodes, cluster.ranks_per_node
+    if nodes < 1 or ranks < 1:
+        advice = "give --gpus-per-node, or --tasks-per-node for a run on CPUs"
+        raise ConfigError(f"nodes={nodes}, ranks a node={ranks}: expected 1 or more; {advice}")
     configs = {task.name: load_config(task.config, list(task.overrides)) for task in tasks}
     for name, config in configs.items():
-        _check_layout(cluster, name, config)
+        parts = config.parallel.replica_size
+        if nodes * ranks % parts:
+            copies = f"model copies of {parts} (parallel.tensor x pipeline x context)"
+            raise ConfigError(f"{name}: {nodes} x {ranks} ranks do not divide into {copies}")
+        if cluster.gpus_per_node and config.launch.device == "cpu":
+            raise ConfigError(f"{name}: launch.device=cpu asks for no GPU; give --gpus-per-node=0")
     if not cluster.container and not cluster.tunnel:
         for task in tasks:
             with chdir(cluster.workdir or "."):
@@ -225,26 +214,14 @@ def check(cluster: Cluster, tasks: Sequence[Task]) -> dict[str, Config]:
         _check_container(cluster)
     else:
         _check_there(cluster, tasks, configs)
+    _check_names(cluster, tasks)
     return configs
-
-
-def _check_layout(cluster: Cluster, name: str, config: Config) -> None:
-    parts = config.parallel.replica_size
-    if cluster.nodes * cluster.ranks_per_node % parts:
-        raise ConfigError(
-            f"{name}: {cluster.nodes} x {cluster.ranks_per_node} ranks do not divide into model "
-            f"copies of {parts} (parallel.tensor x pipeline x context)"
-        )
-    if cluster.gpus_per_node and config.launch.device == "cpu":
-        raise ConfigError(f"{name}: launch.device=cpu asks for no GPU; give --gpus-per-node=0")
 
 
 def _check_slurm(cluster: Cluster) -> None:
     if run_there(cluster, "command -v sbatch").returncode:
-        raise ConfigError(
-            f"no sbatch {_where(cluster)}; start from a login node, or through one with "
-            "--tunnel user@host"
-        )
+        advice = "start from a login node, or through one with --tunnel user@host"
+        raise ConfigError(f"no sbatch {_where(cluster)}; {advice}")
     problem = f"partition {cluster.partition!r} is not known to this Slurm; it has"
     names = cluster.partition.split(",")
     _check_known(cluster, problem, names, "sinfo --all --noheader --format=%R")
@@ -268,19 +245,16 @@ def _check_container(cluster: Cluster) -> None:
         raise ConfigError(f"container {image}: no such image file {_where(cluster)}")
     asked = run_there(cluster, "srun --help")
     if asked.returncode == 0 and "--container-image" not in asked.stdout:
-        raise ConfigError(
-            f"container {image}: this Slurm's srun knows no --container-image; it needs the plugin "
-            "pyxis, or run without --container"
-        )
+        problem = "this Slurm's srun knows no --container-image"
+        advice = "it needs the plugin pyxis, or run without --container"
+        raise ConfigError(f"container {image}: {problem}; {advice}")
 
 
 def _check_there(cluster: Cluster, tasks: Sequence[Task], configs: dict[str, Config]) -> None:
     """Check the interpreter and, through a tunnel, the paths of the configurations."""
     if run_there(cluster, f"command -v {shlex.quote(cluster.interpreter)}").returncode:
-        raise ConfigError(
-            f"{cluster.interpreter}: no such program {_where(cluster)}; make the training "
-            "environment there (`make env`), or name its python with --python"
-        )
+        advice = "make the training environment there (`make env`), or name one with --python"
+        raise ConfigError(f"{cluster.interpreter}: no such program {_where(cluster)}; {advice}")
     for task in tasks if cluster.tunnel else ():
         paths = preflight.needed_paths(configs[task.name], has_model=not task.follows)
         for key, path in paths.items():
@@ -295,10 +269,8 @@ def _check_names(cluster: Cluster, tasks: Sequence[Task]) -> None:
     texts += [text for task in tasks for text in task.overrides]
     for text in texts:
         if JOB_FOLDER in text and not cluster.container:
-            raise ConfigError(
-                f"{text!r}: nemo-run takes {JOB_FOLDER} in it for a name of its own; use a path "
-                "without it"
-            )
+            problem = f"nemo-run takes {JOB_FOLDER} in it for a name of its own"
+            raise ConfigError(f"{text!r}: {problem}; use a path without it")
 
 
 def _path(cluster: Cluster, path: str) -> str:

@@ -1,8 +1,5 @@
 """Start the ranks of a run on this machine with torchrun, or detect that this process is a rank.
 
-In: the command line of a rank and the configuration. Out: an exit status, or the environment
-variables of a rank.
-
 Run as a module, this file is torchrun without its error report, a traceback of its own frames and a
 table: the ranks have already reported why they failed.
 """
@@ -42,10 +39,8 @@ def joined(environment: Mapping[str, str]) -> dict[str, str] | None:
     if "RANK" in environment or "WORLD_SIZE" in environment:
         for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             if name not in environment:
-                raise ConfigError(
-                    f"{name} is not set although RANK or WORLD_SIZE is; start with torchrun or "
-                    "srun, or unset RANK and WORLD_SIZE"
-                )
+                advice = "start with torchrun or srun, or unset RANK and WORLD_SIZE"
+                raise ConfigError(f"{name} is not set although RANK or WORLD_SIZE is; {advice}")
         return {}
     # A batch script has SLURM_PROCID and SLURM_NTASKS, too; only an srun step has this one.
     num_tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
@@ -129,17 +124,15 @@ def build_command(arguments: Sequence[str], num_ranks: int) -> list[str]:
 def run(arguments: Sequence[str], launch: LaunchConfig, num_ranks: int) -> int:
     """Run `megatron-sr1 ARGUMENTS` on ranks, which receive SIGTERM and end with this process.
 
-    Returns:
-        the exit status of the first rank that failed; 128 + the signal if a signal ended it.
+    Return the exit status of the first rank that failed; 128 + the signal if a signal ended it.
     """
     environment = dict(os.environ, **rank_environment(launch, num_ranks))
     if launch.save_on_sigterm:
         environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN_SECONDS)
     # A launcher that is killed must not leave a run behind.
     end_with_us = functools.partial(end_with, os.getpid(), signal.SIGTERM)
-    ranks = subprocess.Popen(
-        build_command(arguments, num_ranks), env=environment, preexec_fn=end_with_us
-    )
+    command = build_command(arguments, num_ranks)
+    ranks = subprocess.Popen(command, env=environment, preexec_fn=end_with_us)
     interrupts: list[int] = []
     before = {
         signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, _: ranks.send_signal(number)),

@@ -12,13 +12,13 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from math import nan
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from megatron_sr1.config.loading import to_dict
 from megatron_sr1.config.run import Config
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.observability.metrics import METRICS_FILE, read_lines
@@ -174,7 +174,7 @@ class WandbSink(Sink):
                 id=run_id,
                 resume="allow",
                 mode="offline" if settings.wandb == "offline" else "online",
-                config=to_dict(config),
+                config=asdict(config),
             )
         except wandb.Error as error:
             raise ConfigError(

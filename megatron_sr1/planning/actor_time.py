@@ -14,7 +14,7 @@ from megatron_sr1.checkpoint.mapping import TOWER
 from megatron_sr1.model import flops
 from megatron_sr1.planning import costs
 from megatron_sr1.planning.layout import Layout, balanced_stages, num_slots
-from megatron_sr1.planning.memory import Activations, StaticMemory, activations_of
+from megatron_sr1.planning.memory import StaticMemory, activations_of
 from megatron_sr1.planning.workload import DTYPE_BYTES, PlannedRun, num_parameters
 from megatron_sr1.runtime.gpus import GPUS_PER_NODE, Gpu
 
@@ -64,11 +64,6 @@ class ActorCost:
     layout: Layout
 
     @property
-    def activations(self) -> Activations:
-        """Activations of a rank."""
-        return activations_of(self.run, self.layout)
-
-    @property
     def tokens(self) -> float:
         """Tokens of a rank's share of a row."""
         return self.run.row_tokens / self.layout.context
@@ -93,7 +88,7 @@ class ActorCost:
             layer,
             layout.tensor,
             {"none": flops.Work(), "selective": mlp, "full": layer}[layout.recompute],
-            tokens * self.activations.text_layer("none"),
+            tokens * activations_of(run, layout).text_layer("none"),
             self._all_reduces_seconds(self.row_bytes, layout.tensor) + self._context_seconds(),
             is_repeated=layout.recompute == "full",
         )
@@ -112,7 +107,7 @@ class ActorCost:
             whole,
             layout.tower,
             whole if is_repeated else flops.Work(),
-            patches * self.activations.vision("none"),
+            patches * activations_of(run, layout).vision("none"),
             collectives,
             is_repeated,
             is_trained=run.trains_tower,
@@ -152,20 +147,16 @@ class ActorCost:
         """Return the time to compute the logprobs of all sequences of a step."""
         return self._pipeline_seconds(self.run.num_sequences, with_backward=False)
 
-    def swap_seconds(self, held: StaticMemory) -> float:
-        """Return the time to swap the reference's weights in and out over PCIe: four copies."""
-        return costs.transfer_seconds(4 * held.weights, self.run.gpu.host_rate)
-
     def update_seconds(self, held: StaticMemory) -> float:
         """Return the time of all updates of a step on ranks that hold `held`."""
-        num_updates = self.run.num_updates
+        num_updates = self.run.config.updates_per_step
         once = self._pipeline_seconds(self.run.num_sequences / num_updates, with_backward=True)
         return num_updates * (once + self._reduce_seconds(held) + self._optimizer_seconds(held))
 
     def update_flops(self) -> float:
         """Return the operations of a step's updates; a frozen tower has no backward pass."""
         run, total = self.run, 3 * forward_work(self.run).total
-        if run.trains_tower or not run.image_tokens:
+        if run.trains_tower:
             return total
         tower = flops.vision(run.hf_config, run.image_patches, run.image_patches)
         return total - 2 * tower.total * run.num_sequences

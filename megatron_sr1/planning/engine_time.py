@@ -26,7 +26,6 @@ class Replica:
         ranks: tensor-parallel ranks, one GPU each.
         memory_bytes: the engine's share of each GPU's memory.
         dtype_bytes: size of a weight, key or value.
-        max_num_seqs: slots.
         step_overhead_seconds: time of a step outside its kernels: scheduling, launches, sampling.
     """
 
@@ -80,11 +79,9 @@ class Replica:
         traffic = weights * self.dtype_bytes / self.ranks
         traffic += running * context_tokens * self.token_bytes
         products = 2 * running * weights / self.ranks / (gpu.peak_flops * gpu.matmul_share)
-        collectives = 0.0
-        if self.ranks > 1:
-            row = running * text.hidden_size * self.dtype_bytes
-            once = costs.gather_seconds(2 * row, self.ranks, gpu.nvlink_rate)
-            collectives = 2 * text.num_layers * max(once, costs.COLLECTIVE_SECONDS)
+        row = running * text.hidden_size * self.dtype_bytes
+        all_reduce = costs.gather_seconds(2 * row, self.ranks, gpu.nvlink_rate)
+        collectives = 2 * text.num_layers * all_reduce
         overhead = self.step_overhead_seconds + costs.ENGINE_SEQUENCE_SECONDS * running
         return max(costs.memory_seconds(traffic, gpu), products) + collectives + overhead
 

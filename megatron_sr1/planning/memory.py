@@ -39,7 +39,6 @@ class Memory:
     """Memory of a rank, bytes.
 
     Attributes:
-        static: weights, gradients, optimizer state.
         activations: by kind, during an update; those of layers are of all micro-batches in flight.
         engine: by kind, while it is awake; empty without an engine.
         training: total during an update.
@@ -110,7 +109,6 @@ class Activations:
     In the formulas e is `dtype_bytes`, h the hidden size, q and k the widths of queries and keys.
 
     Attributes:
-        dtype_bytes: size of an activation.
         fused_mlp: activation and product of the MLP are one kernel, as on a GPU; on a CPU each
             intermediate result is kept.
         fused_norm: Transformer Engine's norms, which keep no float32 copy.

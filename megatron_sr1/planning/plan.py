@@ -8,13 +8,13 @@ maximum length.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.model import flops
 from megatron_sr1.model.hf_config import check_layout
 from megatron_sr1.planning.actor_time import ActorCost, forward_work
-from megatron_sr1.planning.costs import RESERVED_BYTES, compute_seconds
+from megatron_sr1.planning.costs import RESERVED_BYTES, compute_seconds, transfer_seconds
 from megatron_sr1.planning.engine_time import Replica, prefill_work
 from megatron_sr1.planning.layout import Layout, candidates, configured, cut_keys, engine_sizes
 from megatron_sr1.planning.memory import Memory, StaticMemory, rank_memory
@@ -63,8 +63,7 @@ class Estimate:
 def plan(run: PlannedRun, num_gpus: int) -> str:
     """Return the text that `megatron-sr1 plan` prints, for a run that uses all GPUs.
 
-    Raises:
-        ConfigError: nothing fits, nothing is trained, or the GPUs are not whole nodes.
+    Raise a ConfigError if nothing fits, nothing is trained, or the GPUs are not whole nodes.
     """
     config, gpu = run.config, run.gpu
     if config.stage == "eval":
@@ -103,19 +102,15 @@ def plan(run: PlannedRun, num_gpus: int) -> str:
 def estimates(run: PlannedRun, num_gpus: int) -> list[Estimate]:
     """Return all layouts: those that fit, sorted by time, then the others, sorted by memory.
 
-    Each pipeline appears with equal stages and with balanced ones.
-
-    Raises:
-        ConfigError: the GPUs are neither a part of a node nor whole nodes.
+    Each pipeline appears with equal stages and with balanced ones. Raise a ConfigError if the GPUs
+    are neither a part of a node nor whole nodes.
     """
     if num_gpus < 1 or (num_gpus > GPUS_PER_NODE and num_gpus % GPUS_PER_NODE):
         near = max(1, num_gpus // GPUS_PER_NODE) * GPUS_PER_NODE
-        raise ConfigError(
-            f"--gpus {num_gpus}: expected 1 to {GPUS_PER_NODE}, or a multiple of "
-            f"{GPUS_PER_NODE}, e.g. {near} or {near + GPUS_PER_NODE}"
-        )
+        expected = f"1 to {GPUS_PER_NODE}, or a multiple of {GPUS_PER_NODE}, e.g. {near} or "
+        raise ConfigError(f"--gpus {num_gpus}: expected {expected}{near + GPUS_PER_NODE}")
     engine = _fastest_engine(run, num_gpus)
-    max_data = run.config.data.prompts_per_step // run.num_updates
+    max_data = run.config.data.prompts_per_step // run.config.updates_per_step
     found = []
     for layout in candidates(run.hf_config, num_gpus, max_data, engine):
         both = dict.fromkeys((layout, ActorCost(run, layout).balanced()))
@@ -176,10 +171,8 @@ def _nothing_fits(run: PlannedRun, num_gpus: int, found: list[Estimate]) -> Conf
         if chosen is not None:
             advice = f"use {more} GPUs ({chosen.layout}) or the settings in docs/memory.md"
             break
-    return ConfigError(
-        f"nothing fits on {num_gpus} {run.gpu.name} of {run.gpu.memory_bytes / 1e9:.0f} GB: "
-        f"{nearest}; {advice}"
-    )
+    where = f"{num_gpus} {run.gpu.name} of {run.gpu.memory_bytes / 1e9:.0f} GB"
+    return ConfigError(f"nothing fits on {where}: {nearest}; {advice}")
 
 
 def _replica(run: PlannedRun, ranks: int) -> Replica:
@@ -221,10 +214,12 @@ def _phases(
         phases["pass1"] = pass1, responses.total * run.num_sequences
         if reading:
             phases["pass2"] = pass2, readings.total * run.num_sequences
-        if run.num_updates > 1:
+        if run.config.updates_per_step > 1:
             phases["old_logprobs"] = actor.forward_seconds(), forward
         if run.config.algorithm.kl_coefficient > 0:
-            phases["reference"] = actor.forward_seconds() + actor.swap_seconds(held), forward
+            # Its weights are swapped in and out over PCIe: four copies.
+            swap = transfer_seconds(4 * held.weights, run.gpu.host_rate)
+            phases["reference"] = actor.forward_seconds() + swap, forward
     phases["update"] = actor.update_seconds(held), actor.update_flops()
     seconds = {name: time for name, (time, _) in phases.items()}
     mfu = {name: done / (max(time, 1e-9) * peak) for name, (time, done) in phases.items()}
@@ -238,7 +233,7 @@ def _lengths(run: PlannedRun) -> str:
     return (
         f"{run.config.data.prompts_per_step} x {run.samples_per_prompt} sequences of "
         f"{run.text_tokens:.0f} text + {run.image_tokens:.0f} image + {run.response_tokens:.0f} "
-        f"response tokens{readings}, {run.num_updates} updates"
+        f"response tokens{readings}, {run.config.updates_per_step} updates"
     )
 
 
@@ -257,12 +252,10 @@ def _own_lines(run: PlannedRun, num_gpus: int) -> list[str]:
 
 
 def _memory_lines(memory: Memory) -> list[str]:
-    """Memory of the fullest rank by kind."""
-    static = memory.static
+    static = asdict(memory.static)
+    host = static.pop("host")
     kinds = {
-        "weights": static.weights,
-        "gradients": static.gradients,
-        "optimizer": static.optimizer,
+        **static,
         **memory.activations,
         "reserved": RESERVED_BYTES,
         "total, training": memory.training,
@@ -270,8 +263,8 @@ def _memory_lines(memory: Memory) -> list[str]:
     }
     if memory.engine:
         kinds["total, rollout"] = memory.rollout
-    if static.host:
-        kinds["optimizer in host memory"] = static.host
+    if host:
+        kinds["optimizer in host memory"] = host
     return [f"  {name:<26}{value / 1e9:8.1f}" for name, value in kinds.items()]
 
 

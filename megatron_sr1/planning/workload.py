@@ -65,11 +65,6 @@ class PlannedRun:
         return self.config.data.prompts_per_step * self.samples_per_prompt
 
     @property
-    def num_updates(self) -> int:
-        """Optimizer updates per step."""
-        return self.config.updates_per_step
-
-    @property
     def patches_per_token(self) -> int:
         """Image patches that are merged into one token."""
         return self.hf_config.vision.spatial_merge_size**2

@@ -68,9 +68,7 @@ class _CPUMode(TorchFunctionMode):
 
 
 def _names_cuda(device: Any) -> bool:
-    if isinstance(device, torch.device):
-        return device.type == "cuda"
-    return isinstance(device, str) and device.startswith("cuda")
+    return isinstance(device, (str, torch.device)) and str(device).startswith("cuda")
 
 
 def megatron_mode() -> AbstractContextManager[Any]:
@@ -121,7 +119,7 @@ def _install() -> None:
 
 
 @functools.cache
-def patch_torchvision() -> bool:
+def patch_torchvision() -> None:
     """Import torchvision, without its operator descriptions if they cannot be loaded.
 
     PyPI's torchvision is compiled for CUDA builds of torch. With a CPU build its compiled operators
@@ -130,23 +128,18 @@ def patch_torchvision() -> bool:
     those two modules are replaced by empty ones, and only if the plain import has failed. In the
     environment of `make env` they are empty files (tools/make_env.py); this function serves
     environments made with pip. Call it before importing transformers' models or vLLM.
-
-    Returns:
-        True if the patch was needed.
     """
     try:
         import torchvision  # noqa: F401
+
+        return
     except ImportError:
-        return False
+        return
     except RuntimeError as error:
         if "does not exist" not in str(error):
             raise
-    else:
-        return False
     for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
         del sys.modules[name]
     for name in ("torchvision._meta_registrations", "torchvision._autograd_registrations"):
         sys.modules[name] = ModuleType(name)
     import torchvision  # noqa: F401, F811
-
-    return True

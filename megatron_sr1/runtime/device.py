@@ -19,8 +19,7 @@ from megatron_sr1.errors import ConfigError
 def select_device(kind: str = "auto") -> torch.device:
     """Select the device of this rank: auto, cpu (which sees no GPU) or cuda (`LOCAL_RANK`'s GPU).
 
-    Raises:
-        ConfigError: cuda was requested but there is none, or there are fewer GPUs than local ranks.
+    Raise a ConfigError if there is no GPU for cuda, or fewer GPUs than local ranks.
     """
     if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for child processes, and CUDA if not loaded yet
@@ -29,15 +28,12 @@ def select_device(kind: str = "auto") -> torch.device:
             torch.cuda.device_count = lambda: 0  # type: ignore[assignment]
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ConfigError(
-            "launch.device=cuda, but torch sees no GPU; use launch.device=cpu or auto"
-        )
-    index = int(os.environ.get("LOCAL_RANK", "0"))
-    if index >= torch.cuda.device_count():
-        raise ConfigError(
-            f"local rank {index} has no GPU: torch sees {torch.cuda.device_count()}; start at most "
-            "one process per GPU (launch.num_processes)"
-        )
+        advice = "use launch.device=cpu or auto"
+        raise ConfigError(f"launch.device=cuda, but torch sees no GPU; {advice}")
+    index, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if index >= gpus:
+        advice = "start at most one process per GPU (launch.num_processes)"
+        raise ConfigError(f"local rank {index} has no GPU: torch sees {gpus}; {advice}")
     return torch.device("cuda", index)
 
 

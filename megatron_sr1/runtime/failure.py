@@ -21,10 +21,10 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from megatron_sr1.errors import SR1Error
 from megatron_sr1.runtime.failure_files import STACKS_DIRECTORY, Failure, Launch, Presence
@@ -42,19 +42,11 @@ _current: ContextVar[FailureWatch | None] = ContextVar("failure_watch", default=
 class FailureWatch:
     """Watches one rank: its deadlines, and failures of other ranks.
 
-    Attributes:
-        phase: innermost `deadline` block, "" outside; after an exception, where it was raised.
-        presence: this rank's lock, and the check of the next rank's.
+    `phase` is the innermost `deadline` block, "" outside; after an exception, where it was raised.
     """
 
     def __init__(self, run_dir: Path) -> None:
-        """Open the stack file in the run directory, which all ranks share, and start the watcher.
-
-        Rank and world size are those of the environment.
-
-        Raises:
-            ConfigError: another process is this rank of the same run directory.
-        """
+        """Start watching in a run directory, which all ranks share; errors are `guard`'s."""
         self.rank = int(os.environ.get("RANK", "0"))
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self._launch, self._parent = Launch(run_dir), os.getppid()
@@ -75,25 +67,19 @@ class FailureWatch:
 
         A Python handler alone would run only after the main thread has returned from C.
         """
+        self._unlisten = ExitStack()
         self._pipe, write_end = os.pipe()
         for end in (self._pipe, write_end):
             os.set_blocking(end, False)
-        before = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+            self._unlisten.callback(os.close, end)
         handler = signal.signal(signal.SIGTERM, lambda number, frame: None)
-        self._before: tuple[Any, int] | None = (handler, before)
+        self._unlisten.callback(signal.signal, signal.SIGTERM, handler)
+        before = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+        self._unlisten.callback(signal.set_wakeup_fd, before)
         faulthandler.register(signal.SIGTERM, self._stacks, all_threads=True, chain=True)
-        os.register_at_fork(after_in_child=self._unlisten)
-
-    def _unlisten(self) -> None:
-        """Undo `_listen`; also in a forked child, which is no rank and may be terminated."""
-        if self._before is None:
-            return
-        faulthandler.unregister(signal.SIGTERM)
-        handler, self._before = self._before, None
-        write_end = signal.set_wakeup_fd(handler[1])
-        signal.signal(signal.SIGTERM, handler[0])
-        for end in (self._pipe, write_end):
-            os.close(end)
+        self._unlisten.callback(faulthandler.unregister, signal.SIGTERM)
+        # A forked child is no rank and may be terminated.
+        os.register_at_fork(after_in_child=self._unlisten.close)
 
     @contextmanager
     def deadline(self, phase: str, seconds: float) -> Iterator[None]:
@@ -204,10 +190,9 @@ class FailureWatch:
     def close(self) -> None:
         """Stop watching after a normal end, and remove the stack file."""
         self._stop.set()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        self._thread.join()
         faulthandler.cancel_dump_traceback_later()
-        self._unlisten()
+        self._unlisten.close()
         faulthandler.disable()
         self.presence.leave()
         if self.rank == 0:
@@ -229,10 +214,8 @@ def guard(run_dir: str | Path) -> Iterator[FailureWatch]:
 
     An `SR1Error` is reported as one line, with exit status 2; other exceptions with a traceback and
     status 1. `SystemExit` and Ctrl-C pass through. In another guard, it does nothing. The run
-    directory is created if absent.
-
-    Raises:
-        ConfigError: another process is this rank of the same run directory.
+    directory is created if absent. Raise a ConfigError if that fails, or if another process is this
+    rank of the same directory.
     """
     outer = _current.get()
     if outer is not None:

@@ -112,19 +112,12 @@ class Presence:
 
     Each rank watches only the next one, so that the cost does not depend on the number of ranks. A
     rank counts as dead only if it was seen to hold its lock: on a file system without locks, or
-    whose locks are local to each host, no rank is ever taken for dead.
-
-    Attributes:
-        file: `rank_N.txt`, empty and open for writing.
+    whose locks are local to each host, no rank is ever taken for dead. `file` is `rank_N.txt`,
+    empty and open for writing.
     """
 
     def __init__(self, directory: Path, rank: int, world_size: int) -> None:
-        """Open and lock the file in the directory of stack files, which all ranks share.
-
-        Raises:
-            ConfigError: another process is this rank of the same run directory, or the directory
-                cannot be created or written to.
-        """
+        """Open and lock the file in the directory of stack files, which all ranks share."""
         self._next = (rank + 1) % world_size if world_size > 1 else None
         self._directory, self._seen = directory, False
         self.file = self._open(rank)
@@ -132,6 +125,7 @@ class Presence:
 
     def _open(self, rank: int) -> TextIO:
         path, until = self._directory / f"rank_{rank}.txt", time.monotonic() + PATIENCE_SECONDS
+        run_dir = self._directory.parent
         while True:
             try:
                 self._directory.mkdir(parents=True, exist_ok=True)
@@ -141,19 +135,17 @@ class Presence:
                 if isinstance(error, FileNotFoundError) and time.monotonic() < until:
                     time.sleep(0.01)
                     continue
-                raise ConfigError(
-                    f"output={self._directory.parent} cannot be written to ({error.strerror}: "
-                    f"{error.filename}); choose another directory, or make this one writable"
-                ) from None
+                problem = f"cannot be written to ({error.strerror}: {error.filename})"
+                advice = "choose another directory, or make this one writable"
+                raise ConfigError(f"output={run_dir} {problem}; {advice}") from None
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 file.close()
                 if time.monotonic() > until:
-                    raise ConfigError(
-                        f"{self._directory.parent}: another process is rank {rank} of this run; "
-                        "wait for that run or stop it, or choose another output"
-                    ) from None
+                    problem = f"another process is rank {rank} of this run"
+                    advice = "wait for that run or stop it, or choose another output"
+                    raise ConfigError(f"{run_dir}: {problem}; {advice}") from None
                 time.sleep(0.1)
                 continue
             except OSError:  # no locks on this file system
@@ -199,11 +191,12 @@ def summarize_failure(run_dir: Path, failure: Failure, since: float) -> list[str
         if found and path.stat().st_mtime >= since - 1.0:
             ranks.setdefault(found[1], []).append(int(path.stem.removeprefix("rank_")))
     places = sorted(ranks.items(), key=lambda item: (len(item[1]), item[1]))
-    lines = [f"  {_names(sorted(who))} in {where}" for where, who in places[:MOST_PLACES]]
+    lines = [f"  {name_ranks(sorted(who))} in {where}" for where, who in places[:MOST_PLACES]]
     return [f"{cause} (stacks in {directory})", *lines]
 
 
-def _names(ranks: list[int]) -> str:
+def name_ranks(ranks: list[int]) -> str:
+    """Return "rank 3", "ranks 0, 1" or "ranks 0, 1, … and 9 more"."""
     shown = ", ".join(map(str, ranks[:MOST_RANKS]))
     more = f" and {len(ranks) - MOST_RANKS} more" if len(ranks) > MOST_RANKS else ""
     return f"rank{'s' if len(ranks) > 1 else ''} {shown}{more}"

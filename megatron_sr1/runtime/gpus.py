@@ -19,7 +19,6 @@ class Gpu:
     """A type of GPU, in the SXM module of an HGX or DGX machine.
 
     Attributes:
-        name: on the command line.
         memory_bytes: from the datasheet, GB of 10^9 bytes.
         peak_flops: dense bfloat16 operations per second, from the datasheet (without sparsity).
         memory_rate: bytes per second, from the datasheet.

@@ -6,7 +6,6 @@ rank raised alone, the others would wait in a collective), and fair shares.
 
 from __future__ import annotations
 
-import gc
 import heapq
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,9 +25,7 @@ class Group:
     """A process group as this rank sees it.
 
     Attributes:
-        process_group: torch's group.
         rank: of this process in the group.
-        size: number of ranks in the group.
         ranks: their global ranks, in the group's order.
     """
 
@@ -55,7 +52,6 @@ class Groups:
         context: ranks that share each sequence.
         data: ranks with the same shard of the model and different samples.
         data_context: data times context, over which gradients are summed.
-        world: all ranks.
         tower: ranks that share each layer of the tower: `tensor`, or this rank alone.
         images: ranks among which a row's images are divided.
         collection: Megatron's `ProcessGroupCollection` of the same groups.
@@ -98,9 +94,7 @@ def make_groups(parallel: ParallelConfig, device: torch.device, *, on_host: bool
     """Create Megatron's groups for a layout; torch.distributed must have been started.
 
     With `on_host`, also create gloo groups, over which optimizer state is gathered in host memory.
-
-    Raises:
-        ConfigError: the layout does not divide the number of ranks.
+    Raise a ConfigError if the layout does not divide the number of ranks.
     """
     cpu.install()
     signals.tie_checkpoint_writers()
@@ -154,23 +148,6 @@ def single_process() -> Groups:
     return Groups(one, one, one, one, one, one, one, one, collection=None, device=device)
 
 
-def destroy_groups() -> None:
-    """Undo `make_groups`, so that other groups can be made; collective over all ranks.
-
-    Megatron itself only drops its references: the groups' threads would live on, busy waiting, as
-    do those of a model that still exists. Groups created by others, such as an engine in this
-    process, stay.
-    """
-    from megatron.core import parallel_state
-
-    dist.barrier()
-    for group in parallel_state._global_process_group_list or []:
-        if group is not None:  # None stands for the world
-            dist.destroy_process_group(group)
-    parallel_state.destroy_model_parallel()
-    gc.collect()  # models and optimizers hold groups in reference cycles
-
-
 def gather_objects(value: Any, group: Group | None = None) -> list[Any]:
     """Gather every rank's value, in the order of the group (by default the world).
 
@@ -196,9 +173,7 @@ def sum_over_ranks(groups: Groups, values: Mapping[str, float]) -> dict[str, flo
 def on_all_ranks(groups: Groups, work: Callable[[], Any]) -> list[Any]:
     """Call a function on each rank and return the results by rank; a barrier over all ranks.
 
-    Raises:
-        CheckpointError: on all ranks, with the cause of the first rank whose call raised OSError
-            or CheckpointError.
+    If calls raise OSError or CheckpointError, all ranks raise CheckpointError with the first cause.
     """
     result, problem = None, None
     try:
@@ -236,11 +211,8 @@ def reason(error: BaseException) -> str:
 def share_out(costs: Sequence[float], num_shares: int) -> list[list[int]]:
     """Partition items by cost: the largest first, each to the share with the least load.
 
-    No two shares differ by more than the largest item (Graham, 1969, doi:10.1137/0117039).
-
-    Returns:
-        for each share the indices of its items, in the order in which they were assigned; a share
-        may be empty.
+    No two shares differ by more than the largest item (Graham, 1969, doi:10.1137/0117039). Return
+    the indices of each share's items, in the order of assignment; a share may be empty.
     """
     shares: list[list[int]] = [[] for _ in range(num_shares)]
     least = [(0.0, share) for share in range(num_shares)]  # a heap

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +64,7 @@ class Actor:
             return
         for wrapped in self.wrapped:
             wrapped.offload_grad_buffers()
-        if what == "optimizer" and self.first_device.type == "cuda":
+        if what == "optimizer" and self.groups.device.type == "cuda":
             self.optimizer.offload_to_cpu()
         self._offloaded.add(what)
 
@@ -75,7 +74,7 @@ class Actor:
             return
         for wrapped in self.wrapped:
             wrapped.restore_grad_buffers()
-        if "optimizer" in self._offloaded and self.first_device.type == "cuda":
+        if "optimizer" in self._offloaded and self.groups.device.type == "cuda":
             self.optimizer.restore_from_cpu()
         self._offloaded.clear()
 
@@ -87,11 +86,6 @@ class Actor:
     def save_hf(self, directory: Path) -> None:
         """Write the weights as a Hugging Face directory like the source's; collective."""
         save_hf(self.chunks, self.hf_config, self.groups, self.source.hf_files, directory)
-
-    @cached_property
-    def first_device(self) -> torch.device:
-        """The device of the weights."""
-        return next(self.chunks[0].parameters()).device
 
 
 class Reference:

@@ -10,7 +10,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +19,6 @@ import torch
 from megatron_sr1.checkpoint.folders import fingerprint, latest_step
 from megatron_sr1.checkpoint.loading import load_checkpoint
 from megatron_sr1.checkpoint.saving import EVALUATION, SaveQueue
-from megatron_sr1.config.loading import to_dict
 from megatron_sr1.config.run import Config
 from megatron_sr1.data.loader import Loader
 from megatron_sr1.errors import ConfigError, DataError, GradingError
@@ -37,7 +36,7 @@ from megatron_sr1.runtime.files import write_text
 from megatron_sr1.runtime.groups import Groups, sum_over_ranks
 from megatron_sr1.trainer.actor import Actor
 from megatron_sr1.trainer.optimizer import schedule_change, schedule_facts
-from megatron_sr1.trainer.throughput import Throughput, peak_flops
+from megatron_sr1.trainer.throughput import Throughput
 
 T = TypeVar("T")
 FINGERPRINT = "fingerprint of model.path's weights"
@@ -68,12 +67,8 @@ class Context:
         self.meter = StepMeter()
         self.throughput: Throughput
         rank, logged = groups.world.rank, config.logging
-        self._profiler = StepProfiler(
-            logged.profile_steps if rank in logged.profile_ranks else (),
-            config.optimizer.num_steps,
-            self.run_dir,
-            rank,
-        )
+        profiled = logged.profile_steps if rank in logged.profile_ranks else ()
+        self._profiler = StepProfiler(profiled, config.optimizer.num_steps, self.run_dir, rank)
         self.checkpoints = self.run_dir / "checkpoints"
         self._saves = SaveQueue(self.checkpoints, config.checkpoint)
         self._origin: dict[str, str] = {}
@@ -96,20 +91,16 @@ class Context:
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time a phase, record its memory, and abort the run if it exceeds its deadline."""
-        launch = self.config.launch
-        seconds = (
-            launch.setup_deadline_seconds if name == "setup" else launch.phase_deadline_seconds
-        )
-        with (
-            self.meter.phase(name),
-            torch.profiler.record_function(name),
-            failure.deadline(name, seconds),
-        ):
+        profiled = torch.profiler.record_function(name)
+        with self.meter.phase(name), profiled, self._deadline(name):
             yield
 
     def _deadline(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """Abort the run if a block exceeds a phase's deadline; unlike a phase it is not timed."""
-        return failure.deadline(name, self.config.launch.phase_deadline_seconds)
+        """Abort the run if a block exceeds the deadline of a phase, without timing it."""
+        limits = self.config.launch
+        is_setup = name == "setup"
+        seconds = limits.setup_deadline_seconds if is_setup else limits.phase_deadline_seconds
+        return failure.deadline(name, seconds)
 
     def read_usable(
         self, read: Callable[[int], T], indices: Iterable[int], is_replica_leader: bool
@@ -155,11 +146,8 @@ class Context:
                 f"{what}, at most a share of {limit:g} may (reward.max_ungraded_share): {examples}"
             )
         if share > UNGRADED_WARNING_SHARE and self.is_writer:
-            log.warning(
-                "%s and are left out; reward.max_ungraded_share would stop the run: %s",
-                what,
-                examples,
-            )
+            warning = "%s and are left out; reward.max_ungraded_share would stop the run: %s"
+            log.warning(warning, what, examples)
         return share
 
     def save_lines(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -198,12 +186,7 @@ class Context:
         if latest_step(self.checkpoints) is not None:
             self._resume(actor)
         self.open()
-        self.throughput = Throughput(
-            actor.hf_config,
-            self.config.model.freeze,
-            self.groups.world.size,
-            peak_flops(self.config.logging.peak_tflops, self.groups.device),
-        )
+        self.throughput = Throughput(self.config, actor.hf_config, self.groups)
         if self.is_writer:
             self._metrics = MetricsFile(self.run_dir / "metrics.jsonl")
             self._metrics.keep_until(self.config.stage, self.step)
@@ -224,19 +207,17 @@ class Context:
         self.step, self.skipped = state["step"], state["skipped"]
         self.ungraded = state.get("ungraded", 0)
         self.loader.load_state_dict(state["loader"])
-        change = schedule_change(state.get("schedule"), self._schedule(actor))
+        schedule = schedule_facts(self.config, actor.optimizer, actor.scheduler, self.step)
+        change = schedule_change(state.get("schedule"), schedule)
         if change and self.is_writer:
             log.warning("the learning-rate schedule is not the checkpoint's: %s", change)
         log.info("resumed from step %d in %s", self.step, self.checkpoints)
-
-    def _schedule(self, actor: Actor) -> dict[str, Any]:
-        return schedule_facts(self.config, actor.optimizer, actor.scheduler, self.step)
 
     def open(self) -> None:
         """Make the run directory and write the resolved configuration; only on the writer."""
         if self.is_writer:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(to_dict(self.config), indent=2) + "\n"
+            text = json.dumps(asdict(self.config), indent=2) + "\n"
             write_text(self.run_dir / "config.json", text)
 
     def finish_step(
@@ -262,16 +243,11 @@ class Context:
         rated = rate() if rate is not None and is_due else {}
         times, memory = self.meter.take()
         with self._deadline("perf"):
-            perf = self.throughput.take(times, partial(sum_over_ranks, self.groups))
+            perf = self.throughput.take(times)
         if self._metrics is not None:
-            line = {
-                **values,
-                **{f"evaluation/{name}": value for name, value in rated.items()},
-                "data/skipped": self.skipped,
-                **times,
-                **perf,
-                **memory,
-            }
+            rates = {f"evaluation/{name}": value for name, value in rated.items()}
+            skipped = {"data/skipped": self.skipped}
+            line = {**values, **rates, **skipped, **times, **perf, **memory}
             self._metrics.append(self.step, self.config.stage, line)
             with self._deadline("log"):
                 for sink in self._sinks:
@@ -293,11 +269,8 @@ class Context:
             return self._profiler.begin(self.step + 1)
         self.is_leaving = True
         if self.is_writer:
-            log.info(
-                "stop requested: saved step %d of %d; the same command continues from there",
-                self.step,
-                self.config.optimizer.num_steps,
-            )
+            message = "stop requested: saved step %d of %d; the same command continues from there"
+            log.info(message, self.step, self.config.optimizer.num_steps)
             signals.mark_unfinished()  # for the launcher
 
     def _save(self, actor: Actor, rated: Mapping[str, float]) -> None:
@@ -306,7 +279,7 @@ class Context:
             "skipped": self.skipped,
             "ungraded": self.ungraded,
             "loader": self.loader.state_dict(),
-            "schedule": self._schedule(actor),
+            "schedule": schedule_facts(self.config, actor.optimizer, actor.scheduler, self.step),
             **({EVALUATION: dict(rated)} if rated else {}),
             **self._origin,
         }

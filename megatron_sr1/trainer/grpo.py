@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_sr1.config.run import Config
-from megatron_sr1.data.packing import Size
 from megatron_sr1.records import TrainSample
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rollout.engine import Engine
@@ -20,7 +19,7 @@ from megatron_sr1.trainer.actor import Actor, Reference
 from megatron_sr1.trainer.context import Context
 from megatron_sr1.trainer.objective import Credit, credit, grpo_loss
 from megatron_sr1.trainer.rollouts import Scored, reward_means, roll_out_step, rollout_line
-from megatron_sr1.trainer.samples import Samples
+from megatron_sr1.trainer.samples import Samples, without_targets
 from megatron_sr1.trainer.step import named, sample_logprobs, update
 from megatron_sr1.trainer.sync import Canary, sync
 
@@ -40,12 +39,9 @@ def train_grpo(
     evaluates the actor before a save, for `checkpoint.keep_best`.
     """
     config, started_at = context.config, context.step
-    n = config.rollout.samples_per_prompt
     bound = config.rollout.canary_bound
     canary = Canary(samples, bound) if bound else None
-    objective = grpo_loss(
-        config.algorithm, config.rollout.mismatch_bound, config.rollout.max_response_tokens
-    )
+    objective = grpo_loss(config.algorithm, config.rollout)
     while context.has_steps_left:
         sync(context, actor, engine, again=context.step > started_at)
         agreement = canary.check(context, actor, engine) if canary else {}
@@ -61,22 +57,16 @@ def train_grpo(
             for own in updates:
                 batches = samples.pack(own, context.groups)
                 measured.append(update(actor, batches, objective, config.rollout.temperature))
+                context.throughput.count_samples("update", own)
 
-        values = {
-            **reward_means(scored),
-            **spread,
-            **filtered,
-            **counted,
-            **named(measured),
-            **agreement,
-            "reward/ungraded": float(context.ungraded),
-        }
+        values = {**reward_means(scored), **spread, **filtered, **counted, **named(measured)}
+        values |= {**agreement, "reward/ungraded": float(context.ungraded)}
         if context.is_writer:
             lines = []
             for number, item in enumerate(scored):
-                advantages = credited.advantages_of(*divmod(number, n))
+                advantages = credited.advantages_of(number)
                 example = samples.example(item.rollout.index)
-                lines.append(rollout_line(context.step + 1, item, example, *advantages))
+                lines.append(rollout_line(context.step + 1, item, example, advantages))
             context.record_rollouts(lines, samples.images)
         samples.forget()
         context.finish_step(values, actor, rate)
@@ -110,17 +100,15 @@ def own_samples(
     n = context.config.rollout.samples_per_prompt
     per_update = context.config.algorithm.prompts_per_update
 
-    def size(number: int) -> Size:
-        return samples.size(scored[number].rollout)
-
     def sample(number: int) -> TrainSample:
-        advantages = credited.advantages_of(*divmod(number, n))
-        return samples.train_sample(scored[number].rollout, *advantages)
+        return samples.train_sample(scored[number].rollout, **credited.advantages_of(number))
 
     updates = []
     for start in range(0, len(chosen), per_update):
         of_update = [g * n + k for g in chosen[start : start + per_update] for k in range(n)]
-        updates.append(samples.own_part(of_update, size, sample, context.groups.data))
+        sizes = [samples.size(scored[number].rollout) for number in of_update]
+        own = [sample(of_update[p]) for p in samples.own_places(sizes, context.groups.data)]
+        updates.append(own or [without_targets(sample(of_update[0]))])
     return updates
 
 
@@ -136,25 +124,20 @@ def with_logprobs(
     With a single update the policy's own logprobs are the old ones, which saves that pass.
     """
 
-    def add(field: str) -> list[list[TrainSample]]:
+    def add(field: str, phase: str) -> list[list[TrainSample]]:
         filled = []
         for own in updates:
             batches = samples.pack(own, context.groups)
             rows = sample_logprobs(actor, own, batches, context.config.rollout.temperature)
             changes: list[dict[str, Any]] = [{field: row} for row in rows]
             filled.append([replace(s, **c) for s, c in zip(own, changes, strict=True)])
+            context.throughput.count_samples(phase, own)
         return filled
 
-    phases = ["update"]
     if len(updates) > 1:
-        phases.append("old_logprobs")
         with context.phase("old_logprobs"):
-            updates = add("old_logprobs")
+            updates = add("old_logprobs", "old_logprobs")
     if reference is not None:
-        phases.append("reference")
         with context.phase("reference"), reference.in_place():
-            updates = add("reference_logprobs")
-    if context.groups.is_replica_leader:
-        for phase in phases:
-            context.throughput.count_samples(phase, [sample for own in updates for sample in own])
+            updates = add("reference_logprobs", "reference")
     return updates

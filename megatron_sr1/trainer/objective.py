@@ -20,6 +20,7 @@ import torch
 from megatron_sr1.algorithm import correction
 from megatron_sr1.algorithm.advantages import group_advantages, weighted_sum
 from megatron_sr1.algorithm.losses import policy_loss
+from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.config.run import Config
 from megatron_sr1.config.training import AlgorithmConfig
 from megatron_sr1.errors import EngineError
@@ -32,28 +33,26 @@ class Credit:
     """Advantages of a step's rollouts.
 
     Attributes:
-        advantages: [groups, n] float32, of all tokens but a description's.
-        description_advantages: [groups, n] float32, of the description's tokens; the same unless
-            credit is per span.
-        by_span: whether the two differ, so that the description's tokens must be found.
+        advantages: [groups, n] float32, of all tokens, if credit is per span but a description's.
+        description_advantages: [groups, n] float32, of the description's tokens if credit is per
+            span.
     """
 
     advantages: np.ndarray
-    description_advantages: np.ndarray
-    by_span: bool = False
+    description_advantages: np.ndarray | None = None
 
     @property
     def teaching(self) -> list[int]:
         """Groups with an advantage other than 0: those whose rewards differ."""
-        some = (self.advantages != 0) | (self.description_advantages != 0)
+        some = self.advantages != 0
+        if self.description_advantages is not None:
+            some |= self.description_advantages != 0
         return np.flatnonzero(some.any(axis=1)).tolist()
 
-    def advantages_of(self, group: int, sample: int) -> tuple[float, float | None]:
-        """Return a rollout's advantage, and its description's if credit is per span."""
-        advantage = float(self.advantages[group, sample])
-        if not self.by_span:
-            return advantage, None
-        return advantage, float(self.description_advantages[group, sample])
+    def advantages_of(self, number: int) -> dict[str, float]:
+        """Return a rollout's `advantage` and, if credit is per span, `description_advantage`."""
+        kinds = {"advantage": self.advantages, "description_advantage": self.description_advantages}
+        return {name: float(kind.flat[number]) for name, kind in kinds.items() if kind is not None}
 
 
 def credit(rewards: Sequence[Reward], config: Config) -> tuple[Credit, dict[str, float]]:
@@ -71,16 +70,15 @@ def credit(rewards: Sequence[Reward], config: Config) -> tuple[Credit, dict[str,
 
     if algorithm.credit == "scalar":
         advantages, stats = compare([r.total for r in rewards], "")
-        return Credit(advantages, advantages), stats
+        return Credit(advantages), stats
     share = algorithm.format_share
     answer, stats = compare([r.accuracy + share * r.format for r in rewards], "answer_")
     visual, more = compare([visual_reward(r, share, pay_leaks) for r in rewards], "visual_")
     stats |= more
     if algorithm.credit == "component":
         weights = (algorithm.answer_weight, algorithm.visual_weight)
-        advantages = weighted_sum((answer, visual), weights)
-        return Credit(advantages, advantages), stats
-    return Credit(answer, np.where(np.isnan(visual), answer, visual), by_span=True), stats
+        return Credit(weighted_sum((answer, visual), weights)), stats
+    return Credit(answer, np.where(np.isnan(visual), answer, visual)), stats
 
 
 def visual_reward(reward: Reward, format_share: float, pay_leaks: bool) -> float:
@@ -91,15 +89,14 @@ def visual_reward(reward: Reward, format_share: float, pay_leaks: bool) -> float
     return paid + format_share * reward.format
 
 
-def grpo_loss(
-    algorithm: AlgorithmConfig, mismatch_bound: float, max_response_tokens: int
-) -> TokenLoss:
+def grpo_loss(algorithm: AlgorithmConfig, rollout: RolloutConfig) -> TokenLoss:
     """Return the policy loss plus KL of a micro-batch, as configured.
 
     It reports `mismatch/…` over all sampled tokens, everything else over those in the loss, which
-    `mask_beyond_nats` makes fewer. `mismatch_bound` is the largest |engine - actor| logprob of a
-    token, nats, or 0 for any; `max_response_tokens` the constant length of `loss: dr_grpo`.
+    `mask_beyond_nats` makes fewer. `rollout.max_response_tokens` is the constant length of
+    `loss: dr_grpo`.
     """
+    mismatch_bound = rollout.mismatch_bound
 
     def loss(
         policy_logprobs: torch.Tensor, batch: PackedBatch
@@ -107,7 +104,7 @@ def grpo_loss(
         old, engine = batch.old_logprobs, batch.engine_logprobs
         if old is None:
             old = policy_logprobs.detach()
-        assert engine is not None
+        assert engine is not None and batch.advantages is not None
         sampled = batch.loss_mask.sum()
         over_sampled = correction.mismatch_sums(engine, old, batch.loss_mask)
         worst = float(over_sampled["mismatch/abs_max"])
@@ -123,9 +120,15 @@ def grpo_loss(
             )
             batch = replace(batch, loss_mask=near)
             over_sampled |= masked
-        batch, weighted = _weighted(batch, old, algorithm)
+        weighted: dict[str, torch.Tensor] = {}
+        if algorithm.importance_sampling != "off":
+            cap, mask = algorithm.importance_cap, batch.loss_mask
+            borders = batch.cu_seqlens if algorithm.importance_sampling == "sequence" else None
+            weights = correction.truncated_importance_weights(engine, old, mask, cap, borders)
+            weighted = correction.weight_sums(weights, mask, cap)
+            batch = replace(batch, advantages=batch.advantages * weights)
         loss_sum, denominator, over_loss = policy_loss(
-            policy_logprobs, old, batch, algorithm, max_response_tokens
+            policy_logprobs, old, batch, algorithm, rollout.max_response_tokens
         )
         in_loss = batch.loss_mask.sum()
         sums = {name: (value, sampled) for name, value in over_sampled.items()}
@@ -134,18 +137,3 @@ def grpo_loss(
         return loss_sum, denominator.int(), sums
 
     return loss
-
-
-def _weighted(
-    batch: PackedBatch, old: torch.Tensor, algorithm: AlgorithmConfig
-) -> tuple[PackedBatch, dict[str, torch.Tensor]]:
-    """Multiply the advantages by importance weights, if configured; return sums of the weights."""
-    engine, level = batch.engine_logprobs, algorithm.importance_sampling
-    assert engine is not None and batch.advantages is not None
-    if level == "off":
-        return batch, {}
-    cap = algorithm.importance_cap
-    borders = batch.cu_seqlens if level == "sequence" else None
-    weights = correction.truncated_importance_weights(engine, old, batch.loss_mask, cap, borders)
-    reported = correction.weight_sums(weights, batch.loss_mask, cap)
-    return replace(batch, advantages=batch.advantages * weights), reported

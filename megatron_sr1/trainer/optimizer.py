@@ -20,7 +20,6 @@ together, so an update below 2^-18 of its weight is lost; the moments have 8.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -145,7 +144,6 @@ class ShardAdamW:
         self.param_groups = param_groups
         self.dtype = dtype
         self._offload = offload
-        self._update: Callable[..., None] = _kahan if dtype == torch.bfloat16 else _plain
         self.state = {shard: self._initial(shard) for g in param_groups for shard in g["params"]}
         for group in param_groups:
             group["step"] = 0
@@ -170,17 +168,16 @@ class ShardAdamW:
     @torch.no_grad()
     def step(self) -> None:
         """Update every shard by its `decoupled_grad`."""
+        update = _kahan if self.dtype == torch.bfloat16 else _plain
         for group in self.param_groups:
             for shard in group["params"]:
                 held = used = self.state[shard]
                 if self._offload:  # on a CPU too, so that the tests run what a GPU runs
                     used = {
-                        name: torch.empty_like(kept, device=shard.device).copy_(
-                            kept, non_blocking=True
-                        )
+                        name: kept.to(shard.device, copy=True, non_blocking=True)
                         for name, kept in held.items()
                     }
-                self._update(shard, shard.decoupled_grad, used, group)
+                update(shard, shard.decoupled_grad, used, group)
                 for name in held if self._offload else ():
                     held[name].copy_(used[name], non_blocking=True)
             group["step"] += 1

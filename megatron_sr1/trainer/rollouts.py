@@ -9,9 +9,9 @@ raises here.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial, reduce
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from megatron_sr1.errors import DataError, GradingLimit
@@ -34,35 +34,15 @@ MAX_SHOWN_CHARACTERS = 200
 
 @dataclass(frozen=True)
 class Scored:
-    """A rollout with its verdicts."""
+    """A rollout with its verdicts.
+
+    `limit` says which limit of the grader a rollout of the same prompt met, if one did. Then the
+    prompt is left out as a whole, and the rewards are 0.
+    """
 
     rollout: Rollout
     reward: Reward
-
-
-@dataclass(frozen=True)
-class Graded:
-    """Rollouts after grading.
-
-    Attributes:
-        scored: rollouts with their verdicts; of each prompt all or none.
-        ungraded: index of each prompt with a rollout that met a limit of the grader -> which limit.
-        set_aside: rollouts of these prompts, with rewards of 0.
-    """
-
-    scored: tuple[Scored, ...] = ()
-    ungraded: Mapping[int, str] = field(default_factory=dict)
-    set_aside: tuple[Scored, ...] = ()
-
-    @property
-    def usable(self) -> tuple[Scored, ...]:
-        """The graded rollouts; if there are none, those set aside, so that a run continues."""
-        return self.scored or self.set_aside
-
-    def with_more(self, more: Graded) -> Graded:
-        """Append what was graded later."""
-        ungraded = {**self.ungraded, **more.ungraded}
-        return Graded(self.scored + more.scored, ungraded, self.set_aside + more.set_aside)
+    limit: str | None = None
 
 
 def roll_out_step(
@@ -82,36 +62,38 @@ def roll_out_step(
     """
     config, wanted = context.config, context.loader.per_step
     drawn = context.loader.next_step()
-    graded, counted = roll_out_prompts(context, engine, samples, scorer, drawn)
+    scored, counted = roll_out_prompts(context, engine, samples, scorer, drawn)
     refills = 0
     while config.algorithm.filter_groups and refills < config.algorithm.max_refills:
-        missing = wanted - len(credit([s.reward for s in graded.scored], config)[0].teaching)
+        graded = [s.reward for s in scored if s.limit is None]
+        missing = wanted - len(credit(graded, config)[0].teaching)
         further = context.loader.more(missing, drawn)
         if not further:
             break
         refills += 1
         drawn = drawn + further
         found, more = roll_out_prompts(context, engine, samples, scorer, further)
-        graded = graded.with_more(found)
+        scored += found
         counted = {name: value + more[name] for name, value in counted.items()}
     with context.phase("sleep"):
         engine.sleep()
-    counted["reward/ungraded_share"] = context.count_ungraded(graded.ungraded, len(drawn))
-    if not graded.usable:
+    usable, limits = without_ungraded(scored)
+    counted["reward/ungraded_share"] = context.count_ungraded(limits, len(drawn))
+    if not usable:
         raise DataError("no prompt of this step could be used; see the warnings above")
     if config.algorithm.filter_groups:
         counted["filter/refills"] = float(refills)
         counted["filter/drawn_prompts"] = float(len(drawn))
-    return list(graded.usable), counted
+    return usable, counted
 
 
 def roll_out_prompts(
     context: Context, engine: Engine, samples: Samples, scorer: Scorer, indices: Sequence[int]
-) -> tuple[Graded, dict[str, float]]:
+) -> tuple[list[Scored], dict[str, float]]:
     """Sample and score prompts on all replicas.
 
     Returns:
-        the graded rollouts in the order of `indices`, equal on every rank, and engine counts.
+        the rollouts in the order of `indices`, equal on every rank, and engine counts.
     """
     config = context.config
     with context.phase("prompts"):
@@ -134,9 +116,9 @@ def roll_out_prompts(
     if is_leader:
         context.throughput.count_rollouts(prompts, rollouts, samples.readings)
     with context.phase("reward"):
-        graded = score(rollouts if is_leader else (), samples, scorer)
+        own = score(rollouts if is_leader else (), samples, scorer)
     with context.phase("share"):
-        graded = gather_graded(graded, indices, context.groups)
+        scored = gather_scored(own, indices, context.groups)
         counts = {
             "rollout/response_tokens": stats.pass1_tokens,
             "rollout/reading_tokens": stats.pass2_tokens,
@@ -145,9 +127,8 @@ def roll_out_prompts(
             "rollout/distinct_readings": stats.num_prompts2,
             "rollout/engine_steps": stats.engine_steps,
         }
-        own = {name: float(value if is_leader else 0) for name, value in counts.items()}
-        counted = sum_over_ranks(context.groups, own)
-    return graded, counted
+        own_counts = {name: float(value * is_leader) for name, value in counts.items()}
+        return scored, sum_over_ranks(context.groups, own_counts)
 
 
 def read_prompts(
@@ -158,36 +139,38 @@ def read_prompts(
     return context.read_usable(samples.prompt, own, engine.is_replica_leader)
 
 
-def score(rollouts: Sequence[Rollout], samples: Samples, scorer: Scorer) -> Graded:
-    """Score rollouts, all or none of a prompt, against their samples' gold answers.
+def score(rollouts: Sequence[Rollout], samples: Samples, scorer: Scorer) -> list[Scored]:
+    """Score rollouts against their samples' gold answers.
 
     Raises:
         GradingError: the grader or the user's function is broken, or a gold answer; an answer never
             raises.
     """
     scored: list[Scored] = []
-    ungraded: dict[int, str] = {}
+    limits: dict[int, str] = {}
     raised: list[str] = []
     for rollout in rollouts:
-        if rollout.index in ungraded:
+        if rollout.index in limits:
             continue
         example = samples.example(rollout.index)
         name = f"{example.where} rollout {rollout.sample}"
         try:
             reward = scorer.score(name, rollout, example)
         except GradingLimit as error:
-            ungraded[rollout.index] = str(error)
+            limits[rollout.index] = str(error)
             continue
         scored.append(Scored(rollout, reward))
         if reward.uncomparable is not None:
             shown = repr((reward.answer or "")[:MAX_SHOWN_CHARACTERS])
             raised.append(f"{name}: answer {shown}, gold {example.answer!r}: {reward.uncomparable}")
-    _log_first("left out with its group", list(ungraded.values()))
+    _log_first("left out with its group", list(limits.values()))
     _log_first("counted as wrong, as reading or comparing it raised", raised)
-    left_out = (r for r in rollouts if r.index in ungraded)
-    aside = (Scored(r, scorer.ungraded(r, samples.example(r.index))) for r in left_out)
-    whole = tuple(s for s in scored if s.rollout.index not in ungraded)
-    return Graded(whole, ungraded, tuple(aside))
+    scored = [s for s in scored if s.rollout.index not in limits]
+    for rollout in rollouts:
+        if rollout.index in limits:
+            nothing = scorer.ungraded(rollout, samples.example(rollout.index))
+            scored.append(Scored(rollout, nothing, limits[rollout.index]))
+    return scored
 
 
 def _log_first(what: str, found: Sequence[str]) -> None:
@@ -197,18 +180,23 @@ def _log_first(what: str, found: Sequence[str]) -> None:
         log.warning("%s: %d more in this step", what, len(found) - MAX_LOGGED)
 
 
-def gather_graded(graded: Graded, order: Sequence[int], groups: Groups) -> Graded:
-    """Gather what all replicas' leaders graded on every rank; collective over all ranks.
+def gather_scored(own: list[Scored], order: Sequence[int], groups: Groups) -> list[Scored]:
+    """Gather what all replicas' leaders scored on every rank; collective over all ranks.
 
     The result is in the order of these indices of examples, samples ascending.
     """
     place = {index: number for number, index in enumerate(order)}
+    everyone = [s for part in gather_objects(own, groups.world) for s in part]
+    return sorted(everyone, key=lambda s: (place[s.rollout.index], s.rollout.sample))
 
-    def in_order(found: Iterable[Scored]) -> tuple[Scored, ...]:
-        return tuple(sorted(found, key=lambda s: (place[s.rollout.index], s.rollout.sample)))
 
-    whole = reduce(Graded.with_more, gather_objects(graded, groups.world))
-    return Graded(in_order(whole.scored), whole.ungraded, in_order(whole.set_aside))
+def without_ungraded(scored: Sequence[Scored]) -> tuple[list[Scored], dict[int, str]]:
+    """Return the graded rollouts, and by index the limit that each prompt left out met.
+
+    If nothing was graded, the rollouts left out are returned, so that a run continues.
+    """
+    limits = {s.rollout.index: s.limit for s in scored if s.limit is not None}
+    return [s for s in scored if s.limit is None] or list(scored), limits
 
 
 def reward_means(scored: Sequence[Scored]) -> dict[str, float]:
@@ -238,26 +226,19 @@ def reward_means(scored: Sequence[Scored]) -> dict[str, float]:
 
 
 def rollout_line(
-    step: int,
-    scored: Scored,
-    example: Example,
-    advantage: float,
-    description_advantage: float | None = None,
+    step: int, scored: Scored, example: Example, advantages: Mapping[str, float]
 ) -> dict[str, Any]:
     """Return a line of rollouts/step_N.jsonl, with both advantages if credit is per span."""
     rollout = scored.rollout
-    line = {
+    return {
         "step": step,
         "index": rollout.index,
         "sample": rollout.sample,
         **texts(rollout, example),
-        "advantage": advantage,
+        **advantages,
         "weight_version": rollout.weight_version,
         "reward": asdict(scored.reward),
     }
-    if description_advantage is not None:
-        line["description_advantage"] = description_advantage
-    return line
 
 
 def texts(rollout: Rollout, example: Example) -> dict[str, Any]:

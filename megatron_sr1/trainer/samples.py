@@ -6,11 +6,10 @@ keeps what it has read until `forget`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -26,14 +25,9 @@ from megatron_sr1.model.flops import patch_cost
 from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.model.row_split import sequence_multiple
 from megatron_sr1.model.transformer_config import fp8_row_multiple
-from megatron_sr1.records import Example, PackedBatch, Prompt, Rollout, TrainSample, VisionInputs
+from megatron_sr1.records import PackedBatch, Prompt, Rollout, TrainSample, VisionInputs
 from megatron_sr1.rewards.response import DESCRIPTION, bare_gold, find_span
 from megatron_sr1.runtime.groups import Group, Groups
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-T = TypeVar("T")
 
 
 def make_processor(config: Config) -> Processor:
@@ -46,6 +40,8 @@ class Samples:
     """Samples of a directory of shards.
 
     Attributes:
+        example: returns a sample's text by its index.
+        images: returns its decoded RGB images.
         readings: prompts of pass 2 since `forget`, token ids by example and description.
     """
 
@@ -61,11 +57,11 @@ class Samples:
                 "directory of shards (tools/make_shards.py writes them)"
             )
         self.reader = ShardReader(directory)
+        self.example = cache(self.reader.example)
+        self.images = cache(self.reader.images)
         self.processor = processor
         self._config = config
-        self._examples: dict[int, Example] = {}
         self._prompts: dict[int, Prompt] = {}
-        self._images: dict[int, Sequence[Image.Image]] = {}
         self._pixels: dict[int, VisionInputs] = {}
         self.readings: dict[tuple[int, str], tuple[int, ...]] = {}
 
@@ -73,17 +69,11 @@ class Samples:
         """Return the number of samples."""
         return len(self.reader)
 
-    def example(self, index: int) -> Example:
-        """Return the text of a sample."""
-        if index not in self._examples:
-            self._examples[index] = self.reader.example(index)
-        return self._examples[index]
-
     def prompt(self, index: int) -> Prompt:
         """Return the pass-1 prompt of a sample, with its images."""
         if index in self._prompts:
             return self._prompts[index]
-        example, images = self.example(index), self.reader.images(index)
+        example, images = self.example(index), self.images(index)
         recipe, data = self._config.reward.recipe, self._config.data
         with located(example.where):
             if example.answer is None:
@@ -99,18 +89,12 @@ class Samples:
         self._prompts[index] = prompt
         return prompt
 
-    def images(self, index: int) -> Sequence[Image.Image]:
-        """Return the decoded RGB images of a sample."""
-        kept = self._prompts.get(index)
-        return kept.images if kept else self._images.get(index) or self.reader.images(index)
-
     def vision(self, index: int) -> VisionInputs | None:
         """Return the pixels of a sample's images; None if it has none."""
         if index < 0 or not self.example(index).num_images:
             return None
         if index not in self._pixels:
             self._pixels[index] = self.processor.vision(self.images(index))
-            self._images.pop(index, None)
         return self._pixels[index]
 
     def reading_prompt(self, prompt: Prompt, description: str) -> tuple[int, ...]:
@@ -133,16 +117,15 @@ class Samples:
 
         Those of the description have `description_advantage` instead, if it is given.
         """
-        prompt = self.prompt(rollout.index)
-        num_prompt, num_response = len(prompt.token_ids), len(rollout.completion.token_ids)
-        token_ids = np.array((*prompt.token_ids, *rollout.completion.token_ids), np.int64)
-        in_response = np.arange(num_prompt + num_response) >= num_prompt
+        prompt, completion = self.prompt(rollout.index), rollout.completion
+        num_prompt = len(prompt.token_ids)
+        token_ids = np.array((*prompt.token_ids, *completion.token_ids), np.int64)
+        in_response = np.arange(len(token_ids)) >= num_prompt
         advantages = np.where(in_response, np.float32(advantage), np.float32(0))
         if description_advantage is not None and rollout.description is not None:
-            first, end = description_tokens(self.processor.pieces(rollout.completion.token_ids))
+            first, end = description_tokens(self.processor.pieces(completion.token_ids))
             advantages[num_prompt + first : num_prompt + end] = description_advantage
-        engine_logprobs = np.zeros(len(token_ids), np.float32)
-        engine_logprobs[num_prompt:] = rollout.completion.logprobs
+        engine_logprobs = np.array((0.0,) * num_prompt + completion.logprobs, np.float32)
         return TrainSample(
             index=rollout.index,
             num_images=prompt.example.num_images,
@@ -161,28 +144,14 @@ class Samples:
 
     def conversation(self, index: int) -> TrainSample:
         """Return a conversation as a sequence whose assistant turns are the targets."""
-        example = self.example(index)
-        self._images[index] = images = self.reader.images(index)
+        example, images = self.example(index), self.images(index)
         limit = self._config.data.max_prompt_tokens
         with located(example.where):
             return self.processor.encode_conversation(example, images, limit)
 
-    def own_part(
-        self,
-        update: Sequence[T],
-        size: Callable[[T], Size],
-        sample: Callable[[T], TrainSample],
-        data: Group,
-    ) -> list[TrainSample]:
-        """Return the samples of an update that this data-parallel rank trains on, balanced by cost.
-
-        If it has none, one without targets is returned, so that all ranks take part.
-        """
-        own = plan_ranks([size(item) for item in update], data.size, self._patch_cost)[data.rank]
-        if own:
-            return [sample(update[place]) for place in own]
-        spare = sample(update[0])
-        return [replace(spare, loss_mask=np.zeros_like(spare.loss_mask))]
+    def own_places(self, sizes: Sequence[Size], data: Group) -> list[int]:
+        """Return which samples of an update this data-parallel rank trains on, balanced by cost."""
+        return plan_ranks(sizes, data.size, self._patch_cost)[data.rank]
 
     def pack(self, chosen: Sequence[TrainSample], groups: Groups) -> list[PackedBatch]:
         """Pack this rank's samples into micro-batches within the token budget."""
@@ -205,14 +174,20 @@ class Samples:
 
     def forget(self) -> None:
         """Free what was read; after a step it is not needed again for long."""
-        kept = (self._examples, self._prompts, self._images, self._pixels, self.readings)
-        for found in kept:
-            found.clear()
+        for kept in (self._prompts, self._pixels, self.readings):
+            kept.clear()
+        self.example.cache_clear()
+        self.images.cache_clear()
 
     @cached_property
     def _patch_cost(self) -> float:
         """Cost of an image's patch, in text tokens."""
         return patch_cost(read_hf_config(self.processor.model_dir))
+
+
+def without_targets(sample: TrainSample) -> TrainSample:
+    """Return a sample that teaches nothing, for a rank with no other: all ranks take part."""
+    return replace(sample, loss_mask=np.zeros_like(sample.loss_mask))
 
 
 def description_tokens(pieces: Sequence[str]) -> tuple[int, int]:

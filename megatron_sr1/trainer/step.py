@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -40,10 +40,7 @@ function of ours lies between."""
 
 
 def sample_logprobs(
-    actor: Actor,
-    samples: Sequence[TrainSample],
-    batches: Sequence[PackedBatch],
-    temperature: float,
+    actor: Actor, samples: Sequence[TrainSample], batches: Sequence[PackedBatch], temperature: float
 ) -> list[np.ndarray]:
     """Return the logprobs of every sample's targets under the actor's weights, without gradients.
 
@@ -53,17 +50,18 @@ def sample_logprobs(
     Returns:
         per sample [tokens] float32; entry t is the logprob of token t, 0 if it is no target.
     """
+    pipeline, device = actor.groups.pipeline, actor.groups.device
     with torch.no_grad(), cpu.megatron_mode():
-        logprobs = _schedule(actor, actor.chunks, batches, temperature, loss=None)()
-    rows = _from_last_stage(logprobs[: len(batches)], batches, actor)
-    found: list[np.ndarray] = [np.zeros(0, np.float32)] * len(samples)
-    for batch, row in zip(batches, rows, strict=True):
-        borders = batch.cu_seqlens.tolist()
-        for place, start in zip(batch.sample_ids, borders[:-1], strict=False):
-            num_tokens = len(samples[place].token_ids)
-            own = np.zeros(num_tokens, np.float32)
-            own[1:] = row[start : start + num_tokens - 1]
-            found[place] = own
+        rows = _schedule(actor, actor.chunks, batches, temperature, loss=None)()
+    if not actor.groups.is_last_stage:
+        rows = [torch.empty(b.input_ids.shape, dtype=torch.float32, device=device) for b in batches]
+    found = [np.zeros(len(sample.token_ids), np.float32) for sample in samples]
+    for batch, row in zip(batches, rows, strict=False):  # rows of padding are left out
+        if pipeline.size > 1:
+            dist.broadcast(row, src=pipeline.ranks[-1], group=pipeline.process_group)
+        values = row[0].cpu().numpy()
+        for place, start in zip(batch.sample_ids, batch.cu_seqlens.tolist(), strict=False):
+            found[place][1:] = values[start : start + len(found[place]) - 1]
     return found
 
 
@@ -135,11 +133,9 @@ def _measured(reported: Sequence[Sums], groups: Groups) -> dict[str, float]:
         sums[name] = add(sums[name], found) if name in sums else found
     counted = groups.is_last_stage and groups.tensor.rank == 0 and groups.counts_tokens
     names: list[Any] = [sorted(sums)]
-    if groups.pipeline.size > 1:
-        dist.broadcast_object_list(
-            names, src=groups.pipeline.ranks[-1], group=groups.pipeline.process_group
-        )
-    device = groups.device
+    pipeline, device = groups.pipeline, groups.device
+    if pipeline.size > 1:
+        dist.broadcast_object_list(names, pipeline.ranks[-1], pipeline.process_group)
     totals = torch.zeros(len(names[0]), 2, dtype=torch.float64, device=device)
     if counted:
         totals = torch.stack([sums[name].to(device) for name in names[0]])
@@ -178,7 +174,7 @@ def _schedule(
         rows += [empty_row(sequence_multiple(groups.context.size) * groups.tensor.size)] * missing
 
     def forward(iterator: Iterator[PackedBatch], model: Any) -> tuple[torch.Tensor, Any]:
-        batch = to_device(next(iterator), actor.first_device)
+        batch = to_device(next(iterator), groups.device)
         output = model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
@@ -188,7 +184,7 @@ def _schedule(
             wanted=batch.loss_mask != 0,
             temperature=temperature,
         )
-        return output, loss and partial(loss if batch.sample_ids else _no_loss, batch=batch)
+        return output, loss and partial(loss, batch=batch)
 
     return partial(
         get_forward_backward_func(),
@@ -204,11 +200,10 @@ def _schedule(
 
 def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
     """Return the batch with its tensors on `device`."""
-    moved: dict[str, Any] = {
-        f.name: getattr(batch, f.name).to(device, non_blocking=True)
-        for f in fields(batch)
-        if isinstance(getattr(batch, f.name), torch.Tensor)
-    }
+    moved: dict[str, Any] = {}
+    for name, value in vars(batch).items():
+        if isinstance(value, torch.Tensor):
+            moved[name] = value.to(device, non_blocking=True)
     if batch.vision is not None:
         pixels = batch.vision.pixel_values.to(device, non_blocking=True)
         moved["vision"] = replace(batch.vision, pixel_values=pixels)
@@ -217,33 +212,14 @@ def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
 
 def empty_row(num_tokens: int) -> PackedBatch:
     """Return a row of padding without samples or targets."""
-    nothing = torch.zeros(1, num_tokens, dtype=torch.int64)
+    nothing, ids = torch.zeros(1, num_tokens), torch.zeros(1, num_tokens, dtype=torch.int64)
     return PackedBatch(
         sample_ids=(),
-        input_ids=nothing,
-        labels=nothing,
-        loss_mask=torch.zeros(1, num_tokens),
+        input_ids=ids,
+        labels=ids,
+        loss_mask=nothing,
         position_ids=torch.arange(num_tokens).expand(3, 1, -1),
         cu_seqlens=torch.tensor([0, num_tokens], dtype=torch.int32),
-        vision=None,
+        advantages=nothing,
+        engine_logprobs=nothing,
     )
-
-
-def _no_loss(output: torch.Tensor, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor, Sums]:
-    return 0 * output.sum(), torch.zeros([], dtype=torch.int32), {}
-
-
-def _from_last_stage(
-    logprobs: list[torch.Tensor], batches: Sequence[PackedBatch], actor: Actor
-) -> list[np.ndarray]:
-    """Broadcast the last stage's rows [T] to all stages."""
-    pipeline = actor.groups.pipeline
-    if pipeline.size > 1:
-        if not actor.groups.is_last_stage:
-            logprobs = [
-                torch.empty(b.input_ids.shape, dtype=torch.float32, device=actor.first_device)
-                for b in batches
-            ]
-        for row in logprobs:
-            dist.broadcast(row, src=pipeline.ranks[-1], group=pipeline.process_group)
-    return [row[0].cpu().numpy() for row in logprobs]

@@ -22,7 +22,7 @@ from megatron_sr1.data.processor import Processor
 from megatron_sr1.data.shards import first_with_image
 from megatron_sr1.errors import EngineError
 from megatron_sr1.model.hf_config import read_hf_config
-from megatron_sr1.records import TrainSample
+from megatron_sr1.records import Completion, Rollout
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.runtime.groups import Groups
 from megatron_sr1.trainer.actor import Actor, load_actor_model
@@ -105,18 +105,13 @@ class Canary:
         lead, answer = self._samples.gold_answer(prompt)
         response = (*lead, *answer)
         with context.phase("canary"):
-            engine_logprobs = engine.logprobs(prompt.engine_token_ids, response, prompt.images)
-            token_ids = np.array((*prompt.token_ids, *response), np.int64)
-            sample = TrainSample(
-                index=self._index,
-                num_images=prompt.example.num_images,
-                token_ids=token_ids,
-                loss_mask=np.arange(len(token_ids)) >= len(prompt.token_ids),
-                image_grid_thw=prompt.image_grid_thw,
-            )
+            logprobs = engine.logprobs(prompt.engine_token_ids, response, prompt.images)
+            given = Completion(response, tuple(logprobs), "", "given")
+            rollout = Rollout(self._index, 0, prompt.token_ids, given, None, None, context.step)
+            sample = self._samples.train_sample(rollout, advantage=0.0)
             batches = self._samples.pack([sample], context.groups)
             (actor_logprobs,) = sample_logprobs(actor, [sample], batches, temperature=1.0)
-        worst = float(np.abs(np.array(engine_logprobs) - actor_logprobs[-len(response) :]).max())
+        worst = float(np.abs(np.array(logprobs) - actor_logprobs[-len(response) :]).max())
         if not worst <= self._bound:
             raise EngineError(
                 f"canary: engine and actor disagree by {worst:.2g} nats on a fixed response to a "

@@ -7,15 +7,17 @@ operations, docs/observing.md describes the metrics.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from megatron_sr1.checkpoint.mapping import is_tower_frozen
+from megatron_sr1.config.run import Config
 from megatron_sr1.model import flops
 from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.records import Prompt, Rollout, TrainSample
 from megatron_sr1.runtime.gpus import peak_of
+from megatron_sr1.runtime.groups import Groups, sum_over_ranks
 
 PHASES = {
     "rollout": ("pass1", "pass2"),
@@ -33,15 +35,11 @@ Readings = Mapping[tuple[int, str], tuple[int, ...]]
 class Throughput:
     """Counts a step's work, and converts it to metrics."""
 
-    def __init__(
-        self, hf_config: HFConfig, freeze: Sequence[str], num_ranks: int, peak_flops: float | None
-    ) -> None:
-        """Start the first step.
-
-        `peak_flops` are a rank's operations per second; if they are unknown, there is no MFU.
-        """
-        self._hf_config, self._num_ranks, self._peak = hf_config, num_ranks, peak_flops
-        self._tower_factor = 1 if is_tower_frozen(hf_config, freeze) else TRAINED
+    def __init__(self, config: Config, hf_config: HFConfig, groups: Groups) -> None:
+        """Start the first step."""
+        self._hf_config, self._groups = hf_config, groups
+        self._peak = peak_flops(config.logging.peak_tflops, groups.device)
+        self._tower_factor = 1 if is_tower_frozen(hf_config, config.model.freeze) else TRAINED
         self._reset()
 
     def count_rollouts(
@@ -64,31 +62,26 @@ class Throughput:
         self._add("rollout", work, sum(tokens for _, tokens in counts))
 
     def count_samples(self, phase: str, samples: Sequence[TrainSample]) -> None:
-        """Add sequences that the actor processed; on one of the ranks that share them.
+        """Add sequences that the actor processed, once for the ranks that share them.
 
         All phases but update are forward passes. Samples without targets are not counted: they
         only keep a rank busy.
         """
-        learns = phase == "update"
-        for sample in samples:
+        for sample in samples if self._groups.is_replica_leader else ():
             if sample.loss_mask.any():
                 tokens = len(sample.token_ids)
                 text = self._text(tokens, int(sample.loss_mask.sum()))
                 tower = self._tower(sample.image_grid_thw)
-                if learns:
+                if phase == "update":
                     text, tower = TRAINED * text, self._tower_factor * tower
                 self._add(phase, text + tower, tokens)
 
-    def take(
-        self,
-        times: Mapping[str, float],
-        sum_over_ranks: Callable[[Mapping[str, float]], dict[str, float]],
-    ) -> dict[str, float]:
+    def take(self, times: Mapping[str, float]) -> dict[str, float]:
         """Return the metrics of a step with these `time/…_seconds`, and start the next one.
 
-        Collective over all ranks, as `sum_over_ranks` is.
+        Collective over all ranks.
         """
-        total = sum_over_ranks(self._counted)
+        total = sum_over_ranks(self._groups, self._counted)
         self._reset()
         metrics: dict[str, float] = {}
         for phase, timed in PHASES.items():
@@ -101,7 +94,7 @@ class Throughput:
     def _rates(self, phase: str, work: float, tokens: float, seconds: float) -> dict[str, float]:
         if not tokens or seconds <= 0:
             return {}
-        per_rank = work / seconds / self._num_ranks
+        per_rank = work / seconds / self._groups.world.size
         rates = {
             f"perf/{phase}_tokens_per_second": tokens / seconds,
             f"perf/{phase}_tflops_per_rank": per_rank / 1e12,

@@ -38,7 +38,8 @@ def test_ranks_that_differ_are_reported(run_ranks, tmp_path):
         r"\[ FAIL \] torch +\d.*: rank 0; 2.0.0: rank 1",
         r"\[ warn \] clocks +\+(6999|700\d)\.",
         "-> synchronize the machines' clocks",
-        r"\[ FAIL \] run directory +rank 0 does not see files of 1; rank 1 does not see files of 0",
+        r"\[ FAIL \] run directory +rank 0 does not see files of rank 1; rank 1 does not see files "
+        "of rank 0",
         "cannot train together yet: torch, run directory.",
     ):
         assert re.search(words, done.stdout), done.stdout

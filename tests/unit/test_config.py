@@ -3,12 +3,12 @@
 import json
 import math
 import re
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 
 import pytest
 
 from megatron_sr1.config.fields import accepted, settings
-from megatron_sr1.config.loading import load_config, to_dict
+from megatron_sr1.config.loading import load_config
 from megatron_sr1.config.rules import validate
 from megatron_sr1.config.run import Config, keys
 from megatron_sr1.errors import ConfigError
@@ -156,7 +156,7 @@ def test_a_missing_mandatory_key_is_named():
 
 
 def test_every_key_is_saved_with_the_run():
-    saved = to_dict(load_config(None, ["model.path=x"]))
+    saved = asdict(load_config(None, ["model.path=x"]))
     for key in keys():
         value = saved
         for part in key.split("."):
@@ -350,7 +350,7 @@ def test_no_value_of_any_kind_of_key_ends_in_a_library_error(text):
             assert "\n" not in str(error) and key in str(error)
             assert not re.search(r"OmegaConf|Node|Config\b|NoneType|Merge", str(error))
         else:
-            json.dumps(to_dict(config))
+            json.dumps(asdict(config))
 
 
 @pytest.mark.field

@@ -41,7 +41,7 @@ def test_scalar_credit_is_the_sums():
     # totals 2.0, 1.0, 1.1, 0.1: mean 1.05
     got, stats = given(VERDICTS, advantage="dr_grpo")
     assert got.advantages[0] == pytest.approx([0.95, -0.05, 0.05, -0.95], rel=1e-5)
-    assert got.advantages_of(0, 3) == (pytest.approx(-0.95), None) and not got.by_span
+    assert got.advantages_of(3) == {"advantage": pytest.approx(-0.95)}
     assert set(stats) == {"groups/no_spread", "groups/floored", "groups/std"}
 
 
@@ -50,16 +50,16 @@ def test_components_are_normalised_apart_and_then_added():
     got, stats = given(VERDICTS, credit="component", answer_weight=0.5, visual_weight=0.25)
     expected = [0.75 * OUT, 0.25 * OUT, -0.25 * OUT, -0.75 * OUT]
     assert got.advantages[0] == pytest.approx(expected, rel=1e-5)
-    assert got.advantages_of(0, 0)[1] is None
+    assert set(got.advantages_of(0)) == {"advantage"}
     assert stats["groups/answer_no_spread"] == stats["groups/visual_no_spread"] == 0.0
 
 
 def test_the_description_learns_from_the_visual_reward_and_the_rest_from_the_answers():
     got, _ = given(VERDICTS, credit="span")
-    assert got.by_span
     assert got.advantages[0] == pytest.approx([OUT, OUT, -OUT, -OUT], rel=1e-5)
     assert got.description_advantages[0] == pytest.approx([OUT, -OUT, OUT, -OUT], rel=1e-5)
-    assert got.advantages_of(0, 1) == (pytest.approx(OUT), pytest.approx(-OUT))
+    both = {"advantage": pytest.approx(OUT), "description_advantage": pytest.approx(-OUT)}
+    assert got.advantages_of(1) == both
 
 
 def test_format_adds_its_share_to_both_components():
@@ -76,7 +76,9 @@ def test_a_text_only_prompt_has_its_answers_advantage_at_full_strength(kind):
     got, stats = given(verdicts, credit=kind, answer_weight=0.4, visual_weight=0.6)
     expected = pytest.approx([OUT, OUT, -OUT, -OUT], rel=1e-5)
     assert got.advantages[0] == expected
-    assert got.description_advantages[0] == expected
+    assert (got.description_advantages is None) == (kind == "component")
+    if kind == "span":
+        assert got.description_advantages[0] == expected
     assert stats["groups/visual_no_spread"] == 0.0  # no group has the reward, so none lacks spread
 
 
@@ -126,8 +128,9 @@ def test_an_unpaid_leak_has_no_self_reward():
 
 def test_a_rollout_names_both_advantages_only_by_span():
     numbers = np.array([[1.0, 2.0]], np.float32)
-    assert Credit(numbers, numbers + 1).advantages_of(0, 1) == (2.0, None)
-    assert Credit(numbers, numbers + 1, by_span=True).advantages_of(0, 1) == (2.0, 3.0)
+    assert Credit(numbers).advantages_of(1) == {"advantage": 2.0}
+    both = {"advantage": 2.0, "description_advantage": 3.0}
+    assert Credit(numbers, numbers + 1).advantages_of(1) == both
 
 
 @pytest.mark.parametrize(

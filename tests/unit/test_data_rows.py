@@ -164,7 +164,7 @@ def test_saved_lines_name_further_gold_answers_only_if_there_are_any(read):
     for answer, wanted in ((["1", "2"], ["2"]), ("1", None)):
         record = read({"problem": "q", "answer": answer})
         example = example_from_stored(stored(record), index=0, key="k", shard="s.tar")
-        line = rollout_line(1, scored, example, 0.0)
+        line = rollout_line(1, scored, example, {"advantage": 0.0})
         assert line["gold"] == "1" and line.get("other_golds") == wanted
 
 

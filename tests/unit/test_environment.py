@@ -72,7 +72,9 @@ class Fail:
             raise RuntimeError("operator torchvision::nms does not exist")
 sys.meta_path.insert(0, Fail())
 from megatron_sr1.runtime.cpu import patch_torchvision
-assert patch_torchvision() and patch_torchvision()
+patch_torchvision()
+patch_torchvision()
+assert sys.modules["torchvision._meta_registrations"].__spec__ is None
 from torchvision.transforms.v2 import functional
 """
 

@@ -2,13 +2,14 @@
 
 import json
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
 from megatron_sr1.cli import main
-from megatron_sr1.config.loading import load_config, to_dict
+from megatron_sr1.config.loading import load_config
 from megatron_sr1.config.run import Config
 from megatron_sr1.model.hf_config import parse_hf_config
 
@@ -57,9 +58,9 @@ def test_the_large_examples_have_the_papers_numbers(size):
 
 @pytest.mark.parametrize("size", ["3b", "7b"])
 def test_the_comparisons_differ_from_vision_sr1_in_their_recipe_alone(size):
-    usual = to_dict(load_config(EXAMPLES / f"qwen25vl_{size}.yaml"))
+    usual = asdict(load_config(EXAMPLES / f"qwen25vl_{size}.yaml"))
     for recipe in ("see_think", "vision_r1"):
-        other = to_dict(load_config(EXAMPLES / f"qwen25vl_{size}_{recipe}.yaml"))
+        other = asdict(load_config(EXAMPLES / f"qwen25vl_{size}_{recipe}.yaml"))
         assert other["reward"].pop("recipe") == recipe and other.pop("output")
         assert other == {
             **{key: value for key, value in usual.items() if key != "output"},

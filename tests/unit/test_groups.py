@@ -9,7 +9,8 @@ import os
 import torch.distributed as dist
 from megatron_sr1.config.run import ParallelConfig
 from megatron_sr1.runtime.device import select_device, start_distributed
-from megatron_sr1.runtime.groups import destroy_groups, make_groups
+from megatron_sr1.runtime.groups import make_groups
+from tests.layouts import destroy_groups
 
 device = select_device("cpu")
 start_distributed(device)

@@ -10,6 +10,7 @@ import math
 import pytest
 import torch
 
+from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.config.training import AlgorithmConfig
 from megatron_sr1.errors import EngineError
 from megatron_sr1.records import PackedBatch
@@ -54,7 +55,8 @@ def run_pairs(
         reference_logprobs=None if reference is None else row(reference),
     )
     algorithm = AlgorithmConfig(**{"kl_coefficient": 0.0, **chosen})
-    loss, denominator, reported = grpo_loss(algorithm, bound, MAX_RESPONSE)(policy, batch)
+    rollout = RolloutConfig(max_response_tokens=MAX_RESPONSE, mismatch_bound=bound)
+    loss, denominator, reported = grpo_loss(algorithm, rollout)(policy, batch)
     loss.backward()
     assert reported.pop("loss") == (loss, denominator)
     outside = [i for i in range(9) if i not in TARGETS]

@@ -12,6 +12,7 @@ import itertools
 import pytest
 import torch
 
+from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.config.training import AlgorithmConfig
 from megatron_sr1.records import PackedBatch
 from megatron_sr1.trainer.objective import grpo_loss
@@ -48,7 +49,8 @@ def evaluate(rows, algorithm, outside=0.0):
         algorithm: values of `AlgorithmConfig`.
         outside: value of the logprobs outside the targets, padding included.
     """
-    loss = grpo_loss(AlgorithmConfig(kl_coefficient=0.1, **algorithm), 0.0, 16)
+    chosen = AlgorithmConfig(kl_coefficient=0.1, **algorithm)
+    loss = grpo_loss(chosen, RolloutConfig(max_response_tokens=16))
     total, denominator, gradients, sums = 0.0, 0.0, [], {}
     for row in rows:
         lengths = [len(s["mask"]) for s in row] + [2]  # two places of padding

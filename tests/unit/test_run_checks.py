@@ -258,6 +258,8 @@ def test_ctrl_c_says_what_was_saved_and_how_to_continue(made, tmp_path, num_rank
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A shell's background jobs ignore Ctrl-C, and so would their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stdout.readline() == "up\n"
     time.sleep(0.2)  # the launcher installs its handler after the start of the ranks

@@ -17,7 +17,7 @@ from megatron_sr1.records import Completion, Example, Message, Rollout
 from megatron_sr1.rewards.math_worker import Uncomparable
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.trainer.context import Context
-from megatron_sr1.trainer.rollouts import Graded, gather_graded, reward_means, score
+from megatron_sr1.trainer.rollouts import gather_scored, reward_means, score, without_ungraded
 
 SLOW = "(x+y+z)^{99}"
 GOLDS = ("x+1", "2x", "5", "7")
@@ -49,9 +49,9 @@ def scorer():
 def test_a_slow_rollout_excludes_its_own_group_only(scorer, caplog):
     rollouts = group(0, "1+x", SLOW, "x+1") + group(1, "x+x", "3x", "2x")
     with caplog.at_level(logging.WARNING):
-        graded = score(rollouts, Texts(), scorer)
-    assert set(graded.ungraded) == {0}
-    assert [(s.rollout.index, s.reward.accuracy) for s in graded.scored] == [(1, 1), (1, 0), (1, 1)]
+        graded, limits = without_ungraded(score(rollouts, Texts(), scorer))
+    assert set(limits) == {0}
+    assert [(s.rollout.index, s.reward.accuracy) for s in graded] == [(1, 1), (1, 0), (1, 1)]
     (record,) = caplog.records
     assert "a.tar sample 000000 rollout 1: comparing answer '(x+y+z)^{99}'" in record.message
     assert "took more than 3 s" in record.message
@@ -59,9 +59,9 @@ def test_a_slow_rollout_excludes_its_own_group_only(scorer, caplog):
 
 def test_groups_may_be_interleaved_and_a_late_limit_excludes_what_was_scored(scorer):
     rollouts = [*group(0, "1+x"), *group(1, "x+x"), rollout(0, 1, SLOW), rollout(1, 1, "3x")]
-    graded = score(rollouts, Texts(), scorer)
-    assert set(graded.ungraded) == {0}
-    assert [(s.rollout.index, s.rollout.sample) for s in graded.scored] == [(1, 0), (1, 1)]
+    graded, limits = without_ungraded(score(rollouts, Texts(), scorer))
+    assert set(limits) == {0}
+    assert [(s.rollout.index, s.rollout.sample) for s in graded] == [(1, 0), (1, 1)]
 
 
 def test_a_grader_that_breaks_raises_at_once(monkeypatch):
@@ -105,11 +105,12 @@ def test_only_a_share_above_the_configured_one_stops_the_run(context):
 
 
 def test_where_nothing_could_be_graded_the_rollouts_count_as_wrong(scorer):
-    graded = score(group(0, "1+x", SLOW), Texts(), scorer)
-    assert graded.scored == () and [s.rollout.sample for s in graded.usable] == [0, 1]
-    assert all(s.reward.total == 0 and s.reward.accuracy == 0 for s in graded.usable)
-    both = graded.with_more(score(group(2, "5"), Texts(), scorer))
-    assert [s.rollout.index for s in both.usable] == [2] and set(both.ungraded) == {0}
+    scored = score(group(0, "1+x", SLOW), Texts(), scorer)
+    usable, limits = without_ungraded(scored)
+    assert [s.rollout.sample for s in usable] == [0, 1] and set(limits) == {0}
+    assert all(s.limit and s.reward.total == 0 and s.reward.accuracy == 0 for s in usable)
+    usable, limits = without_ungraded(scored + score(group(2, "5"), Texts(), scorer))
+    assert [s.rollout.index for s in usable] == [2] and set(limits) == {0}
 
 
 @pytest.mark.field
@@ -120,10 +121,10 @@ def test_answers_on_which_a_library_raises_are_wrong_counted_and_named(scorer, c
     monkeypatch.setattr("megatron_sr1.rewards.math_worker.MathWorker.equal", broken)
     with caplog.at_level(logging.WARNING):
         graded = score(group(0, "1+x", "x+1", "2+x", "3+x", "4+x", "5+x"), Texts(), scorer)
-    assert not graded.ungraded
-    assert [s.reward.accuracy for s in graded.scored] == [0, 1, 0, 0, 0, 0]
-    assert reward_means(graded.scored)["reward/uncomparable"] == 5
-    assert [s.reward.uncomparable for s in graded.scored][:2] == ["KeyError: 1+x", None]
+    assert all(s.limit is None for s in graded)
+    assert [s.reward.accuracy for s in graded] == [0, 1, 0, 0, 0, 0]
+    assert reward_means(graded)["reward/uncomparable"] == 5
+    assert [s.reward.uncomparable for s in graded][:2] == ["KeyError: 1+x", None]
     messages = [record.message for record in caplog.records]
     assert len(messages) == 4
     assert "rollout 0: answer '1+x', gold 'x+1': KeyError: 1+x" in messages[0]
@@ -132,8 +133,8 @@ def test_answers_on_which_a_library_raises_are_wrong_counted_and_named(scorer, c
 
 def test_gathering_gives_back_all_of_a_world_of_one(groups, scorer):
     graded = score(group(2, "5") + group(3, "6"), Texts(), scorer)
-    assert gather_graded(graded, [3, 2], groups).scored == graded.scored[::-1]
-    assert gather_graded(Graded(), [3, 2], groups) == Graded()
+    assert gather_scored(graded, [3, 2], groups) == graded[::-1]
+    assert gather_scored([], [3, 2], groups) == []
 
 
 def main(output):
@@ -151,16 +152,16 @@ def main(output):
     with Scorer(RewardConfig("vision_r1", grader_timeout_seconds=2.0)) as scorer:
         mine = group(0, "1+x", SLOW) + group(1, "x+x", "3x") if rank else group(2, "5", "6")
         graded = score(mine, Texts(), scorer)
-    everyone = gather_graded(graded, [1, 2, 0], groups)
-    share_of_step = context.count_ungraded(everyone.ungraded, 3)
+    usable, limits = without_ungraded(gather_scored(graded, [1, 2, 0], groups))
+    share_of_step = context.count_ungraded(limits, 3)
     result = {
         "share": share_of_step,
-        "kept": [(s.rollout.index, s.rollout.sample) for s in everyone.scored],
-        "accuracy": reward_means(everyone.scored)["reward/accuracy"],
+        "kept": [(s.rollout.index, s.rollout.sample) for s in usable],
+        "accuracy": reward_means(usable)["reward/accuracy"],
         "ungraded": context.ungraded,
     }
     try:
-        context.count_ungraded(everyone.ungraded, 1)
+        context.count_ungraded(limits, 1)
     except GradingError as error:
         result["error"] = str(error)
     (Path(output) / f"{rank}.json").write_text(json.dumps(result))

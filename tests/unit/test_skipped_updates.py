@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megatron_sr1.config.loading import load_config
+from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.config.training import AlgorithmConfig
 from megatron_sr1.data.packing import pack_samples
 from megatron_sr1.records import TrainSample
@@ -75,7 +76,7 @@ def test_an_update_without_a_token_in_the_loss_leaves_everything_as_it_is(
 
     def learn(bound):
         algorithm = AlgorithmConfig(mask_beyond_nats=bound, importance_sampling="token")
-        return update(actor, batches, grpo_loss(algorithm, 0.0, 64), 1.0)
+        return update(actor, batches, grpo_loss(algorithm, RolloutConfig()), 1.0)
 
     first = learn(0.0)
     before = state_of(actor)

@@ -4,13 +4,17 @@ The model (tests/planned_models.py): 4 text layers of width 64, 8 query and 4 ke
 172, vocabulary of 131; a tower of 3 blocks of width 48, MLP of 100, one block with full attention.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from megatron_sr1.config.run import Config, ModelConfig
 from megatron_sr1.model.hf_config import parse_hf_config
 from megatron_sr1.records import Completion, Example, Message, Prompt, Reading, Rollout, TrainSample
 from megatron_sr1.runtime.gpus import DEVICE_NAMES, GPUS, peak_of
+from megatron_sr1.trainer import throughput
 from megatron_sr1.trainer.throughput import Throughput, peak_flops
 from tests.planned_models import raw_config
 
@@ -38,14 +42,32 @@ def sample(tokens, grids=(), targets=1):
     return TrainSample(0, len(grids), np.zeros(tokens, np.int64), mask, grids)
 
 
+@pytest.fixture
+def count(groups, monkeypatch):
+    """Makes a counter of two ranks that do the same."""
+
+    def summed(_, values):
+        return {name: 2 * value for name, value in values.items()}
+
+    monkeypatch.setattr(throughput, "sum_over_ranks", summed)
+
+    def make(freeze=(), peak_tflops=0.0, tensor_rank=0):
+        config = Config(model=ModelConfig(freeze=list(freeze)))
+        config.logging.peak_tflops = peak_tflops
+        tensor = replace(groups.tensor, rank=tensor_rank)
+        two = replace(groups, world=replace(groups.world, size=2), tensor=tensor)
+        return Throughput(config, HF_CONFIG, two)
+
+    return make
+
+
 def take(counter, **seconds):
-    """Metrics of a step with these times, on two ranks that did the same."""
-    times = {f"time/{name}_seconds": value for name, value in seconds.items()}
-    return counter.take(times, lambda sums: {name: 2 * value for name, value in sums.items()})
+    """Metrics of a step with these times."""
+    return counter.take({f"time/{name}_seconds": value for name, value in seconds.items()})
 
 
-def test_an_update_is_three_forward_passes_over_text_and_images():
-    counter = Throughput(HF_CONFIG, [], num_ranks=2, peak_flops=1e9)
+def test_an_update_is_three_forward_passes_over_text_and_images(count):
+    counter = count(peak_tflops=1e-3)
     counter.count_samples("update", [sample(20, (GRID,), 7), sample(10), sample(30, targets=0)])
     work = 3 * (sequence(20, 7) + TOWER + sequence(10, 1))
     assert take(counter, update=0.5, step=2.0) == pytest.approx(
@@ -62,8 +84,8 @@ def test_an_update_is_three_forward_passes_over_text_and_images():
     assert take(counter, update=0.5, step=2.0) == {}, "the former step counts again"
 
 
-def test_a_frozen_tower_goes_forward_once_and_logprobs_are_a_forward_pass():
-    counter = Throughput(HF_CONFIG, ["^visual[.]"], num_ranks=2, peak_flops=1e9)
+def test_a_frozen_tower_goes_forward_once_and_logprobs_are_a_forward_pass(count):
+    counter = count(["^visual[.]"], peak_tflops=1e-3)
     for phase in ("old_logprobs", "reference", "update"):
         counter.count_samples(phase, [sample(20, (GRID,))])
     told = take(counter, old_logprobs=1.0, reference=4.0, update=1.0, step=10.0)
@@ -74,7 +96,16 @@ def test_a_frozen_tower_goes_forward_once_and_logprobs_are_a_forward_pass():
     assert told["perf/step_mfu"] == pytest.approx((2 * forward + update) / 1e10)
 
 
-def test_a_rollout_is_its_prompt_once_and_what_both_passes_sample():
+def test_of_the_ranks_that_share_samples_only_the_first_counts_them(count):
+    found = []
+    for tensor_rank in (0, 1):
+        counter = count(tensor_rank=tensor_rank)
+        counter.count_samples("update", [sample(20)])
+        found.append(take(counter, update=1.0, step=1.0))
+    assert found[0] and not found[1]
+
+
+def test_a_rollout_is_its_prompt_once_and_what_both_passes_sample(count):
     example = Example(5, "000005", "a.tar", (Message("user", "<image>?"),), "7", 1)
     prompt = Prompt(example, (0,) * 30, (0,) * 15, (), (GRID,))
 
@@ -91,7 +122,7 @@ def test_a_rollout_is_its_prompt_once_and_what_both_passes_sample():
         rollout(1, 6, "two", 4),  # the same description is read once
         rollout(2, 2, None),
     ]
-    counter = Throughput(HF_CONFIG, [], num_ranks=2, peak_flops=None)
+    counter = count()
     counter.count_rollouts([prompt], rollouts, {(5, "two"): (0,) * 12, (5, ""): (0,) * 9})
     prompts = 30 * TOKEN + 30 * 15 * PAIR + TOWER + 12 * TOKEN + 12 * 6 * PAIR
     sampled = sum(

@@ -29,11 +29,11 @@ from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.model.qwen25_vl import build_model
 from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.device import select_device, start_distributed
-from megatron_sr1.runtime.groups import destroy_groups, make_groups
+from megatron_sr1.runtime.groups import make_groups
 from megatron_sr1.runtime.rng import seed_everything
 from megatron_sr1.trainer.actor import make_actor
 from megatron_sr1.trainer.step import update
-from tests.layouts import layout_settings, pack_rows, random_samples
+from tests.layouts import destroy_groups, layout_settings, pack_rows, random_samples
 
 
 def start(layout, source):

@@ -21,17 +21,18 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from megatron_sr1.config.loading import load_config
+from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.config.run import Config
 from megatron_sr1.config.training import AlgorithmConfig
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.records import PackedBatch, TrainSample
 from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.device import select_device, start_distributed
-from megatron_sr1.runtime.groups import Groups, destroy_groups, gather_objects, make_groups
+from megatron_sr1.runtime.groups import Groups, gather_objects, make_groups
 from megatron_sr1.trainer.actor import Actor, load_actor_model, make_actor
 from megatron_sr1.trainer.objective import grpo_loss
 from megatron_sr1.trainer.step import update
-from tests.layouts import exported, pack_rows, published_gradients, random_samples
+from tests.layouts import destroy_groups, exported, pack_rows, published_gradients, random_samples
 
 NUM_UPDATES, LEARNING_RATE, TEMPERATURE = 2, 1e-3, 0.7
 EPSILON = 1e-4
@@ -114,7 +115,7 @@ def run(
     destroy_groups()
     groups = make_groups(config.parallel, select_device("cpu"))
     rows = make_rows(config, groups, processor, variant.packing)
-    loss = grpo_loss(AlgorithmConfig(kl_coefficient=0.1), 0.0, 64)
+    loss = grpo_loss(AlgorithmConfig(kl_coefficient=0.1), RolloutConfig(max_response_tokens=64))
     losses, found = [], {}
     for name in ("sgd", "adamw"):
         config.parallel.distributed_optimizer = name == "adamw"

@@ -21,11 +21,12 @@ from megatron_sr1.config.loading import load_config
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.runtime.device import select_device, start_distributed
-from megatron_sr1.runtime.groups import destroy_groups, make_groups
+from megatron_sr1.runtime.groups import make_groups
 from megatron_sr1.runtime.rng import seed_everything
 from megatron_sr1.trainer.actor import load_actor_model, make_actor
 from megatron_sr1.trainer.step import update
 from tests.distributed.ranks.checkpoints import make_batches, nll
+from tests.layouts import destroy_groups
 
 DTYPES = {"f": "float32", "b": "bfloat16"}
 

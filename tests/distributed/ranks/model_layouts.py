@@ -20,8 +20,8 @@ from megatron_sr1.model.qwen25_vl import build_model
 from megatron_sr1.model.row_split import sequence_multiple
 from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.device import select_device, start_distributed, stop_distributed
-from megatron_sr1.runtime.groups import destroy_groups, make_groups
-from tests.layouts import layout_settings, published_gradients
+from megatron_sr1.runtime.groups import make_groups
+from tests.layouts import destroy_groups, layout_settings, published_gradients
 from tests.model_cases import make_row, worst_relative_gap
 
 TOLERANCE = 1e-5

@@ -23,10 +23,10 @@ from megatron_sr1.planning.memory import Activations, static_memory
 from megatron_sr1.planning.workload import DTYPE_BYTES
 from megatron_sr1.records import PackedBatch
 from megatron_sr1.runtime.device import select_device, start_distributed
-from megatron_sr1.runtime.groups import destroy_groups, make_groups
+from megatron_sr1.runtime.groups import make_groups
 from megatron_sr1.trainer.actor import make_actor
 from megatron_sr1.trainer.step import update
-from tests.layouts import layout_settings
+from tests.layouts import destroy_groups, layout_settings
 from tests.planned_models import SavedBytes, make_row
 
 TOKENS, GRIDS = 256, [(20, 12)] * 4  # as many images as four ranks share out evenly

@@ -18,11 +18,12 @@ from megatron_sr1.checkpoint.disk import read_manifest
 from megatron_sr1.config.loading import load_config
 from megatron_sr1.observability.metrics import read_lines
 from megatron_sr1.runtime.device import select_device, start_distributed
-from megatron_sr1.runtime.groups import destroy_groups, gather_objects, make_groups
+from megatron_sr1.runtime.groups import gather_objects, make_groups
 from megatron_sr1.runtime.rng import seed_everything
 from megatron_sr1.stages import start
 from megatron_sr1.trainer.samples import Samples
 from megatron_sr1.trainer.sft import train_sft
+from tests.layouts import destroy_groups
 
 EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "digits_cpu.yaml"
 NUM_STEPS, SAVED_STEP, PER_STEP = 4, 2, 7  # 7: two data-parallel ranks get 4 and 3

@@ -23,7 +23,7 @@ from megatron_sr1.model.vision import encode_by_turns
 from megatron_sr1.records import VisionInputs
 from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.device import select_device, start_distributed
-from megatron_sr1.runtime.groups import destroy_groups, make_groups
+from megatron_sr1.runtime.groups import make_groups
 from tests.distributed.ranks.model_layouts import (
     TOLERANCE,
     leave,
@@ -31,7 +31,7 @@ from tests.distributed.ranks.model_layouts import (
     run_schedule,
     samples_of,
 )
-from tests.layouts import published_gradients
+from tests.layouts import destroy_groups, published_gradients
 from tests.model_cases import make_row, worst_relative_gap
 
 ORDER = (0, 1, 0, 0, 1)  # the samples of a row, as rollouts of two prompts

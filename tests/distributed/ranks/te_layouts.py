@@ -12,8 +12,9 @@ import transformer_engine
 from megatron_sr1.config.run import ParallelConfig
 from megatron_sr1.model import layers
 from megatron_sr1.runtime.device import select_device, start_distributed
-from megatron_sr1.runtime.groups import destroy_groups, make_groups
+from megatron_sr1.runtime.groups import make_groups
 from tests.distributed.ranks import model_layouts
+from tests.layouts import destroy_groups
 
 
 def main():

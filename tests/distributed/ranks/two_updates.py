@@ -60,7 +60,7 @@ def invented(samples):
                 Scored(Rollout(index, sample, prompt, completion, None, None, 0), unjudged)
             )
     advantages = rng.standard_normal((NUM_PROMPTS, NUM_SAMPLES))
-    return scored, Credit(advantages, advantages)
+    return scored, Credit(advantages)
 
 
 def step(config, groups):
@@ -68,7 +68,7 @@ def step(config, groups):
     context, samples, actor, _ = stages.start(config, groups)
     updates = own_samples(context, samples, *invented(samples), range(NUM_PROMPTS))
     updates = with_logprobs(context, actor, samples, updates, None)
-    loss = grpo_loss(config.algorithm, 0.0, config.rollout.max_response_tokens)
+    loss = grpo_loss(config.algorithm, config.rollout)
     measured = []
     for own in updates:
         batches = samples.pack(own, groups)

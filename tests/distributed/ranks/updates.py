@@ -17,16 +17,17 @@ import torch.nn.functional as F
 from PIL import Image
 
 from megatron_sr1.config.loading import load_config
+from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.config.training import AlgorithmConfig
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.model.row_split import split_row
 from megatron_sr1.records import PackedBatch, TrainSample
 from megatron_sr1.runtime.device import select_device, start_distributed
-from megatron_sr1.runtime.groups import Group, destroy_groups, make_groups
+from megatron_sr1.runtime.groups import Group, make_groups
 from megatron_sr1.trainer.actor import Reference, load_actor_model, make_actor
 from megatron_sr1.trainer.objective import grpo_loss
 from megatron_sr1.trainer.step import sample_logprobs, update
-from tests.layouts import layout_settings, pack_rows, random_samples
+from tests.layouts import destroy_groups, layout_settings, pack_rows, random_samples
 
 WIDE = {"gspo_clip_low": 0.02, "gspo_clip_high": 0.03}
 OBJECTIVES = {
@@ -85,7 +86,7 @@ def run_layout(layout: str, model_dir: str, processor: Processor) -> dict:
         check_hard_cases(batches, groups.context, processor.image_pad_id)
     before = sample_logprobs(actor, own, batches, 0.7)
     algorithm = AlgorithmConfig(kl_coefficient=0.1, **OBJECTIVES[objective or "token_mean"])
-    loss = grpo_loss(algorithm, 0.0, 64)
+    loss = grpo_loss(algorithm, RolloutConfig(max_response_tokens=64))
     updates = [update(actor, batches, loss, 0.7) for _ in range(2)]
     after = sample_logprobs(actor, own, batches, 0.7)
     with reference.in_place():
