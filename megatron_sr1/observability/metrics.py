@@ -51,8 +51,7 @@ class MetricsFile:
                 "keep_until when resuming"
             )
         line: dict[str, Any] = {"step": step, "stage": stage}
-        for name, value in values.items():
-            line[name] = float(value) if math.isfinite(value) else None
+        line |= {name: float(v) if math.isfinite(v) else None for name, v in values.items()}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()

@@ -135,10 +135,7 @@ def text(value: str | None, absent: str = "none") -> str:
 
 def question_card(rule: str, runs: Mapping[str, Line], images: Images | None) -> str:
     """Show one question, selected by `rule`, with each run's response."""
-    said = [
-        _response(name, line, _verdicts(line, "description exact", "description_exact"))
-        for name, line in runs.items()
-    ]
+    said = [_response(name, line, _verdicts(line)) for name, line in runs.items()]
     return _card(next(iter(runs.values())), rule, images, box("grid3", said))
 
 
@@ -148,7 +145,7 @@ def rollout_card(lines: Sequence[Line], images: Images | None) -> str:
     said = []
     for line in [ordered[0], ordered[-1]] if len(ordered) > 1 else ordered:
         reward = line["reward"]
-        verdicts = _verdicts(reward, "form", "format")
+        verdicts = _verdicts(reward)
         verdicts += '<span class="bad">states the answer</span> ' if reward["leak"] else ""
         verdicts += f'<span class="soft">reward {reward["total"]:.2f}</span>'
         title = f"sample {line['sample']}, advantage {line['advantage']:+.2f}"
@@ -179,12 +176,13 @@ def _response(title: str, line: Line, verdicts: str) -> str:
     )
 
 
-def _verdicts(line: Line, other: str, key: str) -> str:
-    """Show the verdicts on answer and description, and that under `key`, where there are any."""
+def _verdicts(line: Line) -> str:
+    """Show the verdicts that an evaluation line or a rollout's reward has."""
     shown = ""
-    names = {"accuracy": "answer", "self_reward": "read from the description", key: other}
+    names = {"accuracy": "answer", "self_reward": "read from the description"}
+    names |= {"description_exact": "description exact", "format": "form"}
     for verdict, name in names.items():
-        if (value := line[verdict]) is not None:
+        if (value := line.get(verdict)) is not None:
             kind, mark = ("good", "✓") if value >= RIGHT_FROM else ("bad", "✗")
             if 0 < value < 1:  # several answers, or a likelihood
                 mark += f" {value:.2f}"

@@ -193,11 +193,10 @@ def _phase_name(metric: str) -> str:
 
 def time_chart(title: str, lines: Lines) -> str:
     """Draw the seconds per step by phase; phases without their own colour are summed."""
-    steps, phases = [line["step"] for line in lines], _phases(lines)
-    named = {name: colour for name, colour in PHASE_COLOURS.items() if name in phases}
-    layers = [_series(lines, name, _phase_name(name), c) for name, c in named.items()]
-    others = [name for name in phases if name not in PHASE_COLOURS]
+    layers = [_series(lines, name, _phase_name(name), c) for name, c in PHASE_COLOURS.items()]
+    others = [name for name in _phases(lines) if name not in PHASE_COLOURS]
     rest = [sum(line.get(name) or 0.0 for name in others) for line in lines]
+    steps = [line["step"] for line in lines]
     return stacked_chart(title, [*layers, Series("others", steps, rest, 0)])
 
 

@@ -46,11 +46,9 @@ def write_report(run_dir: str | Path) -> Path:
             f"{run_dir}: no such run; expected a directory with config.json and metrics.jsonl or "
             "eval/, or the demo's"
         )
-    images = images_of(run_dir)
     is_demo = all((run_dir / name).is_dir() for name in DEMO_RUNS)
-    text = _demo_page(run_dir, images) if is_demo else _run_page(run_dir, images)
-    target = run_dir / "report.html"
-    files.write_text(target, text)
+    make_page, target = _demo_page if is_demo else _run_page, run_dir / "report.html"
+    files.write_text(target, make_page(run_dir, images_of(run_dir)))
     return target
 
 

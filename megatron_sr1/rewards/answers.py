@@ -118,12 +118,11 @@ def number_spellings(cleaned: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Quantity:
-    """An exact number with its canonical unit ("" for none); written as a decimal or a fraction."""
+    """An exact number with its canonical unit ("" for none); form: whole | decimal | ratio."""
 
     value: Fraction
     unit: str
-    is_decimal: bool
-    is_ratio: bool
+    form: str
 
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
@@ -176,7 +175,8 @@ def quantity(cleaned: str) -> Quantity | None:
     if unit is None:
         return None
     plain = found["plain"]
-    return Quantity(value, unit, plain is not None and "." in plain, plain is None)
+    form = "ratio" if plain is None else "decimal" if "." in plain else "whole"
+    return Quantity(value, unit, form)
 
 
 def same_quantity(one: Quantity, other: Quantity) -> bool:
@@ -202,7 +202,7 @@ def _same_value(one: Quantity, other: Quantity) -> bool:
     if one.value == other.value:
         return True
     # 0.333333 equals 1/3, but two decimals or two fractions are compared exactly.
-    if not (one.is_decimal and other.is_ratio or one.is_ratio and other.is_decimal):
+    if {one.form, other.form} != {"decimal", "ratio"}:
         return False
     return abs(one.value - other.value) <= DECIMAL_CLOSENESS * abs(one.value)
 
@@ -215,8 +215,8 @@ def _value(found: re.Match[str]) -> Fraction | None:
             return None
         value = int(found["whole"] or found["whole2"] or 0) + Fraction(int(top), below)
     else:
-        value = Fraction(found["plain"].replace(",", "").rstrip("."))
-        value *= Fraction(10) ** int(found["power"] or 0)
+        plain = found["plain"].replace(",", "").rstrip(".")
+        value = Fraction(f"{plain}e{found['power'] or 0}")
     return -value if found["sign"] == "-" else value
 
 
@@ -262,7 +262,7 @@ _LIST_GAP = re.compile(r"\s*(?:,|;|/|&|\band\b)\s*", re.IGNORECASE)
 
 
 def question_options(question: str) -> dict[str, str]:
-    """Return the options of the last list in a question, labels A, B, … -> text.
+    """Return the options of the last list in a question, labels A, B, … -> cleaned text.
 
     Empty if there are fewer than two. An option ends where the next begins, the last at the end of
     its line.
@@ -282,7 +282,7 @@ def question_options(question: str) -> dict[str, str]:
     ends = [found.start() for found in best[1:]]
     for found, end in zip(best, [*ends, None], strict=False):
         text = question[found.end() : end].strip()
-        options[found[1].upper()] = (text if end else text.split("\n")[0]).strip(" ,;\n*")
+        options[found[1].upper()] = clean((text if end else text.split("\n")[0]).strip(" ,;\n*"))
     return options
 
 
@@ -305,18 +305,18 @@ def label_then_text(cleaned: str, options: Mapping[str, str]) -> tuple[str, str]
     if found is None:
         return None
     label, text = found[1].upper(), found[2]
-    return (label, text) if text_key(clean(options.get(label, ""))) == text_key(text) else None
+    return (label, text) if text_key(options.get(label, "")) == text_key(text) else None
 
 
 def names_another(cleaned: str, label: str, options: Mapping[str, str]) -> bool:
     """Return True if the text after a label names another option, by label or by text."""
-    key, labelled = text_key(cleaned), text_key(clean(options.get(label, "")))
+    key, labelled = text_key(cleaned), text_key(options.get(label, ""))
     if not key or key == labelled:
         return False
     letters = {"".join(f.groups("")).upper() for f in _OTHER_LABEL.finditer(cleaned)}
     if any(letter in (options or letters) for letter in letters - {label}):
         return True
-    others = {text_key(clean(text)) for other, text in options.items() if other != label}
+    others = {text_key(text) for other, text in options.items() if other != label}
     return any(
         other and other not in labelled and re.search(rf"(?<!\w){re.escape(other)}(?!\w)", key)
         for other in others

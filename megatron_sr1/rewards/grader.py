@@ -150,12 +150,12 @@ def _judge_unread(answer: str | None, gold: str) -> Verdict | None:
 def gold_label(cleaned_gold: str, options: Mapping[str, str]) -> str | None:
     """Return the label of the gold option, whether gold is the label, the text or both."""
     label, text = named_label(cleaned_gold) or ("", "")
-    if label in options and (not text or text_key(clean(options[label])) == text_key(text)):
+    if label in options and (not text or text_key(options[label]) == text_key(text)):
         return label
     # Without options a lower-case letter is a variable, not a label.
     if label and not options and cleaned_gold.strip("()[].:") == label:
         return label
-    same = [name for name, text in options.items() if _same_value(cleaned_gold, clean(text), eq)]
+    same = [name for name, text in options.items() if _same_value(cleaned_gold, text, eq)]
     return same[0] if len(same) == 1 else None
 
 
@@ -183,10 +183,10 @@ def _labels_agree(
 
 def _is_text_of(label: str, given: str, options: Mapping[str, str], compare: Compare) -> bool:
     """Return True if an answer means this option's text and no other: 5 is neither 5 cm nor 5 m."""
-    text = clean(options.get(label, ""))
+    text = options.get(label, "")
     if not text or text_key(text) == text_key(given):
         return bool(text)
-    others = (clean(other) for name, other in options.items() if name != label)
+    others = (other for name, other in options.items() if name != label)
     is_same = _same_value(text, given, compare)
     return is_same and not any(_same_value(other, given, eq) for other in others)
 
@@ -220,7 +220,9 @@ def _judge_value(wanted: str, given: str, compare: Compare) -> Verdict:
 
 def _judge_single(wanted: str, given: str, compare: Compare) -> Verdict:
     """Compare as quantities or as mathematics."""
-    wanted, given = _without_name(wanted, given)
+    if ("=" in wanted) != ("=" in given):  # AB = 5 is 5 if the other side has no name
+        sides = ((_NAMED.fullmatch(side), side) for side in (wanted, given))
+        wanted, given = (found[1].strip() if found else side for found, side in sides)
     # A number word is its digits in the key.
     keys = [(text_key(side), side) for side in (wanted, given)]
     one, other = (quantity(key if key.isdigit() else side) for key, side in keys)
@@ -234,15 +236,6 @@ def _judge_single(wanted: str, given: str, compare: Compare) -> Verdict:
     if not _is_mathematics(wanted) or not _is_mathematics(given):
         return Verdict(False, "other text")
     return Verdict(compare(wanted, given), "algebra")
-
-
-def _without_name(wanted: str, given: str) -> tuple[str, str]:
-    """Reduce `AB = 5` to 5 if the other side has no name."""
-    if ("=" in wanted) == ("=" in given):
-        return wanted, given
-    sides = ((_NAMED.fullmatch(side), side) for side in (wanted, given))
-    wanted, given = (found[1].strip() if found else side for found, side in sides)
-    return wanted, given
 
 
 def _is_mathematics(cleaned: str) -> bool:

@@ -98,20 +98,14 @@ def states_answer(description: str, gold: str, question: str) -> bool:
     wanted = clean(bare_gold(gold))
     label = gold_label(wanted, options)
     values = [wanted]
-    text = _plain(description)
+    lines = filter(None, map(clean, description.splitlines()))
+    text = _LATIN_WORD.sub(lambda word: word[0].translate(_LOOK_ALIKES), "\n".join(lines))
     if label is not None:
-        values.append(clean(options.get(label, "")))
+        values.append(options.get(label, ""))
         if _concludes_with_label(text, label):
             return True
         values = [v for v in values if v.strip("()[].: ").upper() != label]
     return any(_concludes_with_value(text.casefold(), value) for value in values if value)
-
-
-def _plain(description: str) -> str:
-    """Clean a text line by line and replace look-alike letters."""
-    lines = (clean(line) for line in description.splitlines())
-    text = "\n".join(line for line in lines if line)
-    return _LATIN_WORD.sub(lambda word: word[0].translate(_LOOK_ALIKES), text)
 
 
 def _concludes_with_value(text: str, value: str) -> bool:
@@ -136,7 +130,7 @@ def _concludes_with_value(text: str, value: str) -> bool:
 def _derives_value(text: str, said: str, unit: str) -> bool:
     """Return True if a sentence draws a value as its conclusion, or the last one computes it."""
     sentences = _sentences(text)
-    last = sentences[-1] if sentences else ""
+    last = sentences[-1]
     concluded = rf"{_HENCE},?(?: [^.;]*)? {said}{unit}\W*"
     if (
         any(re.fullmatch(concluded, sentence) for sentence in sentences)
@@ -157,7 +151,7 @@ def _concludes_with_label(text: str, label: str) -> bool:
     named = rf"[(\[]?{label}[)\]]?(?![A-Za-z0-9_'])"
     option = rf"(?:option|choice|answer)\s+{named}"
     place = dict(zip("ABCDEF", _PLACES, strict=True)).get(label, "-")
-    last = (_sentences(text) or [""])[-1]
+    last = _sentences(text)[-1]
     return bool(
         re.fullmatch(rf"(?i:(?:the )?(?:(?:option|choice|answer)(?: is)?:? )?){named}\W*", text)
         or re.search(rf"(?i:{_ANSWER}{_FILLER})\s*{named}(?!\s+[a-z]+s?\b)", text)
@@ -172,4 +166,4 @@ def _concludes_with_label(text: str, label: str) -> bool:
 def _sentences(text: str) -> list[str]:
     """Return the last characters of each sentence, so that patterns take linear time."""
     parts = (part.strip() for part in _SENTENCE.split(text))
-    return [part[-MAX_SENTENCE_CHARACTERS:] for part in parts if part]
+    return [part[-MAX_SENTENCE_CHARACTERS:] for part in parts if part] or [""]

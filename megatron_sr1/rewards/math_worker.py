@@ -81,7 +81,7 @@ class GraderProcess:
             if time.monotonic() >= ends:
                 raise TimeoutError
             if psutil.Process(self.pid).memory_info().rss > MEMORY_BYTES:
-                raise MemoryError
+                raise MemoryError(f"took more than {MEMORY_BYTES >> 20} MiB")
         line = self._process.stdout.readline()  # it is whole: the process writes it at once
         if not line:
             raise OSError("its output ended; see standard error above")
@@ -115,16 +115,11 @@ class MathWorker:
         """
         assert timeout_seconds > 0, timeout_seconds
         self._timeout_seconds = timeout_seconds
-        program = (sys.executable, "-m", "megatron_sr1.rewards.mathematics", grader)
-        self._command = command or program
+        module = "megatron_sr1.rewards.mathematics"
+        self._command = command or (sys.executable, "-m", module, grader)
         self._process: GraderProcess | None = None
         self._spare: GraderProcess | None = None
         self._compared = lru_cache(CACHE_ENTRIES)(self._compare)
-
-    @property
-    def pid(self) -> int | None:
-        """Id of the current process; None without one."""
-        return None if self._process is None else self._process.pid
 
     def equal(self, gold: str, answer: str, sample_name: str) -> bool:
         """Return True if an answer equals the gold one; both without math delimiters.
@@ -150,9 +145,8 @@ class MathWorker:
     def close(self) -> None:
         """Stop both processes, busy or not."""
         self._stop_current(EXIT_SECONDS)
-        if self._spare is not None:
-            self._spare.stop()
-            self._spare = None
+        self._process, self._spare = self._spare, None
+        self._stop_current()
 
     def _compare(self, gold: str, answer: str) -> dict[str, Any]:
         """Return a reply that holds `equal`, `uncomparable`, or the description of a `limit`."""
@@ -161,8 +155,7 @@ class MathWorker:
             reply = self._ask(gold, answer)
         except (TimeoutError, MemoryError) as error:
             self._stop_current()
-            too_large = f"took more than {MEMORY_BYTES >> 20} MiB"
-            return {"limit": too_large if isinstance(error, MemoryError) else timed_out}
+            return {"limit": str(error) or timed_out}
         except (OSError, ValueError) as error:
             code = self._stop_current(EXIT_SECONDS)
             # Its own timer fired while this process was suspended for longer than the limit.
@@ -189,8 +182,7 @@ class MathWorker:
 
     def _ask(self, gold: str, answer: str) -> dict[str, Any]:
         if self._process is None:
-            self._process = self._spare or GraderProcess(self._command)
-            self._spare = None
+            self._process, self._spare = self._spare or GraderProcess(self._command), None
             self._process.wait_ready()
         self._process.ask({"gold": gold, "answer": answer, "seconds": self._timeout_seconds})
         first_wait = min(SLOW_SECONDS, self._timeout_seconds)

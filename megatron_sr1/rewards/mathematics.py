@@ -81,17 +81,8 @@ def equal(golds: list[Any], answer: str) -> bool:
     return _verify(golds, answers)
 
 
-def library_equal(golds: list[Any], answer: str) -> bool:
-    r"""Do the same as `equal` by math-verify alone, as in its README."""
-    return _verify(golds, _library_parse(rf"\boxed{{{answer}}}"))
-
-
-def library_gold(gold: str) -> list[Any]:
-    """Do the same as `parse` for `library_equal`."""
-    return _library_parse(gold if "$" in gold else f"${gold}$")
-
-
 def _library_parse(text: str) -> list[Any]:
+    """Return the expressions that math-verify reads in a text, called as in its README."""
     return math_verify.parse(
         text,
         extraction_config=[LatexExtractionConfig(), ExprExtractionConfig()],
@@ -121,7 +112,10 @@ def _verify(golds: list[Any], answers: list[Any]) -> bool:
 
 GRADERS: dict[str, tuple[Callable[[str], list[Any]], Callable[[list[Any], str], bool]]] = {
     "rules": (parse, equal),
-    "math_verify": (library_gold, library_equal),
+    "math_verify": (
+        lambda gold: _library_parse(gold if "$" in gold else f"${gold}$"),
+        lambda golds, answer: _verify(golds, _library_parse(rf"\boxed{{{answer}}}")),
+    ),
 }
 """Functions that read a gold answer, and that compare an answer with it."""
 
@@ -170,11 +164,9 @@ def install() -> None:
 
     def equal_relations(gold: Any, answer: Any, *rounding: int) -> bool:
         """Return True if both have the same relations, in any order."""
-
-        def same(one: Any, other: Any) -> bool:
-            return one_relation(one, other, *rounding)
-
-        return all_paired(_relations(gold), _relations(answer), same)
+        return all_paired(
+            _relations(gold), _relations(answer), lambda *pair: one_relation(*pair, *rounding)
+        )
 
     grader.sympy_compare_relational = equal_relations
 

@@ -27,7 +27,7 @@ LAYER |= {"trainer": 5, "evaluation": 6, "dry_run": 6, "stages": 7, "cli": 9, "_
 LAYER |= dict.fromkeys(("demo", "launch", "doctor", "doctor_distributed"), 8)
 LAZY = {
     "vllm": {"rollout/vllm_api.py", "rollout/weight_sync.py"},
-    "wandb": {"observability/wandb_sink.py"},
+    "wandb": {"observability/sinks.py"},
     "transformer_engine": 1,
     "nemo_run": {"launch/slurm.py"},
 }

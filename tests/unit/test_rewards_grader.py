@@ -57,7 +57,7 @@ def test_both_graders_handle_missing_boxes_long_text_and_missing_gold(kind):
     assert grader.judge("7" * 9999, "7", PLAIN, "s").because == "too long"
     with pytest.raises(GradingError, match="gold answer is '  '"):
         grader.judge("7", "  ", PLAIN, "s")
-    assert grader.worker.pid is None
+    assert grader.worker._process is None
 
 
 def test_fuzzing_finds_no_exception_and_no_exceeded_limit():

@@ -33,7 +33,7 @@ def test_a_hanging_grader_is_killed_and_replaced():
     for answer in ("2", "3"):
         with pytest.raises(GradingLimit, match=r"shard 3 sample 7: .*'1'.*more than 1 s"):
             worker.equal("1", answer, "shard 3 sample 7")
-        assert worker.pid is None
+        assert worker._process is None
     worker.close()
 
 
@@ -50,7 +50,7 @@ def test_an_exceeded_limit_is_cached():
 def test_real_slow_algebra_is_a_limit_and_the_spare_takes_over():
     limited, started = MathWorker(5.0), time.monotonic()
     assert limited.equal("x+1", "1+x", "s")
-    first, start_seconds = limited.pid, time.monotonic() - started
+    first, start_seconds = limited._process.pid, time.monotonic() - started
     with pytest.raises(GradingLimit, match="sample 9: .*more than 5 s"):
         limited.equal(*SLOW, "sample 9")
     spare = limited._spare.pid
@@ -58,7 +58,7 @@ def test_real_slow_algebra_is_a_limit_and_the_spare_takes_over():
     assert limited.equal("x+2", "2+x", "s")
     # It had loaded during the slow comparison.
     assert time.monotonic() - started < start_seconds / 2
-    assert limited.pid == spare != first
+    assert limited._process.pid == spare != first
     limited.close()
 
 
@@ -66,16 +66,16 @@ def test_a_slow_answer_within_the_limit_keeps_both_processes():
     reply = "import time; time.sleep(1); print('{\"equal\": true}', flush=True); "
     slow = started_with(HANG + 2 * (reply + "sys.stdin.readline(); "), 30.0)
     assert slow.equal("1", "2", "s")
-    first, spare = slow.pid, slow._spare.pid
+    first, spare = slow._process.pid, slow._spare.pid
     assert slow.equal("1", "3", "s")
-    assert (slow.pid, slow._spare.pid) == (first, spare)
+    assert (slow._process.pid, slow._spare.pid) == (first, spare)
     slow.close()
 
 
 def test_a_suspended_grader_exceeds_the_limit():
     stopped = MathWorker(1.0)
     assert stopped.equal("x+1", "1+x", "s")
-    os.kill(stopped.pid, signal.SIGSTOP)
+    os.kill(stopped._process.pid, signal.SIGSTOP)
     with pytest.raises(GradingLimit, match="sample 5: .*more than 1 s"):
         stopped.equal("x+2", "2+x", "sample 5")
     assert stopped.equal("x+2", "3+x", "s") is False
@@ -126,10 +126,10 @@ def test_an_exception_for_an_answer_is_a_verdict_and_one_for_gold_an_error():
     )
     with pytest.raises(Uncomparable, match="RecursionError: answer"):
         worker.equal("1", "2", "sample 7")
-    first = worker.pid
+    first = worker._process.pid
     with pytest.raises(Uncomparable):
         worker.equal("1", "3", "sample 7")
-    assert worker.pid == first
+    assert worker._process.pid == first
     with pytest.raises(GradingError, match="sample 8: .*grader broke: KeyError: 'gold'") as caught:
         worker.equal("bad", "2", "sample 8")
     assert not isinstance(caught.value, GradingLimit)
@@ -164,7 +164,7 @@ def test_a_grader_that_breaks_raises_and_names_the_sample(script, message):
 
 def test_a_grader_killed_from_outside_is_a_limit_and_replaced(worker):
     assert worker.equal(r"\sqrt{18}", r"3\sqrt{2}", "s")
-    os.kill(worker.pid, signal.SIGKILL)
+    os.kill(worker._process.pid, signal.SIGKILL)
     # A new process compares gold with itself, so neither gold nor grader is at fault.
     with pytest.raises(GradingLimit, match="sample 8: .*grader ended .exit status -9"):
         worker.equal(r"\sqrt{50}", r"5\sqrt{2}", "sample 8")
@@ -177,7 +177,7 @@ from megatron_sr1.rewards.math_worker import MathWorker, Uncomparable
 threading.Thread(target=threading.Event().wait, daemon=True).start()
 worker = MathWorker(60.0)
 assert worker.equal("x+1", "1+x", "s")
-print(worker.pid, flush=True)
+print(worker._process.pid, flush=True)
 os.kill(os.getpid(), 9)
 """
 
@@ -216,7 +216,7 @@ def test_replies_are_cached_but_a_killed_process_is_not():
     answering = "print('{\"equal\": true}', flush=True); sys.stdin.readline()"
     worker = started_with(HANG + answering, 30.0)
     assert worker.equal("1", "2", "s")
-    os.kill(worker.pid, signal.SIGKILL)
+    os.kill(worker._process.pid, signal.SIGKILL)
     assert worker.equal("1", "2", "s")
     with pytest.raises(GradingLimit, match="exit status -9"):
         worker.equal("1", "3", "s")

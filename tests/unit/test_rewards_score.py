@@ -150,4 +150,4 @@ def test_numbers_are_judged_without_a_grading_process():
     for answer in range(30):
         text = f"<think> x </think> \\boxed{{{answer}}}"
         scorer.score("s", *case(text, "14", QUESTION, "3 5 6", read(text), True))
-    assert scorer._grader.worker.pid is None
+    assert scorer._grader.worker._process is None

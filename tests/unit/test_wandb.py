@@ -16,7 +16,7 @@ from PIL import Image
 
 from megatron_sr1.config.loading import load_config
 from megatron_sr1.observability.metrics import MetricsFile
-from megatron_sr1.observability.wandb_sink import (
+from megatron_sr1.observability.sinks import (
     WANDB_FILES,
     WANDB_ID_FILE,
     WandbSink,

@@ -215,7 +215,7 @@ def in_worker(kind):
         done.append(True)
         worker = scorer._grader.worker
         assert worker.equal("x^2-1", "(x-1)(x+1)", "before")
-        os.kill(worker.pid, {"stop": signal.SIGSTOP, "die": signal.SIGKILL}[kind])
+        os.kill(worker._process.pid, {"stop": signal.SIGSTOP, "die": signal.SIGKILL}[kind])
         time.sleep(0.2)
         worker.equal("x^2-4", "(x-2)(x+2)", "a sample")
 
