@@ -109,6 +109,16 @@ def run_ranks():
     return run
 
 
+@pytest.fixture(scope="session")
+def join_as_ranks(run_ranks):
+    """Run the command line on ranks that a launcher started, without the launcher's seconds."""
+
+    def run(num_ranks, *arguments):
+        return run_ranks(ROOT / "megatron_sr1" / "__main__.py", num_ranks, *arguments, timeout=400)
+
+    return run
+
+
 def torchrun(script, num_ranks, arguments, timeout, env):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(num_ranks), str(script), *map(str, arguments)]

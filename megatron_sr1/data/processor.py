@@ -312,10 +312,12 @@ def _read_template(directory: Path, tokenizer: Any) -> str:
         if not isinstance(value, dict) or not isinstance(value.get("chat_template"), str):
             raise DataError(f"{path}: expected an object with the text chat_template")
         return value["chat_template"]
-    with contextlib.suppress(ValueError):  # there is none, or several without a default
-        if template := tokenizer.get_chat_template():
-            return template
-    raise DataError(
-        f"{directory}: no chat template (chat_template.jinja, chat_template.json or in "
-        "tokenizer_config.json); take the directory of an instruction-tuned model"
-    )
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"{directory}: no chat template (chat_template.jinja, chat_template.json or in "
+            "tokenizer_config.json); take the directory of an instruction-tuned model"
+        )
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError as error:  # several without a default
+        raise DataError(f"{directory}: {printable(error)}") from None

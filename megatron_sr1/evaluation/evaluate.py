@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from megatron_sr1.config.run import Config
-from megatron_sr1.records import RIGHT_FROM, Example
+from megatron_sr1.records import RIGHT_FROM, Example, Prompt
 from megatron_sr1.rewards.response import find_description
 from megatron_sr1.rewards.score import Scorer, is_exact, rates
 from megatron_sr1.rollout.engine import Engine
@@ -31,6 +31,14 @@ class HeldOut:
         self._context, self._engine, self._scorer = context, engine, scorer
         self._indices = range(len(samples))[: context.config.data.eval_limit or None]
 
+    def prompts(self) -> list[Prompt]:
+        """Read this replica's questions; unusable ones count for each evaluation by itself."""
+        context = self._context
+        of_training, context.skipped = context.skipped, 0
+        prompts = rollouts.read_prompts(context, self._engine, self.samples, self._indices)
+        context.skipped = of_training
+        return prompts
+
     def evaluate(self, name: str, temperature: float) -> dict[str, float]:
         """Answer the questions and save every verdict in `eval/{name}.jsonl`.
 
@@ -47,7 +55,7 @@ class HeldOut:
         with context.phase("evaluate"):
             found, _ = roll_out(
                 engine,
-                rollouts.read_prompts(context, engine, samples, self._indices),
+                self.prompts(),
                 replace(
                     config.rollout,
                     samples_per_prompt=1,

@@ -78,10 +78,10 @@ class GraderProcess:
         ends, poll = time.monotonic() + seconds, select.poll()
         poll.register(self._process.stdout, select.POLLIN)
         while not poll.poll(1000 * min(max(ends - time.monotonic(), 0.0), WATCH_SECONDS)):
-            if time.monotonic() >= ends:
-                raise TimeoutError
             if psutil.Process(self.pid).memory_info().rss > MEMORY_BYTES:
                 raise MemoryError(f"took more than {MEMORY_BYTES >> 20} MiB")
+            if time.monotonic() >= ends:
+                raise TimeoutError
         line = self._process.stdout.readline()  # it is whole: the process writes it at once
         if not line:
             raise OSError("its output ended; see standard error above")

@@ -6,8 +6,8 @@ it stops the run and names sample and function, instead of scoring 0.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
-import runpy
 import traceback
 from collections.abc import Mapping
 from numbers import Real
@@ -18,6 +18,7 @@ from megatron_sr1.errors import ConfigError, GradingError
 
 ARGUMENTS = ("response", "gold", "question", "description", "metadata")
 """The function's keyword arguments."""
+MODULE = "megatron_sr1_user_reward"
 MAX_SHOWN_CHARACTERS = 200
 BROKEN = (Exception, SystemExit)
 """Includes SystemExit: sys.exit(0) would end this rank as if it had succeeded."""
@@ -40,13 +41,16 @@ class UserReward:
             raise ConfigError(f"{self._setting}; expected FILE.py:NAME")
         if not self._path.is_file():
             raise ConfigError(f"{self._setting}: {self._path}: no such file")
+        spec = importlib.util.spec_from_file_location(MODULE, self._path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
         try:
-            defined = runpy.run_path(str(self._path))
+            spec.loader.exec_module(module)
         except BROKEN as error:
             raise ConfigError(f"{self._setting}: {self._describe(error)}") from error
-        self._call: Any = defined.get(name)
+        self._call: Any = getattr(module, name, None)
         if not callable(self._call):
-            functions = [n for n, v in defined.items() if inspect.isfunction(v)]
+            functions = [n for n, v in vars(module).items() if inspect.isfunction(v)]
             available = f"it has {', '.join(functions)}" if functions else "it has no function"
             raise ConfigError(f"{self._setting}: no function {name} in the file; {available}")
         try:

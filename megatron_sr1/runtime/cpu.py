@@ -131,13 +131,13 @@ def patch_torchvision() -> None:
     """
     try:
         import torchvision  # noqa: F401
-
-        return
     except ImportError:
         return
     except RuntimeError as error:
         if "does not exist" not in str(error):
             raise
+    else:
+        return
     for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
         del sys.modules[name]
     for name in ("torchvision._meta_registrations", "torchvision._autograd_registrations"):

@@ -46,7 +46,7 @@ class FailureWatch:
     """
 
     def __init__(self, run_dir: Path) -> None:
-        """Start watching in a run directory, which all ranks share; errors are `guard`'s."""
+        """Start watching in a run directory, which all ranks share; `guard` reports errors."""
         self.rank = int(os.environ.get("RANK", "0"))
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self._launch, self._parent = Launch(run_dir), os.getppid()
@@ -72,10 +72,10 @@ class FailureWatch:
         for end in (self._pipe, write_end):
             os.set_blocking(end, False)
             self._unlisten.callback(os.close, end)
-        handler = signal.signal(signal.SIGTERM, lambda number, frame: None)
-        self._unlisten.callback(signal.signal, signal.SIGTERM, handler)
         before = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
         self._unlisten.callback(signal.set_wakeup_fd, before)
+        handler = signal.signal(signal.SIGTERM, lambda number, frame: None)
+        self._unlisten.callback(signal.signal, signal.SIGTERM, handler)
         faulthandler.register(signal.SIGTERM, self._stacks, all_threads=True, chain=True)
         self._unlisten.callback(faulthandler.unregister, signal.SIGTERM)
         # A forked child is no rank and may be terminated.

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -29,6 +30,9 @@ from megatron_sr1.records import PackedBatch, Prompt, Rollout, TrainSample, Visi
 from megatron_sr1.rewards.response import DESCRIPTION, bare_gold, find_span
 from megatron_sr1.runtime.groups import Group, Groups
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 
 def make_processor(config: Config) -> Processor:
     """Load the tokenizer and image processor of `model.path`."""
@@ -41,7 +45,6 @@ class Samples:
 
     Attributes:
         example: returns a sample's text by its index.
-        images: returns its decoded RGB images.
         readings: prompts of pass 2 since `forget`, token ids by example and description.
     """
 
@@ -58,10 +61,10 @@ class Samples:
             )
         self.reader = ShardReader(directory)
         self.example = cache(self.reader.example)
-        self.images = cache(self.reader.images)
         self.processor = processor
         self._config = config
         self._prompts: dict[int, Prompt] = {}
+        self._images: dict[int, Sequence[Image.Image]] = {}
         self._pixels: dict[int, VisionInputs] = {}
         self.readings: dict[tuple[int, str], tuple[int, ...]] = {}
 
@@ -73,12 +76,13 @@ class Samples:
         """Return the pass-1 prompt of a sample, with its images."""
         if index in self._prompts:
             return self._prompts[index]
-        example, images = self.example(index), self.images(index)
-        recipe, data = self._config.reward.recipe, self._config.data
+        example, data = self.example(index), self._config.data
         with located(example.where):
             if example.answer is None:
                 raise DataError("no gold answer to judge by")
-            messages = pass1_messages(example, recipe, data.prompt_style)
+            messages = pass1_messages(example, self._config.reward.recipe, data.prompt_style)
+        images = self.reader.images(index)
+        with located(example.where):
             prompt = self.processor.encode_prompt(example, images, messages)
             if len(prompt.token_ids) > data.max_prompt_tokens:
                 raise DataError(
@@ -89,12 +93,18 @@ class Samples:
         self._prompts[index] = prompt
         return prompt
 
+    def images(self, index: int) -> Sequence[Image.Image]:
+        """Return the decoded RGB images of a sample."""
+        kept = self._prompts.get(index)
+        return kept.images if kept else self._images.get(index) or self.reader.images(index)
+
     def vision(self, index: int) -> VisionInputs | None:
         """Return the pixels of a sample's images; None if it has none."""
         if index < 0 or not self.example(index).num_images:
             return None
         if index not in self._pixels:
             self._pixels[index] = self.processor.vision(self.images(index))
+            self._images.pop(index, None)
         return self._pixels[index]
 
     def reading_prompt(self, prompt: Prompt, description: str) -> tuple[int, ...]:
@@ -103,7 +113,8 @@ class Samples:
         if key not in self.readings:
             style, order = self._config.data.prompt_style, self._config.rollout.pass2_order
             messages = pass2_messages(prompt.example.question, description, style, order)
-            self.readings[key] = self.processor.encode_text(messages)
+            with located(f"{prompt.example.where}: pass 2"):
+                self.readings[key] = self.processor.encode_text(messages)
         return self.readings[key]
 
     def gold_answer(self, prompt: Prompt) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -144,8 +155,8 @@ class Samples:
 
     def conversation(self, index: int) -> TrainSample:
         """Return a conversation as a sequence whose assistant turns are the targets."""
-        example, images = self.example(index), self.images(index)
-        limit = self._config.data.max_prompt_tokens
+        example, limit = self.example(index), self._config.data.max_prompt_tokens
+        self._images[index] = images = self.reader.images(index)
         with located(example.where):
             return self.processor.encode_conversation(example, images, limit)
 
@@ -174,10 +185,9 @@ class Samples:
 
     def forget(self) -> None:
         """Free what was read; after a step it is not needed again for long."""
-        for kept in (self._prompts, self._pixels, self.readings):
+        for kept in (self._prompts, self._images, self._pixels, self.readings):
             kept.clear()
         self.example.cache_clear()
-        self.images.cache_clear()
 
     @cached_property
     def _patch_cost(self) -> float:

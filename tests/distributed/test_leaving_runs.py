@@ -40,10 +40,10 @@ def command(tiny_model, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(command, tmp_path_factory):
+def whole(command, join_as_ranks, tmp_path_factory):
     """A run that nobody disturbed."""
     output = tmp_path_factory.mktemp("whole") / "run"
-    subprocess.run(command(output), cwd=ROOT, check=True, timeout=400)
+    join_as_ranks(2, *command(output)[3:])
     return output
 
 

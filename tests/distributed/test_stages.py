@@ -5,8 +5,6 @@ Not covered: that anything is learnt (the demo's slow test does that).
 
 import gzip
 import json
-import subprocess
-import sys
 from operator import itemgetter
 from pathlib import Path
 
@@ -20,20 +18,13 @@ from tests.wandb_runs import history, read_table
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def train(*arguments):
-    command = [sys.executable, "-m", "megatron_sr1", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done
-
-
 @pytest.fixture(scope="module")
-def run(tiny_model, tmp_path_factory):
+def run(tiny_model, join_as_ranks, tmp_path_factory):
     """Two GRPO steps of two updates each, with a reference model, from random weights."""
     folder = tmp_path_factory.mktemp("stages")
     shards = make_digits(folder, 1, num_train=24, num_eval=12, num_cold_start=1)
-    train(
-        *("train", ROOT / "examples" / "digits_cpu.yaml", f"model.path={tiny_model}"),
+    join_as_ranks(
+        *(2, "train", ROOT / "examples" / "digits_cpu.yaml", f"model.path={tiny_model}"),
         *(f"data.train={shards['train']}", f"data.eval={shards['eval']}"),
         *(f"output={folder / 'run'}", "optimizer.num_steps=2", "data.prompts_per_step=6"),
         *("algorithm.prompts_per_update=3", "algorithm.kl_coefficient=0.01"),
@@ -136,11 +127,11 @@ def test_each_save_was_rated_by_greedy_answers_and_the_best_one_kept(run):
     assert state["evaluation"]["description_exact"] == 0
 
 
-def test_evaluation_of_the_checkpoint_gives_what_the_run_gave(run):
+def test_evaluation_of_the_checkpoint_gives_what_the_run_gave(run, join_as_ranks):
     again = run.parent / "again"
     config = json.loads((run / "config.json").read_text())
-    train(
-        *("eval", ROOT / "examples" / "digits_cpu.yaml", f"model.path={run / 'checkpoints'}"),
+    join_as_ranks(
+        *(2, "eval", ROOT / "examples" / "digits_cpu.yaml", f"model.path={run / 'checkpoints'}"),
         *(f"data.eval={config['data']['eval']}", f"output={again}", "rollout.temperature=0.9"),
     )
     for way in ("sampled", "greedy"):

@@ -17,6 +17,7 @@ from megatron_sr1.data.loader import Loader
 from megatron_sr1.data.packing import pack_samples
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.data.shards import write_shards
+from megatron_sr1.evaluation.evaluate import HeldOut
 from megatron_sr1.records import Message, TrainSample
 from megatron_sr1.trainer.context import Context
 from megatron_sr1.trainer.rollouts import read_prompts
@@ -131,6 +132,12 @@ def test_a_prompt_that_is_too_long_leaves_the_others_order(processor, groups, tm
     ]
     assert found == [[0, 2, 4, 6, 8], [1, 3, 7, 9]]
     assert not [r for r in caplog.records if r.levelno > logging.WARNING]
+    # An evaluation during training reads the same questions again and again.
+    context.config.data.max_skipped, before = 1, context.skipped
+    whole = Of(replica=0, num_replicas=1, is_replica_leader=True)
+    held_out = HeldOut(context, whole, samples, None)
+    for _ in range(3):
+        assert len(held_out.prompts()) == 9 and context.skipped == before
 
 
 def test_the_likelihood_is_of_the_first_gold_answer_out_of_its_box(processor, tmp_path):
