@@ -223,7 +223,7 @@ def test_a_killed_grader_costs_its_prompt_alone(grpo):
     run_dir = grpo.copy("worker_die")
     found = grpo.run(run_dir, "worker", "die")
     assert found["statuses"] == [0, 0] and not found["left"], found["output"][-4000:]
-    assert f"{LEFT_OUT} failed, the grader ended (exit status -9)" in found["output"]
+    assert f"{LEFT_OUT}: the grader ended (exit status -9)" in found["output"]
     lines = read_lines(run_dir / "metrics.jsonl")
     assert [line["reward/ungraded"] for line in lines] == [0, 1]
 
