@@ -43,7 +43,7 @@ def main(every: bool = False) -> str:
         with_rules.worker.close()
         library.worker.close()
     lines = ["| rule | cases | math-verify agrees | it errs on, for example |", "|---|---|---|---|"]
-    for rule in sorted({*agree, *differ}, key=lambda r: -len(differ[r])):
+    for rule in sorted({*agree, *differ}, key=lambda r: (-len(differ[r]), r)):
         found = differ[rule] if every else _short(differ[rule])
         shown = "; ".join(_shown(*one) for one in found)
         count = agree[rule] + len(differ[rule])
