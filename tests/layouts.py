@@ -159,7 +159,7 @@ def destroy_groups() -> None:
 
     dist.barrier()
     for group in parallel_state._global_process_group_list or []:
-        if group is not None:  # None stands for the world
+        if group is not None:  # None is the default group, which stays
             dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
     gc.collect()  # models and optimizers hold groups in reference cycles

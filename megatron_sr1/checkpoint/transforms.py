@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from megatron_sr1.checkpoint.mapping import ROW, WHOLE, Entry
+from megatron_sr1.errors import ConfigError
 
 Block = tuple[str, tuple[slice, ...]]  # name of a published tensor and where; () for all of it
 
@@ -19,7 +20,8 @@ Block = tuple[str, tuple[slice, ...]]  # name of a published tensor and where; (
 def slices(entry: Entry, rank: int, size: int, local_rows: int) -> list[Block]:
     """Return what a tensor-parallel rank reads of the published tensors, in the order of `join`.
 
-    `local_rows` include a vocabulary's padding. The layout divides the model (`check_layout`).
+    `local_rows` include a vocabulary's padding. Raises `ConfigError` if the dimension does not
+    divide over the ranks.
     """
     found: list[Block] = []
     for name, shape in zip(entry.hf_names, entry.hf_shapes, strict=True):
@@ -42,7 +44,12 @@ def slices(entry: Entry, rank: int, size: int, local_rows: int) -> list[Block]:
 
 def _share(entry: Entry, length: int, size: int) -> int:
     units = entry.num_groups if entry.form == "grouped" else length
-    assert units % size == 0, f"{entry.name}: {units} heads, rows or columns over {size} ranks"
+    if units % size:
+        what = "key/value heads" if entry.form == "grouped" else "rows or columns"
+        raise ConfigError(
+            f"{entry.name}: {units} {what} do not divide over parallel.tensor={size} ranks; use a "
+            f"divisor of {units}"
+        )
     return length // size
 
 

@@ -19,6 +19,7 @@ from megatron_sr1.data.examples import example_from_stored
 from megatron_sr1.data.guards import MAX_JSON_BYTES, MAX_TEXT_CHARACTERS
 from megatron_sr1.data.shards import ShardReader
 from megatron_sr1.errors import DataError
+from tests.hostile.test_tars import END, member
 from tools.make_shards import main as make_shards
 
 GOOD = b'{"problem": "good", "answer": "1"}\n'
@@ -325,6 +326,13 @@ def test_a_hostile_stored_sample_is_refused(change, reason):
     with pytest.raises(DataError, match=reason) as error:
         example_from_stored({**STORED, **change}, index=0, key="k", shard="s.tar")
     assert str(error.value).isprintable()
+
+
+def test_a_hostile_stored_sample_is_named_by_its_shard_and_key(tmp_path):
+    text = json.dumps({**STORED, "metadata": [1, 2]}).encode()
+    (tmp_path / "s.tar").write_bytes(member(b"k.json", text) + END)
+    with pytest.raises(DataError, match=r"s\.tar sample k: not a stored sample"):
+        ShardReader(tmp_path).example(0)
 
 
 def test_rows_of_a_million_blanks_or_marks_take_linear_time(make, tmp_path):

@@ -15,7 +15,7 @@ from megatron_sr1.checkpoint.hf import check_tensors
 from megatron_sr1.checkpoint.hf_files import HFSource, check_target, write_like
 from megatron_sr1.checkpoint.mapping import canonical_hf_name, canonical_parameter, entries
 from megatron_sr1.checkpoint.transforms import join, publish, slices
-from megatron_sr1.errors import CheckpointError
+from megatron_sr1.errors import CheckpointError, ConfigError
 from megatron_sr1.model.hf_config import read_hf_config
 from tests.checkpoint_files import files_of, write_two_files
 
@@ -98,7 +98,7 @@ def test_a_padded_vocabulary_keeps_its_rows(tiny_model, size):
 
 def test_key_value_heads_that_do_not_divide_are_refused(tiny_model):
     entry = entry_of(read_hf_config(tiny_model), "layers.1.self_attention.linear_qkv.bias")
-    with pytest.raises(AssertionError, match="4 heads, rows or columns over 3 ranks"):
+    with pytest.raises(ConfigError, match=r"4 key/value heads do not divide"):
         slices(entry, 0, 3, 0)
 
 

@@ -1,14 +1,19 @@
 """A rollout as a sequence to learn from: which tokens carry which advantage."""
 
+import io
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from megatron_sr1.config.loading import load_config
+from megatron_sr1.data.examples import Record
 from megatron_sr1.data.packing import size_of
 from megatron_sr1.data.processor import Processor
+from megatron_sr1.data.shards import write_shards
 from megatron_sr1.demo.digits import make_digits
 from megatron_sr1.errors import DataError
-from megatron_sr1.records import Completion, Rollout
+from megatron_sr1.records import Completion, Message, Rollout
 from megatron_sr1.rewards.response import find_description
 from megatron_sr1.trainer.samples import Samples
 
@@ -71,6 +76,34 @@ def test_a_prompt_that_is_too_long_is_named(samples, monkeypatch):
     samples.forget()
     with pytest.raises(DataError, match=r"tar sample 000000001: prompt of \d+ tokens, at most 3"):
         samples.prompt(1)
+
+
+@pytest.mark.parametrize(
+    ("turns", "num_images", "read", "reason"),
+    [
+        (["q"], 0, "prompt", "no gold answer"),
+        (["q"], 0, "conversation", "no assistant turn"),
+        (["q", "a"], 0, "conversation", r"\d+ tokens, limit 3"),
+        (["<image>q"], 1, "prompt", "1 image places in the prompt, 2 images"),
+        (["<image>q", "a"], 1, "conversation", "1 image places in the prompt, 2 images"),
+    ],
+)
+def test_a_fault_of_a_sample_is_named_by_its_shard_and_key(
+    samples, tmp_path, monkeypatch, turns, num_images, read, reason
+):
+    roles = ("user", "assistant")
+    messages = tuple(Message(role, text) for role, text in zip(roles, turns, strict=False))
+    buffer = io.BytesIO()
+    Image.new("RGB", (28, 28)).save(buffer, "PNG")
+    answer = "7" if num_images else None
+    write_shards([Record(messages, answer, (buffer.getvalue(),) * num_images)], tmp_path)
+    paths = ["model.path=x", "data.train=x", "data.max_prompt_tokens=3"]
+    broken = Samples(load_config(None, paths), tmp_path, samples.processor)
+    if reason.endswith("2 images"):  # more than the shard's text has marks for
+        images = broken.reader.images
+        monkeypatch.setattr(broken.reader, "images", lambda index: images(index) * 2)
+    with pytest.raises(DataError, match=rf"tar sample 000000000: {reason}"):
+        getattr(broken, read)(0)
 
 
 def test_a_rollouts_size_is_that_of_its_sequence(samples):
