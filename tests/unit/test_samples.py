@@ -1,10 +1,7 @@
 """A rollout as a sequence to learn from: which tokens carry which advantage."""
 
-import io
-
 import numpy as np
 import pytest
-from PIL import Image
 
 from megatron_sr1.config.loading import load_config
 from megatron_sr1.data.examples import Record
@@ -16,6 +13,7 @@ from megatron_sr1.errors import DataError
 from megatron_sr1.records import Completion, Message, Rollout
 from megatron_sr1.rewards.response import find_description
 from megatron_sr1.trainer.samples import Samples
+from tests.hostile.mutations import picture
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +91,8 @@ def test_a_fault_of_a_sample_is_named_by_its_shard_and_key(
 ):
     roles = ("user", "assistant")
     messages = tuple(Message(role, text) for role, text in zip(roles, turns, strict=False))
-    buffer = io.BytesIO()
-    Image.new("RGB", (28, 28)).save(buffer, "PNG")
-    answer = "7" if num_images else None
-    write_shards([Record(messages, answer, (buffer.getvalue(),) * num_images)], tmp_path)
+    answer, images = "7" if num_images else None, (picture("PNG", size=(28, 28)),) * num_images
+    write_shards([Record(messages, answer, images)], tmp_path)
     paths = ["model.path=x", "data.train=x", "data.max_prompt_tokens=3"]
     broken = Samples(load_config(None, paths), tmp_path, samples.processor)
     if reason.endswith("2 images"):  # more than the shard's text has marks for
