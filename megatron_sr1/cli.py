@@ -288,7 +288,8 @@ def print_results(output: Path) -> None:
     from megatron_sr1.report.report import write_report
 
     Console().print(demo.comparison(demo.finish(output)))
-    paths = {"model.path": "cold_start/hf", "data.train": "data/train", "data.eval": "data/eval"}
+    paths = {"model.path": "cold_start/hf", "data.train": "data/train"}
+    paths |= {f"evaluation.sets.{way}.path": "data/eval" for way in demo.WAYS}
     moved = "" if output == DEMO_OUTPUT else "".join(f" {k}={output / v}" for k, v in paths.items())
     print(
         f"Report, with curves and samples: {write_report(output)}\n"

@@ -48,10 +48,11 @@ def dry_run(config: Config) -> str:
             memory = _memory(config, hf_config, layout)
         lines += [f"parameters  {parameters}", f"memory      {memory}"]
         lines += [f"steps       {_steps(config)}"]
+    for name, each in config.evaluation.sets.items():
+        lines.append(f"eval data   {name}: {_data(each.path)}")
     if config.stage != "sft":
         if config.reward.function:
             lines.append(f"reward      answers judged by {config.reward.function}, loaded")
-        lines.append(f"eval data   {_data(config.data.eval)}")
         rollout = config.rollout
         lines.append(
             f"engine      tensor parallel {rollout.tensor_parallel}, {rollout.max_num_seqs} slots "
@@ -183,9 +184,13 @@ def check_run(config: Config, num_ranks: int) -> list[str]:
                 f"rollout.tensor_parallel={config.rollout.tensor_parallel} does not divide the "
                 f"{num_ranks} ranks; change it or launch.num_processes"
             )
-        if config.reward.function:
-            UserReward(config.reward.function)
-    return [*_check_data(config, "train"), *_check_data(config, "eval")]
+        for function in dict.fromkeys(config.functions().values()):
+            UserReward(function)
+    found = [] if config.stage == "eval" else _check_data(config, "data.train", config.data.train)
+    if config.stage != "sft":
+        for name, each in config.evaluation.sets.items():
+            found += _check_data(config, f"evaluation.sets.{name}.path", each.path)
+    return found
 
 
 def model_shape(path: str) -> HFConfig | None:
@@ -233,11 +238,10 @@ def _check_shape(config: Config, hf_config: HFConfig) -> None:
         )
 
 
-def _check_data(config: Config, which: str) -> list[str]:
-    """Check the shards of data.train or data.eval, as the stage uses them."""
-    directory, is_train = getattr(config.data, which), which == "train"
-    is_used = config.stage != ("eval" if is_train else "sft")
-    if not is_used or not directory or not Path(directory).exists():
+def _check_data(config: Config, key: str, directory: str) -> list[str]:
+    """Check the shards of a training or held-out set, as the stage uses them."""
+    is_train = key == "data.train"
+    if not directory or not Path(directory).exists():
         return []
     reader = ShardReader(directory)
     if is_train:
@@ -247,7 +251,7 @@ def _check_data(config: Config, which: str) -> list[str]:
     if len(faults) == len(first):
         reason = faults[0] if faults else "there are none"
         raise DataError(
-            f"data.{which}={directory}: none of the first {NUM_READ} samples can be used: {reason}"
+            f"{key}={directory}: none of the first {NUM_READ} samples can be used: {reason}"
         )
     if config.stage == "grpo" and is_train and config.rollout.canary_bound > 0:
         first_with_image(len(reader), lambda index: reader.example(index).num_images)

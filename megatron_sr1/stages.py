@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -14,7 +14,13 @@ import torch
 from megatron_sr1.config.run import Config
 from megatron_sr1.dry_run import check_num_samples, check_output
 from megatron_sr1.errors import ConfigError
-from megatron_sr1.evaluation.evaluate import HeldOut, evaluation_scorer
+from megatron_sr1.evaluation.evaluate import (
+    HeldOut,
+    can_resume,
+    evaluation_scorers,
+    make_sets,
+)
+from megatron_sr1.evaluation.held_out_loss import HeldOutLoss, make_losses
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.runtime import failure
@@ -66,45 +72,50 @@ def joined_ranks(config: Config) -> Iterator[Groups]:
 
 
 def run_sft(config: Config, groups: Groups) -> None:
-    """Fine-tune `model.path` on `data.train`."""
-    context, samples, actor, _ = start(config, groups)
-    train_sft(context, actor, samples)
-    export(context, actor)
+    """Fine-tune `model.path` on `data.train`, evaluating `evaluation.sets`."""
+    with evaluation_scorers(config) as scorers:
+        context, samples, actor, _ = start(config, groups)
+        losses, engine, sets = make_losses(context, actor, samples.processor), None, []
+        if config.evaluation.generate:
+            with context.phase("setup"):
+                engine = start_engine(config, groups, samples.processor)
+            sets = make_sets(context, engine, samples.processor, scorers)
+        evaluate = partial(evaluate_actor, context, actor, engine, sets, losses)
+        train_sft(context, actor, samples, evaluate if losses or sets else None)
+        export(context, actor)
     finish(context)
 
 
 def run_grpo(config: Config, groups: Groups) -> None:
-    """Train `model.path` with GRPO on `data.train`, then evaluate if `data.eval` is set."""
+    """Train `model.path` with GRPO on `data.train`, evaluating `evaluation.sets`."""
     # The scorers first: a reward function that does not load stops the run before the model loads.
-    with Scorer(config.reward) as scorer, evaluation_scorer(config) as eval_scorer:
+    with Scorer(config.reward) as scorer, evaluation_scorers(config) as scorers:
         context, samples, actor, reference = start(config, groups)
         with context.phase("setup"):
             engine = start_engine(config, groups, samples.processor)
-        held_out, rate = None, None
-        if config.data.eval:
-            held_out_samples = Samples(config, config.data.eval, samples.processor)
-            held_out = HeldOut(context, engine, held_out_samples, eval_scorer)
-            if config.checkpoint.keep_best:
-                rate = partial(rate_actor, context, actor, engine, held_out)
-        train_grpo(context, actor, engine, samples, scorer, reference, rate)
+        sets = make_sets(context, engine, samples.processor, scorers)
+        evaluate = partial(evaluate_actor, context, actor, engine, sets, []) if sets else None
+        is_trained = not context.has_steps_left
+        train_grpo(context, actor, engine, samples, scorer, reference, evaluate)
+        if evaluate is not None and is_trained:  # sets that were named after the training
+            evaluate(True)
         export(context, actor)
-        if held_out is not None and not context.is_leaving:
-            sync(context, actor, engine)
-            evaluate(context, held_out)
     finish(context)
 
 
 def run_eval(config: Config, groups: Groups) -> None:
-    """Evaluate `model.path` on `data.eval`, with the engine alone."""
+    """Evaluate `model.path` on `evaluation.sets`, with the engine alone."""
     check_output(config)
     processor = make_processor(config)
-    samples = Samples(config, config.data.eval, processor)
     context = Context(config, groups, 0)
     context.open()
-    with evaluation_scorer(config) as scorer:
+    resume = can_resume(context)
+    with evaluation_scorers(config) as scorers:
         with context.phase("setup"):
             engine = start_engine(config, groups, processor)
-        evaluate(context, HeldOut(context, engine, samples, scorer))
+        sets = make_sets(context, engine, processor, scorers)
+        found = {each.name: each.evaluate(each.name, resume) for each in sets}
+        report_rates(context, found, is_last=True)
     context.close()
 
 
@@ -127,32 +138,45 @@ def start(config: Config, groups: Groups) -> tuple[Context, Samples, Actor, Refe
     return context, samples, actor, reference
 
 
-def rate_actor(
-    context: Context, actor: Actor, engine: Engine, held_out: HeldOut
-) -> dict[str, float]:
-    """Evaluate the actor by greedy answers to `data.eval`; collective."""
-    sync(context, actor, engine)
-    rates = held_out.evaluate(f"step_{context.step}", temperature=0.0)
-    engine.sleep()
-    actor.restore()  # for the save that follows
-    held_out.samples.forget()
-    config = context.config
-    if config.checkpoint.best_by.split()[1] not in rates:
+def evaluate_actor(
+    context: Context,
+    actor: Actor,
+    engine: Engine | None,
+    sets: Sequence[HeldOut],
+    losses: Sequence[HeldOutLoss],
+    is_last: bool,
+) -> dict[str, dict[str, float]]:
+    """Evaluate the actor on all sets; the last time under their names, before with the step."""
+    found = {name: dict[str, float]() for name in context.config.evaluation.sets}
+    for loss in losses:
+        found[loss.name] |= loss.evaluate()
+    if engine is not None:
+        sync(context, actor, engine)
+        step = "" if is_last else f"_step_{context.step}"
+        for each in sets:
+            found[each.name] |= each.evaluate(each.name + step)
+        engine.sleep()
+        actor.restore()  # for a save
+    report_rates(context, found, is_last)
+    name, first = next(iter(found.items()))
+    best_by = context.config.checkpoint.best_by
+    if context.config.checkpoint.keep_best and best_by.split()[1] not in first:
         raise ConfigError(
-            f"checkpoint.best_by={config.checkpoint.best_by!r} names none of the rates that the "
-            f"evaluation of {config.data.eval} gave: {', '.join(rates)}"
+            f"checkpoint.best_by={best_by!r} names none of the rates that the evaluation of {name} "
+            f"gave: {', '.join(first)}"
         )
-    return rates
+    return found
 
 
-def evaluate(context: Context, held_out: HeldOut) -> None:
-    """Evaluate sampled and greedy answers, and write the rates to summary.json."""
-    summary = {}
-    for way, temperature in (("sampled", context.config.rollout.temperature), ("greedy", 0.0)):
-        summary[way] = held_out.evaluate(way, temperature)
-        log.info("held-out, %s: %s", way, summary[way])
-    if context.is_writer:
-        write_text(context.run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+def report_rates(context: Context, found: dict[str, dict[str, float]], is_last: bool) -> None:
+    """Log the rates of all sets; at last, write them to summary.json."""
+    if not context.is_writer:
+        return
+    for name, rates in found.items():
+        shown = (f"{rate} {value:.4g}" for rate, value in rates.items())
+        log.info("held-out, %s: %s", name, ", ".join(shown))
+    if is_last:
+        write_text(context.run_dir / "summary.json", json.dumps(found, indent=2) + "\n")
 
 
 def export(context: Context, actor: Actor) -> None:

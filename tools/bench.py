@@ -43,7 +43,7 @@ COLD_START = {
     "optimizer.learning_rate": 1e-3,
     "optimizer.min_learning_rate": 1e-4,
     "optimizer.warmup_steps": 20,
-    "data.eval": "",
+    "evaluation.sets": "",
 }
 MODELS = ("3b", "7b")
 SEQUENCES = (64, 128, 256, 512)

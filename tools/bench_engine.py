@@ -52,7 +52,12 @@ class Bench:
         config = load_config(
             ROOT / "examples/digits_cpu.yaml",
             [
-                *(f"model.path={model}", f"data.train={data}", "data.eval=", f"output={directory}"),
+                *(
+                    f"model.path={model}",
+                    f"data.train={data}",
+                    "evaluation.sets=",
+                    f"output={directory}",
+                ),
                 *(f"rollout.max_num_seqs={slots}", "launch.num_processes=1", "launch.threads=2"),
                 f"rollout.max_response_tokens={CAP_TOKENS}",
                 f"rollout.max_reading_tokens={CAP_TOKENS}",

@@ -16,7 +16,7 @@ import math
 import statistics
 from pathlib import Path
 
-from megatron_sr1.demo.demo import COLD_START, prepare
+from megatron_sr1.demo.demo import COLD_START, WAYS, prepare
 from megatron_sr1.observability.metrics import read_lines
 from megatron_sr1.report.panels import LABELS, paired
 from megatron_sr1.rewards.score import VERDICTS, rate
@@ -38,12 +38,13 @@ def run_seed(directory: Path, seed: int, more: list[str]) -> dict[str, Path]:
     data, cold = directory / "data", directory / "cold_start"
     if not (cold / "hf" / "config.json").is_file():
         own = [f"model.path={directory / 'model'}", f"data.train={data / 'cold_start'}"]
-        train(cold, *COLD_START, *own, "data.eval=", f"seed={seed}")
+        train(cold, *COLD_START, *own, "evaluation.sets=", f"seed={seed}")
     runs = {credit: directory / credit for credit in CREDITS}
     for credit, target in runs.items():
         if not (target / "report.html").is_file():  # the last file that a run writes
             own = [f"model.path={cold / 'hf'}", f"data.train={data / 'train'}"]
-            own += [f"data.eval={data / 'eval'}", "data.eval_limit=0", f"seed={seed}"]
+            own += [f"evaluation.sets.{way}.path={data / 'eval'}" for way in WAYS]
+            own += ["evaluation.max_samples=0", f"seed={seed}"]
             train(target, *own, f"algorithm.credit={credit}", *more)
     return runs
 

@@ -114,7 +114,12 @@ def run_trl(model: str, data: str, num_steps: int, result: Path) -> None:
 def run_ours(model: str, data: str, num_steps: int, directory: Path) -> list[dict[str, float]]:
     """Run our side through the command line; return the seconds of each step and its phases."""
     command = [sys.executable, "-m", "megatron_sr1", "train", "examples/digits_cpu.yaml"]
-    command += [f"model.path={model}", f"data.train={data}", "data.eval=", f"output={directory}"]
+    command += [
+        f"model.path={model}",
+        f"data.train={data}",
+        "evaluation.sets=",
+        f"output={directory}",
+    ]
     command += [f"optimizer.num_steps={num_steps}", "rollout.max_response_tokens=64"]
     command += ["algorithm.kl_coefficient=0.01", "checkpoint.export_hf=false"]
     subprocess.run(command, check=True, cwd=ROOT)

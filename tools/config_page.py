@@ -39,6 +39,10 @@ def page() -> str:
         value = getattr(Config(), group.name)
         if is_dataclass(value):
             parts += _section(f"`{group.name}`", f"{group.name}.", value)
+            for each in fields(value):
+                if "named" in each.metadata:
+                    prefix = f"{group.name}.{each.name}.NAME"
+                    parts += _section(f"`{prefix}`", f"{prefix}.", each.metadata["named"]())
     return "\n".join(parts)
 
 

@@ -39,12 +39,20 @@ def choice(default: Any, *choices: Any) -> Any:
     return field(default=default, metadata={"choices": choices})
 
 
+def named(kind: type) -> Any:
+    """Return a field for groups of settings that the user names: a mapping of names to `kind`."""
+    return field(default_factory=dict, metadata={"named": kind})
+
+
 def settings(config: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any]]:
     """Yield each setting of a configuration: its dotted key, its field, its value."""
     for each in fields(config):
         value = getattr(config, each.name)
         if is_dataclass(value):
             yield from settings(value, f"{prefix}{each.name}.")
+        elif "named" in each.metadata:
+            for name, group in value.items():
+                yield from settings(group, f"{prefix}{each.name}.{name}.")
         else:
             yield prefix + each.name, each, value
 
@@ -64,7 +72,8 @@ def accepted(setting: Field[Any]) -> str:
 def check_setting(key: str, setting: Field[Any], value: Any) -> None:
     """Check a value, or each value of a list, against its field's metadata."""
     expected = ("numbers, each " if isinstance(value, list) else "") + accepted(setting)
-    if setting.default is not MISSING and "choices" not in setting.metadata:
+    has_example = setting.default not in (MISSING, None)
+    if has_example and "choices" not in setting.metadata:
         expected += f", for example {setting.default}"
     for one in value if isinstance(value, list) else [value]:
         if not _is_accepted(one, setting.metadata):

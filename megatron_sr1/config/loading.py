@@ -37,8 +37,14 @@ WORDS: dict[Any, tuple[str, Any, str]] = {
 """Type of a field -> its name, an example, its plural."""
 NEAR = 0.6
 """Least similarity of an unknown key, and of its last part, to a key that is suggested."""
-RENAMED = {"reward.max_ungraded": "reward.max_ungraded_share, a share of each step's prompts"}
+RENAMED = {
+    "reward.max_ungraded": "reward.max_ungraded_share, a share of each step's prompts",
+    "data.eval": "evaluation.sets.NAME.path, with a name of your choice for the set",
+    "data.eval_limit": "evaluation.max_samples",
+}
 """Old key -> the new one and what it takes; using an old one is an error that names the new one."""
+NAME = re.compile("[A-Za-z0-9][A-Za-z0-9_-]*")
+"""Of a group that the user names; it becomes part of file names and of metrics' names."""
 _ENVIRONMENT = re.compile(r"\$\{oc\.env:[A-Za-z_][A-Za-z0-9_]*(,[^${}]*)?\}")
 
 
@@ -54,6 +60,7 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
     try:
         for name, layer in layers:
             _check_types(layer, Config(), name)
+            _clear_named(config, layer)
             config.merge_with(layer)
         name = source
         resolved = OmegaConf.to_object(config)
@@ -102,7 +109,7 @@ def _read_override(text: str) -> dict[Any, Any]:
         raise ConfigError(f"override {text!r}: expected group.key=value, such as seed=2")
     try:
         layer = OmegaConf.from_dotlist([text])
-        if not value:  # "data.eval=" sets an empty string; OmegaConf alone would read null
+        if not value:  # "data.train=" sets an empty string; OmegaConf alone would read null
             OmegaConf.update(layer, key, "")
     except Exception as error:  # of yaml, of OmegaConf, of the encoding
         raise ConfigError(f"override {text[:200]!a}: {_reason(error)}") from None
@@ -134,10 +141,14 @@ def _check_types(layer: dict[Any, Any], group: Any, name: str, prefix: str = "")
     for key, value in layer.items():
         if key not in known:
             raise ConfigError(f"{name}: {_unknown(prefix + _first_key(key, value))}")
-        default = getattr(group, key)
+        default, kind = getattr(group, key), known[key].metadata.get("named")
         if value == MISSING:
             continue
-        if is_dataclass(default) and isinstance(value, dict):
+        if kind is not None and not value:
+            layer[key] = {}
+        elif kind is not None:
+            _check_named(value, kind, name, prefix + key)
+        elif is_dataclass(default) and isinstance(value, dict):
             _check_types(value, default, name, f"{prefix}{key}.")
         elif value is False and "off" in known[key].metadata.get("choices", ()):
             layer[key] = "off"
@@ -145,6 +156,30 @@ def _check_types(layer: dict[Any, Any], group: Any, name: str, prefix: str = "")
             shown = json.dumps(value, default=str)[:MAX_SHOWN]
             expected = _expected(known[key], kinds[key], default, value)
             raise ConfigError(f"{name}: {prefix}{key} is {shown}; expected {expected}")
+
+
+def _check_named(groups: Any, kind: type, name: str, key: str) -> None:
+    """Check groups of settings whose names the user chose."""
+    expected = f"a mapping, for example {{{fields(kind)[0].name}: DIR}}"
+    for one, group in groups.items() if isinstance(groups, dict) else [("", groups)]:
+        where = f"{name}: {key}.{one}".rstrip(".")
+        if not isinstance(groups, dict):
+            expected = f"a mapping of names, each with {expected}"
+        elif not NAME.fullmatch(str(one)):
+            raise ConfigError(f"{where}: expected a name of letters, digits, _ and - only")
+        if not isinstance(group, dict):
+            shown = json.dumps(group, default=str)[:MAX_SHOWN]
+            raise ConfigError(f"{where} is {shown}; expected {expected}")
+        _check_types(group, kind(), name, f"{key}.{one}.")
+
+
+def _clear_named(config: Any, layer: dict[Any, Any]) -> None:
+    """Remove the named groups of earlier layers where a layer has none: `evaluation.sets=`."""
+    for key, value in layer.items():
+        if value == {} and OmegaConf.get_type(config[key]) is dict:
+            config[key] = {}
+        elif isinstance(value, dict) and is_dataclass(OmegaConf.get_type(config[key])):
+            _clear_named(config[key], value)
 
 
 def _first_key(key: Any, value: Any) -> str:
@@ -185,8 +220,11 @@ def _expected(setting: Field[Any], kind: Any, default: Any, value: Any) -> str:
         is_item = _fits(value, item) and len(str(value)) < MAX_SHOWN
         example = [value] if is_item else [WORDS[item][1]]
         return f"a list of {WORDS[item][2]}, for example {json.dumps(example)}"
-    word, example, _ = WORDS[kind]
-    return f"{word}, for example {json.dumps(default if default not in (MISSING, '') else example)}"
+    optional = get_args(kind)
+    word, example, _ = WORDS[optional[0] if optional else kind]
+    word = f"{word} or null" if optional else word
+    is_example = default not in (MISSING, "", None)
+    return f"{word}, for example {json.dumps(default if is_example else example)}"
 
 
 def _unusable(name: str, error: OmegaConfBaseException) -> ConfigError:

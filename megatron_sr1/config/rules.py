@@ -22,8 +22,9 @@ def validate(config: Config) -> None:
     """Check values beyond their types; a ConfigError names key, value and what is accepted."""
     for key, each, value in settings(config):
         check_setting(key, each, value)
-    groups: list[Callable[[Config], Broken]] = [_model, _memory, _run]
-    groups += [] if config.stage == "sft" else [_pass2, _rollout]
+    groups: list[Callable[[Config], Broken]] = [_model, _memory, _run, _evaluation]
+    has_engine = config.stage != "sft" or config.evaluation.generate
+    groups += [_pass2, _rollout] if has_engine else []
     groups += [_algorithm] if config.stage == "grpo" else []
     for rules in groups:
         for message in rules(config):
@@ -98,15 +99,33 @@ def _run(config: Config) -> Broken:
             yield "{logging.profile_steps} begins after the last step, {optimizer.num_steps}"
     if checkpoint.keep_best and config.stage != "eval":
         keep = "{checkpoint.keep_best}"
-        if config.stage == "sft":
-            yield f"{keep} needs an evaluation, and stage=sft has none"
-        if not config.data.eval:
-            yield f"{keep} needs an evaluation of data.eval, which is not set"
+        if not config.evaluation.sets:
+            yield f"{keep} needs an evaluation, and evaluation.sets is empty"
+        has_answers = config.stage == "grpo" or config.evaluation.generate
+        if not has_answers if checkpoint.best_by != "min loss" else config.stage == "grpo":
+            gives = "verdicts" if has_answers else "a loss"
+            yield f"{{checkpoint.best_by}}: an evaluation gives {gives} with stage={config.stage}"
         if checkpoint.keep_last == 0:
             yield f"{keep}: checkpoint.keep_last=0 keeps all; set it to 1 or more"
-        if config.reward.recipe == "vision_r1" and checkpoint.best_by != "max accuracy":
+        is_own = checkpoint.best_by in ("max accuracy", "min loss")
+        if config.reward.recipe == "vision_r1" and not is_own:
             none = "reward.recipe=vision_r1 has none; use 'max accuracy'"
             yield f"{{checkpoint.best_by}} needs descriptions, and {none}"
+
+
+def _evaluation(config: Config) -> Broken:
+    evaluation = config.evaluation
+    for name, each in evaluation.sets.items():
+        temperature = evaluation.temperature if each.temperature is None else each.temperature
+        n = each.samples_per_prompt or evaluation.samples_per_prompt
+        if n > 1 and temperature == 0:
+            yield (
+                f"evaluation.sets.{name}: {n} greedy responses to a question are one response; set "
+                "a temperature above 0, or samples_per_prompt=1"
+            )
+    if (evaluation.every_steps or evaluation.at_start) and not evaluation.sets:
+        keys = "{evaluation.every_steps}, {evaluation.at_start}"
+        yield f"{keys}, but evaluation.sets is empty: name a set, evaluation.sets.NAME.path=DIR"
 
 
 def _pass2(config: Config) -> Broken:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from megatron_sr1.config.evaluation import EvaluationConfig, EvaluationSet
 from megatron_sr1.config.fields import choice, number, settings
 from megatron_sr1.config.rollout import RewardConfig, RolloutConfig
 from megatron_sr1.config.training import (
@@ -132,6 +133,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -144,7 +146,17 @@ class Config:
         is_sft = self.stage == "sft"
         return 1 if is_sft else self.data.prompts_per_step // self.algorithm.prompts_per_update
 
+    def functions(self) -> dict[str, str]:
+        """Return the reward functions that are set, by configuration key."""
+        named = {"reward.function": self.reward.function}
+        named["evaluation.function"] = self.evaluation.function
+        for name, each in self.evaluation.sets.items():
+            named[f"evaluation.sets.{name}.function"] = each.function or ""
+        return {key: function for key, function in named.items() if function}
+
 
 def keys() -> list[str]:
-    """Return all dotted keys that a configuration may set."""
-    return [key for key, _, _ in settings(Config())]
+    """Return all dotted keys that a configuration may set, `NAME` where the user names a group."""
+    config = Config()
+    config.evaluation.sets["NAME"] = EvaluationSet()
+    return [key for key, _, _ in settings(config)]

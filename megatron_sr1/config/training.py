@@ -9,14 +9,10 @@ from megatron_sr1.config.fields import choice, number
 
 @dataclass
 class DataConfig:
-    """Training and evaluation data, and how a step is drawn and packed."""
+    """Training data, and how a step is drawn and packed."""
 
     train: str = ""
     """Directory of webdataset shards to train on, written by tools/make_shards.py."""
-    eval: str = ""
-    """Directory of webdataset shards with held-out samples."""
-    eval_limit: int = number(0, at_least=0)
-    """Evaluate only this many held-out samples, the first ones; 0: all."""
     prompts_per_step: int = number(512, at_least=1)
     """GRPO: prompts per rollout step. SFT: sequences per update."""
     shuffle: bool = True
@@ -137,12 +133,14 @@ class CheckpointConfig:
     """Number of latest checkpoints to keep; 0 keeps all."""
     keep_best: int = number(0, at_least=0)
     """Number of best checkpoints to keep in addition (GRPO only). Each save is then preceded by an
-    evaluation of greedy answers to data.eval."""
+    evaluation."""
     best_by: str = choice(
         "max accuracy",
         *("max accuracy", "max self_reward", "max description_exact", "min shortcut_rate"),
+        "min loss",
     )
-    """Which evaluated rate makes a checkpoint one of the best, and in which direction."""
+    """Which rate of the first of evaluation.sets makes a checkpoint one of the best, and in which
+    direction."""
     asynchronous: bool = False
     """Train on while tensors are written; takes host memory for a copy of the rank's share."""
     max_in_flight: int = number(1, at_least=1)

@@ -14,6 +14,7 @@ import logging
 import shutil
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from megatron_sr1.config.run import Config
 from megatron_sr1.demo.digits import corpus_texts, make_digits
 from megatron_sr1.demo.tiny_model import make_tiny_model
 from megatron_sr1.errors import ConfigError
-from megatron_sr1.evaluation.evaluate import HeldOut, evaluation_scorer
+from megatron_sr1.evaluation.evaluate import HeldOut, evaluation_scorers, make_sets
 from megatron_sr1.observability.metrics import read_lines
 from megatron_sr1.report.panels import paired
 from megatron_sr1.report.report import DEMO_RUNS
@@ -35,7 +36,6 @@ from megatron_sr1.runtime.files import write_text
 from megatron_sr1.runtime.groups import Groups
 from megatron_sr1.trainer.context import Context
 from megatron_sr1.trainer.grpo import train_grpo
-from megatron_sr1.trainer.samples import Samples
 from megatron_sr1.trainer.sft import train_sft
 from megatron_sr1.trainer.sync import start_engine, sync
 
@@ -93,14 +93,13 @@ def train(output: Path, seed: int) -> None:
             engine = start_engine(judge_config, groups, samples.processor)
         judging = Context(judge_config, groups, 0)
         judging.open()
-        questions = Samples(judge_config, judge_config.data.eval, samples.processor)
-        with evaluation_scorer(judge_config) as scorer:
-            held_out = HeldOut(judging, engine, questions, scorer)
-            _evaluate(held_out, "cold_start")
+        with evaluation_scorers(judge_config) as scorers:
+            sets = make_sets(judging, engine, samples.processor, scorers)
+            _evaluate(sets, "cold_start")
             for number, (name, config) in enumerate(configs.items(), start=3):
                 log.info("%d/4 %s (%d steps)", number, DEMO_RUNS[name], config.optimizer.num_steps)
                 _train_grpo(config, groups, engine)
-                _evaluate(held_out, name)
+                _evaluate(sets, name)
         if groups.world.rank == 0:
             # A line per start that reached the end; `finish` takes the first, which did the
             # training unless an earlier start was interrupted.
@@ -117,12 +116,12 @@ def _train_grpo(config: Config, groups: Groups, engine: Engine) -> None:
     actor.save_hf(context.run_dir / "hf")
 
 
-def _evaluate(held_out: HeldOut, name: str) -> None:
+def _evaluate(sets: Sequence[HeldOut], name: str) -> None:
     """Evaluate the engine's weights on the held-out questions, sampled and greedily."""
-    for way, temperature in WAYS.items():
-        found = held_out.evaluate(f"{name}_{way}", temperature)
+    for each in sets:
+        found = each.evaluate(f"{name}_{each.name}")
         shown = ", ".join(f"{rate} {value:.3g}" for rate, value in found.items())
-        log.info("%s, held-out questions, %s: %s", DEMO_RUNS[name], way, shown)
+        log.info("%s, held-out questions, %s: %s", DEMO_RUNS[name], each.name, shown)
 
 
 def finish(output: Path) -> dict[str, Any]:
@@ -171,11 +170,12 @@ def _config(output: Path, seed: int, name: str, *more: str) -> Config:
     cold = name == "cold_start"
     own = [
         *(COLD_START if cold else ()),
-        *("checkpoint.every_steps=0", "data.eval_limit=0"),
+        *("checkpoint.every_steps=0", "evaluation.max_samples=0"),
         f"reward.recipe={'vision_sr1' if cold else name}",
         f"model.path={output / ('model' if cold else 'cold_start/hf')}",
         f"data.train={output / 'data' / ('cold_start' if cold else 'train')}",
-        f"data.eval={output / 'data' / 'eval'}",
+        *(f"evaluation.sets.{way}.path={output / 'data' / 'eval'}" for way in WAYS),
+        *(f"evaluation.sets.{way}.temperature={value}" for way, value in WAYS.items()),
         f"output={output / name}",
         f"seed={seed}",
     ]

@@ -1,18 +1,34 @@
-"""Evaluate a model on held-out questions: both passes, the four verdicts, their rates."""
+"""Evaluate a model on held-out questions: both passes and all verdicts, set by set.
+
+In: the engine's weights and the sets of `evaluation.sets`. Out: a line per response in
+`eval/NAME.jsonl`, and rates. Questions are read and answered in chunks, so that memory does not
+grow with a set. A set is always asked in the same order with the same seeds, so that models can be
+compared question by question.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from megatron_sr1.checkpoint.folders import fingerprint, resolve_model
 from megatron_sr1.config.run import Config
-from megatron_sr1.records import RIGHT_FROM, Example, Prompt
+from megatron_sr1.data.processor import Processor
+from megatron_sr1.evaluation.results import evaluation_line, set_rates, verdicts_of
+from megatron_sr1.observability.metrics import read_lines
+from megatron_sr1.records import Prompt
 from megatron_sr1.rewards.response import find_description
-from megatron_sr1.rewards.score import Scorer, is_exact, rates
+from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.rollout.two_pass import RolloutHooks, roll_out
+from megatron_sr1.runtime.files import write_text
+from megatron_sr1.runtime.groups import gather_objects
 from megatron_sr1.runtime.rng import request_seed
 from megatron_sr1.trainer import rollouts
 from megatron_sr1.trainer.context import Context
@@ -20,97 +36,190 @@ from megatron_sr1.trainer.rollouts import Scored
 from megatron_sr1.trainer.samples import Samples
 
 log = logging.getLogger(__name__)
+RUN_FILE = "eval/run.json"
+"""What an evaluation was started with: one with other settings or weights starts over."""
+Lines = list[dict[str, Any]]
+
+
+@contextmanager
+def evaluation_scorers(config: Config) -> Iterator[dict[str, Scorer]]:
+    """Yield the scorer of each set, by its name; sets with the same function share one.
+
+    With see_think they read descriptions too, so that the tables can be compared.
+    """
+    recipe = "vision_r1" if config.reward.recipe == "vision_r1" else "vision_sr1"
+    by_function: dict[str, Scorer] = {}
+    with ExitStack() as stack:
+        for each in config.evaluation.sets.values():
+            function = function_of(config, each.function)
+            if function not in by_function:
+                reward = replace(config.reward, recipe=recipe, function=function)
+                by_function[function] = stack.enter_context(Scorer(reward))
+        yield {
+            name: by_function[function_of(config, each.function)]
+            for name, each in config.evaluation.sets.items()
+        }
+
+
+def function_of(config: Config, of_set: str | None) -> str:
+    """Return the reward function of a set: its own, that of evaluations, or that of training."""
+    return of_set if of_set is not None else config.evaluation.function or config.reward.function
+
+
+def make_sets(
+    context: Context, engine: Engine, processor: Processor, scorers: dict[str, Scorer]
+) -> list[HeldOut]:
+    """Open the shards of `evaluation.sets`, in their order."""
+    config = context.config
+    return [
+        HeldOut(context, engine, Samples(config, each.path, processor), name, scorers[name])
+        for name, each in config.evaluation.sets.items()
+    ]
 
 
 class HeldOut:
-    """Evaluates the engine's weights, always on the same questions with the same seeds."""
+    """Evaluates the engine's weights on one set, always on the same questions with the same seeds.
 
-    def __init__(self, context: Context, engine: Engine, samples: Samples, scorer: Scorer) -> None:
-        """Select the first `data.eval_limit` questions of `samples`, those of `data.eval`."""
-        self.samples = samples
+    Attributes:
+        name: of the set in `evaluation.sets`.
+        skipped: unusable questions of the evaluation.
+    """
+
+    def __init__(
+        self, context: Context, engine: Engine, samples: Samples, name: str, scorer: Scorer
+    ) -> None:
+        """Select the first questions of `samples`, as many as configured."""
+        config = context.config
+        own, common = config.evaluation.sets[name], config.evaluation
+        self.name = name
         self._context, self._engine, self._scorer = context, engine, scorer
-        self._indices = range(len(samples))[: context.config.data.eval_limit or None]
+        self._samples = samples
+        self._rollout = replace(
+            config.rollout,
+            samples_per_prompt=own.samples_per_prompt or common.samples_per_prompt,
+            temperature=common.temperature if own.temperature is None else own.temperature,
+            pass2_mode="generate",
+            pass2_samples=1,  # so that it is right or wrong
+        )
+        limit = common.max_samples if own.max_samples is None else own.max_samples
+        self._indices = range(len(self._samples))[: limit or None]
+        self.skipped = 0
 
-    def prompts(self) -> list[Prompt]:
-        """Read this replica's questions; unusable ones count for each evaluation by itself."""
-        context = self._context
-        of_training, context.skipped = context.skipped, 0
-        prompts = rollouts.read_prompts(context, self._engine, self.samples, self._indices)
-        context.skipped = of_training
-        return prompts
+    def evaluate(self, name: str, resume: bool = False) -> dict[str, float]:
+        """Answer the questions and save every verdict in `eval/{name}.jsonl`; collective.
 
-    def evaluate(self, name: str, temperature: float) -> dict[str, float]:
-        """Answer the questions and save every verdict in `eval/{name}.jsonl`.
-
-        `temperature` is that of pass 1; 0 is greedy. Pass 2 is as configured, but always one
-        answer, so that it is right or wrong.
+        With `resume`, questions whose lines an earlier start has written are not asked again.
 
         Returns:
-            accuracy, self_reward, description_exact and shortcut_rate, those that apply, in [0, 1],
-            over the questions that could be graded; `ungraded` counts the others. If none could,
-            all are wrong.
+            the rates of `set_rates`, over the questions that could be graded; `ungraded` and
+            `skipped` count the others. If none could be graded, all are wrong.
         """
-        context, engine, samples = self._context, self._engine, self.samples
-        config = context.config
-        with context.phase("evaluate"):
-            found, _ = roll_out(
-                engine,
-                self.prompts(),
-                replace(
-                    config.rollout,
-                    samples_per_prompt=1,
-                    temperature=temperature,
-                    pass2_mode="generate",
-                    pass2_samples=1,
-                ),
-                RolloutHooks(
-                    find_description,
-                    None if config.reward.recipe == "vision_r1" else samples.reading_prompt,
-                    # The same seeds for every model, so that comparisons are paired.
-                    partial(request_seed, 0, -1),
-                ),
-            )
-            own = found if engine.is_replica_leader else ()
-            scored = rollouts.score(own, samples, self._scorer)
-            scored = rollouts.gather_scored(scored, self._indices, context.groups)
-        usable, limits = rollouts.without_ungraded(scored)
-        if any(s.limit for s in usable):
+        context, chunk = self._context, self._context.config.evaluation.chunk_prompts
+        target = context.run_dir / f"eval/{name}.jsonl"
+        written = _Lines(target, context.is_writer, resume)
+        verdicts = gather_objects(written.verdicts, context.groups.world)[0]
+        seen = {row["index"] for row in verdicts}
+        left = [index for index in self._indices if index not in seen]
+        self.skipped, ungraded = 0, list[Scored]()
+        for start in range(0, len(left), chunk):
+            with context.phase("evaluate"):
+                usable, limits = self._answer(left[start : start + chunk])
+                ungraded += limits
+                lines = self._lines(usable)
+                written.append(lines)
+                verdicts += map(verdicts_of, lines)
+                if start == 0 and context.is_writer:
+                    context.show_answers(self.name, lines, self._samples.images)
+                self._samples.forget()
+            if len(left) > chunk:
+                done = len(self._indices) - len(left) + min(start + chunk, len(left))
+                log.info("%s: %d of %d questions", name, done, len(self._indices))
+        if ungraded and not verdicts:
             log.warning("NO QUESTION COULD BE GRADED; all count as wrong, see the warnings above")
-        lines = [evaluation_line(s, samples.example(s.rollout.index)) for s in usable]
-        context.save_lines(f"eval/{name}.jsonl", lines)
-        return {**rates(lines), "ungraded": len(limits)}
+            lines = self._lines(ungraded)
+            written.append(lines)
+            verdicts = [verdicts_of(line) for line in lines]
+        written.close()
+        num_ungraded = len({item.rollout.index for item in ungraded})
+        return {**set_rates(verdicts), "ungraded": num_ungraded, "skipped": self.skipped}
+
+    def _answer(self, indices: Sequence[int]) -> tuple[list[Scored], list[Scored]]:
+        """Return the rollouts of questions that were graded, and those that met a limit."""
+        context, engine, samples = self._context, self._engine, self._samples
+        has_pass2 = context.config.reward.recipe != "vision_r1"
+        hooks = RolloutHooks(
+            find_description,
+            samples.reading_prompt if has_pass2 else None,
+            # The same seeds for every model, so that comparisons are paired.
+            partial(request_seed, 0, -1),
+        )
+        found, _ = roll_out(engine, self.prompts(indices), self._rollout, hooks)
+        own = found if engine.is_replica_leader else ()
+        scored = rollouts.score(own, samples, self._scorer)
+        scored = rollouts.gather_scored(scored, indices, context.groups)
+        return [s for s in scored if s.limit is None], [s for s in scored if s.limit is not None]
+
+    def prompts(self, indices: Sequence[int]) -> list[Prompt]:
+        """Read this replica's questions; unusable ones count for each evaluation by itself."""
+        context = self._context
+        of_training, context.skipped = context.skipped, self.skipped
+        prompts = rollouts.read_prompts(context, self._engine, self._samples, indices)
+        self.skipped, context.skipped = context.skipped, of_training
+        return prompts
+
+    def _lines(self, scored: Sequence[Scored]) -> Lines:
+        return [evaluation_line(s, self._samples.example(s.rollout.index)) for s in scored]
 
 
-def evaluation_scorer(config: Config) -> Scorer:
-    """Return the scorer of an evaluation.
+class _Lines:
+    """The file of an evaluation while it grows: `NAME.jsonl.partial`, renamed when it is whole.
 
-    With see_think it reads descriptions too, so that the tables can be compared.
+    Attributes:
+        verdicts: of the lines that are there; on the writer.
     """
-    recipe = "vision_r1" if config.reward.recipe == "vision_r1" else "vision_sr1"
-    return Scorer(replace(config.reward, recipe=recipe))
+
+    def __init__(self, target: Path, is_writer: bool, resume: bool) -> None:
+        """Start the file, or continue one: a line that a kill truncated is removed."""
+        self._target, self._is_writer = target, is_writer
+        self._partial = target.with_name(f"{target.name}.partial")
+        self.verdicts: Lines = []
+        if not is_writer:
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lines: Lines = []
+        if resume:
+            lines = read_lines(target if target.exists() else self._partial)
+        self.verdicts = [verdicts_of(line) for line in lines]
+        write_text(self._partial, _text(lines))
+
+    def append(self, lines: Lines) -> None:
+        """Add the lines of whole questions."""
+        if self._is_writer:
+            with self._partial.open("a", encoding="utf-8") as file:
+                file.write(_text(lines))
+
+    def close(self) -> None:
+        """Give the file its name."""
+        if self._is_writer:
+            self._partial.replace(self._target)
 
 
-def evaluation_line(scored: Scored, example: Example) -> dict[str, Any]:
-    """Return a line of an evaluation file: the texts and the four verdicts, 0, 1 or null.
+def _text(lines: Lines) -> str:
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
-    Accuracy and self-reward are what the user's reward function gave, if there is one.
+
+def can_resume(context: Context) -> bool:
+    """Return True if the run directory has an evaluation by the same settings and weights.
+
+    Otherwise the one that starts is recorded there. Collective over all ranks.
     """
-    rollout, reward = scored.rollout, scored.reward
-    expected = example.metadata.get("expected_description", example.metadata.get("digits"))
-    exact = None if expected is None else int(is_exact(rollout.description or "", expected))
-    shortcut = None
-    if reward.self_reward is not None:
-        shortcut = int(reward.accuracy >= RIGHT_FROM > reward.self_reward)
-    return {
-        "index": rollout.index,
-        **rollouts.texts(rollout, example),
-        "accuracy": _short(reward.accuracy),
-        "self_reward": _short(reward.self_reward),
-        "description_exact": exact,
-        "shortcut": shortcut,
-    }
-
-
-def _short(verdict: float | None) -> float | None:
-    """Convert 0.0 and 1.0 to int, for the file."""
-    return int(verdict) if verdict in (0.0, 1.0) else verdict
+    config, path = context.config, context.run_dir / RUN_FILE
+    same = False
+    if context.is_writer:
+        own: dict[str, Any] = {n: asdict(getattr(config, n)) for n in ("data", "rollout", "reward")}
+        own["model"] = fingerprint(resolve_model(config.model.path))
+        own["evaluation"] = asdict(config.evaluation)
+        same = path.is_file() and json.loads(path.read_text()) == own
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(own, indent=2) + "\n")
+    return bool(gather_objects(same, context.groups.world)[0])

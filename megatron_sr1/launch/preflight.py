@@ -15,7 +15,8 @@ LONGEST_NAME = 255
 
 def needed_paths(config: Config, has_model: bool = True) -> dict[str, str]:
     """Return the paths of model and data that the stage needs, by configuration key."""
-    named = {"model.path": config.model.path if has_model else "", "data.eval": config.data.eval}
+    named = {"model.path": config.model.path if has_model else ""}
+    named |= {f"evaluation.sets.{name}.path": s.path for name, s in config.evaluation.sets.items()}
     if config.stage != "eval":
         named["data.train"] = config.data.train
     return {key: path for key, path in named.items() if path}
@@ -38,13 +39,17 @@ def check_paths(config: Config, has_model: bool = True, is_dry_run: bool = False
         _check_model(Path(config.model.path))
     if config.stage != "eval" and "data.train" not in absent:
         _check_shards("data.train", config.data.train, needed=True)
-    if "data.eval" not in absent:
-        _check_shards("data.eval", config.data.eval, needed=config.stage == "eval")
-    function = config.reward.function
-    file = function.rpartition(":")[0]
-    if function and not Path(file).is_file():
-        problem = f"no file {file or function}; expected FILE.py:NAME"
-        raise ConfigError(f"reward.function={function}: {problem}")
+    for name, each in config.evaluation.sets.items():
+        if f"evaluation.sets.{name}.path" not in absent:
+            _check_shards(f"evaluation.sets.{name}.path", each.path, needed=True)
+    if config.stage == "eval" and not config.evaluation.sets:
+        problem = "evaluation.sets is empty; name a set of questions: evaluation.sets.NAME.path=DIR"
+        raise DataError(f"{problem} (tools/make_shards.py writes its shards)")
+    for key, function in config.functions().items():
+        file = function.rpartition(":")[0]
+        if not Path(file).is_file():
+            problem = f"no file {file or function}; expected FILE.py:NAME"
+            raise ConfigError(f"{key}={function}: {problem}")
     check_output(config.output)
 
 

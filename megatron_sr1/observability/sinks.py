@@ -57,8 +57,11 @@ class Sink:
     def show(self, step: int, rollouts: Rollouts, images: Images, cells: Cells) -> None:
         """Receive a step's rollouts, as in rollouts/step_N.jsonl, before its metrics."""
 
+    def show_answers(self, name: str, lines: Rollouts, images: Images) -> None:
+        """Receive the first answers to a held-out set, as in eval/NAME.jsonl, before its rates."""
+
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Receive the metrics of a finished step, counted from 1."""
+        """Receive the metrics of a finished step, counted from 1; 0 is before the first."""
 
     def close(self) -> None:
         """Finish at the end of the run."""
@@ -165,7 +168,7 @@ class WandbSink(Sink):
             id_file.write_text(uuid.uuid4().hex[:12] + "\n")
         run_id = id_file.read_text().strip()
         os.environ.setdefault(WANDB_FILES, str((run_dir / "wandb").resolve()))
-        self._last = last_step(run_dir, run_id) if settings.wandb == "offline" else 0
+        self._last = last_step(run_dir, run_id) if settings.wandb == "offline" else -1
         try:
             self._run = wandb.init(
                 project=settings.wandb_project,
@@ -193,13 +196,23 @@ class WandbSink(Sink):
         number, every = self._settings.wandb_samples, self._settings.wandb_tables_every
         if number and rollouts and step > self._last and (step == 1 or step % every == 0):
             chosen = rollouts[:: -(-len(rollouts) // number)]
-            self._tables = {"samples": self._samples(chosen, images)}
+            self._tables["samples"] = self._samples(chosen, images)
             rows = [
                 [f"answer {word}", cells[right, True], cells[right, False]]
                 for right, word in ((True, "right"), (False, "wrong"))
             ]
             columns: list[str | int] = ["", "description suffices", "description does not"]
             self._tables["verdicts"] = self._wandb.Table(columns=columns, data=rows)
+
+    def show_answers(self, name: str, lines: Rollouts, images: Images) -> None:
+        """Prepare a table of the first answers to a held-out set, the same questions each time."""
+        if lines and self._settings.wandb_samples:
+            verdicts = ("accuracy", "self_reward")
+            table = self._wandb.Table(columns=["image", *TEXTS, *verdicts])
+            for line in lines[: self._settings.wandb_samples]:
+                image = self._image(images(line["index"]))
+                table.add_data(image, *(line[key] for key in (*TEXTS, *verdicts)))
+            self._tables[f"evaluation/{name}"] = table
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Log the step's metrics and tables, unless wandb has them."""
@@ -217,14 +230,17 @@ class WandbSink(Sink):
         """Return a table with a row per rollout, its images side by side."""
         table = self._wandb.Table(columns=["image", *TEXTS, *REWARDS, "advantage"])
         for line in rollouts:
-            shown = side_by_side(images(line["index"]))
             table.add_data(
-                None if shown is None else self._wandb.Image(shown),
+                self._image(images(line["index"])),
                 *(line[name] for name in TEXTS),
                 *(line["reward"][name] for name in REWARDS),
                 line["advantage"],
             )
         return table
+
+    def _image(self, images: Sequence[Image.Image]) -> Any:
+        shown = side_by_side(images)
+        return None if shown is None else self._wandb.Image(shown)
 
 
 def side_by_side(images: Sequence[Image.Image]) -> Image.Image | None:
@@ -243,12 +259,12 @@ def side_by_side(images: Sequence[Image.Image]) -> Image.Image | None:
 
 
 def last_step(run_dir: Path, run_id: str) -> int:
-    """Return the highest step in wandb's files of an offline run; 0 if there is none."""
+    """Return the highest step in wandb's files of an offline run; -1 if there is none."""
     from google.protobuf.message import DecodeError
     from wandb.proto import wandb_internal_pb2
 
     messages: Any = wandb_internal_pb2
-    last = 0
+    last = -1
     for path in (run_dir / "wandb").glob(f"*run-*/run-{run_id}.wandb"):
         for record in records(path):
             try:

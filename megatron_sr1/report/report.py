@@ -47,20 +47,20 @@ def write_report(run_dir: str | Path) -> Path:
             "eval/, or the demo's"
         )
     is_demo = all((run_dir / name).is_dir() for name in DEMO_RUNS)
-    make_page, target = _demo_page if is_demo else _run_page, run_dir / "report.html"
-    files.write_text(target, make_page(run_dir, images_of(run_dir)))
+    target = run_dir / "report.html"
+    files.write_text(target, _demo_page(run_dir) if is_demo else _run_page(run_dir))
     return target
 
 
-def images_of(run_dir: Path) -> Images | None:
-    """Return what reads a sample's images, if the shards that config.json names still exist.
+def held_out_folders(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the directory of each held-out set, by its name, also of runs with `data.eval`."""
+    sets = config.get("evaluation", {}).get("sets", {})
+    old = config.get("data", {}).get("eval")
+    return {name: each["path"] for name, each in sets.items()} or dict.fromkeys(WAYS, old or "")
 
-    They are the held-out set for the demo and an evaluation, the training set for other runs.
-    """
-    demo = run_dir / "vision_sr1" / "config.json"
-    config = _json(demo if demo.is_file() else run_dir / "config.json")
-    held_out = demo.is_file() or config.get("stage") == "eval"
-    folder = config.get("data", {}).get("eval" if held_out else "train")
+
+def images_in(folder: str) -> Images | None:
+    """Return what reads a sample's images, if the shards still exist."""
     return ShardReader(folder).images if folder and any(Path(folder).glob("*.tar")) else None
 
 
@@ -68,7 +68,8 @@ def _json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _demo_page(run_dir: Path, images: Images | None) -> str:
+def _demo_page(run_dir: Path) -> str:
+    folders = held_out_folders(_json(run_dir / "vision_sr1" / "config.json"))
     runs = {name: read_lines(run_dir / name / "metrics.jsonl") for name in DEMO_RUNS}
     judged: dict[str, dict[str, Lines]] = {way: {} for way in WAYS}
     for way, (name, shown) in product(WAYS, DEMO_RUNS.items()):
@@ -114,25 +115,31 @@ def _demo_page(run_dir: Path, images: Images | None) -> str:
             "Samples",
             "Selected by rule, not by hand: the first questions; some where the cold start took a "
             "shortcut and the self-rewarded model does not; some that it still gets wrong.",
-            *_question_cards(sampled, images),
+            *_question_cards(sampled, images_in(folders["sampled"])),
         ),
     ]
     return page.page("megatron_sr1: digits", "".join(body))
 
 
-def _run_page(run_dir: Path, images: Images | None) -> str:
+def _run_page(run_dir: Path) -> str:
     config, lines = _json(run_dir / "config.json"), read_lines(run_dir / "metrics.jsonl")
-    found = {way: read_lines(run_dir / "eval" / f"{way}.jsonl") for way in WAYS}
-    judged = {way: rows for way, rows in found.items() if rows}
+    folders = held_out_folders(config)
+    found = {name: read_lines(run_dir / "eval" / f"{name}.jsonl") for name in folders}
+    judged = {name: rows for name, rows in found.items() if rows}
     rollouts, name = _last_rollouts(run_dir), run_dir.resolve().name
     facts = [config.get("stage"), config.get("reward", {}).get("recipe"), f"{len(lines)} steps"]
-    tables = [panels.cross(f"held out, {way}", rows) for way, rows in judged.items()]
+    tables = [panels.cross(f"held out, {name}", rows) for name, rows in judged.items()]
     if rollouts:
         verdicts = [line["reward"] for line in rollouts]
         tables.append(panels.cross(f"training, step {rollouts[0]['step']}", verdicts))
     rates = [panels.verdict_bars(judged), panels.verdict_table("rate, %", judged)]
     times = [panels.time_chart("Seconds per step", lines), panels.time_table({"a step": lines})]
-    cards = _rollout_cards(rollouts, images) if rollouts else _question_cards(judged, images)
+    cards = []
+    if rollouts:
+        cards = _rollout_cards(rollouts, images_in(config.get("data", {}).get("train", "")))
+    for folder in dict.fromkeys(folders.values()) if not rollouts else ():
+        same = {name: rows for name, rows in judged.items() if folders[name] == folder}
+        cards += _question_cards(same, images_in(folder))
     body = [
         f"<h1>{page.text(name)}</h1>",
         f'<p class="soft">{page.text(", ".join(str(f) for f in facts if f))}</p>',

@@ -39,6 +39,9 @@ from megatron_sr1.trainer.optimizer import schedule_change, schedule_facts
 from megatron_sr1.trainer.throughput import Throughput
 
 T = TypeVar("T")
+Evaluate = Callable[[bool], dict[str, dict[str, float]]]
+"""Evaluates the actor; returns the rates of each set. The argument says that it is the last time.
+Collective over all ranks."""
 FINGERPRINT = "fingerprint of model.path's weights"
 log = logging.getLogger(__name__)
 UNGRADED_WARNING_SHARE = 0.05
@@ -169,6 +172,12 @@ class Context:
             for sink in self._sinks:
                 sink.show(step, lines, images, cells)
 
+    def show_answers(self, name: str, lines: Sequence[Mapping[str, Any]], images: Images) -> None:
+        """Show the first answers to a held-out set; only on the writer."""
+        with self._deadline("log"):
+            for sink in self._sinks:
+                sink.show_answers(name, lines, images)
+
     def start(self, actor: Actor) -> None:
         """Resume the latest checkpoint, if there is one, then open metrics and sinks.
 
@@ -189,7 +198,8 @@ class Context:
         self.throughput = Throughput(self.config, actor.hf_config, self.groups)
         if self.is_writer:
             self._metrics = MetricsFile(self.run_dir / "metrics.jsonl")
-            self._metrics.keep_until(self.config.stage, self.step)
+            # An evaluation at the start is step 0, and is done again without a checkpoint.
+            self._metrics.keep_until(self.config.stage, self.step or -1)
             self._sinks = make_sinks(self.config, self.run_dir, self.step)
         self._profiler.begin(self.step + 1)
 
@@ -220,18 +230,31 @@ class Context:
             text = json.dumps(asdict(self.config), indent=2) + "\n"
             write_text(self.run_dir / "config.json", text)
 
+    def evaluate_at_start(self, evaluate: Evaluate | None) -> None:
+        """Log an evaluation before the first step as step 0, if configured."""
+        if evaluate is not None and self.config.evaluation.at_start and self.step == 0:
+            rates = flat(evaluate(False))
+            times, memory = self.meter.take()
+            self._log({**rates, **times, **memory})
+
+    def _log(self, line: Mapping[str, float]) -> None:
+        """Write the metrics of the current step; only on the writer."""
+        if self._metrics is not None:
+            self._metrics.append(self.step, self.config.stage, line)
+            with self._deadline("log"):
+                for sink in self._sinks:
+                    sink.log(self.step, line)
+
     def finish_step(
-        self,
-        values: Mapping[str, float],
-        actor: Actor,
-        rate: Callable[[], dict[str, float]] | None = None,
+        self, values: Mapping[str, float], actor: Actor, evaluate: Evaluate | None = None
     ) -> None:
         """Count the step, log its metrics, and save a checkpoint if one is due or a rank must stop.
 
         Metrics come first: a kill between the two loses a line that is written again, never one
         that is not. So the time of a save is in the next step's line.
 
-        `rate` evaluates the actor before a save that is due, for `checkpoint.keep_best`.
+        `evaluate` is called every `evaluation.every_steps`, after the last step, and before a save
+        that is due with `checkpoint.keep_best`.
         """
         self.step += 1
         if self.step % STEPS_BETWEEN_TRIMS == 0:
@@ -240,18 +263,14 @@ class Context:
             self._profiler.end(self.step)
         every, is_last = self.config.checkpoint.every_steps, not self.has_steps_left
         is_due = is_last or bool(every and self.step % every == 0)
-        rated = rate() if rate is not None and is_due else {}
+        found: dict[str, dict[str, float]] = {}
+        if evaluate is not None and (is_last or self._is_evaluated(is_due)):
+            found = evaluate(is_last)
         times, memory = self.meter.take()
         with self._deadline("perf"):
             perf = self.throughput.take(times)
-        if self._metrics is not None:
-            rates = {f"evaluation/{name}": value for name, value in rated.items()}
-            skipped = {"data/skipped": self.skipped}
-            line = {**values, **rates, **skipped, **times, **perf, **memory}
-            self._metrics.append(self.step, self.config.stage, line)
-            with self._deadline("log"):
-                for sink in self._sinks:
-                    sink.log(self.step, line)
+        skipped = {"data/skipped": self.skipped}
+        self._log({**values, **flat(found), **skipped, **times, **perf, **memory})
         flags = {"stop": signals.stop_requested(), "writing": self._saves.is_writing}
         with self._deadline("ask"):
             totals = sum_over_ranks(self.groups, flags)
@@ -261,7 +280,7 @@ class Context:
                 self._saves.finish_oldest()
         if stop or is_due:
             with self.phase("save"):
-                self._save(actor, rated)
+                self._save(actor, next(iter(found.values()), {}))
         if stop or is_last:
             with self.phase("save"):
                 self._saves.finish_all()
@@ -272,6 +291,10 @@ class Context:
             message = "stop requested: saved step %d of %d; the same command continues from there"
             log.info(message, self.step, self.config.optimizer.num_steps)
             signals.mark_unfinished()  # for the launcher
+
+    def _is_evaluated(self, is_saved: bool) -> bool:
+        every, keep_best = self.config.evaluation.every_steps, self.config.checkpoint.keep_best
+        return bool(every and self.step % every == 0) or bool(keep_best and is_saved)
 
     def _save(self, actor: Actor, rated: Mapping[str, float]) -> None:
         state = {
@@ -289,3 +312,8 @@ class Context:
         """Close the sinks."""
         for sink in self._sinks:
             sink.close()
+
+
+def flat(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Return the rates of all sets under their names in metrics.jsonl."""
+    return {f"evaluation/{s}/{name}": value for s, r in found.items() for name, value in r.items()}

@@ -7,7 +7,7 @@ tokens. Left out: a critic, an entropy bonus, a length penalty.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from megatron_sr1.records import TrainSample
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.trainer.actor import Actor, Reference
-from megatron_sr1.trainer.context import Context
+from megatron_sr1.trainer.context import Context, Evaluate
 from megatron_sr1.trainer.objective import Credit, credit, grpo_loss
 from megatron_sr1.trainer.rollouts import Scored, reward_means, roll_out_step, rollout_line
 from megatron_sr1.trainer.samples import Samples, without_targets
@@ -31,17 +31,18 @@ def train_grpo(
     samples: Samples,
     scorer: Scorer,
     reference: Reference | None,
-    rate: Callable[[], dict[str, float]] | None = None,
+    evaluate: Evaluate | None = None,
 ) -> None:
     """Run the GRPO steps that are left.
 
-    `reference` holds the frozen weights of the KL term, if its coefficient is not 0; `rate`
-    evaluates the actor before a save, for `checkpoint.keep_best`.
+    `reference` holds the frozen weights of the KL term, if its coefficient is not 0; `evaluate`
+    is called as `Context.finish_step` says.
     """
     config, started_at = context.config, context.step
     bound = config.rollout.canary_bound
     canary = Canary(samples, bound) if bound else None
     objective = grpo_loss(config.algorithm, config.rollout)
+    context.evaluate_at_start(evaluate)
     while context.has_steps_left:
         sync(context, actor, engine, again=context.step > started_at)
         agreement = canary.check(context, actor, engine) if canary else {}
@@ -69,7 +70,7 @@ def train_grpo(
                 lines.append(rollout_line(context.step + 1, item, example, advantages))
             context.record_rollouts(lines, samples.images)
         samples.forget()
-        context.finish_step(values, actor, rate)
+        context.finish_step(values, actor, evaluate)
 
 
 def chosen_groups(credited: Credit, config: Config) -> tuple[list[int], dict[str, float]]:

@@ -56,8 +56,8 @@ class Samples:
         """
         if not directory or not Path(directory).is_dir():
             raise ConfigError(
-                f"data directory {directory!r} does not exist; set data.train or data.eval to a "
-                "directory of shards (tools/make_shards.py writes them)"
+                f"data directory {directory!r} does not exist; set data.train or the path of a set "
+                "to a directory of shards (tools/make_shards.py writes them)"
             )
         self.reader = ShardReader(directory)
         self.example = cache(self.reader.example)

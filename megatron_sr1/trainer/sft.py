@@ -10,14 +10,20 @@ from megatron_sr1.errors import DataError
 from megatron_sr1.records import PackedBatch
 from megatron_sr1.runtime.groups import gather_objects
 from megatron_sr1.trainer.actor import Actor
-from megatron_sr1.trainer.context import Context
+from megatron_sr1.trainer.context import Context, Evaluate
 from megatron_sr1.trainer.samples import Samples, without_targets
 from megatron_sr1.trainer.step import Sums, named, update
 
 
-def train_sft(context: Context, actor: Actor, samples: Samples) -> None:
-    """Run the supervised steps that are left; the loss is a mean over target tokens."""
+def train_sft(
+    context: Context, actor: Actor, samples: Samples, evaluate: Evaluate | None = None
+) -> None:
+    """Run the supervised steps that are left; the loss is a mean over target tokens.
+
+    `evaluate` is called as `Context.finish_step` says.
+    """
     data = context.groups.data
+    context.evaluate_at_start(evaluate)
     while context.has_steps_left:
         with context.phase("prompts"):
             # Each rank reads some; who trains on which is decided when all lengths are known.
@@ -34,7 +40,7 @@ def train_sft(context: Context, actor: Actor, samples: Samples) -> None:
             measured = update(actor, batches, token_loss, temperature=1.0)
         context.throughput.count_samples("update", own)
         samples.forget()
-        context.finish_step(named([measured]), actor)
+        context.finish_step(named([measured]), actor, evaluate)
 
 
 def token_loss(

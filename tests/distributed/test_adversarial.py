@@ -58,7 +58,7 @@ def run(tiny_model, run_ranks, tmp_path_factory):
     done = run_ranks(
         *(SCRIPT, 1, folder / "answers.json", "train", "examples/digits_cpu.yaml"),
         *(f"model.path={tiny_model}", f"data.train={with_golds(shards['train'], folder / 'odd')}"),
-        *("data.eval=", f"output={folder / 'run'}", f"optimizer.num_steps={STEPS}"),
+        *("evaluation.sets=", f"output={folder / 'run'}", f"optimizer.num_steps={STEPS}"),
         *(f"data.prompts_per_step={PROMPTS}", f"algorithm.prompts_per_update={PROMPTS}"),
         *(f"rollout.samples_per_prompt={SAMPLES}", "rollout.max_response_tokens=8"),
         *("rollout.max_reading_tokens=8", "reward.grader_timeout_seconds=2"),

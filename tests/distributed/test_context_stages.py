@@ -27,7 +27,7 @@ UNLIKE = (
 
 def train(output, *more):
     command = [sys.executable, "-m", "megatron_sr1", "train", ROOT / "examples/digits_cpu.yaml"]
-    command += [f"output={output}", "data.eval=", *more]
+    command += [f"output={output}", "evaluation.sets=", *more]
     done = subprocess.run(
         [str(part) for part in command], cwd=ROOT, capture_output=True, text=True, timeout=500
     )

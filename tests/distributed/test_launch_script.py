@@ -25,7 +25,11 @@ def test_two_node_agents_make_one_run(tiny_model, tmp_path):
             [
                 *(ROOT / "examples" / "launch_torchrun.sh", "examples/digits_cpu.yaml"),
                 *("stage=sft", f"output={tmp_path / 'run'}", f"model.path={tiny_model}"),
-                *(f"data.train={shards['cold_start']}", "data.eval=", "optimizer.num_steps=2"),
+                *(
+                    f"data.train={shards['cold_start']}",
+                    "evaluation.sets=",
+                    "optimizer.num_steps=2",
+                ),
                 *("data.prompts_per_step=16", "checkpoint.export_hf=false"),
             ],
             cwd=ROOT,

@@ -32,7 +32,7 @@ def command(tiny_model, tmp_path_factory):
         return [
             *(sys.executable, "-m", "megatron_sr1", "sft", ROOT / "examples" / "digits_cpu.yaml"),
             *(f"output={output}", f"model.path={tiny_model}", f"data.train={shards['cold_start']}"),
-            *("data.eval=", "data.prompts_per_step=8", f"optimizer.num_steps={NUM_STEPS}"),
+            *("evaluation.sets=", "data.prompts_per_step=8", f"optimizer.num_steps={NUM_STEPS}"),
             *("checkpoint.every_steps=0", *more),
         ]
 

@@ -154,7 +154,7 @@ def test_two_ranks_go_on_bitwise_and_one_rank_takes_over_from_them(two, setting)
 
 COLD_START = [
     "stage=sft",
-    "data.eval=",
+    "evaluation.sets=",
     "data.prompts_per_step=64",
     "optimizer.num_steps=100",
     "optimizer.learning_rate=2e-3",

@@ -32,7 +32,7 @@ def command(output, model, shards, *more):
         f"output={output}",
         f"model.path={model}",
         f"data.train={shards['train']}",
-        "data.eval=",
+        "evaluation.sets=",
         "optimizer.num_steps=4",
         "checkpoint.every_steps=2",
         "checkpoint.export_hf=false",

@@ -29,7 +29,7 @@ LAUNCHER = ROOT / ".venv-launch" / "bin"
 JOB_SECONDS = 1500
 COLD_START = ["data.prompts_per_step=16", "optimizer.num_steps=2", "optimizer.warmup_steps=0"]
 GRPO = ["data.prompts_per_step=6", "algorithm.prompts_per_update=3"]
-GRPO += ["rollout.samples_per_prompt=4", "data.eval=", "checkpoint.every_steps=0"]
+GRPO += ["rollout.samples_per_prompt=4", "evaluation.sets=", "checkpoint.every_steps=0"]
 NUM_STEPS = 8
 MANY = ["optimizer.num_steps=60", "checkpoint.every_steps=0"]
 TWO_TASKS = ["--nodes", "2", "--tasks-per-node", "1"]
@@ -111,11 +111,11 @@ def chain(slurm, send, tiny_model, cold_start, shards, tmp_path_factory):
     output = tmp_path_factory.mktemp("chain")
     done, jobs = send(
         *("--stages", "sft,grpo,eval", "--output", output, "--partition", "main"),
-        *(*TWO_TASKS, "data.eval="),
+        *(*TWO_TASKS, "evaluation.sets="),
         *(f"sft:{text}" for text in cold_start),
         *(f"grpo:{text}" for text in (f"data.train={shards['train']}", *GRPO)),
         "grpo:optimizer.num_steps=2",
-        *("eval:data.train=", f"eval:data.eval={shards['eval']}"),
+        *("eval:data.train=", f"eval:evaluation.sets.greedy.path={shards['eval']}"),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     queued = {name: slurm.job(number) for name, number in jobs.items()}
@@ -243,7 +243,7 @@ def test_a_failed_job_is_not_started_again_and_takes_its_followers_with_it(
     (broken / "config.json").write_text("{}")
     (broken / "model.safetensors").touch()
     done, jobs = send(
-        *("--stages", "sft,grpo", "--output", tmp_path / "run", "data.eval="),
+        *("--stages", "sft,grpo", "--output", tmp_path / "run", "evaluation.sets="),
         *(f"sft:{text}" for text in (*cold_start, f"model.path={broken}")),
         f"grpo:data.train={shards['train']}",
     )
@@ -268,7 +268,7 @@ def test_a_failed_job_is_not_started_again_and_takes_its_followers_with_it(
 )
 def test_a_wrong_submission_is_one_line_and_queues_nothing(slurm, send, cold_start, flags, says):
     before = slurm.run("squeue", "--noheader", "--format=%i").stdout
-    done, jobs = send("--stages", "sft", "data.eval=", *cold_start, *flags)
+    done, jobs = send("--stages", "sft", "evaluation.sets=", *cold_start, *flags)
     assert done.returncode == 2 and not jobs
     (line,) = done.stderr.splitlines()
     assert line.startswith("train_digits: error: ") and says in line
@@ -313,7 +313,7 @@ def check_warned(slurm, number, output):
 
 @pytest.mark.slow
 def test_the_plain_batch_script_has_a_warned_run_queued_again(slurm, cold_start, tmp_path):
-    number = send_plain(slurm, tmp_path, "stage=sft", "data.eval=", *cold_start, *MANY)
+    number = send_plain(slurm, tmp_path, "stage=sft", "evaluation.sets=", *cold_start, *MANY)
     check_warned(slurm, number, tmp_path / "run")
     log = (tmp_path / "log").read_text()  # of both starts
     assert "stop requested: saved step " in log and "resumed from step " in log
@@ -325,7 +325,7 @@ def test_torchrun_on_each_node_joins_both_and_lives_through_a_warning(
 ):
     done, jobs = send(
         *("--stages", "sft", "--output", tmp_path / "run", "--launcher", "torchrun"),
-        *(*TWO_TASKS, "data.eval=", *cold_start, *MANY),
+        *(*TWO_TASKS, "evaluation.sets=", *cold_start, *MANY),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     check_warned(slurm, jobs["sft"], tmp_path / "run")
@@ -335,7 +335,7 @@ def test_torchrun_on_each_node_joins_both_and_lives_through_a_warning(
 def test_nemo_run_cancels_what_it_sent(slurm, send, cold_start, tmp_path):
     done, jobs = send(
         *("--stages", "sft", "--output", tmp_path / "run", "--sbatch", "hold="),
-        *("data.eval=", *cold_start),
+        *("evaluation.sets=", *cold_start),
     )
     assert slurm.job(jobs["sft"])["Reason"] == "JobHeldUser", done.stdout
     (cancel,) = [line for line in done.stdout.splitlines() if "cancel --all" in line]

@@ -39,7 +39,7 @@ def send(slurm, tiny_model, tmp_path):
     def run(account):
         argv = [ROOT / ".venv-launch" / "bin" / "python", ROOT / "examples/slurm/train_digits.py"]
         argv += ["--logs", tmp_path / "logs", "--stages", "sft", "--sbatch", "hold="]
-        argv += ["--account", account, "data.eval=", f"output={tmp_path / 'run'}"]
+        argv += ["--account", account, "evaluation.sets=", f"output={tmp_path / 'run'}"]
         argv += [f"model.path={tiny_model}", f"data.train={shards['cold_start']}"]
         return slurm.run(*map(str, argv), check=False, cwd=ROOT)
 

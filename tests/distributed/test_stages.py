@@ -25,7 +25,9 @@ def run(tiny_model, join_as_ranks, tmp_path_factory):
     shards = make_digits(folder, 1, num_train=24, num_eval=12, num_cold_start=1)
     join_as_ranks(
         *(2, "train", ROOT / "examples" / "digits_cpu.yaml", f"model.path={tiny_model}"),
-        *(f"data.train={shards['train']}", f"data.eval={shards['eval']}"),
+        *(f"data.train={shards['train']}", "evaluation.at_start=true"),
+        *(f"evaluation.sets.{way}.path={shards['eval']}" for way in ("greedy", "sampled")),
+        "evaluation.sets.sampled.temperature=0.9",
         *(f"output={folder / 'run'}", "optimizer.num_steps=2", "data.prompts_per_step=6"),
         *("algorithm.prompts_per_update=3", "algorithm.kl_coefficient=0.01"),
         *("rollout.samples_per_prompt=4", "rollout.temperature=0.9", "logging.wandb=offline"),
@@ -36,9 +38,16 @@ def run(tiny_model, join_as_ranks, tmp_path_factory):
     return folder / "run"
 
 
+def steps(run):
+    """Metrics of the steps, without the evaluation at the start."""
+    return read_lines(run / "metrics.jsonl")[1:]
+
+
 def test_metrics_tell_every_step_and_engine_and_actor_agree(run):
     lines = read_lines(run / "metrics.jsonl")
-    assert [(line["stage"], line["step"]) for line in lines] == [("grpo", 1), ("grpo", 2)]
+    assert [(line["stage"], line["step"]) for line in lines] == [("grpo", s) for s in range(3)]
+    assert "evaluation/greedy/accuracy" in lines[0] and "reward/total" not in lines[0]
+    lines = steps(run)
     for line in lines:
         assert 0 < line["mismatch/abs_max"] < 1e-3
         assert line["optimizer/grad_norm"] >= 0 and "actor/reference_kl" in line
@@ -48,7 +57,7 @@ def test_metrics_tell_every_step_and_engine_and_actor_agree(run):
 
 
 def test_throughput_is_told_by_phase_and_no_mfu_of_a_cpu(run):
-    for line in read_lines(run / "metrics.jsonl"):
+    for line in steps(run):
         seconds = line["time/pass1_seconds"] + line["time/pass2_seconds"]
         sampled = line["rollout/response_tokens"] + line["rollout/reading_tokens"]
         assert line["perf/rollout_tokens_per_second"] == pytest.approx(sampled / seconds)
@@ -60,11 +69,11 @@ def test_throughput_is_told_by_phase_and_no_mfu_of_a_cpu(run):
 
 
 def test_wandb_holds_the_same_numbers_and_samples_with_their_images(run):
-    told, lines = history(run, 2), read_lines(run / "metrics.jsonl")
+    told, lines = history(run, 3), read_lines(run / "metrics.jsonl")
     for (step, values), line in zip(told, lines, strict=True):
         assert step == line.pop("step") and line.pop("stage") == "grpo"
         assert line.items() <= values.items()
-    columns, rows = read_table(run, told[0][1]["samples"])
+    columns, rows = read_table(run, told[1][1]["samples"])
     assert len(rows) == 8 and len({row[columns.index("question")] for row in rows}) > 1
     rollouts = read_lines(run / "rollouts/step_1.jsonl")
     shards = ShardReader(json.loads((run / "config.json").read_text())["data"]["train"])
@@ -73,13 +82,13 @@ def test_wandb_holds_the_same_numbers_and_samples_with_their_images(run):
         assert row[0].tobytes() == image.tobytes()
         assert row[columns.index("response")] == rollout["response"]
     assert list((run / "wandb" / "artifacts" / "staging").iterdir()), "not with the run"
-    (_, *right), (_, *wrong) = read_table(run, told[0][1]["verdicts"])[1]
+    (_, *right), (_, *wrong) = read_table(run, told[1][1]["verdicts"])[1]
     judged = [r for r in map(itemgetter("reward"), rollouts) if r["self_reward"] is not None]
     assert [sum(right), sum(wrong)] == [sum(r["accuracy"] == a for r in judged) for a in (1, 0)]
 
 
 def test_memory_is_told_by_phase_and_the_profile_names_the_phases(run):
-    for line in read_lines(run / "metrics.jsonl"):
+    for line in steps(run):
         for phase in ("pass1", "update", "sync"):
             assert line[f"memory/{phase}_host_gib"] <= line["memory/host_peak_gib"]
     files = sorted((run / "profile").iterdir())
@@ -114,14 +123,19 @@ def test_run_leaves_checkpoint_export_evaluation_report_and_wandb_files(run):
         assert summary[way]["accuracy"] == sum(line["accuracy"] for line in lines) / 12
 
 
-def test_each_save_was_rated_by_greedy_answers_and_the_best_one_kept(run):
+def test_each_save_was_evaluated_and_the_best_one_kept(run):
     """Random weights describe nothing: of equal ones the later is the better."""
-    for line in read_lines(run / "metrics.jsonl"):
-        lines = read_lines(run / f"eval/step_{line['step']}.jsonl")
-        for name in ("accuracy", "description_exact"):
-            assert line[f"evaluation/{name}"] == sum(answer[name] for answer in lines) / 12
+    for line, file in zip(
+        read_lines(run / "metrics.jsonl"), ("_step_0", "_step_1", ""), strict=True
+    ):
+        for name in ("greedy", "sampled"):
+            lines = read_lines(run / f"eval/{name}{file}.jsonl")
+            for rate in ("accuracy", "description_exact"):
+                found = line[f"evaluation/{name}/{rate}"]
+                assert found == sum(answer[rate] for answer in lines) / 12
+            assert line[f"evaluation/{name}/questions"] == 12
         assert line["time/evaluate_seconds"] > 0
-    assert read_lines(run / "eval/step_2.jsonl") == read_lines(run / "eval/greedy.jsonl")
+    assert not list((run / "eval").glob("*.partial"))
     assert [path.name for path in (run / "checkpoints").glob("step_*")] == ["step_2"]
     state = json.loads((run / "checkpoints" / "step_2" / "state.json").read_text())["state"]
     assert state["evaluation"]["description_exact"] == 0
@@ -129,10 +143,12 @@ def test_each_save_was_rated_by_greedy_answers_and_the_best_one_kept(run):
 
 def test_evaluation_of_the_checkpoint_gives_what_the_run_gave(run, join_as_ranks):
     again = run.parent / "again"
-    config = json.loads((run / "config.json").read_text())
+    sets = json.loads((run / "config.json").read_text())["evaluation"]["sets"]
     join_as_ranks(
         *(2, "eval", ROOT / "examples" / "digits_cpu.yaml", f"model.path={run / 'checkpoints'}"),
-        *(f"data.eval={config['data']['eval']}", f"output={again}", "rollout.temperature=0.9"),
+        *(f"evaluation.sets.{way}.path={sets[way]['path']}" for way in sets),
+        *(f"output={again}", "evaluation.sets.sampled.temperature=0.9"),
+        "evaluation.chunk_prompts=5",
     )
     for way in ("sampled", "greedy"):
         assert read_lines(again / f"eval/{way}.jsonl") == read_lines(run / f"eval/{way}.jsonl")

@@ -28,7 +28,7 @@ def run(tiny_model, groups, tmp_path_factory):
         "examples/digits_cpu.yaml",
         [
             *(f"model.path={tiny_model}", f"data.train={folder / 'train'}", f"output={folder}"),
-            *("data.eval=", "rollout.max_num_seqs=8"),
+            *("evaluation.sets=", "rollout.max_num_seqs=8"),
         ],
     )
     processor = make_processor(config)

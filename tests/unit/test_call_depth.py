@@ -36,7 +36,7 @@ def frames_between(tiny_model, folder, stage, module, loss):
     shards = make_digits(folder, 1, num_train=4, num_eval=2, num_cold_start=4)
     data = shards["cold_start" if stage == "sft" else "train"]
     arguments = ["train", "examples/digits_cpu.yaml", f"stage={stage}", f"model.path={tiny_model}"]
-    arguments += [f"data.train={data}", "data.eval=", f"output={folder / 'run'}"]
+    arguments += [f"data.train={data}", "evaluation.sets=", f"output={folder / 'run'}"]
     arguments += ["data.prompts_per_step=2", "algorithm.prompts_per_update=2"]
     arguments += ["rollout.samples_per_prompt=2", "optimizer.num_steps=1"]
     arguments += ["launch.num_processes=1", "checkpoint.every_steps=0"]

@@ -67,7 +67,12 @@ def test_a_run_keeps_its_best_across_a_restart_and_always_the_newest(tiny_model,
     config = load_config(
         None,
         [
-            *(f"model.path={tiny_model}", "data.train=x", "data.eval=x", f"output={tmp_path}"),
+            *(
+                f"model.path={tiny_model}",
+                "data.train=x",
+                "evaluation.sets.a.path=x",
+                f"output={tmp_path}",
+            ),
             *("checkpoint.every_steps=1", "checkpoint.keep_last=1", "checkpoint.keep_best=1"),
             "optimizer.num_steps=6",
         ],
@@ -77,7 +82,7 @@ def test_a_run_keeps_its_best_across_a_restart_and_always_the_newest(tiny_model,
         actor, context = make_run(tiny_model, groups), Context(config, groups, 8)
         context.start(actor)
         for rating in ratings:
-            context.finish_step({}, actor, lambda rate=rating: {"accuracy": rate})
+            context.finish_step({}, actor, lambda last, rate=rating: {"a": {"accuracy": rate}})
             kept.append(steps(context.checkpoints))
             assert latest_step(context.checkpoints) == context.step == kept[-1][-1]
         context.close()
@@ -85,17 +90,24 @@ def test_a_run_keeps_its_best_across_a_restart_and_always_the_newest(tiny_model,
     state = read_state(context.checkpoints / "step_5")["state"]
     assert state["evaluation"] == {"accuracy": 0.9}
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(lines[4])["evaluation/accuracy"] == 0.9
+    assert json.loads(lines[4])["evaluation/a/accuracy"] == 0.9
 
 
 REFUSED = {
-    "data.eval, which is not set": [],
-    "keep_last=0 keeps all": ["data.eval=x", "checkpoint.keep_last=0"],
-    "stage=sft has none": ["data.eval=x", "stage=sft"],
-    "needs descriptions": [
-        *("data.eval=x", "reward.recipe=vision_r1", "checkpoint.best_by=min shortcut_rate"),
+    "evaluation.sets is empty": [],
+    "keep_last=0 keeps all": ["evaluation.sets.a.path=x", "checkpoint.keep_last=0"],
+    "gives a loss with stage=sft": ["evaluation.sets.a.path=x", "stage=sft"],
+    "gives verdicts with stage=grpo": [
+        *("evaluation.sets.a.path=x", "checkpoint.best_by=min loss")
     ],
-    "expected max accuracy": ["data.eval=x", "checkpoint.best_by=accuracy"],
+    "needs descriptions": [
+        *(
+            "evaluation.sets.a.path=x",
+            "reward.recipe=vision_r1",
+            "checkpoint.best_by=min shortcut_rate",
+        ),
+    ],
+    "expected max accuracy": ["evaluation.sets.a.path=x", "checkpoint.best_by=accuracy"],
 }
 
 

@@ -140,7 +140,10 @@ def test_a_missing_model_is_named(tmp_path, shards, capsys):
     [
         ("data.train=nowhere", "data.train=nowhere: no such directory"),
         ("data.train=''", "data.train is not set"),
-        ("data.eval=nowhere", "data.eval=nowhere: no such directory"),
+        (
+            "evaluation.sets.a.path=nowhere",
+            "evaluation.sets.a.path=nowhere: no such directory",
+        ),
     ],
 )
 def test_a_missing_data_path_is_named(tmp_path, checkpoint, shards, capsys, override, words):
@@ -155,7 +158,7 @@ def test_a_data_directory_without_shards_is_named(tmp_path, checkpoint, capsys):
 
 def test_the_eval_command_asks_for_held_out_data(tmp_path, checkpoint, shards, capsys):
     config = write_config(tmp_path, checkpoint, shards)
-    assert "data.eval is not set" in fails_with_one_line(capsys, "eval", config)
+    assert "evaluation.sets is empty" in fails_with_one_line(capsys, "eval", config)
 
 
 def test_a_missing_configuration_is_named(capsys):

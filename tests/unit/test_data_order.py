@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from megatron_sr1.checkpoint.hf_files import HFSource, write_like
+from megatron_sr1.config.evaluation import EvaluationSet
 from megatron_sr1.config.loading import load_config
 from megatron_sr1.data.examples import Record
 from megatron_sr1.data.loader import Loader
@@ -134,10 +135,12 @@ def test_a_prompt_that_is_too_long_leaves_the_others_order(processor, groups, tm
     assert not [r for r in caplog.records if r.levelno > logging.WARNING]
     # An evaluation during training reads the same questions again and again.
     context.config.data.max_skipped, before = 1, context.skipped
+    context.config.evaluation.sets["held_out"] = EvaluationSet("x")
     whole = Of(replica=0, num_replicas=1, is_replica_leader=True)
-    held_out = HeldOut(context, whole, samples, None)
+    held_out = HeldOut(context, whole, samples, "held_out", None)
     for _ in range(3):
-        assert len(held_out.prompts()) == 9 and context.skipped == before
+        held_out.skipped = 0
+        assert len(held_out.prompts(range(10))) == 9 and context.skipped == before
 
 
 def test_the_likelihood_is_of_the_first_gold_answer_out_of_its_box(processor, tmp_path):

@@ -12,7 +12,7 @@ from megatron_sr1.demo.digits import make_digits
 from megatron_sr1.errors import DataError
 from megatron_sr1.report.charts import Series, bar_chart, line_chart, stacked_chart
 from megatron_sr1.report.panels import paired
-from megatron_sr1.report.report import DEMO_RUNS, images_of, pick_questions, write_report
+from megatron_sr1.report.report import DEMO_RUNS, images_in, pick_questions, write_report
 
 EVIL = '</dd></article><script>alert(1)</script><img src=x onerror="alert(2)"> & "quoted"'
 
@@ -92,7 +92,7 @@ class Tags(HTMLParser):
 
 
 def show(monkeypatch, images):
-    monkeypatch.setattr("megatron_sr1.report.report.images_of", lambda run_dir: images)
+    monkeypatch.setattr("megatron_sr1.report.report.images_in", lambda folder: images)
 
 
 @pytest.mark.parametrize("make", [make_run, make_demo])
@@ -196,12 +196,30 @@ def test_a_missing_image_is_reported_and_does_not_stop_the_report(tmp_path, monk
 
 
 def test_images_come_from_the_data_set_of_the_samples(tmp_path, monkeypatch):
-    make_demo(tmp_path)
     make_digits(tmp_path / "shards", 1, num_train=2, num_eval=3, num_cold_start=2)
     monkeypatch.chdir(tmp_path)
-    found = [images_of(tmp_path / name) for name in ("", "vision_sr1")]
-    assert [len(images.__self__) for images in found] == [3, 2]
-    assert images_of(tmp_path / "eval") is None
+    assert len(images_in("shards/eval").__self__) == 3
+    assert images_in("") is None and images_in("shards/none") is None
+    asked = []
+    monkeypatch.setattr("megatron_sr1.report.report.images_in", asked.append)
+    make_demo(tmp_path)
+    write_report(tmp_path)
+    write_report(tmp_path / "vision_sr1")
+    assert asked == ["shards/eval", "shards/train"]
+
+
+def test_each_held_out_set_has_its_own_questions(tmp_path, monkeypatch):
+    sets = {"mine": {"path": "shards/mine"}, "again": {"path": "shards/mine"}}
+    sets["yours"] = {"path": "shards/yours"}
+    config = {"stage": "eval", "evaluation": {"sets": sets}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for name in sets:
+        write_lines(tmp_path / "eval" / f"{name}.jsonl", [verdict(0, 1, 1, f"text of {name}")])
+    asked = []
+    monkeypatch.setattr("megatron_sr1.report.report.images_in", asked.append)
+    page = write_report(tmp_path).read_text()
+    assert asked == ["shards/mine", "shards/yours"]
+    assert all(f"text of {name}" in page and f"held out, {name}" in page for name in sets)
 
 
 def test_questions_are_selected_by_rule():

@@ -97,8 +97,8 @@ def test_a_step_of_more_prompts_than_there_are_samples(refused):
     [
         (["data.train={made}/talks"], "no gold answer"),
         (["stage=sft"], "no assistant turn to learn from"),
-        (["stage=eval", "data.eval={made}/talks"], "no gold answer"),
-        (["stage=eval"], "data.eval is not set"),
+        (["stage=eval", "evaluation.sets.a.path={made}/talks"], "no gold answer"),
+        (["stage=eval"], "evaluation.sets is empty"),
         (["data.train="], "data.train is not set"),
         (["parallel.tensor=2", "launch.num_processes=3"], "a multiple of 2 ranks"),
         (["rollout.tensor_parallel=2", "launch.num_processes=1"], "does not divide the 1 ranks"),
@@ -135,7 +135,7 @@ def test_an_output_that_holds_another_run(refused, made, tmp_path):
     (tmp_path / "old" / "checkpoints" / "step_2" / "state.json").write_text("{}")
     output = f"output={tmp_path / 'old'}"
     assert "holds a training run" in refused(
-        output, "stage=eval", f"data.eval={made / 'questions'}"
+        output, "stage=eval", f"evaluation.sets.a.path={made / 'questions'}"
     )
     assert "up to step 2" in refused(output, "checkpoint.resume=false")
 
@@ -178,7 +178,7 @@ def dry_run(capsys, *argv):
 
 
 def test_a_typo_in_a_path_is_a_warning_at_the_end(made, capsys):
-    typos = ["model.path=nowhere", "data.train=tarin", "data.eval=evla"]
+    typos = ["model.path=nowhere", "data.train=tarin", "evaluation.sets.a.path=evla"]
     _, warnings = dry_run(capsys, str(made / "run.yaml"), *typos)
     assert len(warnings) == 3
     for typo, warning in zip(sorted(typos), sorted(warnings), strict=True):

@@ -58,7 +58,7 @@ def run(tiny_model, tmp_path_factory):
     shards = make_digits(folder, 1, num_train=24, num_eval=6, num_cold_start=2048)
     train(
         *("stage=sft", f"model.path={tiny_model}", f"data.train={shards['cold_start']}"),
-        *("data.eval=", f"output={folder / 'cold'}", "data.prompts_per_step=32"),
+        *("evaluation.sets=", f"output={folder / 'cold'}", "data.prompts_per_step=32"),
         *("optimizer.num_steps=80", "optimizer.learning_rate=2e-3", "checkpoint.every_steps=0"),
     )
     mixed = with_formulas(shards["train"], folder / "mixed")
@@ -72,8 +72,9 @@ def run(tiny_model, tmp_path_factory):
         *("data.prompts_per_step=6", "algorithm.prompts_per_update=3", "checkpoint.every_steps=1"),
         *("rollout.samples_per_prompt=4", "reward.grader_timeout_seconds=1e-6"),
     )
-    first = train(*grpo, "data.eval=", "optimizer.num_steps=2")
-    train(*grpo, f"data.eval={held_out}", "optimizer.num_steps=3")
+    first = train(*grpo, "evaluation.sets=", "optimizer.num_steps=2")
+    sets = [f"evaluation.sets.{way}.path={held_out}" for way in ("greedy", "sampled")]
+    train(*grpo, *sets, "optimizer.num_steps=3")
     return folder, grpo, first
 
 
@@ -111,7 +112,11 @@ def test_evaluation_excludes_such_questions_and_counts_them(run):
 def test_too_many_stop_the_run_with_a_one_line_error(run):
     folder, grpo, _ = run
     done = train(
-        *grpo, "data.eval=", "optimizer.num_steps=5", "reward.max_ungraded_share=0", check=False
+        *grpo,
+        "evaluation.sets=",
+        "optimizer.num_steps=5",
+        "reward.max_ungraded_share=0",
+        check=False,
     )
     assert done.returncode == 2
     assert "at most a share of 0 may (reward.max_ungraded_share)" in done.stderr

@@ -77,7 +77,12 @@ def context_of(tiny_model, groups, output):
     config = load_config(
         None,
         [
-            *(f"model.path={tiny_model}", "data.train=x", "data.eval=x", f"output={output}"),
+            *(
+                f"model.path={tiny_model}",
+                "data.train=x",
+                "evaluation.sets.a.path=x",
+                f"output={output}",
+            ),
             *("checkpoint.keep_last=1", "checkpoint.keep_best=1", "algorithm.filter_groups=true"),
             *("optimizer.num_steps=5", "checkpoint.every_steps=2"),
         ],
@@ -95,7 +100,7 @@ def test_the_last_step_is_saved_and_unrated_or_removed_checkpoints_leave_the_bes
 
     def go_on(context, actor, until, rating):
         while context.step < until:
-            context.finish_step({}, actor, lambda: {"accuracy": rating})
+            context.finish_step({}, actor, lambda is_last: {"a": {"accuracy": rating}})
 
     context, actor = context_of(tiny_model, groups, tmp_path)
     go_on(context, actor, 2, rating=0.9)

@@ -76,7 +76,11 @@ def run(out, model, shards, plan):
     dist.barrier()
     settings = [f"output={output}", f"model.path={model}", f"data.train={shards}", "stage=sft"]
     settings += [f"data.prompts_per_step={PER_STEP}", f"optimizer.num_steps={NUM_STEPS}"]
-    settings += [f"checkpoint.every_steps={SAVED_STEP}", "checkpoint.keep_last=0", "data.eval="]
+    settings += [
+        f"checkpoint.every_steps={SAVED_STEP}",
+        "checkpoint.keep_last=0",
+        "evaluation.sets=",
+    ]
     settings += ["data.pack_tokens=256"]  # several micro-batches
     config = load_config(EXAMPLE, [*settings, *LAYOUTS[layout]])
     if parallel_state.model_parallel_is_initialized():

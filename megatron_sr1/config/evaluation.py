@@ -1,0 +1,53 @@
+"""Settings of evaluations: the held-out sets, how they are answered, and when."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from omegaconf import MISSING
+
+from megatron_sr1.config.fields import named, number
+
+
+@dataclass
+class EvaluationSet:
+    """A set of held-out questions. null: the value of the key of the same name in `evaluation`."""
+
+    path: str = MISSING
+    """Directory of webdataset shards, written by tools/make_shards.py."""
+    samples_per_prompt: int | None = number(None, at_least=1)
+    """Responses per question."""
+    temperature: float | None = number(None, at_least=0, at_most=2)
+    """Sampling temperature of pass 1; 0 is greedy."""
+    max_samples: int | None = number(None, at_least=0)
+    """Ask only this many questions, the first ones; 0: all."""
+    function: str | None = None
+    """FILE.py:NAME of a function that grades the answers to this set."""
+
+
+@dataclass
+class EvaluationConfig:
+    """Held-out questions, and when they are asked."""
+
+    sets: dict[str, EvaluationSet] = named(EvaluationSet)
+    """Sets of questions by name, such as `{mmstar: {path: shards/mmstar}}`."""
+    generate: bool = False
+    """SFT: start an engine and answer the questions that have gold answers, besides the loss of
+    held-out conversations, which needs none."""
+    every_steps: int = number(0, at_least=0)
+    """Steps between evaluations while training; 0: only one, after the last step."""
+    at_start: bool = False
+    """Evaluate before the first step, too."""
+    samples_per_prompt: int = number(1, at_least=1)
+    """Responses per question. With more than 1, accuracy is their mean, and the results have the
+    share of questions with a right response (pass@k) and with a right most frequent answer
+    (majority@k); needs a temperature above 0."""
+    temperature: float = number(0.0, at_least=0, at_most=2)
+    """Sampling temperature of pass 1; 0 is greedy."""
+    max_samples: int = number(0, at_least=0)
+    """Ask only this many questions of each set, the first ones; 0: all."""
+    function: str = ""
+    """FILE.py:NAME of a function that grades answers in evaluations; empty: as in training."""
+    chunk_prompts: int = number(512, at_least=1)
+    """Questions that are read and answered at a time, over all ranks; bounds the memory that their
+    images take."""
