@@ -17,6 +17,7 @@ from typing import Any
 from megatron_sr1.checkpoint.disk import DIGEST, is_whole, size_text
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.runtime.files import write_text
+from megatron_sr1.runtime.hub import model_directory
 
 LATEST, STATE = "latest", "state.json"
 MAX_NAME_BYTES = 100
@@ -96,9 +97,12 @@ class ModelSource:
     hf_files: Path
 
 
-def resolve_model(directory: str | Path) -> ModelSource:
-    """Find the model in a Hugging Face directory, a directory of checkpoints, or one `step_N`."""
-    path = Path(directory)
+def resolve_model(directory: str | Path, revision: str = "") -> ModelSource:
+    """Find the model in a Hugging Face directory, a directory of checkpoints, or one `step_N`.
+
+    A hub name, `OWNER/NAME`, is looked up at a revision (main), and downloaded if needed.
+    """
+    path = model_directory(directory, revision)
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such directory; give a model or checkpoint directory")
     has_weights = (path / INDEX).is_file() or (path / SINGLE).is_file()

@@ -22,7 +22,14 @@ class ModelConfig:
     """The model that is trained or evaluated."""
 
     path: str = MISSING
-    """Hugging Face directory or Megatron checkpoint directory to start from."""
+    """Hugging Face directory or Megatron checkpoint directory to start from, or a name on the
+    Hugging Face hub, OWNER/NAME; HF_HOME and HF_HUB_OFFLINE have their usual meaning."""
+    revision: str = "main"
+    """Branch, tag or commit of model.path, if that is a hub name."""
+    commit: str = ""
+    """Commit of a hub name, in place of model.revision. Empty: the one that config.json of the run
+    has, where a run is started again; else the newest of model.revision, which a run fixes there
+    when it starts."""
     dtype: str = choice("bfloat16", "float32", "bfloat16")
     """Data type of parameters and activations."""
     spec: str = choice("local", "local", "transformer_engine")
@@ -41,6 +48,11 @@ class ModelConfig:
     """Parameters not to train: regular expressions over Hugging Face names, each with a match."""
     logprob_chunk_tokens: int = number(1024, at_least=1)
     """Tokens whose logits are held in memory at the same time."""
+
+    @property
+    def at(self) -> tuple[str, str]:
+        """`path` and the revision of it to use: where the model is."""
+        return self.path, self.commit or self.revision
 
 
 @dataclass

@@ -217,7 +217,7 @@ def can_resume(context: Context) -> bool:
     same = False
     if context.is_writer:
         own: dict[str, Any] = {n: asdict(getattr(config, n)) for n in ("data", "rollout", "reward")}
-        own["model"] = fingerprint(resolve_model(config.model.path))
+        own["model"] = fingerprint(resolve_model(*config.model.at))
         own["evaluation"] = asdict(config.evaluation)
         same = path.is_file() and json.loads(path.read_text()) == own
         path.parent.mkdir(parents=True, exist_ok=True)

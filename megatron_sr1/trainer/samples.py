@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 def make_processor(config: Config) -> Processor:
     """Load the tokenizer and image processor of `model.path`."""
-    directory = resolve_model(config.model.path).hf_files
+    directory = resolve_model(*config.model.at).hf_files
     return Processor(directory, config.data.min_pixels, config.data.max_pixels)
 
 

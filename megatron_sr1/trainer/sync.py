@@ -51,7 +51,7 @@ def engine_directory(config: Config, groups: Groups) -> Path:
     Raises:
         CheckpointError: the weights are not those that config.json describes.
     """
-    source = resolve_model(config.model.path)
+    source = resolve_model(*config.model.at)
     if source.kind == "huggingface":
         check_tensors(HFSource(source.weights), read_hf_config(source.hf_files))
         return source.weights
