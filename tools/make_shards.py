@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_sr1.data.examples import Record
 from megatron_sr1.data.shards import write_shards
-from megatron_sr1.data.sources import COLUMNS, count_rows, records, source_files
+from megatron_sr1.data.sources import ALPACA_GAPS, COLUMNS, count_rows, records, source_files
 from megatron_sr1.errors import DataError, SR1Error
 from megatron_sr1.runtime.files import write_text
 
@@ -179,6 +179,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     text = "read the column NAME from another column or from a value nested in one, as in "
     text += "problem=prompt.0.content; may be repeated"
     add("--column", type=column, action="append", default=[], metavar="NAME=PATH", help=text)
+    text = (
+        "between instruction and input of alpaca: a blank line (default), or one newline as in the "
+    )
+    text += "published cold start"
+    add("--alpaca-gap", choices=ALPACA_GAPS, default="blank-line", help=text)
     text = "number of rows that may be skipped, or their share of the rows read; all rows are read "
     text += "before it is checked; default: 100"
     add("--max-skipped", type=max_skipped, default="100", metavar="N|N%", help=text)
@@ -198,7 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
     written, failure = 0, None
     try:
         files = source_files(options.source)
-        rows = records(files, options.image_folder, columns)
+        rows = records(files, options.image_folder, columns, ALPACA_GAPS[options.alpaca_gap])
         found = good_records(rows, faults, options.limit, count_rows(files))
         written = write_shards(found, options.target, samples_per_shard=options.samples_per_shard)
         print(f"{options.target}: {written} samples, {faults.count} skipped")

@@ -43,6 +43,9 @@ MAX_SOURCE_BYTES = 4 * 2**30
 _TURN_COLUMNS = ("messages", "conversations")
 _TEXT_COLUMNS = ("problem", "question", "prompt")
 _ALPACA_COLUMNS = ("instruction", "input", "output")
+ALPACA_GAPS = {"blank-line": "\n\n", "newline": "\n"}
+"""Text between `instruction` and `input`. LLaMA-Factory, which made the published cold start, has
+one newline."""
 _ANSWER_COLUMNS = ("reward_model.ground_truth", "answer", "solution")
 _IMAGE_COLUMNS = ("images", "image")
 _BEFORE_COLUMNS = ("system", "history")
@@ -90,12 +93,16 @@ def count_rows(files: list[Path]) -> int | None:
 
 
 def records(
-    files: list[Path], image_folder: Path | None, columns: Mapping[str, str]
+    files: list[Path],
+    image_folder: Path | None,
+    columns: Mapping[str, str],
+    alpaca_gap: str = ALPACA_GAPS["blank-line"],
 ) -> Iterator[tuple[str, Record | DataError]]:
     """Yield (name, record) for the rows of source files, or (name, error) if a row is not one.
 
     A file that cannot be read at all raises its error. Relative image paths start in
-    `image_folder`, or by default in the directory of each file; `columns` as in `record_from_row`.
+    `image_folder`, or by default in the directory of each file; `columns` and `alpaca_gap` as in
+    `record_from_row`.
     """
     for path in files:
         read = {".parquet": _parquet_rows, ".jsonl": _jsonl_rows, ".json": _json_rows}[path.suffix]
@@ -108,7 +115,8 @@ def records(
                     if not isinstance(row, dict):
                         raise DataError("expected an object of columns")
                     row = _with_image(row) if path.name == METADATA_FILE else row
-                    yield where, record_from_row(row, image_folder or path.parent, columns)
+                    folder = image_folder or path.parent
+                    yield where, record_from_row(row, folder, columns, alpaca_gap)
             except DataError as error:
                 yield where, error
         if not where:
@@ -180,7 +188,12 @@ def _with_image(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, "images": names}
 
 
-def record_from_row(row: Mapping[str, Any], folder: Path, columns: Mapping[str, str]) -> Record:
+def record_from_row(
+    row: Mapping[str, Any],
+    folder: Path,
+    columns: Mapping[str, str],
+    alpaca_gap: str = ALPACA_GAPS["blank-line"],
+) -> Record:
     """Convert one row of a source to a record, after a trial decoding of its images.
 
     Args:
@@ -188,6 +201,7 @@ def record_from_row(row: Mapping[str, Any], folder: Path, columns: Mapping[str, 
         folder: base of relative image paths, which must not lead out of it.
         columns: name -> location of its value in the row: a column, or a dotted path into one
             (`prompt.0.content`). Alternatives of a mapped column become metadata.
+        alpaca_gap: text between alpaca's `instruction` and `input`.
     """
     known = _renamed(row, columns)
     lost = next((c for c in _REFUSED_COLUMNS if _is_given(known.get(c))), None)
@@ -196,7 +210,7 @@ def record_from_row(row: Mapping[str, Any], folder: Path, columns: Mapping[str, 
             f"the column {lost} is not empty, but training does not support it; remove the row "
             "or the column"
         )
-    messages, inline, used = _conversation(known)
+    messages, inline, used = _conversation(known, alpaca_gap)
     found = ((gold_answers(_look_up(known, c)), c) for c in _ANSWER_COLUMNS)
     answers, answer_column = next((pair for pair in found if pair[0]), ((), ""))
     is_sft = used.isdisjoint(_TEXT_COLUMNS) and any(m.role == "assistant" for m in messages)
@@ -251,13 +265,15 @@ def _is_given(value: Any) -> bool:
     return bool(value.strip()) if isinstance(value, str) else value not in (None, [], (), {})
 
 
-def _conversation(row: Mapping[str, Any]) -> tuple[tuple[Message, ...], list[Any], set[str]]:
+def _conversation(
+    row: Mapping[str, Any], alpaca_gap: str
+) -> tuple[tuple[Message, ...], list[Any], set[str]]:
     """Return the messages, the images inside them, and the columns they were read from."""
     lists = (*_TURN_COLUMNS, *(("prompt",) if not isinstance(row.get("prompt"), str) else ()))
     column = next((c for c in lists if _is_given(row.get(c))), None)
     images: list[Any] = []
     if column is None:
-        messages, used = _single_turn(row)
+        messages, used = _single_turn(row, alpaca_gap)
         messages = [*_history(row), *messages]
     elif _is_given(row.get("history")):
         raise DataError(f"both {column} and history; put all turns into {column}")
@@ -268,14 +284,17 @@ def _conversation(row: Mapping[str, Any]) -> tuple[tuple[Message, ...], list[Any
     return checked_turns((*_system(row, messages), *messages)), images, used
 
 
-def _single_turn(row: Mapping[str, Any]) -> tuple[list[Message], set[str]]:
+def _single_turn(row: Mapping[str, Any], alpaca_gap: str) -> tuple[list[Message], set[str]]:
     """Return the turns of a row with separate text columns, and these columns."""
     for column in _TEXT_COLUMNS:
         if _is_given(row.get(column)):
             return [Message("user", _string(row, column))], {column}
     asked = [_string(row, c) for c in ("instruction", "input") if _is_given(row.get(c))]
     if asked and _is_given(row.get("output")):
-        turns = [Message("user", "\n\n".join(asked)), Message("assistant", _string(row, "output"))]
+        turns = [
+            Message("user", alpaca_gap.join(asked)),
+            Message("assistant", _string(row, "output")),
+        ]
         return turns, {*_ALPACA_COLUMNS}
     raise DataError(
         f"columns {_columns(row)}; expected problem or question (with answer or solution), "

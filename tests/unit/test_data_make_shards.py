@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from megatron_sr1.data.shards import ShardReader
-from tools.make_shards import parse
+from tools.make_shards import main, parse
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "make_shards.py"
 
@@ -65,6 +65,16 @@ def test_jsonl_with_image_paths_in_another_folder_and_a_limit(tmp_path):
     source = lines(tmp_path / "a.jsonl", *rows)
     make(source, tmp_path / "out", "--image-folder", tmp_path / "pics", "--limit", 2)
     assert questions(ShardReader(tmp_path / "out")) == ["<image>0", "<image>1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "gap"),
+    [([], "\n\n"), (["--alpaca-gap", "blank-line"], "\n\n"), (["--alpaca-gap", "newline"], "\n")],
+)
+def test_alpaca_is_joined_by_a_blank_line_or_by_one_newline(tmp_path, options, gap):
+    source = lines(tmp_path / "a.jsonl", {"instruction": "Add.", "input": "1, 2", "output": "3"})
+    assert main([str(source), str(tmp_path / "out"), *options]) == 0
+    assert questions(ShardReader(tmp_path / "out")) == [f"Add.{gap}1, 2"]
 
 
 def test_sharegpt_json(tmp_path):
