@@ -6,7 +6,8 @@ GRPO on four nodes, or the three stages one after another:
         model.path=DIR data.train=DIR
     .venv-launch/bin/python examples/slurm/train_7b.py --partition gpu --nodes 4 \
         --stages sft,grpo,eval --output runs/7b \
-        sft:model.path=DIR sft:data.train=DIR grpo:data.train=DIR data.eval=DIR
+        sft:model.path=DIR sft:data.train=DIR grpo:data.train=DIR \
+        evaluation.sets.held_out.path=DIR
 """
 
 import argparse

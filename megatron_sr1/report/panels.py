@@ -166,10 +166,23 @@ def run_charts(lines: Lines) -> list[str]:
         found = sorted(n for n in rest if n.startswith("perf/") and n.endswith(ending))
         named = {n: n.removeprefix("perf/").removesuffix(f"_{ending}") for n in found}
         charts.append(_curves(title, lines, named, percent=ending == "mfu"))
+    charts += _evaluation_charts(lines, sorted(n for n in rest if n.startswith("evaluation/")))
     for name in [*(n for n in TITLES if n in rest), *sorted(rest - set(TITLES))]:
-        if not name.startswith(("time/", "table/", "perf/")):
+        if not name.startswith(("time/", "table/", "perf/", "evaluation/")):
             charts.append(line_chart(TITLES.get(name, name), [_series(lines, name, name, 2)]))
     return [chart for chart in charts if chart]
+
+
+def _evaluation_charts(lines: Lines, names: list[str]) -> list[str]:
+    """Draw a chart per rate of the evaluations during training, with a line per held-out set."""
+    charts = []
+    for rate_name in dict.fromkeys(name.rpartition("/")[2] for name in names):
+        named = {n: n.split("/")[1] for n in names if n.endswith(f"/{rate_name}")}
+        evaluated = [line for line in lines if line.keys() & named]
+        if rate_name not in ("questions", "ungraded", "skipped"):
+            percent = rate_name != "loss"
+            charts.append(_curves(f"Held out: {rate_name}", evaluated, named, percent))
+    return charts
 
 
 def _curves(title: str, lines: Lines, named: Mapping[str, str], percent: bool) -> str:

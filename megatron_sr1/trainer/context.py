@@ -231,11 +231,12 @@ class Context:
             write_text(self.run_dir / "config.json", text)
 
     def evaluate_at_start(self, evaluate: Evaluate | None) -> None:
-        """Log an evaluation before the first step as step 0, if configured."""
+        """Log an evaluation before the first step as step 0, if configured.
+
+        Its time is in the line of step 1, with that of the setup.
+        """
         if evaluate is not None and self.config.evaluation.at_start and self.step == 0:
-            rates = flat(evaluate(False))
-            times, memory = self.meter.take()
-            self._log({**rates, **times, **memory})
+            self._log(flat(evaluate(False)))
 
     def _log(self, line: Mapping[str, float]) -> None:
         """Write the metrics of the current step; only on the writer."""

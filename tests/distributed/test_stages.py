@@ -134,7 +134,7 @@ def test_each_save_was_evaluated_and_the_best_one_kept(run):
                 found = line[f"evaluation/{name}/{rate}"]
                 assert found == sum(answer[rate] for answer in lines) / 12
             assert line[f"evaluation/{name}/questions"] == 12
-        assert line["time/evaluate_seconds"] > 0
+        assert line["step"] == 0 or line["time/evaluate_seconds"] > 0
     assert not list((run / "eval").glob("*.partial"))
     assert [path.name for path in (run / "checkpoints").glob("step_*")] == ["step_2"]
     state = json.loads((run / "checkpoints" / "step_2" / "state.json").read_text())["state"]

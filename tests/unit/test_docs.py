@@ -29,9 +29,19 @@ SLOW, FAILS = "# minutes", "# fails"
 OWN_TEST = ("slurm.md",)
 BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 GROUPS = sorted({key.split(".")[0] for key in keys() if "." in key})
-KEY = re.compile(rf"`(?:--?\S+ )*((?:{'|'.join(GROUPS)})\.[a-z0-9_]+)")
+KEY = re.compile(rf"`(?:--?\S+ )*((?:{'|'.join(GROUPS)})(?:\.[A-Za-z0-9_]+)+)")
 NAMED = re.compile(r"`((?:docs|examples|megatron_sr1|tests|tools|\.ci)/[\w./*-]+)`")
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)")
+
+
+def is_setting(key: str) -> bool:
+    """Return True for a key or a group of the configuration, whatever the user names in it."""
+    parts = key.split(".")
+    known = (each.split(".") for each in keys())
+    return any(
+        len(parts) <= len(each) and all(b in (a, "NAME") for a, b in zip(parts, each, strict=False))
+        for each in known
+    )
 
 
 def blocks(page: Path) -> list[str]:
@@ -107,9 +117,8 @@ def test_files_settings_and_links_that_are_named_exist(page):
     text = page.read_text()
     for name in NAMED.findall(text):
         assert list(ROOT.glob(name.rstrip("/"))), f"{page.name} names {name}"
-    known = keys()
     for key in KEY.findall(text):
-        assert key in known or key.endswith((".md", ".py", ".html")), f"{page.name} names {key}"
+        assert is_setting(key) or key.endswith((".md", ".py", ".html")), f"{page.name} names {key}"
     if page.name == "README.md":  # links of the guides are Sphinx's to check
         for link in LINK.findall(text):
             assert (ROOT / link).exists(), f"{page.name} links to {link}"
