@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_sr1.errors import ConfigError, SR1Error
+from megatron_sr1.errors import CheckpointError, ConfigError, SR1Error
 from megatron_sr1.runtime.logs import configure_logging, silence_native_warnings
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def run_command(arguments: argparse.Namespace) -> int:
 
     signals.listen()  # first, and for torchrun too: unblocked, the signal kills a process
     from megatron_sr1.config.loading import load_config
-    from megatron_sr1.launch import torchrun
+    from megatron_sr1.launch import preflight, torchrun
 
     overrides = list(arguments.overrides)
     if arguments.command != "train":
@@ -142,6 +142,8 @@ def run_command(arguments: argparse.Namespace) -> int:
     is_rank = not arguments.dry_run and torchrun.join()
     with torchrun.first_rank_first():
         config = load_config(arguments.config, overrides)
+        if not arguments.dry_run:
+            config = preflight.fix_commit(config)
     if config.launch.device == "cpu":  # before torch is imported, here and in the ranks
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     started, num_ranks = time.time(), 1
@@ -153,6 +155,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     try:
         if num_ranks > 1:
             own = ["train", str(arguments.config), *overrides]
+            own += [f"model.commit={config.model.commit}"] * bool(config.model.commit)
             status = torchrun.run(own, config.launch, num_ranks)
             return _with_cause(status, Path(config.output), started)
         if not is_rank:
@@ -195,16 +198,21 @@ def how_to_continue(config: Config) -> str:
 
 def dry_run_command(config: Config) -> int:
     """Run `train --dry-run`: the checks of a start, then a description, then warnings."""
-    from megatron_sr1.dry_run import check_run, dry_run, has_weights
+    from megatron_sr1.dry_run import check_run, dry_run, has_weights, local_model
     from megatron_sr1.launch import preflight
 
+    try:
+        config = preflight.fix_commit(config, weights=False)
+    except CheckpointError as error:
+        warn(str(error))
     preflight.check_paths(config, is_dry_run=True)
     warnings = check_run(config, config.launch.num_processes)
     print(dry_run(config))
     absent = preflight.absent_paths(config)
     for key, path in absent.items():
         warn(f"{key}={path} does not exist: it was not checked, and a run would be refused")
-    if "model.path" not in absent and not has_weights(config.model.path):
+    directory = local_model(config)
+    if directory == Path(config.model.path) and not has_weights(directory):
         warn(f"model.path={config.model.path} holds no weights (*.safetensors); a run needs them")
     warn(*warnings, preflight.crowded(config.launch, config.launch.num_processes))
     return 0
@@ -307,10 +315,11 @@ def plan_command(arguments: argparse.Namespace) -> int:
     from megatron_sr1.planning.plan import plan
     from megatron_sr1.planning.workload import planned_run
     from megatron_sr1.runtime.gpus import find_gpu
+    from megatron_sr1.runtime.hub import model_directory
 
     gpu = find_gpu(arguments.gpu)
     config = load_config(arguments.config, arguments.overrides)
-    hf_config = read_hf_config(config.model.path)
+    hf_config = read_hf_config(model_directory(*config.model.at, weights=False))
     lengths = {f"{name}_tokens": getattr(arguments, f"{name}_tokens") for name in LENGTHS}
     print(plan(planned_run(config, hf_config, gpu, lengths), arguments.gpus))
     return 0

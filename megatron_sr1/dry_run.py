@@ -23,6 +23,7 @@ from megatron_sr1.planning.layout import Layout, configured
 from megatron_sr1.planning.memory import stage_parameters, static_memory
 from megatron_sr1.planning.workload import num_parameters
 from megatron_sr1.rewards.user_reward import UserReward
+from megatron_sr1.runtime import hub
 
 NUM_READ = 8
 """Samples of a data set that are read and decoded, the first ones."""
@@ -30,7 +31,7 @@ NUM_READ = 8
 
 def dry_run(config: Config) -> str:
     """Describe a checked run: model, data, layout, steps, and what does not exist yet."""
-    hf_config = model_shape(config.model.path)
+    hf_config = model_shape(config)
     step = latest_step(Path(config.output) / "checkpoints") if config.checkpoint.resume else None
     resumed = "" if step is None else f", resumed from step {step}"
     lines = [
@@ -62,21 +63,31 @@ def dry_run(config: Config) -> str:
 
 
 def _model(config: Config, hf_config: HFConfig | None) -> str:
-    path = config.model.path
-    if hf_config is None:
+    path, directory = config.model.path, local_model(config)
+    if hf_config is None or directory is None:
         return f"{path}: does not exist, not checked"
-    kind = "huggingface" if has_weights(path) else "config.json alone"
-    kind = kind if (Path(path) / "config.json").is_file() else "megatron"
+    kind = "huggingface" if has_weights(directory) else "config.json alone"
+    kind = kind if (directory / "config.json").is_file() else "megatron"
+    commit = f" at {config.model.commit[:12]}" if directory != Path(path) else ""
     return (
-        f"{path} ({kind}), {num_parameters(hf_config):,} parameters, {hf_config.text.num_layers} "
-        f"text layers, {hf_config.vision.depth} vision blocks, {config.model.dtype}, "
-        f"{config.model.spec} kernels"
+        f"{path}{commit} ({kind}), {num_parameters(hf_config):,} parameters, "
+        f"{hf_config.text.num_layers} text layers, {hf_config.vision.depth} vision blocks, "
+        f"{config.model.dtype}, {config.model.spec} kernels"
     )
 
 
-def has_weights(path: str) -> bool:
+def local_model(config: Config) -> Path | None:
+    """Return the local directory of the model, of a hub name without its weights; None if none."""
+    try:
+        path = hub.model_directory(*config.model.at, weights=False)
+    except ConfigError:  # `preflight.fix_commit` reports it
+        return None
+    return path if path.exists() else None
+
+
+def has_weights(directory: Path) -> bool:
     """Return True unless a Hugging Face directory holds its config.json alone."""
-    return not (Path(path) / "config.json").is_file() or any(Path(path).glob("*.safetensors"))
+    return not (directory / "config.json").is_file() or any(directory.glob("*.safetensors"))
 
 
 def _data(path: str) -> str:
@@ -100,7 +111,8 @@ def _layout(config: Config) -> str:
 
 def _parameters(config: Config, hf_config: HFConfig, layout: Layout | None, num_ranks: int) -> str:
     """Describe the parameters of a rank at each end of the pipeline."""
-    if not has_weights(config.model.path) and layout is not None:
+    directory = local_model(config)
+    if directory is not None and not has_weights(directory) and layout is not None:
         ranks = (0, layout.pipeline - 1)
         parts = [[stage_parameters(hf_config, layout, s) for s in layout.stages(r)] for r in ranks]
         first, last = (sum(p.numel for stage in part for p in stage) for part in parts)
@@ -175,7 +187,7 @@ def check_run(config: Config, num_ranks: int) -> list[str]:
             f"the layout needs a multiple of {replica} ranks (parallel.tensor x pipeline x "
             f"context), got {num_ranks}; change the layout or launch.num_processes"
         )
-    hf_config = model_shape(config.model.path)
+    hf_config = model_shape(config)
     if hf_config is not None:
         _check_shape(config, hf_config)
     if config.stage != "sft":
@@ -193,12 +205,13 @@ def check_run(config: Config, num_ranks: int) -> list[str]:
     return found
 
 
-def model_shape(path: str) -> HFConfig | None:
+def model_shape(config: Config) -> HFConfig | None:
     """Return the shape of the model in a directory of either kind; None if it does not exist."""
-    if not Path(path).exists():
+    directory = local_model(config)
+    if directory is None:
         return None
-    has_shape = (Path(path) / "config.json").is_file()
-    return read_hf_config(path if has_shape else resolve_model(path).hf_files)
+    has_shape = (directory / "config.json").is_file()
+    return read_hf_config(directory if has_shape else resolve_model(directory).hf_files)
 
 
 def check_output(config: Config) -> None:

@@ -36,10 +36,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     ways = parser.add_subparsers(dest="way", required=True, metavar="WAY")
     text = "safetensors to a Megatron distributed checkpoint"
     to_megatron = ways.add_parser(TO_MEGATRON, help=text).add_argument
-    to_megatron("source", type=Path, help="Hugging Face directory")
+    to_megatron("source", type=Path, help="Hugging Face directory, or a name on the hub")
     to_megatron("target", type=Path, help="new directory for the checkpoint")
     dtypes = ("auto", "float32", "bfloat16")
     text = "type of the stored weights; auto keeps the source's (default: %(default)s)"
+    to_megatron("--revision", default="main", help="of a name on the hub (default: %(default)s)")
     to_megatron("--dtype", choices=dtypes, default="auto", help=text)
     text = "a Megatron checkpoint to safetensors"
     to_hf = ways.add_parser(TO_HF, help=text).add_argument
@@ -94,8 +95,11 @@ def run(arguments: argparse.Namespace, report: Progress) -> None:
     from megatron_sr1.checkpoint.folders import LATEST, resolve_model
     from megatron_sr1.conversion import convert, plan
     from megatron_sr1.errors import CheckpointError
+    from megatron_sr1.runtime.hub import model_directory
 
-    source, target, to_published = arguments.source, arguments.target, arguments.way == TO_HF
+    target, to_published = arguments.target, arguments.way == TO_HF
+    revision = "" if to_published else arguments.revision
+    source = model_directory(arguments.source, revision, weights=not arguments.dry_run)
     dtype = None if to_published else getattr(torch, arguments.dtype, None)
     if arguments.dry_run and not to_published:  # config.json is enough, which is no model yet
         print("\n".join(plan.rows(plan.plan_to_megatron(source, dtype))))

@@ -35,7 +35,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="score_logprobs.py", description=__doc__)
     add = parser.add_argument
-    add("--model", type=Path, required=True, help="Hugging Face or Megatron checkpoint directory")
+    text = "Hugging Face or Megatron checkpoint directory, or a name on the hub"
+    add("--model", type=Path, required=True, help=text)
+    add("--revision", default="main", help="of a name on the hub; default: main")
     add("--input", type=Path, required=True, help="jsonl file")
     add("--output", type=Path, required=True, help="jsonl file to write")
     add("--backend", choices=("megatron", "vllm", "transformers"), required=True)
@@ -136,7 +138,7 @@ def score(arguments: argparse.Namespace, lines: list[Line]) -> int:
     from megatron_sr1.checkpoint.folders import resolve_model
     from megatron_sr1.runtime.device import select_device, start_distributed, stop_distributed
 
-    source = resolve_model(arguments.model)
+    source = resolve_model(arguments.model, arguments.revision)
     device = select_device(arguments.device)
     start_distributed(device)
     try:

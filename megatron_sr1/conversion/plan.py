@@ -13,8 +13,7 @@ from pathlib import Path
 import torch
 
 from megatron_sr1.checkpoint.disk import size_text
-from megatron_sr1.checkpoint.folders import INDEX, SINGLE, ModelSource
-from megatron_sr1.checkpoint.hf_files import HEADER_SUFFIX
+from megatron_sr1.checkpoint.folders import INDEX, ModelSource
 from megatron_sr1.conversion.units import Published, Unit, UnitReader, units
 from megatron_sr1.conversion.writer import FILE_BYTES, split_units
 from megatron_sr1.errors import CheckpointError
@@ -60,7 +59,7 @@ class Move:
 
 def plan_to_megatron(directory: Path, dtype: torch.dtype | None) -> list[Move]:
     """Plan `hf_to_megatron` from the weight files' headers, or from config.json alone."""
-    if any((directory / name).is_file() for name in (INDEX, SINGLE, SINGLE + HEADER_SUFFIX)):
+    if any(path.name != INDEX for path in directory.glob("*.safetensors*")):
         published = Published(directory)
         tensors, dtype = published.source.tensors, dtype or published.dtype
         return [

@@ -1,16 +1,50 @@
-"""Check the paths of a configuration before any rank starts, with one clear error message."""
+"""Check the paths of a configuration before any rank starts, with one clear error message.
+
+A model that is named on the hub is downloaded first, and its commit fixed.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_sr1.checkpoint.folders import resolve_model
 from megatron_sr1.config.run import Config, LaunchConfig
 from megatron_sr1.errors import CheckpointError, ConfigError, DataError
+from megatron_sr1.runtime.hub import is_hub_name, model_directory
 
 LONGEST_NAME = 255
 """Maximum length of a file name on Linux, bytes."""
+
+
+def fix_commit(config: Config, weights: bool = True) -> Config:
+    """Return the configuration with the commit of a model on the hub, which is downloaded.
+
+    A run that is started again keeps the commit of its config.json. A local model needs none.
+    """
+    model = config.model
+    if not is_hub_name(model.path):
+        return config
+    model = replace(model, commit=model.commit or _saved_commit(config))
+    try:
+        commit = model_directory(*model.at, weights).name
+    except ConfigError as error:
+        absent = _absent(Path(model.path))
+        problem = f"{absent}, and as a name on the hub: {error}"
+        raise CheckpointError(f"model.path={model.path}: {problem}") from None
+    return replace(config, model=replace(model, commit=commit))
+
+
+def _saved_commit(config: Config) -> str:
+    """Return the commit of the same model that the run directory's config.json has, or ""."""
+    try:
+        saved = json.loads((Path(config.output) / "config.json").read_text())["model"]
+        same = all(saved[key] == getattr(config.model, key) for key in ("path", "revision"))
+        return str(saved["commit"]) if same and config.checkpoint.resume else ""
+    except (OSError, ValueError, LookupError, TypeError):  # none, or not written by a run
+        return ""
 
 
 def needed_paths(config: Config, has_model: bool = True) -> dict[str, str]:
@@ -23,8 +57,11 @@ def needed_paths(config: Config, has_model: bool = True) -> dict[str, str]:
 
 
 def absent_paths(config: Config) -> dict[str, str]:
-    """Return those of the needed paths that do not exist."""
-    return {key: path for key, path in needed_paths(config).items() if not Path(path).exists()}
+    """Return those of the needed paths that do not exist; a hub name does once it is fixed."""
+    found = {key: path for key, path in needed_paths(config).items() if not Path(path).exists()}
+    if config.model.commit and is_hub_name(config.model.path):
+        del found["model.path"]
+    return found
 
 
 def check_paths(config: Config, has_model: bool = True, is_dry_run: bool = False) -> None:
@@ -34,9 +71,11 @@ def check_paths(config: Config, has_model: bool = True, is_dry_run: bool = False
     and data need not exist, and a config.json alone is accepted as a model.
     """
     absent = absent_paths(config) if is_dry_run else {}
-    has_shape = is_dry_run and (Path(config.model.path) / "config.json").is_file()
-    if has_model and not has_shape and "model.path" not in absent:
-        _check_model(Path(config.model.path))
+    if has_model and "model.path" not in absent:
+        config = fix_commit(config, weights=not is_dry_run)
+        path = model_directory(*config.model.at, weights=not is_dry_run)
+        if not (is_dry_run and (path / "config.json").is_file()):
+            _check_model(path)
     if config.stage != "eval" and "data.train" not in absent:
         _check_shards("data.train", config.data.train, needed=True)
     for name, each in config.evaluation.sets.items():

@@ -36,7 +36,6 @@ def model_directory(path: str | Path, revision: str = "", weights: bool = True) 
     return snapshot(str(path), revision or "main", "model", MODEL_FILES + WEIGHT_FILES * weights)
 
 
-@functools.cache
 def snapshot(name: str, revision: str, kind: str, files: tuple[str, ...] = ()) -> Path:
     """Return the directory of a repository's snapshot, after downloading what is missing.
 
@@ -49,25 +48,33 @@ def snapshot(name: str, revision: str, kind: str, files: tuple[str, ...] = ()) -
     Raises:
         ConfigError: it is not in the cache and cannot be downloaded; says why, and what to do.
     """
+    found = _find(name, revision, kind, files)
+    if isinstance(found, ConfigError):
+        raise found
+    return found
+
+
+@functools.cache
+def _find(name: str, revision: str, kind: str, files: tuple[str, ...]) -> Path | ConfigError:
+    """Look up a snapshot once: where there is no network, that takes seconds."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise ConfigError(
-            f"{name}: a {kind} of the hub needs huggingface_hub; pip install huggingface_hub, or "
-            "give a local directory"
-        ) from None
+        advice = "pip install huggingface_hub, or give a local directory"
+        return ConfigError(f"{name}: a {kind} of the hub needs huggingface_hub; {advice}")
     try:
-        found = snapshot_download(
-            name,
-            repo_type=kind,
-            revision=revision,
-            allow_patterns=list(files) or None,
-            ignore_patterns=["*/*"] if files else None,
+        return Path(
+            snapshot_download(
+                name,
+                repo_type=kind,
+                revision=revision,
+                allow_patterns=list(files) or None,
+                ignore_patterns=["*/*"] if files else None,
+            )
         )
     except Exception as error:  # of the hub, of the HTTP library below it, of the disk
         reason, what_to_do = _explain(error, name, revision, kind)
-        raise ConfigError(f"{name} at revision {revision}: {reason}; {what_to_do}") from None
-    return Path(found)
+        return ConfigError(f"{name} at revision {revision}: {reason}; {what_to_do}")
 
 
 def _explain(error: Exception, name: str, revision: str, kind: str) -> tuple[str, str]:

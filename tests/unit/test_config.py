@@ -198,7 +198,15 @@ def test_every_number_has_a_range_and_every_field_is_seen():
 
 
 def test_every_string_is_a_choice_unless_it_is_a_path_or_a_name():
-    free = {"output", "model.path", "data.train", "reward.function", "evaluation.function"}
+    free = {
+        "output",
+        "model.path",
+        "model.revision",
+        "model.commit",
+        "data.train",
+        "reward.function",
+        "evaluation.function",
+    }
     strings = [(key, field) for key, field, _ in settings(Config()) if "str" in str(field.type)]
     listed = {key for key, field in strings if "choices" in field.metadata}
     assert len(listed) > 20
@@ -311,7 +319,7 @@ def test_a_decay_that_would_rise_is_refused():
 WRONG = {
     "optimizer: 5": "optimizer is 5; expected a mapping, for example {num_steps: 100}",
     "optimizer: [1]": "optimizer is [1]; expected a mapping",
-    "model:": "model is null; expected a mapping, for example {dtype: bfloat16}",
+    "model:": "model is null; expected a mapping, for example {revision: main}",
     'model: {freeze: "^visual"}': (
         'model.freeze is "^visual"; expected a list of strings, for example ["^visual"]'
     ),
@@ -335,7 +343,7 @@ WRONG = {
     "parallel: {stage_layers: [1.5]}": "stage_layers is [1.5]; expected a list of integers",
     "logging: {wandb: on}": "logging.wandb is true; expected off | offline | online",
     "lora: 3": "unknown key 'lora' and none like it; expected one of stage, output, seed, model,",
-    "model: {lora: 3}": "unknown key 'model.lora' and none like it; model has path, dtype,",
+    "model: {lora: 3}": "unknown key 'model.lora' and none like it; model has path, revision,",
     "temperature: 1": "unknown key 'temperature'; the nearest is 'rollout.temperature'",
     "modl: {pth: 1}": "unknown key 'modl.pth'; the nearest is 'model.path'",
     "modell: 1": "unknown key 'modell'",

@@ -89,7 +89,8 @@ def test_a_relative_path_says_from_where_and_the_demos_what_makes_it(folder, mon
             "runs/demo/cold_start/hf",
             f"no such directory in {folder}, which make demo creates; give",
         ),
-        ("models/qwen", f"no such directory in {folder}; give"),
+        ("models/old/qwen", f"no such directory in {folder}; give"),
+        ("models/qwen", f"no such directory in {folder}, and as a name on the hub: models/qwen"),
     ):
         with pytest.raises(CheckpointError) as error:
             check_paths(
