@@ -144,6 +144,27 @@ class Rollout:
     question_only: Reading | None = None
 
 
+def texts(rollout: Rollout, example: Example) -> dict[str, Any]:
+    """Return the texts of a rollout, as the files of a run hold them.
+
+    `reading` holds the answers of pass 2, or the likelihood of the gold answer.
+    """
+    reading = None
+    if rollout.reading is not None:
+        reading, scores = "\n".join(rollout.reading.texts), rollout.reading.gold_logprobs
+        if scores is not None:
+            reading = f"(log p of the gold answer: {sum(scores):.3f} over {len(scores)} tokens)"
+    others = {"other_golds": list(example.other_answers)} if example.other_answers else {}
+    return {
+        "question": example.question,
+        "gold": example.answer,
+        **others,
+        "response": rollout.completion.text,
+        "description": rollout.description,
+        "reading": reading,
+    }
+
+
 RIGHT_FROM = 0.5
 """Verdicts of at least this value count as right in tables; the grader's are 0 and 1."""
 
@@ -161,7 +182,11 @@ class Reward:
             (a text-only sample, a recipe without it), 0 if the description is missing.
         leak: True if the description states the answer as a conclusion.
         total: the recipe's weighted sum.
+        answer: content of the box of pass 1; None without one.
+        reading_answer: the same of the first answer of pass 2.
         uncomparable: exception that a library raised on an answer, which then counts as wrong.
+        because: the grader's rule that decided on the answer; "function" if a user's one did.
+        reading_because: the same for the first answer of pass 2.
     """
 
     accuracy: float
@@ -172,6 +197,8 @@ class Reward:
     answer: str | None
     reading_answer: str | None
     uncomparable: str | None = None
+    because: str | None = None
+    reading_because: str | None = None
 
 
 @dataclass(frozen=True)

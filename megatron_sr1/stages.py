@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -21,11 +20,11 @@ from megatron_sr1.evaluation.evaluate import (
     make_sets,
 )
 from megatron_sr1.evaluation.held_out_loss import HeldOutLoss, make_losses
+from megatron_sr1.evaluation.results import write_results
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.runtime import failure
 from megatron_sr1.runtime.device import select_device, start_distributed, stop_distributed
-from megatron_sr1.runtime.files import write_text
 from megatron_sr1.runtime.groups import Groups, make_groups
 from megatron_sr1.runtime.rng import seed_everything
 from megatron_sr1.trainer.actor import Actor, Reference, load_actor_model, make_actor
@@ -116,7 +115,7 @@ def run_eval(config: Config, groups: Groups) -> None:
         sets = make_sets(context, engine, processor, scorers)
         found = {each.name: each.evaluate(each.name, resume) for each in sets}
         report_rates(context, found, is_last=True)
-    context.close()
+    finish(context)
 
 
 def start(config: Config, groups: Groups) -> tuple[Context, Samples, Actor, Reference | None]:
@@ -169,14 +168,14 @@ def evaluate_actor(
 
 
 def report_rates(context: Context, found: dict[str, dict[str, float]], is_last: bool) -> None:
-    """Log the rates of all sets; at last, write them to summary.json."""
+    """Log the rates of all sets; at last, write summary.json and eval/results.json."""
     if not context.is_writer:
         return
     for name, rates in found.items():
         shown = (f"{rate} {value:.4g}" for rate, value in rates.items())
         log.info("held-out, %s: %s", name, ", ".join(shown))
     if is_last:
-        write_text(context.run_dir / "summary.json", json.dumps(found, indent=2) + "\n")
+        write_results(context.run_dir, context.config.evaluation, found)
 
 
 def export(context: Context, actor: Actor) -> None:

@@ -23,6 +23,9 @@ class EvaluationSet:
     """Ask only this many questions, the first ones; 0: all."""
     function: str | None = None
     """FILE.py:NAME of a function that grades the answers to this set."""
+    weight: float = number(1.0, at_least=0)
+    """Weight of the set in the weighted average over all sets, such as 1/3 for each of three
+    variants of the same questions; 0: not in it."""
 
 
 @dataclass
@@ -48,6 +51,8 @@ class EvaluationConfig:
     """Ask only this many questions of each set, the first ones; 0: all."""
     function: str = ""
     """FILE.py:NAME of a function that grades answers in evaluations; empty: as in training."""
+    category: str = "category"
+    """Column of the data sets' metadata by whose values the results of a set are divided."""
     chunk_prompts: int = number(512, at_least=1)
     """Questions that are read and answered at a time, over all ranks; bounds the memory that their
     images take."""

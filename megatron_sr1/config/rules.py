@@ -116,6 +116,8 @@ def _run(config: Config) -> Broken:
 def _evaluation(config: Config) -> Broken:
     evaluation = config.evaluation
     for name, each in evaluation.sets.items():
+        if name in ("average", "weighted_average"):
+            yield f"evaluation.sets.{name}: the results over all sets have that name; use another"
         temperature = evaluation.temperature if each.temperature is None else each.temperature
         n = each.samples_per_prompt or evaluation.samples_per_prompt
         if n > 1 and temperature == 0:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import re
 import signal
 import threading
@@ -175,6 +176,12 @@ class Processor:
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
         """Return the text of each id: "" for special tokens, U+FFFD for parts of a character."""
         return [self._piece(token) for token in token_ids]
+
+    def rendered(self, token_ids: Sequence[int]) -> str:
+        """Return a prompt as text, special tokens included, each image as one pad."""
+        pairs = itertools.pairwise((-1, *token_ids))
+        ids = [i for before, i in pairs if not before == i == self.image_pad_id]
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False))
 
     def grid(self, image: Image.Image) -> Grid:
         """Return (t, h, w) of an image after resizing, in patches, without processing pixels."""

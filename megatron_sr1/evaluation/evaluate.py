@@ -14,14 +14,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from megatron_sr1.checkpoint.folders import fingerprint, resolve_model
 from megatron_sr1.config.run import Config
 from megatron_sr1.data.processor import Processor
-from megatron_sr1.evaluation.results import evaluation_line, set_rates, verdicts_of
-from megatron_sr1.observability.metrics import read_lines
+from megatron_sr1.evaluation.lines import Line, LinesFile, evaluation_line
+from megatron_sr1.evaluation.results import set_rates
 from megatron_sr1.records import Prompt
 from megatron_sr1.rewards.response import find_description
 from megatron_sr1.rewards.score import Scorer
@@ -38,7 +37,6 @@ from megatron_sr1.trainer.samples import Samples
 log = logging.getLogger(__name__)
 RUN_FILE = "eval/run.json"
 """What an evaluation was started with: one with other settings or weights starts over."""
-Lines = list[dict[str, Any]]
 
 
 @contextmanager
@@ -116,9 +114,10 @@ class HeldOut:
         """
         context, chunk = self._context, self._context.config.evaluation.chunk_prompts
         target = context.run_dir / f"eval/{name}.jsonl"
-        written = _Lines(target, context.is_writer, resume)
-        verdicts = gather_objects(written.verdicts, context.groups.world)[0]
-        seen = {row["index"] for row in verdicts}
+        resume_with = self._rollout.samples_per_prompt if resume else 0
+        written = LinesFile(target, context.is_writer, resume_with)
+        written.verdicts = gather_objects(written.verdicts, context.groups.world)[0]
+        seen = {row["index"] for row in written.verdicts}
         left = [index for index in self._indices if index not in seen]
         self.skipped, ungraded = 0, list[Scored]()
         for start in range(0, len(left), chunk):
@@ -127,21 +126,18 @@ class HeldOut:
                 ungraded += limits
                 lines = self._lines(usable)
                 written.append(lines)
-                verdicts += map(verdicts_of, lines)
                 if start == 0 and context.is_writer:
                     context.show_answers(self.name, lines, self._samples.images)
                 self._samples.forget()
             if len(left) > chunk:
                 done = len(self._indices) - len(left) + min(start + chunk, len(left))
                 log.info("%s: %d of %d questions", name, done, len(self._indices))
-        if ungraded and not verdicts:
+        if ungraded and not written.verdicts:
             log.warning("NO QUESTION COULD BE GRADED; all count as wrong, see the warnings above")
-            lines = self._lines(ungraded)
-            written.append(lines)
-            verdicts = [verdicts_of(line) for line in lines]
+            written.append(self._lines(ungraded))
         written.close()
         num_ungraded = len({item.rollout.index for item in ungraded})
-        return {**set_rates(verdicts), "ungraded": num_ungraded, "skipped": self.skipped}
+        return {**set_rates(written.verdicts), "ungraded": num_ungraded, "skipped": self.skipped}
 
     def _answer(self, indices: Sequence[int]) -> tuple[list[Scored], list[Scored]]:
         """Return the rollouts of questions that were graded, and those that met a limit."""
@@ -167,45 +163,17 @@ class HeldOut:
         self.skipped, context.skipped = context.skipped, of_training
         return prompts
 
-    def _lines(self, scored: Sequence[Scored]) -> Lines:
-        return [evaluation_line(s, self._samples.example(s.rollout.index)) for s in scored]
-
-
-class _Lines:
-    """The file of an evaluation while it grows: `NAME.jsonl.partial`, renamed when it is whole.
-
-    Attributes:
-        verdicts: of the lines that are there; on the writer.
-    """
-
-    def __init__(self, target: Path, is_writer: bool, resume: bool) -> None:
-        """Start the file, or continue one: a line that a kill truncated is removed."""
-        self._target, self._is_writer = target, is_writer
-        self._partial = target.with_name(f"{target.name}.partial")
-        self.verdicts: Lines = []
-        if not is_writer:
-            return
-        target.parent.mkdir(parents=True, exist_ok=True)
-        lines: Lines = []
-        if resume:
-            lines = read_lines(target if target.exists() else self._partial)
-        self.verdicts = [verdicts_of(line) for line in lines]
-        write_text(self._partial, _text(lines))
-
-    def append(self, lines: Lines) -> None:
-        """Add the lines of whole questions."""
-        if self._is_writer:
-            with self._partial.open("a", encoding="utf-8") as file:
-                file.write(_text(lines))
-
-    def close(self) -> None:
-        """Give the file its name."""
-        if self._is_writer:
-            self._partial.replace(self._target)
-
-
-def _text(lines: Lines) -> str:
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    def _lines(self, scored: Sequence[Scored]) -> list[Line]:
+        samples = self._samples
+        return [
+            evaluation_line(
+                each.rollout,
+                each.reward,
+                samples.example(each.rollout.index),
+                samples.processor.rendered(each.rollout.prompt_token_ids),
+            )
+            for each in scored
+        ]
 
 
 def can_resume(context: Context) -> bool:
@@ -217,8 +185,11 @@ def can_resume(context: Context) -> bool:
     same = False
     if context.is_writer:
         own: dict[str, Any] = {n: asdict(getattr(config, n)) for n in ("data", "rollout", "reward")}
-        own["model"] = fingerprint(resolve_model(*config.model.at))
-        own["evaluation"] = asdict(config.evaluation)
+        own["model"] = fingerprint(resolve_model(config.model.path))
+        own["evaluation"] = evaluation = asdict(config.evaluation)
+        del evaluation["category"]  # like the weights, only results depend on it
+        for each in evaluation["sets"].values():
+            del each["weight"]
         same = path.is_file() and json.loads(path.read_text()) == own
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(own, indent=2) + "\n")

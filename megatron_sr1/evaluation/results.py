@@ -1,54 +1,42 @@
-"""What an evaluation found: a line per response, and the rates of a set."""
+"""Results of an evaluation: rates with 95 % intervals by set, source and category, and averages.
+
+In: the lines of `eval/NAME.jsonl`, of which only the verdicts are kept. Out: `eval/results.json`
+(docs/evaluation.md has its format), and `summary.json` with the rates alone. Sources: the score
+interval of Wilson (1927); a bootstrap that draws whole questions; for averages of sets, which are
+independent, the sums of squared distances to each set's limits (MOVER, Zou and Donner 2008).
+"""
 
 from __future__ import annotations
 
+import json
+import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from megatron_sr1.records import RIGHT_FROM, Example
+import numpy as np
+
+from megatron_sr1.config.evaluation import EvaluationConfig
+from megatron_sr1.evaluation.lines import Line, verdicts_of
+from megatron_sr1.observability.metrics import each_line
+from megatron_sr1.records import RIGHT_FROM
 from megatron_sr1.rewards.answers import clean
-from megatron_sr1.rewards.score import VERDICTS, is_exact, rates
-from megatron_sr1.trainer.rollouts import Scored, texts
+from megatron_sr1.rewards.score import VERDICTS, cross
+from megatron_sr1.runtime.files import write_text
 
-KEPT = ("index", "sample", "answer", "source", *VERDICTS)
-"""What `set_rates` needs of a line."""
-SOURCES = ("data_source", "source")
-"""Columns of a data set that name where a sample comes from."""
-
-
-def evaluation_line(scored: Scored, example: Example) -> dict[str, Any]:
-    """Return a line of an evaluation file: the texts and the four verdicts, 0, 1 or null.
-
-    Accuracy and self-reward are what the user's reward function gave, if there is one.
-    """
-    rollout, reward = scored.rollout, scored.reward
-    expected = example.metadata.get("expected_description", example.metadata.get("digits"))
-    exact = None if expected is None else int(is_exact(rollout.description or "", expected))
-    shortcut = None
-    if reward.self_reward is not None:
-        shortcut = int(reward.accuracy >= RIGHT_FROM > reward.self_reward)
-    sources = (example.metadata[name] for name in SOURCES if name in example.metadata)
-    return {
-        "index": rollout.index,
-        "sample": rollout.sample,
-        "source": next(sources, None),
-        "metadata": dict(example.metadata),
-        **texts(rollout, example),
-        "answer": reward.answer,
-        "accuracy": _short(reward.accuracy),
-        "self_reward": _short(reward.self_reward),
-        "description_exact": exact,
-        "shortcut": shortcut,
-    }
+RESULTS_FILE = "eval/results.json"
+NORMAL_95 = 1.959964
+NUM_DRAWS = 1000
+"""Bootstrap samples; the limits of an interval vary by about 2 % of its width."""
+AVERAGES = ("average", "weighted_average")
+COUNTS = ("ungraded", "skipped")
+"""Questions of a set that are not in its rates."""
+Rate = list[float]
+"""Value, lower and upper limit of its 95 % interval."""
 
 
-def verdicts_of(line: dict[str, Any]) -> dict[str, Any]:
-    """Return what `set_rates` needs of a line, without its texts."""
-    return {name: line.get(name) for name in KEPT}
-
-
-def set_rates(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+def set_rates(rows: Sequence[Line]) -> dict[str, float]:
     """Return the rates of a set's responses, in [0, 1], and `questions`, their number.
 
     accuracy, self_reward, description_exact and shortcut_rate, those that apply, are means over all
@@ -56,25 +44,133 @@ def set_rates(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     one, and `majority@k`, that of questions whose most frequent answer is right; of equally
     frequent answers the first counts.
     """
-    by_question: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    found: dict[str, float] = {
+        name: float(sums.sum() / counts.sum())
+        for name, (sums, counts) in _by_question(rows).items()
+    }
+    return {**found, "questions": len({row["index"] for row in rows})}
+
+
+def _by_question(rows: Sequence[Line]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return of each rate its sum and its number of values in each question that has any."""
+    groups = defaultdict[int, list[Line]](list)
     for row in rows:
-        by_question[row["index"]].append(row)
-    found: dict[str, float] = {**rates(rows), "questions": len(by_question)}
-    k = max(map(len, by_question.values()), default=0)
+        groups[row["index"]].append(row)
+    values: dict[str, list[list[float]]] = {}
+    for verdict, (name, _) in VERDICTS.items():
+        given = ([r[verdict] for r in g if r.get(verdict) is not None] for g in groups.values())
+        values[name] = [each for each in given if each]
+    k = max(map(len, groups.values()), default=0)
     if k > 1:
-        groups = by_question.values()
-        right = sum(max(row["accuracy"] for row in group) >= RIGHT_FROM for group in groups)
-        found[f"pass@{k}"] = right / len(groups)
-        found[f"majority@{k}"] = sum(map(_is_majority_right, groups)) / len(groups)
-    return found
+        right = ([row["accuracy"] >= RIGHT_FROM for row in group] for group in groups.values())
+        values[f"pass@{k}"] = [[float(any(each))] for each in right]
+        values[f"majority@{k}"] = [[float(_is_majority_right(g))] for g in groups.values()]
+    return {
+        name: (np.array([sum(each) for each in found]), np.array([len(each) for each in found]))
+        for name, found in values.items()
+        if found
+    }
 
 
-def _is_majority_right(group: Sequence[dict[str, Any]]) -> bool:
+def _is_majority_right(group: Sequence[Line]) -> bool:
     answers = [clean(row["answer"] or "") for row in group]
     ((most, _),) = Counter(answers).most_common(1)
     return bool(group[answers.index(most)]["accuracy"] >= RIGHT_FROM)
 
 
-def _short(verdict: float | None) -> float | None:
-    """Convert 0.0 and 1.0 to int, for the file."""
-    return int(verdict) if verdict in (0.0, 1.0) else verdict
+def rate_with_interval(sums: np.ndarray, counts: np.ndarray) -> Rate:
+    """Return a rate and its interval: Wilson's if each question has one verdict, 0 or 1.
+
+    Otherwise the questions are resampled, as the responses to one question depend on each other.
+    """
+    value, num_questions = float(sums.sum() / counts.sum()), len(sums)
+    if (counts == 1).all() and np.isin(sums, (0, 1)).all():
+        return [value, *_wilson(value, num_questions)]
+    random, means = np.random.default_rng(0), np.empty(NUM_DRAWS)
+    for draw in range(NUM_DRAWS):
+        drawn = random.integers(num_questions, size=num_questions)
+        means[draw] = sums[drawn].sum() / counts[drawn].sum()
+    return [value, *np.percentile(means, [2.5, 97.5]).tolist()]
+
+
+def _wilson(share: float, n: int) -> tuple[float, float]:
+    z = NORMAL_95**2 / n
+    middle = (share + z / 2) / (1 + z)
+    half = NORMAL_95 / (1 + z) * math.sqrt(share * (1 - share) / n + z / (4 * n))
+    return max(middle - half, 0.0), min(middle + half, 1.0)
+
+
+def part_results(rows: Sequence[Line]) -> dict[str, Any]:
+    """Return the results of some responses: counts, rates, and the table of pass 1 x pass 2."""
+    cells = cross((row["accuracy"], row["self_reward"]) for row in rows)
+    words = {True: "right", False: "wrong"}
+    return {
+        "questions": len({row["index"] for row in rows}),
+        "responses": len(rows),
+        "rates": {name: rate_with_interval(*each) for name, each in _by_question(rows).items()},
+        "table": {
+            f"pass1_{words[first]}_pass2_{words[second]}": cells[first, second]
+            for first in words
+            for second in words
+            if cells
+        },
+    }
+
+
+def set_results(rows: Sequence[Line]) -> dict[str, Any]:
+    """Return the results of a set, and of each of its sources and categories, largest first."""
+    results = part_results(rows)
+    for key, name in (("sources", "source"), ("categories", "category")):
+        parts = defaultdict[str, list[Line]](list)
+        for row in rows:
+            if row[name] is not None:
+                parts[str(row[name])].append(row)
+        largest = sorted(parts.items(), key=lambda part: (-len(part[1]), part[0]))
+        results[key] = {part: part_results(own) for part, own in largest}
+    return results
+
+
+def average(sets: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float]) -> dict[str, Rate]:
+    """Return the weighted mean over the sets of each rate, over those that have it."""
+    means: dict[str, Rate] = {}
+    for name in dict.fromkeys(rate for each in sets.values() for rate in each["rates"]):
+        own = {s: each["rates"][name] for s, each in sets.items() if name in each["rates"]}
+        total = sum(weights[s] for s in own)
+        if total:
+            shares = {s: weights[s] / total for s in own}
+            value = sum(shares[s] * rate[0] for s, rate in own.items())
+            below, above = (
+                math.hypot(*(shares[s] * (rate[limit] - rate[0]) for s, rate in own.items()))
+                for limit in (1, 2)
+            )
+            means[name] = [value, max(value - below, 0.0), min(value + above, 1.0)]
+    return means
+
+
+def write_results(
+    run_dir: Path, evaluation: EvaluationConfig, found: Mapping[str, Mapping[str, float]]
+) -> dict[str, Any]:
+    """Write eval/results.json and summary.json from the sets' files; return the former.
+
+    `found` holds the rates of each set by its name, as `set_rates` returns them, and its counts of
+    questions left out.
+    """
+    sets: dict[str, dict[str, Any]] = {}
+    for name, rates in found.items():
+        lines = each_line(run_dir / f"eval/{name}.jsonl")
+        rows = [verdicts_of(line, evaluation.category) for line in lines]
+        if rows:
+            counts = {key: rates[key] for key in COUNTS if key in rates}
+            weight = evaluation.sets[name].weight if name in evaluation.sets else 1.0
+            sets[name] = {"weight": weight, **counts, **set_results(rows)}
+    results: dict[str, Any] = {"sets": sets}
+    summary: dict[str, Any] = dict(found)
+    if len(sets) > 1:
+        weights = {name: each["weight"] for name, each in sets.items()}
+        for key, used in zip(AVERAGES, (dict.fromkeys(sets, 1.0), weights), strict=True):
+            results[key] = average(sets, used)
+            summary[key] = {rate: value for rate, (value, *_) in results[key].items()}
+    if sets:
+        write_text(run_dir / RESULTS_FILE, json.dumps(results, indent=2) + "\n")
+    write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return results

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,21 @@ METRICS_FILE = "metrics.jsonl"
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read the complete lines of a jsonl file; none if it does not exist.
+    """Read the complete lines of a jsonl file, as `each_line` does."""
+    return list(each_line(path))
+
+
+def each_line(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the complete lines of a jsonl file one at a time; none if it does not exist.
 
     A last line that was truncated by a kill is skipped; a broken line elsewhere raises ValueError.
     """
     if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.split("\n")[:-1] if line]
+        return
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n") and line.strip():
+                yield json.loads(line)
 
 
 class MetricsFile:

@@ -16,11 +16,12 @@ from typing import Any
 
 from megatron_sr1.data.shards import ShardReader
 from megatron_sr1.errors import ConfigError
-from megatron_sr1.observability.metrics import read_lines
+from megatron_sr1.observability.metrics import each_line, read_lines
 from megatron_sr1.records import RIGHT_FROM
 from megatron_sr1.report import page, panels
 from megatron_sr1.report.page import Images
 from megatron_sr1.report.panels import Lines
+from megatron_sr1.report.results import NOTE, results_html
 from megatron_sr1.rewards.score import VERDICTS, rate
 from megatron_sr1.runtime import files
 
@@ -32,6 +33,10 @@ DEMO_RUNS = {
 WAYS = ("sampled", "greedy")
 FILES = ("metrics.jsonl", "eval", "rollouts", "vision_sr1")
 NUM_PROMPTS_SHOWN = 6
+NUM_QUESTIONS_SHOWN = 4
+"""By each rule, in an evaluation of at most MAX_BARS sets; 1 if there are more."""
+MAX_BARS = 8
+"""Sets with a bar of their own in the chart of all sets, which has as many colours."""
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -72,8 +77,9 @@ def _demo_page(run_dir: Path) -> str:
     folders = held_out_folders(_json(run_dir / "vision_sr1" / "config.json"))
     runs = {name: read_lines(run_dir / name / "metrics.jsonl") for name in DEMO_RUNS}
     judged: dict[str, dict[str, Lines]] = {way: {} for way in WAYS}
+    files = {shown: run_dir / "eval" / f"{name}_sampled.jsonl" for name, shown in DEMO_RUNS.items()}
     for way, (name, shown) in product(WAYS, DEMO_RUNS.items()):
-        judged[way][shown] = read_lines(run_dir / "eval" / f"{name}_{way}.jsonl")
+        judged[way][shown] = read_verdicts(run_dir / "eval" / f"{name}_{way}.jsonl")
     sampled = {name: lines for name, lines in judged["sampled"].items() if lines}
     grpo = {DEMO_RUNS[name]: runs[name] for name in ("see_think", "vision_sr1")}
     bars = [panels.verdict_bars(models, way) for way, models in judged.items()]
@@ -115,7 +121,7 @@ def _demo_page(run_dir: Path) -> str:
             "Samples",
             "Selected by rule, not by hand: the first questions; some where the cold start took a "
             "shortcut and the self-rewarded model does not; some that it still gets wrong.",
-            *_question_cards(sampled, images_in(folders["sampled"])),
+            *_question_cards(sampled, files, images_in(folders["sampled"])),
         ),
     ]
     return page.page("megatron_sr1: digits", "".join(body))
@@ -124,7 +130,10 @@ def _demo_page(run_dir: Path) -> str:
 def _run_page(run_dir: Path) -> str:
     config, lines = _json(run_dir / "config.json"), read_lines(run_dir / "metrics.jsonl")
     folders = held_out_folders(config)
-    found = {name: read_lines(run_dir / "eval" / f"{name}.jsonl") for name in folders}
+    results = _json(run_dir / "eval" / "results.json")
+    folders |= {name: "" for name in results.get("sets", {}) if name not in folders}
+    files = {name: run_dir / "eval" / f"{name}.jsonl" for name in folders}
+    found = {name: read_verdicts(path) for name, path in files.items()}
     judged = {name: rows for name, rows in found.items() if rows}
     rollouts, name = _last_rollouts(run_dir), run_dir.resolve().name
     facts = [config.get("stage"), config.get("reward", {}).get("recipe"), f"{len(lines)} steps"]
@@ -132,19 +141,23 @@ def _run_page(run_dir: Path) -> str:
     if rollouts:
         verdicts = [line["reward"] for line in rollouts]
         tables.append(panels.cross(f"training, step {rollouts[0]['step']}", verdicts))
-    rates = [panels.verdict_bars(judged), panels.verdict_table("rate, %", judged)]
+    rates = [panels.verdict_bars(judged)] if len(judged) <= MAX_BARS else []
+    held_out, note = panels.verdict_table("rate, %", judged), ""
+    if results:
+        held_out, note = results_html(results), NOTE
     times = [panels.time_chart("Seconds per step", lines), panels.time_table({"a step": lines})]
     cards = []
     if rollouts:
         cards = _rollout_cards(rollouts, images_in(config.get("data", {}).get("train", "")))
+    each = NUM_QUESTIONS_SHOWN if len(judged) <= MAX_BARS else 1
     for folder in dict.fromkeys(folders.values()) if not rollouts else ():
         same = {name: rows for name, rows in judged.items() if folders[name] == folder}
-        cards += _question_cards(same, images_in(folder))
+        cards += _question_cards(same, files, images_in(folder), each)
     body = [
         f"<h1>{page.text(name)}</h1>",
         f'<p class="soft">{page.text(", ".join(str(f) for f in facts if f))}</p>',
         page.tiles(_run_tiles(lines)),
-        page.section("Held out", "", page.box("grid2", rates)),
+        page.section("Held out", note, page.box("stack", [*rates, held_out])),
         page.section("Curves", "", page.box("grid2", panels.run_charts(lines))),
         page.section(
             "Pass 1 against pass 2",
@@ -209,20 +222,34 @@ def _last_rollouts(run_dir: Path) -> Lines:
     return read_lines(steps[max(steps)]) if steps else []
 
 
-def _question_cards(judged: Mapping[str, Lines], images: Images | None) -> list[str]:
-    """Show informative questions with the responses of each model or way of answering."""
-    if not judged:
-        return []
-    cards = []
-    for rule, index in pick_questions(judged):
-        lines = {
-            name: row for name, rows in judged.items() for row in rows if row["index"] == index
-        }
-        cards.append(page.question_card(rule, lines, images))
-    return cards
+def read_verdicts(path: Path) -> Lines:
+    """Read the lines of an evaluation file without their texts."""
+    kept = ("index", *VERDICTS)
+    return [{name: line.get(name) for name in kept} for line in each_line(path)]
 
 
-def pick_questions(judged: Mapping[str, Lines], each: int = 4) -> list[tuple[str, int]]:
+def _question_cards(
+    judged: Mapping[str, Lines],
+    files: Mapping[str, Path],
+    images: Images | None,
+    each: int = NUM_QUESTIONS_SHOWN,
+) -> list[str]:
+    """Show informative questions with the responses of each model or way of answering.
+
+    `judged` and `files` hold the verdicts and the file of each by its name.
+    """
+    chosen = pick_questions(judged, each) if judged else []
+    wanted, lines = {index for _, index in chosen}, dict[int, dict[str, Any]]()
+    for name in judged:
+        for line in each_line(files[name]):
+            if line["index"] in wanted:
+                lines.setdefault(line["index"], {}).setdefault(name, line)
+    return [page.question_card(rule, lines[index], images) for rule, index in chosen]
+
+
+def pick_questions(
+    judged: Mapping[str, Lines], each: int = NUM_QUESTIONS_SHOWN
+) -> list[tuple[str, int]]:
     """Select at most `each` questions by each of some fixed rules, as pairs of rule and index.
 
     The first questions; those where the first run took a shortcut and the last run's description

@@ -15,6 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,14 @@ from megatron_sr1.rewards.grader import UNCOMPARABLE, Grader
 from megatron_sr1.rewards.leakage import states_answer
 from megatron_sr1.rewards.response import find_answer, has_format
 from megatron_sr1.rewards.user_reward import UserReward
+
+
+@dataclass
+class _Notes:
+    """What is noted while a rollout is judged: the reason of each verdict, and all exceptions."""
+
+    reasons: list[str] = field(default_factory=list)
+    exceptions: list[str] = field(default_factory=list)
 
 
 class Scorer(AbstractContextManager["Scorer"]):
@@ -53,11 +62,11 @@ class Scorer(AbstractContextManager["Scorer"]):
             GradingError: the gold answer is empty or cannot be compared, the grading process does
                 not start, or the user's function failed.
         """
-        exceptions: list[str] = []
-        judge = partial(self._judge, sample_name, rollout, example, exceptions)
+        notes = _Notes()
+        judge = partial(self._judge, sample_name, rollout, example, notes)
         accuracy = judge(rollout.completion.text)
         self_reward = self._self_reward(rollout, example, judge)
-        leak = _leaks(rollout.description, example, exceptions)
+        leak = _leaks(rollout.description, example, notes.exceptions)
         has_right_format = has_format(rollout.completion.text, self._recipe)
         is_paid = self._recipe == "vision_sr1" and (self._config.pay_leaks or not leak)
         paid = (self_reward or 0.0) if is_paid else 0.0
@@ -72,7 +81,9 @@ class Scorer(AbstractContextManager["Scorer"]):
             + self._config.self_reward_weight * paid,
             answer=find_answer(rollout.completion.text),
             reading_answer=find_answer(texts[0]) if texts else None,
-            uncomparable=exceptions[0] if exceptions else None,
+            uncomparable=next(iter(notes.exceptions), None),
+            because=notes.reasons[0],
+            reading_because=next(iter(notes.reasons[1:]), None),
         )
 
     def ungraded(self, rollout: Rollout, example: Example) -> Reward:
@@ -88,18 +99,19 @@ class Scorer(AbstractContextManager["Scorer"]):
         )
 
     def _judge(
-        self, sample_name: str, rollout: Rollout, example: Example, exceptions: list[str], text: str
+        self, sample_name: str, rollout: Rollout, example: Example, notes: _Notes, text: str
     ) -> float:
         """Return the best value that a gold answer gives a text, 0 or 1 without a user's function.
 
-        Exceptions that the answer raised in the grader are added to `exceptions`.
+        The rule that decided on the last gold answer compared is noted, and all exceptions.
         """
-        best = 0.0
+        best, because = 0.0, "function"
         for gold in example.golds or ("",):  # the grader rejects an empty one
             if self._user_reward is None:
                 verdict = self._grader.judge(find_answer(text), gold, example.question, sample_name)
-                if verdict.because.startswith(UNCOMPARABLE):
-                    exceptions.append(verdict.because.removeprefix(UNCOMPARABLE))
+                because = verdict.because
+                if because.startswith(UNCOMPARABLE):
+                    notes.exceptions.append(because.removeprefix(UNCOMPARABLE))
                 value = float(verdict.right)
             else:
                 value = self._user_reward(
@@ -113,6 +125,7 @@ class Scorer(AbstractContextManager["Scorer"]):
             best = max(best, value)
             if best == 1:
                 break
+        notes.reasons.append(because)
         return best
 
     def _self_reward(

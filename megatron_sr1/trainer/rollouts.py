@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from megatron_sr1.errors import DataError, GradingLimit
-from megatron_sr1.records import Example, Prompt, Reward, Rollout
+from megatron_sr1.records import Example, Prompt, Reward, Rollout, texts
 from megatron_sr1.rewards.response import find_description
 from megatron_sr1.rewards.score import Scorer, cross
 from megatron_sr1.rollout.engine import Engine
@@ -238,25 +238,4 @@ def rollout_line(
         **advantages,
         "weight_version": rollout.weight_version,
         "reward": asdict(scored.reward),
-    }
-
-
-def texts(rollout: Rollout, example: Example) -> dict[str, Any]:
-    """Return the texts of a rollout, as the files of a run hold them.
-
-    `reading` holds the answers of pass 2, or the likelihood of the gold answer.
-    """
-    reading = None
-    if rollout.reading is not None:
-        reading, scores = "\n".join(rollout.reading.texts), rollout.reading.gold_logprobs
-        if scores is not None:
-            reading = f"(log p of the gold answer: {sum(scores):.3f} over {len(scores)} tokens)"
-    others = {"other_golds": list(example.other_answers)} if example.other_answers else {}
-    return {
-        "question": example.question,
-        "gold": example.answer,
-        **others,
-        "response": rollout.completion.text,
-        "description": rollout.description,
-        "reading": reading,
     }
