@@ -11,7 +11,7 @@ import pytest
 from megatron_sr1.cli import main
 from megatron_sr1.config.rollout import RewardConfig
 from megatron_sr1.errors import ConfigError, GradingError
-from megatron_sr1.evaluation.evaluate import evaluation_line
+from megatron_sr1.evaluation.lines import evaluation_line
 from megatron_sr1.records import Completion, Reading
 from megatron_sr1.rewards.score import Scorer, rates
 from megatron_sr1.rewards.user_reward import ARGUMENTS, UserReward
@@ -152,7 +152,7 @@ def test_fractional_rewards_count_as_right_from_one_half(tmp_path):
     assert means["reward/accuracy"] == pytest.approx(0.6)
     assert means["reward/shortcut_rate"] == means["table/pass1_right_pass2_right"] == 1 / 3
     assert means["table/pass1_wrong_pass2_right"] == 1 / 3
-    lines = [evaluation_line(s, Texts().example(2)) for s in scored]
+    lines = [evaluation_line(s.rollout, s.reward, Texts().example(2), "p") for s in scored]
     assert [line["shortcut"] for line in lines] == [0, 1, 0]
     assert rates(lines)["accuracy"] == pytest.approx(0.6)
 
