@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 VERSION = "0.1.0"
 """The same as in setup.py."""
 DEMO_OUTPUT = Path("runs/demo")
+MIN_COLUMNS = 132
+"""Width of tables of results, also where the output is a file; a narrower terminal wraps them."""
 RUN_COMMANDS = {
     "train": "run the stage that the configuration names (sft, grpo or eval)",
     "sft": "supervised fine-tuning: train with stage=sft",
@@ -85,6 +87,11 @@ def build_parser() -> argparse.ArgumentParser:
         add[name]("overrides", nargs="*", metavar="key=value", help="such as seed=2")
     for name in RUN_COMMANDS:
         add[name]("--dry-run", action="store_true", help="check and describe, start nothing")
+    text = "grade responses made elsewhere, jsonl lines of prompt, response and ground_truth; the "
+    text += "set is named after the file; no model is needed; may be repeated"
+    add["eval"](
+        "--from", dest="files", type=Path, action="append", default=[], metavar="FILE", help=text
+    )
     add["demo"]("--output", type=Path, default=DEMO_OUTPUT, metavar="DIR", help="run directory")
     add["demo"]("--seed", type=int, default=1, metavar="N", help="seed of data and model")
     add["plan"]("--gpus", type=int, required=True, metavar="N", help="number of GPUs")
@@ -139,6 +146,8 @@ def run_command(arguments: argparse.Namespace) -> int:
     overrides = list(arguments.overrides)
     if arguments.command != "train":
         overrides.append(f"stage={arguments.command}")
+    if arguments.command == "eval" and arguments.files:
+        return grade_command(load_config(arguments.config, overrides, has_model=False), arguments)
     is_rank = not arguments.dry_run and torchrun.join()
     with torchrun.first_rank_first():
         config = load_config(arguments.config, overrides)
@@ -162,6 +171,8 @@ def run_command(arguments: argparse.Namespace) -> int:
             os.environ.update(torchrun.rank_environment(config.launch, num_ranks))
         with one_rank(config) as (stage, groups):
             stage(config, groups)
+            if config.stage == "eval" and groups.world.rank == 0:
+                print_results(Path(config.output))
     except KeyboardInterrupt:
         if is_rank:
             raise
@@ -170,6 +181,41 @@ def run_command(arguments: argparse.Namespace) -> int:
     # 0 after a request to stop, too: otherwise srun and torchrun would kill the ranks that are
     # still closing.
     return 0
+
+
+def grade_command(config: Config, arguments: argparse.Namespace) -> int:
+    """Run `eval --from`: grade files in this process, without a model."""
+    if arguments.dry_run:
+        raise ConfigError("--dry-run checks what a run needs, and --from starts none; leave it out")
+    from megatron_sr1.dry_run import check_output
+    from megatron_sr1.evaluation.imported import grade_files
+    from megatron_sr1.evaluation.results import write_results
+    from megatron_sr1.launch import preflight
+
+    preflight.check_output(config.output)
+    check_output(config)
+    configure_logging(config.logging.level)
+    found = grade_files(config, arguments.files)
+    write_results(Path(config.output), config.evaluation, found)
+    print_results(Path(config.output))
+    return 0
+
+
+def print_results(run_dir: Path) -> None:
+    """Write the report of an evaluation; print its tables and the report's path."""
+    import json
+
+    from rich.console import Console
+
+    from megatron_sr1.report.report import write_report
+    from megatron_sr1.report.results import RESULTS_FILE, results_tables
+
+    console = Console()
+    console.width = max(console.width, MIN_COLUMNS)
+    for table in results_tables(json.loads((run_dir / RESULTS_FILE).read_text())):
+        console.print(table)
+        console.print()
+    print(f"Report: {write_report(run_dir)}")
 
 
 def check_start(config: Config) -> int:
@@ -186,7 +232,7 @@ def check_start(config: Config) -> int:
 def how_to_continue(config: Config) -> str:
     """Say what an interrupted run has saved and how to continue it."""
     if config.stage == "eval":
-        return "an evaluation saves nothing before its end, the same command starts it again"
+        return f"{config.output}/eval holds the answers so far, the same command continues"
     latest = Path(config.output) / "checkpoints" / "latest"
     if not latest.is_file():
         every = f"checkpoint.every_steps={config.checkpoint.every_steps}"
@@ -284,11 +330,11 @@ def demo_command(arguments: argparse.Namespace) -> int:
     status = torchrun.run(own, LaunchConfig(threads=1), demo.NUM_RANKS)
     if status:
         return _with_cause(status, output, started)
-    print_results(output)
+    print_demo(output)
     return 0
 
 
-def print_results(output: Path) -> None:
+def print_demo(output: Path) -> None:
     """Write the demo's summary and report; print its table, their path, and what to try next."""
     from rich.console import Console
 

@@ -13,14 +13,10 @@ import torch
 from megatron_sr1.config.run import Config
 from megatron_sr1.dry_run import check_num_samples, check_output
 from megatron_sr1.errors import ConfigError
-from megatron_sr1.evaluation.evaluate import (
-    HeldOut,
-    can_resume,
-    evaluation_scorers,
-    make_sets,
-)
+from megatron_sr1.evaluation.evaluate import HeldOut, can_resume, make_sets
 from megatron_sr1.evaluation.held_out_loss import HeldOutLoss, make_losses
 from megatron_sr1.evaluation.results import write_results
+from megatron_sr1.evaluation.scorers import evaluation_scorers
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.runtime import failure
@@ -115,7 +111,7 @@ def run_eval(config: Config, groups: Groups) -> None:
         sets = make_sets(context, engine, processor, scorers)
         found = {each.name: each.evaluate(each.name, resume) for each in sets}
         report_rates(context, found, is_last=True)
-    finish(context)
+    context.close()
 
 
 def start(config: Config, groups: Groups) -> tuple[Context, Samples, Actor, Reference | None]:

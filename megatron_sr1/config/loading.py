@@ -48,12 +48,19 @@ NAME = re.compile("[A-Za-z0-9][A-Za-z0-9_-]*")
 _ENVIRONMENT = re.compile(r"\$\{oc\.env:[A-Za-z_][A-Za-z0-9_]*(,[^${}]*)?\}")
 
 
-def load_config(path: str | Path | None, overrides: list[str] | None = None) -> Config:
+def load_config(
+    path: str | Path | None, overrides: list[str] | None = None, has_model: bool = True
+) -> Config:
     """Resolve a YAML file, if given, and `group.key=value` overrides; validate the result.
 
-    Raise a ConfigError if the file is missing or no mapping, a key is unknown or a value wrong.
+    Without `has_model`, model.path need not be set.
+
+    Raises:
+        ConfigError: the file is missing or no mapping, a key is unknown or a value wrong.
     """
     config = OmegaConf.structured(Config)
+    if not has_model:
+        config.model.path = ""
     layers = [] if path is None else _read_layers(Path(path))
     layers += [(ascii(text)[1:-1][:200], _read_override(text)) for text in overrides or []]
     name = source = str(path or "configuration")

@@ -105,7 +105,7 @@ def records(
     `record_from_row`.
     """
     for path in files:
-        read = {".parquet": _parquet_rows, ".jsonl": _jsonl_rows, ".json": _json_rows}[path.suffix]
+        read = {".parquet": _parquet_rows, ".jsonl": jsonl_rows, ".json": _json_rows}[path.suffix]
         where = ""
         for where, row in read(path):
             try:
@@ -153,7 +153,8 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
             number += 1
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield (name, value or error) for the lines of a file that are not blank, one at a time."""
     with open(path, "rb") as file:
         number = 0
         while line := file.readline(MAX_JSON_BYTES + 1):

@@ -26,7 +26,8 @@ from megatron_sr1.config.run import Config
 from megatron_sr1.demo.digits import corpus_texts, make_digits
 from megatron_sr1.demo.tiny_model import make_tiny_model
 from megatron_sr1.errors import ConfigError
-from megatron_sr1.evaluation.evaluate import HeldOut, evaluation_scorers, make_sets
+from megatron_sr1.evaluation.evaluate import HeldOut, make_sets
+from megatron_sr1.evaluation.scorers import evaluation_scorers
 from megatron_sr1.observability.metrics import read_lines
 from megatron_sr1.report.panels import paired
 from megatron_sr1.report.report import DEMO_RUNS

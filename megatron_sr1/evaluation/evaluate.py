@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
 from megatron_sr1.checkpoint.folders import fingerprint, resolve_model
-from megatron_sr1.config.run import Config
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.evaluation.lines import Line, LinesFile, evaluation_line
 from megatron_sr1.evaluation.results import set_rates
@@ -37,31 +35,6 @@ from megatron_sr1.trainer.samples import Samples
 log = logging.getLogger(__name__)
 RUN_FILE = "eval/run.json"
 """What an evaluation was started with: one with other settings or weights starts over."""
-
-
-@contextmanager
-def evaluation_scorers(config: Config) -> Iterator[dict[str, Scorer]]:
-    """Yield the scorer of each set, by its name; sets with the same function share one.
-
-    With see_think they read descriptions too, so that the tables can be compared.
-    """
-    recipe = "vision_r1" if config.reward.recipe == "vision_r1" else "vision_sr1"
-    by_function: dict[str, Scorer] = {}
-    with ExitStack() as stack:
-        for each in config.evaluation.sets.values():
-            function = function_of(config, each.function)
-            if function not in by_function:
-                reward = replace(config.reward, recipe=recipe, function=function)
-                by_function[function] = stack.enter_context(Scorer(reward))
-        yield {
-            name: by_function[function_of(config, each.function)]
-            for name, each in config.evaluation.sets.items()
-        }
-
-
-def function_of(config: Config, of_set: str | None) -> str:
-    """Return the reward function of a set: its own, that of evaluations, or that of training."""
-    return of_set if of_set is not None else config.evaluation.function or config.reward.function
 
 
 def make_sets(

@@ -1,11 +1,12 @@
 """Grades responses that were made elsewhere, without an engine, torch or ranks.
 
-In: jsonl files, each a set under the file's name; docs/evaluation.md describes their lines. Out: the
-files of an evaluation, as if this package had made the responses.
+In: jsonl files, each a set under the file's name (docs/evaluation.md describes their lines). Out:
+the files of an evaluation, as if this package had made the responses.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,11 +17,12 @@ from typing import Any
 from megatron_sr1.config.loading import NAME
 from megatron_sr1.config.run import Config
 from megatron_sr1.data.examples import gold_answers
-from megatron_sr1.data.guards import MAX_JSON_BYTES, located, parse_json, shown
+from megatron_sr1.data.guards import located, shown
+from megatron_sr1.data.sources import jsonl_rows
 from megatron_sr1.errors import ConfigError, DataError, GradingLimit
 from megatron_sr1.evaluation.lines import SOURCES, Line, LinesFile, evaluation_line
 from megatron_sr1.evaluation.results import set_rates
-from megatron_sr1.evaluation.scorers import evaluation_scorer
+from megatron_sr1.evaluation.scorers import evaluation_scorers
 from megatron_sr1.records import Completion, Example, Message, Reading, Rollout
 from megatron_sr1.rewards.response import find_description
 from megatron_sr1.rewards.score import Scorer
@@ -33,7 +35,6 @@ EXPECTED = (
     'expected {"prompt": text, "response": text, "ground_truth": text or a list of texts}, and '
     "optionally question, pass2, description, data_source, category, metadata, index, sample"
 )
-NUM_BETWEEN_LOGS = 1000
 Response = tuple[Rollout, Example, str]
 """A line's response, its question, and the prompt."""
 
@@ -58,64 +59,72 @@ def grade_files(config: Config, files: Sequence[Path]) -> dict[str, dict[str, fl
             )
     (run_dir / "eval").mkdir(parents=True, exist_ok=True)
     write_text(run_dir / "config.json", json.dumps(asdict(config), indent=2) + "\n")
-    found = {}
-    for name, path in zip(names, files, strict=True):
-        with evaluation_scorer(config, name) as scorer:
-            limit = config.data.max_skipped
-            found[name] = _grade_file(path, run_dir / f"eval/{name}.jsonl", scorer, limit)
-    return found
+    with evaluation_scorers(config, names) as scorers:
+        return {
+            name: _Grading(config, path, run_dir / f"eval/{name}.jsonl", scorers[name]).run()
+            for name, path in zip(names, files, strict=True)
+        }
 
 
-def _grade_file(path: Path, target: Path, scorer: Scorer, max_skipped: int) -> dict[str, float]:
-    written, ungraded, skipped = LinesFile(target), 0, 0
-    for number, response in enumerate(responses(path), 1):
+class _Grading:
+    """The grading of one file, in chunks; counts the lines that are left out."""
+
+    def __init__(self, config: Config, path: Path, target: Path, scorer: Scorer) -> None:
+        self._config, self._path, self._scorer = config, path, scorer
+        self._written = LinesFile(target)
+        self._skipped = self._ungraded = 0
+
+    def run(self) -> dict[str, float]:
+        """Grade all lines; return the rates and counts."""
+        read, done = responses(self._path), 0
+        while chunk := list(itertools.islice(read, self._config.evaluation.chunk_prompts)):
+            self._written.append([line for each in chunk if (line := self._graded(each))])
+            done += len(chunk)
+            log.info("%s: %d lines", self._path, done)
+        if not self._written.verdicts:
+            raise DataError(f"{self._path}: no line could be graded; {EXPECTED}")
+        self._written.close()
+        counts = {"ungraded": self._ungraded, "skipped": self._skipped}
+        return {**set_rates(self._written.verdicts), **counts}
+
+    def _graded(self, response: Response | DataError) -> Line | None:
+        """Return the line of a response; None if it is left out, which is counted."""
         if isinstance(response, DataError):
-            skipped += 1
+            self._skipped += 1
             log.warning("skipped: %s", response)
-            if skipped > max_skipped:
+            limit = self._config.data.max_skipped
+            if self._skipped > limit:
                 raise DataError(
-                    f"{path}: {skipped} lines skipped, at most {max_skipped} (data.max_skipped); "
-                    "the warnings above name them"
+                    f"{self._path}: {self._skipped} lines skipped, at most {limit} "
+                    f"(data.max_skipped); the last one: {response}"
                 )
-            continue
+            return None
         rollout, example, prompt = response
         try:
-            reward = scorer.score(example.where, rollout, example)
+            reward = self._scorer.score(example.where, rollout, example)
         except GradingLimit as error:
-            ungraded += 1
+            self._ungraded += 1
             log.warning("left out: %s", error)
-            continue
-        written.append([evaluation_line(rollout, reward, example, prompt)])
-        if number % NUM_BETWEEN_LOGS == 0:
-            log.info("%s: %d lines", path, number)
-    if not written.verdicts:
-        raise DataError(f"{path}: no line could be graded; {EXPECTED}")
-    written.close()
-    return {**set_rates(written.verdicts), "ungraded": ungraded, "skipped": skipped}
+            return None
+        return evaluation_line(rollout, reward, example, prompt)
 
 
 def responses(path: Path) -> Iterator[Response | DataError]:
     """Yield the response of each line, or why it cannot be used."""
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise DataError(f"--from {path}: {error.strerror}") from None
-    with file:
-        number = 0
-        while data := file.readline(MAX_JSON_BYTES + 1):
-            number += 1
-            try:
-                with located(f"{path} line {number}"):
-                    if len(data) > MAX_JSON_BYTES:
-                        raise DataError(f"more than {MAX_JSON_BYTES} bytes")
-                    if data.strip():
-                        yield _response(parse_json(data), number - 1, path)
-            except DataError as error:
-                yield error
+    if not path.is_file():
+        raise DataError(f"--from {path}: no such file; expected a file of json lines")
+    for place, (where, line) in enumerate(jsonl_rows(path)):
+        try:
+            with located(str(path.with_name(where))):
+                if isinstance(line, DataError):
+                    raise line
+                yield _response(line, place, path, where.removeprefix(f"{path.name} "))
+        except DataError as error:
+            yield error
 
 
-def _response(line: Any, place: int, path: Path) -> Response:
-    """Read a line; `place` is its number from 0, and its question's if the line has no index."""
+def _response(line: Any, place: int, path: Path, key: str) -> Response:
+    """Read a line; `place`, from 0, is the number of its question if the line has no index."""
     if not isinstance(line, dict):
         raise DataError(f"a {type(line).__name__}; {EXPECTED}")
     golds = gold_answers(_first(line, GOLDS))
@@ -138,7 +147,7 @@ def _response(line: Any, place: int, path: Path) -> Response:
     others = line.get("other_golds") or ()
     example = Example(
         index=index,
-        key=f"line {place + 1}",
+        key=key,
         shard=str(path),
         messages=(Message("user", question),),
         answer=golds[0],

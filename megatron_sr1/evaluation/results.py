@@ -21,11 +21,11 @@ from megatron_sr1.config.evaluation import EvaluationConfig
 from megatron_sr1.evaluation.lines import Line, verdicts_of
 from megatron_sr1.observability.metrics import each_line
 from megatron_sr1.records import RIGHT_FROM
+from megatron_sr1.report.results import RESULTS_FILE
 from megatron_sr1.rewards.answers import clean
 from megatron_sr1.rewards.score import VERDICTS, cross
 from megatron_sr1.runtime.files import write_text
 
-RESULTS_FILE = "eval/results.json"
 NORMAL_95 = 1.959964
 NUM_DRAWS = 1000
 """Bootstrap samples; the limits of an interval vary by about 2 % of its width."""
@@ -170,7 +170,7 @@ def write_results(
         for key, used in zip(AVERAGES, (dict.fromkeys(sets, 1.0), weights), strict=True):
             results[key] = average(sets, used)
             summary[key] = {rate: value for rate, (value, *_) in results[key].items()}
-    if sets:
-        write_text(run_dir / RESULTS_FILE, json.dumps(results, indent=2) + "\n")
+    (run_dir / RESULTS_FILE).parent.mkdir(parents=True, exist_ok=True)
+    write_text(run_dir / RESULTS_FILE, json.dumps(results, indent=2) + "\n")
     write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     return results

@@ -21,7 +21,7 @@ from megatron_sr1.records import RIGHT_FROM
 from megatron_sr1.report import page, panels
 from megatron_sr1.report.page import Images
 from megatron_sr1.report.panels import Lines
-from megatron_sr1.report.results import NOTE, results_html
+from megatron_sr1.report.results import NOTE, RESULTS_FILE, results_html
 from megatron_sr1.rewards.score import VERDICTS, rate
 from megatron_sr1.runtime import files
 
@@ -130,7 +130,7 @@ def _demo_page(run_dir: Path) -> str:
 def _run_page(run_dir: Path) -> str:
     config, lines = _json(run_dir / "config.json"), read_lines(run_dir / "metrics.jsonl")
     folders = held_out_folders(config)
-    results = _json(run_dir / "eval" / "results.json")
+    results = _json(run_dir / RESULTS_FILE)
     folders |= {name: "" for name in results.get("sets", {}) if name not in folders}
     files = {name: run_dir / "eval" / f"{name}.jsonl" for name in folders}
     found = {name: read_verdicts(path) for name, path in files.items()}
@@ -143,7 +143,7 @@ def _run_page(run_dir: Path) -> str:
         tables.append(panels.cross(f"training, step {rollouts[0]['step']}", verdicts))
     rates = [panels.verdict_bars(judged)] if len(judged) <= MAX_BARS else []
     held_out, note = panels.verdict_table("rate, %", judged), ""
-    if results:
+    if results.get("sets"):
         held_out, note = results_html(results), NOTE
     times = [panels.time_chart("Seconds per step", lines), panels.time_table({"a step": lines})]
     cards = []

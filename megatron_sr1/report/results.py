@@ -13,6 +13,8 @@ from rich.table import Table
 
 from megatron_sr1.report import page
 
+RESULTS_FILE = "eval/results.json"
+"""In a run directory; evaluation/results.py writes it."""
 LABELS = {
     "accuracy": "accuracy",
     "self_reward": "self-reward",
@@ -58,44 +60,50 @@ def results_tables(results: Mapping[str, Any]) -> list[Table]:
 def _tables(results: Mapping[str, Any]) -> Iterator[tuple[Row, list[Row]]]:
     """Yield head and rows: of all sets with their averages, then of each set's parts."""
     sets = results["sets"]
-    rates = _rates(sets.values())
-    rows = [_row(name, part, rates) for name, part in sets.items()]
-    for key, title in AVERAGES.items():
-        if key in results:
-            rows.append(_row(title, {"rates": results[key]}, rates))
-    yield ["set", *_head(rates)], rows
+    same_weights = len({part["weight"] for part in sets.values()}) < 2
+    averages = {
+        title: {"rates": results[key]}
+        for key, title in AVERAGES.items()
+        if key in results and not (same_weights and key == "weighted_average")
+    }
+    if sets:
+        yield _table("set", {**sets, **averages})
     for name, part in sets.items():
         for key, title in GROUPS.items():
             if len(part[key]) > 1:
-                own = _rates(part[key].values())
-                yield (
-                    [f"{name} {title}", *_head(own)],
-                    [_row(label, each, own) for label, each in part[key].items()],
-                )
+                yield _table(f"{name} {title}", part[key])
 
 
-def _rates(parts: Any) -> list[str]:
-    """Return the rates that any part has, in the order of `LABELS`."""
-    found = dict.fromkeys(rate for part in parts for rate in part["rates"])
-    others = [rate for rate in found if rate not in LABELS]
+def _table(title: str, parts: Mapping[str, Mapping[str, Any]]) -> tuple[Row, list[Row]]:
+    """Return head and rows of some parts; columns that none of them has are left out."""
+    found = dict.fromkeys(rate for part in parts.values() for rate in part["rates"])
     known = [rate for rate in LABELS if rate in found]
-    return [*known[:1], *others, *known[1:]]
+    rates = [*known[:1], *(rate for rate in found if rate not in LABELS), *known[1:]]
+    columns: dict[str, Row] = {
+        title: list(parts),
+        "questions": [str(part.get("questions", "")) for part in parts.values()],
+        "left out": [_left_out(part) for part in parts.values()],
+    }
+    for rate in rates:
+        columns[LABELS.get(rate, rate)] = [_percent(p["rates"].get(rate)) for p in parts.values()]
+    for cell, label in CELLS.items():
+        columns[label] = [_share(part.get("table"), cell) for part in parts.values()]
+    columns = {label: cells for label, cells in columns.items() if any(cells)}
+    return list(columns), [list(row) for row in zip(*columns.values(), strict=True)]
 
 
-def _head(rates: Sequence[str]) -> Row:
-    return ["questions", *(LABELS.get(rate, rate) for rate in rates), *CELLS.values()]
+def _left_out(part: Mapping[str, Any]) -> str:
+    """Return the number of questions that could not be graded or read."""
+    number = part.get("ungraded", 0) + part.get("skipped", 0)
+    return str(number) if number else ""
 
 
-def _row(label: str, part: Mapping[str, Any], rates: Sequence[str]) -> Row:
-    table = part.get("table") or {}
-    total = sum(table.values())
-    cells = [f"{100 * table[cell] / total:.1f}" if table else "" for cell in CELLS]
-    shown = (_percent(part["rates"].get(rate)) for rate in rates)
-    return [label, str(part.get("questions", "")), *shown, *cells]
+def _share(table: Mapping[str, int] | None, cell: str) -> str:
+    return f"{100 * table[cell] / sum(table.values()):.1f}" if table else ""
 
 
 def _percent(rate: Sequence[float] | None) -> str:
     if rate is None:
-        return "–"
+        return ""
     value, low, high = (f"{100 * each:.1f}" for each in rate)
     return f"{value} ({low}–{high})"
