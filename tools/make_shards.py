@@ -1,7 +1,9 @@
-r"""Write webdataset shards from source files.
+r"""Write webdataset shards from source files or from a data set of the Hugging Face hub.
 
-SRC is a parquet, jsonl or json file, a directory of such files, or a directory of images with
-metadata.jsonl (file_name and the columns below). Columns with a meaning:
+SRC is a parquet, jsonl or json file, a directory of such files, a directory of images with
+metadata.jsonl (file_name and the columns below), or hf:OWNER/NAME@SPLIT (hf:OWNER/NAME:CONFIG@SPLIT
+for one of several configurations), which is downloaded if the hub's cache lacks it. Columns with a
+meaning:
 
   problem, question or prompt      the question; <image> marks an image (\<image>: the text)
   answer or solution               the gold answer, or a list of accepted answers
@@ -13,7 +15,8 @@ metadata.jsonl (file_name and the columns below). Columns with a meaning:
 
 All others are kept as metadata. A row that cannot be used is reported, skipped and counted; rows
 without an image are fine. At the end the kinds of faults are listed with their counts; examples of
-each are in DST/report.json.
+each are in DST/report.json. Killed and started again with the same options, it continues after the
+last whole shard.
 """
 
 from __future__ import annotations
@@ -22,23 +25,26 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_sr1.data.examples import Record
-from megatron_sr1.data.shards import write_shards
-from megatron_sr1.data.sources import ALPACA_GAPS, COLUMNS, count_rows, records, source_files
-from megatron_sr1.errors import DataError, SR1Error
+from megatron_sr1.data.ingest import Conversion, make_shards
+from megatron_sr1.data.rows import ALPACA_GAPS, COLUMNS
+from megatron_sr1.data.sources import open_source
+from megatron_sr1.data.tally import Tally
+from megatron_sr1.errors import SR1Error
 from megatron_sr1.runtime.files import write_text
 
 EPILOG = """\
 examples:
   python tools/make_shards.py questions.jsonl shards/questions
   python tools/make_shards.py data/ shards/mine --image-folder pictures --max-skipped 5%
+  python tools/make_shards.py hf:hiyouga/geometry3k@train shards/geometry --workers 8
+  python tools/make_shards.py rows.parquet shards/rows --model DIR --max-prompt-tokens 4096
   python tools/make_shards.py rows.parquet shards/rows --column problem=prompt.0.content \\
       --column answer=extra_info.answer
 
@@ -46,10 +52,8 @@ exit status: 0 if the shards are written, 1 if more rows were skipped than --max
 the source cannot be read (nothing usable is left in DST then), 2 for a wrong option.
 """
 REPORT_FILE = "report.json"
-NUM_EXAMPLES = 3
-"""Messages of each kind of fault in the report."""
-NUM_SHOWN = 10
-"""Messages of each kind of fault on stderr while reading."""
+SECONDS_BETWEEN_LINES = 15.0
+"""Of progress, where stderr is no terminal."""
 
 
 def max_skipped(text: str) -> str:
@@ -69,100 +73,70 @@ def column(text: str) -> tuple[str, str]:
     return name, path
 
 
-@dataclass
-class Faults:
-    """Counts the rows read, and those skipped by kind of fault.
-
-    Attributes:
-        limit: how many rows may be skipped, a count or a percentage of those read.
-        image_path: where --column takes the images from; empty if it does not.
-        kinds: kind of fault -> (count, first messages).
-        num_with_images: good rows that have images.
-    """
-
-    limit: str
-    image_path: str
-    rows: int = 0
-    count: int = 0
-    kinds: dict[str, tuple[int, list[str]]] = field(default_factory=dict)
-    num_with_images: int = 0
-
-    def add(self, where: str, error: DataError) -> None:
-        """Count a row; the first ones of each kind are reported on stderr."""
-        self.count += 1
-        kind = kind_of(str(error), where)
-        count, examples = self.kinds.get(kind, (0, []))
-        examples = [*examples, str(error)] if count < NUM_EXAMPLES else examples
-        self.kinds[kind] = count + 1, examples
-        if count < NUM_SHOWN:
-            print(f"skipped: {error}", file=sys.stderr)
-        elif count == NUM_SHOWN:
-            print(f"skipped: more of this kind ({kind}); counted from here on", file=sys.stderr)
-
-    def too_many(self) -> bool:
-        """Return True if more rows were skipped than the limit allows, of those read so far."""
-        allowed = float(self.limit.rstrip("%"))
-        return self.count > (allowed * self.rows / 100 if self.limit.endswith("%") else allowed)
-
-    def check(self) -> None:
-        """Raise DataError if too many rows were skipped, or no image was found with --column."""
-        if self.too_many():
-            raise DataError(
-                f"{self.count} of {self.rows} rows ({self.count / self.rows:.1%}) cannot be used, "
-                f"--max-skipped is {self.limit}; correct the source, or raise it to "
-                f"{self.count} to leave them out"
-            )
-        if self.image_path and not self.num_with_images:
-            raise DataError(
-                f"no row has an image at {self.image_path}, where --column looks; correct the path"
-            )
-
-    def report(self, written: int) -> dict[str, Any]:
-        """Return the contents of report.json, the most frequent kind first."""
-        kinds = sorted(self.kinds.items(), key=lambda item: -item[1][0])
-        return {
-            "rows": self.rows,
-            "written": written,
-            "skipped": self.count,
-            "max_skipped": self.limit,
-            "kinds": [{"kind": k, "count": c, "examples": texts} for k, (c, texts) in kinds],
-        }
+def say(text: str) -> None:
+    """Print a line to stderr."""
+    print(text, file=sys.stderr, flush=True)
 
 
-def kind_of(message: str, where: str) -> str:
-    """Return a message without the row's name and without what differs from row to row."""
-    text = re.sub("^: (image [0-9]+: )?", "", message.removeprefix(where))
-    return re.sub(r"'[^']*'|\"[^\"]*\"|\[[^\]]*\]|[0-9]+", "…", text)[:80]
+@contextmanager
+def progress(total: int | None) -> Iterator[Callable[[Tally], None]]:
+    """Yield what shows the rows read, their rate and the time left: a bar, or lines."""
+    if sys.stderr.isatty():
+        with bar(total) as show:
+            yield show
+    else:
+        yield lines(total, SECONDS_BETWEEN_LINES)
 
 
-def good_records(
-    source: Iterator[tuple[str, Record | DataError]], faults: Faults, limit: int, total: int | None
-) -> Iterator[Record]:
-    """Yield the records that can be read, with a progress bar on a terminal's stderr.
-
-    Errors are counted by `faults`: above its limit nothing is yielded, but all is still read, and
-    `Faults.check` raises at the end. `limit` is the number of records to stop after, 0 for none;
-    `total` that of the rows to come, if known.
-    """
+@contextmanager
+def bar(total: int | None) -> Iterator[Callable[[Tally], None]]:
+    """Yield what moves a progress bar on the terminal."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = ("making shards", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("", total=limit or total)
-        given = 0
-        for where, record in source:
-            faults.rows += 1
-            if isinstance(record, DataError):
-                faults.add(where, record)
-            elif faults.limit.endswith("%") or not faults.too_many():
-                faults.num_with_images += bool(record.images)
-                yield record
-                given += 1
-            bar.advance(task)
-            if limit and given == limit:
-                break
-    faults.check()
+    columns = (
+        "making shards",
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+    )
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as shown:
+        task = None
+
+        def show(tally: Tally) -> None:
+            nonlocal task
+            if task is None:  # what an earlier call did is not part of the rate
+                task = shown.add_task("", total=total, completed=tally.rows, rate="")
+            per_second = shown.tasks[0].speed
+            rate = "" if per_second is None else f"{per_second:,.0f} rows/s"
+            shown.update(task, completed=tally.rows, rate=rate)
+
+        yield show
+
+
+def lines(total: int | None, seconds: float) -> Callable[[Tally], None]:
+    """Return what prints a line to stderr every so many seconds."""
+    started = last = time.monotonic()
+    first = None
+
+    def show(tally: Tally) -> None:
+        nonlocal first, last
+        now = time.monotonic()
+        first = tally.rows if first is None else first
+        if now - last < seconds:
+            return
+        last, rate = now, (tally.rows - first) / (now - started)
+        of = "" if total is None else f" of {total:,}"
+        left = "" if total is None or not rate else f", {(total - tally.rows) / rate:,.0f} s left"
+        say(f"{tally.rows:,}{of} rows, {rate:,.1f} rows/s{left}, {tally.skipped:,} skipped")
+
+    return show
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -171,8 +145,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("source", type=Path, metavar="SRC", help="file or directory to read")
+    add("source", metavar="SRC", help="file, directory or hf:OWNER/NAME@SPLIT to read")
     add("target", type=Path, metavar="DST", help="directory for the shards")
+    add("--revision", default="main", help="branch, tag or commit of hf:…; default: main")
     text = "directory of relative image paths, which must not lead out of it; default: that of the "
     text += "file that names them"
     add("--image-folder", type=Path, metavar="DIR", help=text)
@@ -189,41 +164,98 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--max-skipped", type=max_skipped, default="100", metavar="N|N%", help=text)
     add("--limit", type=int, default=0, metavar="N", help="stop after N samples; default: all")
     add("--samples-per-shard", type=int, default=1000, metavar="N", help="per tar; default: 1000")
+    text = "processes that verify images; the shards are the same with any number; default: 1"
+    add("--workers", type=int, default=1, metavar="N", help=text)
+    text = "count the tokens of each prompt with the tokenizer of a Hugging Face directory, a "
+    text += "checkpoint or a name on the hub, and print their distribution"
+    add("--model", metavar="DIR", help=text)
+    text = "with --model: the run's configuration, for its limits of pixels and its prompts; "
+    text += "default: that of the configuration reference"
+    add("--config", type=Path, metavar="YAML", help=text)
+    text = "with --model: leave out longer prompts, images included; they are counted, not skipped"
+    add("--max-prompt-tokens", type=int, metavar="N", help=text)
     options = parser.parse_args(arguments)
-    if options.samples_per_shard < 1 or options.limit < 0:
-        parser.error("--samples-per-shard must be 1 or more, --limit 0 or more")
+    if options.samples_per_shard < 1 or options.limit < 0 or options.workers < 1:
+        parser.error("--samples-per-shard and --workers must be 1 or more, --limit 0 or more")
+    if options.model is None and (options.config or options.max_prompt_tokens is not None):
+        parser.error("--config and --max-prompt-tokens need --model, whose tokens are counted")
+    if options.max_prompt_tokens is not None and options.max_prompt_tokens < 1:
+        parser.error("--max-prompt-tokens must be 1 or more")
     return options
+
+
+def conversion(options: argparse.Namespace) -> Conversion:
+    """Return how rows become samples; raises an SR1Error for a model that cannot be read."""
+    measure = None
+    if options.model is not None:
+        from megatron_sr1.checkpoint.folders import tokenizer_directory
+        from megatron_sr1.data.lengths import PromptLength
+
+        measure = PromptLength(tokenizer_directory(options.model), options.config)
+        measure.load()
+    return Conversion(
+        options.image_folder,
+        dict(options.column),
+        ALPACA_GAPS[options.alpaca_gap],
+        measure,
+        options.max_prompt_tokens,
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool; returns its exit status."""
     options = parse(arguments)
     columns = dict(options.column)
-    faults = Faults(options.max_skipped, columns.get("images") or columns.get("image") or "")
+    tally = Tally(options.max_skipped, columns.get("images") or columns.get("image") or "", say)
     written, failure = 0, None
     try:
-        files = source_files(options.source)
-        rows = records(files, options.image_folder, columns, ALPACA_GAPS[options.alpaca_gap])
-        found = good_records(rows, faults, options.limit, count_rows(files))
-        written = write_shards(found, options.target, samples_per_shard=options.samples_per_shard)
-        print(f"{options.target}: {written} samples, {faults.count} skipped")
+        convert, source = conversion(options), open_source(options.source, options.revision)
+        with progress(options.limit or source.num_rows) as watch:
+            written = make_shards(
+                source,
+                options.target,
+                convert,
+                tally,
+                limit=options.limit,
+                samples_per_shard=options.samples_per_shard,
+                workers=options.workers,
+                watch=watch,
+            )
+        too_long = f", {tally.too_long} too long" if options.max_prompt_tokens else ""
+        print(f"{options.target}: {written} samples, {tally.skipped} skipped{too_long}")
     except (SR1Error, OSError) as error:  # OSError: a target that cannot be written, a full disk
         failure = error
     except KeyboardInterrupt:
         return 130
-    report = faults.report(written)
+    report = tally.report(written)
     try:
-        if faults.rows:
+        if tally.rows:
             write_text(options.target / REPORT_FILE, json.dumps(report) + "\n")
     except OSError as error:
         failure = failure or error
     for kind in report["kinds"]:
         print(f"{kind['count']:8d}  {kind['kind']}: first {kind['examples'][0]}")
-    if faults.count:
+    if tally.skipped:
         print(f"{'':10}more in {options.target / REPORT_FILE}")
+    print_lengths(report.get("prompt_tokens", {}))
     if failure:
         print(f"make_shards: {failure}", file=sys.stderr)
     return int(failure is not None)
+
+
+def print_lengths(found: dict[str, dict[str, dict[str, int]]]) -> None:
+    """Print the histogram of the prompts' lengths, a column for text, images and both."""
+    if not found:
+        return
+    ends = sorted({int(end) for each in found.values() for end in each["up_to"]})
+    print("prompts by tokens" + "".join(f"{name:>10}" for name in found))
+    for end in ends:
+        counts = (each["up_to"].get(str(end), 0) for each in found.values())
+        print(f"  up to {end:9,}" + "".join(f"{count:10,}" for count in counts))
+    for percent in next(iter(found.values()))["percentiles"]:
+        of = "longest" if percent == "100" else f"{percent} % up to"
+        values = (each["percentiles"][percent] for each in found.values())
+        print(f"  {of:>15}" + "".join(f"{value:10,}" for value in values))
 
 
 if __name__ == "__main__":

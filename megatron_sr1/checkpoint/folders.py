@@ -124,6 +124,13 @@ def resolve_model(directory: str | Path, revision: str = "") -> ModelSource:
     )
 
 
+def tokenizer_directory(directory: str | Path, revision: str = "") -> Path:
+    """Return the directory with a model's tokenizer; weights need not be there."""
+    path = model_directory(directory, revision, weights=False)
+    has_files = (path / "config.json").is_file() or (path / "tokenizer_config.json").is_file()
+    return path if has_files else resolve_model(path).hf_files
+
+
 def fingerprint(source: ModelSource) -> str:
     """Return 32 hexadecimal digits that identify a model's weights, cheap at any size.
 

@@ -53,8 +53,12 @@ def inside(folder: Path, name: str) -> Path:
     """Return the path of a file that a sample names; it is no URL and does not leave `folder`."""
     if "://" in name or name.startswith(("file:", "~")):
         raise DataError(f"{shown(name)} is a URL; expected a path in {folder}")
+    # The files of a snapshot in the hub's cache are links to blobs/ beside it.
+    snapshots = (each for each in (folder, *folder.parents) if each.parent.name == "snapshots")
+    blobs = next((each.parent.parent / "blobs" for each in snapshots), folder)
     try:
-        is_inside = (folder / name).resolve().is_relative_to(folder.resolve())
+        place = (folder / name).resolve()
+        is_inside = any(place.is_relative_to(each.resolve()) for each in (folder, blobs))
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a cycle of links
         raise DataError(f"{shown(name)} is no path: {printable(error)}") from None
     if not is_inside:

@@ -14,7 +14,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -41,6 +41,13 @@ _SLACK = 0.02
 _DARKEST_WHITE = 8.0
 """A floating-point image whose maximum is below this and above 1 has an unknown range."""
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
+
+
+class ImageSize(NamedTuple):
+    """Width and height of a decoded image, pixels."""
+
+    width: int
+    height: int
 
 
 def largest_pixels(min_pixels: int, max_pixels: int, patch_side: int) -> int:

@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image
 
 from megatron_sr1.data.guards import MAX_TEXT_CHARACTERS, printable, read_json, shown
-from megatron_sr1.data.images import largest_pixels
+from megatron_sr1.data.images import ImageSize, largest_pixels
 from megatron_sr1.data.prompts import ChatMessage, chat_messages
 from megatron_sr1.errors import ConfigError, DataError
 from megatron_sr1.records import Example, Message, Prompt, TrainSample, VisionInputs
@@ -109,9 +109,11 @@ class Processor:
         grids = tuple(self.grid(image) for image in images)
         return Prompt(example, self.expand(collapsed, grids), collapsed, tuple(images), grids)
 
-    def encode_text(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
-        """Tokenise a prompt without images, as in pass 2."""
-        return self.expand(self._encode(self._render(messages, generate=True)), ())
+    def encode_text(
+        self, messages: Sequence[ChatMessage], grids: Sequence[Grid] = ()
+    ) -> tuple[int, ...]:
+        """Tokenise a prompt, by default one without images, as in pass 2."""
+        return self.expand(self._encode(self._render(messages, generate=True)), grids)
 
     def encode_answer(
         self, before: str, answer: str, after: str
@@ -128,7 +130,10 @@ class Processor:
         return ids[:first], ids[first:]
 
     def encode_conversation(
-        self, example: Example, images: Sequence[Image.Image], max_tokens: int | None = None
+        self,
+        example: Example,
+        images: Sequence[Image.Image | ImageSize],
+        max_tokens: int | None = None,
     ) -> TrainSample:
         """Tokenise a conversation to imitate; targets are the assistant turns with their ends.
 
@@ -183,7 +188,7 @@ class Processor:
         ids = [i for before, i in pairs if not before == i == self.image_pad_id]
         return str(self.tokenizer.decode(ids, skip_special_tokens=False))
 
-    def grid(self, image: Image.Image) -> Grid:
+    def grid(self, image: Image.Image | ImageSize) -> Grid:
         """Return (t, h, w) of an image after resizing, in patches, without processing pixels."""
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 

@@ -15,7 +15,7 @@ import json
 import os
 import tarfile
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,22 @@ from megatron_sr1.data.guards import (
     shown,
 )
 from megatron_sr1.data.images import decode_image, image_format
-from megatron_sr1.data.shard_index import BLOCK, Place, Span, check_header, read_index, write_index
+from megatron_sr1.data.shard_index import (
+    BLOCK,
+    Place,
+    Span,
+    check_header,
+    index_path,
+    read_index,
+    write_index,
+)
 from megatron_sr1.errors import ConfigError, DataError
 from megatron_sr1.records import Example
 from megatron_sr1.runtime.files import replacing, write_text
 
 DATASET_FILE = "dataset.json"
+Files = Mapping[str, bytes]
+"""The files of a sample by the extensions of their names: json first, then 0.png and so on."""
 NUM_SEARCHED = 100
 """First samples that are searched for an image, where rollout.canary_bound needs one."""
 
@@ -49,30 +59,86 @@ def write_shards(
     The directory is created if needed. It must not hold shards, except those of an interrupted
     call, and there must be samples.
     """
+    return write_files(_encoded(samples), directory, samples_per_shard)
+
+
+def _encoded(samples: Iterable[Record]) -> Iterator[Files]:
+    for number, record in enumerate(samples):
+        with located(f"sample {number:09d}"):
+            files = encode(record)
+        yield files
+
+
+def encode(record: Record) -> Files:
+    """Return the files of a sample."""
+    files = {"json": json.dumps(stored(record), ensure_ascii=False).encode()}
+    for place, data in enumerate(record.images):
+        with located(f"image {place}"):
+            files[f"{place}.{image_format(data)}"] = data
+    return files
+
+
+def write_files(
+    samples: Iterable[Files],
+    directory: str | Path,
+    samples_per_shard: int,
+    whole: Sequence[Mapping[str, Any]] = (),
+    state: Callable[[], Any] = lambda: None,
+) -> int:
+    """Write shards as `write_shards` does, of encoded samples; a later call can continue.
+
+    Args:
+        samples: those after the shards in `whole`.
+        directory: where to write.
+        samples_per_shard: 1 or more.
+        whole: shards of an interrupted call to keep, from `interrupted`.
+        state: returns a JSON value, which is saved with each shard for `interrupted`.
+    """
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
+    shards = list(whole)
     if _is_incomplete(target):
-        for pattern in ("shard-*.tar*", "shard-*.index.json", ".shard-*.partial"):
-            for leftover in target.glob(pattern):
-                leftover.unlink()
+        _remove_leftovers(target, {shard["file"] for shard in shards})
     elif _tars(target) or (target / DATASET_FILE).exists():
         raise DataError(f"{target}: already holds shards; choose another directory or remove them")
-    numbered = enumerate(samples)
-    counts: list[dict[str, Any]] = []
-    _write_dataset(target, {"complete": False})  # until the last shard
+    numbered = enumerate(samples, sum(shard["samples"] for shard in shards))
+    _write_dataset(target, {"complete": False, "shards": shards, "state": state()})
     while first := next(numbered, None):
-        path = target / f"shard-{len(counts):06d}.tar"
+        path = target / f"shard-{len(shards):06d}.tar"
         entries = itertools.chain([first], itertools.islice(numbered, samples_per_shard - 1))
         with replacing(path) as part, tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar:
             places = [_add(tar, *entry) for entry in entries]
-        counts.append({"file": path.name, "samples": len(places)})
+        shards.append({"file": path.name, "samples": len(places)})
         write_index(path, places)
-    if not counts:
+        _write_dataset(target, {"complete": False, "shards": shards, "state": state()})
+    if not shards:
         (target / DATASET_FILE).unlink()
         raise DataError(f"{target}: no samples to write")
-    total = sum(count["samples"] for count in counts)
-    _write_dataset(target, {"complete": True, "num_samples": total, "shards": counts})
-    return total
+    total = sum(shard["samples"] for shard in shards)
+    _write_dataset(target, {"complete": True, "num_samples": total, "shards": shards})
+    return int(total)
+
+
+def interrupted(directory: Path) -> tuple[list[Mapping[str, Any]], Any]:
+    """Return the whole shards and the state that an interrupted `write_files` left; [], None."""
+    if not _is_incomplete(directory):
+        return [], None
+    value = read_json(directory / DATASET_FILE)
+    shards, state = value.get("shards", []), value.get("state")
+    try:
+        is_whole = all(len(read_index(directory / s["file"])) == s["samples"] for s in shards)
+    except (DataError, OSError):
+        is_whole = False
+    return (shards, state) if is_whole else ([], None)
+
+
+def _remove_leftovers(target: Path, kept: Set[str]) -> None:
+    """Remove what an interrupted call left, but the shards to keep."""
+    kept = {file for name in kept for file in (name, index_path(target / name).name)}
+    for pattern in ("shard-*.tar*", "shard-*.index.json", ".*.partial"):
+        for leftover in target.glob(pattern):
+            if leftover.name not in kept:
+                leftover.unlink()
 
 
 class ShardReader:
@@ -195,14 +261,9 @@ def _counts(directory: Path, tars: list[Path]) -> list[int] | None:
     return [counts[t.name] for t in tars]
 
 
-def _add(tar: tarfile.TarFile, number: int, record: Record) -> Place:
+def _add(tar: tarfile.TarFile, number: int, files: Files) -> Place:
     """Append a sample to a shard and return its position."""
-    key = f"{number:09d}"
-    files = {"json": json.dumps(stored(record), ensure_ascii=False).encode()}
-    for place, data in enumerate(record.images):
-        with located(f"sample {key}: image {place}"):
-            files[f"{place}.{image_format(data)}"] = data
-    spans = []
+    key, spans = f"{number:09d}", []
     for extension, data in files.items():
         member = tarfile.TarInfo(f"{key}.{extension}")
         member.size = len(data)

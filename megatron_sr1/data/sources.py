@@ -1,69 +1,104 @@
-"""Converts the rows of source files to records, from the column layouts of common data sets.
+"""Reads the rows of a data set one after the other, without interpreting their columns.
 
-In: parquet, jsonl, json, or image folders with metadata.jsonl. For reinforcement learning, rows of
-`problem`/`question`/`prompt`, `answer`/`solution` and `images`/`image`, or verl's `prompt` of
-messages with `reward_model`. For supervised fine-tuning, sharegpt's `messages`/`conversations`, or
-alpaca's `instruction`, `input`, `output`; `system` and `history` with either. Out: a `Record` per
-row, or its error, a `DataError` that names the row ("train.parquet row 17"). An empty column counts
-as absent; a column whose content would be lost is rejected.
+In: a parquet, jsonl or json file, a directory of them, a directory of images with metadata.jsonl,
+or `hf:OWNER/NAME[:CONFIG]@SPLIT`, a data set of the Hugging Face hub, which the `datasets` library
+reads in place. Out: `Row`s, each with a name for messages ("train.parquet row 17"). What is wrong
+with a row is its value, a `DataError`; a file that cannot be read at all raises one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from megatron_sr1.data.examples import (
-    IMAGE_MARK,
-    Record,
-    checked_turns,
-    escape_marks,
-    gold_answers,
-    place_marks,
-)
 from megatron_sr1.data.guards import (
-    MAX_IMAGES,
     MAX_JSON_BYTES,
-    is_json,
     located,
     parse_json,
     printable,
     read_json,
     shown,
 )
-from megatron_sr1.data.images import decode_image, image_bytes
 from megatron_sr1.errors import DataError
-from megatron_sr1.records import Message
+from megatron_sr1.runtime.hub import HUB_NAME, snapshot
 
 METADATA_FILE = "metadata.jsonl"
 SUFFIXES = (".parquet", ".jsonl", ".json")
 MAX_SOURCE_BYTES = 4 * 2**30
 """Limit of a json file, which is read as a whole; jsonl and parquet are streamed."""
-_TURN_COLUMNS = ("messages", "conversations")
-_TEXT_COLUMNS = ("problem", "question", "prompt")
-_ALPACA_COLUMNS = ("instruction", "input", "output")
-ALPACA_GAPS = {"blank-line": "\n\n", "newline": "\n"}
-"""Text between `instruction` and `input`. LLaMA-Factory, which made the published cold start, has
-one newline."""
-_ANSWER_COLUMNS = ("reward_model.ground_truth", "answer", "solution")
-_IMAGE_COLUMNS = ("images", "image")
-_BEFORE_COLUMNS = ("system", "history")
-_REFUSED_COLUMNS = ("tools", "videos", "video", "audios", "audio")
-_ALTERNATIVES = (
-    (*_TURN_COLUMNS, *_TEXT_COLUMNS),
-    ("reward_model", *_ANSWER_COLUMNS),
-    _IMAGE_COLUMNS,
-)
-"""Groups of alternative columns: a mapped column replaces the others of its group."""
-COLUMNS = frozenset({"answer", "solution"}).union(
-    _TURN_COLUMNS, _TEXT_COLUMNS, _ALPACA_COLUMNS, _BEFORE_COLUMNS, _IMAGE_COLUMNS
-)
-"""Names with a meaning; all other columns are metadata."""
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
-_TEXT_PARTS = ("text", "input_text", "output_text")
-_IMAGE_PARTS = ("image", "image_url", "input_image")
-_IMAGE_FIELDS = ("image", "image_url", "url", "path")
+HUB_PREFIX = "hf:"
+_HUB_SOURCE = re.compile(rf"({HUB_NAME.pattern})(?::([^@:/]+))?@([\w.-]+)")
+
+
+class Row(NamedTuple):
+    """A row as it was read.
+
+    Attributes:
+        where: name of the row.
+        folder: base of relative image paths.
+        value: columns; bytes: a line of jsonl, not parsed yet; a DataError: what is wrong.
+        names_files: a row of metadata.jsonl, whose `file_name` is an image.
+    """
+
+    where: str
+    folder: Path
+    value: Any
+    names_files: bool = False
+
+    def columns(self) -> dict[str, Any]:
+        """Return the columns, of a row of metadata.jsonl with its images; raise DataError."""
+        value = parse_json(self.value) if isinstance(self.value, bytes) else self.value
+        if isinstance(value, DataError):
+            raise value
+        if not isinstance(value, dict):
+            raise DataError("expected an object of columns")
+        return _with_image(value) if self.names_files else value
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set to read.
+
+    Attributes:
+        identity: JSON value that differs for other contents; the sizes and times of files.
+        num_rows: None if it is not known before they are read.
+        rows: yields the rows after as many first ones.
+    """
+
+    identity: Any
+    num_rows: int | None
+    rows: Callable[[int], Iterator[Row]]
+
+
+def open_source(text: str, revision: str = "main") -> Source:
+    """Open a file, a directory, or a data set of the hub at a revision, which is downloaded.
+
+    Raises:
+        DataError: no such file, or none that can be read.
+        ConfigError: a data set that cannot be downloaded.
+    """
+    if text.startswith(HUB_PREFIX):
+        return _hub_source(text, revision)
+    files = source_files(Path(text))
+    facts = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    is_parquet = files[0].suffix == ".parquet"
+    num_rows = sum(map(_num_rows, files)) if is_parquet else None
+
+    def rows(skip: int) -> Iterator[Row]:
+        for path in files:
+            if is_parquet and 0 < _num_rows(path) <= skip:
+                skip -= _num_rows(path)
+                continue
+            for row in _file_rows(path):
+                if skip:
+                    skip -= 1
+                else:
+                    yield row
+
+    return Source(facts, num_rows, rows)
 
 
 def source_files(source: Path) -> list[Path]:
@@ -86,41 +121,17 @@ def source_files(source: Path) -> list[Path]:
     return found
 
 
-def count_rows(files: list[Path]) -> int | None:
-    """Return the number of rows according to parquet footers; None for other formats."""
-    is_parquet = files[0].suffix == ".parquet"
-    return sum(_parquet(path).metadata.num_rows for path in files) if is_parquet else None
+def _file_rows(path: Path) -> Iterator[Row]:
+    read = {".parquet": _parquet_rows, ".jsonl": jsonl_rows, ".json": _json_rows}[path.suffix]
+    where = ""
+    for where, value in read(path):
+        yield Row(where, path.parent, value, path.name == METADATA_FILE)
+    if not where:
+        yield Row(path.name, path.parent, DataError("no samples in it"))
 
 
-def records(
-    files: list[Path],
-    image_folder: Path | None,
-    columns: Mapping[str, str],
-    alpaca_gap: str = ALPACA_GAPS["blank-line"],
-) -> Iterator[tuple[str, Record | DataError]]:
-    """Yield (name, record) for the rows of source files, or (name, error) if a row is not one.
-
-    A file that cannot be read at all raises its error. Relative image paths start in
-    `image_folder`, or by default in the directory of each file; `columns` and `alpaca_gap` as in
-    `record_from_row`.
-    """
-    for path in files:
-        read = {".parquet": _parquet_rows, ".jsonl": jsonl_rows, ".json": _json_rows}[path.suffix]
-        where = ""
-        for where, row in read(path):
-            try:
-                with located(where):
-                    if isinstance(row, DataError):
-                        raise row
-                    if not isinstance(row, dict):
-                        raise DataError("expected an object of columns")
-                    row = _with_image(row) if path.name == METADATA_FILE else row
-                    folder = image_folder or path.parent
-                    yield where, record_from_row(row, folder, columns, alpaca_gap)
-            except DataError as error:
-                yield where, error
-        if not where:
-            yield path.name, DataError(f"{path.name}: no samples in it")
+def _num_rows(path: Path) -> int:
+    return int(_parquet(path).metadata.num_rows)
 
 
 def _parquet(path: Path) -> Any:
@@ -154,7 +165,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield (name, value or error) for the lines of a file that are not blank, one at a time."""
+    """Yield the name of each line that is not blank, and its bytes or a DataError."""
     with open(path, "rb") as file:
         number = 0
         while line := file.readline(MAX_JSON_BYTES + 1):
@@ -165,10 +176,7 @@ def jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
             if length > MAX_JSON_BYTES:
                 yield where, DataError(f"{length} bytes, at most {MAX_JSON_BYTES}")
             elif line.strip():
-                try:
-                    yield where, parse_json(line)
-                except DataError as error:
-                    yield where, error
+                yield where, line
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -189,208 +197,47 @@ def _with_image(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, "images": names}
 
 
-def record_from_row(
-    row: Mapping[str, Any],
-    folder: Path,
-    columns: Mapping[str, str],
-    alpaca_gap: str = ALPACA_GAPS["blank-line"],
-) -> Record:
-    """Convert one row of a source to a record, after a trial decoding of its images.
-
-    Args:
-        row: its columns.
-        folder: base of relative image paths, which must not lead out of it.
-        columns: name -> location of its value in the row: a column, or a dotted path into one
-            (`prompt.0.content`). Alternatives of a mapped column become metadata.
-        alpaca_gap: text between alpaca's `instruction` and `input`.
-    """
-    known = _renamed(row, columns)
-    lost = next((c for c in _REFUSED_COLUMNS if _is_given(known.get(c))), None)
-    if lost:
+def _hub_source(text: str, revision: str) -> Source:
+    """Open a split of a data set of the hub: its snapshot, read in place by `datasets`."""
+    parts = _HUB_SOURCE.fullmatch(text.removeprefix(HUB_PREFIX))
+    if parts is None:
+        expected = f"expected {HUB_PREFIX}OWNER/NAME@SPLIT or {HUB_PREFIX}OWNER/NAME:CONFIG@SPLIT"
+        raise DataError(f"{text}: {expected}, such as {HUB_PREFIX}OWNER/NAME@train")
+    name, config, split = parts.groups()
+    try:
+        import datasets
+    except ImportError:
         raise DataError(
-            f"the column {lost} is not empty, but training does not support it; remove the row "
-            "or the column"
-        )
-    messages, inline, used = _conversation(known, alpaca_gap)
-    found = ((gold_answers(_look_up(known, c)), c) for c in _ANSWER_COLUMNS)
-    answers, answer_column = next((pair for pair in found if pair[0]), ((), ""))
-    is_sft = used.isdisjoint(_TEXT_COLUMNS) and any(m.role == "assistant" for m in messages)
-    if not answers and not is_sft:
-        raise DataError(
-            "no gold answer; expected a column answer or solution that is not empty (or "
-            f"reward_model.ground_truth), got {_columns(row)}"
-        )
-    images = _image_files(known, inline, folder)
-    messages = place_marks(messages, len(images))
-    for number, message in enumerate(messages):
-        if message.role != "system" and not message.content.strip():
-            raise DataError(f"turn {number} ({message.role}) is empty; expected text")
-    used = {*used, answer_column, *_IMAGE_COLUMNS, *_BEFORE_COLUMNS} - columns.keys()
-    used |= {*columns.values()}
-    left = {k: v for k, v in row.items() if k not in used and v is not None}
-    named = COLUMNS.union(_REFUSED_COLUMNS)
-    metadata = {k: v for k, v in left.items() if (_is_given(v) or k not in named) and is_json(k, v)}
-    return Record(messages, answers[0] if answers else None, images, metadata, answers[1:])
+            f"{text}: the library datasets is not installed; pip install 'megatron_sr1[hub]', or "
+            "pip install datasets"
+        ) from None
+    directory = snapshot(name, revision, "dataset")
+    with located(text):
+        datasets.disable_progress_bars()
+        try:
+            splits = datasets.load_dataset(str(directory), config, streaming=True)
+        except Exception as error:  # the library's, of any kind
+            raise DataError(f"not readable by datasets: {printable(error, 400)}") from None
+        if split not in splits:
+            raise DataError(f"no split {split!r}; it has {', '.join(map(str, splits))}")
+    data = splits[split].decode(False)  # images as files
+    known = (data.info.splits or {}).get(split)
 
+    def rows(skip: int) -> Iterator[Row]:
+        number, source = skip, iter(data.skip(skip))
+        while True:
+            try:
+                value = next(source, None)
+            except Exception as error:  # of the library, or of the format's below it
+                reason = f"row {number} or a later one is not readable: {printable(error)}"
+                raise DataError(f"{text}: {reason}") from None
+            if value is None:
+                break
+            yield Row(f"{name}@{split} row {number}", directory, value)
+            number += 1
+        if known and known.num_examples and number != known.num_examples:
+            said = f"its card says {known.num_examples}; download it again"
+            raise DataError(f"{text}: {number} rows in {directory}, {said}")
 
-def _renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
-    """Move mapped columns to their names and remove their alternatives."""
-    found = {name: _look_up(row, path) for name, path in columns.items()}
-    for name, value in found.items():
-        if value is None and name not in _IMAGE_COLUMNS:
-            raise DataError(
-                f"nothing at {columns[name]}, which is mapped to the column {name}; the row has "
-                f"{_columns(row)}"
-            )
-    replaced = {c for group in _ALTERNATIVES if not found.keys().isdisjoint(group) for c in group}
-    return {**{k: v for k, v in row.items() if k not in replaced}, **found}
-
-
-def _look_up(row: Mapping[str, Any], path: str) -> Any:
-    """Return the value of a column or at a dotted path, or None if there is nothing."""
-    if path in row:
-        return row[path]
-    value: Any = row
-    for step in path.split("."):
-        if isinstance(value, Mapping):
-            value = value.get(step)
-        elif isinstance(value, list | tuple) and step.isdecimal() and int(step) < len(value):
-            value = value[int(step)]
-        else:
-            return None
-    return value
-
-
-def _is_given(value: Any) -> bool:
-    """Return True if a column is not empty: not None, blank, an empty list or an empty object."""
-    return bool(value.strip()) if isinstance(value, str) else value not in (None, [], (), {})
-
-
-def _conversation(
-    row: Mapping[str, Any], alpaca_gap: str
-) -> tuple[tuple[Message, ...], list[Any], set[str]]:
-    """Return the messages, the images inside them, and the columns they were read from."""
-    lists = (*_TURN_COLUMNS, *(("prompt",) if not isinstance(row.get("prompt"), str) else ()))
-    column = next((c for c in lists if _is_given(row.get(c))), None)
-    images: list[Any] = []
-    if column is None:
-        messages, used = _single_turn(row, alpaca_gap)
-        messages = [*_history(row), *messages]
-    elif _is_given(row.get("history")):
-        raise DataError(f"both {column} and history; put all turns into {column}")
-    elif not isinstance(row[column], list | tuple):
-        raise DataError(f"{column} is {shown(row[column])}; expected a list of turns")
-    else:
-        messages, used = [_message(turn, images) for turn in row[column]], {column}
-    return checked_turns((*_system(row, messages), *messages)), images, used
-
-
-def _single_turn(row: Mapping[str, Any], alpaca_gap: str) -> tuple[list[Message], set[str]]:
-    """Return the turns of a row with separate text columns, and these columns."""
-    for column in _TEXT_COLUMNS:
-        if _is_given(row.get(column)):
-            return [Message("user", _string(row, column))], {column}
-    asked = [_string(row, c) for c in ("instruction", "input") if _is_given(row.get(c))]
-    if asked and _is_given(row.get("output")):
-        turns = [
-            Message("user", alpaca_gap.join(asked)),
-            Message("assistant", _string(row, "output")),
-        ]
-        return turns, {*_ALPACA_COLUMNS}
-    raise DataError(
-        f"columns {_columns(row)}; expected problem or question (with answer or solution), "
-        "messages or conversations, or instruction and output, and not empty"
-    )
-
-
-def _history(row: Mapping[str, Any]) -> list[Message]:
-    """Return alpaca's earlier turns, a list of (question, answer) pairs."""
-    pairs = row["history"] if _is_given(row.get("history")) else []
-    if not isinstance(pairs, list | tuple) or not all(
-        isinstance(p, list | tuple) and len(p) == 2 and all(isinstance(t, str) for t in p)
-        for p in pairs
-    ):
-        raise DataError(f"history is {shown(pairs)}; expected [[question, answer], …]")
-    return [Message(role, p[i]) for p in pairs for i, role in enumerate(("user", "assistant"))]
-
-
-def _system(row: Mapping[str, Any], messages: Sequence[Message]) -> list[Message]:
-    """Return the system turn of the column `system`, unless the conversation has the same one."""
-    if not _is_given(row.get("system")):
-        return []
-    text = _string(row, "system")
-    if not messages or messages[0].role != "system":
-        return [Message("system", text)]
-    if messages[0].content.strip() != text.strip():
-        raise DataError("the column system and the conversation's system turn differ; keep one")
-    return []
-
-
-def _message(turn: Any, images: list[Any]) -> Message:
-    """Convert a turn, `{"role", "content"}` or sharegpt's `{"from", "value"}`.
-
-    The content is a string, or a list of parts as in OpenAI's API, in whose texts `<image>` is not
-    a mark.
-    """
-    if isinstance(turn, Mapping):
-        role = turn.get("from") if turn.get("role") is None else turn["role"]
-        content = turn.get("value") if turn.get("content") is None else turn["content"]
-        if isinstance(role, str):
-            role = _SHAREGPT_ROLES.get(role, role)
-            if isinstance(content, str):
-                return Message(role, content)
-            if isinstance(content, list | tuple) and content:
-                return Message(role, "".join(_part(p, role, images) for p in content))
-        turn = f"role {shown(role)}, content {shown(content)}"
-    expected = "expected {role, content} as strings, or content as parts"
-    raise DataError(f"turn {shown(turn)}; {expected}")
-
-
-def _part(part: Any, role: str, images: list[Any]) -> str:
-    """Return the text of a part, or a mark; an image inside the part is appended to `images`."""
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind in _TEXT_PARTS and isinstance(part.get("text"), str):
-        return part["text"] if role == "assistant" else escape_marks(part["text"])
-    if kind not in _IMAGE_PARTS:
-        what = f"of type {shown(kind)}" if isinstance(part, Mapping) else shown(part)
-        expected = '{"type": "text", "text": …} or {"type": "image"}'
-        raise DataError(f"a part {what} in the content; expected {expected}")
-    if role == "assistant":
-        why = "a model that writes text shows no images"
-        raise DataError(f"an image part in an assistant turn; {why}")
-    found = next((part[f] for f in _IMAGE_FIELDS if part.get(f) is not None), None)
-    found = found["url"] if isinstance(found, Mapping) and "url" in found else found
-    if found is not None:  # otherwise the next image of the image column
-        images.append(found)
-    return IMAGE_MARK
-
-
-def _image_files(row: Mapping[str, Any], inline: list[Any], folder: Path) -> tuple[bytes, ...]:
-    """Return the images of a column, or those inside the turns, each of which can be decoded."""
-    given = {c: row[c] for c in _IMAGE_COLUMNS if row.get(c) not in (None, [], ())}
-    if len(given) == 2 and given["images"] in (given["image"], [given["image"]]):
-        del given["image"]
-    places = [*given, *(["the turns themselves"] if inline else [])]
-    if len(places) > 1:
-        raise DataError(f"images in {' and in '.join(places)}; keep only one of them")
-    images = next(iter(given.values()), inline)
-    images = images if isinstance(images, list | tuple) else [images]
-    if len(images) > MAX_IMAGES:
-        raise DataError(f"{len(images)} images, at most {MAX_IMAGES}")
-    files = []
-    for number, value in enumerate(images):
-        with located(f"image {number}"):
-            files.append(image_bytes(value, folder))
-            decode_image(files[-1])
-    return tuple(files)
-
-
-def _columns(row: Mapping[str, Any]) -> str:
-    return shown(sorted(map(str, row)), 200)
-
-
-def _string(row: Mapping[str, Any], column: str) -> str:
-    value = row[column]
-    if not isinstance(value, str):
-        raise DataError(f"{column} is {shown(value)}; expected a string")
-    return value
+    identity = [name, config, split, directory.name]
+    return Source(identity, known.num_examples or None if known else None, rows)

@@ -17,7 +17,7 @@ from typing import Any
 from megatron_sr1.config.loading import NAME
 from megatron_sr1.config.run import Config
 from megatron_sr1.data.examples import gold_answers
-from megatron_sr1.data.guards import located, shown
+from megatron_sr1.data.guards import located, parse_json, shown
 from megatron_sr1.data.sources import jsonl_rows
 from megatron_sr1.errors import ConfigError, DataError, GradingLimit
 from megatron_sr1.evaluation.lines import SOURCES, Line, LinesFile, evaluation_line
@@ -118,7 +118,7 @@ def responses(path: Path) -> Iterator[Response | DataError]:
             with located(str(path.with_name(where))):
                 if isinstance(line, DataError):
                     raise line
-                yield _response(line, place, path, where.removeprefix(f"{path.name} "))
+                yield _response(parse_json(line), place, path, where.removeprefix(f"{path.name} "))
         except DataError as error:
             yield error
 

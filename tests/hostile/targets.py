@@ -28,9 +28,9 @@ from megatron_sr1.data.guards import is_json
 from megatron_sr1.data.images import MAX_ASPECT_RATIO, MAX_IMAGE_PIXELS, decode_image
 from megatron_sr1.data.packing import PER_TOKEN, cost, pack_samples, plan_rows, size_of
 from megatron_sr1.data.prompts import strip_image_marks
+from megatron_sr1.data.rows import record_from_row
 from megatron_sr1.data.shard_index import index_path
 from megatron_sr1.data.shards import ShardReader, write_shards
-from megatron_sr1.data.sources import record_from_row
 from megatron_sr1.errors import DataError
 from megatron_sr1.records import Message, TrainSample
 from megatron_sr1.rewards.response import (

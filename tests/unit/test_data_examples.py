@@ -18,7 +18,7 @@ from megatron_sr1.data.examples import (
 from megatron_sr1.data.guards import located
 from megatron_sr1.data.images import decode_image
 from megatron_sr1.data.prompts import chat_messages, flat_text, strip_image_marks
-from megatron_sr1.data.sources import record_from_row
+from megatron_sr1.data.rows import record_from_row
 from megatron_sr1.errors import DataError
 from megatron_sr1.records import Message
 

@@ -23,8 +23,8 @@ from megatron_sr1.data.prompts import (
     pass1_messages,
     pass2_messages,
 )
+from megatron_sr1.data.rows import record_from_row
 from megatron_sr1.data.shards import ShardReader, write_shards
-from megatron_sr1.data.sources import record_from_row
 from megatron_sr1.errors import DataError
 from megatron_sr1.records import Completion, Message, Reward, Rollout
 from megatron_sr1.report.page import question_card

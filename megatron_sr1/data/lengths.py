@@ -1,0 +1,55 @@
+"""Counts the tokens of a sample's prompt before training, as the trainer would make it.
+
+Pixels are not processed: an image's tokens follow from its size and the limits of `data.min_pixels`
+and `data.max_pixels`. Of a question it is the prompt of pass 1, of a conversation all of its turns.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_sr1.config.loading import load_config
+from megatron_sr1.config.run import Config
+from megatron_sr1.data.examples import Record, example_from_stored, stored
+from megatron_sr1.data.processor import Processor
+from megatron_sr1.data.prompts import pass1_messages
+from megatron_sr1.data.tally import Length
+
+
+@dataclass(frozen=True)
+class PromptLength:
+    """Returns the length of a record's prompt; can be sent to other processes.
+
+    Attributes:
+        model_dir: directory with tokenizer and image processor.
+        config: file of the run's configuration; None: the defaults.
+    """
+
+    model_dir: Path
+    config: Path | None = None
+
+    def __call__(self, record: Record) -> Length:
+        """Count the tokens; raises DataError for a sample that has no prompt."""
+        config, processor = self.load()
+        example = example_from_stored(stored(record), index=0, key="", shard="")
+        if example.answer is None:
+            sample = processor.encode_conversation(example, record.sizes)
+            ids, image_pad = sample.token_ids.tolist(), processor.image_pad_id
+        else:
+            messages = pass1_messages(example, config.reward.recipe, config.data.prompt_style)
+            grids = [processor.grid(size) for size in record.sizes]
+            ids, image_pad = processor.encode_text(messages, grids), processor.image_pad_id
+        image = ids.count(image_pad)
+        return Length(len(ids) - image, image)
+
+    def load(self) -> tuple[Config, Processor]:
+        """Load what a process needs, once; raises an SR1Error if that cannot be read."""
+        return _load(self)
+
+
+@functools.cache
+def _load(own: PromptLength) -> tuple[Config, Processor]:
+    config = load_config(own.config, [f"model.path={own.model_dir}"])
+    return config, Processor(own.model_dir, config.data.min_pixels, config.data.max_pixels)
