@@ -8,6 +8,7 @@ CORE = [
     "transformers>=5.16.1,<5.20",
     "safetensors>=0.5",
     "omegaconf>=2.3",
+    "openai>=2",
     "rich>=13",
     "math-verify[antlr4_13_2]>=0.8",
     "pillow>=11",

@@ -170,9 +170,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         if not is_rank:
             os.environ.update(torchrun.rank_environment(config.launch, num_ranks))
         with one_rank(config) as (stage, groups):
-            stage(config, groups)
-            if config.stage == "eval" and groups.world.rank == 0:
-                print_results(Path(config.output))
+            status = stage(config, groups)
     except KeyboardInterrupt:
         if is_rank:
             raise
@@ -180,7 +178,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         return 130
     # 0 after a request to stop, too: otherwise srun and torchrun would kill the ranks that are
     # still closing.
-    return 0
+    return status
 
 
 def grade_command(config: Config, arguments: argparse.Namespace) -> int:
@@ -272,7 +270,7 @@ def warn(*texts: str) -> None:
 
 
 @contextmanager
-def one_rank(config: Config) -> Iterator[tuple[Callable[[Config, Groups], None], Groups]]:
+def one_rank(config: Config) -> Iterator[tuple[Callable[[Config, Groups], int], Groups]]:
     """Join this rank with the others, and yield its stage; a failure of the block stops them."""
     from megatron_sr1.launch import torchrun
     from megatron_sr1.runtime import signals

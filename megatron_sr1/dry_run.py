@@ -23,7 +23,7 @@ from megatron_sr1.planning.layout import Layout, configured
 from megatron_sr1.planning.memory import stage_parameters, static_memory
 from megatron_sr1.planning.workload import num_parameters
 from megatron_sr1.rewards.user_reward import UserReward
-from megatron_sr1.runtime import hub
+from megatron_sr1.runtime.chat import read_key
 
 NUM_READ = 8
 """Samples of a data set that are read and decoded, the first ones."""
@@ -51,6 +51,9 @@ def dry_run(config: Config) -> str:
         lines += [f"steps       {_steps(config)}"]
     for name, each in config.evaluation.sets.items():
         lines.append(f"eval data   {name}: {_data(each.path)}")
+    if config.has_judge:
+        judge = config.evaluation.judge
+        lines.append(f"judge       {judge.model} at {judge.base_url}, {judge.when}")
     if config.stage != "sft":
         if config.reward.function:
             lines.append(f"reward      answers judged by {config.reward.function}, loaded")
@@ -198,6 +201,8 @@ def check_run(config: Config, num_ranks: int) -> list[str]:
             )
         for function in dict.fromkeys(config.functions().values()):
             UserReward(function)
+    if config.has_judge:
+        read_key("evaluation.judge", config.evaluation.judge)
     found = [] if config.stage == "eval" else _check_data(config, "data.train", config.data.train)
     if config.stage != "sft":
         for name, each in config.evaluation.sets.items():

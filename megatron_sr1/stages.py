@@ -13,10 +13,15 @@ import torch
 from megatron_sr1.config.run import Config
 from megatron_sr1.dry_run import check_num_samples, check_output
 from megatron_sr1.errors import ConfigError
-from megatron_sr1.evaluation.evaluate import HeldOut, can_resume, make_sets
+from megatron_sr1.evaluation.evaluate import (
+    HeldOut,
+    can_resume,
+    evaluation_scorers,
+    make_sets,
+    opened_judge,
+)
 from megatron_sr1.evaluation.held_out_loss import HeldOutLoss, make_losses
-from megatron_sr1.evaluation.results import write_results
-from megatron_sr1.evaluation.scorers import evaluation_scorers
+from megatron_sr1.rewards.agreement import exceeds_share
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.runtime import failure
@@ -66,52 +71,57 @@ def joined_ranks(config: Config) -> Iterator[Groups]:
     stop_distributed()
 
 
-def run_sft(config: Config, groups: Groups) -> None:
+def run_sft(config: Config, groups: Groups) -> int:
     """Fine-tune `model.path` on `data.train`, evaluating `evaluation.sets`."""
-    with evaluation_scorers(config) as scorers:
+    with evaluation_scorers(config) as scorers, opened_judge(config, groups) as judge:
         context, samples, actor, _ = start(config, groups)
         losses, engine, sets = make_losses(context, actor, samples.processor), None, []
         if config.evaluation.generate:
             with context.phase("setup"):
                 engine = start_engine(config, groups, samples.processor)
-            sets = make_sets(context, engine, samples.processor, scorers)
+            sets = make_sets(context, engine, samples.processor, scorers, judge)
         evaluate = partial(evaluate_actor, context, actor, engine, sets, losses)
         train_sft(context, actor, samples, evaluate if losses or sets else None)
         export(context, actor)
-    finish(context)
+    return finish(context)
 
 
-def run_grpo(config: Config, groups: Groups) -> None:
+def run_grpo(config: Config, groups: Groups) -> int:
     """Train `model.path` with GRPO on `data.train`, evaluating `evaluation.sets`."""
     # The scorers first: a reward function that does not load stops the run before the model loads.
-    with Scorer(config.reward) as scorer, evaluation_scorers(config) as scorers:
+    with (
+        Scorer(config.reward) as scorer,
+        evaluation_scorers(config) as scorers,
+        opened_judge(config, groups) as judge,
+    ):
         context, samples, actor, reference = start(config, groups)
         with context.phase("setup"):
             engine = start_engine(config, groups, samples.processor)
-        sets = make_sets(context, engine, samples.processor, scorers)
+        sets = make_sets(context, engine, samples.processor, scorers, judge)
         evaluate = partial(evaluate_actor, context, actor, engine, sets, []) if sets else None
         is_trained = not context.has_steps_left
         train_grpo(context, actor, engine, samples, scorer, reference, evaluate)
         if evaluate is not None and is_trained:  # sets that were named after the training
             evaluate(True)
         export(context, actor)
-    finish(context)
+    return finish(context)
 
 
-def run_eval(config: Config, groups: Groups) -> None:
+def run_eval(config: Config, groups: Groups) -> int:
     """Evaluate `model.path` on `evaluation.sets`, with the engine alone."""
     check_output(config)
     processor = make_processor(config)
     context = Context(config, groups, 0)
     context.open()
     resume = can_resume(context)
-    with evaluation_scorers(config) as scorers:
+    with evaluation_scorers(config) as scorers, opened_judge(config, groups) as judge:
         with context.phase("setup"):
             engine = start_engine(config, groups, processor)
-        sets = make_sets(context, engine, processor, scorers)
+        sets = make_sets(context, engine, processor, scorers, judge)
         found = {each.name: each.evaluate(each.name, resume) for each in sets}
         report_rates(context, found, is_last=True)
     context.close()
+    return context.exit_status
 
 
 def start(config: Config, groups: Groups) -> tuple[Context, Samples, Actor, Reference | None]:
@@ -164,14 +174,22 @@ def evaluate_actor(
 
 
 def report_rates(context: Context, found: dict[str, dict[str, float]], is_last: bool) -> None:
-    """Log the rates of all sets; at last, write summary.json and eval/results.json."""
+    """Log the rates of all sets; at last, write summary.json, and check the share of unjudged."""
     if not context.is_writer:
         return
     for name, rates in found.items():
         shown = (f"{rate} {value:.4g}" for rate, value in rates.items())
         log.info("held-out, %s: %s", name, ", ".join(shown))
-    if is_last:
-        write_results(context.run_dir, context.config.evaluation, found)
+    if not is_last:
+        return
+    write_text(context.run_dir / "summary.json", json.dumps(found, indent=2) + "\n")
+    limit = context.config.evaluation.judge.max_unjudged_share
+    for name in (name for name, rates in found.items() if exceeds_share(rates, limit)):
+        context.exit_status = 1
+        unjudged, judged = found[name]["unjudged"], found[name]["judged"]
+        text = "%s: %d of %d answers that were to be judged have no verdict, at most a share of %g "
+        text += "may (evaluation.judge.max_unjudged_share); the same command asks for them again"
+        log.error(text, name, unjudged, unjudged + judged, limit)
 
 
 def export(context: Context, actor: Actor) -> None:
@@ -181,17 +199,18 @@ def export(context: Context, actor: Actor) -> None:
             actor.save_hf(context.run_dir / "hf")
 
 
-def finish(context: Context) -> None:
-    """Close the sinks and, unless the run stopped early, write the report."""
+def finish(context: Context) -> int:
+    """Close the sinks, write the report unless the run stopped early; return the exit status."""
     context.close()
     if context.is_writer and not context.is_leaving:
         from megatron_sr1.report.report import write_report
 
         with context.phase("report"):
             log.info("report: %s", write_report(context.run_dir))
+    return context.exit_status
 
 
-STAGES: dict[str, Callable[[Config, Groups], None]] = {
+STAGES: dict[str, Callable[[Config, Groups], int]] = {
     "sft": run_sft,
     "grpo": run_grpo,
     "eval": run_eval,

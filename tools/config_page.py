@@ -40,9 +40,11 @@ def page() -> str:
         if is_dataclass(value):
             parts += _section(f"`{group.name}`", f"{group.name}.", value)
             for each in fields(value):
+                prefix, inner = f"{group.name}.{each.name}", getattr(value, each.name)
                 if "named" in each.metadata:
-                    prefix = f"{group.name}.{each.name}.NAME"
-                    parts += _section(f"`{prefix}`", f"{prefix}.", each.metadata["named"]())
+                    prefix, inner = f"{prefix}.NAME", each.metadata["named"]()
+                if is_dataclass(inner):
+                    parts += _section(f"`{prefix}`", f"{prefix}.", inner)
     return "\n".join(parts)
 
 
@@ -61,9 +63,11 @@ def _section(title: str, prefix: str, group: Any) -> list[str]:
 
 def _attribute_docstrings(group: type) -> dict[str, str]:
     """Return the string below each field of a dataclass, on one line; they exist in its source."""
+    (base,) = group.__bases__
+    inherited = _attribute_docstrings(base) if is_dataclass(base) else {}
     (node,) = ast.parse(inspect.getsource(group)).body
     assert isinstance(node, ast.ClassDef)
-    return {
+    return inherited | {
         field.target.id: " ".join(text.value.value.split())
         for field, text in zip(node.body, node.body[1:], strict=False)
         if isinstance(field, ast.AnnAssign)

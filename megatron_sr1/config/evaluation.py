@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from megatron_sr1.config.endpoint import JudgeConfig
 from megatron_sr1.config.fields import named, number
 
 
@@ -56,3 +57,4 @@ class EvaluationConfig:
     chunk_prompts: int = number(512, at_least=1)
     """Questions that are read and answered at a time, over all ranks; bounds the memory that their
     images take."""
+    judge: JudgeConfig = field(default_factory=JudgeConfig)

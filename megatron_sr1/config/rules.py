@@ -8,7 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from operator import attrgetter
+from urllib.parse import urlsplit
 
+from megatron_sr1.config.endpoint import EndpointConfig
 from megatron_sr1.config.fields import check_setting, settings
 from megatron_sr1.config.run import Config
 from megatron_sr1.errors import ConfigError
@@ -125,9 +127,27 @@ def _evaluation(config: Config) -> Broken:
                 f"evaluation.sets.{name}: {n} greedy responses to a question are one response; set "
                 "a temperature above 0, or samples_per_prompt=1"
             )
+    if config.has_judge:
+        yield from _endpoint("evaluation.judge", evaluation.judge)
     if (evaluation.every_steps or evaluation.at_start) and not evaluation.sets:
         keys = "{evaluation.every_steps}, {evaluation.at_start}"
         yield f"{keys}, but evaluation.sets is empty: name a set, evaluation.sets.NAME.path=DIR"
+
+
+def _endpoint(key: str, endpoint: EndpointConfig) -> Broken:
+    """Check an endpoint that is asked."""
+    try:
+        url = urlsplit(endpoint.base_url)
+        is_address = url.scheme in ("http", "https") and bool(url.hostname)
+    except ValueError:  # such as an unclosed bracket
+        is_address = False
+    if not is_address:
+        yield f"{{{key}.base_url}}; expected an address such as http://127.0.0.1:8000/v1"
+    if url.username or url.password or url.query:
+        reason = "it would be written to files; name a variable that holds the key"
+        yield f"{key}.base_url has a user, a password or a query: {reason}, {key}.api_key_env"
+    if not endpoint.model:
+        yield f"{key}.model is not set; name the model at {{{key}.base_url}}"
 
 
 def _pass2(config: Config) -> Broken:

@@ -158,6 +158,12 @@ class Config:
         is_sft = self.stage == "sft"
         return 1 if is_sft else self.data.prompts_per_step // self.algorithm.prompts_per_update
 
+    @property
+    def has_judge(self) -> bool:
+        """True if a judge is asked about answers to held-out questions."""
+        has_answers = self.stage != "sft" or self.evaluation.generate
+        return bool(self.evaluation.sets) and has_answers and self.evaluation.judge.is_asked
+
     def functions(self) -> dict[str, str]:
         """Return the reward functions that are set, by configuration key."""
         named = {"reward.function": self.reward.function}

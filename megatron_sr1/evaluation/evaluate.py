@@ -17,15 +17,17 @@ from typing import Any
 
 from megatron_sr1.checkpoint.folders import fingerprint, resolve_model
 from megatron_sr1.data.processor import Processor
-from megatron_sr1.evaluation.lines import Line, LinesFile, evaluation_line
-from megatron_sr1.evaluation.results import set_rates
+from megatron_sr1.evaluation.judge import Judge
+from megatron_sr1.evaluation.results import evaluation_line, set_rates, verdicts_of
+from megatron_sr1.observability.metrics import read_lines
 from megatron_sr1.records import Prompt
+from megatron_sr1.rewards.agreement import JUDGED
 from megatron_sr1.rewards.response import find_description
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.rollout.two_pass import RolloutHooks, roll_out
 from megatron_sr1.runtime.files import write_text
-from megatron_sr1.runtime.groups import gather_objects
+from megatron_sr1.runtime.groups import Groups, gather_objects
 from megatron_sr1.runtime.rng import request_seed
 from megatron_sr1.trainer import rollouts
 from megatron_sr1.trainer.context import Context
@@ -35,15 +37,57 @@ from megatron_sr1.trainer.samples import Samples
 log = logging.getLogger(__name__)
 RUN_FILE = "eval/run.json"
 """What an evaluation was started with: one with other settings or weights starts over."""
+JUDGE_SHARE = 0.9
+"""Of the deadline of a phase, what the judge's requests for a chunk may take."""
+Lines = list[dict[str, Any]]
+
+
+@contextmanager
+def evaluation_scorers(config: Config) -> Iterator[dict[str, Scorer]]:
+    """Yield the scorer of each set, by its name; sets with the same function share one.
+
+    With see_think they read descriptions too, so that the tables can be compared.
+    """
+    recipe = "vision_r1" if config.reward.recipe == "vision_r1" else "vision_sr1"
+    by_function: dict[str, Scorer] = {}
+    with ExitStack() as stack:
+        for each in config.evaluation.sets.values():
+            function = function_of(config, each.function)
+            if function not in by_function:
+                reward = replace(config.reward, recipe=recipe, function=function)
+                by_function[function] = stack.enter_context(Scorer(reward))
+        yield {
+            name: by_function[function_of(config, each.function)]
+            for name, each in config.evaluation.sets.items()
+        }
+
+
+def function_of(config: Config, of_set: str | None) -> str:
+    """Return the reward function of a set: its own, that of evaluations, or that of training."""
+    return of_set if of_set is not None else config.evaluation.function or config.reward.function
+
+
+@contextmanager
+def opened_judge(config: Config, groups: Groups) -> Iterator[Judge | None]:
+    """Yield the judge, if one is configured, on the rank that writes; otherwise None."""
+    if groups.world.rank != 0 or not config.has_judge:
+        yield None
+        return
+    with Judge(config.evaluation.judge, Path(config.output)) as judge:
+        yield judge
 
 
 def make_sets(
-    context: Context, engine: Engine, processor: Processor, scorers: dict[str, Scorer]
+    context: Context,
+    engine: Engine,
+    processor: Processor,
+    scorers: dict[str, Scorer],
+    judge: Judge | None = None,
 ) -> list[HeldOut]:
     """Open the shards of `evaluation.sets`, in their order."""
     config = context.config
     return [
-        HeldOut(context, engine, Samples(config, each.path, processor), name, scorers[name])
+        HeldOut(context, engine, Samples(config, each.path, processor), name, scorers[name], judge)
         for name, each in config.evaluation.sets.items()
     ]
 
@@ -57,14 +101,20 @@ class HeldOut:
     """
 
     def __init__(
-        self, context: Context, engine: Engine, samples: Samples, name: str, scorer: Scorer
+        self,
+        context: Context,
+        engine: Engine,
+        samples: Samples,
+        name: str,
+        scorer: Scorer,
+        judge: Judge | None = None,
     ) -> None:
         """Select the first questions of `samples`, as many as configured."""
         config = context.config
         own, common = config.evaluation.sets[name], config.evaluation
         self.name = name
-        self._context, self._engine, self._scorer = context, engine, scorer
-        self._samples = samples
+        self._context, self._engine, self._samples = context, engine, samples
+        self._scorer, self._judge = scorer, judge
         self._rollout = replace(
             config.rollout,
             samples_per_prompt=own.samples_per_prompt or common.samples_per_prompt,
@@ -79,7 +129,8 @@ class HeldOut:
     def evaluate(self, name: str, resume: bool = False) -> dict[str, float]:
         """Answer the questions and save every verdict in `eval/{name}.jsonl`; collective.
 
-        With `resume`, questions whose lines an earlier start has written are not asked again.
+        With `resume`, questions whose lines an earlier start has written are not asked again; the
+        judge is asked about those of them that it has not judged.
 
         Returns:
             the rates of `set_rates`, over the questions that could be graded; `ungraded` and
@@ -87,10 +138,11 @@ class HeldOut:
         """
         context, chunk = self._context, self._context.config.evaluation.chunk_prompts
         target = context.run_dir / f"eval/{name}.jsonl"
-        resume_with = self._rollout.samples_per_prompt if resume else 0
-        written = LinesFile(target, context.is_writer, resume_with)
-        written.verdicts = gather_objects(written.verdicts, context.groups.world)[0]
-        seen = {row["index"] for row in written.verdicts}
+        written = _Lines(target, context.is_writer)
+        lines = self._judged(written.read() if resume else [])
+        written.start(lines)
+        verdicts = gather_objects([verdicts_of(line) for line in lines], context.groups.world)[0]
+        seen = {row["index"] for row in verdicts}
         left = [index for index in self._indices if index not in seen]
         self.skipped, ungraded = 0, list[Scored]()
         for start in range(0, len(left), chunk):
@@ -98,16 +150,20 @@ class HeldOut:
                 usable, limits = self._answer(left[start : start + chunk])
                 ungraded += limits
                 lines = self._lines(usable)
-                written.append(lines)
-                if start == 0 and context.is_writer:
-                    context.show_answers(self.name, lines, self._samples.images)
-                self._samples.forget()
+            lines = self._judged(lines)
+            written.append(lines)
+            verdicts += map(verdicts_of, lines)
+            if start == 0 and context.is_writer:
+                context.show_answers(self.name, lines, self._samples.images)
+            self._samples.forget()
             if len(left) > chunk:
                 done = len(self._indices) - len(left) + min(start + chunk, len(left))
                 log.info("%s: %d of %d questions", name, done, len(self._indices))
         if ungraded and not written.verdicts:
             log.warning("NO QUESTION COULD BE GRADED; all count as wrong, see the warnings above")
-            written.append(self._lines(ungraded))
+            lines = self._judged(self._lines(ungraded))
+            written.append(lines)
+            verdicts = [verdicts_of(line) for line in lines]
         written.close()
         num_ungraded = len({item.rollout.index for item in ungraded})
         return {**set_rates(written.verdicts), "ungraded": num_ungraded, "skipped": self.skipped}
@@ -136,17 +192,66 @@ class HeldOut:
         self.skipped, context.skipped = context.skipped, of_training
         return prompts
 
-    def _lines(self, scored: Sequence[Scored]) -> list[Line]:
-        samples = self._samples
-        return [
-            evaluation_line(
-                each.rollout,
-                each.reward,
-                samples.example(each.rollout.index),
-                samples.processor.rendered(each.rollout.prompt_token_ids),
-            )
-            for each in scored
-        ]
+    def _judged(self, lines: Lines) -> Lines:
+        """Return lines with the judge's verdicts, if there is one; collective.
+
+        The writer asks. The others wait for it here, not in a later phase, and each has the
+        writer's lines or none.
+        """
+        config = self._context.config
+        if not config.has_judge:
+            return lines
+        with self._context.phase("judge"):
+            found: list[dict[str, Any]] = []
+            if self._judge is not None:
+                limit = JUDGE_SHARE * config.launch.phase_deadline_seconds
+                judged = self._judge.judge(lines, limit)
+                found = [{name: line[name] for name in JUDGED} for line in judged]
+            found = gather_objects(found, self._context.groups.world)[0]
+            return [{**line, **verdict} for line, verdict in zip(lines, found, strict=False)]
+
+    def _lines(self, scored: Sequence[Scored]) -> Lines:
+        return [evaluation_line(s, self._samples.example(s.rollout.index)) for s in scored]
+
+
+class _Lines:
+    """The file of an evaluation while it grows: `NAME.jsonl.partial`, renamed when it is whole."""
+
+    def __init__(self, target: Path, is_writer: bool) -> None:
+        """Touch no file yet."""
+        self._target, self._is_writer = target, is_writer
+        self._partial = target.with_name(f"{target.name}.partial")
+
+    def read(self) -> Lines:
+        """Return the lines of an earlier start, to be judged again; one cut by a kill is left out.
+
+        The judge's cache has the verdicts, and its settings may be others now.
+        """
+        if not self._is_writer:
+            return []
+        found = read_lines(self._target if self._target.exists() else self._partial)
+        return [{name: line[name] for name in line if name not in JUDGED} for line in found]
+
+    def start(self, lines: Lines) -> None:
+        """Start the file anew with the lines that are there."""
+        if self._is_writer:
+            self._target.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self._partial, _text(lines))
+
+    def append(self, lines: Lines) -> None:
+        """Add the lines of whole questions."""
+        if self._is_writer:
+            with self._partial.open("a", encoding="utf-8") as file:
+                file.write(_text(lines))
+
+    def close(self) -> None:
+        """Give the file its name."""
+        if self._is_writer:
+            self._partial.replace(self._target)
+
+
+def _text(lines: Lines) -> str:
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 def can_resume(context: Context) -> bool:
@@ -159,10 +264,8 @@ def can_resume(context: Context) -> bool:
     if context.is_writer:
         own: dict[str, Any] = {n: asdict(getattr(config, n)) for n in ("data", "rollout", "reward")}
         own["model"] = fingerprint(resolve_model(config.model.path))
-        own["evaluation"] = evaluation = asdict(config.evaluation)
-        del evaluation["category"]  # like the weights, only results depend on it
-        for each in evaluation["sets"].values():
-            del each["weight"]
+        own["evaluation"] = asdict(config.evaluation)
+        del own["evaluation"]["judge"]  # it does not change what was answered
         same = path.is_file() and json.loads(path.read_text()) == own
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(own, indent=2) + "\n")

@@ -179,7 +179,7 @@ def _response(title: str, line: Line, verdicts: str) -> str:
 def _verdicts(line: Line) -> str:
     """Show the verdicts that an evaluation line or a rollout's reward has."""
     shown = ""
-    names = {"accuracy": "answer", "self_reward": "read from the description"}
+    names = {"accuracy": "answer", "judge": "judge", "self_reward": "read from the description"}
     names |= {"description_exact": "description exact", "format": "form"}
     for verdict, name in names.items():
         if (value := line.get(verdict)) is not None:

@@ -141,10 +141,8 @@ def _run_page(run_dir: Path) -> str:
     if rollouts:
         verdicts = [line["reward"] for line in rollouts]
         tables.append(panels.cross(f"training, step {rollouts[0]['step']}", verdicts))
-    rates = [panels.verdict_bars(judged)] if len(judged) <= MAX_BARS else []
-    held_out, note = panels.verdict_table("rate, %", judged), ""
-    if results.get("sets"):
-        held_out, note = results_html(results), NOTE
+    rates = [panels.verdict_bars(judged), panels.verdict_table("rate, %", judged)]
+    rates.append(panels.judge_table(judged))
     times = [panels.time_chart("Seconds per step", lines), panels.time_table({"a step": lines})]
     cards = []
     if rollouts:

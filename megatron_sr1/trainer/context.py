@@ -59,13 +59,14 @@ class Context:
         skipped: unusable samples of the run.
         ungraded: prompts of the run that the grader left out.
         is_leaving: a stop was requested on some rank, and the run is saved; it can be resumed.
+        exit_status: of the command, once the stage has written everything.
     """
 
     def __init__(self, config: Config, groups: Groups, num_samples: int) -> None:
         """Touch no file yet: `start` or `open` does. Without training, `num_samples` is 0."""
         self.config, self.groups = config, groups
         self.run_dir = Path(config.output)
-        self.step = self.skipped = self.ungraded = 0
+        self.step = self.skipped = self.ungraded = self.exit_status = 0
         self.is_leaving = False
         self.meter = StepMeter()
         self.throughput: Throughput

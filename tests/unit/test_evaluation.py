@@ -6,7 +6,8 @@ from megatron_sr1.config.loading import load_config
 from megatron_sr1.data.packing import size_of
 from megatron_sr1.demo.digits import make_digits
 from megatron_sr1.evaluation.held_out_loss import make_losses
-from megatron_sr1.evaluation.results import set_rates
+from megatron_sr1.evaluation.results import set_rates, verdicts_of
+from megatron_sr1.rewards.agreement import JUDGED
 from megatron_sr1.trainer.context import Context
 from megatron_sr1.trainer.samples import Samples, make_processor
 from megatron_sr1.trainer.sft import token_loss
@@ -32,6 +33,18 @@ def test_one_response_to_a_question_has_an_accuracy_alone():
     rates = set_rates([row(0, 0, "7", 1), row(1, 0, None, 0)])
     assert rates == {"accuracy": 0.5, "questions": 2}
     assert set_rates([]) == {"questions": 0}
+
+
+def test_rates_of_a_judged_set_say_how_it_was_judged():
+    lines = [row(0, 0, "7", 1), row(1, 0, "8", 0), row(2, 0, "9", 0)]
+    judged = [(None, None, 1), (1, None, 1), (None, "HTTP 500", 0)]
+    lines = [
+        line | dict(zip(JUDGED, more, strict=True))
+        for line, more in zip(lines, judged, strict=True)
+    ]
+    rates = set_rates([verdicts_of(line | {"response": "long"}) for line in lines])
+    expected = {"accuracy": 1 / 3, "accuracy_judged": 2 / 3, "judged": 1, "unjudged": 1}
+    assert rates == {**expected, "questions": 3}
 
 
 def test_the_held_out_loss_of_the_training_set_is_the_training_loss(tiny_model, groups, tmp_path):
