@@ -230,7 +230,7 @@ def check_start(config: Config) -> int:
 def how_to_continue(config: Config) -> str:
     """Say what an interrupted run has saved and how to continue it."""
     if config.stage == "eval":
-        return f"{config.output}/eval holds the answers so far, the same command continues"
+        return "its answers so far are saved, the same command continues with the others"
     latest = Path(config.output) / "checkpoints" / "latest"
     if not latest.is_file():
         every = f"checkpoint.every_steps={config.checkpoint.every_steps}"

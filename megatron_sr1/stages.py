@@ -79,7 +79,8 @@ def run_sft(config: Config, groups: Groups) -> int:
         if config.evaluation.generate:
             with context.phase("setup"):
                 engine = start_engine(config, groups, samples.processor)
-            sets = make_sets(context, engine, samples.processor, scorers, judge)
+            asked = make_sets(context, engine, samples.processor, scorers)
+            sets = [each for each in asked if each.has_answers]
         evaluate = partial(evaluate_actor, context, actor, engine, sets, losses)
         train_sft(context, actor, samples, evaluate if losses or sets else None)
         export(context, actor)

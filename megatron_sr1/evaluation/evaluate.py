@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -126,6 +129,11 @@ class HeldOut:
         self._indices = range(len(self._samples))[: limit or None]
         self.skipped = 0
 
+    @property
+    def has_answers(self) -> bool:
+        """True if the first sample has a gold answer: conversations have a loss alone."""
+        return self._samples.example(0).answer is not None
+
     def evaluate(self, name: str, resume: bool = False) -> dict[str, float]:
         """Answer the questions and save every verdict in `eval/{name}.jsonl`; collective.
 
@@ -138,13 +146,12 @@ class HeldOut:
         """
         context, chunk = self._context, self._context.config.evaluation.chunk_prompts
         target = context.run_dir / f"eval/{name}.jsonl"
-        written = _Lines(target, context.is_writer)
-        lines = self._judged(written.read() if resume else [])
-        written.start(lines)
-        verdicts = gather_objects([verdicts_of(line) for line in lines], context.groups.world)[0]
+        per_question = self._rollout.samples_per_prompt
+        written = _Lines(target, context.is_writer, per_question if resume else 0)
+        verdicts = gather_objects(written.verdicts, context.groups.world)[0]
         seen = {row["index"] for row in verdicts}
         left = [index for index in self._indices if index not in seen]
-        self.skipped, ungraded = 0, list[Scored]()
+        self.skipped, ungraded, started = 0, list[Scored](), time.monotonic()
         for start in range(0, len(left), chunk):
             with context.phase("evaluate"):
                 usable, limits = self._answer(left[start : start + chunk])
@@ -157,9 +164,11 @@ class HeldOut:
                 context.show_answers(self.name, lines, self._samples.images)
             self._samples.forget()
             if len(left) > chunk:
-                done = len(self._indices) - len(left) + min(start + chunk, len(left))
-                log.info("%s: %d of %d questions", name, done, len(self._indices))
-        if ungraded and not written.verdicts:
+                asked = min(start + chunk, len(left))
+                seconds = (time.monotonic() - started) / asked * (len(left) - asked)
+                done = len(seen) + asked, len(seen) + len(left)
+                log.info("%s: %d of %d questions, %.0f s left", name, *done, seconds)
+        if ungraded and not verdicts:
             log.warning("NO QUESTION COULD BE GRADED; all count as wrong, see the warnings above")
             lines = self._judged(self._lines(ungraded))
             written.append(lines)
@@ -217,26 +226,25 @@ class HeldOut:
 class _Lines:
     """The file of an evaluation while it grows: `NAME.jsonl.partial`, renamed when it is whole."""
 
-    def __init__(self, target: Path, is_writer: bool) -> None:
-        """Touch no file yet."""
+    Attributes:
+        verdicts: of the lines that are there; on the writer.
+    """
+
+    def __init__(self, target: Path, is_writer: bool, per_question: int) -> None:
+        """Continue the file with its whole questions, of `per_question` lines; 0 starts it anew."""
         self._target, self._is_writer = target, is_writer
         self._partial = target.with_name(f"{target.name}.partial")
-
-    def read(self) -> Lines:
-        """Return the lines of an earlier start, to be judged again; one cut by a kill is left out.
-
-        The judge's cache has the verdicts, and its settings may be others now.
-        """
-        if not self._is_writer:
-            return []
-        found = read_lines(self._target if self._target.exists() else self._partial)
-        return [{name: line[name] for name in line if name not in JUDGED} for line in found]
-
-    def start(self, lines: Lines) -> None:
-        """Start the file anew with the lines that are there."""
-        if self._is_writer:
-            self._target.parent.mkdir(parents=True, exist_ok=True)
-            write_text(self._partial, _text(lines))
+        self.verdicts: Lines = []
+        if not is_writer:
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lines: Lines = []
+        if per_question:
+            lines = read_lines(target if target.exists() else self._partial)
+            found = Counter(line["index"] for line in lines)
+            lines = [line for line in lines if found[line["index"]] == per_question]
+        self.verdicts = [verdicts_of(line) for line in lines]
+        write_text(self._partial, _text(lines))
 
     def append(self, lines: Lines) -> None:
         """Add the lines of whole questions."""
