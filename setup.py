@@ -6,6 +6,7 @@ CORE = [
     "torch>=2.13",
     "megatron-core>=0.16.1,<0.20",
     "transformers>=5.16.1,<5.20",
+    "huggingface_hub>=2,<3",
     "safetensors>=0.5",
     "omegaconf>=2.3",
     "openai>=2",
@@ -48,7 +49,10 @@ setup(
         # makes. It imports leptonai.api.v1, which leptonai 0.47 no longer has, and asks for no
         # upper bound.
         "slurm": ["nemo-run==0.11.1", "leptonai>=0.26.6,<0.28", "omegaconf>=2.3"],
+        # tools/make_shards.py hf:OWNER/NAME@SPLIT
+        "hub": ["datasets>=4.4,<6"],
         "dev": [
+            "datasets>=4.4,<6",
             "dashscope>=2",  # for Qwen's vocabulary, a file of it; never imported
             "pytest>=9",
             "pytest-xdist>=3.8",
