@@ -27,6 +27,7 @@ setup(
     "vision-language models (Vision-SR1)",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_sr1", "megatron_sr1.*"]),
+    package_data={"megatron_sr1.data": ["templates/*.jinja"]},
     install_requires=CORE,
     extras_require={
         # The engine on a CPU. Its torch pins need the steps of tools/make_env.py (`make env`).

@@ -16,6 +16,7 @@ from pathlib import Path
 from megatron_sr1.checkpoint.folders import latest_step, resolve_model
 from megatron_sr1.checkpoint.mapping import check_freeze
 from megatron_sr1.config.run import Config
+from megatron_sr1.data.prompts import template_texts
 from megatron_sr1.data.shards import ShardReader, first_with_image
 from megatron_sr1.errors import ConfigError, DataError
 from megatron_sr1.model.hf_config import HFConfig, check_layout, read_hf_config
@@ -62,7 +63,19 @@ def dry_run(config: Config) -> str:
             f"engine      tensor parallel {rollout.tensor_parallel}, {rollout.max_num_seqs} slots "
             f"of {rollout.max_model_len} tokens, pass 2 {rollout.pass2}"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *_prompts(config)])
+
+
+def _prompts(config: Config) -> list[str]:
+    """Show the prompts of the first sample, if the model's files and the data exist."""
+    sets = [each.path for each in config.evaluation.sets.values()]
+    folder = config.data.train if config.stage != "eval" else sets[0]
+    path = config.model.path
+    if not Path(path).exists() or not has_weights(path) or not folder or not Path(folder).exists():
+        return []
+    from megatron_sr1.trainer.preview import first_prompts  # imports torch
+
+    return first_prompts(config, folder)
 
 
 def _model(config: Config, hf_config: HFConfig | None) -> str:
@@ -184,6 +197,7 @@ def check_run(config: Config, num_ranks: int) -> list[str]:
     What would stop the run raises its SR1Error. `num_ranks` is 0 if the launch decides.
     """
     check_output(config)
+    template_texts(config.data)  # raises if one cannot be used
     replica = config.parallel.replica_size
     if num_ranks % replica:
         raise ConfigError(

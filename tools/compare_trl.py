@@ -56,14 +56,14 @@ def run_trl(model: str, data: str, num_steps: int, result: Path) -> None:
     from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from megatron_sr1.data.prompts import pass1_messages
+    from megatron_sr1.data.prompts import Prompts
     from megatron_sr1.data.shards import ShardReader
+    from megatron_sr1.demo.digits import PROMPTS
 
-    reader = ShardReader(data)
-    rows = []
+    reader, prompts, rows = ShardReader(data), Prompts(PROMPTS, "vision_sr1"), []
     for index in range(32 * num_steps):
         example, image = reader.example(index), reader.images(index)[0]
-        parts = pass1_messages(example, "vision_sr1", "brief")[0]["content"]
+        parts = prompts.pass1_messages(example)[0]["content"]
         text = "".join(part["text"] for part in parts if part["type"] == "text")
         prompt = [{"role": "user", "content": text}]
         rows.append({"prompt": prompt, "image": image, "gold": str(example.answer)})

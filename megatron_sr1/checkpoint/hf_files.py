@@ -30,6 +30,8 @@ from megatron_sr1.errors import CheckpointError
 
 HEADER_SUFFIX = ".header"  # of a weight file's header, where the weights are kept elsewhere
 MAX_HEADER_BYTES = 100_000_000
+CHAT_TEMPLATE = "chat_template.jinja"
+OLD_CHAT_TEMPLATE = "chat_template.json"  # if there is one, it is preferred
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -108,6 +110,15 @@ class HFSource:
         self.copy_other_files(target)
         for name, header in self.headers.items():
             (target / (name + HEADER_SUFFIX)).write_bytes(header)
+
+    def copy_with_chat_template(self, template: Path, target: Path) -> None:
+        """Copy as `copy_without_weights`, a file in place of the chat template; on one rank."""
+        partial = target.with_name(f".{target.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        self.copy_without_weights(partial)
+        (partial / OLD_CHAT_TEMPLATE).unlink(missing_ok=True)
+        shutil.copyfile(template, partial / CHAT_TEMPLATE)
+        replace_directory(partial, target)
 
     def _weight_files(self) -> list[str]:
         index = self.directory / INDEX

@@ -41,6 +41,8 @@ RENAMED = {
     "reward.max_ungraded": "reward.max_ungraded_share, a share of each step's prompts",
     "data.eval": "evaluation.sets.NAME.path, with a name of your choice for the set",
     "data.eval_limit": "evaluation.max_samples",
+    "data.prompt_style": "data.pass1_template and data.pass2_template, each full or brief",
+    "rollout.pass2_order": "data.pass2_template, such as full_description_first",
 }
 """Old key -> the new one and what it takes; using an old one is an error that names the new one."""
 NAME = re.compile("[A-Za-z0-9][A-Za-z0-9_-]*")

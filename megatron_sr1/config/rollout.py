@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron_sr1.config.fields import choice, number
+
+BOXED = "boxed"
+r"""Name of an answer's span that is `\boxed{…}`."""
 
 
 @dataclass
@@ -25,9 +28,6 @@ class RolloutConfig:
     """Token limit of a response in pass 1."""
     pass2: str = choice("fork", "fork", "barrier")
     """When pass 2 of a response starts: fork (after its description), barrier (after pass 1)."""
-    pass2_order: str = choice("question_first", "question_first", "description_first")
-    """Order of the pass-2 prompt: question_first (responses to a prompt share a prefix, which the
-    prefix cache reuses), description_first (as published, and as the demo's model is trained)."""
     pass2_mode: str = choice("generate", "generate", "likelihood")
     """How a description is judged: generate (by answers sampled from it), likelihood (by the
     likelihood of the gold answer given the description, from prefill alone)."""
@@ -66,12 +66,28 @@ class RolloutConfig:
 
 
 @dataclass
+class SpansConfig:
+    r"""The spans of a response; one with the name NAME is `<NAME>…</NAME>`."""
+
+    description: str = "description"
+    """Name of the span that describes the image."""
+    think: str = "think"
+    """Name of the span with the thoughts."""
+    answer: str = BOXED
+    r"""Name of the span with the answer; boxed is LaTeX's `\boxed{…}`."""
+    think_first: bool = False
+    """The thoughts come first, before a description, and their opening mark may be in the prompt:
+    for models whose chat template opens `<think>` itself, such as Qwen3's."""
+
+
+@dataclass
 class RewardConfig:
     """What is rewarded, and how answers are graded."""
 
     recipe: str = choice("vision_sr1", "vision_sr1", "see_think", "vision_r1")
     """Form of the response: vision_sr1 (description, thought, answer; with self-reward), see_think
     (the same without self-reward), vision_r1 (thought, answer)."""
+    spans: SpansConfig = field(default_factory=SpansConfig)
     function: str = ""
     """FILE.py:NAME of a function that grades answers in place of the grader, from 0 to 1, in pass 1
     and pass 2 alike (docs/reward.md); empty: the grader."""

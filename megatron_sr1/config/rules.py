@@ -12,11 +12,13 @@ from urllib.parse import urlsplit
 
 from megatron_sr1.config.endpoint import EndpointConfig
 from megatron_sr1.config.fields import check_setting, settings
+from megatron_sr1.config.rollout import SpansConfig
 from megatron_sr1.config.run import Config
 from megatron_sr1.errors import ConfigError
 
 LARGEST_BETA2 = 0.995
 """Of a second moment in bfloat16: with 8 bits, v * beta2 rounds back to v beyond 1 - 2^-8."""
+TAG = re.compile("[A-Za-z][A-Za-z0-9_-]*")
 Broken = Iterator[str]
 
 
@@ -26,7 +28,7 @@ def validate(config: Config) -> None:
         check_setting(key, each, value)
     groups: list[Callable[[Config], Broken]] = [_model, _memory, _run, _evaluation]
     has_engine = config.stage != "sft" or config.evaluation.generate
-    groups += [_pass2, _rollout] if has_engine else []
+    groups += [_prompts, _pass2, _rollout] if has_engine else []
     groups += [_algorithm] if config.stage == "grpo" else []
     for rules in groups:
         for message in rules(config):
@@ -134,20 +136,22 @@ def _evaluation(config: Config) -> Broken:
         yield f"{keys}, but evaluation.sets is empty: name a set, evaluation.sets.NAME.path=DIR"
 
 
-def _endpoint(key: str, endpoint: EndpointConfig) -> Broken:
-    """Check an endpoint that is asked."""
-    try:
-        url = urlsplit(endpoint.base_url)
-        is_address = url.scheme in ("http", "https") and bool(url.hostname)
-    except ValueError:  # such as an unclosed bracket
-        is_address = False
-    if not is_address:
-        yield f"{{{key}.base_url}}; expected an address such as http://127.0.0.1:8000/v1"
-    if url.username or url.password or url.query:
-        reason = "it would be written to files; name a variable that holds the key"
-        yield f"{key}.base_url has a user, a password or a query: {reason}, {key}.api_key_env"
-    if not endpoint.model:
-        yield f"{key}.model is not set; name the model at {{{key}.base_url}}"
+def _prompts(config: Config) -> Broken:
+    data, spans = config.data, config.reward.spans
+    names = [spans.description, spans.think, spans.answer]
+    for key in ("description", "think", "answer"):
+        if not TAG.fullmatch(getattr(spans, key)):
+            expected = "expected the name of a tag: a letter, then letters, digits, _ and -"
+            yield f"{{reward.spans.{key}}}; {expected}, such as {key}"
+    if len(set(names)) < len(names):
+        yield (
+            "{reward.spans.description}, {reward.spans.think}, {reward.spans.answer}: expected "
+            "three different names, as each marks a span of its own"
+        )
+    for key in ("pass1_template", "pass2_template") if spans != SpansConfig() else ():
+        if getattr(data, key).partition("_")[0] == "full":
+            wanted = "<description>, <think> and \\boxed{}, and reward.spans has others"
+            yield f"{{data.{key}}} asks for {wanted}; give a template of your own (docs/prompts.md)"
 
 
 def _pass2(config: Config) -> Broken:

@@ -17,8 +17,22 @@ class DataConfig:
     """GRPO: prompts per rollout step. SFT: sequences per update."""
     shuffle: bool = True
     """Shuffle the samples of each epoch, with the run's seed."""
-    prompt_style: str = choice("full", "full", "brief")
-    """Instructions in the prompt: full (published models), brief (such as the demo's model)."""
+    pass1_template: str = "full"
+    """Prompt of pass 1: full (for published models), brief (a model trained with it, such as the
+    demo's), or the path of a Jinja file (docs/prompts.md)."""
+    pass2_template: str = "full"
+    """Prompt of pass 2: full or brief (the question first, so that responses to a prompt share a
+    prefix, which the prefix cache reuses), full_description_first or brief_description_first (the
+    order published), or the path of a Jinja file."""
+    system_prompt: str = ""
+    """System turn of both passes, and of conversations without one; empty: what the chat template
+    writes by itself."""
+    image_position: str = choice("keep", "keep", "first", "last")
+    """Where the only image of a question is: keep (at its mark), first (before the question's
+    text), last (after it, before what the template adds, as published)."""
+    chat_template: str = ""
+    """Path of a Jinja file that replaces the model's chat template and is exported with the model;
+    empty: the model's own."""
     packing: bool = True
     """Pack several sequences into a micro-batch; false: one sequence per micro-batch."""
     pack_tokens: int = number(8192, at_least=1)

@@ -9,28 +9,25 @@ Markers that the chat template writes (`<|im_start|>`, one `<|image_pad|>` per i
 tokens. The same characters inside a question, a description or an answer are tokenised as plain
 text, so a data set can neither end a turn nor refer to an image that it does not have. Other text
 gets the same ids as from transformers' `apply_chat_template`. A template is a program that comes
-with the model: it runs in transformers' sandbox, and within a time limit, which the sandbox lacks.
+with the model: it runs in transformers' sandbox, and within the limits of data/sandbox.py.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import re
-import signal
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from megatron_sr1.data.guards import MAX_TEXT_CHARACTERS, printable, read_json, shown
-from megatron_sr1.data.images import ImageSize, largest_pixels
+from megatron_sr1.data.guards import printable, read_json, shown
+from megatron_sr1.data.images import largest_pixels
 from megatron_sr1.data.prompts import ChatMessage, chat_messages
+from megatron_sr1.data.sandbox import read_template, render
 from megatron_sr1.errors import ConfigError, DataError
 from megatron_sr1.records import Example, Message, Prompt, TrainSample, VisionInputs
 from megatron_sr1.runtime.cpu import patch_torchvision
@@ -38,9 +35,6 @@ from megatron_sr1.runtime.cpu import patch_torchvision
 IMAGE_PAD = "<|image_pad|>"
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", IMAGE_PAD, "<|video_pad|>")
 Grid = tuple[int, int, int]
-TEMPLATE_SECONDS = 10.0
-"""Limit of processor time per rendering; usual templates take milliseconds."""
-MAX_RENDERED_CHARACTERS = 4 * MAX_TEXT_CHARACTERS
 _DEFUSE = "\ue0de"
 """Private-use character; inserted into a special token's name, it turns the name into text."""
 
@@ -49,16 +43,22 @@ class Processor:
     """Tokenizer, chat template and image processor of a model directory."""
 
     def __init__(
-        self, model_dir: str | Path, min_pixels: int | None = None, max_pixels: int | None = None
+        self,
+        model_dir: str | Path,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        chat_template: str = "",
     ) -> None:
         """Read a Hugging Face directory.
 
         The image area after resizing is `min_pixels` to `max_pixels`, before sides are rounded to
         patches; None: the model's own limit, in preprocessor_config.json or, as transformers 5
-        saves it, processor_config.json.
+        saves it, processor_config.json. The file `chat_template` replaces the model's chat
+        template.
 
         Raises:
-            ConfigError: the pixel limits exclude each other or leave a small image without a patch.
+            ConfigError: the pixel limits exclude each other or leave a small image without a patch,
+                or the file of the chat template cannot be read.
             DataError: files cannot be read, or the chat template or the image token is missing.
         """
         self.model_dir = Path(model_dir)
@@ -82,8 +82,13 @@ class Processor:
         self._special = special = {t.content: int(i) for i, t in added.items() if t.special}
         names = sorted(special, key=len, reverse=True)
         self._pattern = re.compile(f"({'|'.join(map(re.escape, names))})")
-        self._template = _read_template(self.model_dir, self.tokenizer)
-        self._render(chat_messages([Message("user", "?")]), generate=True)  # as a check
+        self._template_name = f"{self.model_dir}: the chat template"
+        if chat_template:
+            self._template_name = f"data.chat_template={chat_template}: the chat template"
+            self._template = read_template("data.chat_template", chat_template)
+        else:
+            self._template = _chat_template(self.model_dir, self.tokenizer)
+        self._shortest = self._render(chat_messages([Message("user", "?")]), generate=True)
         if IMAGE_PAD not in special:
             raise DataError(
                 f"{model_dir}: the tokenizer has no special token {IMAGE_PAD}; expected the "
@@ -100,6 +105,10 @@ class Processor:
         """Tokens of the largest image, which rounding can make larger than `max_pixels`."""
         side = self._patch_side
         return largest_pixels(self.min_pixels, self.max_pixels, side) // side**2
+
+    def prompt_ends_with(self, mark: str) -> bool:
+        """Return True if the chat template writes this text at the end of a prompt."""
+        return self._shortest.rstrip().endswith(mark)
 
     def encode_prompt(
         self, example: Example, images: Sequence[Image.Image], messages: Sequence[ChatMessage]
@@ -206,21 +215,14 @@ class Processor:
 
     def _render(self, messages: Sequence[ChatMessage], generate: bool) -> str:
         """Render the messages; special tokens inside their text are defused."""
-        try:
-            with _time_limit(TEMPLATE_SECONDS):
-                text = self.tokenizer.apply_chat_template(
-                    [self._defused(m) for m in messages],
-                    chat_template=self._template,
-                    tokenize=False,
-                    add_generation_prompt=generate,
-                )
-        except Exception as error:  # a template can raise anything, as can the sandbox
-            reason = printable(f"{type(error).__name__}: {error}")
-            raise DataError(f"{self.model_dir}: the chat template fails: {reason}") from None
-        if len(text) > MAX_RENDERED_CHARACTERS:
-            limit = f"{len(text)} characters; the limit is {MAX_RENDERED_CHARACTERS}"
-            raise DataError(f"{self.model_dir}: the chat template writes {limit}")
-        return text
+        call = functools.partial(
+            self.tokenizer.apply_chat_template,
+            [self._defused(m) for m in messages],
+            chat_template=self._template,
+            tokenize=False,
+            add_generation_prompt=generate,
+        )
+        return render(call, self._template_name)
 
     def _defused(self, message: ChatMessage) -> ChatMessage:
         parts = [dict(part) for part in message["content"]]
@@ -298,26 +300,7 @@ def _end_token_ids(directory: Path, tokenizer: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(i for i in ids if i is not None))
 
 
-@contextlib.contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError after this much processor time, which does not depend on machine load."""
-    if threading.current_thread() is not threading.main_thread():  # only it receives signals
-        yield
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"not finished after {seconds:g} s")
-
-    before = signal.signal(signal.SIGPROF, stop)
-    left, _ = signal.setitimer(signal.ITIMER_PROF, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, left)  # the caller's own timer; 0: none
-        signal.signal(signal.SIGPROF, before)
-
-
-def _read_template(directory: Path, tokenizer: Any) -> str:
+def _chat_template(directory: Path, tokenizer: Any) -> str:
     path = directory / "chat_template.json"
     if path.is_file():  # preferred, as it supports images
         value = read_json(path)
@@ -327,7 +310,8 @@ def _read_template(directory: Path, tokenizer: Any) -> str:
     if not tokenizer.chat_template:
         raise DataError(
             f"{directory}: no chat template (chat_template.jinja, chat_template.json or in "
-            "tokenizer_config.json); take the directory of an instruction-tuned model"
+            "tokenizer_config.json); take the directory of an instruction-tuned model, or set "
+            "data.chat_template"
         )
     try:
         return tokenizer.get_chat_template()

@@ -1,111 +1,184 @@
-"""Prompts: the messages of each pass, and the conversion of turns to chat messages.
+"""Prompts: the messages of each pass by Jinja templates, and turns as chat messages.
 
-The form (three spans, a self-contained description, a reader without the image) is that of arXiv
-2508.19652, section 3; the wording is this project's own.
+In: samples, and the templates that `data` names: built-in ones, which are files in templates/, or
+files of the user's. Out: chat messages. The form (three spans, a self-contained description, a
+reader without the image) is that of arXiv 2508.19652, section 3; the wording is this project's own.
+
+What a template writes is text: image marks come from the question alone, each as one private
+character that no other text has, so neither a template nor a data set adds an image.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from megatron_sr1.config.training import DataConfig
 from megatron_sr1.data.examples import ESCAPED_MARK, IMAGE_MARK, escape_marks, split_at_marks
-from megatron_sr1.errors import DataError
+from megatron_sr1.data.sandbox import compile_template, read_template, render
+from megatron_sr1.errors import ConfigError, DataError
 from megatron_sr1.records import Example, Message
 
 ChatMessage = dict[str, Any]
 """{"role": str, "content": [{"type": "text", "text": str} | {"type": "image"}, …]}"""
-_DESCRIBE = (
-    "Work in three parts and write nothing outside them. First, between <description> and "
-    "</description>, put down everything in the image that bears on the question: objects, "
-    "text, numbers, positions and relations, so complete that somebody who never sees the image "
-    "could settle the question from your words; do not solve it there. Next, between <think> and "
-    "</think>, reason step by step. Last, give the final answer alone in \\boxed{}."
-)
-_THINK = (
-    "First reason step by step between <think> and </think>. Then give the final answer alone in "
-    "\\boxed{}, and nothing after it."
-)
-_READ = (
-    "The image is not available to you. What it shows is told in the description; rely on that "
-    "alone. "
-)
-_BRIEF = "Describe, think, answer."
-PASS1_INSTRUCTIONS: Mapping[str, Mapping[str, str]] = {
-    "full": {"vision_sr1": _DESCRIBE, "see_think": _DESCRIBE, "vision_r1": _THINK},
-    "brief": {"vision_sr1": _BRIEF, "see_think": _BRIEF, "vision_r1": "Think, answer."},
-}
-"""By style and recipe: `full` for published models, `brief` for a model trained with it."""
-PASS2_TEMPLATES: Mapping[str, Mapping[str, tuple[str, str, str]]] = {
-    "full": {
-        "question_first": (
-            f"{_READ}{_THINK}\n\nQuestion about an image:\n",
-            "\n\nDescription of the image:\n",
-            "",
-        ),
-        "description_first": (
-            "Description of an image:\n",
-            "\n\nQuestion about the image:\n",
-            f"\n\n{_READ}{_THINK}",
-        ),
-    },
-    "brief": {
-        "question_first": ("Think, answer.\n", "\nRead: ", ""),
-        "description_first": ("Read: ", "\n", "\nThink, answer."),
-    },
-}
-"""By style and order: the text before, between and after the question and the description."""
+Options = Callable[[str], Mapping[str, str]]
+"""Question -> the text of its options by label."""
+TEMPLATES = Path(__file__).parent / "templates"
+VARIABLES = ("question", "content", "options", "images", "metadata", "recipe")
+"""What a template may use; `content` is the question, and pass 2 has `description` too."""
+_IMAGE = "\ue0da"
+"""Private-use character: an image mark while a template is rendered."""
 
 
-def pass1_messages(example: Example, recipe: str, style: str = "full") -> list[ChatMessage]:
-    """Return the chat messages of pass 1: the turns up to the last user turn, then the instruction.
+class PromptTemplate:
+    """The template of one pass.
 
-    `recipe` and `style` are keys of `PASS1_INSTRUCTIONS`.
-
-    Raises:
-        DataError: there are image marks after the last user turn.
+    Attributes:
+        name: key and value, for messages.
+        source: its text.
+        variables: names of those that it uses.
     """
-    gap = "\n" if style == "brief" else "\n\n"
-    last = max(i for i, m in enumerate(example.messages) if m.role == "user")
-    asked = example.messages[last].content.rstrip()
-    turn = Message("user", f"{asked}{gap}{PASS1_INSTRUCTIONS[style][recipe]}")
-    messages = chat_messages([*example.messages[:last], turn])
-    found = sum(part["type"] == "image" for m in messages for part in m["content"])
-    if found != example.num_images:
-        raise DataError(
-            f"{found} {IMAGE_MARK} marks up to the last user turn, {example.num_images} images; "
-            "images of later turns cannot be asked about"
+
+    def __init__(self, key: str, value: str) -> None:
+        """Read the template of `data.pass1_template` or `data.pass2_template`.
+
+        Args:
+            key: name of the field in `data`.
+            value: a built-in template's name, or the path of a file.
+
+        Raises:
+            ConfigError: it cannot be read or does not parse, does not use the question (in pass 2,
+                the description), or uses a variable that does not exist.
+        """
+        which = key.removesuffix("_template")
+        known = VARIABLES if which == "pass1" else (*VARIABLES, "description")
+        built_in = {p.stem.removeprefix(f"{which}_"): p for p in TEMPLATES.glob(f"{which}_*")}
+        self.name = f"data.{key}={value}"
+        if value not in built_in and not Path(value).is_file():
+            names = " | ".join(sorted(built_in, key=len))
+            raise ConfigError(f"{self.name}: no such file; expected {names}, or a Jinja file")
+        path = str(built_in.get(value, value))
+        self.source = read_template(f"data.{key}", path).strip()
+        try:
+            self._template, self.variables = compile_template(self.source, self.name)
+        except DataError as error:
+            raise ConfigError(str(error)) from None
+        unknown = sorted(self.variables.difference(known))
+        if unknown:
+            raise ConfigError(f"{self.name} uses {', '.join(unknown)}; it has {', '.join(known)}")
+        needed = {"question": {"question", "content"}, "description": {"description"}}
+        for word in [word for word in needed if word in known]:
+            if self.variables.isdisjoint(needed[word]):
+                raise ConfigError(f"{self.name} does not write the {word}: {{{{ {word} }}}}")
+
+    def render(self, **variables: Any) -> str:
+        """Return the text for these values; a DataError names the template."""
+        return render(lambda: self._template.render(variables), self.name)
+
+
+class Prompts:
+    """Makes the messages of both passes, as `data` configures them.
+
+    Attributes:
+        pass1, pass2: the templates.
+    """
+
+    def __init__(self, data: DataConfig, recipe: str, options: Options | None = None) -> None:
+        """Read the templates; without `options`, questions have none. Raises ConfigError."""
+        self._data, self._recipe = data, recipe
+        self._options: Options = options or (lambda question: {})
+        self.pass1 = PromptTemplate("pass1_template", data.pass1_template)
+        self.pass2 = PromptTemplate("pass2_template", data.pass2_template)
+
+    def pass1_messages(self, example: Example) -> list[ChatMessage]:
+        """Return the chat messages of pass 1: the turns up to the last user turn, with the prompt.
+
+        Raises:
+            DataError: there are image marks after the last user turn, or the template fails or
+                does not write each image mark of the question once.
+        """
+        turns = with_system_turn(example, self._data.system_prompt).messages
+        last = max(i for i, turn in enumerate(turns) if turn.role == "user")
+        question = self._with_images(split_at_marks(turns[last]))
+        messages = chat_messages(turns[:last])
+        found = sum(part["type"] == "image" for m in messages for part in m["content"])
+        if found + question.count(_IMAGE) != example.num_images:
+            raise DataError(
+                f"{found + question.count(_IMAGE)} {IMAGE_MARK} marks up to the last user turn, "
+                f"{example.num_images} images; images of later turns cannot be asked about"
+            )
+        asked = self._render(self.pass1, example, question)
+        if asked.count(_IMAGE) != question.count(_IMAGE):
+            raise DataError(
+                f"{self.pass1.name} writes {asked.count(_IMAGE)} image marks and the question has "
+                f"{question.count(_IMAGE)}; write {{{{ question }}}} once and whole"
+            )
+        return [*messages, {"role": "user", "content": _content(asked.split(_IMAGE))}]
+
+    def pass2_messages(self, example: Example, description: str) -> list[ChatMessage]:
+        """Return the chat messages of pass 2: text only, with a system turn if one is configured.
+
+        Image marks of the question are removed; `<image>` in the description stays text.
+        """
+        question = strip_image_marks(example.question)
+        text = self._render(self.pass2, example, question, description=description.strip())
+        asked = {"role": "user", "content": [{"type": "text", "text": text}]}
+        return [*chat_messages(_system_turn(self._data.system_prompt)), asked]
+
+    def _with_images(self, texts: Sequence[str]) -> str:
+        """Join the texts between a question's image marks, the only mark where configured."""
+        if self._data.image_position == "keep" or len(texts) != 2:
+            return _IMAGE.join(texts).rstrip()
+        text = "".join(texts).strip()
+        return _IMAGE + text if self._data.image_position == "first" else text + _IMAGE
+
+    def _render(
+        self, template: PromptTemplate, example: Example, question: str, **more: str
+    ) -> str:
+        has_options = "options" in template.variables
+        return template.render(
+            question=question,
+            content=question,
+            options=self._options(example.question) if has_options else {},
+            images=example.num_images,
+            metadata=example.metadata,
+            recipe=self._recipe,
+            **more,
         )
-    return messages
 
 
-def pass2_messages(
-    question: str, description: str, style: str = "full", order: str = "question_first"
-) -> list[ChatMessage]:
-    """Return the chat messages of pass 2: one user turn with one text part.
+def template_texts(data: DataConfig) -> list[str]:
+    """Return the texts of the templates that `data` names, which are the prompts' wording."""
+    prompts = Prompts(data, "vision_sr1")
+    chat = read_template("data.chat_template", data.chat_template) if data.chat_template else ""
+    return [prompts.pass1.source, prompts.pass2.source, chat]
 
-    Image marks of the question are removed; `<image>` in the description stays text. `style` and
-    `order` are keys of `PASS2_TEMPLATES`: question_first lets the engine's prefix cache serve what
-    the descriptions of a prompt share, description_first is that of arXiv 2508.19652.
-    """
-    before, between, after = PASS2_TEMPLATES[style][order]
-    parts = [strip_image_marks(question), description.strip()]
-    first, second = parts if order == "question_first" else reversed(parts)
-    text = f"{before}{first}{between}{second}{after}"
-    return [{"role": "user", "content": [{"type": "text", "text": text}]}]
+
+def with_system_turn(example: Example, system_prompt: str) -> Example:
+    """Return an example that begins with a system turn: its own, or one with this text, if any."""
+    if any(turn.role == "system" for turn in example.messages):
+        return example
+    return replace(example, messages=(*_system_turn(system_prompt), *example.messages))
+
+
+def _system_turn(text: str) -> tuple[Message, ...]:
+    return (Message("system", escape_marks(text)),) if text else ()
 
 
 def chat_messages(turns: Sequence[Message]) -> list[ChatMessage]:
     """Convert turns with `<image>` marks to chat messages with image parts."""
-    messages = []
-    for turn in turns:
-        parts: list[dict[str, str]] = []
-        for text in split_at_marks(turn):
-            parts += [{"type": "image"}, {"type": "text", "text": text}]
-        content = [part for part in parts[1:] if part.get("text") != ""]
-        messages.append({"role": turn.role, "content": content})
-    return messages
+    return [{"role": turn.role, "content": _content(split_at_marks(turn))} for turn in turns]
+
+
+def _content(texts: Sequence[str]) -> list[dict[str, str]]:
+    """Return texts as the parts of a chat message, with an image between every two of them."""
+    parts: list[dict[str, str]] = []
+    for text in texts:
+        parts += [{"type": "image"}, {"type": "text", "text": text}]
+    return [part for part in parts[1:] if part.get("text") != ""]
 
 
 def strip_image_marks(question: str) -> str:

@@ -19,13 +19,15 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from megatron_sr1.config.training import DataConfig
 from megatron_sr1.data.examples import IMAGE_MARK, Record
-from megatron_sr1.data.prompts import flat_text, pass1_messages, pass2_messages
+from megatron_sr1.data.prompts import Prompts, flat_text
 from megatron_sr1.data.shards import write_shards
 from megatron_sr1.records import Example, Message
 
@@ -34,10 +36,8 @@ QUESTIONS = {"sum": "What is the sum?"} | {
 }
 KINDS = tuple(QUESTIONS)
 Digits = Sequence[int]
-STYLE = "brief"
-"""Prompt style that the digits model is trained with (`data.prompt_style`)."""
-PASS2_ORDER = "description_first"
-"""Order of the pass-2 prompt that it is trained with (`rollout.pass2_order`)."""
+PROMPTS = DataConfig(pass1_template="brief", pass2_template="brief_description_first")
+"""Has the prompts that the digits model is trained with."""
 NUM_TRAIN_DIGITS = 1437
 NUM_CORPUS_TEXTS = 2000
 DIGITS_PER_IMAGE = 3
@@ -202,13 +202,20 @@ def _conversation(
 ) -> tuple[Message, ...]:
     """Return the user and assistant turns of one of the cold start's formats."""
     if form == "reader":
-        asked = pass2_messages(QUESTIONS[kind], _spaced(digits), STYLE, PASS2_ORDER)
+        turn = Message("user", QUESTIONS[kind])
+        read = Example(-1, "", "", (turn,), None, 0)
+        asked = _prompts("vision_sr1").pass2_messages(read, _spaced(digits))
     else:
         turn = Message("user", IMAGE_MARK + QUESTIONS[kind])
-        asked = pass1_messages(Example(-1, "", "", (turn,), None, 1), form, STYLE)
+        asked = _prompts(form).pass1_messages(Example(-1, "", "", (turn,), None, 1))
     shown = described if form == "vision_sr1" else None
     answer = response(kind, digits, shown, answered)
     return Message("user", flat_text(asked[0])), Message("assistant", answer)
+
+
+@cache
+def _prompts(recipe: str) -> Prompts:
+    return Prompts(PROMPTS, recipe)
 
 
 def _spaced(digits: Digits) -> str:

@@ -20,12 +20,10 @@ from typing import Any
 
 from megatron_sr1.checkpoint.folders import fingerprint, resolve_model
 from megatron_sr1.data.processor import Processor
-from megatron_sr1.evaluation.judge import Judge
+from megatron_sr1.data.prompts import template_texts
 from megatron_sr1.evaluation.results import evaluation_line, set_rates, verdicts_of
 from megatron_sr1.observability.metrics import read_lines
 from megatron_sr1.records import Prompt
-from megatron_sr1.rewards.agreement import JUDGED
-from megatron_sr1.rewards.response import find_description
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.rollout.two_pass import RolloutHooks, roll_out
@@ -182,7 +180,7 @@ class HeldOut:
         context, engine, samples = self._context, self._engine, self._samples
         has_pass2 = context.config.reward.recipe != "vision_r1"
         hooks = RolloutHooks(
-            find_description,
+            samples.find_description,
             samples.reading_prompt if has_pass2 else None,
             # The same seeds for every model, so that comparisons are paired.
             partial(request_seed, 0, -1),
@@ -273,7 +271,7 @@ def can_resume(context: Context) -> bool:
         own: dict[str, Any] = {n: asdict(getattr(config, n)) for n in ("data", "rollout", "reward")}
         own["model"] = fingerprint(resolve_model(config.model.path))
         own["evaluation"] = asdict(config.evaluation)
-        del own["evaluation"]["judge"]  # it does not change what was answered
+        own["prompts"] = template_texts(config.data)
         same = path.is_file() and json.loads(path.read_text()) == own
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(own, indent=2) + "\n")

@@ -19,6 +19,7 @@ from PIL import Image
 from megatron_sr1.errors import SR1Error
 from megatron_sr1.observability.sinks import Images
 from megatron_sr1.records import RIGHT_FROM
+from megatron_sr1.rewards.response import DEFAULT_MARKS, Marks, description_span
 
 log = logging.getLogger(__name__)
 Line = Mapping[str, Any]
@@ -133,13 +134,15 @@ def text(value: str | None, absent: str = "none") -> str:
     return escape(value.strip())
 
 
-def question_card(rule: str, runs: Mapping[str, Line], images: Images | None) -> str:
+def question_card(
+    rule: str, runs: Mapping[str, Line], images: Images | None, marks: Marks = DEFAULT_MARKS
+) -> str:
     """Show one question, selected by `rule`, with each run's response."""
-    said = [_response(name, line, _verdicts(line)) for name, line in runs.items()]
+    said = [_response(name, line, _verdicts(line), marks) for name, line in runs.items()]
     return _card(next(iter(runs.values())), rule, images, box("grid3", said))
 
 
-def rollout_card(lines: Sequence[Line], images: Images | None) -> str:
+def rollout_card(lines: Sequence[Line], images: Images | None, marks: Marks = DEFAULT_MARKS) -> str:
     """Show one prompt of a training step with its best and its worst response."""
     ordered = sorted(lines, key=lambda line: -line["advantage"])
     said = []
@@ -149,7 +152,7 @@ def rollout_card(lines: Sequence[Line], images: Images | None) -> str:
         verdicts += '<span class="bad">states the answer</span> ' if reward["leak"] else ""
         verdicts += f'<span class="soft">reward {reward["total"]:.2f}</span>'
         title = f"sample {line['sample']}, advantage {line['advantage']:+.2f}"
-        said.append(_response(title, line, verdicts))
+        said.append(_response(title, line, verdicts, marks))
     rule = f"best and worst of {len(lines)}" if len(lines) > 2 else f"{len(lines)} responses"
     return _card(lines[0], rule, images, box("grid2", said))
 
@@ -164,10 +167,10 @@ def _card(line: Line, rule: str, images: Images | None, said: str) -> str:
     return f'<article class="card sample">{head}{said}</article>'
 
 
-def _response(title: str, line: Line, verdicts: str) -> str:
+def _response(title: str, line: Line, verdicts: str, marks: Marks) -> str:
     rest = line["response"] or ""
-    if line["description"]:
-        rest = rest.split("</description>", 1)[-1]
+    if (span := description_span(rest, marks)) is not None:
+        rest = rest[: span.start] + rest[span.end :]
     return (
         f'<div class="said"><h3>{escape(title)}</h3><div class="tag">{verdicts}</div><dl>'
         f"<dt>saw</dt><dd>{text(line['description'], 'no description')}</dd>"

@@ -14,6 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from megatron_sr1.config.rollout import SpansConfig
 from megatron_sr1.data.shards import ShardReader
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.observability.metrics import each_line, read_lines
@@ -21,7 +22,7 @@ from megatron_sr1.records import RIGHT_FROM
 from megatron_sr1.report import page, panels
 from megatron_sr1.report.page import Images
 from megatron_sr1.report.panels import Lines
-from megatron_sr1.report.results import NOTE, RESULTS_FILE, results_html
+from megatron_sr1.rewards.response import DEFAULT_MARKS, Marks, marks_of
 from megatron_sr1.rewards.score import VERDICTS, rate
 from megatron_sr1.runtime import files
 
@@ -136,6 +137,7 @@ def _run_page(run_dir: Path) -> str:
     found = {name: read_verdicts(path) for name, path in files.items()}
     judged = {name: rows for name, rows in found.items() if rows}
     rollouts, name = _last_rollouts(run_dir), run_dir.resolve().name
+    marks = marks_of(SpansConfig(**config.get("reward", {}).get("spans", {})))
     facts = [config.get("stage"), config.get("reward", {}).get("recipe"), f"{len(lines)} steps"]
     tables = [panels.cross(f"held out, {name}", rows) for name, rows in judged.items()]
     if rollouts:
@@ -146,11 +148,11 @@ def _run_page(run_dir: Path) -> str:
     times = [panels.time_chart("Seconds per step", lines), panels.time_table({"a step": lines})]
     cards = []
     if rollouts:
-        cards = _rollout_cards(rollouts, images_in(config.get("data", {}).get("train", "")))
-    each = NUM_QUESTIONS_SHOWN if len(judged) <= MAX_BARS else 1
+        images = images_in(config.get("data", {}).get("train", ""))
+        cards = _rollout_cards(rollouts, images, marks)
     for folder in dict.fromkeys(folders.values()) if not rollouts else ():
         same = {name: rows for name, rows in judged.items() if folders[name] == folder}
-        cards += _question_cards(same, files, images_in(folder), each)
+        cards += _question_cards(same, images_in(folder), marks)
     body = [
         f"<h1>{page.text(name)}</h1>",
         f'<p class="soft">{page.text(", ".join(str(f) for f in facts if f))}</p>',
@@ -220,10 +222,19 @@ def _last_rollouts(run_dir: Path) -> Lines:
     return read_lines(steps[max(steps)]) if steps else []
 
 
-def read_verdicts(path: Path) -> Lines:
-    """Read the lines of an evaluation file without their texts."""
-    kept = ("index", *VERDICTS)
-    return [{name: line.get(name) for name in kept} for line in each_line(path)]
+def _question_cards(
+    judged: Mapping[str, Lines], images: Images | None, marks: Marks = DEFAULT_MARKS
+) -> list[str]:
+    """Show informative questions with the responses of each model or way of answering."""
+    if not judged:
+        return []
+    cards = []
+    for rule, index in pick_questions(judged):
+        lines = {
+            name: row for name, rows in judged.items() for row in rows if row["index"] == index
+        }
+        cards.append(page.question_card(rule, lines, images, marks))
+    return cards
 
 
 def _question_cards(
@@ -268,9 +279,10 @@ def pick_questions(
     return [(rule, index) for index, rule in chosen.items()]
 
 
-def _rollout_cards(rollouts: Lines, images: Images | None) -> list[str]:
+def _rollout_cards(rollouts: Lines, images: Images | None, marks: Marks) -> list[str]:
     """Show the first prompts of a training step."""
     prompts: dict[int, Lines] = {}
     for line in rollouts:
         prompts.setdefault(line["index"], []).append(line)
-    return [page.rollout_card(p, images) for p in list(prompts.values())[:NUM_PROMPTS_SHOWN]]
+    shown = list(prompts.values())[:NUM_PROMPTS_SHOWN]
+    return [page.rollout_card(lines, images, marks) for lines in shown]

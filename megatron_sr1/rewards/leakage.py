@@ -1,7 +1,7 @@
 r"""Detect descriptions that state the answer as a conclusion instead of what the image shows.
 
 A description must contain the value asked for if the image shows it (a digit, a colour, a label),
-so that alone is not a leak. A leak is a boxed answer, a description that consists of the answer
+so that alone is not a leak. A leak is a marked answer, a description that consists of the answer
 alone, or a sentence that concludes with it: "the answer is 7", "option B is correct", "…, so 7.",
 "3 + 4 = 7".
 
@@ -17,7 +17,7 @@ from functools import lru_cache
 
 from megatron_sr1.rewards.answers import clean, number_spellings, question_options
 from megatron_sr1.rewards.grader import gold_label
-from megatron_sr1.rewards.response import bare_gold
+from megatron_sr1.rewards.response import DEFAULT_MARKS, Marks, bare_gold
 
 MAX_SENTENCE_CHARACTERS = 300
 _SENTENCE = re.compile(r"(?<=[.;!?\n])\s+|\n+")
@@ -86,13 +86,13 @@ _PLACE = (
 
 
 @lru_cache(maxsize=1024)  # responses of a group repeat each other
-def states_answer(description: str, gold: str, question: str) -> bool:
+def states_answer(description: str, gold: str, question: str, marks: Marks = DEFAULT_MARKS) -> bool:
     """Return True if a description states the answer as a conclusion.
 
     Not detected: unusual phrases ("one gets 7"), exclusion ("not A, not C"), other spellings (XIV,
     28/2). docs/rewards.md has the measured recall.
     """
-    if re.search(r"\\boxed\b", description):
+    if re.search(r"\\boxed\b", description) or marks.answer[0] in description:
         return True
     options = question_options(question)
     wanted = clean(bare_gold(gold))

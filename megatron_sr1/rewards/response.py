@@ -1,7 +1,8 @@
 r"""The parts of a response, and whether it has its recipe's format.
 
 Source: Vision-SR1 (arXiv 2508.19652, section 3), whose responses have the form
-`<description> … </description> <think> … </think> \boxed{…}`.
+`<description> … </description> <think> … </think> \boxed{…}`. `Marks` has the marks of these spans,
+so that models with other ones can be used; where no configuration is at hand, they are these.
 """
 
 from __future__ import annotations
@@ -9,16 +10,46 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-DESCRIPTION = ("<description>", "</description>")
-THINK = ("<think>", "</think>")
-BLOCKS = {
-    "vision_sr1": (DESCRIPTION, THINK),
-    "see_think": (DESCRIPTION, THINK),
-    "vision_r1": (THINK,),
-}
-"""Recipe -> the marked blocks before the boxed answer."""
+from megatron_sr1.config.rollout import BOXED, SpansConfig
+
+Pair = tuple[str, str]
+"""The opening and the closing mark of a span."""
+BOX = ("\\boxed{", "}")
+RECIPES = ("vision_sr1", "see_think", "vision_r1")
 _BOXED = re.compile(r"\\boxed\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Marks:
+    """The marks of a response's spans.
+
+    Attributes:
+        think_first: the thoughts come before the description; their opening mark may be missing, as
+            the prompt may end with it.
+    """
+
+    description: Pair = ("<description>", "</description>")
+    think: Pair = ("<think>", "</think>")
+    answer: Pair = BOX
+    think_first: bool = False
+
+    def blocks(self, recipe: str) -> tuple[Pair, ...]:
+        """Return the marks of a recipe's blocks before the answer, in order."""
+        if recipe == "vision_r1":
+            return (self.think,)
+        both = (self.description, self.think)
+        return both[::-1] if self.think_first else both
+
+
+DEFAULT_MARKS = Marks()
+
+
+def marks_of(spans: SpansConfig) -> Marks:
+    """Return the marks that a configuration names."""
+    tags = {name: (f"<{name}>", f"</{name}>") for name in (spans.description, spans.think)}
+    answer = (f"<{spans.answer}>", f"</{spans.answer}>") if spans.answer != BOXED else BOX
+    return Marks(tags[spans.description], tags[spans.think], answer, spans.think_first)
 
 
 @dataclass(frozen=True)
@@ -30,29 +61,40 @@ class Span:
     end: int
 
 
-def find_description(text: str) -> str | None:
-    """Return the description once it is closed.
+def find_description(text: str, marks: Marks = DEFAULT_MARKS) -> str | None:
+    """Return the description once it is closed, stripped; None as for `description_span`."""
+    span = description_span(text, marks)
+    return None if span is None else span.content.strip()
 
-    The result depends only on the text up to the first closing mark: as a text grows, it changes
-    from None to a description at most once and then stays, so that pass 2 can start at once.
+
+def description_span(text: str, marks: Marks = DEFAULT_MARKS) -> Span | None:
+    """Return the span of the description once it is closed.
+
+    The result depends only on the text up to its closing mark: as a text grows, it changes from
+    None to a description at most once and then stays, so that pass 2 can start at once.
 
     Returns:
-        the text between the marks, stripped; None if they are missing or unclosed, if the text is
-        empty or contains another mark, or if a thought or a boxed answer comes first.
+        None if the marks are missing or unclosed, if the text between them is empty or contains
+        another mark, or if a thought (with `think_first`, a second one) or an answer comes first.
     """
-    span = find_span(text, DESCRIPTION)
-    if span is None:
+    closing = marks.think[1]
+    start = text.find(closing) + len(closing) if marks.think_first else 0
+    if marks.think_first and closing not in text:
         return None
-    before, inside = text[: span.start], span.content
-    if any(mark in before or mark in inside for mark in (*DESCRIPTION, *THINK)):
+    span = find_span(text, marks.description, start)
+    if span is None or not span.content.strip():
         return None
-    return None if _BOXED.search(before) else inside.strip() or None
+    before = text[start : span.start]
+    if any(mark in before or mark in span.content for mark in (*marks.description, *marks.think)):
+        return None
+    has_answer = _BOXED.search(before) if marks.answer == BOX else marks.answer[0] in before
+    return None if has_answer else span
 
 
-def find_span(text: str, marks: tuple[str, str]) -> Span | None:
-    """Return the span from the first opening mark to the first closing mark after it."""
+def find_span(text: str, marks: Pair, start: int = 0) -> Span | None:
+    """Return the span from the first opening mark after `start` to the first closing one after."""
     opening, closing = marks
-    start = text.find(opening)
+    start = text.find(opening, start)
     inside = start + len(opening)
     end = -1 if start < 0 else text.find(closing, inside)
     return None if end < 0 else Span(text[inside:end], start, end + len(closing))
@@ -71,9 +113,17 @@ def find_boxed(text: str) -> Span | None:
     return None
 
 
-def find_answer(text: str) -> str | None:
-    """Return the stripped content of the last boxed answer; None if it is missing or empty."""
-    span = find_boxed(text)
+def answer_span(text: str, marks: Marks = DEFAULT_MARKS) -> Span | None:
+    """Return the span of the last answer; None if it is missing or not closed."""
+    if marks.answer == BOX:
+        return find_boxed(text)
+    last = text.rfind(marks.answer[0])
+    return None if last < 0 else find_span(text, marks.answer, last)
+
+
+def find_answer(text: str, marks: Marks = DEFAULT_MARKS) -> str | None:
+    """Return the stripped content of the last answer; None if it is missing or empty."""
+    span = answer_span(text, marks)
     return None if span is None else span.content.strip() or None
 
 
@@ -83,19 +133,23 @@ def bare_gold(gold: str) -> str:
     return gold if boxed is None else boxed.content
 
 
-def has_format(text: str, recipe: str) -> bool:
-    """Return True if a response is the recipe's blocks and a boxed answer, and nothing else.
+def has_format(text: str, recipe: str, marks: Marks = DEFAULT_MARKS) -> bool:
+    """Return True if a response is the recipe's blocks and an answer, and nothing else.
 
     Source: the format reward of Vision-SR1 (arXiv 2508.19652, section 3.2). Each block occurs once,
-    in order, and is not empty; whitespace between blocks is ignored.
+    in order, and is not empty; whitespace between blocks is ignored. With `think_first`, the text
+    may begin inside the thoughts.
     """
-    marks = [mark for block in BLOCKS[recipe] for mark in block]
-    if any(text.count(mark) != marks.count(mark) for mark in (*DESCRIPTION, *THINK)):
+    blocks = marks.blocks(recipe)
+    if marks.think_first and marks.think[0] not in text:
+        text = marks.think[0] + text
+    wanted = [mark for block in blocks for mark in block]
+    if any(text.count(mark) != wanted.count(mark) for mark in (*marks.description, *marks.think)):
         return False
-    boxed = find_boxed(text)
-    if boxed is None:
+    answer = answer_span(text, marks)
+    if answer is None:
         return False
-    blocks = r"\s*".join(f"{opening}(.*){closing}" for opening, closing in BLOCKS[recipe])
-    found = re.fullmatch(rf"\s*{blocks}\s*", text[: boxed.start], re.DOTALL)
+    pattern = r"\s*".join(f"{opening}(.*){closing}" for opening, closing in blocks)
+    found = re.fullmatch(rf"\s*{pattern}\s*", text[: answer.start], re.DOTALL)
     filled = found is not None and all(content.strip() for content in found.groups())
-    return filled and bool(boxed.content.strip()) and not text[boxed.end :].strip()
+    return filled and bool(answer.content.strip()) and not text[answer.end :].strip()

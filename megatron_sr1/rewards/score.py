@@ -23,7 +23,7 @@ from megatron_sr1.config.rollout import RewardConfig
 from megatron_sr1.records import RIGHT_FROM, Example, Reading, Reward, Rollout
 from megatron_sr1.rewards.grader import UNCOMPARABLE, Grader
 from megatron_sr1.rewards.leakage import states_answer
-from megatron_sr1.rewards.response import find_answer, has_format
+from megatron_sr1.rewards.response import Marks, find_answer, has_format, marks_of
 from megatron_sr1.rewards.user_reward import UserReward
 
 
@@ -45,6 +45,7 @@ class Scorer(AbstractContextManager["Scorer"]):
             ConfigError: the user's function cannot be loaded.
         """
         self._config, self._recipe = config, config.recipe
+        self._marks = marks_of(config.spans)
         self._user_reward = UserReward(config.function) if config.function else None
         self._grader = Grader(config.grader, config.grader_timeout_seconds)
 
@@ -66,8 +67,8 @@ class Scorer(AbstractContextManager["Scorer"]):
         judge = partial(self._judge, sample_name, rollout, example, notes)
         accuracy = judge(rollout.completion.text)
         self_reward = self._self_reward(rollout, example, judge)
-        leak = _leaks(rollout.description, example, notes.exceptions)
-        has_right_format = has_format(rollout.completion.text, self._recipe)
+        leak = _leaks(rollout.description, example, self._marks, exceptions)
+        has_right_format = has_format(rollout.completion.text, self._recipe, self._marks)
         is_paid = self._recipe == "vision_sr1" and (self._config.pay_leaks or not leak)
         paid = (self_reward or 0.0) if is_paid else 0.0
         texts = rollout.reading.texts if rollout.reading and rollout.description else ()
@@ -79,11 +80,9 @@ class Scorer(AbstractContextManager["Scorer"]):
             total=self._config.accuracy_weight * accuracy
             + self._config.format_weight * has_right_format
             + self._config.self_reward_weight * paid,
-            answer=find_answer(rollout.completion.text),
-            reading_answer=find_answer(texts[0]) if texts else None,
-            uncomparable=next(iter(notes.exceptions), None),
-            because=notes.reasons[0],
-            reading_because=next(iter(notes.reasons[1:]), None),
+            answer=find_answer(rollout.completion.text, self._marks),
+            reading_answer=find_answer(texts[0], self._marks) if texts else None,
+            uncomparable=exceptions[0] if exceptions else None,
         )
 
     def ungraded(self, rollout: Rollout, example: Example) -> Reward:
@@ -94,7 +93,7 @@ class Scorer(AbstractContextManager["Scorer"]):
             self_reward=0.0 if example.num_images and self._recipe == "vision_sr1" else None,
             leak=False,
             total=0.0,
-            answer=find_answer(rollout.completion.text),
+            answer=find_answer(rollout.completion.text, self._marks),
             reading_answer=None,
         )
 
@@ -108,10 +107,10 @@ class Scorer(AbstractContextManager["Scorer"]):
         best, because = 0.0, "function"
         for gold in example.golds or ("",):  # the grader rejects an empty one
             if self._user_reward is None:
-                verdict = self._grader.judge(find_answer(text), gold, example.question, sample_name)
-                because = verdict.because
-                if because.startswith(UNCOMPARABLE):
-                    notes.exceptions.append(because.removeprefix(UNCOMPARABLE))
+                answer = find_answer(text, self._marks)
+                verdict = self._grader.judge(answer, gold, example.question, sample_name)
+                if verdict.because.startswith(UNCOMPARABLE):
+                    exceptions.append(verdict.because.removeprefix(UNCOMPARABLE))
                 value = float(verdict.right)
             else:
                 value = self._user_reward(
@@ -166,12 +165,13 @@ class Scorer(AbstractContextManager["Scorer"]):
         self._grader.worker.close()
 
 
-def _leaks(description: str | None, example: Example, exceptions: list[str]) -> bool:
+def _leaks(description: str | None, example: Example, marks: Marks, exceptions: list[str]) -> bool:
     """Return True if a description states a gold answer, or if reading it raised."""
     if description is None:
         return False
     try:
-        return any(states_answer(description, gold, example.question) for gold in example.golds)
+        question = example.question
+        return any(states_answer(description, gold, question, marks) for gold in example.golds)
     except Exception as error:
         exceptions.append(f"{type(error).__name__}: {error}")
         return True

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_sr1.checkpoint.folders import ModelSource, resolve_model
+from megatron_sr1.checkpoint.folders import HF_FILES, ModelSource, resolve_model
 from megatron_sr1.checkpoint.hf import export_weights, local_parameters, save_hf
+from megatron_sr1.checkpoint.hf_files import HFSource
 from megatron_sr1.checkpoint.loading import load_model
 from megatron_sr1.checkpoint.mapping import check_freeze, entries, is_frozen
 from megatron_sr1.checkpoint.tensors import Trained
@@ -114,12 +115,27 @@ class Reference:
 
 def load_actor_model(config: Config, groups: Groups) -> tuple[list[Any], HFConfig, ModelSource]:
     """Load `model.path` under the groups' layout; return its chunks, its shape and its source."""
-    source = resolve_model(*config.model.at)
+    source = _with_chat_template(resolve_model(config.model.path), config, groups)
     hf_config = read_hf_config(source.hf_files)
     with cpu.megatron_mode():
         chunks = build_model(hf_config, groups, config.model, config.parallel)
         load_model(chunks, source, hf_config, groups, config.checkpoint.verify)
     return chunks, hf_config, source
+
+
+def _with_chat_template(source: ModelSource, config: Config, groups: Groups) -> ModelSource:
+    """Return a source whose files, which saves and exports copy, have `data.chat_template`.
+
+    The run directory gets a copy of them; collective over all ranks.
+    """
+    if not config.data.chat_template:
+        return source
+    target = Path(config.output) / HF_FILES
+    if groups.world.rank == 0:
+        template = Path(config.data.chat_template)
+        HFSource(source.hf_files).copy_with_chat_template(template, target)
+    torch.distributed.barrier(group=groups.world.process_group)
+    return replace(source, hf_files=target)
 
 
 def freeze(chunks: list[Any], hf_config: HFConfig, patterns: Sequence[str]) -> frozenset[str]:

@@ -15,8 +15,7 @@ from functools import partial
 from typing import Any
 
 from megatron_sr1.errors import DataError, GradingLimit
-from megatron_sr1.records import Example, Prompt, Reward, Rollout, texts
-from megatron_sr1.rewards.response import find_description
+from megatron_sr1.records import Example, Prompt, Reward, Rollout
 from megatron_sr1.rewards.score import Scorer, cross
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.rollout.two_pass import RolloutHooks, roll_out
@@ -104,7 +103,7 @@ def roll_out_prompts(
             prompts,
             config.rollout,
             RolloutHooks(
-                find_description,
+                samples.find_description,
                 samples.reading_prompt if config.reward.recipe == "vision_sr1" else None,
                 partial(request_seed, config.seed, context.step),
                 samples.gold_answer,

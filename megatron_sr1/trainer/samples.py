@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from megatron_sr1.config.run import Config
 from megatron_sr1.data.guards import located
 from megatron_sr1.data.packing import Size, pack_samples, plan_ranks
 from megatron_sr1.data.processor import Processor
-from megatron_sr1.data.prompts import pass1_messages, pass2_messages
+from megatron_sr1.data.prompts import Prompts, with_system_turn
 from megatron_sr1.data.shards import ShardReader
 from megatron_sr1.errors import ConfigError, DataError
 from megatron_sr1.model.flops import patch_cost
@@ -27,7 +27,15 @@ from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.model.row_split import sequence_multiple
 from megatron_sr1.model.transformer_config import fp8_row_multiple
 from megatron_sr1.records import PackedBatch, Prompt, Rollout, TrainSample, VisionInputs
-from megatron_sr1.rewards.response import DESCRIPTION, bare_gold, find_span
+from megatron_sr1.rewards.answers import question_options
+from megatron_sr1.rewards.response import (
+    DEFAULT_MARKS,
+    Marks,
+    bare_gold,
+    description_span,
+    find_description,
+    marks_of,
+)
 from megatron_sr1.runtime.groups import Group, Groups
 
 if TYPE_CHECKING:
@@ -36,8 +44,8 @@ if TYPE_CHECKING:
 
 def make_processor(config: Config) -> Processor:
     """Load the tokenizer and image processor of `model.path`."""
-    directory = resolve_model(*config.model.at).hf_files
-    return Processor(directory, config.data.min_pixels, config.data.max_pixels)
+    data, directory = config.data, resolve_model(config.model.path).hf_files
+    return Processor(directory, data.min_pixels, data.max_pixels, data.chat_template)
 
 
 class Samples:
@@ -45,6 +53,8 @@ class Samples:
 
     Attributes:
         example: returns a sample's text by its index.
+        find_description: returns the description in a response so far; None while it is open.
+        prompts: makes the messages of both passes.
         readings: prompts of pass 2 since `forget`, token ids by example and description.
     """
 
@@ -52,7 +62,7 @@ class Samples:
         """Open the shards.
 
         Raises:
-            ConfigError: the directory does not exist.
+            ConfigError: the directory does not exist, or a prompt's template cannot be used.
         """
         if not directory or not Path(directory).is_dir():
             raise ConfigError(
@@ -62,7 +72,9 @@ class Samples:
         self.reader = ShardReader(directory)
         self.example = cache(self.reader.example)
         self.processor = processor
-        self._config = config
+        self.prompts = Prompts(config.data, config.reward.recipe, question_options)
+        self._config, self._marks = config, marks_of(config.reward.spans)
+        self.find_description = partial(find_description, marks=self._marks)
         self._prompts: dict[int, Prompt] = {}
         self._images: dict[int, Sequence[Image.Image]] = {}
         self._pixels: dict[int, VisionInputs] = {}
@@ -80,7 +92,7 @@ class Samples:
         with located(example.where):
             if example.answer is None:
                 raise DataError("no gold answer to judge by")
-            messages = pass1_messages(example, self._config.reward.recipe, data.prompt_style)
+            messages = self.prompts.pass1_messages(example)
         images = self.reader.images(index)
         with located(example.where):
             prompt = self.processor.encode_prompt(example, images, messages)
@@ -111,15 +123,22 @@ class Samples:
         """Return the token ids of the text-only pass-2 prompt; `readings` keeps them."""
         key = prompt.example.index, description  # responses to a prompt often share a description
         if key not in self.readings:
-            style, order = self._config.data.prompt_style, self._config.rollout.pass2_order
-            messages = pass2_messages(prompt.example.question, description, style, order)
             with located(f"{prompt.example.where}: pass 2"):
+                messages = self.prompts.pass2_messages(prompt.example, description)
                 self.readings[key] = self.processor.encode_text(messages)
         return self.readings[key]
 
     def gold_answer(self, prompt: Prompt) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        r"""Token ids of `\boxed{`, and of the (first) gold answer with its closing brace."""
-        return self.processor.encode_answer("\\boxed{", bare_gold(prompt.example.answer or ""), "}")
+        r"""Token ids of `\boxed{`, and of the (first) gold answer with its closing brace.
+
+        With other marks of the answer, those; with thoughts first, an empty thought is in front.
+        """
+        lead, closing = self._marks.answer
+        if self._marks.think_first:
+            opens, closes = self._marks.think
+            opening = "" if self.processor.prompt_ends_with(opens) else f"{opens}\n"
+            lead = f"{opening}\n{closes}\n\n{lead}"
+        return self.processor.encode_answer(lead, bare_gold(prompt.example.answer or ""), closing)
 
     def train_sample(
         self, rollout: Rollout, advantage: float, description_advantage: float | None = None
@@ -134,7 +153,8 @@ class Samples:
         in_response = np.arange(len(token_ids)) >= num_prompt
         advantages = np.where(in_response, np.float32(advantage), np.float32(0))
         if description_advantage is not None and rollout.description is not None:
-            first, end = description_tokens(self.processor.pieces(completion.token_ids))
+            pieces = self.processor.pieces(completion.token_ids)
+            first, end = description_tokens(pieces, self._marks)
             advantages[num_prompt + first : num_prompt + end] = description_advantage
         engine_logprobs = np.array((0.0,) * num_prompt + completion.logprobs, np.float32)
         return TrainSample(
@@ -155,10 +175,11 @@ class Samples:
 
     def conversation(self, index: int) -> TrainSample:
         """Return a conversation as a sequence whose assistant turns are the targets."""
-        example, limit = self.example(index), self._config.data.max_prompt_tokens
+        data = self._config.data
+        example = with_system_turn(self.example(index), data.system_prompt)
         self._images[index] = images = self.reader.images(index)
         with located(example.where):
-            return self.processor.encode_conversation(example, images, limit)
+            return self.processor.encode_conversation(example, images, data.max_prompt_tokens)
 
     def own_places(self, sizes: Sequence[Size], data: Group) -> list[int]:
         """Return which samples of an update this data-parallel rank trains on, balanced by cost."""
@@ -200,7 +221,7 @@ def without_targets(sample: TrainSample) -> TrainSample:
     return replace(sample, loss_mask=np.zeros_like(sample.loss_mask))
 
 
-def description_tokens(pieces: Sequence[str]) -> tuple[int, int]:
+def description_tokens(pieces: Sequence[str], marks: Marks = DEFAULT_MARKS) -> tuple[int, int]:
     """Find the tokens of a response with a character of its description, tags included.
 
     A tag may share a token with its neighbours (as in `.</`), which then belongs to the
@@ -209,11 +230,12 @@ def description_tokens(pieces: Sequence[str]) -> tuple[int, int]:
 
     Args:
         pieces: text of each token by itself, special tokens empty.
+        marks: those of the response's spans.
 
     Returns:
         the first token and the one after the last; (0, 0) if there is no closed description.
     """
-    span = find_span("".join(pieces), DESCRIPTION)
+    span = description_span("".join(pieces), marks)
     if span is None:
         return 0, 0
     ends = np.cumsum([len(piece) for piece in pieces])

@@ -34,7 +34,7 @@ from megatron_sr1.data.shards import ShardReader, write_shards
 from megatron_sr1.errors import DataError
 from megatron_sr1.records import Message, TrainSample
 from megatron_sr1.rewards.response import (
-    BLOCKS,
+    RECIPES,
     find_answer,
     find_boxed,
     find_description,
@@ -95,7 +95,7 @@ def check_parsing(text):
     """Spans are substrings, a description stays as the text grows, nothing raises or is slow."""
     with in_time("parsing"):
         description, answer, boxed = find_description(text), find_answer(text), find_boxed(text)
-        forms = {recipe: has_format(text, recipe) for recipe in BLOCKS}
+        forms = {recipe: has_format(text, recipe) for recipe in RECIPES}
         without = strip_image_marks(text)
     assert description is None or (description in text and description == description.strip() != "")
     assert answer is None or (answer in text and answer == answer.strip() != "")

@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from megatron_sr1.config.loading import load_config
-from megatron_sr1.data import processor as processor_module
+from megatron_sr1.data import sandbox
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.errors import ConfigError, DataError, SR1Error
 
@@ -52,7 +52,7 @@ def refusal(model, tmp_path):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_template_runs_in_the_sandbox_and_within_its_time(name, model, tmp_path, monkeypatch):
-    monkeypatch.setattr(processor_module, "TEMPLATE_SECONDS", MAX_TEMPLATE_SECONDS)
+    monkeypatch.setattr(sandbox, "TEMPLATE_SECONDS", MAX_TEMPLATE_SECONDS)
     (model / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATES[name]}))
     assert "chat template" in refusal(model, tmp_path)
 

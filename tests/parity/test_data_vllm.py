@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from megatron_sr1.config.training import DataConfig
 from megatron_sr1.data.processor import Processor
-from megatron_sr1.data.prompts import pass1_messages
+from megatron_sr1.data.prompts import Prompts
 from megatron_sr1.records import Example, Message
 from megatron_sr1.runtime.cpu import patch_torchvision
 
@@ -42,6 +43,9 @@ def vllm_config(tiny_model):
     return make
 
 
+PROMPTS = Prompts(DataConfig(), "vision_sr1")
+
+
 @pytest.fixture(scope="module")
 def ours(tiny_model):
     return Processor(tiny_model, *LIMITS)
@@ -52,7 +56,7 @@ def prompt(ours):
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(256, size=(h, w, 3), dtype=np.uint8)) for w, h in SIZES]
     example = Example(0, "k", "s", (Message("user", "<image>a<image>b<image>"),), None, 3)
-    return ours.encode_prompt(example, images, pass1_messages(example, "vision_sr1"))
+    return ours.encode_prompt(example, images, PROMPTS.pass1_messages(example))
 
 
 def apply(processor, prompt):
@@ -111,7 +115,7 @@ def test_images_of_equal_bytes_and_other_shapes_do_not_share_a_cache_entry(vllm_
     """120 x 80 and 80 x 120 pixels of one buffer, after the same question."""
     noise = np.random.default_rng(0).integers(256, size=120 * 80 * 3, dtype=np.uint8).tobytes()
     example = Example(0, "k", "s", (Message("user", "<image>Which?"),), None, 1)
-    messages = pass1_messages(example, "vision_sr1")
+    messages = PROMPTS.pass1_messages(example)
     hashes = []
     for size, grid in (((120, 80), (1, 6, 8)), ((80, 120), (1, 8, 6))):
         asked = ours.encode_prompt(example, [Image.frombytes("RGB", size, noise)], messages)

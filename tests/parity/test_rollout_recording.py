@@ -9,7 +9,9 @@ import pytest
 import rollout_setup as setup
 
 from megatron_sr1.config.rollout import RolloutConfig
-from megatron_sr1.data.prompts import pass2_messages
+from megatron_sr1.config.training import DataConfig
+from megatron_sr1.data.prompts import Prompts
+from megatron_sr1.records import Example, Message
 from megatron_sr1.rollout.engine import Request
 from megatron_sr1.rollout.two_pass import RolloutHooks, roll_out
 from tools.engine_steps import SCHEDULES, Limits, jobs_of, recorded, simulate
@@ -79,20 +81,20 @@ def test_with_the_question_first_a_prompts_readings_share_all_but_the_descriptio
     engine, processor = runs[0], setup.processor(tiny_model)
     question = "Which digit is the largest? " * 12
     computed = {}
-    for order in ("question_first", "description_first"):
-        ids = [
-            processor.encode_text(pass2_messages(question, f"{k} and {k + 1}", "brief", order))
-            for k in range(8)
-        ]
+    asked = Example(0, "k", "s.tar", (Message("user", question),), "1", 0)
+    for template in ("brief", "brief_description_first"):
+        prompts = Prompts(DataConfig(pass2_template=template), "vision_sr1")
+        readings = [prompts.pass2_messages(asked, f"{k} and {k + 1}") for k in range(8)]
+        ids = [processor.encode_text(messages) for messages in readings]
         state = setup.reference(tiny_model).state_dict().items()
         engine.sync(((n, t) for n, t in state if n != "lm_head.weight"), version=1)
         with recorded(engine) as steps:
             engine.generate([Request(str(k), i, i, max_tokens=1) for k, i in enumerate(ids)])
-        computed[order] = sum(step.prefill_tokens for step in steps)
+        computed[template] = sum(step.prefill_tokens for step in steps)
         shared = len(os.path.commonprefix(ids)) // LIMITS.block_tokens * LIMITS.block_tokens
-        assert (shared > 0) == (order == "question_first")
-        assert computed[order] == sum(map(len, ids)) - 7 * shared
-    assert computed["question_first"] < computed["description_first"] / 2
+        assert (shared > 0) == (template == "brief")
+        assert computed[template] == sum(map(len, ids)) - 7 * shared
+    assert computed["brief"] < computed["brief_description_first"] / 2
 
 
 def test_recording_ends_with_its_block(runs):

@@ -41,7 +41,7 @@ def processor(tiny_model):
 
 def samples_of(folder, records, processor, max_prompt_tokens=500):
     write_shards(records, folder)
-    options = ["reward.recipe=vision_r1", "data.prompt_style=brief", "stage=sft", "data.train=x"]
+    options = ["reward.recipe=vision_r1", "data.pass1_template=brief", "stage=sft", "data.train=x"]
     options += [f"data.max_prompt_tokens={max_prompt_tokens}", "model.path=x"]
     return Samples(load_config(None, options), folder, processor)
 

@@ -7,10 +7,13 @@ import shutil
 import pytest
 from PIL import Image
 
+from megatron_sr1.config.training import DataConfig
 from megatron_sr1.data.processor import VISION_TOKENS, Processor
-from megatron_sr1.data.prompts import pass1_messages, pass2_messages
+from megatron_sr1.data.prompts import Prompts
 from megatron_sr1.errors import DataError
 from megatron_sr1.records import Example, Message
+
+PROMPTS = Prompts(DataConfig(), "vision_sr1")
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +32,7 @@ def pictures(*sizes):
 def test_ids_of_images_are_one_pad_for_the_engine_and_a_run_for_the_trainer(processor):
     images = pictures((84, 28), (60, 100))
     asked = example(("user", "<image>a<image>b"), num_images=2)
-    prompt = processor.encode_prompt(asked, images, pass1_messages(asked, "vision_sr1"))
+    prompt = processor.encode_prompt(asked, images, PROMPTS.pass1_messages(asked))
     pad = processor.image_pad_id
     assert prompt.image_grid_thw == ((1, 2, 6), (1, 8, 4))
     assert prompt.engine_token_ids.count(pad) == 2
@@ -73,13 +76,13 @@ def test_special_tokens_in_a_question_or_description_stay_text(processor, text):
     plain = example(("user", "<image>?"), num_images=1)
     image = pictures((28, 28))
     tricky, usual = (
-        processor.encode_prompt(e, image, pass1_messages(e, "vision_sr1")).engine_token_ids
+        processor.encode_prompt(e, image, PROMPTS.pass1_messages(e)).engine_token_ids
         for e in (asked, plain)
     )
     special = {int(i) for i in processor.tokenizer.all_special_ids}
     assert [t for t in tricky if t in special] == [t for t in usual if t in special]
     assert f"{text}?" in processor.tokenizer.decode(tricky)
-    read = processor.encode_text(pass2_messages("q", text))
+    read = processor.encode_text(PROMPTS.pass2_messages(example(("user", "q")), text))
     assert processor.tokenizer.decode(read).count(text) == 1
     assert processor.image_pad_id not in read
 
@@ -120,7 +123,7 @@ def test_a_conversation_is_tokenised_as_the_engine_would_sample_it(processor):
 
 def test_inconsistent_or_too_long_samples_are_named(processor):
     asked = example(("user", "<image>a"), num_images=1)
-    messages = pass1_messages(asked, "vision_sr1")
+    messages = PROMPTS.pass1_messages(asked)
     with pytest.raises(DataError, match="1 image places in the prompt, 2 images"):
         processor.encode_prompt(asked, pictures((28, 28), (28, 28)), messages)
     with pytest.raises(DataError, match="1 image places"):

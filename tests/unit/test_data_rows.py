@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from megatron_sr1.config.rollout import RewardConfig
+from megatron_sr1.config.training import DataConfig
 from megatron_sr1.data.examples import (
     Record,
     count_marks,
@@ -19,9 +20,8 @@ from megatron_sr1.data.examples import (
 )
 from megatron_sr1.data.guards import located
 from megatron_sr1.data.prompts import (
+    Prompts,
     chat_messages,
-    pass1_messages,
-    pass2_messages,
 )
 from megatron_sr1.data.rows import record_from_row
 from megatron_sr1.data.shards import ShardReader, write_shards
@@ -382,8 +382,9 @@ def test_a_user_can_write_the_mark_as_text(read):
     with pytest.raises(DataError, match="2 <image> marks in the text but 1 images"):
         read({"problem": text.replace("\\", ""), "answer": "1", "images": ["a.png"]})
     example = example_from_stored(stored(record), index=0, key="k", shard="s.tar")
-    (message,) = pass1_messages(example, "vision_r1", "brief")
+    prompts = Prompts(DataConfig(), "vision_r1")
+    (message,) = prompts.pass1_messages(example)
     assert message["content"][0] == {"type": "image"}
     assert message["content"][1]["text"].startswith("Which HTML tag, <img> or <image>, is right?")
-    (message,) = pass2_messages(example.question, "a page")
+    (message,) = prompts.pass2_messages(example, "a page")
     assert "Which HTML tag, <img> or <image>, is right?" in message["content"][0]["text"]

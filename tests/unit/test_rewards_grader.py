@@ -40,7 +40,7 @@ def test_a_rule_that_raises_on_gold_is_an_error_that_names_the_sample(broken_rul
 
 
 def test_a_description_that_cannot_be_read_counts_as_a_leak(monkeypatch):
-    def states_answer(description, gold, question):
+    def states_answer(description, gold, question, marks):
         raise ValueError("the moon is missing")
 
     monkeypatch.setattr(score_module, "states_answer", states_answer)

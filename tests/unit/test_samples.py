@@ -20,7 +20,11 @@ from tests.hostile.mutations import picture
 def samples(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")
     shards = make_digits(folder, 1, num_train=2, num_eval=1, num_cold_start=1)
-    options = ["data.prompt_style=brief", "data.max_prompt_tokens=200"]
+    options = [
+        "data.pass1_template=brief",
+        "data.pass2_template=brief",
+        "data.max_prompt_tokens=200",
+    ]
     config = load_config(None, [f"model.path={tiny_model}", "data.train=x", *options])
     return Samples(config, shards["train"], Processor(tiny_model, 784, 200704))
 
