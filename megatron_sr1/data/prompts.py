@@ -130,6 +130,7 @@ class Prompts:
 
     def _with_images(self, texts: Sequence[str]) -> str:
         """Join the texts between a question's image marks, the only mark where configured."""
+        texts = [text.replace(_IMAGE, "") for text in texts]
         if self._data.image_position == "keep" or len(texts) != 2:
             return _IMAGE.join(texts).rstrip()
         text = "".join(texts).strip()

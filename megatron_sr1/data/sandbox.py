@@ -8,12 +8,13 @@ prompt template is a file of the user's; it is rendered in the same kind of sand
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from jinja2 import Template, TemplateSyntaxError, meta
 from jinja2.exceptions import TemplateError
@@ -34,11 +35,16 @@ def _raise(message: str) -> None:
     raise TemplateError(message)
 
 
+def _to_json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
 _SANDBOX = ImmutableSandboxedEnvironment(
     trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
 )
 """Configured as transformers does for chat templates."""
 _SANDBOX.globals["raise_exception"] = _raise
+_SANDBOX.filters["tojson"] = _to_json  # jinja's own escapes characters of HTML
 
 
 def read_template(key: str, path: str) -> str:

@@ -77,10 +77,12 @@ def description_span(text: str, marks: Marks = DEFAULT_MARKS) -> Span | None:
         None if the marks are missing or unclosed, if the text between them is empty or contains
         another mark, or if a thought (with `think_first`, a second one) or an answer comes first.
     """
-    closing = marks.think[1]
-    start = text.find(closing) + len(closing) if marks.think_first else 0
-    if marks.think_first and closing not in text:
-        return None
+    start = 0
+    if marks.think_first:
+        thoughts, closing, _ = text.partition(marks.think[1])
+        if not closing:
+            return None
+        start = len(thoughts) + len(closing)
     span = find_span(text, marks.description, start)
     if span is None or not span.content.strip():
         return None

@@ -5,7 +5,6 @@ In: a configuration whose model and shards exist. Out: what the model will read,
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,7 +50,7 @@ def _shown(config: Config, samples: Samples, index: int) -> list[str]:
     lines = [
         f"pass 1      {where}, {len(prompt.token_ids)} tokens{images if prompt.images else ''}"
     ]
-    lines += _lines(samples, prompt.engine_token_ids)
+    lines += _lines(samples, prompt.token_ids)
     if config.reward.recipe != "vision_r1" and prompt.images:
         ids = samples.reading_prompt(prompt, DESCRIPTION)
         lines += [f"pass 2      {len(ids)} tokens with {DESCRIPTION}", *_lines(samples, ids)]
@@ -60,8 +59,7 @@ def _shown(config: Config, samples: Samples, index: int) -> list[str]:
 
 def _lines(samples: Samples, ids: Sequence[int]) -> list[str]:
     """Return the text of token ids, bounded, each line indented and without control characters."""
-    text = str(samples.processor.tokenizer.decode(ids))
-    text = re.sub(r"(<\|image_pad\|>){2,}", r"\1 …", text)
+    text = samples.processor.rendered(ids)
     if len(text) > MAX_SHOWN_CHARACTERS:
         half, left_out = MAX_SHOWN_CHARACTERS // 2, len(text) - MAX_SHOWN_CHARACTERS
         text = f"{text[:half]} … {left_out} more characters … {text[-half:]}"

@@ -117,6 +117,8 @@ def test_a_template_has_question_description_options_images_metadata_and_recipe(
         "vision_sr1 1 1907 dog 2: Which?\nA. cat\nB. dog|a dog"
     )
     assert flat(prompts("{{ content }}{{ metadata.none }}").pass1_messages(sample)) == [QUESTION]
+    shown = flat(prompts("{{ content }}{{ {'a': '<é>'} | tojson }}").pass1_messages(sample))
+    assert shown == [QUESTION + '{"a": "<é>"}']
 
 
 def test_neither_templates_nor_data_add_an_image(prompts):
@@ -124,7 +126,7 @@ def test_neither_templates_nor_data_add_an_image(prompts):
         "<image> \\{{ question }} <image> {{ metadata.a }} {{ options.A }}",
         "{{ question }}{{ description }}",
     )
-    sample = asked("<image>q \\<image>\nA. <image\nB. x", metadata={"a": "<image>"})
+    sample = asked("<image>q\ue0da \\<image>\nA. <image\nB. x", metadata={"a": "<image>"})
     (message,) = made.pass1_messages(sample)
     kinds = [part["type"] for part in message["content"]]
     assert kinds == ["text", "image", "text"]
