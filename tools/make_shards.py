@@ -32,11 +32,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_sr1.data.ingest import Conversion, make_shards
-from megatron_sr1.data.rows import ALPACA_GAPS, COLUMNS
-from megatron_sr1.data.sources import open_source
-from megatron_sr1.data.tally import Tally
-from megatron_sr1.errors import SR1Error
+from megatron_sr1.data.benchmarks import BENCHMARKS
+from megatron_sr1.data.examples import Record
+from megatron_sr1.data.shards import write_shards
+from megatron_sr1.data.sources import ALPACA_GAPS, COLUMNS, count_rows, records, source_files
+from megatron_sr1.errors import DataError, SR1Error
 from megatron_sr1.runtime.files import write_text
 
 EPILOG = """\
@@ -162,6 +162,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     text = "number of rows that may be skipped, or their share of the rows read; all rows are read "
     text += "before it is checked; default: 100"
     add("--max-skipped", type=max_skipped, default="100", metavar="N|N%", help=text)
+    text = (
+        "read rows as those of a published benchmark: question, options, numbered images, answer "
+    )
+    text += f"and category; NAME is one of {', '.join(BENCHMARKS)} (docs/evaluation.md)"
+    add("--benchmark", choices=BENCHMARKS, metavar="NAME", help=text)
     add("--limit", type=int, default=0, metavar="N", help="stop after N samples; default: all")
     add("--samples-per-shard", type=int, default=1000, metavar="N", help="per tar; default: 1000")
     text = "processes that verify images; the shards are the same with any number; default: 1"
@@ -209,20 +214,13 @@ def main(arguments: list[str] | None = None) -> int:
     tally = Tally(options.max_skipped, columns.get("images") or columns.get("image") or "", say)
     written, failure = 0, None
     try:
-        convert, source = conversion(options), open_source(options.source, options.revision)
-        with progress(options.limit or source.num_rows) as watch:
-            written = make_shards(
-                source,
-                options.target,
-                convert,
-                tally,
-                limit=options.limit,
-                samples_per_shard=options.samples_per_shard,
-                workers=options.workers,
-                watch=watch,
-            )
-        too_long = f", {tally.too_long} too long" if options.max_prompt_tokens else ""
-        print(f"{options.target}: {written} samples, {tally.skipped} skipped{too_long}")
+        files = source_files(options.source)
+        convert = BENCHMARKS[options.benchmark].row if options.benchmark else None
+        gap = ALPACA_GAPS[options.alpaca_gap]
+        rows = records(files, options.image_folder, columns, gap, convert)
+        found = good_records(rows, faults, options.limit, count_rows(files))
+        written = write_shards(found, options.target, samples_per_shard=options.samples_per_shard)
+        print(f"{options.target}: {written} samples, {faults.count} skipped")
     except (SR1Error, OSError) as error:  # OSError: a target that cannot be written, a full disk
         failure = error
     except KeyboardInterrupt:

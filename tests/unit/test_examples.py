@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from megatron_sr1.cli import main
 from megatron_sr1.config.loading import load_config
 from megatron_sr1.config.run import Config
+from megatron_sr1.data.benchmarks import BENCHMARKS
 from megatron_sr1.model.hf_config import parse_hf_config
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -100,3 +101,21 @@ def test_the_launch_script_is_valid_and_says_how_to_use_it():
     assert subprocess.run(["bash", "-n", script]).returncode == 0
     done = subprocess.run([script], capture_output=True, text=True)
     assert done.returncode == 2 and "NODE_RANK" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["vision_sr1", "benchmarks"])
+def test_the_evaluations_ask_known_benchmarks_greedily_and_count_mmmu_pro_once(name):
+    config = load_config(EXAMPLES / f"eval_{name}.yaml")
+    sets, weights = config.evaluation.sets, {}
+    for key, each in sets.items():
+        prefix = "sr1_" if name == "vision_sr1" else ""
+        assert each.path == f"shards/{prefix}{key}" and prefix + key in BENCHMARKS
+        family = "mmmu_pro" if key.startswith("mmmu_pro_") else key
+        weights[family] = weights.get(family, 0.0) + each.weight
+    assert all(weight in (0, pytest.approx(1, abs=1e-5)) for weight in weights.values())
+    if name == "vision_sr1":  # as its average of Sep 2025
+        assert sum(weights.values()) == pytest.approx(10, abs=1e-5)
+    rollout = config.rollout
+    assert (config.evaluation.temperature, config.evaluation.samples_per_prompt) == (0, 1)
+    assert (rollout.max_response_tokens, rollout.max_model_len) == (2048, 25600)
+    assert config.data.max_prompt_tokens == 12800
