@@ -359,11 +359,11 @@ def plan_command(arguments: argparse.Namespace) -> int:
     from megatron_sr1.planning.plan import plan
     from megatron_sr1.planning.workload import planned_run
     from megatron_sr1.runtime.gpus import find_gpu
-    from megatron_sr1.runtime.hub import model_directory
+    from megatron_sr1.trainer.data_checks import resolved
 
     gpu = find_gpu(arguments.gpu)
-    config = load_config(arguments.config, arguments.overrides)
-    hf_config = read_hf_config(model_directory(*config.model.at, weights=False))
+    config = resolved(load_config(arguments.config, arguments.overrides))
+    hf_config = read_hf_config(config.model.path)
     lengths = {f"{name}_tokens": getattr(arguments, f"{name}_tokens") for name in LENGTHS}
     print(plan(planned_run(config, hf_config, gpu, lengths), arguments.gpus))
     return 0

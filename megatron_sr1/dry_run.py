@@ -16,23 +16,25 @@ from pathlib import Path
 from megatron_sr1.checkpoint.folders import latest_step, resolve_model
 from megatron_sr1.checkpoint.mapping import check_freeze
 from megatron_sr1.config.run import Config
-from megatron_sr1.data.prompts import template_texts
-from megatron_sr1.data.shards import ShardReader, first_with_image
-from megatron_sr1.errors import ConfigError, DataError
+from megatron_sr1.errors import ConfigError
 from megatron_sr1.model.hf_config import HFConfig, check_layout, read_hf_config
 from megatron_sr1.planning.layout import Layout, configured
 from megatron_sr1.planning.memory import stage_parameters, static_memory
 from megatron_sr1.planning.workload import num_parameters
 from megatron_sr1.rewards.user_reward import UserReward
-from megatron_sr1.runtime.chat import read_key
-
-NUM_READ = 8
-"""Samples of a data set that are read and decoded, the first ones."""
+from megatron_sr1.trainer.data_checks import (
+    check_set,
+    check_training,
+    describe_data,
+    resolved,
+    training_reader,
+)
 
 
 def dry_run(config: Config) -> str:
     """Describe a checked run: model, data, layout, steps, and what does not exist yet."""
-    hf_config = model_shape(config)
+    config = resolved(config)
+    hf_config = model_shape(config.model.path)
     step = latest_step(Path(config.output) / "checkpoints") if config.checkpoint.resume else None
     resumed = "" if step is None else f", resumed from step {step}"
     lines = [
@@ -41,7 +43,10 @@ def dry_run(config: Config) -> str:
         f"model       {_model(config, hf_config)}",
     ]
     if config.stage != "eval":
-        lines += [f"train data  {_data(config.data.train)}", f"layout      {_layout(config)}"]
+        for name, path in config.data.sets.items():
+            share = f"{name} ({config.data.shares[name]:.0%} of a step): " if name else ""
+            lines.append(f"train data  {share}{describe_data(path)}")
+        lines.append(f"layout      {_layout(config)}")
         parameters = memory = "unknown without the model"
         if hf_config is not None:
             num_ranks = config.launch.num_processes or config.parallel.replica_size
@@ -51,10 +56,7 @@ def dry_run(config: Config) -> str:
         lines += [f"parameters  {parameters}", f"memory      {memory}"]
         lines += [f"steps       {_steps(config)}"]
     for name, each in config.evaluation.sets.items():
-        lines.append(f"eval data   {name}: {_data(each.path)}")
-    if config.has_judge:
-        judge = config.evaluation.judge
-        lines.append(f"judge       {judge.model} at {judge.base_url}, {judge.when}")
+        lines.append(f"eval data   {name}: {describe_data(each.path)}")
     if config.stage != "sft":
         if config.reward.function:
             lines.append(f"reward      answers judged by {config.reward.function}, loaded")
@@ -104,15 +106,6 @@ def local_model(config: Config) -> Path | None:
 def has_weights(directory: Path) -> bool:
     """Return True unless a Hugging Face directory holds its config.json alone."""
     return not (directory / "config.json").is_file() or any(directory.glob("*.safetensors"))
-
-
-def _data(path: str) -> str:
-    if not path:
-        return "none"
-    if not Path(path).exists():
-        return f"{path}: does not exist, not checked"
-    reader = ShardReader(path)
-    return f"{path}, {len(reader):,} samples, first {min(len(reader), NUM_READ)} read"
 
 
 def _layout(config: Config) -> str:
@@ -182,13 +175,23 @@ def _memory(config: Config, hf_config: HFConfig, layout: Layout | None) -> str:
 
 
 def _steps(config: Config) -> str:
-    steps, data = config.optimizer.num_steps, config.data
-    if config.stage == "sft":
-        return f"{steps} updates of {data.prompts_per_step} sequences"
-    return (
-        f"{steps} of {data.prompts_per_step} prompts x {config.rollout.samples_per_prompt} "
-        f"responses, {config.updates_per_step} updates each"
-    )
+    """Describe the length of the run, of its steps and of its warm-up."""
+    data, optimizer, reader = config.data, config.optimizer, training_reader(config)
+    each = f"updates of {data.prompts_per_step} sequences"
+    if config.stage != "sft":
+        each = f"of {data.prompts_per_step} prompts x {config.rollout.samples_per_prompt} responses"
+        each += f", {config.updates_per_step} updates each"
+    if optimizer.num_steps is None:  # without data
+        text = f"{optimizer.num_epochs:g} epochs, as many as the data has samples for; {each}"
+    else:
+        text = f"{optimizer.num_steps:,} {each}"
+        if reader is not None:
+            epochs = optimizer.num_steps * data.prompts_per_step / len(reader)
+            text += f", {epochs:.3g} epochs of {len(reader):,} samples"
+    warmup = f"{optimizer.warmup_steps:,} updates" if optimizer.warmup_steps else ""
+    if optimizer.warmup_ratio:
+        warmup = f"{optimizer.warmup_ratio:.0%} of the updates"
+    return f"{text}, warm-up over {warmup}" if warmup else text
 
 
 def check_run(config: Config, num_ranks: int) -> list[str]:
@@ -196,6 +199,7 @@ def check_run(config: Config, num_ranks: int) -> list[str]:
 
     What would stop the run raises its SR1Error. `num_ranks` is 0 if the launch decides.
     """
+    resolved(config)
     check_output(config)
     template_texts(config.data)  # raises if one cannot be used
     replica = config.parallel.replica_size
@@ -215,12 +219,10 @@ def check_run(config: Config, num_ranks: int) -> list[str]:
             )
         for function in dict.fromkeys(config.functions().values()):
             UserReward(function)
-    if config.has_judge:
-        read_key("evaluation.judge", config.evaluation.judge)
-    found = [] if config.stage == "eval" else _check_data(config, "data.train", config.data.train)
+    found = [] if config.stage == "eval" else check_training(config)
     if config.stage != "sft":
         for name, each in config.evaluation.sets.items():
-            found += _check_data(config, f"evaluation.sets.{name}.path", each.path)
+            found += check_set(config, f"evaluation.sets.{name}.path", each.path)
     return found
 
 
@@ -268,48 +270,3 @@ def _check_shape(config: Config, hf_config: HFConfig) -> None:
             f"rollout.max_model_len={rollout.max_model_len}, but max_position_embeddings of the "
             f"model is {text.max_position_embeddings}; lower the first"
         )
-
-
-def _check_data(config: Config, key: str, directory: str) -> list[str]:
-    """Check the shards of a training or held-out set, as the stage uses them."""
-    is_train = key == "data.train"
-    if not directory or not Path(directory).exists():
-        return []
-    reader = ShardReader(directory)
-    if is_train:
-        check_num_samples(config, len(reader))
-    first = range(min(len(reader), NUM_READ))
-    faults = [fault for index in first if (fault := _fault(reader, index, config))]
-    if len(faults) == len(first):
-        reason = faults[0] if faults else "there are none"
-        raise DataError(
-            f"{key}={directory}: none of the first {NUM_READ} samples can be used: {reason}"
-        )
-    if config.stage == "grpo" and is_train and config.rollout.canary_bound > 0:
-        first_with_image(len(reader), lambda index: reader.example(index).num_images)
-    return [f"{fault}; the run will skip it" for fault in faults]
-
-
-def check_num_samples(config: Config, num_samples: int) -> None:
-    """Raise ConfigError if the training set is too small for a GRPO step."""
-    per_step = config.data.prompts_per_step
-    if config.stage == "grpo" and num_samples < per_step:
-        raise ConfigError(
-            f"data.prompts_per_step={per_step}, but {config.data.train} has {num_samples} samples; "
-            f"a step must not hold a prompt twice: set data.prompts_per_step={num_samples} or "
-            "less, and algorithm.prompts_per_update to a divisor of it"
-        )
-
-
-def _fault(reader: ShardReader, index: int, config: Config) -> str:
-    """Return why a sample cannot be used; "" if it can."""
-    try:
-        example = reader.example(index)
-        reader.images(index)
-    except DataError as error:
-        return str(error)
-    if config.stage != "sft" and example.answer is None:
-        return f"{example.where} has no gold answer to judge by"
-    if config.stage == "sft" and all(turn.role != "assistant" for turn in example.messages):
-        return f"{example.where} has no assistant turn to learn from"
-    return ""

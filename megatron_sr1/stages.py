@@ -10,8 +10,9 @@ from functools import partial
 
 import torch
 
+from megatron_sr1.config.rules import with_steps
 from megatron_sr1.config.run import Config
-from megatron_sr1.dry_run import check_num_samples, check_output
+from megatron_sr1.dry_run import check_output
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.evaluation.evaluate import (
     HeldOut,
@@ -30,6 +31,7 @@ from megatron_sr1.runtime.groups import Groups, make_groups
 from megatron_sr1.runtime.rng import seed_everything
 from megatron_sr1.trainer.actor import Actor, Reference, load_actor_model, make_actor
 from megatron_sr1.trainer.context import Context
+from megatron_sr1.trainer.data_checks import check_sizes
 from megatron_sr1.trainer.grpo import train_grpo
 from megatron_sr1.trainer.samples import Samples, make_processor
 from megatron_sr1.trainer.sft import train_sft
@@ -71,9 +73,9 @@ def joined_ranks(config: Config) -> Iterator[Groups]:
     stop_distributed()
 
 
-def run_sft(config: Config, groups: Groups) -> int:
-    """Fine-tune `model.path` on `data.train`, evaluating `evaluation.sets`."""
-    with evaluation_scorers(config) as scorers, opened_judge(config, groups) as judge:
+def run_sft(config: Config, groups: Groups) -> None:
+    """Fine-tune `model.path` on the training data, evaluating `evaluation.sets`."""
+    with evaluation_scorers(config) as scorers:
         context, samples, actor, _ = start(config, groups)
         losses, engine, sets = make_losses(context, actor, samples.processor), None, []
         if config.evaluation.generate:
@@ -87,8 +89,8 @@ def run_sft(config: Config, groups: Groups) -> int:
     return finish(context)
 
 
-def run_grpo(config: Config, groups: Groups) -> int:
-    """Train `model.path` with GRPO on `data.train`, evaluating `evaluation.sets`."""
+def run_grpo(config: Config, groups: Groups) -> None:
+    """Train `model.path` with GRPO on the training data, evaluating `evaluation.sets`."""
     # The scorers first: a reward function that does not load stops the run before the model loads.
     with (
         Scorer(config.reward) as scorer,
@@ -131,15 +133,15 @@ def start(config: Config, groups: Groups) -> tuple[Context, Samples, Actor, Refe
     The reference is copied from `model.path` before a checkpoint is loaded over it.
     """
     check_output(config)
-    samples = Samples(config, config.data.train, make_processor(config))
-    check_num_samples(config, len(samples))
-    context = Context(config, groups, len(samples))
+    samples = Samples(config, config.data.sets, make_processor(config))
+    check_sizes(config, samples.reader.sizes)
+    config = with_steps(config, len(samples))
+    context = Context(config, groups, *samples.reader.sizes)
     with context.phase("setup"):
         chunks, hf_config, source = load_actor_model(config, groups)
         needs_reference = config.stage == "grpo" and config.algorithm.kl_coefficient > 0
         reference = Reference(chunks) if needs_reference else None
-        num_updates = config.updates_per_step * config.optimizer.num_steps
-        actor = make_actor(config, chunks, hf_config, source, groups, num_updates)
+        actor = make_actor(config, chunks, hf_config, source, groups, config.num_updates)
         context.start(actor)
     return context, samples, actor, reference
 

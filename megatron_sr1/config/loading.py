@@ -45,6 +45,13 @@ RENAMED = {
     "rollout.pass2_order": "data.pass2_template, such as full_description_first",
 }
 """Old key -> the new one and what it takes; using an old one is an error that names the new one."""
+ALTERNATIVES: tuple[dict[str, Any], ...] = (
+    {"optimizer.num_steps": None, "optimizer.num_epochs": None},
+    {"optimizer.warmup_steps": 0, "optimizer.warmup_ratio": None},
+    {"data.train": "", "data.mixture": {}},
+)
+"""Keys of which only one may be set, with the value of those that are not: the later one counts,
+and a file, or the overrides together, may set only one."""
 NAME = re.compile("[A-Za-z0-9][A-Za-z0-9_-]*")
 """Of a group that the user names; it becomes part of file names and of metrics' names."""
 _ENVIRONMENT = re.compile(r"\$\{oc\.env:[A-Za-z_][A-Za-z0-9_]*(,[^${}]*)?\}")
@@ -64,11 +71,13 @@ def load_config(
     if not has_model:
         config.model.path = ""
     layers = [] if path is None else _read_layers(Path(path))
+    num_files, given = len(layers), dict[str, tuple[int, str]]()
     layers += [(ascii(text)[1:-1][:200], _read_override(text)) for text in overrides or []]
     name = source = str(path or "configuration")
     try:
-        for name, layer in layers:
+        for number, (name, layer) in enumerate(layers):
             _check_types(layer, Config(), name)
+            _unset_alternatives(config, layer, (min(number, num_files), name), given)
             _clear_named(config, layer)
             config.merge_with(layer)
         name = source
@@ -191,6 +200,25 @@ def _clear_named(config: Any, layer: dict[Any, Any]) -> None:
             _clear_named(config[key], value)
 
 
+def _unset_alternatives(
+    config: Any, layer: dict[Any, Any], source: tuple[int, str], given: dict[str, tuple[int, str]]
+) -> None:
+    """Unset the alternatives of the keys that a layer sets.
+
+    `given` has the source of each key that was set; all overrides have the same number.
+    """
+    for unset in ALTERNATIVES:
+        for key in unset:
+            group, _, last = key.partition(".")
+            if not layer.get(group, {}).get(last):
+                continue
+            for other in unset.keys() - {key}:
+                if given.get(other, (-1, ""))[0] == source[0]:
+                    raise ConfigError(f"{source[1]}: {key} excludes {other}; set one of them")
+                OmegaConf.update(config, other, unset[other], merge=False)
+            given[key] = source
+
+
 def _first_key(key: Any, value: Any) -> str:
     """Return the dotted key of the first setting at or below a key."""
     while isinstance(value, dict) and value:
@@ -220,7 +248,8 @@ def _fits(value: Any, kind: Any) -> bool:
 def _expected(setting: Field[Any], kind: Any, default: Any, value: Any) -> str:
     """Describe what a field accepts, with an example that is close to the wrong value."""
     if is_dataclass(default):
-        inner = next(e for e in fields(default) if getattr(default, e.name) not in (MISSING, ""))
+        unset: tuple[Any, ...] = (MISSING, "", {})
+        inner = next(e for e in fields(default) if getattr(default, e.name) not in unset)
         return f"a mapping, for example {{{inner.name}: {getattr(default, inner.name)}}}"
     if "choices" in setting.metadata:
         return accepted(setting)

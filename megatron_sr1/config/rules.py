@@ -5,8 +5,10 @@ A rule yields a message if it is broken; {KEY} in it stands for KEY=VALUE.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from operator import attrgetter
 from urllib.parse import urlsplit
 
@@ -33,6 +35,29 @@ def validate(config: Config) -> None:
     for rules in groups:
         for message in rules(config):
             raise ConfigError(re.sub(r"\{([a-z0-9_.]+)\}", lambda m: _given(config, m[1]), message))
+
+
+def with_steps(config: Config, num_samples: int) -> Config:
+    """Return the configuration with `num_epochs` and `warmup_ratio` as steps and updates; check it.
+
+    `num_samples` is the number of training samples. Epochs are counted without the prompts that
+    `algorithm.filter_groups` draws besides.
+    """
+    optimizer = config.optimizer
+    if optimizer.num_epochs is not None:
+        steps = _rounded_up(optimizer.num_epochs * num_samples / config.data.prompts_per_step)
+        optimizer = replace(optimizer, num_steps=steps, num_epochs=None)
+        config = replace(config, optimizer=optimizer)
+    if optimizer.warmup_ratio is not None:
+        updates = _rounded_up(optimizer.warmup_ratio * config.num_updates)
+        optimizer = replace(optimizer, warmup_steps=updates, warmup_ratio=None)
+        config = replace(config, optimizer=optimizer)
+    validate(config)
+    return config
+
+
+def _rounded_up(value: float) -> int:
+    return math.ceil(round(value, 6))  # 0.1 * 30 is a little more than 3
 
 
 def _given(config: Config, key: str) -> str:
@@ -92,6 +117,8 @@ def _run(config: Config) -> Broken:
     optimizer, checkpoint, steps = config.optimizer, config.checkpoint, config.logging.profile_steps
     if config.data.min_pixels > config.data.max_pixels:
         yield "{data.min_pixels} is more than {data.max_pixels}"
+    if config.stage != "eval" and optimizer.num_steps is None and optimizer.num_epochs is None:
+        yield "{optimizer.num_steps}, {optimizer.num_epochs}: set one of them"
     is_decay = optimizer.schedule != "constant"
     if is_decay and optimizer.min_learning_rate > optimizer.learning_rate:
         names = "{optimizer.min_learning_rate} is more than {optimizer.learning_rate}"
@@ -99,7 +126,7 @@ def _run(config: Config) -> Broken:
     if steps:
         if len(steps) != 2 or steps[0] > steps[1]:
             yield f"logging.profile_steps is {steps}; expected [first, last], from 1"
-        if config.stage != "eval" and steps[0] > optimizer.num_steps:
+        if config.stage != "eval" and steps[0] > (optimizer.num_steps or steps[0]):
             yield "{logging.profile_steps} begins after the last step, {optimizer.num_steps}"
     if checkpoint.keep_best and config.stage != "eval":
         keep = "{checkpoint.keep_best}"

@@ -13,6 +13,7 @@ from megatron_sr1.config.training import (
     AlgorithmConfig,
     CheckpointConfig,
     DataConfig,
+    MixtureSet,
     OptimizerConfig,
 )
 
@@ -159,10 +160,15 @@ class Config:
         return 1 if is_sft else self.data.prompts_per_step // self.algorithm.prompts_per_update
 
     @property
-    def has_judge(self) -> bool:
-        """True if a judge is asked about answers to held-out questions."""
-        has_answers = self.stage != "sft" or self.evaluation.generate
-        return bool(self.evaluation.sets) and has_answers and self.evaluation.judge.is_asked
+    def num_steps(self) -> int:
+        """Steps of the run, if it has no `num_epochs` any more (`rules.with_steps`)."""
+        assert self.optimizer.num_steps is not None, "optimizer.num_epochs is not resolved"
+        return self.optimizer.num_steps
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer updates of the run; with `algorithm.filter_groups`, the most."""
+        return self.updates_per_step * self.num_steps
 
     def functions(self) -> dict[str, str]:
         """Return the reward functions that are set, by configuration key."""
@@ -177,4 +183,5 @@ def keys() -> list[str]:
     """Return all dotted keys that a configuration may set, `NAME` where the user names a group."""
     config = Config()
     config.evaluation.sets["NAME"] = EvaluationSet()
+    config.data.mixture["NAME"] = MixtureSet()
     return [key for key, _, _ in settings(config)]

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_sr1.config.fields import choice, number
+from omegaconf import MISSING
+
+from megatron_sr1.config.fields import choice, named, number
+
+
+@dataclass
+class MixtureSet:
+    """One of several training sets."""
+
+    path: str = MISSING
+    """Directory of webdataset shards, written by tools/make_shards.py."""
+    weight: float = number(1.0, above=0)
+    """The set's part of every step is its weight, divided by the sum of all weights."""
 
 
 @dataclass
@@ -13,6 +25,9 @@ class DataConfig:
 
     train: str = ""
     """Directory of webdataset shards to train on, written by tools/make_shards.py."""
+    mixture: dict[str, MixtureSet] = named(MixtureSet)
+    """Several training sets by name, in place of data.train, such as `{math: {path: shards/math,
+    weight: 2}, charts: {path: shards/charts}}`."""
     prompts_per_step: int = number(512, at_least=1)
     """GRPO: prompts per rollout step. SFT: sequences per update."""
     shuffle: bool = True
@@ -46,6 +61,25 @@ class DataConfig:
     """Smallest image area, pixels; smaller images are enlarged. A token covers 28 x 28 pixels."""
     max_pixels: int = number(4194304, at_least=784, at_most=2**27)
     """Largest image area, pixels, before rounding to whole patches (docs/data.md)."""
+
+    @property
+    def sets(self) -> dict[str, str]:
+        """Directories of the training sets by name; that of `train` has the name ""."""
+        return {name: each.path for name, each in self.mixture.items()} or {"": self.train}
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Part of a step that each training set has, by its name."""
+        total = sum(each.weight for each in self.mixture.values())
+        return {name: each.weight / total for name, each in self.mixture.items()} or {"": 1.0}
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """Directories of the training sets by configuration key."""
+        return {
+            f"data.mixture.{name}.path" if name else "data.train": path
+            for name, path in self.sets.items()
+        }
 
     @property
     def row_budget(self) -> int:
@@ -107,8 +141,11 @@ class AlgorithmConfig:
 class OptimizerConfig:
     """AdamW and its learning-rate schedule."""
 
-    num_steps: int = number(100, at_least=1)
-    """Steps of the run: rollout batches in GRPO, updates in SFT."""
+    num_steps: int | None = number(100, at_least=1)
+    """Steps of the run: rollout batches in GRPO, updates in SFT. Unsets num_epochs."""
+    num_epochs: float | None = number(None, above=0)
+    """Passes over the training data, rounded up to whole steps; unsets num_steps. An
+    epoch of data.mixture is as many samples as all its sets have together."""
     learning_rate: float = number(1e-6, above=0, at_most=1)
     """Peak learning rate."""
     min_learning_rate: float = number(0.0, at_least=0, at_most=1)
@@ -116,7 +153,9 @@ class OptimizerConfig:
     schedule: str = choice("constant", "constant", "linear", "cosine")
     """Learning rate after warm-up: constant, or a linear or cosine decay."""
     warmup_steps: int = number(0, at_least=0)
-    """Updates over which the learning rate rises linearly from 0."""
+    """Updates over which the learning rate rises linearly from 0; unsets warmup_ratio."""
+    warmup_ratio: float | None = number(None, at_least=0, at_most=1)
+    """The same as a share of all updates, rounded up; unsets warmup_steps."""
     weight_decay: float = number(1e-2, at_least=0)
     """Decoupled weight decay."""
     beta1: float = number(0.9, at_least=0, below=1)

@@ -48,7 +48,7 @@ DATASET_FILE = "dataset.json"
 Files = Mapping[str, bytes]
 """The files of a sample by the extensions of their names: json first, then 0.png and so on."""
 NUM_SEARCHED = 100
-"""First samples that are searched for an image, where rollout.canary_bound needs one."""
+"""First samples of a set that are searched for an image, where rollout.canary_bound needs one."""
 
 
 def write_shards(
@@ -142,21 +142,31 @@ def _remove_leftovers(target: Path, kept: Set[str]) -> None:
 
 
 class ShardReader:
-    """Random access to a directory of shards. Safe to share between threads and forks.
+    """Random access to directories of shards. Safe to share between threads and forks.
 
     A number without a sample is an `IndexError`, a sample that cannot be read a `DataError`.
+
+    Attributes:
+        sizes: number of samples in each directory; those of one follow those of the one before.
     """
 
-    def __init__(self, directory: str | Path) -> None:
-        """Open a directory of shards, written by `write_shards` or another webdataset writer."""
-        self.directory = Path(directory)
-        self._tars = _tars(self.directory)
-        if not self._tars:
-            raise DataError(f"{directory}: no .tar shards; make them with tools/make_shards.py")
+    def __init__(self, *directories: str | Path) -> None:
+        """Open directories of shards, written by `write_shards` or another webdataset writer."""
+        self._directories = directories
         self._index = functools.cache(read_index)
         self._open = functools.lru_cache(64)(functools.partial(open, mode="rb", buffering=0))
-        counts = _counts(self.directory, self._tars)
-        self._ends = list(itertools.accumulate(counts or [len(self._index(t)) for t in self._tars]))
+        self._tars: list[Path] = []
+        self.sizes: list[int] = []
+        counts: list[int] = []
+        for directory in map(Path, directories):
+            tars = _tars(directory)
+            if not tars:
+                raise DataError(f"{directory}: no .tar shards; make them with tools/make_shards.py")
+            own = _counts(directory, tars) or [len(self._index(tar)) for tar in tars]
+            self._tars += tars
+            self.sizes.append(sum(own))
+            counts += own
+        self._ends = list(itertools.accumulate(counts))
 
     def __len__(self) -> int:
         """Return the number of samples in all shards."""
@@ -207,7 +217,8 @@ class ShardReader:
 
     def _locate(self, index: int) -> tuple[Path, Place]:
         if not 0 <= index < len(self):
-            raise IndexError(f"{self.directory}: sample {index} of {len(self)}")
+            where = ", ".join(map(str, self._directories))
+            raise IndexError(f"{where}: sample {index} of {len(self)}")
         number = bisect_right(self._ends, index)
         tar, start = self._tars[number], self._ends[number - 1] if number else 0
         places, count = self._index(tar), self._ends[number] - start
@@ -272,16 +283,20 @@ def _add(tar: tarfile.TarFile, number: int, files: Files) -> Place:
     return Place(key, spans[0], tuple(spans[1:]))
 
 
-def first_with_image(num_samples: int, num_images: Callable[[int], int]) -> int:
+def first_with_image(sizes: Iterable[int], num_images: Callable[[int], int]) -> int:
     """Return the first sample with an image, which `rollout.canary_bound` compares.
 
-    `num_images` returns a sample's number of images, or raises a DataError if it cannot be used.
+    `sizes` are those of the training sets. `num_images` returns a sample's number of images, or
+    raises a DataError if it cannot be used.
     """
-    for index in range(min(num_samples, NUM_SEARCHED)):
-        with contextlib.suppress(DataError):
-            if num_images(index):
-                return index
+    first = 0
+    for size in sizes:
+        for index in range(first, first + min(size, NUM_SEARCHED)):
+            with contextlib.suppress(DataError):
+                if num_images(index):
+                    return index
+        first += size
     raise ConfigError(
-        f"rollout.canary_bound needs a sample with an image among the first {NUM_SEARCHED} of "
-        "data.train, which has none; set it to 0"
+        f"rollout.canary_bound needs a sample with an image among the first {NUM_SEARCHED} of a "
+        "training set, and there is none; set it to 0"
     )

@@ -83,7 +83,7 @@ def train(output: Path, seed: int) -> None:
     configs = {name: _config(output, seed, name) for name in MODELS}
     cold = configs.pop("cold_start")
     with stages.joined_ranks(cold) as groups:
-        log.info("2/4 cold start (%d steps)", cold.optimizer.num_steps)
+        log.info("2/4 cold start (%d steps)", cold.num_steps)
         context, samples, actor, _ = stages.start(cold, groups)
         train_sft(context, actor, samples)
         context.close()
@@ -98,7 +98,7 @@ def train(output: Path, seed: int) -> None:
             sets = make_sets(judging, engine, samples.processor, scorers)
             _evaluate(sets, "cold_start")
             for number, (name, config) in enumerate(configs.items(), start=3):
-                log.info("%d/4 %s (%d steps)", number, DEMO_RUNS[name], config.optimizer.num_steps)
+                log.info("%d/4 %s (%d steps)", number, DEMO_RUNS[name], config.num_steps)
                 _train_grpo(config, groups, engine)
                 _evaluate(sets, name)
         if groups.world.rank == 0:

@@ -52,7 +52,7 @@ def needed_paths(config: Config, has_model: bool = True) -> dict[str, str]:
     named = {"model.path": config.model.path if has_model else ""}
     named |= {f"evaluation.sets.{name}.path": s.path for name, s in config.evaluation.sets.items()}
     if config.stage != "eval":
-        named["data.train"] = config.data.train
+        named |= config.data.paths
     return {key: path for key, path in named.items() if path}
 
 
@@ -71,16 +71,14 @@ def check_paths(config: Config, has_model: bool = True, is_dry_run: bool = False
     and data need not exist, and a config.json alone is accepted as a model.
     """
     absent = absent_paths(config) if is_dry_run else {}
-    if has_model and "model.path" not in absent:
-        config = fix_commit(config, weights=not is_dry_run)
-        path = model_directory(*config.model.at, weights=not is_dry_run)
-        if not (is_dry_run and (path / "config.json").is_file()):
-            _check_model(path)
-    if config.stage != "eval" and "data.train" not in absent:
-        _check_shards("data.train", config.data.train, needed=True)
-    for name, each in config.evaluation.sets.items():
-        if f"evaluation.sets.{name}.path" not in absent:
-            _check_shards(f"evaluation.sets.{name}.path", each.path, needed=True)
+    has_shape = is_dry_run and (Path(config.model.path) / "config.json").is_file()
+    if has_model and not has_shape and "model.path" not in absent:
+        _check_model(Path(config.model.path))
+    paths = dict(config.data.paths) if config.stage != "eval" else {}
+    paths |= {f"evaluation.sets.{name}.path": s.path for name, s in config.evaluation.sets.items()}
+    for key, directory in paths.items():
+        if key not in absent:
+            _check_shards(key, directory)
     if config.stage == "eval" and not config.evaluation.sets:
         problem = "evaluation.sets is empty; name a set of questions: evaluation.sets.NAME.path=DIR"
         raise DataError(f"{problem} (tools/make_shards.py writes its shards)")
@@ -148,12 +146,12 @@ def _seen(path: Path) -> str:
     return "; this has shards: a directory for data.train" if any(path.glob("*.tar")) else ""
 
 
-def _check_shards(key: str, given: str, needed: bool) -> None:
+def _check_shards(key: str, given: str) -> None:
     path, advice = Path(given), "tools/make_shards.py writes shards"
-    if not given and not needed:
-        return
     if not given:
-        raise DataError(f"{key} is not set; name a directory of webdataset shards ({advice})")
+        several = ", or several in data.mixture" if key == "data.train" else ""
+        named = f"name a directory of webdataset shards{several}"
+        raise DataError(f"{key} is not set; {named} ({advice})")
     if path.is_file():
         raise DataError(f"{key}={path} is a file; name the directory of its shards ({advice})")
     if not path.is_dir():

@@ -73,7 +73,7 @@ def make_sinks(config: Config, run_dir: Path, step: int = 0) -> list[Sink]:
     Raises:
         ConfigError: wandb is configured but not installed, or cannot start.
     """
-    num_steps = config.optimizer.num_steps
+    num_steps = config.num_steps
     sinks: list[Sink] = []
     if config.logging.progress and sys.stderr.isatty():
         sinks.append(ProgressSink(config.stage, num_steps, step))

@@ -78,6 +78,7 @@ def plan(run: PlannedRun, num_gpus: int) -> str:
         f"{config.model.dtype}",
         f"cluster   {num_gpus} x {gpu.name}, {gpu.memory_bytes / 1e9:.0f} GB each",
         f"a step    {_lengths(run)} (assumed; --help lists the options that set lengths)",
+        f"steps     {_steps(run)}",
         "",
         *_own_lines(run, num_gpus),
         f"layouts   {len(fitting)} of {len(found)} fit, the fastest:",
@@ -235,6 +236,14 @@ def _lengths(run: PlannedRun) -> str:
         f"{run.text_tokens:.0f} text + {run.image_tokens:.0f} image + {run.response_tokens:.0f} "
         f"response tokens{readings}, {run.config.updates_per_step} updates"
     )
+
+
+def _steps(run: PlannedRun) -> str:
+    """The length of the run; epochs are resolved only where the data is."""
+    optimizer = run.config.optimizer
+    if optimizer.num_steps is not None:
+        return f"{optimizer.num_steps:,}"
+    return f"{optimizer.num_epochs:g} epochs, as many as the data has samples for"
 
 
 def _own_lines(run: PlannedRun, num_gpus: int) -> list[str]:

@@ -162,7 +162,8 @@ def _card(line: Line, rule: str, images: Images | None, said: str) -> str:
     question = text(re.sub(r"(?<!\\)<image>", "", str(line["question"])).strip())
     golds = " or ".join(text(gold) for gold in (line["gold"], *line.get("other_golds", ())))
     facts = f"<dl><dt>question</dt><dd>{question}</dd><dt>gold</dt><dd>{golds}</dd></dl>"
-    note = f'<span class="note">no. {int(line["index"])}, {escape(rule)}</span>'
+    number = f"{line.get('set', '')} no. {int(line['index'])}".strip()
+    note = f'<span class="note">{escape(number)}, {escape(rule)}</span>'
     head = f"<header>{shown}<div>{facts}{note}</div></header>"
     return f'<article class="card sample">{head}{said}</article>'
 

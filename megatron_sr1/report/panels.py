@@ -38,6 +38,10 @@ TITLES = {
     "optimizer/grad_norm": "Gradient norm",
     "rollout/response_tokens": "Response tokens per step",
 }
+BY_SET = ("reward/accuracy", "reward/self_reward")
+"""Metrics that each set of `data.mixture` has too, as `NAME/SET`; drawn in one chart each."""
+NUM_COLOURS = 7
+"""Colours of curves, from 1; further curves have them again."""
 PHASE_COLOURS = {
     "time/pass1_seconds": 2,
     "time/pass2_seconds": 1,
@@ -177,6 +181,11 @@ def run_charts(lines: Lines) -> list[str]:
         charts.append(_curves(title, lines, named, percent=True))
         seen |= set(named)
     rest = {name for line in lines for name in line} - seen
+    for metric in BY_SET:
+        found = sorted(n for n in rest if n.startswith(f"{metric}/"))
+        named = {n: n.rpartition("/")[2] for n in found}
+        charts.append(_curves(f"{TITLES[metric]}, by training set", lines, named, percent=True))
+        rest -= set(found)
     for ending, title in RATES.items():
         found = sorted(n for n in rest if n.startswith("perf/") and n.endswith(ending))
         named = {n: n.removeprefix("perf/").removesuffix(f"_{ending}") for n in found}
@@ -202,7 +211,7 @@ def _evaluation_charts(lines: Lines, names: list[str]) -> list[str]:
 
 def _curves(title: str, lines: Lines, named: Mapping[str, str], percent: bool) -> str:
     """Draw several metrics of a run; `named` maps each to its legend."""
-    series = [_series(lines, *pair, i) for i, pair in enumerate(named.items(), start=1)]
+    series = [_series(lines, *pair, 1 + i % NUM_COLOURS) for i, pair in enumerate(named.items())]
     return line_chart(title, series, percent)
 
 

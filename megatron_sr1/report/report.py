@@ -65,9 +65,16 @@ def held_out_folders(config: Mapping[str, Any]) -> dict[str, str]:
     return {name: each["path"] for name, each in sets.items()} or dict.fromkeys(WAYS, old or "")
 
 
-def images_in(folder: str) -> Images | None:
-    """Return what reads a sample's images, if the shards still exist."""
-    return ShardReader(folder).images if folder and any(Path(folder).glob("*.tar")) else None
+def training_folders(config: Mapping[str, Any]) -> list[str]:
+    """Return the directories of the training sets, in the order of their samples."""
+    data = config.get("data", {})
+    return [each["path"] for each in data.get("mixture", {}).values()] or [data.get("train", "")]
+
+
+def images_in(*folders: str) -> Images | None:
+    """Return what reads a sample's images, if all shards still exist."""
+    is_there = all(folder and any(Path(folder).glob("*.tar")) for folder in folders)
+    return ShardReader(*folders).images if is_there else None
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -148,8 +155,7 @@ def _run_page(run_dir: Path) -> str:
     times = [panels.time_chart("Seconds per step", lines), panels.time_table({"a step": lines})]
     cards = []
     if rollouts:
-        images = images_in(config.get("data", {}).get("train", ""))
-        cards = _rollout_cards(rollouts, images, marks)
+        cards = _rollout_cards(rollouts, images_in(*training_folders(config)))
     for folder in dict.fromkeys(folders.values()) if not rollouts else ():
         same = {name: rows for name, rows in judged.items() if folders[name] == folder}
         cards += _question_cards(same, images_in(folder), marks)

@@ -62,8 +62,11 @@ class Context:
         exit_status: of the command, once the stage has written everything.
     """
 
-    def __init__(self, config: Config, groups: Groups, num_samples: int) -> None:
-        """Touch no file yet: `start` or `open` does. Without training, `num_samples` is 0."""
+    def __init__(self, config: Config, groups: Groups, *sizes: int) -> None:
+        """Touch no file yet: `start` or `open` does.
+
+        `sizes` are the numbers of samples of the training sets; none, or 0, without training.
+        """
         self.config, self.groups = config, groups
         self.run_dir = Path(config.output)
         self.step = self.skipped = self.ungraded = self.exit_status = 0
@@ -72,15 +75,17 @@ class Context:
         self.throughput: Throughput
         rank, logged = groups.world.rank, config.logging
         profiled = logged.profile_steps if rank in logged.profile_ranks else ()
-        self._profiler = StepProfiler(profiled, config.optimizer.num_steps, self.run_dir, rank)
+        num_steps = config.optimizer.num_steps or 0
+        self._profiler = StepProfiler(profiled, num_steps, self.run_dir, rank)
         self.checkpoints = self.run_dir / "checkpoints"
         self._saves = SaveQueue(self.checkpoints, config.checkpoint)
         self._origin: dict[str, str] = {}
         self._sinks: list[Sink] = []
         self._metrics: MetricsFile | None = None
-        if num_samples:
+        if any(sizes):
             data = config.data
-            self.loader = Loader(num_samples, data.prompts_per_step, config.seed, data.shuffle)
+            order = (config.seed, data.shuffle, data.shares)
+            self.loader = Loader(sizes, data.prompts_per_step, *order)
 
     @property
     def is_writer(self) -> bool:
@@ -90,7 +95,7 @@ class Context:
     @property
     def has_steps_left(self) -> bool:
         """True while the loop has steps to do."""
-        return self.step < self.config.optimizer.num_steps and not self.is_leaving
+        return self.step < self.config.num_steps and not self.is_leaving
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -291,7 +296,7 @@ class Context:
         self.is_leaving = True
         if self.is_writer:
             message = "stop requested: saved step %d of %d; the same command continues from there"
-            log.info(message, self.step, self.config.optimizer.num_steps)
+            log.info(message, self.step, self.config.num_steps)
             signals.mark_unfinished()  # for the launcher
 
     def _is_evaluated(self, is_saved: bool) -> bool:

@@ -18,7 +18,13 @@ from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.trainer.actor import Actor, Reference
 from megatron_sr1.trainer.context import Context, Evaluate
 from megatron_sr1.trainer.objective import Credit, credit, grpo_loss
-from megatron_sr1.trainer.rollouts import Scored, reward_means, roll_out_step, rollout_line
+from megatron_sr1.trainer.rollouts import (
+    Scored,
+    reward_means,
+    roll_out_step,
+    rollout_line,
+    set_means,
+)
 from megatron_sr1.trainer.samples import Samples, without_targets
 from megatron_sr1.trainer.step import named, sample_logprobs, update
 from megatron_sr1.trainer.sync import Canary, sync
@@ -61,13 +67,15 @@ def train_grpo(
                 context.throughput.count_samples("update", own)
 
         values = {**reward_means(scored), **spread, **filtered, **counted, **named(measured)}
+        values |= set_means(scored, samples.set_of)
         values |= {**agreement, "reward/ungraded": float(context.ungraded)}
         if context.is_writer:
             lines = []
             for number, item in enumerate(scored):
                 advantages = credited.advantages_of(number)
-                example = samples.example(item.rollout.index)
-                lines.append(rollout_line(context.step + 1, item, example, advantages))
+                index = item.rollout.index
+                facts = (advantages, samples.set_of(index))
+                lines.append(rollout_line(context.step + 1, item, samples.example(index), *facts))
             context.record_rollouts(lines, samples.images)
         samples.forget()
         context.finish_step(values, actor, evaluate)

@@ -93,7 +93,7 @@ def schedule_facts(config: Config, optimizer: Any, scheduler: Any, step: int) ->
     chosen, per_step = config.optimizer, config.updates_per_step
     names = ("num_steps", "learning_rate", "min_learning_rate", "warmup_steps", "schedule")
     here = scheduler.num_steps
-    end = here + (chosen.num_steps - step) * per_step
+    end = here + (config.num_steps - step) * per_step
     rates = []
     for place in (here, max(end - 1, 0)):
         scheduler.num_steps = place
@@ -102,7 +102,7 @@ def schedule_facts(config: Config, optimizer: Any, scheduler: Any, step: int) ->
     return {
         **{f"optimizer.{name}": getattr(chosen, name) for name in names},
         "updates a step": per_step,
-        "updates in all": per_step * chosen.num_steps,
+        "updates in all": config.num_updates,
         **dict(zip(RATES, rates, strict=True)),
     }
 

@@ -9,7 +9,8 @@ raises here.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -29,6 +30,8 @@ log = logging.getLogger(__name__)
 MAX_LOGGED = 3
 """Answers of a step that raised or met a limit which are logged on each replica."""
 MAX_SHOWN_CHARACTERS = 200
+MEANS_BY_SET = ("reward/accuracy", "reward/self_reward")
+"""Means of a step that each set of `data.mixture` has too, as `NAME/SET`."""
 
 
 @dataclass(frozen=True)
@@ -224,13 +227,39 @@ def reward_means(scored: Sequence[Scored]) -> dict[str, float]:
     return means
 
 
+def set_means(scored: Sequence[Scored], set_of: Callable[[int], str]) -> dict[str, float]:
+    """Return mean accuracy and self-reward of each set of `data.mixture` with rollouts in a step.
+
+    `set_of` returns the name of a sample's set, "" without a mixture.
+    """
+    by_set: dict[str, list[Scored]] = defaultdict(list)
+    for item in scored:
+        by_set[set_of(item.rollout.index)].append(item)
+    by_set.pop("", None)
+    means = {name: reward_means(items) for name, items in by_set.items()}
+    return {
+        f"{metric}/{name}": found[metric]
+        for metric in MEANS_BY_SET
+        for name, found in sorted(means.items())
+        if metric in found
+    }
+
+
 def rollout_line(
-    step: int, scored: Scored, example: Example, advantages: Mapping[str, float]
+    step: int,
+    scored: Scored,
+    example: Example,
+    advantages: Mapping[str, float],
+    set_name: str = "",
 ) -> dict[str, Any]:
-    """Return a line of rollouts/step_N.jsonl, with both advantages if credit is per span."""
+    """Return a line of rollouts/step_N.jsonl, with both advantages if credit is per span.
+
+    It has the name of the sample's set if there is a `data.mixture`.
+    """
     rollout = scored.rollout
     return {
         "step": step,
+        **({"set": set_name} if set_name else {}),
         "index": rollout.index,
         "sample": rollout.sample,
         **texts(rollout, example),

@@ -6,9 +6,11 @@ keeps what it has read until `forget`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,27 +51,33 @@ def make_processor(config: Config) -> Processor:
 
 
 class Samples:
-    """Samples of a directory of shards.
+    """Samples of one or more directories of shards, with one index space.
 
     Attributes:
+        reader: reads the shards; its `sizes` are the number of samples of each directory.
         example: returns a sample's text by its index.
         find_description: returns the description in a response so far; None while it is open.
         prompts: makes the messages of both passes.
         readings: prompts of pass 2 since `forget`, token ids by example and description.
     """
 
-    def __init__(self, config: Config, directory: str, processor: Processor) -> None:
-        """Open the shards.
+    def __init__(
+        self, config: Config, directories: str | Mapping[str, str], processor: Processor
+    ) -> None:
+        """Open the shards of a directory, or of several sets by name.
 
         Raises:
-            ConfigError: the directory does not exist, or a prompt's template cannot be used.
+            ConfigError: a directory does not exist.
         """
-        if not directory or not Path(directory).is_dir():
-            raise ConfigError(
-                f"data directory {directory!r} does not exist; set data.train or the path of a set "
-                "to a directory of shards (tools/make_shards.py writes them)"
-            )
-        self.reader = ShardReader(directory)
+        sets = directories if isinstance(directories, Mapping) else {"": directories}
+        for directory in sets.values():
+            if not directory or not Path(directory).is_dir():
+                raise ConfigError(
+                    f"data directory {directory!r} does not exist; set data.train or the path of a "
+                    "set to a directory of shards (tools/make_shards.py writes them)"
+                )
+        self.reader = ShardReader(*sets.values())
+        self._names, self._ends = list(sets), list(accumulate(self.reader.sizes))
         self.example = cache(self.reader.example)
         self.processor = processor
         self.prompts = Prompts(config.data, config.reward.recipe, question_options)
@@ -83,6 +91,10 @@ class Samples:
     def __len__(self) -> int:
         """Return the number of samples."""
         return len(self.reader)
+
+    def set_of(self, index: int) -> str:
+        """Return the name of a sample's set; "" in a single directory."""
+        return self._names[bisect_right(self._ends, index)]
 
     def prompt(self, index: int) -> Prompt:
         """Return the pass-1 prompt of a sample, with its images."""

@@ -90,7 +90,7 @@ class Canary:
             return samples.example(index).num_images and len(samples.prompt(index).image_grid_thw)
 
         self._samples, self._bound = samples, bound_nats
-        self._index = first_with_image(len(samples), num_images)
+        self._index = first_with_image(samples.reader.sizes, num_images)
 
     def check(self, context: Context, actor: Actor, engine: Engine) -> dict[str, float]:
         """Compare after a sync; collective over all ranks.

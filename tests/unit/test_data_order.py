@@ -117,11 +117,11 @@ def test_a_prompt_that_is_too_long_leaves_the_others_order(processor, groups, tm
         engine = Of(replica=0, num_replicas=1, is_replica_leader=True)
         return [p.example.index for p in read_prompts(context, engine, samples, drawn)]
 
-    loader = Loader(10, 4, seed=0, shuffle=False)
+    loader = Loader([10], 4, seed=0, shuffle=False)
     assert read(loader) == [0, 1, 2, 3] and not context.skipped
     state = loader.state_dict()
     assert read(loader) == [4, 6, 7]
-    resumed = Loader(10, 4, seed=0, shuffle=False)
+    resumed = Loader([10], 4, seed=0, shuffle=False)
     resumed.load_state_dict(state)
     assert read(resumed) == [4, 6, 7]
     assert context.skipped == 2

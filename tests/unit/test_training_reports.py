@@ -60,11 +60,11 @@ def test_targets_are_the_answers_and_their_ends_however_a_question_quotes_them(t
 @pytest.mark.parametrize("per_step", [8, 5])
 def test_a_run_that_was_stopped_at_an_epochs_end_begins_the_next(per_step):
     """verl-project/verl#5725: the loader was exhausted, and the resumed run ended at once."""
-    whole, first = Loader(32, per_step, seed=3), Loader(32, per_step, seed=3)
+    whole, first = Loader([32], per_step, seed=3), Loader([32], per_step, seed=3)
     stop = -(-32 // per_step)  # the step that ends the epoch, or goes over its end
     expected = [whole.next_step() for _ in range(3 * stop)]
     drawn = [first.next_step() for _ in range(stop)]
-    again = Loader(32, per_step, seed=3)
+    again = Loader([32], per_step, seed=3)
     again.load_state_dict(first.state_dict())
     drawn += [again.next_step() for _ in range(2 * stop)]
     assert drawn == expected
