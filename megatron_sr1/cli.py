@@ -244,6 +244,7 @@ def dry_run_command(config: Config) -> int:
     """Run `train --dry-run`: the checks of a start, then a description, then warnings."""
     from megatron_sr1.dry_run import check_run, dry_run, has_weights, local_model
     from megatron_sr1.launch import preflight
+    from megatron_sr1.trainer.data_checks import long_prompts, prompt_lengths
 
     try:
         config = preflight.fix_commit(config, weights=False)
@@ -251,14 +252,16 @@ def dry_run_command(config: Config) -> int:
         warn(str(error))
     preflight.check_paths(config, is_dry_run=True)
     warnings = check_run(config, config.launch.num_processes)
-    print(dry_run(config))
+    lengths = prompt_lengths(config)
+    print(dry_run(config, lengths))
     absent = preflight.absent_paths(config)
     for key, path in absent.items():
         warn(f"{key}={path} does not exist: it was not checked, and a run would be refused")
     directory = local_model(config)
     if directory == Path(config.model.path) and not has_weights(directory):
         warn(f"model.path={config.model.path} holds no weights (*.safetensors); a run needs them")
-    warn(*warnings, preflight.crowded(config.launch, config.launch.num_processes))
+    warn(*warnings, *long_prompts(config, lengths))
+    warn(preflight.crowded(config.launch, config.launch.num_processes))
     return 0
 
 

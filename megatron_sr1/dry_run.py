@@ -9,7 +9,9 @@ classes as the ranks would; for a config.json alone the planner's formulas are u
 
 from __future__ import annotations
 
+import statistics
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,8 +33,11 @@ from megatron_sr1.trainer.data_checks import (
 )
 
 
-def dry_run(config: Config) -> str:
-    """Describe a checked run: model, data, layout, steps, and what does not exist yet."""
+def dry_run(config: Config, lengths: Mapping[str, Sequence[int]]) -> str:
+    """Describe a checked run: model, data, layout, steps, and what does not exist yet.
+
+    `lengths` are those of prompts, by configuration key of their set.
+    """
     config = resolved(config)
     hf_config = model_shape(config.model.path)
     step = latest_step(Path(config.output) / "checkpoints") if config.checkpoint.resume else None
@@ -46,6 +51,7 @@ def dry_run(config: Config) -> str:
         for name, path in config.data.sets.items():
             share = f"{name} ({config.data.shares[name]:.0%} of a step): " if name else ""
             lines.append(f"train data  {share}{describe_data(path)}")
+        lines += [f"prompts     {_lengths(key, each)}" for key, each in lengths.items() if each]
         lines.append(f"layout      {_layout(config)}")
         parameters = memory = "unknown without the model"
         if hf_config is not None:
@@ -172,6 +178,12 @@ def _memory(config: Config, hf_config: HFConfig, layout: Layout | None) -> str:
     text = " + ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
     host = f", {held.host / 1e9:.2f} GB in host memory" if held.host else ""
     return f"{text} GB on the fullest of {layout.num_ranks} ranks{host}"
+
+
+def _lengths(key: str, lengths: Sequence[int]) -> str:
+    """Describe the lengths of some prompts."""
+    least, most, middle = min(lengths), max(lengths), statistics.median(lengths)
+    return f"{len(lengths)} of {key}: {least:,} to {most:,} tokens, median {middle:,.0f}"
 
 
 def _steps(config: Config) -> str:

@@ -1,20 +1,27 @@
-"""Checks of the shards that a run reads, before any rank starts. Free of torch.
+"""Checks of the shards that a run reads, before any rank starts.
 
-In: a configuration. Out: warnings, a description, or the error that would stop the run.
+In: a configuration. Out: warnings, a description, or the error that would stop the run. Free of
+torch, but for the lengths of prompts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from megatron_sr1.checkpoint.folders import resolve_model
+from megatron_sr1.config.fields import LARGEST_INTEGER
 from megatron_sr1.config.rules import with_steps
 from megatron_sr1.config.run import Config
 from megatron_sr1.data.shards import ShardReader, first_with_image
-from megatron_sr1.errors import ConfigError, DataError
+from megatron_sr1.errors import CheckpointError, ConfigError, DataError
 
 NUM_READ = 8
 """Samples of a data set that are read and decoded, the first ones."""
+NUM_MEASURED = 64
+"""Samples of a training set whose prompts a dry run tokenises, evenly spaced."""
 
 
 def describe_data(path: str) -> str:
@@ -107,3 +114,51 @@ def _fault(reader: ShardReader, index: int, config: Config) -> str:
     if config.stage == "sft" and all(turn.role != "assistant" for turn in example.messages):
         return f"{example.where} has no assistant turn to learn from"
     return ""
+
+
+def prompt_lengths(config: Config) -> dict[str, list[int]]:
+    """Measure prompts, in SFT conversations, of the training sets; tokens, by configuration key.
+
+    Samples that cannot be used are left out. Empty if a set or the model's tokenizer is missing.
+    """
+    reader = training_reader(config)
+    if reader is None or not _has_tokenizer(config):
+        return {}
+    from megatron_sr1.trainer.samples import Samples, make_processor
+
+    unlimited = replace(config.data, max_prompt_tokens=LARGEST_INTEGER)
+    samples = Samples(replace(config, data=unlimited), config.data.sets, make_processor(config))
+    read = samples.conversation if config.stage == "sft" else samples.prompt
+    found: dict[str, list[int]] = {}
+    first = 0
+    for key, size in zip(config.data.paths, reader.sizes, strict=True):
+        number, found[key] = min(size, NUM_MEASURED), []
+        for place in range(number):
+            with contextlib.suppress(DataError):
+                found[key].append(len(read(first + place * size // number).token_ids))
+            samples.forget()
+        first += size
+    return found
+
+
+def _has_tokenizer(config: Config) -> bool:
+    with contextlib.suppress(CheckpointError):
+        return (resolve_model(config.model.path).hf_files / "tokenizer_config.json").is_file()
+    return False
+
+
+def long_prompts(config: Config, lengths: Mapping[str, Sequence[int]]) -> list[str]:
+    """Return a warning for each training set with prompts that are too long for the run."""
+    limit, found = config.data.max_prompt_tokens, []
+    for key, measured in lengths.items():
+        too_long = sum(length > limit for length in measured)
+        if too_long:
+            found.append(
+                f"{key}={config.data.paths[key]}: {too_long} of {len(measured)} samples, evenly "
+                f"spaced, are longer than data.max_prompt_tokens={limit} (at most "
+                f"{max(measured):,} tokens); the run skips such samples, and stops after "
+                f"data.max_skipped={config.data.max_skipped}: leave them out with "
+                f"tools/make_shards.py --model {config.model.path} --max-prompt-tokens {limit}, "
+                "raise the limit, or lower data.max_pixels"
+            )
+    return found

@@ -75,7 +75,8 @@ def test_the_cold_starts_have_the_papers_numbers(size):
     optimizer = config.optimizer
     assert (config.stage, config.data.prompts_per_step) == ("sft", 128)
     assert (optimizer.learning_rate, optimizer.schedule) == (1e-5, "cosine")
-    assert optimizer.warmup_steps == optimizer.num_steps // 10
+    assert (optimizer.num_epochs, optimizer.warmup_ratio) == (3, 0.1)
+    assert optimizer.num_steps is None  # not the 100 of its base
     assert config.model.freeze == ["^visual[.]"]
 
 
