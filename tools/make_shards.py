@@ -194,9 +194,13 @@ def conversion(options: argparse.Namespace) -> Conversion:
     measure = None
     if options.model is not None:
         from megatron_sr1.checkpoint.folders import tokenizer_directory
+        from megatron_sr1.config.loading import load_config
         from megatron_sr1.data.lengths import PromptLength
 
-        measure = PromptLength(tokenizer_directory(options.model), options.config)
+        directory = tokenizer_directory(options.model)
+        config = load_config(options.config, [f"model.path={directory}"])
+        settings = repr((config.data, config.reward.recipe))
+        measure = PromptLength(directory, options.config, question_options, settings)
         measure.load()
     return Conversion(
         options.image_folder,

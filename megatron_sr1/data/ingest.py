@@ -122,6 +122,8 @@ def make_shards(
     shards, state = interrupted(target)
     if state and state["settings"] == mark:
         tally.restore(state["tally"])
+        if shards:
+            tally.say(f"continuing after {tally.given:,} samples in {len(shards)} whole shards")
     else:
         shards = []
     watch(tally)

@@ -7,7 +7,7 @@ and `data.max_pixels`. Of a question it is the prompt of pass 1, of a conversati
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_sr1.config.loading import load_config
@@ -25,10 +25,14 @@ class PromptLength:
     Attributes:
         model_dir: directory with tokenizer and image processor.
         config: file of the run's configuration; None: the defaults.
+        options: returns the options of a question, for templates that write them.
+        settings: the settings that lengths depend on, as text; other settings, other lengths.
     """
 
     model_dir: Path
     config: Path | None = None
+    options: Options | None = field(default=None, repr=False)
+    settings: str = ""
 
     def __call__(self, record: Record) -> Length:
         """Count the tokens; raises DataError for a sample that has no prompt."""

@@ -5,6 +5,7 @@ It can be saved between two rows and restored, so that a report does not depend 
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 from megatron_sr1.errors import DataError
 
+log = logging.getLogger(__name__)
 NUM_EXAMPLES = 3
 """Messages of each kind of fault in the report."""
 NUM_SHOWN = 10
@@ -45,7 +47,7 @@ class Tally:
 
     limit: str = "0"
     image_path: str = ""
-    say: Callable[[str], None] = print
+    say: Callable[[str], None] = log.warning
     rows: int = 0
     skipped: int = 0
     given: int = 0

@@ -25,6 +25,7 @@ from megatron_sr1.config.run import Config
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.launch import preflight
 from megatron_sr1.launch.cluster import Cluster, Task, last_line, run_there, split_tunnel
+from megatron_sr1.runtime.hub import is_hub_name
 
 CONFIG_NAME = "config.yaml"
 NODE_SCRIPT = Path(__file__).parents[2] / "examples" / "launch_torchrun.sh"
@@ -258,7 +259,8 @@ def _check_there(cluster: Cluster, tasks: Sequence[Task], configs: dict[str, Con
     for task in tasks if cluster.tunnel else ():
         paths = preflight.needed_paths(configs[task.name], has_model=not task.follows)
         for key, path in paths.items():
-            if run_there(cluster, f"test -e {_path(cluster, path)}").returncode:
+            is_hub = key == "model.path" and is_hub_name(path)  # the job downloads it
+            if run_there(cluster, f"test -e {_path(cluster, path)}").returncode and not is_hub:
                 raise ConfigError(f"{task.name}: {key}={path}: no such directory {_where(cluster)}")
 
 

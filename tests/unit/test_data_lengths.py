@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import re
 
 import pytest
@@ -35,7 +36,7 @@ def rows(tmp_path_factory):
 
 
 def trained(config, directory, read):
-    samples = Samples(config, str(directory), make_processor(config))
+    samples = Samples(config, {"": str(directory)}, make_processor(config))
     sequences = [getattr(samples, read)(i).token_ids for i in range(len(samples))]
     pad = samples.processor.image_pad_id
     return [(len(ids), list(ids).count(pad)) for ids in sequences]
@@ -76,6 +77,18 @@ def test_longer_prompts_are_left_out_and_counted(rows, tmp_path, tiny_model, cap
     assert sum(report["prompt_tokens"]["total"]["up_to"].values()) == 4
     kept = [total for total, _ in trained(config, tmp_path / "out", "prompt")]
     assert kept == [total for total in lengths if total <= limit]
+
+
+def test_counting_goes_on_in_another_process_unless_settings_changed(rows, tmp_path, tiny_model):
+    """What names the settings is the same in each process, and differs for other settings."""
+    told = []
+    for pixels in (50176, 50176, 100352):
+        (tmp_path / "run.yaml").write_text(f"data:\n  max_pixels: {pixels}\n")
+        own = ["--model", str(tiny_model), "--config", str(tmp_path / "run.yaml")]
+        convert = tool.conversion(tool.parse([str(rows), str(tmp_path / "out"), *own]))
+        assert pickle.loads(pickle.dumps(convert)) == convert and " at 0x" not in repr(convert)
+        told.append(repr(convert))
+    assert told[0] == told[1] != told[2]
 
 
 def test_conversations_are_measured_with_their_answers(tmp_path, tiny_model):

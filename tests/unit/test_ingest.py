@@ -191,6 +191,9 @@ def test_killed_and_started_again_with_other_workers_the_bytes_are_the_same(tmp_
     kept = (tmp_path / "out" / "shard-000000.tar").stat().st_ino
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
+    number = len(state["shards"])
+    told = f"continuing after {2 * number} samples in {number} whole shards\n"
+    assert again.stderr.startswith(told)
     assert (tmp_path / "out" / "shard-000000.tar").stat().st_ino == kept
     assert tool.main([str(tmp_path / "rows"), str(tmp_path / "whole"), *own]) == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")

@@ -30,6 +30,8 @@ LAZY = {
     "wandb": {"observability/sinks.py"},
     "transformer_engine": 1,
     "nemo_run": {"launch/slurm.py"},
+    "datasets": {"data/sources.py"},
+    "huggingface_hub": {"runtime/hub.py"},
     "openai": {"runtime/chat.py"},
 }
 """Library -> the files that may import it, inside functions; a number allows that many files."""
