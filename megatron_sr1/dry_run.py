@@ -76,14 +76,16 @@ def dry_run(config: Config, lengths: Mapping[str, Sequence[int]]) -> str:
 
 def _prompts(config: Config) -> list[str]:
     """Show the prompts of the first sample, if the model's files and the data exist."""
-    sets = [each.path for each in config.evaluation.sets.values()]
-    folder = config.data.train if config.stage != "eval" else sets[0]
-    path = config.model.path
-    if not Path(path).exists() or not has_weights(path) or not folder or not Path(folder).exists():
+    files, sets = hf_files(config), config.data.sets
+    if config.stage == "eval":
+        sets = {"": next(each.path for each in config.evaluation.sets.values())}
+    if files is None or not (files / "tokenizer_config.json").is_file():
+        return []
+    if not all(path and Path(path).exists() for path in sets.values()):
         return []
     from megatron_sr1.trainer.preview import first_prompts  # imports torch
 
-    return first_prompts(config, folder)
+    return first_prompts(config, sets, files)
 
 
 def _model(config: Config, hf_config: HFConfig | None) -> str:

@@ -5,31 +5,31 @@ In: a configuration whose model and shards exist. Out: what the model will read,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_sr1.config.run import Config
 from megatron_sr1.data.guards import printable
 from megatron_sr1.errors import DataError, SR1Error
+from megatron_sr1.trainer.data_checks import NUM_READ
 from megatron_sr1.trainer.samples import Samples, make_processor
 
 MAX_SHOWN_CHARACTERS = 2000
 """Of each prompt; of a longer one the middle is left out."""
-NUM_TRIED = 8
-"""Samples of which the first usable one is shown."""
 DESCRIPTION = "(the description)"
 """Stands for a description in pass 2."""
 
 
-def first_prompts(config: Config, directory: str) -> list[str]:
+def first_prompts(config: Config, sets: Mapping[str, str], hf_files: Path) -> list[str]:
     """Return lines that show the prompts of both passes, or for SFT a conversation.
 
-    They are of the shards in `directory`; if no sample can be shown, a single line has the reason.
+    They are of the first usable sample of `sets`, directories of shards by name, with the tokenizer
+    in `hf_files`; if there is none, a single line has the reason.
     """
     try:
-        samples = Samples(config, directory, make_processor(config))
+        samples = Samples(config, sets, make_processor(config, hf_files))
         reason = "there are no samples"
-        for index in range(min(len(samples), NUM_TRIED)):
+        for index in range(min(len(samples), NUM_READ)):
             try:
                 return _shown(config, samples, index)
             except DataError as error:

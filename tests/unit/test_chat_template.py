@@ -101,7 +101,7 @@ def test_a_conversation_gets_the_system_prompt_unless_it_has_a_system_turn(tiny_
 def test_a_dry_run_shows_the_prompts_of_both_passes_with_their_special_tokens(tiny_model, shards):
     keys = [f"model.path={tiny_model}", f"evaluation.sets.a.path={shards['eval']}", *BRIEF]
     keys += ["stage=eval", "data.min_pixels=784", "data.max_pixels=200704"]
-    text = dry_run(load_config(None, keys))
+    text = dry_run(load_config(None, keys), {})
     question = ShardReader(shards["eval"]).example(0).question.removeprefix("<image>")
     assert (
         f"""\
@@ -119,7 +119,7 @@ pass 2      25 tokens with (the description)
         in text
     )
     nowhere = [*keys, "evaluation.sets.a.path=nowhere"]
-    assert "pass 1" not in dry_run(load_config(None, nowhere))
+    assert "pass 1" not in dry_run(load_config(None, nowhere), {})
 
 
 def test_shown_prompts_are_short_and_without_control_characters(tiny_model, tmp_path):
@@ -127,7 +127,7 @@ def test_shown_prompts_are_short_and_without_control_characters(tiny_model, tmp_
     write_shards([Record((Message("user", "no answer"),)), record], tmp_path / "shards")
     keys = [f"model.path={tiny_model}", f"evaluation.sets.a.path={tmp_path / 'shards'}", *BRIEF]
     keys += ["stage=eval", "data.max_prompt_tokens=50000", "rollout.max_model_len=60000"]
-    text = dry_run(load_config(None, keys))
+    text = dry_run(load_config(None, keys), {})
     shown = text[text.index("pass 1") :]
     assert "sample 000000001" in shown and "more characters" in shown and len(shown) < 2500
     assert "\x1b" not in text and "\\x1b[31m" in shown
