@@ -1,4 +1,8 @@
-"""docs/recipes.md, the heads of the recipes and the resolved recipes say the same."""
+"""docs/recipes.md, the heads of the recipes and the resolved recipes say the same.
+
+And what docs/from_easyr1.md says of our side is true: its keys are set to its values, and its files
+exist.
+"""
 
 import re
 from operator import attrgetter
@@ -15,6 +19,8 @@ RECIPES = sorted((ROOT / "examples").glob("qwen25vl_*.yaml"))
 SETTING = re.compile(r"`([a-z0-9_.]+)=([^`]*)`")
 DIFFERENCE = re.compile(r"^# {3}([a-z0-9_.]+)=(.+), there (.+)$", re.MULTILINE)
 NUMBER = re.compile(r"[0-9][0-9.]*(?:e-?[0-9]+)?")
+FILE = re.compile(r"`((?:examples|tools)/[\w./]+)`")
+FLAG = re.compile("--[a-z-]+")
 
 
 class Row(NamedTuple):
@@ -26,18 +32,17 @@ class Row(NamedTuple):
     reason: str
 
 
-def tables(page):
-    """Return the rows of each section's table by the section's title."""
-    found = {}
-    for section in page.read_text().split("\n## ")[1:]:
-        lines = [line for line in section.splitlines() if line.startswith("| ")][1:]
-        cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
-        rows = [Row(c[0], c[1], dict(SETTING.findall(c[2])), c[3].strip("| ")) for c in cells]
-        found[section.splitlines()[0]] = rows
-    return found
+def cells(name):
+    """Yield (section, cells) for each row of a page's tables, their heads left out."""
+    for section in (ROOT / "docs" / name).read_text().split("\n## ")[1:]:
+        for line in [line for line in section.splitlines() if line.startswith("| ")][1:]:
+            yield section.splitlines()[0], [cell.strip() for cell in line[1:-1].split(" | ")]
 
 
-TABLES = tables(ROOT / "docs" / "recipes.md")
+TABLES = {section: [] for section, _ in cells("recipes.md")}
+for section, row in cells("recipes.md"):
+    TABLES[section].append(Row(row[0], row[1], dict(SETTING.findall(row[2])), row[3]))
+THEIRS = [row[-1] for _, row in cells("from_easyr1.md")]
 GRPO, ENGINE, COLD_START = TABLES
 
 
@@ -78,3 +83,25 @@ def test_rows_without_a_reason_have_upstreams_numbers():
         there = {float(n) for n in NUMBER.findall(row.upstream.replace(",", ""))}
         for key, value in row.ours.items():
             assert not NUMBER.fullmatch(value) or float(value) in there, f"{key}: {row}"
+
+
+@pytest.mark.parametrize("ours", [cell for cell in THEIRS if SETTING.search(cell)])
+def test_what_is_said_to_replace_a_key_of_easyr1_is_accepted(ours):
+    for alternative in ours.split(";"):
+        given = [f"{key}={value}" for key, value in SETTING.findall(alternative)]
+        load_config(None, ["model.path=DIR", *given])
+
+
+def test_files_that_are_said_to_replace_those_of_easyr1_exist():
+    named = [name for cell in THEIRS for name in FILE.findall(cell)]
+    assert len(named) > 10
+    assert all((ROOT / name).exists() for name in named)
+
+
+def test_flags_that_are_said_to_replace_keys_of_easyr1_exist():
+    named = {flag for cell in THEIRS for flag in FLAG.findall(cell)}
+    sources = [
+        (ROOT / name).read_text() for name in ("tools/make_shards.py", "megatron_sr1/cli.py")
+    ]
+    assert len(named) > 4
+    assert not [flag for flag in named if not any(f'"{flag}"' in text for text in sources)]
