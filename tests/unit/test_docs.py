@@ -59,7 +59,7 @@ def pages_with(wanted) -> list[Path]:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")
-    make_digits(folder, 1, num_train=32, num_eval=16, num_cold_start=1)
+    make_digits(folder, 1, num_train=32, num_eval=16, num_cold_start=48)
     return folder
 
 
@@ -71,13 +71,15 @@ def checkout(tmp_path, data, tiny_model):
     (tmp_path / "runs" / "demo" / "cold_start").mkdir(parents=True)
     (tmp_path / "runs" / "demo" / "cold_start" / "hf").symlink_to(tiny_model)
     (tmp_path / "runs" / "demo" / "data").symlink_to(data)
+    (tmp_path / ".exported").touch()
     return tmp_path
 
 
 def run(block: str, folder: Path) -> None:
+    """Run a block with what earlier blocks of its page exported, as in one terminal."""
     path = os.pathsep.join((str(ROOT / ".venv" / "bin"), os.environ["PATH"]))
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", block],
+        ["bash", "-euo", "pipefail", "-c", f". ./.exported\n{block}\nexport -p > .exported"],
         cwd=folder,
         env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
