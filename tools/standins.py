@@ -189,7 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"{options.target} exists; name a new directory")
     else:
         make_data(options.shards, options.target)
-        print(f"{options.target}: data sets in huggingface/, a template and recipes; all of it is digits")
+        print(f"{options.target}: data sets in huggingface/, a template, recipes; all of digits")
     return 0
 
 
