@@ -83,7 +83,8 @@ def test_counting_goes_on_in_another_process_unless_settings_changed(rows, tmp_p
     """What names the settings is the same in each process, and differs for other settings."""
     told = []
     for pixels in (50176, 50176, 100352):
-        (tmp_path / "run.yaml").write_text(f"data:\n  max_pixels: {pixels}\n")
+        settings = f"data:\n  min_pixels: 784\n  max_pixels: {pixels}\n"
+        (tmp_path / "run.yaml").write_text(settings)
         own = ["--model", str(tiny_model), "--config", str(tmp_path / "run.yaml")]
         convert = tool.conversion(tool.parse([str(rows), str(tmp_path / "out"), *own]))
         assert pickle.loads(pickle.dumps(convert)) == convert and " at 0x" not in repr(convert)
