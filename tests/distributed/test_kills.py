@@ -168,8 +168,8 @@ def test_the_exported_model_is_the_same_to_the_last_bit(demo, killed):
 @pytest.mark.slow
 def test_the_evaluation_is_the_same(demo, killed):
     summary = json.loads((killed / "summary.json").read_text())
-    assert [rates.pop("ungraded") for rates in summary.values()] == [0, 0]  # not the demo's to tell
-    assert summary == json.loads((demo / "summary.json").read_text())["vision_sr1"]
-    for way in summary:
+    for way, rates in json.loads((demo / "summary.json").read_text())["vision_sr1"].items():
+        found = summary[way]
+        assert rates.items() <= found.items() and found["ungraded"] == found["skipped"] == 0
         expected = read_lines(demo / "eval" / f"vision_sr1_{way}.jsonl")
         assert read_lines(killed / "eval" / f"{way}.jsonl") == expected
