@@ -18,6 +18,8 @@ from megatron_sr1.config.loading import NAME
 from megatron_sr1.config.run import Config
 from megatron_sr1.data.examples import gold_answers
 from megatron_sr1.data.guards import located, parse_json, shown
+from megatron_sr1.data.prompts import strip_image_marks
+from megatron_sr1.data.shards import ShardReader
 from megatron_sr1.data.sources import jsonl_rows
 from megatron_sr1.errors import ConfigError, DataError, GradingLimit
 from megatron_sr1.evaluation.lines import SOURCES, Line, LinesFile, evaluation_line
@@ -29,7 +31,9 @@ from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.runtime.files import write_text
 
 log = logging.getLogger(__name__)
-GOLDS = ("ground_truth", "gold")
+GOLDS = ("ground_truth", "gold", "gold_answer")
+INDICES = ("dataset_index", "index")
+"""Number of a line's question in the shards of its set; their gold answer is for lines without."""
 READINGS = ("pass2", "reading")
 EXPECTED = (
     'expected {"prompt": text, "response": text, "ground_truth": text or a list of texts}, and '
@@ -74,9 +78,12 @@ class _Grading:
         self._written = LinesFile(target)
         self._skipped = self._ungraded = 0
 
-    def run(self) -> dict[str, float]:
-        """Grade all lines; return the rates and counts."""
-        read, done = responses(self._path), 0
+    def run(self, judge: Judge | None) -> dict[str, float]:
+        """Grade all lines, and ask the judge about them; return the rates and counts."""
+        marks = marks_of(self._config.reward.spans)
+        own = self._config.evaluation.sets.get(self._path.stem)
+        shards = ShardReader(own.path) if own is not None and Path(own.path).is_dir() else None
+        read, done = responses(self._path, marks, shards), 0
         while chunk := list(itertools.islice(read, self._config.evaluation.chunk_prompts)):
             self._written.append([line for each in chunk if (line := self._graded(each))])
             done += len(chunk)
@@ -109,7 +116,9 @@ class _Grading:
         return evaluation_line(rollout, reward, example, prompt)
 
 
-def responses(path: Path) -> Iterator[Response | DataError]:
+def responses(
+    path: Path, marks: Marks = DEFAULT_MARKS, shards: ShardReader | None = None
+) -> Iterator[Response | DataError]:
     """Yield the response of each line, or why it cannot be used."""
     if not path.is_file():
         raise DataError(f"--from {path}: no such file; expected a file of json lines")
@@ -118,12 +127,36 @@ def responses(path: Path) -> Iterator[Response | DataError]:
             with located(str(path.with_name(where))):
                 if isinstance(line, DataError):
                     raise line
-                yield _response(parse_json(line), place, path, where.removeprefix(f"{path.name} "))
+                key = where.removeprefix(f"{path.name} ")
+                value = _completed(parse_json(line), shards)
+                yield _response(value, place, path, key, marks)
         except DataError as error:
             yield error
 
 
-def _response(line: Any, place: int, path: Path, key: str) -> Response:
+def _completed(line: Any, shards: ShardReader | None) -> Any:
+    """Return a line that names no gold answer with that, and the question, of the set's shards."""
+    number = _named(line, INDICES) if isinstance(line, dict) else ""
+    if shards is None or line.get(number) is None or _first(line, GOLDS) is not None:
+        return line
+    index = _count(line, number, 0)
+    if index >= len(shards):
+        raise DataError(f"{number} is {index}; the shards of the set have {len(shards)} samples")
+    example = shards.example(index)
+    if _letters(strip_image_marks(example.question)) not in _letters(_text(line, "prompt") or ""):
+        raise DataError(
+            f"the prompt does not ask what {example.where} asks, which {number} names; make the "
+            "shards from the same rows, with none skipped"
+        )
+    found = {"question": example.question, "metadata": dict(example.metadata), "index": index}
+    return {**found, **line, "ground_truth": list(example.golds)}
+
+
+def _letters(text: str) -> str:
+    return "".join(filter(str.isalnum, text))
+
+
+def _response(line: Any, place: int, path: Path, key: str, marks: Marks) -> Response:
     """Read a line; `place`, from 0, is the number of its question if the line has no index."""
     if not isinstance(line, dict):
         raise DataError(f"a {type(line).__name__}; {EXPECTED}")

@@ -1,14 +1,18 @@
 """`eval CONFIG --from FILE`: responses made elsewhere, graded without a model."""
 
+import io
 import json
 import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 from megatron_sr1.cli import main
+from megatron_sr1.data.examples import Record
+from megatron_sr1.data.shards import write_shards
 from megatron_sr1.observability.metrics import read_lines
-from megatron_sr1.records import RIGHT_FROM
+from megatron_sr1.records import RIGHT_FROM, Message
 
 ASKED = "<image>How many?\nA. 3\nB. 4"
 SEEN = "<description>four dots</description><think>x</think>\\boxed{B}"
@@ -36,6 +40,12 @@ def grade(tmp_path):
         return main(arguments)
 
     return run
+
+
+def picture():
+    buffer = io.BytesIO()
+    Image.new("RGB", (28, 28)).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def verdicts(path):
@@ -96,6 +106,33 @@ def test_a_set_has_its_own_function_and_weight(grade, tmp_path):
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["a"]["accuracy"] == RIGHT_FROM and summary["b"]["accuracy"] == 0.75
     assert summary["weighted_average"]["accuracy"] == pytest.approx((3 * 0.5 + 0.75) / 4)
+
+
+def test_lines_without_gold_answers_take_them_from_the_shards_of_their_set(grade, tmp_path, capsys):
+    """As Vision-SR1's precomputed responses are: dataset_index, prompt, response."""
+    asked = [f"<image>Count picture {n}.\nA. {n}\nB. {n + 1}" for n in range(3)]
+    records = [
+        Record((Message("user", text),), "B", (picture(),), {"category": f"c{n}"})
+        for n, text in enumerate(asked)
+    ]
+    write_shards(records, tmp_path / "shards")
+    lines = [
+        {
+            "dataset_index": n,
+            "prompt": f"user\n{asked[n][7:]} Think.",
+            "response": f"\\boxed{{{m}}}",
+        }
+        for n, m in ((2, 3), (0, 0), (1, 2))
+    ]
+    wrong = lines[0] | {"dataset_index": 1}
+    beyond = lines[0] | {"dataset_index": 3}
+    assert grade(f"evaluation.sets.a.path={tmp_path / 'shards'}", a=[*lines, wrong, beyond]) == 0
+    said = capsys.readouterr().err
+    assert "a.jsonl line 4: the prompt does not ask what" in said and "shard-000000.tar sample" in said
+    assert "a.jsonl line 5: dataset_index is 3" in said
+    found = read_lines(tmp_path / "run/eval/a.jsonl")
+    assert [(line["index"], line["accuracy"]) for line in found] == [(2, 1), (0, 0), (1, 1)]
+    assert found[0]["metadata"] == {"category": "c2"} and found[0]["question"] == asked[2]
 
 
 BAD = {
