@@ -62,7 +62,9 @@ def dry_run(config: Config, lengths: Mapping[str, Sequence[int]]) -> str:
         lines += [f"parameters  {parameters}", f"memory      {memory}"]
         lines += [f"steps       {_steps(config)}"]
     for name, each in config.evaluation.sets.items():
-        lines.append(f"eval data   {name}: {describe_data(each.path)}")
+        lines.append(f"eval data   {name}: {_data(each.path)}")
+    for key, endpoint in config.endpoints().items():
+        lines.append(f"endpoint    {key}: {endpoint.model} at {endpoint.base_url}")
     if config.stage != "sft":
         if config.reward.function:
             lines.append(f"reward      answers judged by {config.reward.function}, loaded")
@@ -233,7 +235,9 @@ def check_run(config: Config, num_ranks: int) -> list[str]:
             )
         for function in dict.fromkeys(config.functions().values()):
             UserReward(function)
-    found = [] if config.stage == "eval" else check_training(config)
+    for key, endpoint in config.endpoints().items():
+        read_key(key, endpoint)
+    found = [] if config.stage == "eval" else _check_data(config, "data.train", config.data.train)
     if config.stage != "sft":
         for name, each in config.evaluation.sets.items():
             found += check_set(config, f"evaluation.sets.{name}.path", each.path)

@@ -93,8 +93,9 @@ class Completion:
         logprobs: the engine's logprob of each id under the distribution that it was sampled from
             (temperature applied), nats; empty if not requested.
         text: decoded, without special tokens.
-        finish_reason: "stop" (end of turn), "length" (cut by a token limit) or "given" (the ids
-            were scored at temperature 1, not sampled; no text).
+        finish_reason: "stop" (end of turn), "length" (cut by a token limit), "given" (the ids were
+            scored at temperature 1, not sampled; no text) or "failed" (an endpoint gave no answer;
+            the text says why). An endpoint's answers have a text alone.
     """
 
     token_ids: tuple[int, ...]
@@ -118,7 +119,12 @@ class Reading:
     @property
     def texts(self) -> tuple[str, ...]:
         """Texts of the sampled answers; empty if the gold answer was scored."""
-        return tuple(a.text for a in self.answers if a.finish_reason != "given")
+        return tuple(a.text for a in self.answers if a.finish_reason not in ("given", "failed"))
+
+    @property
+    def failure(self) -> str | None:
+        """Why the endpoint did not give all answers; None if it did, or none was asked."""
+        return next((a.text for a in self.answers if a.finish_reason == "failed"), None)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from megatron_sr1.config.endpoint import EndpointConfig
 from megatron_sr1.config.fields import choice, number
 
 BOXED = "boxed"
@@ -28,9 +29,13 @@ class RolloutConfig:
     """Token limit of a response in pass 1."""
     pass2: str = choice("fork", "fork", "barrier")
     """When pass 2 of a response starts: fork (after its description), barrier (after pass 1)."""
-    pass2_mode: str = choice("generate", "generate", "likelihood")
+    pass2_order: str = choice("question_first", "question_first", "description_first")
+    """Order of the pass-2 prompt: question_first (responses to a prompt share a prefix, which the
+    prefix cache reuses), description_first (as published, and as the demo's model is trained)."""
+    pass2_mode: str = choice("generate", "generate", "likelihood", "endpoint")
     """How a description is judged: generate (by answers sampled from it), likelihood (by the
-    likelihood of the gold answer given the description, from prefill alone)."""
+    likelihood of the gold answer given the description, from prefill alone), endpoint (by answers
+    of the model at rollout.endpoint, which reads while the engine samples)."""
     pass2_samples: int = number(1, at_least=1)
     """Answers per description; verdicts are averaged. More than 1 needs pass2_temperature > 0."""
     pass2_temperature: float = number(0.0, at_least=0, at_most=2)
@@ -63,6 +68,7 @@ class RolloutConfig:
     """After each sync, engine and actor score a fixed response to a fixed image; stop the run if
     they differ by more than this on a token, nats. 1e-3 suits float32 on a CPU; 0: no such check.
     """
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
 
 
 @dataclass

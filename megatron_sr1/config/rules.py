@@ -12,7 +12,6 @@ from dataclasses import replace
 from operator import attrgetter
 from urllib.parse import urlsplit
 
-from megatron_sr1.config.endpoint import EndpointConfig
 from megatron_sr1.config.fields import check_setting, settings
 from megatron_sr1.config.rollout import SpansConfig
 from megatron_sr1.config.run import Config
@@ -28,7 +27,7 @@ def validate(config: Config) -> None:
     """Check values beyond their types; a ConfigError names key, value and what is accepted."""
     for key, each, value in settings(config):
         check_setting(key, each, value)
-    groups: list[Callable[[Config], Broken]] = [_model, _memory, _run, _evaluation]
+    groups: list[Callable[[Config], Broken]] = [_model, _memory, _run, _evaluation, _endpoints]
     has_engine = config.stage != "sft" or config.evaluation.generate
     groups += [_prompts, _pass2, _rollout] if has_engine else []
     groups += [_algorithm] if config.stage == "grpo" else []
@@ -156,29 +155,26 @@ def _evaluation(config: Config) -> Broken:
                 f"evaluation.sets.{name}: {n} greedy responses to a question are one response; set "
                 "a temperature above 0, or samples_per_prompt=1"
             )
-    if config.has_judge:
-        yield from _endpoint("evaluation.judge", evaluation.judge)
     if (evaluation.every_steps or evaluation.at_start) and not evaluation.sets:
         keys = "{evaluation.every_steps}, {evaluation.at_start}"
         yield f"{keys}, but evaluation.sets is empty: name a set, evaluation.sets.NAME.path=DIR"
 
 
-def _prompts(config: Config) -> Broken:
-    data, spans = config.data, config.reward.spans
-    names = [spans.description, spans.think, spans.answer]
-    for key in ("description", "think", "answer"):
-        if not TAG.fullmatch(getattr(spans, key)):
-            expected = "expected the name of a tag: a letter, then letters, digits, _ and -"
-            yield f"{{reward.spans.{key}}}; {expected}, such as {key}"
-    if len(set(names)) < len(names):
-        yield (
-            "{reward.spans.description}, {reward.spans.think}, {reward.spans.answer}: expected "
-            "three different names, as each marks a span of its own"
-        )
-    for key in ("pass1_template", "pass2_template") if spans != SpansConfig() else ():
-        if getattr(data, key).partition("_")[0] == "full":
-            wanted = "<description>, <think> and \\boxed{}, and reward.spans has others"
-            yield f"{{data.{key}}} asks for {wanted}; give a template of your own (docs/prompts.md)"
+def _endpoints(config: Config) -> Broken:
+    expected = "expected an address such as http://127.0.0.1:8000/v1"
+    for key, endpoint in config.endpoints().items():
+        try:
+            url = urlsplit(endpoint.base_url)
+            is_address = url.scheme in ("http", "https") and bool(url.hostname)
+        except ValueError:  # such as an unclosed bracket
+            is_address = False
+        if not is_address:
+            yield f"{{{key}.base_url}}; {expected}"
+        if url.username or url.password or url.query:
+            reason = "it would be written to files; name a variable that holds the key"
+            yield f"{key}.base_url has a user, a password or a query: {reason}, {key}.api_key_env"
+        if not endpoint.model:
+            yield f"{key}.model is not set; name the model at {{{key}.base_url}}"
 
 
 def _pass2(config: Config) -> Broken:
@@ -193,7 +189,7 @@ def _pass2(config: Config) -> Broken:
         yield "{rollout.pass2_samples} greedy answers are one answer; set rollout.pass2_temperature"
     if config.stage == "grpo" and config.reward.recipe != "vision_sr1":
         for setting, is_set in {
-            "rollout.pass2_mode": by_likelihood,
+            "rollout.pass2_mode": rollout.pass2_mode != "generate",
             "rollout.pass2_samples": several,
             "reward.question_baseline": config.reward.question_baseline,
         }.items():

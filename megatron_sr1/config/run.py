@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from megatron_sr1.config.endpoint import EndpointConfig
 from megatron_sr1.config.evaluation import EvaluationConfig, EvaluationSet
 from megatron_sr1.config.fields import choice, number, settings
 from megatron_sr1.config.rollout import RewardConfig, RolloutConfig
@@ -159,16 +160,20 @@ class Config:
         is_sft = self.stage == "sft"
         return 1 if is_sft else self.data.prompts_per_step // self.algorithm.prompts_per_update
 
-    @property
-    def num_steps(self) -> int:
-        """Steps of the run, if it has no `num_epochs` any more (`rules.with_steps`)."""
-        assert self.optimizer.num_steps is not None, "optimizer.num_epochs is not resolved"
-        return self.optimizer.num_steps
+    def endpoints(self) -> dict[str, EndpointConfig]:
+        """Return the endpoints that the stage asks, by configuration key."""
+        has_answers = self.stage != "sft" or self.evaluation.generate
+        found: dict[str, EndpointConfig] = {}
+        if has_answers and self.rollout.pass2_mode == "endpoint":
+            found["rollout.endpoint"] = self.rollout.endpoint
+        if has_answers and self.evaluation.judge.is_asked:
+            found["evaluation.judge"] = self.evaluation.judge
+        return found
 
     @property
-    def num_updates(self) -> int:
-        """Optimizer updates of the run; with `algorithm.filter_groups`, the most."""
-        return self.updates_per_step * self.num_steps
+    def has_judge(self) -> bool:
+        """True if a judge is asked about answers to held-out questions."""
+        return "evaluation.judge" in self.endpoints()
 
     def functions(self) -> dict[str, str]:
         """Return the reward functions that are set, by configuration key."""

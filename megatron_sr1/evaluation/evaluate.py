@@ -27,6 +27,7 @@ from megatron_sr1.records import Prompt
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.rollout.two_pass import RolloutHooks, roll_out
+from megatron_sr1.runtime.chat import PHASE_SHARE
 from megatron_sr1.runtime.files import write_text
 from megatron_sr1.runtime.groups import Groups, gather_objects
 from megatron_sr1.runtime.rng import request_seed
@@ -120,7 +121,8 @@ class HeldOut:
             config.rollout,
             samples_per_prompt=own.samples_per_prompt or common.samples_per_prompt,
             temperature=common.temperature if own.temperature is None else own.temperature,
-            pass2_mode="generate",
+            # By its likelihood, an answer would not be right or wrong.
+            pass2_mode=config.rollout.pass2_mode.replace("likelihood", "generate"),
             pass2_samples=1,  # so that it is right or wrong
         )
         limit = common.max_samples if own.max_samples is None else own.max_samples
@@ -184,6 +186,8 @@ class HeldOut:
             samples.reading_prompt if has_pass2 else None,
             # The same seeds for every model, so that comparisons are paired.
             partial(request_seed, 0, -1),
+            reading_messages=samples.reading_messages,
+            reader=context.reader(engine.is_replica_leader),
         )
         found, _ = roll_out(engine, self.prompts(indices), self._rollout, hooks)
         own = found if engine.is_replica_leader else ()
@@ -205,17 +209,17 @@ class HeldOut:
         The writer asks. The others wait for it here, not in a later phase, and each has the
         writer's lines or none.
         """
-        config = self._context.config
-        if not config.has_judge:
-            return lines
-        with self._context.phase("judge"):
-            found: list[dict[str, Any]] = []
-            if self._judge is not None:
-                limit = JUDGE_SHARE * config.launch.phase_deadline_seconds
-                judged = self._judge.judge(lines, limit)
-                found = [{name: line[name] for name in JUDGED} for line in judged]
-            found = gather_objects(found, self._context.groups.world)[0]
-            return [{**line, **verdict} for line, verdict in zip(lines, found, strict=False)]
+        context, launch = self._context, self._context.config.launch
+        chunks: Iterator[int] = iter(())
+        if self._judge is not None:
+            ask = partial(self._judge.judge, seconds=PHASE_SHARE * launch.phase_deadline_seconds)
+            chunks = written.rewrite(ask, context.config.evaluation.chunk_prompts)
+        is_asking = True
+        while is_asking:
+            with context.phase("judge"):
+                done = next(chunks, 0)
+                is_asking = gather_objects(done > 0, context.groups.world)[0]
+        written.verdicts = gather_objects(written.verdicts, context.groups.world)[0]
 
     def _lines(self, scored: Sequence[Scored]) -> Lines:
         return [evaluation_line(s, self._samples.example(s.rollout.index)) for s in scored]

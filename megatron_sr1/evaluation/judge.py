@@ -128,11 +128,12 @@ class Judge(AbstractContextManager["Judge"]):
         requests: dict[str, ChatRequest] = {}
         keys: list[str | None] = []
         for line in lines:
-            is_asked = self._settings.when == "always" or line["accuracy"] < RIGHT_FROM
-            request = verdict_request(line, self._settings.temperature)
-            keys.append(request_key(self._settings.model, request) if is_asked else None)
-            if keys[-1] is not None:
-                requests[keys[-1]] = request
+            key = None
+            if self._settings.when == "always" or line["accuracy"] < RIGHT_FROM:
+                request = verdict_request(line, self._settings.temperature)
+                key = request_key(self._settings.model, request)
+                requests[key] = request
+            keys.append(key)
         new = {key: each for key, each in requests.items() if key not in self._cache.verdicts}
         why = self._ask(new, seconds)
         if requests:
@@ -212,7 +213,7 @@ class VerdictCache:
         for line in before.splitlines():
             try:
                 found = json.loads(line)
-                self.verdicts[found["key"]] = int(bool(found["verdict"]))
+                self.verdicts[found["key"]] = (0, 1)[found["verdict"]]
             except (ValueError, LookupError, TypeError):
                 continue
         if before and not before.endswith(b"\n"):

@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any
 
 from megatron_sr1.config.rollout import RewardConfig
+from megatron_sr1.errors import GradingLimit
 from megatron_sr1.records import RIGHT_FROM, Example, Reading, Reward, Rollout
 from megatron_sr1.rewards.grader import UNCOMPARABLE, Grader
 from megatron_sr1.rewards.leakage import states_answer
@@ -59,10 +60,14 @@ class Scorer(AbstractContextManager["Scorer"]):
         of them is a leak.
 
         Raises:
-            GradingLimit: a comparison exceeded the time or memory limit.
+            GradingLimit: a comparison exceeded the time or memory limit, or an endpoint did not
+                give a reading.
             GradingError: the gold answer is empty or cannot be compared, the grading process does
                 not start, or the user's function failed.
         """
+        for reading in (rollout.reading, rollout.question_only):
+            if reading is not None and reading.failure is not None:
+                raise GradingLimit(f"{sample_name}: pass 2 at rollout.endpoint: {reading.failure}")
         notes = _Notes()
         judge = partial(self._judge, sample_name, rollout, example, notes)
         accuracy = judge(rollout.completion.text)

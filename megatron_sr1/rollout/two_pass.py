@@ -8,7 +8,12 @@ schedules sample the same tokens. A closing tag may share a token with its neigh
 searched in the text.
 
 Pass 2 reads a description by one greedy answer, by m sampled ones, or by the gold answer's
-logprobs, from prefill alone. Descriptions that lead to the same prompt share one reading; the seed
+logprobs, from prefill alone. With `rollout.pass2_mode=endpoint` the answers are those of another
+model: the replica's leader asks for them, as soon as a description closes, while the engine
+samples. A reading that fails, or comes too late, says so; the grader leaves its prompt out, as for
+an answer that met a limit.
+
+Descriptions that lead to the same prompt share one reading; the seed
 of a request is derived from its prompt, so it does not matter which of them closed first, or on
 which replica.
 """
@@ -18,12 +23,16 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.records import Completion, Prompt, Reading, Rollout
 from megatron_sr1.rollout.engine import Engine, Progress, Request
+from megatron_sr1.runtime.chat import ChatClient, ChatReply, ChatRequest, defused
 
+Key = tuple[int, ...] | tuple[tuple[str, str], ...]
+"""A pass-2 prompt: the engine's token ids, or the endpoint's messages."""
 PREFIX = "reading/"
 """Prefix of the ids of pass-2 requests."""
 
@@ -38,9 +47,12 @@ class RolloutHooks:
         seed_of: seed of a pass-1 request from its example's index, its sample number and 1; of a
             pass-2 request from -1, a number derived from its prompt, and 2 upwards.
         gold_answer: prompt -> ids that lead up to its gold answer and the answer's own ids, which
-            `pass2_mode=likelihood` scores after the pass-2 prompt; the other mode needs none.
+            `pass2_mode=likelihood` scores after the pass-2 prompt; other modes need none.
         question_only: whether each question is also read without a description.
         closing_mark: a description closes with this character; the text is searched when it comes.
+        reading_messages: prompt, description -> pairs of role and text of the pass-2 prompt, for
+            `pass2_mode=endpoint`.
+        reader: asks the endpoint of that mode; on the replica's leader.
     """
 
     find_description: Callable[[str], str | None]
@@ -49,6 +61,8 @@ class RolloutHooks:
     gold_answer: Callable[[Prompt], tuple[tuple[int, ...], tuple[int, ...]]] | None = None
     question_only: bool = False
     closing_mark: str = ">"
+    reading_messages: Callable[[Prompt, str], tuple[tuple[str, str], ...]] | None = None
+    reader: ChatClient | None = None
 
 
 class Readings:
@@ -57,8 +71,9 @@ class Readings:
     def __init__(self, engine: Engine, rollout: RolloutConfig, hooks: RolloutHooks) -> None:
         """Start without any request."""
         self._engine, self._rollout, self._hooks = engine, rollout, hooks
-        self.names: dict[tuple[int, ...], list[str]] = {}  # ids of each prompt's requests
+        self.names: dict[Key, list[str]] = {}  # ids of each prompt's requests
         self.done: dict[str, Completion] = {}  # by the id of the request
+        self._asked: dict[str, Future[ChatReply]] = {}  # at the endpoint, by the same
 
     def apply_to(self, prompt: Prompt) -> bool:
         """Return True if a prompt gets a second pass: the recipe has one, the prompt has images."""
@@ -76,16 +91,19 @@ class Readings:
 
     def check(self, prompt: Prompt) -> None:
         """Raise EngineError, before sampling, if a prompt's longest reading does not fit."""
-        if self.apply_to(prompt):
+        if self.apply_to(prompt) and self._rollout.pass2_mode != "endpoint":
             token_ids, _, max_tokens = self._compose(prompt, "")
             longest = len(token_ids) + self._rollout.max_response_tokens
             self._engine.check_fits(_named(prompt, "pass 2"), longest, max_tokens)
 
-    def ask(self, prompt: Prompt, description: str) -> tuple[tuple[int, ...], list[Request]]:
-        """Return the key to pass to `result`, and requests, none if the prompt was asked before.
+    def ask(self, prompt: Prompt, description: str) -> tuple[Key | None, list[Request]]:
+        """Return the key to pass to `result`, and the engine's requests, if there are any.
 
-        The description is "" for the question alone.
+        There are none for a prompt that was asked before, or that the endpoint is asked. The
+        description is "" for the question alone.
         """
+        if self._rollout.pass2_mode == "endpoint":
+            return self._ask_endpoint(prompt, description), []
         token_ids, num_scored, max_tokens = self._compose(prompt, description)
         if token_ids in self.names:
             return token_ids, []
@@ -108,7 +126,32 @@ class Readings:
         self.names[token_ids] = [request.id for request in requests]
         return token_ids, requests
 
-    def result(self, key: tuple[int, ...] | None) -> Reading | None:
+    def _ask_endpoint(self, prompt: Prompt, description: str) -> Key | None:
+        """Send a reading's requests and return its key; None where another rank asks."""
+        hooks, rollout = self._hooks, self._rollout
+        if hooks.reader is None:
+            return None
+        assert hooks.reading_messages is not None
+        messages = hooks.reading_messages(prompt, description)
+        key = tuple((role, defused(text)) for role, text in messages)
+        if key not in self.names:
+            first, is_greedy = f"{PREFIX}{len(self.names)}", rollout.pass2_temperature == 0
+            self.names[key] = [f"{first}.{number}" for number in range(rollout.pass2_samples)]
+            for number, name in enumerate(self.names[key]):
+                seed = None if is_greedy else hooks.seed_of(-1, _digest(key), 2 + number)
+                self._asked[name] = hooks.reader.submit(
+                    ChatRequest(key, rollout.max_reading_tokens, rollout.pass2_temperature, seed)
+                )
+        return key
+
+    def wait(self) -> None:
+        """Wait for the endpoint's answers, which come or fail within the client's limits."""
+        for name, reply in ((name, future.result()) for name, future in self._asked.items()):
+            reason = "failed" if reply.failure else "length" * (reply.finish_reason == "length")
+            text = reply.failure or reply.text
+            self.done[name] = Completion((), (), text, reason or "stop")
+
+    def result(self, key: Key | None) -> Reading | None:
         """Return the reading of a key; all its requests must be finished."""
         if key is None:
             return None
@@ -147,8 +190,8 @@ class _Sample:
     num_seen: int = 0
     completion: Completion | None = None
     description: str | None = None
-    key: tuple[int, ...] | None = None
-    question_key: tuple[int, ...] | None = None
+    key: Key | None = None
+    question_key: Key | None = None
 
 
 def roll_out(
@@ -211,6 +254,9 @@ def roll_out(
             ready = []
         if alone:
             pass2_only += time.perf_counter() - step_started
+    waiting_since = time.perf_counter()
+    readings.wait()
+    pass2_only += time.perf_counter() - waiting_since
     rollouts = [_rollout(s, readings, hooks, engine.weight_version) for s in samples.values()]
     completions = [r.completion for r in rollouts]
     sampled = [c for c in readings.done.values() if c.finish_reason != "given"]
@@ -264,7 +310,7 @@ def _named(prompt: Prompt, which: str) -> str:
     return f"{prompt.example.where} (index {prompt.example.index}): {which}"
 
 
-def _digest(token_ids: tuple[int, ...]) -> int:
+def _digest(key: Key) -> int:
     """Return a hash of a prompt in [0, 2**31)."""
-    text = ",".join(map(str, token_ids)).encode()
+    text = ",".join(map(str, key)).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "big") >> 1

@@ -12,9 +12,10 @@ import json
 import logging
 import math
 import os
+import re
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -27,9 +28,13 @@ from megatron_sr1.errors import ConfigError
 log = logging.getLogger(__name__)
 FAILURES_IN_A_ROW = 20
 """After so many failed requests, without a success between them, the rest of a batch fails."""
+PHASE_SHARE = 0.9
+"""Of the deadline of a phase, what the requests of a batch may take."""
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 MAX_SHOWN_CHARACTERS = 160
 CLOSING_SECONDS = 5.0
+_CONTROL = re.compile(r"(?<=<)(?=\||/?s>|<SYS|(?:start|end)_of_turn>)|(?<=\[)(?=/?INST\])")
+"""The place after the first character of what common chat templates write between turns."""
 
 
 @dataclass(frozen=True)
@@ -212,6 +217,9 @@ def read_reply(body: bytes) -> ChatReply:
     return ChatReply(text, str(reason), num_tokens if isinstance(num_tokens, int) else 0)
 
 
-def gathered(futures: Sequence[Future[ChatReply]]) -> list[ChatReply]:
-    """Wait for the replies to requests, in their order."""
-    return [future.result() for future in futures]
+def defused(text: str) -> str:
+    """Return a text for a message, with a space in each control token of common chat templates.
+
+    A server would read such a token in a message as its own, and end the turn there.
+    """
+    return _CONTROL.sub(" ", text)

@@ -32,6 +32,7 @@ from megatron_sr1.observability.profiling import (
 from megatron_sr1.observability.sinks import Images, Sink, make_sinks
 from megatron_sr1.rewards.score import cross
 from megatron_sr1.runtime import failure, signals
+from megatron_sr1.runtime.chat import PHASE_SHARE, ChatClient
 from megatron_sr1.runtime.files import write_text
 from megatron_sr1.runtime.groups import Groups, sum_over_ranks
 from megatron_sr1.trainer.actor import Actor
@@ -44,6 +45,7 @@ Evaluate = Callable[[bool], dict[str, dict[str, float]]]
 Collective over all ranks."""
 FINGERPRINT = "fingerprint of model.path's weights"
 log = logging.getLogger(__name__)
+READER = "rollout.endpoint"
 UNGRADED_WARNING_SHARE = 0.05
 """Share of a step's prompts left out by the grader above which the log warns."""
 
@@ -62,15 +64,18 @@ class Context:
         exit_status: of the command, once the stage has written everything.
     """
 
-    def __init__(self, config: Config, groups: Groups, *sizes: int) -> None:
-        """Touch no file yet: `start` or `open` does.
+    def __init__(self, config: Config, groups: Groups, num_samples: int) -> None:
+        """Touch no file yet: `start` or `open` does. Without training, `num_samples` is 0.
 
-        `sizes` are the numbers of samples of the training sets; none, or 0, without training.
+        Raises:
+            ConfigError: the key of `rollout.endpoint` is missing.
         """
         self.config, self.groups = config, groups
         self.run_dir = Path(config.output)
         self.step = self.skipped = self.ungraded = self.exit_status = 0
         self.is_leaving = False
+        endpoint = config.endpoints().get(READER)
+        self._reader = None if endpoint is None else ChatClient(READER, endpoint)
         self.meter = StepMeter()
         self.throughput: Throughput
         rank, logged = groups.world.rank, config.logging
@@ -315,8 +320,20 @@ class Context:
         }
         self._saves.add(self.step, actor.trained, state, actor.source.hf_files)
 
+    def reader(self, is_replica_leader: bool) -> ChatClient | None:
+        """Return what reads descriptions at `rollout.endpoint`, ready for a phase's requests.
+
+        None without that endpoint, and on a replica's other ranks.
+        """
+        if self._reader is None or not is_replica_leader:
+            return None
+        self._reader.begin(PHASE_SHARE * self.config.launch.phase_deadline_seconds)
+        return self._reader
+
     def close(self) -> None:
-        """Close the sinks."""
+        """Close the sinks, and the connection to an endpoint."""
+        if self._reader is not None:
+            self._reader.close()
         for sink in self._sinks:
             sink.close()
 

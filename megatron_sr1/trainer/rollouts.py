@@ -111,6 +111,8 @@ def roll_out_prompts(
                 partial(request_seed, config.seed, context.step),
                 samples.gold_answer,
                 config.reward.question_baseline,
+                reading_messages=samples.reading_messages,
+                reader=context.reader(engine.is_replica_leader),
             ),
         )
     context.meter.move("pass1", "pass2", stats.pass2_only_seconds)

@@ -140,6 +140,12 @@ class Samples:
                 self.readings[key] = self.processor.encode_text(messages)
         return self.readings[key]
 
+    def reading_messages(self, prompt: Prompt, description: str) -> tuple[tuple[str, str], ...]:
+        """Return the messages of the pass-2 prompt for another model, pairs of role and text."""
+        style, order = self._config.data.prompt_style, self._config.rollout.pass2_order
+        messages = pass2_messages(prompt.example.question, description, style, order)
+        return tuple((m["role"], "".join(part["text"] for part in m["content"])) for m in messages)
+
     def gold_answer(self, prompt: Prompt) -> tuple[tuple[int, ...], tuple[int, ...]]:
         r"""Token ids of `\boxed{`, and of the (first) gold answer with its closing brace.
 

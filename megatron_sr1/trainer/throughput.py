@@ -52,9 +52,11 @@ class Throughput:
         """
         work = sum(self._tower(p.image_grid_thw) + self._text(len(p.token_ids), 0) for p in prompts)
         sampled = [(len(r.prompt_token_ids), r.completion) for r in rollouts]
-        read = {readings[r.index, r.description or ""]: r.reading for r in rollouts if r.reading}
-        read |= {readings[r.index, ""]: r.question_only for r in rollouts if r.question_only}
-        for token_ids, reading in read.items():
+        read = {(r.index, r.description or ""): r.reading for r in rollouts if r.reading}
+        read |= {(r.index, ""): r.question_only for r in rollouts if r.question_only}
+        # An endpoint's readings are no work of the engine, and not among `readings`.
+        own = {readings[key]: reading for key, reading in read.items() if key in readings}
+        for token_ids, reading in own.items():
             work += self._text(len(token_ids), 0)
             sampled += [(len(token_ids), answer) for answer in reading.answers]
         counts = [(before, len(completion.token_ids)) for before, completion in sampled]

@@ -4,14 +4,17 @@ The model is random, so a description here ends with a letter that it happens to
 tags belong to the scorer.
 """
 
+import time
 from dataclasses import replace
 
 import pytest
 import rollout_setup as setup
 
-from megatron_sr1.config.rollout import RolloutConfig
-from megatron_sr1.errors import EngineError
+from megatron_sr1.config.endpoint import EndpointConfig
+from megatron_sr1.config.rollout import RewardConfig, RolloutConfig
+from megatron_sr1.errors import EngineError, GradingLimit
 from megatron_sr1.rewards.response import find_description
+from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rollout.engine import Progress, Request
 from megatron_sr1.rollout.two_pass import (
     Readings,
@@ -21,6 +24,8 @@ from megatron_sr1.rollout.two_pass import (
     _Sample,
     roll_out,
 )
+from megatron_sr1.runtime.chat import ChatClient, defused
+from tests.chat_endpoint import CLOSED, SILENT, serving
 
 
 @pytest.fixture(scope="module")
@@ -261,3 +266,56 @@ def test_lengths_that_may_not_fit_are_rejected_before_anything_is_sampled(tiny_m
     with pytest.raises(EngineError, match=r"sample key0 .*pass 2"):
         roll(prompts, max_reading_tokens=250)
     assert engine.num_steps == steps and engine.num_live == 0
+
+
+def reader(endpoint, **settings):
+    own = {"base_url": endpoint.url, "model": "m", "timeout_seconds": 20.0, "retries": 0}
+    return ChatClient("rollout.endpoint", EndpointConfig(**own | settings))
+
+
+def messages(prompt, description):
+    return (("user", f"{prompt.example.question} {description}"),)
+
+
+def test_an_endpoint_reads_each_description_while_the_engine_samples(tiny_model, engine, roll):
+    live = []
+
+    def script(number, body):
+        live.append(engine.num_live)
+        time.sleep(0.05)
+        return f"read {len(body['messages'][0]['content'])} with {body['seed'] % 2}"
+
+    prompts = [setup.prompt(tiny_model, k) for k in range(3)]
+    with serving(script) as endpoint, reader(endpoint) as client:
+        hooks = EARLY | QUESTION_ONLY | {"reading_messages": messages, "reader": client}
+        rollouts, stats = roll(prompts, hooks=hooks, pass2_mode="endpoint", pass2_samples=2)
+        alone, _ = roll(prompts, hooks=hooks | {"reader": None}, pass2_mode="endpoint")
+    read = [r for r in rollouts if r.reading is not None]
+    assert len(read) == stats.num_pass2 > 4 and stats.pass2_tokens == 0
+    for each in read:
+        length = len(defused(messages(prompts[each.index], each.description)[0][1]))
+        texts = each.reading.texts
+        assert sorted(texts) == [f"read {length} with 0", f"read {length} with 1"]
+        assert each.reading.gold_logprobs is None and each.reading.failure is None
+        assert len(each.question_only.texts) == 2
+    distinct = {(each.index, each.description) for each in read} | {(k, "") for k in range(3)}
+    assert stats.num_prompts2 <= len(distinct)
+    assert len(endpoint.bodies) == 2 * stats.num_prompts2
+    assert max(live) > 0, "all were asked only after pass 1"
+    assert endpoint.bodies[0]["max_completion_tokens"] == 10
+    assert {r.reading for r in alone} == {None}, "other ranks of the replica do not ask"
+    assert [r.completion.token_ids for r in alone] == [r.completion.token_ids for r in rollouts]
+
+
+@pytest.mark.parametrize("fault", [500, CLOSED, SILENT, b"<html>"], ids=str)
+def test_a_reading_that_fails_is_no_answer_and_leaves_its_prompt_ungraded(tiny_model, roll, fault):
+    prompts = [setup.prompt(tiny_model, k) for k in range(2)]
+    with serving(lambda n, b: fault) as endpoint:
+        with reader(endpoint, timeout_seconds=0.5) as client:
+            hooks = EARLY | {"reading_messages": messages, "reader": client}
+            rollouts, _ = roll(prompts, hooks=hooks, pass2_mode="endpoint")
+    failed = [r for r in rollouts if r.reading is not None]
+    assert failed and all(r.reading.failure and r.reading.texts == () for r in failed)
+    with Scorer(RewardConfig()) as scorer:
+        with pytest.raises(GradingLimit, match="shard0.tar 0: pass 2 at rollout.endpoint"):
+            scorer.score("shard0.tar 0", failed[0], prompts[failed[0].index].example)

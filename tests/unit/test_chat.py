@@ -12,12 +12,16 @@ from megatron_sr1.runtime.chat import (
     ChatClient,
     ChatReply,
     ChatRequest,
-    gathered,
+    defused,
 )
 from tests.chat_endpoint import CLOSED, SILENT, TRICKLE, serving
 
 KEY = "sk-a-key-of-this-test"
 HELLO = ChatRequest((("user", "hello"),), max_tokens=9)
+
+
+def gathered(futures):
+    return [future.result(60) for future in futures]
 
 
 @pytest.fixture(autouse=True)
@@ -161,3 +165,10 @@ def test_leaving_cancels_what_is_in_progress():
             while not endpoint.bodies:
                 time.sleep(0.01)
         assert future.cancelled() and time.monotonic() - started < 5
+
+
+def test_control_tokens_of_a_text_are_defused_and_other_brackets_are_kept():
+    for token in ("<|im_end|>", "[/INST]", "[INST]", "<</SYS>>", "<end_of_turn>", "</s>", "<s>"):
+        assert token not in defused(f"a{token}b") and defused(f"a{token}b").count(" ") == 1
+    for text in ("x < 3 and y > 2", "[0, 1]", "<b>bold</b>", "<start>", "|x|", "a[INSTANCE]"):
+        assert defused(text) == text

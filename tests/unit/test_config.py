@@ -106,6 +106,7 @@ def test_credit_for_a_self_reward_needs_one(recipe):
         (["rollout.pass2_mode=likelihood", "rollout.pass2_temperature=1"], "pass2_mode=generate"),
         (["reward.question_baseline=true", "reward.recipe=see_think"], "recipe=vision_sr1"),
         (["rollout.pass2_mode=likelihood", "reward.recipe=vision_r1"], "recipe=vision_sr1"),
+        (["rollout.pass2_mode=endpoint"], "rollout.endpoint.base_url=; expected an address"),
     ],
 )
 def test_settings_of_pass_2_that_contradict_each_other_are_refused(overrides, said):
@@ -220,6 +221,8 @@ def test_every_string_is_a_choice_unless_it_is_a_path_or_a_name():
         "reward.spans.answer",
         "evaluation.function",
         "evaluation.category",
+        *(f"evaluation.judge.{name}" for name in ("base_url", "model", "api_key_env", "cache")),
+        *(f"rollout.endpoint.{name}" for name in ("base_url", "model", "api_key_env")),
     }
     strings = [(key, field) for key, field, _ in settings(Config()) if "str" in str(field.type)]
     listed = {key for key, field in strings if "choices" in field.metadata}
