@@ -27,6 +27,8 @@ keys by group (`seed: 2`, `optimizer: {num_steps: 50}`) and may name another fil
 override is `optimizer.num_steps=50`. All other keys have the defaults below. A value that depends
 on the machine may be `${oc.env:NAME}` or `${oc.env:NAME,default}`. Unknown keys and impossible
 values are refused; `megatron-sr1 train CONFIG --dry-run` checks a configuration without running it.
+Of two keys that exclude each other, such as `data.train` and `data.mixture`, the one that is set
+later counts (the base, the file, the overrides); a file, or the overrides together, may set one.
 
 This page is generated: `python tools/config_page.py` writes it.
 """

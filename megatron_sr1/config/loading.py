@@ -210,7 +210,8 @@ def _unset_alternatives(
     for unset in ALTERNATIVES:
         for key in unset:
             group, _, last = key.partition(".")
-            if not layer.get(group, {}).get(last):
+            keys_of_group = layer.get(group)
+            if not isinstance(keys_of_group, dict) or not keys_of_group.get(last):
                 continue
             for other in unset.keys() - {key}:
                 if given.get(other, (-1, ""))[0] == source[0]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -38,8 +39,6 @@ TITLES = {
     "optimizer/grad_norm": "Gradient norm",
     "rollout/response_tokens": "Response tokens per step",
 }
-BY_SET = ("reward/accuracy", "reward/self_reward")
-"""Metrics that each set of `data.mixture` has too, as `NAME/SET`; drawn in one chart each."""
 NUM_COLOURS = 7
 """Colours of curves, from 1; further curves have them again."""
 PHASE_COLOURS = {
@@ -181,11 +180,11 @@ def run_charts(lines: Lines) -> list[str]:
         charts.append(_curves(title, lines, named, percent=True))
         seen |= set(named)
     rest = {name for line in lines for name in line} - seen
-    for metric in BY_SET:
-        found = sorted(n for n in rest if n.startswith(f"{metric}/"))
-        named = {n: n.rpartition("/")[2] for n in found}
+    by_set = sorted(n for n in rest if re.fullmatch("reward/.+/.+", n))
+    for metric in dict.fromkeys(name.rpartition("/")[0] for name in by_set):
+        named = {n: n.rpartition("/")[2] for n in by_set if n.startswith(f"{metric}/")}
         charts.append(_curves(f"{TITLES[metric]}, by training set", lines, named, percent=True))
-        rest -= set(found)
+    rest -= set(by_set)
     for ending, title in RATES.items():
         found = sorted(n for n in rest if n.startswith("perf/") and n.endswith(ending))
         named = {n: n.removeprefix("perf/").removesuffix(f"_{ending}") for n in found}
