@@ -198,7 +198,7 @@ def _steps(config: Config) -> str:
         each = f"of {data.prompts_per_step} prompts x {config.rollout.samples_per_prompt} responses"
         each += f", {config.updates_per_step} updates each"
     if optimizer.num_steps is None:  # without data
-        text = f"{optimizer.num_epochs:g} epochs, as many as the data has samples for; {each}"
+        text = f"unknown without the data (optimizer.num_epochs={optimizer.num_epochs:g}); {each}"
     else:
         text = f"{optimizer.num_steps:,} {each}"
         if reader is not None:

@@ -243,7 +243,7 @@ def _steps(run: PlannedRun) -> str:
     optimizer = run.config.optimizer
     if optimizer.num_steps is not None:
         return f"{optimizer.num_steps:,}"
-    return f"{optimizer.num_epochs:g} epochs, as many as the data has samples for"
+    return f"unknown without the data (optimizer.num_epochs={optimizer.num_epochs:g})"
 
 
 def _own_lines(run: PlannedRun, num_gpus: int) -> list[str]:
