@@ -45,7 +45,7 @@ def with_steps(config: Config, num_samples: int) -> Config:
     optimizer = config.optimizer
     if optimizer.num_epochs is not None:
         steps = _rounded_up(optimizer.num_epochs * num_samples / config.data.prompts_per_step)
-        optimizer = replace(optimizer, num_steps=steps, num_epochs=None)
+        optimizer = replace(optimizer, num_steps=max(steps, 1), num_epochs=None)
         config = replace(config, optimizer=optimizer)
     if optimizer.warmup_ratio is not None:
         updates = _rounded_up(optimizer.warmup_ratio * config.num_updates)

@@ -158,7 +158,7 @@ def long_prompts(config: Config, lengths: Mapping[str, Sequence[int]]) -> list[s
                 f"spaced, are longer than data.max_prompt_tokens={limit} (at most "
                 f"{max(measured):,} tokens); the run skips such samples, and stops after "
                 f"data.max_skipped={config.data.max_skipped}: leave them out with "
-                f"tools/make_shards.py --model {config.model.path} --max-prompt-tokens {limit}, "
-                "raise the limit, or lower data.max_pixels"
+                f"tools/make_shards.py --model {config.model.path} --config CONFIG "
+                f"--max-prompt-tokens {limit}, raise the limit, or lower data.max_pixels"
             )
     return found

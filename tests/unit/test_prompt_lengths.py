@@ -64,7 +64,10 @@ def test_evenly_spaced_prompts_of_each_set_are_measured_whatever_the_limit(tiny_
         f"data.max_prompt_tokens=400 (at most {few[3]} tokens); the run skips such samples, and "
         "stops after data.max_skipped=100"
     )
-    assert f"tools/make_shards.py --model {tiny_model} --max-prompt-tokens 400" in warnings[0]
+    assert (
+        f"tools/make_shards.py --model {tiny_model} --config CONFIG --max-prompt-tokens 400"
+        in warnings[0]
+    )
     assert (
         long_prompts(config_of(tiny_model, *both(sets), "data.max_prompt_tokens=2000"), lengths)
         == []

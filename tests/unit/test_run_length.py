@@ -28,7 +28,7 @@ GRPO = ["model.path=x", "data.prompts_per_step=512", "algorithm.prompts_per_upda
         ([*SFT, "optimizer.num_epochs=3", "optimizer.warmup_ratio=0.1"], 9000, 211, 22),
         ([*SFT, "optimizer.num_epochs=3", "optimizer.warmup_steps=7"], 128, 3, 7),
         ([*SFT, "optimizer.num_epochs=0.1"], 128 * 30, 3, 0),  # 0.1 * 30 is 3.0000000000000004
-        ([*SFT, "optimizer.num_epochs=0.001"], 128, 1, 0),
+        ([*SFT, "optimizer.num_epochs=1e-9"], 128, 1, 0),
         ([*GRPO, "optimizer.num_epochs=1", "optimizer.warmup_ratio=0.25"], 47_000, 92, 92),
         ([*GRPO, "optimizer.num_steps=20", "optimizer.warmup_ratio=1"], 47_000, 20, 80),
         ([*GRPO, "optimizer.num_steps=20", "optimizer.warmup_ratio=0"], 47_000, 20, 0),
