@@ -160,21 +160,39 @@ def _evaluation(config: Config) -> Broken:
         yield f"{keys}, but evaluation.sets is empty: name a set, evaluation.sets.NAME.path=DIR"
 
 
-def _endpoints(config: Config) -> Broken:
-    expected = "expected an address such as http://127.0.0.1:8000/v1"
-    for key, endpoint in config.endpoints().items():
-        try:
-            url = urlsplit(endpoint.base_url)
-            is_address = url.scheme in ("http", "https") and bool(url.hostname)
-        except ValueError:  # such as an unclosed bracket
-            is_address = False
-        if not is_address:
-            yield f"{{{key}.base_url}}; {expected}"
-        if url.username or url.password or url.query:
-            reason = "it would be written to files; name a variable that holds the key"
-            yield f"{key}.base_url has a user, a password or a query: {reason}, {key}.api_key_env"
-        if not endpoint.model:
-            yield f"{key}.model is not set; name the model at {{{key}.base_url}}"
+def _prompts(config: Config) -> Broken:
+    data, spans = config.data, config.reward.spans
+    names = [spans.description, spans.think, spans.answer]
+    for key in ("description", "think", "answer"):
+        if not TAG.fullmatch(getattr(spans, key)):
+            expected = "expected the name of a tag: a letter, then letters, digits, _ and -"
+            yield f"{{reward.spans.{key}}}; {expected}, such as {key}"
+    if len(set(names)) < len(names):
+        yield (
+            "{reward.spans.description}, {reward.spans.think}, {reward.spans.answer}: expected "
+            "three different names, as each marks a span of its own"
+        )
+    passes = ["pass1"] if config.reward.recipe == "vision_r1" else ["pass1", "pass2"]
+    for key in [f"{each}_template" for each in passes if spans != SpansConfig()]:
+        if getattr(data, key).partition("_")[0] == "full":
+            wanted = "<description>, <think> and \\boxed{}, and reward.spans has others"
+            yield f"{{data.{key}}} asks for {wanted}; give a template of your own (docs/prompts.md)"
+
+
+def _endpoint(key: str, endpoint: EndpointConfig) -> Broken:
+    """Check an endpoint that is asked."""
+    try:
+        url = urlsplit(endpoint.base_url)
+        is_address = url.scheme in ("http", "https") and bool(url.hostname)
+    except ValueError:  # such as an unclosed bracket
+        is_address = False
+    if not is_address:
+        yield f"{{{key}.base_url}}; expected an address such as http://127.0.0.1:8000/v1"
+    if url.username or url.password or url.query:
+        reason = "it would be written to files; name a variable that holds the key"
+        yield f"{key}.base_url has a user, a password or a query: {reason}, {key}.api_key_env"
+    if not endpoint.model:
+        yield f"{key}.model is not set; name the model at {{{key}.base_url}}"
 
 
 def _pass2(config: Config) -> Broken:

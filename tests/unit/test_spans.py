@@ -11,6 +11,7 @@ from megatron_sr1.data.examples import Record
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.data.shards import write_shards
 from megatron_sr1.demo.tiny_model import CHAT_TEMPLATE
+from megatron_sr1.errors import ConfigError
 from megatron_sr1.records import Completion, Message, Reading
 from megatron_sr1.report.report import write_report
 from megatron_sr1.rewards.leakage import states_answer
@@ -141,6 +142,15 @@ def test_rewards_follow_the_names():
     with Scorer(RewardConfig()) as scorer:
         reward = scorer.score("s", *taken)
     assert (reward.accuracy, reward.format, reward.self_reward) == (0, 0, 0)
+
+
+def test_the_built_in_prompts_that_ask_for_other_tags_are_refused_where_they_would_be_used():
+    keys = ["model.path=x", "data.train=x", "reward.spans.answer=answer"]
+    for key in ("data.pass1_template", "data.pass2_template"):
+        others = {"data.pass1_template", "data.pass2_template"} - {key}
+        with pytest.raises(ConfigError, match=f"^{key}=full asks for <description>"):
+            load_config(None, [*keys, *(f"{other}=brief" for other in others)])
+    load_config(None, [*keys, "data.pass1_template=brief", "reward.recipe=vision_r1"])
 
 
 @pytest.fixture(scope="module")
