@@ -128,7 +128,7 @@ def test_lines_without_gold_answers_take_them_from_the_shards_of_their_set(grade
     beyond = lines[0] | {"dataset_index": 3}
     assert grade(f"evaluation.sets.a.path={tmp_path / 'shards'}", a=[*lines, wrong, beyond]) == 0
     said = capsys.readouterr().err
-    assert "a.jsonl line 4: the prompt does not ask what" in said and "shard-000000.tar sample" in said
+    assert "a.jsonl line 4: the prompt does not ask what" in said and "sample 0" in said
     assert "a.jsonl line 5: dataset_index is 3" in said
     found = read_lines(tmp_path / "run/eval/a.jsonl")
     assert [(line["index"], line["accuracy"]) for line in found] == [(2, 1), (0, 0), (1, 1)]
