@@ -1,4 +1,7 @@
-"""What grades each held-out set: the rules, or a function of the user's."""
+"""What grades each held-out set: the rules, or a function of the user's.
+
+In: the configuration. Out: a scorer by the name of each set, as long as an evaluation needs them.
+"""
 
 from __future__ import annotations
 
