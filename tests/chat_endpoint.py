@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-CLOSED, SILENT, TRICKLE = object(), object(), object()
+CLOSED, SILENT, TRICKLE = "closed", "silent", "trickle"
 """Close the connection without a reply; never reply; send a byte of the body every 20 ms."""
 Script = Callable[[int, dict[str, Any]], Any]
 
@@ -89,7 +89,7 @@ def _body(does: Any, handler: BaseHTTPRequestHandler) -> bytes:
     if isinstance(does, int):
         sent = handler.headers.get("Authorization", "")
         return json.dumps({"error": {"message": f"no, says the endpoint to {sent}"}}).encode()
-    message = {"role": "assistant", "content": does if isinstance(does, str) else "x" * 2000}
+    message = {"role": "assistant", "content": "x" * 2000 if does is TRICKLE else does}
     choice = {"index": 0, "message": message, "finish_reason": "stop"}
     usage = {"prompt_tokens": 9, "completion_tokens": 7, "total_tokens": 16}
     return json.dumps({"id": "1", "choices": [choice], "usage": usage}).encode()

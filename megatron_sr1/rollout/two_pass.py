@@ -144,12 +144,17 @@ class Readings:
                 )
         return key
 
-    def wait(self) -> None:
-        """Wait for the endpoint's answers, which come or fail within the client's limits."""
+    def wait(self) -> float:
+        """Wait for the endpoint's answers, which come or fail within the client's limits.
+
+        Returns the seconds that it took; 0 if the endpoint was not asked.
+        """
+        started = time.perf_counter()
         for name, reply in ((name, future.result()) for name, future in self._asked.items()):
             reason = "failed" if reply.failure else "length" * (reply.finish_reason == "length")
             text = reply.failure or reply.text
             self.done[name] = Completion((), (), text, reason or "stop")
+        return time.perf_counter() - started if self._asked else 0.0
 
     def result(self, key: Key | None) -> Reading | None:
         """Return the reading of a key; all its requests must be finished."""
@@ -254,9 +259,7 @@ def roll_out(
             ready = []
         if alone:
             pass2_only += time.perf_counter() - step_started
-    waiting_since = time.perf_counter()
-    readings.wait()
-    pass2_only += time.perf_counter() - waiting_since
+    pass2_only += readings.wait()
     rollouts = [_rollout(s, readings, hooks, engine.weight_version) for s in samples.values()]
     completions = [r.completion for r in rollouts]
     sampled = [c for c in readings.done.values() if c.finish_reason != "given"]

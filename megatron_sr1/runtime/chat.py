@@ -33,7 +33,7 @@ PHASE_SHARE = 0.9
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 MAX_SHOWN_CHARACTERS = 160
 CLOSING_SECONDS = 5.0
-_CONTROL = re.compile(r"(?<=<)(?=\||/?s>|<SYS|(?:start|end)_of_turn>)|(?<=\[)(?=/?INST\])")
+_CONTROL = re.compile(r"(?<=<)(?=\||/?s>|</?SYS|(?:start|end)_of_turn>)|(?<=\[)(?=/?INST\])")
 """The place after the first character of what common chat templates write between turns."""
 
 

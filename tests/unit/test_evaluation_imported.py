@@ -25,8 +25,9 @@ LINES = [
 
 
 @pytest.fixture
-def grade(tmp_path):
+def grade(tmp_path, monkeypatch):
     """Grade files of these lines by name, with a configuration without a model."""
+    monkeypatch.setattr("megatron_sr1.cli.configure_logging", lambda level: None)
     config = tmp_path / "eval.yaml"
     config.write_text(f"output: {tmp_path / 'run'}\n")
 
@@ -108,7 +109,7 @@ def test_a_set_has_its_own_function_and_weight(grade, tmp_path):
     assert summary["weighted_average"]["accuracy"] == pytest.approx((3 * 0.5 + 0.75) / 4)
 
 
-def test_lines_without_gold_answers_take_them_from_the_shards_of_their_set(grade, tmp_path, capsys):
+def test_lines_without_gold_answers_take_them_from_the_shards_of_their_set(grade, tmp_path, caplog):
     """As Vision-SR1's precomputed responses are: dataset_index, prompt, response."""
     asked = [f"<image>Count picture {n}.\nA. {n}\nB. {n + 1}" for n in range(3)]
     records = [
@@ -127,7 +128,7 @@ def test_lines_without_gold_answers_take_them_from_the_shards_of_their_set(grade
     wrong = lines[0] | {"dataset_index": 1}
     beyond = lines[0] | {"dataset_index": 3}
     assert grade(f"evaluation.sets.a.path={tmp_path / 'shards'}", a=[*lines, wrong, beyond]) == 0
-    said = capsys.readouterr().err
+    said = caplog.text
     assert "a.jsonl line 4: the prompt does not ask what" in said and "sample 0" in said
     assert "a.jsonl line 5: dataset_index is 3" in said
     found = read_lines(tmp_path / "run/eval/a.jsonl")
@@ -147,11 +148,11 @@ BAD = {
 }
 
 
-def test_bad_lines_are_counted_and_named_by_file_and_line(grade, tmp_path, capsys):
+def test_bad_lines_are_counted_and_named_by_file_and_line(grade, tmp_path, capsys, caplog):
     assert grade(bad=[*BAD, "", LINES[0], LINES[1]]) == 0
-    said = capsys.readouterr()
+    said = caplog.text
     for number, message in enumerate(BAD.values(), 1):
-        assert f"bad.jsonl line {number}: {message}" in said.err
+        assert f"bad.jsonl line {number}: {message}" in said
     found = json.loads((tmp_path / "run/summary.json").read_text())["bad"]
     assert (found["questions"], found["skipped"]) == (2, len(BAD))
     assert grade(f"data.max_skipped={len(BAD) - 1}", bad=[*BAD, LINES[0]]) == 2

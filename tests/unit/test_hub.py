@@ -18,6 +18,7 @@ from megatron_sr1.config.run import Config, ModelConfig
 from megatron_sr1.errors import CheckpointError, ConfigError
 from megatron_sr1.launch.preflight import check_paths, fix_commit
 from megatron_sr1.runtime import hub
+from megatron_sr1.runtime.device import stop_distributed
 from tests.hub_files import add_snapshot
 from tests.ranks import ROOT
 from tools.convert_checkpoint import main as convert
@@ -149,6 +150,7 @@ def test_the_checks_before_a_start_accept_a_hub_name(home, tmp_path):
 
 
 def test_a_dry_run_describes_a_hub_model_or_says_that_it_is_not_there(home, capsys):
+    stop_distributed()  # other modules may leave a world of one
     example = str(ROOT / "examples/digits_cpu.yaml")
     assert main(["train", example, "--dry-run", f"model.path={NAME}"]) == 0
     out, err = capsys.readouterr()

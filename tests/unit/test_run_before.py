@@ -30,8 +30,11 @@ def expected():
 
 @pytest.fixture
 def before(tmp_path):
+    """The run, with the one key of its configuration that has another name today."""
     with tarfile.open(ARCHIVE) as archive:
         archive.extractall(tmp_path, filter="data")
+    text = (tmp_path / "sft.yaml").read_text()
+    (tmp_path / "sft.yaml").write_text(text.replace("prompt_style:", "pass1_template:"))
     return tmp_path
 
 
