@@ -15,7 +15,7 @@ from decimal import Decimal
 from typing import Any
 
 from megatron_sr1.data.guards import MAX_IMAGES, check_text, is_json, located, shown
-from megatron_sr1.data.images import ImageSize
+from megatron_sr1.data.images import ImageInfo
 from megatron_sr1.errors import DataError
 from megatron_sr1.records import Example, Message
 
@@ -45,7 +45,7 @@ class Record:
         images: original bytes of the image files.
         metadata: further columns, JSON values.
         other_answers: further gold answers, each of which is right.
-        sizes: of each image, upright, if they were decoded; not stored.
+        info: of each image, if they were decoded; not stored.
     """
 
     messages: tuple[Message, ...]
@@ -53,7 +53,7 @@ class Record:
     images: tuple[bytes, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
     other_answers: tuple[str, ...] = ()
-    sizes: tuple[ImageSize, ...] = ()
+    info: tuple[ImageInfo, ...] = ()
 
 
 def stored(record: Record) -> dict[str, Any]:

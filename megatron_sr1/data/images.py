@@ -43,11 +43,12 @@ _DARKEST_WHITE = 8.0
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 
 
-class ImageSize(NamedTuple):
-    """Width and height of a decoded image, pixels."""
+class ImageInfo(NamedTuple):
+    """Width and height of a decoded image, pixels, and its file's extension, such as `png`."""
 
     width: int
     height: int
+    extension: str
 
 
 def largest_pixels(min_pixels: int, max_pixels: int, patch_side: int) -> int:
@@ -93,15 +94,27 @@ def image_bytes(value: Any, folder: Path) -> bytes:
     raise DataError(f"{shown(value)}; expected data:image/…;base64, followed by base64")
 
 
-def image_format(data: bytes) -> str:
-    """Return the file extension of an image's bytes, e.g. `png` or `jpeg`."""
+def file_extension(data: bytes) -> str:
+    """Return the file extension of an image's bytes, by its header, e.g. `png` or `jpeg`."""
     with _open(data) as image:
         return str(image.format).lower()
 
 
 def decode_image(data: bytes) -> Image.Image:
     """Decode an image file to RGB, rotated upright, with transparency composited over white."""
-    with _open(data) as image, warnings.catch_warnings():
+    with _open(data) as image:
+        return _decoded(image)
+
+
+def image_info(data: bytes) -> ImageInfo:
+    """Decode an image file, so that a broken one is found, and return what it holds."""
+    with _open(data) as image:
+        extension = str(image.format).lower()
+        return ImageInfo(*_decoded(image).size, extension)
+
+
+def _decoded(image: Image.Image) -> Image.Image:
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             return _to_rgb(image)

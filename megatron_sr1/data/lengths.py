@@ -39,13 +39,12 @@ class PromptLength:
         config, processor = self.load()
         example = example_from_stored(stored(record), index=0, key="", shard="")
         if example.answer is None:
-            sample = processor.encode_conversation(example, record.sizes)
-            ids, image_pad = sample.token_ids.tolist(), processor.image_pad_id
+            example = with_system_turn(example, system_prompt)
+            ids = processor.encode_conversation(example, record.info).token_ids.tolist()
         else:
-            messages = pass1_messages(example, config.reward.recipe, config.data.prompt_style)
-            grids = [processor.grid(size) for size in record.sizes]
-            ids, image_pad = processor.encode_text(messages, grids), processor.image_pad_id
-        image = ids.count(image_pad)
+            grids = [processor.grid(image) for image in record.info]
+            ids = list(processor.encode_text(prompts.pass1_messages(example), grids))
+        image = ids.count(processor.image_pad_id)
         return Length(len(ids) - image, image)
 
     def load(self) -> tuple[Config, Processor]:

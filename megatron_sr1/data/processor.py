@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from megatron_sr1.data.guards import printable, read_json, shown
-from megatron_sr1.data.images import largest_pixels
+from megatron_sr1.data.images import ImageInfo, largest_pixels
 from megatron_sr1.data.prompts import ChatMessage, chat_messages
 from megatron_sr1.data.sandbox import read_template, render
 from megatron_sr1.errors import ConfigError, DataError
@@ -141,7 +141,7 @@ class Processor:
     def encode_conversation(
         self,
         example: Example,
-        images: Sequence[Image.Image | ImageSize],
+        images: Sequence[Image.Image | ImageInfo],
         max_tokens: int | None = None,
     ) -> TrainSample:
         """Tokenise a conversation to imitate; targets are the assistant turns with their ends.
@@ -197,7 +197,7 @@ class Processor:
         ids = [i for before, i in pairs if not before == i == self.image_pad_id]
         return str(self.tokenizer.decode(ids, skip_special_tokens=False))
 
-    def grid(self, image: Image.Image | ImageSize) -> Grid:
+    def grid(self, image: Image.Image | ImageInfo) -> Grid:
         """Return (t, h, w) of an image after resizing, in patches, without processing pixels."""
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 

@@ -22,7 +22,7 @@ from megatron_sr1.data.examples import (
     place_marks,
 )
 from megatron_sr1.data.guards import MAX_IMAGES, is_json, located, shown
-from megatron_sr1.data.images import ImageSize, decode_image, image_bytes
+from megatron_sr1.data.images import ImageInfo, image_bytes, image_info
 from megatron_sr1.errors import DataError
 from megatron_sr1.records import Message
 
@@ -83,7 +83,7 @@ def record_from_row(
             "no gold answer; expected a column answer or solution that is not empty (or "
             f"reward_model.ground_truth), got {_columns(row)}"
         )
-    images, sizes = _image_files(known, inline, folder)
+    images, info = _image_files(known, inline, folder)
     messages = place_marks(messages, len(images))
     for number, message in enumerate(messages):
         if message.role != "system" and not message.content.strip():
@@ -93,7 +93,7 @@ def record_from_row(
     left = {k: v for k, v in row.items() if k not in used and v is not None}
     named = COLUMNS.union(_REFUSED_COLUMNS)
     metadata = {k: v for k, v in left.items() if (_is_given(v) or k not in named) and is_json(k, v)}
-    return Record(messages, answers[0] if answers else None, images, metadata, answers[1:], sizes)
+    return Record(messages, answers[0] if answers else None, images, metadata, answers[1:], info)
 
 
 def _renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
@@ -230,8 +230,8 @@ def _part(part: Any, role: str, images: list[Any]) -> str:
 
 def _image_files(
     row: Mapping[str, Any], inline: list[Any], folder: Path
-) -> tuple[tuple[bytes, ...], tuple[ImageSize, ...]]:
-    """Return the images of a column, or those inside the turns, and the size of each as decoded."""
+) -> tuple[tuple[bytes, ...], tuple[ImageInfo, ...]]:
+    """Return the images of a column, or those inside the turns, each decoded once on trial."""
     given = {c: row[c] for c in _IMAGE_COLUMNS if row.get(c) not in (None, [], ())}
     if len(given) == 2 and given["images"] in (given["image"], [given["image"]]):
         del given["image"]
@@ -242,12 +242,12 @@ def _image_files(
     images = images if isinstance(images, list | tuple) else [images]
     if len(images) > MAX_IMAGES:
         raise DataError(f"{len(images)} images, at most {MAX_IMAGES}")
-    files, sizes = [], []
+    files, info = [], []
     for number, value in enumerate(images):
         with located(f"image {number}"):
             files.append(image_bytes(value, folder))
-            sizes.append(ImageSize(*decode_image(files[-1]).size))
-    return tuple(files), tuple(sizes)
+            info.append(image_info(files[-1]))
+    return tuple(files), tuple(info)
 
 
 def _columns(row: Mapping[str, Any]) -> str:

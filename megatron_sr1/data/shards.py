@@ -30,7 +30,7 @@ from megatron_sr1.data.guards import (
     read_json,
     shown,
 )
-from megatron_sr1.data.images import decode_image, image_format
+from megatron_sr1.data.images import decode_image, file_extension
 from megatron_sr1.data.shard_index import (
     BLOCK,
     Place,
@@ -72,9 +72,11 @@ def _encoded(samples: Iterable[Record]) -> Iterator[Files]:
 def encode(record: Record) -> Files:
     """Return the files of a sample."""
     files = {"json": json.dumps(stored(record), ensure_ascii=False).encode()}
+    known = dict(enumerate(record.info))
     for place, data in enumerate(record.images):
         with located(f"image {place}"):
-            files[f"{place}.{image_format(data)}"] = data
+            extension = known[place].extension if known else file_extension(data)
+            files[f"{place}.{extension}"] = data
     return files
 
 
