@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 VERSION = "0.1.0"
 """The same as in setup.py."""
 DEMO_OUTPUT = Path("runs/demo")
-MIN_COLUMNS = 132
+MIN_COLUMNS = 150
 """Width of tables of results, also where the output is a file; a narrower terminal wraps them."""
 RUN_COMMANDS = {
     "train": "run the stage that the configuration names (sft, grpo or eval)",

@@ -45,14 +45,14 @@ def results_html(results: Mapping[str, Any]) -> str:
 
 
 def results_tables(results: Mapping[str, Any]) -> list[Table]:
-    """Return the same tables for the terminal."""
+    """Return the same tables for the terminal, intervals below their rates."""
     tables = []
     for head, rows in _tables(results):
         table = Table(box=None, pad_edge=False)
         for number, title in enumerate(head):
             table.add_column(title, justify="right" if number else "left", no_wrap=not number)
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*(cell.replace(" (", "\n(") for cell in row))
         tables.append(table)
     return tables
 

@@ -3,28 +3,26 @@
 None of the data sets is read: the rows are made here, with the columns that their cards have.
 """
 
-import io
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-from PIL import Image
 
 from megatron_sr1.config.loading import load_config
 from megatron_sr1.data.benchmarks import BENCHMARKS
 from megatron_sr1.errors import DataError
 from megatron_sr1.rewards.grader import Grader
 from megatron_sr1.trainer.samples import Samples, make_processor
+from tests.hub_files import add_snapshot
+from tests.pictures import png
 from tools.make_shards import main as make_shards
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "evaluation.md"
 
 
 def picture(grey=0):
-    buffer = io.BytesIO()
-    Image.new("RGB", (28, 28), (grey, grey, grey)).save(buffer, "PNG")
-    return {"bytes": buffer.getvalue(), "path": f"{grey}.png"}
+    return {"bytes": png((grey, grey, grey), (28, 28)), "path": f"{grey}.png"}
 
 
 def numbered(*greys):

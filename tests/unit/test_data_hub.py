@@ -1,12 +1,10 @@
 """Data sets of the hub: snapshots in its cache, as published, become shards without a network."""
 
-import io
 import sys
 
 import datasets
 import pytest
 from huggingface_hub import constants
-from PIL import Image
 
 from megatron_sr1.data.guards import inside
 from megatron_sr1.data.ingest import Conversion, make_shards
@@ -16,6 +14,7 @@ from megatron_sr1.data.tally import Tally
 from megatron_sr1.errors import DataError
 from megatron_sr1.runtime import hub
 from tests.hub_files import add_snapshot
+from tests.pictures import png
 from tools.make_shards import main
 
 NAME = "lab/geometry"
@@ -42,10 +41,8 @@ configs:
 """
 
 
-def png(number):
-    buffer = io.BytesIO()
-    Image.new("RGB", (9, 5), (number, 0, 0)).save(buffer, format="PNG")
-    return buffer.getvalue()
+def numbered(number):
+    return png((number, 0, 0))
 
 
 def parquet(path, first, count):
@@ -55,7 +52,7 @@ def parquet(path, first, count):
     kinds["answer"] = datasets.Value("string")
     rows = range(first, first + count)
     columns = {
-        "images": [[{"bytes": png(i), "path": None}] for i in rows],
+        "images": [[{"bytes": numbered(i), "path": None}] for i in rows],
         "problem": [f"<image>Find {i}." for i in rows],
         "answer": [str(i) for i in rows],
     }
@@ -90,7 +87,7 @@ def test_a_data_set_by_name_gives_the_shards_of_its_files(snapshot, tmp_path, ca
     assert [reader.example(i).question for i in range(10)] == [
         f"<image>Find {i}." for i in range(10)
     ]
-    assert reader.example(7).golds == ("7",) and reader.image_files(7) == [png(7)]
+    assert reader.example(7).golds == ("7",) and reader.image_files(7) == [numbered(7)]
     (tmp_path / "files").mkdir()
     for path in (snapshot / "data").glob("train-*"):
         (tmp_path / "files" / path.name).write_bytes(path.read_bytes())
@@ -168,7 +165,7 @@ def test_an_interrupted_call_goes_on_in_the_data_set(snapshot, tmp_path):
 def test_images_beside_metadata_are_found_through_the_links_of_a_snapshot(home, tmp_path):
     (tmp_path / "set").mkdir()
     for number in range(2):
-        (tmp_path / "set" / f"{number}.png").write_bytes(png(number))
+        (tmp_path / "set" / f"{number}.png").write_bytes(numbered(number))
     rows = "".join(
         f'{{"file_name": "{i}.png", "problem": "which?", "answer": "{i}"}}\n' for i in range(2)
     )
@@ -177,8 +174,8 @@ def test_images_beside_metadata_are_found_through_the_links_of_a_snapshot(home, 
     for source, out in (("hf:lab/folder@train", "a"), (str(snapshot), "b")):
         assert main([source, str(tmp_path / out), "--max-skipped", "0"]) == 0
         assert [ShardReader(tmp_path / out).image_files(i) for i in range(2)] == [
-            [png(0)],
-            [png(1)],
+            [numbered(0)],
+            [numbered(1)],
         ]
 
 

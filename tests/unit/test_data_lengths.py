@@ -1,6 +1,5 @@
 """Lengths of prompts before training: those of the trainer, in a histogram, with a limit."""
 
-import io
 import json
 import pickle
 import re
@@ -13,6 +12,7 @@ from megatron_sr1.data.lengths import PromptLength
 from megatron_sr1.data.shards import ShardReader
 from megatron_sr1.data.tally import Tally
 from megatron_sr1.trainer.samples import Samples, make_processor
+from tests.pictures import png
 from tools import make_shards as tool
 
 SIDES = ((), ((84, 28),), ((400, 300), (30, 700)), ((56, 56),))
@@ -93,9 +93,7 @@ def test_counting_goes_on_in_another_process_unless_settings_changed(rows, tmp_p
 
 
 def test_conversations_are_measured_with_their_answers(tmp_path, tiny_model):
-    buffer = io.BytesIO()
-    Image.new("RGB", (112, 84)).save(buffer, format="PNG")
-    (tmp_path / "a.png").write_bytes(buffer.getvalue())
+    (tmp_path / "a.png").write_bytes(png("black", (112, 84)))
     turns = [
         {"role": "user", "content": "<image>q"},
         {"role": "assistant", "content": "so 7. " * 9},

@@ -1,6 +1,5 @@
 """tools/make_shards.py: every kind of source, bad samples named and counted."""
 
-import io
 import json
 import re
 import subprocess
@@ -10,18 +9,12 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from PIL import Image
 
 from megatron_sr1.data.shards import ShardReader
+from tests.pictures import png
 from tools.make_shards import main, parse
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "make_shards.py"
-
-
-def png(color="red"):
-    buffer = io.BytesIO()
-    Image.new("RGB", (9, 5), color).save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def make(*arguments, status=0):

@@ -1,11 +1,9 @@
 """Several training sets with weights: one index space, names, checks, metrics and report."""
 
-import io
 import json
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from megatron_sr1.cli import main
 from megatron_sr1.config.loading import load_config
@@ -17,19 +15,15 @@ from megatron_sr1.records import Completion, Message, Reward, Rollout
 from megatron_sr1.report.report import write_report
 from megatron_sr1.trainer.rollouts import Scored, rollout_line, set_means
 from megatron_sr1.trainer.samples import Samples
+from tests.custom_sets import NUM_IMAGES, make_sets, mixture
+from tests.pictures import png
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = ROOT / "tests" / "published" / "qwen25vl_3b.json"
 
 
-def png(shade, size=(28, 28)):
-    buffer = io.BytesIO()
-    Image.new("RGB", size, (shade, shade, shade)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def record(text, *shades):
-    images = tuple(map(png, shades))
+    images = tuple(png((shade, shade, shade), (28, 28)) for shade in shades)
     return Record((Message("user", "<image>" * len(images) + text),), "7", images)
 
 

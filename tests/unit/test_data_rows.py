@@ -4,11 +4,9 @@ The rows are from public bug reports of trainers and data tools, with similar ca
 """
 
 import base64
-import io
 from types import SimpleNamespace as Of
 
 import pytest
-from PIL import Image
 
 from megatron_sr1.config.rollout import RewardConfig
 from megatron_sr1.config.training import DataConfig
@@ -30,14 +28,9 @@ from megatron_sr1.records import Completion, Message, Reward, Rollout
 from megatron_sr1.report.page import question_card
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.trainer.rollouts import rollout_line
+from tests.pictures import png
 
 pytestmark = pytest.mark.field
-
-
-def png(color="red", size=(8, 8)):
-    buffer = io.BytesIO()
-    Image.new("RGB", size, color).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 RED, BLUE = png("red"), png("blue")

@@ -1,18 +1,17 @@
 """`eval CONFIG --from FILE`: responses made elsewhere, graded without a model."""
 
-import io
 import json
 import subprocess
 import sys
 
 import pytest
-from PIL import Image
 
 from megatron_sr1.cli import main
 from megatron_sr1.data.examples import Record
 from megatron_sr1.data.shards import write_shards
 from megatron_sr1.observability.metrics import read_lines
 from megatron_sr1.records import RIGHT_FROM, Message
+from tests.pictures import png
 
 ASKED = "<image>How many?\nA. 3\nB. 4"
 SEEN = "<description>four dots</description><think>x</think>\\boxed{B}"
@@ -43,12 +42,6 @@ def grade(tmp_path, monkeypatch):
     return run
 
 
-def picture():
-    buffer = io.BytesIO()
-    Image.new("RGB", (28, 28)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def verdicts(path):
     return [(line["accuracy"], line["self_reward"], line["shortcut"]) for line in read_lines(path)]
 
@@ -63,7 +56,7 @@ def test_upstreams_lines_become_an_evaluation_without_torch(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "75.0 (30.1–95.4)" in done.stdout and "LSR" in done.stdout
+    assert "(30.1–95.4)" in done.stdout and "LSR" in done.stdout
     run = tmp_path / "run"
     # The third has no description, so what its pass 2 read is not one of it.
     expected = [(1, 1, 0), (1, 0, 1), (0, 0, 0), (1, None, None)]
@@ -113,7 +106,7 @@ def test_lines_without_gold_answers_take_them_from_the_shards_of_their_set(grade
     """As Vision-SR1's precomputed responses are: dataset_index, prompt, response."""
     asked = [f"<image>Count picture {n}.\nA. {n}\nB. {n + 1}" for n in range(3)]
     records = [
-        Record((Message("user", text),), "B", (picture(),), {"category": f"c{n}"})
+        Record((Message("user", text),), "B", (png(),), {"category": f"c{n}"})
         for n, text in enumerate(asked)
     ]
     write_shards(records, tmp_path / "shards")

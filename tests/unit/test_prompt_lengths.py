@@ -1,10 +1,8 @@
 """A dry run measures some prompts and says what to do about those that are too long."""
 
-import io
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from megatron_sr1.cli import main
 from megatron_sr1.config.loading import load_config
@@ -14,6 +12,7 @@ from megatron_sr1.records import Message
 from megatron_sr1.runtime.device import stop_distributed
 from megatron_sr1.trainer.data_checks import NUM_MEASURED, long_prompts, prompt_lengths
 from megatron_sr1.trainer.samples import Samples, make_processor
+from tests.pictures import png
 
 LIMIT = "data.max_prompt_tokens=400"
 SMALL = ["data.min_pixels=784", "data.max_pixels=200704"]
@@ -22,9 +21,7 @@ SMALL = ["data.min_pixels=784", "data.max_pixels=200704"]
 def question(words=1, size=None, roles=("user",), answer="7"):
     images = ()
     if size:
-        buffer = io.BytesIO()
-        Image.new("RGB", size).save(buffer, "PNG")
-        images = (buffer.getvalue(),)
+        images = (png("black", size),)
     turns = tuple(Message(role, "<image>" * bool(size) + "sum " * words) for role in roles)
     return Record(turns[:1] + tuple(Message(t.role, "7") for t in turns[1:]), answer, images)
 
