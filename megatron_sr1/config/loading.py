@@ -127,8 +127,10 @@ def _read_override(text: str) -> dict[Any, Any]:
         raise ConfigError(f"override {text!r}: expected group.key=value, such as seed=2")
     try:
         layer = OmegaConf.from_dotlist([text])
-        if not value:  # "data.train=" sets an empty string; OmegaConf alone would read null
-            OmegaConf.update(layer, key, "")
+        # "data.train=" sets an empty text, where OmegaConf alone would read null, and
+        # "model.revision=0123" that text, which YAML reads as an octal number.
+        if not value or re.fullmatch("0[0-9]+", value):
+            OmegaConf.update(layer, key, value)
     except Exception as error:  # of yaml, of OmegaConf, of the encoding
         raise ConfigError(f"override {text[:200]!a}: {_reason(error)}") from None
     return _plain(layer, ascii(text)[1:-1][:200])

@@ -84,7 +84,8 @@ def server(tiny_model, tmp_path_factory):
     command += ["--port", str(port), "--served-model-name", "judge", "--dtype", "float32"]
     command += ["--enforce-eager", "--max-num-seqs", str(CONCURRENCY)]
     # Random weights would otherwise write blanks between the tokens of JSON up to the limit.
-    command += ["--structured-outputs-config", '{"disable_any_whitespace": true}']
+    compact = '{"backend": "xgrammar", "disable_any_whitespace": true}'
+    command += ["--structured-outputs-config", compact]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     environment |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"}
     path = tmp_path_factory.mktemp("server") / "log"

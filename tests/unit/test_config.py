@@ -120,6 +120,11 @@ def test_an_evaluation_refuses_settings_that_its_engine_would_ignore():
         load_config(None, ["model.path=x", "stage=eval", "rollout.top_k=5"])
 
 
+def test_an_override_keeps_leading_zeros_and_is_never_octal():
+    config = load_config(None, ["model.path=x", "model.revision=0010", "optimizer.num_steps=010"])
+    assert (config.model.revision, config.optimizer.num_steps) == ("0010", 10)
+
+
 def test_the_file_wins_over_defaults_and_overrides_over_the_file(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(
