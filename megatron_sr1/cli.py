@@ -171,6 +171,8 @@ def run_command(arguments: argparse.Namespace) -> int:
             os.environ.update(torchrun.rank_environment(config.launch, num_ranks))
         with one_rank(config) as (stage, groups):
             status = stage(config, groups)
+            if config.stage == "eval" and groups.world.rank == 0:
+                print_results(Path(config.output))
     except KeyboardInterrupt:
         if is_rank:
             raise
@@ -187,6 +189,7 @@ def grade_command(config: Config, arguments: argparse.Namespace) -> int:
         raise ConfigError("--dry-run checks what a run needs, and --from starts none; leave it out")
     from megatron_sr1.dry_run import check_output
     from megatron_sr1.evaluation.imported import grade_files
+    from megatron_sr1.evaluation.judge import has_too_many_unjudged
     from megatron_sr1.evaluation.results import write_results
     from megatron_sr1.launch import preflight
 
@@ -196,7 +199,7 @@ def grade_command(config: Config, arguments: argparse.Namespace) -> int:
     found = grade_files(config, arguments.files)
     write_results(Path(config.output), config.evaluation, found)
     print_results(Path(config.output))
-    return 0
+    return int(has_too_many_unjudged(found, config.evaluation.judge))
 
 
 def print_results(run_dir: Path) -> None:
@@ -230,7 +233,7 @@ def check_start(config: Config) -> int:
 def how_to_continue(config: Config) -> str:
     """Say what an interrupted run has saved and how to continue it."""
     if config.stage == "eval":
-        return "its answers so far are saved, the same command continues with the others"
+        return f"{config.output}/eval holds the answers so far, the same command continues"
     latest = Path(config.output) / "checkpoints" / "latest"
     if not latest.is_file():
         every = f"checkpoint.every_steps={config.checkpoint.every_steps}"
@@ -242,7 +245,7 @@ def how_to_continue(config: Config) -> str:
 
 def dry_run_command(config: Config) -> int:
     """Run `train --dry-run`: the checks of a start, then a description, then warnings."""
-    from megatron_sr1.dry_run import check_run, dry_run, has_weights, local_model
+    from megatron_sr1.dry_run import check_run, dry_run, has_weights, hf_files, local_model
     from megatron_sr1.launch import preflight
     from megatron_sr1.trainer.data_checks import long_prompts, prompt_lengths
 
@@ -252,7 +255,7 @@ def dry_run_command(config: Config) -> int:
         warn(str(error))
     preflight.check_paths(config, is_dry_run=True)
     warnings = check_run(config, config.launch.num_processes)
-    lengths = prompt_lengths(config)
+    lengths = prompt_lengths(config, hf_files(config))
     print(dry_run(config, lengths))
     absent = preflight.absent_paths(config)
     for key, path in absent.items():
@@ -362,11 +365,12 @@ def plan_command(arguments: argparse.Namespace) -> int:
     from megatron_sr1.planning.plan import plan
     from megatron_sr1.planning.workload import planned_run
     from megatron_sr1.runtime.gpus import find_gpu
+    from megatron_sr1.runtime.hub import model_directory
     from megatron_sr1.trainer.data_checks import resolved
 
     gpu = find_gpu(arguments.gpu)
     config = resolved(load_config(arguments.config, arguments.overrides))
-    hf_config = read_hf_config(config.model.path)
+    hf_config = read_hf_config(model_directory(*config.model.at, weights=False))
     lengths = {f"{name}_tokens": getattr(arguments, f"{name}_tokens") for name in LENGTHS}
     print(plan(planned_run(config, hf_config, gpu, lengths), arguments.gpus))
     return 0

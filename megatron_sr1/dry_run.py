@@ -18,12 +18,15 @@ from pathlib import Path
 from megatron_sr1.checkpoint.folders import latest_step, resolve_model
 from megatron_sr1.checkpoint.mapping import check_freeze
 from megatron_sr1.config.run import Config
+from megatron_sr1.data.prompts import template_texts
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.model.hf_config import HFConfig, check_layout, read_hf_config
 from megatron_sr1.planning.layout import Layout, configured
 from megatron_sr1.planning.memory import stage_parameters, static_memory
 from megatron_sr1.planning.workload import num_parameters
 from megatron_sr1.rewards.user_reward import UserReward
+from megatron_sr1.runtime import hub
+from megatron_sr1.runtime.chat import read_key
 from megatron_sr1.trainer.data_checks import (
     check_set,
     check_training,
@@ -39,7 +42,7 @@ def dry_run(config: Config, lengths: Mapping[str, Sequence[int]]) -> str:
     `lengths` are those of prompts, by configuration key of their set.
     """
     config = resolved(config)
-    hf_config = model_shape(config.model.path)
+    hf_config = model_shape(config)
     step = latest_step(Path(config.output) / "checkpoints") if config.checkpoint.resume else None
     resumed = "" if step is None else f", resumed from step {step}"
     lines = [
@@ -62,7 +65,7 @@ def dry_run(config: Config, lengths: Mapping[str, Sequence[int]]) -> str:
         lines += [f"parameters  {parameters}", f"memory      {memory}"]
         lines += [f"steps       {_steps(config)}"]
     for name, each in config.evaluation.sets.items():
-        lines.append(f"eval data   {name}: {_data(each.path)}")
+        lines.append(f"eval data   {name}: {describe_data(each.path)}")
     for key, endpoint in config.endpoints().items():
         lines.append(f"endpoint    {key}: {endpoint.model} at {endpoint.base_url}")
     if config.stage != "sft":
@@ -203,7 +206,7 @@ def _steps(config: Config) -> str:
         text = f"{optimizer.num_steps:,} {each}"
         if reader is not None:
             epochs = optimizer.num_steps * data.prompts_per_step / len(reader)
-            text += f", {epochs:.3g} epochs of {len(reader):,} samples"
+            text += f", {epochs:.2f} epochs of {len(reader):,} samples"
     warmup = f"{optimizer.warmup_steps:,} updates" if optimizer.warmup_steps else ""
     if optimizer.warmup_ratio:
         warmup = f"{optimizer.warmup_ratio:.0%} of the updates"
@@ -237,7 +240,7 @@ def check_run(config: Config, num_ranks: int) -> list[str]:
             UserReward(function)
     for key, endpoint in config.endpoints().items():
         read_key(key, endpoint)
-    found = [] if config.stage == "eval" else _check_data(config, "data.train", config.data.train)
+    found = [] if config.stage == "eval" else check_training(config)
     if config.stage != "sft":
         for name, each in config.evaluation.sets.items():
             found += check_set(config, f"evaluation.sets.{name}.path", each.path)
@@ -246,11 +249,16 @@ def check_run(config: Config, num_ranks: int) -> list[str]:
 
 def model_shape(config: Config) -> HFConfig | None:
     """Return the shape of the model in a directory of either kind; None if it does not exist."""
+    files = hf_files(config)
+    return None if files is None else read_hf_config(files)
+
+
+def hf_files(config: Config) -> Path | None:
+    """Return the local directory of configuration and tokenizer; None if there is no model."""
     directory = local_model(config)
-    if directory is None:
-        return None
-    has_shape = (directory / "config.json").is_file()
-    return read_hf_config(directory if has_shape else resolve_model(directory).hf_files)
+    if directory is None or (directory / "config.json").is_file():
+        return directory
+    return resolve_model(directory).hf_files
 
 
 def check_output(config: Config) -> None:

@@ -14,15 +14,11 @@ from megatron_sr1.config.rules import with_steps
 from megatron_sr1.config.run import Config
 from megatron_sr1.dry_run import check_output
 from megatron_sr1.errors import ConfigError
-from megatron_sr1.evaluation.evaluate import (
-    HeldOut,
-    can_resume,
-    evaluation_scorers,
-    make_sets,
-    opened_judge,
-)
+from megatron_sr1.evaluation.evaluate import HeldOut, can_resume, make_sets
 from megatron_sr1.evaluation.held_out_loss import HeldOutLoss, make_losses
-from megatron_sr1.rewards.agreement import exceeds_share
+from megatron_sr1.evaluation.judge import has_too_many_unjudged, opened_judge
+from megatron_sr1.evaluation.results import write_results
+from megatron_sr1.evaluation.scorers import evaluation_scorers
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.runtime import failure
@@ -73,15 +69,16 @@ def joined_ranks(config: Config) -> Iterator[Groups]:
     stop_distributed()
 
 
-def run_sft(config: Config, groups: Groups) -> None:
+def run_sft(config: Config, groups: Groups) -> int:
     """Fine-tune `model.path` on the training data, evaluating `evaluation.sets`."""
-    with evaluation_scorers(config) as scorers:
+    is_writer = groups.world.rank == 0
+    with evaluation_scorers(config) as scorers, opened_judge(config, is_writer) as judge:
         context, samples, actor, _ = start(config, groups)
         losses, engine, sets = make_losses(context, actor, samples.processor), None, []
         if config.evaluation.generate:
             with context.phase("setup"):
                 engine = start_engine(config, groups, samples.processor)
-            asked = make_sets(context, engine, samples.processor, scorers)
+            asked = make_sets(context, engine, samples.processor, scorers, judge)
             sets = [each for each in asked if each.has_answers]
         evaluate = partial(evaluate_actor, context, actor, engine, sets, losses)
         train_sft(context, actor, samples, evaluate if losses or sets else None)
@@ -89,13 +86,13 @@ def run_sft(config: Config, groups: Groups) -> None:
     return finish(context)
 
 
-def run_grpo(config: Config, groups: Groups) -> None:
+def run_grpo(config: Config, groups: Groups) -> int:
     """Train `model.path` with GRPO on the training data, evaluating `evaluation.sets`."""
-    # The scorers first: a reward function that does not load stops the run before the model loads.
+    # These first: a function that does not load, or a key that is missing, stops the run at once.
     with (
         Scorer(config.reward) as scorer,
         evaluation_scorers(config) as scorers,
-        opened_judge(config, groups) as judge,
+        opened_judge(config, groups.world.rank == 0) as judge,
     ):
         context, samples, actor, reference = start(config, groups)
         with context.phase("setup"):
@@ -117,7 +114,7 @@ def run_eval(config: Config, groups: Groups) -> int:
     context = Context(config, groups, 0)
     context.open()
     resume = can_resume(context)
-    with evaluation_scorers(config) as scorers, opened_judge(config, groups) as judge:
+    with evaluation_scorers(config) as scorers, opened_judge(config, context.is_writer) as judge:
         with context.phase("setup"):
             engine = start_engine(config, groups, processor)
         sets = make_sets(context, engine, processor, scorers, judge)
@@ -177,22 +174,19 @@ def evaluate_actor(
 
 
 def report_rates(context: Context, found: dict[str, dict[str, float]], is_last: bool) -> None:
-    """Log the rates of all sets; at last, write summary.json, and check the share of unjudged."""
+    """Log the rates of all sets; at last, write summary.json and eval/results.json.
+
+    The command fails if too many answers were not judged, but only once it has written everything.
+    """
     if not context.is_writer:
         return
     for name, rates in found.items():
         shown = (f"{rate} {value:.4g}" for rate, value in rates.items())
         log.info("held-out, %s: %s", name, ", ".join(shown))
-    if not is_last:
-        return
-    write_text(context.run_dir / "summary.json", json.dumps(found, indent=2) + "\n")
-    limit = context.config.evaluation.judge.max_unjudged_share
-    for name in (name for name, rates in found.items() if exceeds_share(rates, limit)):
-        context.exit_status = 1
-        unjudged, judged = found[name]["unjudged"], found[name]["judged"]
-        text = "%s: %d of %d answers that were to be judged have no verdict, at most a share of %g "
-        text += "may (evaluation.judge.max_unjudged_share); the same command asks for them again"
-        log.error(text, name, unjudged, unjudged + judged, limit)
+    if is_last:
+        evaluation = context.config.evaluation
+        write_results(context.run_dir, evaluation, found)
+        context.exit_status = int(has_too_many_unjudged(found, evaluation.judge))
 
 
 def export(context: Context, actor: Actor) -> None:

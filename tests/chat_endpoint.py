@@ -48,7 +48,10 @@ class ChatEndpoint:
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
 
     def serve(self, handler: BaseHTTPRequestHandler) -> None:
-        body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+        try:
+            body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+        except (ConnectionResetError, ValueError):  # the client was killed
+            return
         with self._lock:
             number = len(self.bodies)
             self.bodies.append(body)

@@ -42,13 +42,11 @@ def page() -> str:
         if is_dataclass(value):
             parts += _section(f"`{group.name}`", f"{group.name}.", value)
             for each in fields(value):
-                inner = getattr(value, each.name)
+                prefix, inner = f"{group.name}.{each.name}", getattr(value, each.name)
+                if "named" in each.metadata:
+                    prefix, inner = f"{prefix}.NAME", each.metadata["named"]()
                 if is_dataclass(inner):
-                    prefix = f"{group.name}.{each.name}"
                     parts += _section(f"`{prefix}`", f"{prefix}.", inner)
-                elif "named" in each.metadata:
-                    prefix = f"{group.name}.{each.name}.NAME"
-                    parts += _section(f"`{prefix}`", f"{prefix}.", each.metadata["named"]())
     return "\n".join(parts)
 
 

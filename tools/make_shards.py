@@ -2,8 +2,8 @@ r"""Write webdataset shards from source files or from a data set of the Hugging 
 
 SRC is a parquet, jsonl or json file, a directory of such files, a directory of images with
 metadata.jsonl (file_name and the columns below), or hf:OWNER/NAME@SPLIT (hf:OWNER/NAME:CONFIG@SPLIT
-for one of several configurations), which is downloaded if the hub's cache lacks it. Columns with a
-meaning:
+for one of several configurations), which is downloaded if the hub's cache lacks it; or
+benchmark:NAME, a published benchmark on the hub (docs/evaluation.md). Columns with a meaning:
 
   problem, question or prompt      the question; <image> marks an image (\<image>: the text)
   answer or solution               the gold answer, or a list of accepted answers
@@ -33,10 +33,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_sr1.data.benchmarks import BENCHMARKS
-from megatron_sr1.data.examples import Record
-from megatron_sr1.data.shards import write_shards
-from megatron_sr1.data.sources import ALPACA_GAPS, COLUMNS, count_rows, records, source_files
-from megatron_sr1.errors import DataError, SR1Error
+from megatron_sr1.data.ingest import Conversion, make_shards
+from megatron_sr1.data.rows import ALPACA_GAPS, COLUMNS
+from megatron_sr1.data.sources import open_source
+from megatron_sr1.data.tally import Tally
+from megatron_sr1.errors import SR1Error
 from megatron_sr1.runtime.files import write_text
 
 EPILOG = """\
@@ -165,7 +166,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     text = (
         "read rows as those of a published benchmark: question, options, numbered images, answer "
     )
-    text += f"and category; NAME is one of {', '.join(BENCHMARKS)} (docs/evaluation.md)"
+    text += f"and category; NAME is one of {', '.join(BENCHMARKS)}"
     add("--benchmark", choices=BENCHMARKS, metavar="NAME", help=text)
     add("--limit", type=int, default=0, metavar="N", help="stop after N samples; default: all")
     add("--samples-per-shard", type=int, default=1000, metavar="N", help="per tar; default: 1000")
@@ -180,6 +181,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     text = "with --model: leave out longer prompts, images included; they are counted, not skipped"
     add("--max-prompt-tokens", type=int, metavar="N", help=text)
     options = parser.parse_args(arguments)
+    prefix, _, name = options.source.partition(":")
+    if prefix == "benchmark":
+        if name not in BENCHMARKS:
+            parser.error(f"benchmark:{name}: expected one of {', '.join(BENCHMARKS)}")
+        options.source, options.benchmark = BENCHMARKS[name].source_name, name
     if options.samples_per_shard < 1 or options.limit < 0 or options.workers < 1:
         parser.error("--samples-per-shard and --workers must be 1 or more, --limit 0 or more")
     if options.model is None and (options.config or options.max_prompt_tokens is not None):
@@ -196,6 +202,7 @@ def conversion(options: argparse.Namespace) -> Conversion:
         from megatron_sr1.checkpoint.folders import tokenizer_directory
         from megatron_sr1.config.loading import load_config
         from megatron_sr1.data.lengths import PromptLength
+        from megatron_sr1.rewards.answers import question_options
 
         directory = tokenizer_directory(options.model)
         config = load_config(options.config, [f"model.path={directory}"])
@@ -208,6 +215,7 @@ def conversion(options: argparse.Namespace) -> Conversion:
         ALPACA_GAPS[options.alpaca_gap],
         measure,
         options.max_prompt_tokens,
+        options.benchmark or "",
     )
 
 
@@ -218,13 +226,20 @@ def main(arguments: list[str] | None = None) -> int:
     tally = Tally(options.max_skipped, columns.get("images") or columns.get("image") or "", say)
     written, failure = 0, None
     try:
-        files = source_files(options.source)
-        convert = BENCHMARKS[options.benchmark].row if options.benchmark else None
-        gap = ALPACA_GAPS[options.alpaca_gap]
-        rows = records(files, options.image_folder, columns, gap, convert)
-        found = good_records(rows, faults, options.limit, count_rows(files))
-        written = write_shards(found, options.target, samples_per_shard=options.samples_per_shard)
-        print(f"{options.target}: {written} samples, {faults.count} skipped")
+        convert, source = conversion(options), open_source(options.source, options.revision)
+        with progress(options.limit or source.num_rows) as watch:
+            written = make_shards(
+                source,
+                options.target,
+                convert,
+                tally,
+                limit=options.limit,
+                samples_per_shard=options.samples_per_shard,
+                workers=options.workers,
+                watch=watch,
+            )
+        too_long = f", {tally.too_long} too long" if options.max_prompt_tokens else ""
+        print(f"{options.target}: {written} samples, {tally.skipped} skipped{too_long}")
     except (SR1Error, OSError) as error:  # OSError: a target that cannot be written, a full disk
         failure = error
     except KeyboardInterrupt:

@@ -29,9 +29,6 @@ class RolloutConfig:
     """Token limit of a response in pass 1."""
     pass2: str = choice("fork", "fork", "barrier")
     """When pass 2 of a response starts: fork (after its description), barrier (after pass 1)."""
-    pass2_order: str = choice("question_first", "question_first", "description_first")
-    """Order of the pass-2 prompt: question_first (responses to a prompt share a prefix, which the
-    prefix cache reuses), description_first (as published, and as the demo's model is trained)."""
     pass2_mode: str = choice("generate", "generate", "likelihood", "endpoint")
     """How a description is judged: generate (by answers sampled from it), likelihood (by the
     likelihood of the gold answer given the description, from prefill alone), endpoint (by answers

@@ -179,20 +179,21 @@ def _prompts(config: Config) -> Broken:
             yield f"{{data.{key}}} asks for {wanted}; give a template of your own (docs/prompts.md)"
 
 
-def _endpoint(key: str, endpoint: EndpointConfig) -> Broken:
-    """Check an endpoint that is asked."""
-    try:
-        url = urlsplit(endpoint.base_url)
-        is_address = url.scheme in ("http", "https") and bool(url.hostname)
-    except ValueError:  # such as an unclosed bracket
-        is_address = False
-    if not is_address:
-        yield f"{{{key}.base_url}}; expected an address such as http://127.0.0.1:8000/v1"
-    if url.username or url.password or url.query:
-        reason = "it would be written to files; name a variable that holds the key"
-        yield f"{key}.base_url has a user, a password or a query: {reason}, {key}.api_key_env"
-    if not endpoint.model:
-        yield f"{key}.model is not set; name the model at {{{key}.base_url}}"
+def _endpoints(config: Config) -> Broken:
+    expected = "expected an address such as http://127.0.0.1:8000/v1"
+    for key, endpoint in config.endpoints().items():
+        try:
+            url = urlsplit(endpoint.base_url)
+            is_address = url.scheme in ("http", "https") and bool(url.hostname)
+        except ValueError:  # such as an unclosed bracket
+            is_address = False
+        if not is_address:
+            yield f"{{{key}.base_url}}; {expected}"
+        if url.username or url.password or url.query:
+            reason = "it would be written to files; name a variable that holds the key"
+            yield f"{key}.base_url has a user, a password or a query: {reason}, {key}.api_key_env"
+        if not endpoint.model:
+            yield f"{key}.model is not set; name the model at {{{key}.base_url}}"
 
 
 def _pass2(config: Config) -> Broken:

@@ -171,6 +171,17 @@ class Config:
         return found
 
     @property
+    def num_steps(self) -> int:
+        """Steps of the run, if it has no `num_epochs` any more (`rules.with_steps`)."""
+        assert self.optimizer.num_steps is not None, "optimizer.num_epochs is not resolved"
+        return self.optimizer.num_steps
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer updates of the run; with `algorithm.filter_groups`, the most."""
+        return self.updates_per_step * self.num_steps
+
+    @property
     def has_judge(self) -> bool:
         """True if a judge is asked about answers to held-out questions."""
         return "evaluation.judge" in self.endpoints()

@@ -1,7 +1,7 @@
 """Published benchmarks: where each is, and how its rows become questions.
 
 In: rows as a data set has them. Out: rows with the columns `problem`, `answer` and `images`, which
-data/sources.py reads, with `category` and `data_source` for the results, and all other columns. The
+data/rows.py reads, with `category` and `data_source` for the results, and all other columns. The
 facts are those of the data sets' cards and of public evaluation code; docs/evaluation.md says which
 of them could not be checked.
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_sr1.data.examples import IMAGE_MARK, escape_marks
 from megatron_sr1.data.guards import shown
-from megatron_sr1.data.sources import COLUMNS
+from megatron_sr1.data.rows import COLUMNS
 from megatron_sr1.errors import DataError
 
 Row = Mapping[str, Any]
@@ -66,10 +66,16 @@ class Benchmark:
     only: tuple[str, str] = ("", "")
     metric: str = ""
 
+    @property
+    def source_name(self) -> str:
+        """Name of the split for data/sources.py."""
+        config = f":{self.config}" if self.config else ""
+        return f"hf:{self.hub}{config}@{self.split}"
+
     def row(self, row: Row) -> dict[str, Any] | None:
         """Return a row as a question, or None if it does not belong to the set.
 
-        Columns that are not used stay, unless data/sources.py would read them.
+        Columns that are not used stay, unless data/rows.py would read them.
 
         Raises:
             DataError: it is not a row of this set.

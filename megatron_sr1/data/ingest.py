@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron_sr1.data.benchmarks import BENCHMARKS
 from megatron_sr1.data.examples import Record
 from megatron_sr1.data.guards import located
 from megatron_sr1.data.rows import ALPACA_GAPS, record_from_row
@@ -41,7 +42,8 @@ class Converted(NamedTuple):
 
     Attributes:
         where: name of the row.
-        files: the sample's; None: its prompt is too long; a DataError: why it cannot be used.
+        files: the sample's; None: its prompt is too long or, without a length, it is not in the
+            benchmark; a DataError: why it cannot be used.
         has_images: whether the sample has any.
         length: tokens of its prompt, if they were counted.
     """
@@ -62,6 +64,7 @@ class Conversion:
         alpaca_gap: text between alpaca's instruction and input.
         measure: returns the length of a record's prompt; None: prompts are not measured.
         max_prompt_tokens: limit of measured prompts; None: no limit.
+        benchmark: name of the published set whose rows they are; empty: of none.
     """
 
     image_folder: Path | None = None
@@ -69,6 +72,7 @@ class Conversion:
     alpaca_gap: str = ALPACA_GAPS["blank-line"]
     measure: Callable[[Record], Length] | None = None
     max_prompt_tokens: int | None = None
+    benchmark: str = ""
 
     def __call__(self, rows: Sequence[Row]) -> list[Converted]:
         """Convert some rows, in order."""
@@ -77,8 +81,13 @@ class Conversion:
     def _convert(self, row: Row) -> Converted:
         try:
             with located(row.where):
-                folder = self.image_folder or row.folder
-                record = record_from_row(row.columns(), folder, self.columns, self.alpaca_gap)
+                folder, columns = self.image_folder or row.folder, row.columns()
+                if self.benchmark:
+                    question = BENCHMARKS[self.benchmark].row(columns)
+                    if question is None:
+                        return Converted(row.where, None)
+                    columns = question
+                record = record_from_row(columns, folder, self.columns, self.alpaca_gap)
                 length = None if self.measure is None else self.measure(record)
                 limit = self.max_prompt_tokens
                 if length is not None and limit is not None and sum(length) > limit:
@@ -151,7 +160,7 @@ def _good(
         if isinstance(each.files, DataError):
             tally.add_fault(each.where, each.files)
         elif each.files is None:
-            tally.too_long += 1
+            tally.too_long += each.length is not None
         elif tally.limit.endswith("%") or not tally.too_many():
             tally.given += 1
             tally.with_images += each.has_images

@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_sr1.config.loading import load_config
-from megatron_sr1.config.run import Config
 from megatron_sr1.data.examples import Record, example_from_stored, stored
 from megatron_sr1.data.processor import Processor
-from megatron_sr1.data.prompts import pass1_messages
+from megatron_sr1.data.prompts import Options, Prompts, with_system_turn
 from megatron_sr1.data.tally import Length
 
 
@@ -36,7 +35,7 @@ class PromptLength:
 
     def __call__(self, record: Record) -> Length:
         """Count the tokens; raises DataError for a sample that has no prompt."""
-        config, processor = self.load()
+        prompts, system_prompt, processor = self.load()
         example = example_from_stored(stored(record), index=0, key="", shard="")
         if example.answer is None:
             example = with_system_turn(example, system_prompt)
@@ -47,12 +46,14 @@ class PromptLength:
         image = ids.count(processor.image_pad_id)
         return Length(len(ids) - image, image)
 
-    def load(self) -> tuple[Config, Processor]:
-        """Load what a process needs, once; raises an SR1Error if that cannot be read."""
+    def load(self) -> tuple[Prompts, str, Processor]:
+        """Load prompts, system prompt and processor, once; raises an SR1Error."""
         return _load(self)
 
 
 @functools.cache
-def _load(own: PromptLength) -> tuple[Config, Processor]:
+def _load(own: PromptLength) -> tuple[Prompts, str, Processor]:
     config = load_config(own.config, [f"model.path={own.model_dir}"])
-    return config, Processor(own.model_dir, config.data.min_pixels, config.data.max_pixels)
+    data = config.data
+    processor = Processor(own.model_dir, data.min_pixels, data.max_pixels, data.chat_template)
+    return Prompts(data, config.reward.recipe, own.options), data.system_prompt, processor

@@ -8,7 +8,9 @@ with a row is its value, a `DataError`; a file that cannot be read at all raises
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,39 +130,8 @@ def _file_rows(path: Path) -> Iterator[Row]:
         yield Row(path.name, path.parent, DataError("no samples in it"))
 
 
-def records(
-    files: list[Path],
-    image_folder: Path | None,
-    columns: Mapping[str, str],
-    alpaca_gap: str = ALPACA_GAPS["blank-line"],
-    convert: Callable[[Mapping[str, Any]], Mapping[str, Any] | None] | None = None,
-) -> Iterator[tuple[str, Record | DataError]]:
-    """Yield (name, record) for the rows of source files, or (name, error) if a row is not one.
-
-    A file that cannot be read at all raises its error. Relative image paths start in
-    `image_folder`, or by default in the directory of each file; `columns` and `alpaca_gap` as in
-    `record_from_row`. `convert` returns a row with other columns, or None to pass over it.
-    """
-    for path in files:
-        read = {".parquet": _parquet_rows, ".jsonl": jsonl_rows, ".json": _json_rows}[path.suffix]
-        where = ""
-        for where, row in read(path):
-            try:
-                with located(where):
-                    if isinstance(row, DataError):
-                        raise row
-                    if not isinstance(row, dict):
-                        raise DataError("expected an object of columns")
-                    row = _with_image(row) if path.name == METADATA_FILE else row
-                    row = row if convert is None else convert(row)
-                    if row is None:
-                        continue
-                    folder = image_folder or path.parent
-                    yield where, record_from_row(row, folder, columns, alpaca_gap)
-            except DataError as error:
-                yield where, error
-        if not where:
-            yield path.name, DataError(f"{path.name}: no samples in it")
+def _num_rows(path: Path) -> int:
+    return int(_parquet(path).metadata.num_rows)
 
 
 def _parquet(path: Path) -> Any:

@@ -11,9 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -21,15 +19,16 @@ from typing import Any
 from megatron_sr1.checkpoint.folders import fingerprint, resolve_model
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.data.prompts import template_texts
-from megatron_sr1.evaluation.results import evaluation_line, set_rates, verdicts_of
-from megatron_sr1.observability.metrics import read_lines
+from megatron_sr1.evaluation.judge import Judge
+from megatron_sr1.evaluation.lines import Line, LinesFile, evaluation_line
+from megatron_sr1.evaluation.results import set_rates
 from megatron_sr1.records import Prompt
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.rollout.two_pass import RolloutHooks, roll_out
 from megatron_sr1.runtime.chat import PHASE_SHARE
 from megatron_sr1.runtime.files import write_text
-from megatron_sr1.runtime.groups import Groups, gather_objects
+from megatron_sr1.runtime.groups import gather_objects
 from megatron_sr1.runtime.rng import request_seed
 from megatron_sr1.trainer import rollouts
 from megatron_sr1.trainer.context import Context
@@ -39,44 +38,6 @@ from megatron_sr1.trainer.samples import Samples
 log = logging.getLogger(__name__)
 RUN_FILE = "eval/run.json"
 """What an evaluation was started with: one with other settings or weights starts over."""
-JUDGE_SHARE = 0.9
-"""Of the deadline of a phase, what the judge's requests for a chunk may take."""
-Lines = list[dict[str, Any]]
-
-
-@contextmanager
-def evaluation_scorers(config: Config) -> Iterator[dict[str, Scorer]]:
-    """Yield the scorer of each set, by its name; sets with the same function share one.
-
-    With see_think they read descriptions too, so that the tables can be compared.
-    """
-    recipe = "vision_r1" if config.reward.recipe == "vision_r1" else "vision_sr1"
-    by_function: dict[str, Scorer] = {}
-    with ExitStack() as stack:
-        for each in config.evaluation.sets.values():
-            function = function_of(config, each.function)
-            if function not in by_function:
-                reward = replace(config.reward, recipe=recipe, function=function)
-                by_function[function] = stack.enter_context(Scorer(reward))
-        yield {
-            name: by_function[function_of(config, each.function)]
-            for name, each in config.evaluation.sets.items()
-        }
-
-
-def function_of(config: Config, of_set: str | None) -> str:
-    """Return the reward function of a set: its own, that of evaluations, or that of training."""
-    return of_set if of_set is not None else config.evaluation.function or config.reward.function
-
-
-@contextmanager
-def opened_judge(config: Config, groups: Groups) -> Iterator[Judge | None]:
-    """Yield the judge, if one is configured, on the rank that writes; otherwise None."""
-    if groups.world.rank != 0 or not config.has_judge:
-        yield None
-        return
-    with Judge(config.evaluation.judge, Path(config.output)) as judge:
-        yield judge
 
 
 def make_sets(
@@ -137,8 +98,8 @@ class HeldOut:
     def evaluate(self, name: str, resume: bool = False) -> dict[str, float]:
         """Answer the questions and save every verdict in `eval/{name}.jsonl`; collective.
 
-        With `resume`, questions whose lines an earlier start has written are not asked again; the
-        judge is asked about those of them that it has not judged.
+        With `resume`, questions whose lines an earlier start has written are not asked again. The
+        judge, if there is one, sees all lines, as its cache has the verdicts of earlier starts.
 
         Returns:
             the rates of `set_rates`, over the questions that could be graded; `ungraded` and
@@ -146,10 +107,10 @@ class HeldOut:
         """
         context, chunk = self._context, self._context.config.evaluation.chunk_prompts
         target = context.run_dir / f"eval/{name}.jsonl"
-        per_question = self._rollout.samples_per_prompt
-        written = _Lines(target, context.is_writer, per_question if resume else 0)
-        verdicts = gather_objects(written.verdicts, context.groups.world)[0]
-        seen = {row["index"] for row in verdicts}
+        resume_with = self._rollout.samples_per_prompt if resume else 0
+        written = LinesFile(target, context.is_writer, resume_with)
+        written.verdicts = gather_objects(written.verdicts, context.groups.world)[0]
+        seen = {row["index"] for row in written.verdicts}
         left = [index for index in self._indices if index not in seen]
         self.skipped, ungraded, started = 0, list[Scored](), time.monotonic()
         for start in range(0, len(left), chunk):
@@ -157,22 +118,20 @@ class HeldOut:
                 usable, limits = self._answer(left[start : start + chunk])
                 ungraded += limits
                 lines = self._lines(usable)
-            lines = self._judged(lines)
-            written.append(lines)
-            verdicts += map(verdicts_of, lines)
-            if start == 0 and context.is_writer:
-                context.show_answers(self.name, lines, self._samples.images)
-            self._samples.forget()
+                written.append(lines)
+                if start == 0 and context.is_writer:
+                    context.show_answers(self.name, lines, self._samples.images)
+                self._samples.forget()
             if len(left) > chunk:
                 asked = min(start + chunk, len(left))
                 seconds = (time.monotonic() - started) / asked * (len(left) - asked)
                 done = len(seen) + asked, len(seen) + len(left)
                 log.info("%s: %d of %d questions, %.0f s left", name, *done, seconds)
-        if ungraded and not verdicts:
+        if ungraded and not written.verdicts:
             log.warning("NO QUESTION COULD BE GRADED; all count as wrong, see the warnings above")
-            lines = self._judged(self._lines(ungraded))
-            written.append(lines)
-            verdicts = [verdicts_of(line) for line in lines]
+            written.append(self._lines(ungraded))
+        if context.config.has_judge:
+            self._ask_judge(written)
         written.close()
         num_ungraded = len({item.rollout.index for item in ungraded})
         return {**set_rates(written.verdicts), "ungraded": num_ungraded, "skipped": self.skipped}
@@ -203,11 +162,11 @@ class HeldOut:
         self.skipped, context.skipped = context.skipped, of_training
         return prompts
 
-    def _judged(self, lines: Lines) -> Lines:
-        """Return lines with the judge's verdicts, if there is one; collective.
+    def _ask_judge(self, written: LinesFile) -> None:
+        """Add the judge's verdicts to all lines; collective.
 
-        The writer asks. The others wait for it here, not in a later phase, and each has the
-        writer's lines or none.
+        The writer asks, about some lines at a time. The others wait for each of these chunks, so
+        that neither the deadline of a phase nor a collective's time limit is exceeded.
         """
         context, launch = self._context, self._context.config.launch
         chunks: Iterator[int] = iter(())
@@ -221,47 +180,17 @@ class HeldOut:
                 is_asking = gather_objects(done > 0, context.groups.world)[0]
         written.verdicts = gather_objects(written.verdicts, context.groups.world)[0]
 
-    def _lines(self, scored: Sequence[Scored]) -> Lines:
-        return [evaluation_line(s, self._samples.example(s.rollout.index)) for s in scored]
-
-
-class _Lines:
-    """The file of an evaluation while it grows: `NAME.jsonl.partial`, renamed when it is whole."""
-
-    Attributes:
-        verdicts: of the lines that are there; on the writer.
-    """
-
-    def __init__(self, target: Path, is_writer: bool, per_question: int) -> None:
-        """Continue the file with its whole questions, of `per_question` lines; 0 starts it anew."""
-        self._target, self._is_writer = target, is_writer
-        self._partial = target.with_name(f"{target.name}.partial")
-        self.verdicts: Lines = []
-        if not is_writer:
-            return
-        target.parent.mkdir(parents=True, exist_ok=True)
-        lines: Lines = []
-        if per_question:
-            lines = read_lines(target if target.exists() else self._partial)
-            found = Counter(line["index"] for line in lines)
-            lines = [line for line in lines if found[line["index"]] == per_question]
-        self.verdicts = [verdicts_of(line) for line in lines]
-        write_text(self._partial, _text(lines))
-
-    def append(self, lines: Lines) -> None:
-        """Add the lines of whole questions."""
-        if self._is_writer:
-            with self._partial.open("a", encoding="utf-8") as file:
-                file.write(_text(lines))
-
-    def close(self) -> None:
-        """Give the file its name."""
-        if self._is_writer:
-            self._partial.replace(self._target)
-
-
-def _text(lines: Lines) -> str:
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    def _lines(self, scored: Sequence[Scored]) -> list[Line]:
+        samples = self._samples
+        return [
+            evaluation_line(
+                each.rollout,
+                each.reward,
+                samples.example(each.rollout.index),
+                samples.processor.rendered(each.rollout.prompt_token_ids),
+            )
+            for each in scored
+        ]
 
 
 def can_resume(context: Context) -> bool:
@@ -273,8 +202,12 @@ def can_resume(context: Context) -> bool:
     same = False
     if context.is_writer:
         own: dict[str, Any] = {n: asdict(getattr(config, n)) for n in ("data", "rollout", "reward")}
-        own["model"] = fingerprint(resolve_model(config.model.path))
-        own["evaluation"] = asdict(config.evaluation)
+        own["model"] = fingerprint(resolve_model(*config.model.at))
+        own["evaluation"] = evaluation = asdict(config.evaluation)
+        del evaluation["category"]  # like the weights, only results depend on it
+        del evaluation["judge"]  # it is asked about all lines again
+        for each in evaluation["sets"].values():
+            del each["weight"]
         own["prompts"] = template_texts(config.data)
         same = path.is_file() and json.loads(path.read_text()) == own
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -22,11 +22,12 @@ from megatron_sr1.data.prompts import strip_image_marks
 from megatron_sr1.data.shards import ShardReader
 from megatron_sr1.data.sources import jsonl_rows
 from megatron_sr1.errors import ConfigError, DataError, GradingLimit
+from megatron_sr1.evaluation.judge import Judge, opened_judge
 from megatron_sr1.evaluation.lines import SOURCES, Line, LinesFile, evaluation_line
 from megatron_sr1.evaluation.results import set_rates
 from megatron_sr1.evaluation.scorers import evaluation_scorers
 from megatron_sr1.records import Completion, Example, Message, Reading, Rollout
-from megatron_sr1.rewards.response import find_description
+from megatron_sr1.rewards.response import DEFAULT_MARKS, Marks, find_description, marks_of
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.runtime.files import write_text
 
@@ -63,9 +64,9 @@ def grade_files(config: Config, files: Sequence[Path]) -> dict[str, dict[str, fl
             )
     (run_dir / "eval").mkdir(parents=True, exist_ok=True)
     write_text(run_dir / "config.json", json.dumps(asdict(config), indent=2) + "\n")
-    with evaluation_scorers(config, names) as scorers:
+    with evaluation_scorers(config, names) as scorers, opened_judge(config) as judge:
         return {
-            name: _Grading(config, path, run_dir / f"eval/{name}.jsonl", scorers[name]).run()
+            name: _Grading(config, path, run_dir / f"eval/{name}.jsonl", scorers[name]).run(judge)
             for name, path in zip(names, files, strict=True)
         }
 
@@ -90,6 +91,9 @@ class _Grading:
             log.info("%s: %d lines", self._path, done)
         if not self._written.verdicts:
             raise DataError(f"{self._path}: no line could be graded; {EXPECTED}")
+        if judge is not None:
+            for done in self._written.rewrite(judge.judge, self._config.evaluation.chunk_prompts):
+                log.info("%s: %d lines judged", self._path, done)
         self._written.close()
         counts = {"ungraded": self._ungraded, "skipped": self._skipped}
         return {**set_rates(self._written.verdicts), **counts}
@@ -168,7 +172,7 @@ def _response(line: Any, place: int, path: Path, key: str, marks: Marks) -> Resp
         raise DataError(f"no response; {EXPECTED}")
     reading, description = (_text(line, name) for name in (_named(line, READINGS), "description"))
     if description is None:
-        description = find_description(response)
+        description = find_description(response, marks)
     index, sample = (_count(line, n, d) for n, d in (("index", place), ("sample", 0)))
     metadata = line.get("metadata") or {}
     if not isinstance(metadata, dict):

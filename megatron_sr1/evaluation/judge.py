@@ -16,14 +16,15 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megatron_sr1.config.endpoint import JudgeConfig
+from megatron_sr1.config.run import Config
 from megatron_sr1.data.prompts import strip_image_marks
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.records import RIGHT_FROM
@@ -190,6 +191,32 @@ class Judge(AbstractContextManager["Judge"]):
 def _no_verdict(reply: ChatReply) -> str:
     cut = ", cut off" if reply.finish_reason == "length" else ""
     return f"the reply is no verdict{cut}: {ascii(reply.text[:60])}"
+
+
+@contextmanager
+def opened_judge(config: Config, is_writer: bool = True) -> Iterator[Judge | None]:
+    """Yield the judge, if one is configured, on the rank that writes; otherwise None."""
+    if not (is_writer and config.has_judge):
+        yield None
+        return
+    with Judge(config.evaluation.judge, Path(config.output)) as judge:
+        yield judge
+
+
+def has_too_many_unjudged(found: Mapping[str, Mapping[str, float]], settings: JudgeConfig) -> bool:
+    """Return True, and log an error, if more answers of a set than allowed are unjudged.
+
+    `found` holds the rates of each set by its name.
+    """
+    is_too_much, limit = False, settings.max_unjudged_share
+    for name, rates in found.items():
+        unjudged, judged = rates.get("unjudged", 0.0), rates.get("judged", 0.0)
+        if unjudged > limit * (unjudged + judged):
+            is_too_much = True
+            text = "%s: %d of %d answers have no verdict of the judge, at most a share of %g may "
+            text += f"({KEY}.max_unjudged_share); the same command asks again for those alone"
+            log.error(text, name, unjudged, unjudged + judged, limit)
+    return is_too_much
 
 
 class VerdictCache:

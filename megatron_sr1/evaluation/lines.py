@@ -9,15 +9,17 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_sr1.records import RIGHT_FROM, Example, Reward, Rollout, texts
+from megatron_sr1.rewards.agreement import JUDGED
 from megatron_sr1.rewards.score import VERDICTS, is_exact
+from megatron_sr1.runtime.files import replacing
 
 Line = dict[str, Any]
-KEPT = ("index", "sample", "answer", "source", *VERDICTS)
+KEPT = ("index", "sample", "answer", "source", *VERDICTS, *JUDGED)
 """What results need of a line, besides its category."""
 SOURCES = ("data_source", "source")
 """Columns of a data set that name where a sample comes from."""
@@ -108,9 +110,28 @@ class LinesFile:
         self.verdicts += map(verdicts_of, lines)
         if self._is_writer:
             with self._partial.open("a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+                file.write(_text(lines))
+
+    def rewrite(self, change: Callable[[list[Line]], list[Line]], num_lines: int) -> Iterator[int]:
+        """Replace the lines by changed ones; only on the writer.
+
+        Yields after each `num_lines` how many are done. Unless it is exhausted, all lines stay.
+        """
+        verdicts: list[Line] = []
+        with replacing(self._partial) as changed:
+            with self._partial.open("rb") as old, changed.open("wb") as new:
+                while chunk := list(itertools.islice(old, num_lines)):
+                    lines = change([json.loads(line) for line in chunk])
+                    new.write(_text(lines).encode())
+                    verdicts += map(verdicts_of, lines)
+                    yield len(verdicts)
+        self.verdicts = verdicts
 
     def close(self) -> None:
         """Give the file its name."""
         if self._is_writer:
             self._partial.replace(self._target)
+
+
+def _text(lines: Sequence[Line]) -> str:
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

@@ -15,16 +15,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_sr1.records import RIGHT_FROM, Example
-from megatron_sr1.rewards.agreement import JUDGED, judge_rates
+import numpy as np
+
+from megatron_sr1.config.evaluation import EvaluationConfig
+from megatron_sr1.evaluation.lines import Line, verdicts_of
+from megatron_sr1.observability.metrics import each_line
+from megatron_sr1.records import RIGHT_FROM
+from megatron_sr1.report.results import RESULTS_FILE
+from megatron_sr1.rewards.agreement import judge_rates
 from megatron_sr1.rewards.answers import clean
 from megatron_sr1.rewards.score import VERDICTS, cross
 from megatron_sr1.runtime.files import write_text
 
-KEPT = ("index", "sample", "answer", "source", *VERDICTS, *JUDGED)
-"""What `set_rates` needs of a line."""
-SOURCES = ("data_source", "source")
-"""Columns of a data set that name where a sample comes from."""
+NORMAL_95 = 1.959964
+NUM_DRAWS = 1000
+"""Bootstrap samples; the limits of an interval vary by about 2 % of its width."""
+AVERAGES = ("average", "weighted_average")
+COUNTS = ("ungraded", "skipped")
+"""Questions of a set that are not in its rates."""
+Rate = list[float]
+"""Value, lower and upper limit of its 95 % interval."""
 
 
 def set_rates(rows: Sequence[Line]) -> dict[str, float]:
@@ -33,22 +43,27 @@ def set_rates(rows: Sequence[Line]) -> dict[str, float]:
     accuracy, self_reward, description_exact and shortcut_rate, those that apply, are means over all
     responses. With k > 1 responses to a question also `pass@k`, the share of questions with a right
     one, and `majority@k`, that of questions whose most frequent answer is right; of equally
-    frequent answers the first counts. With a judge also what `judge_rates` returns.
+    frequent answers the first counts. With a judge also `accuracy_judged`, the mean of the final
+    verdicts, and what `judge_rates` returns.
     """
     found: dict[str, float] = {
         name: float(sums.sum() / counts.sum())
         for name, (sums, counts) in _by_question(rows).items()
     }
-    return {**found, "questions": len({row["index"] for row in rows})}
+    return {**found, **judge_rates(rows), "questions": len({row["index"] for row in rows})}
 
 
 def _by_question(rows: Sequence[Line]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return of each rate its sum and its number of values in each question that has any."""
     groups = defaultdict[int, list[Line]](list)
     for row in rows:
-        by_question[row["index"]].append(row)
-    found = {**rates(rows), "questions": float(len(by_question)), **judge_rates(rows)}
-    k = max(map(len, by_question.values()), default=0)
+        groups[row["index"]].append(row)
+    values: dict[str, list[list[float]]] = {}
+    names = {verdict: name for verdict, (name, _) in VERDICTS.items()}
+    for verdict, name in {**names, "accuracy_judged": "accuracy_judged"}.items():
+        given = ([r[verdict] for r in g if r.get(verdict) is not None] for g in groups.values())
+        values[name] = [each for each in given if each]
+    k = max(map(len, groups.values()), default=0)
     if k > 1:
         right = ([row["accuracy"] >= RIGHT_FROM for row in group] for group in groups.values())
         values[f"pass@{k}"] = [[float(any(each))] for each in right]
@@ -102,6 +117,7 @@ def part_results(rows: Sequence[Line]) -> dict[str, Any]:
             for second in words
             if cells
         },
+        "judge": judge_rates(rows),
     }
 
 

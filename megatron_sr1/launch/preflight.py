@@ -49,11 +49,14 @@ def _saved_commit(config: Config) -> str:
 
 def needed_paths(config: Config, has_model: bool = True) -> dict[str, str]:
     """Return the paths of model and data that the stage needs, by configuration key."""
-    named = {"model.path": config.model.path if has_model else ""}
-    named |= {f"evaluation.sets.{name}.path": s.path for name, s in config.evaluation.sets.items()}
-    if config.stage != "eval":
-        named |= config.data.paths
+    named = {"model.path": config.model.path if has_model else "", **_data_paths(config)}
     return {key: path for key, path in named.items() if path}
+
+
+def _data_paths(config: Config) -> dict[str, str]:
+    named = dict(config.data.paths) if config.stage != "eval" else {}
+    sets = config.evaluation.sets.items()
+    return named | {f"evaluation.sets.{name}.path": each.path for name, each in sets}
 
 
 def absent_paths(config: Config) -> dict[str, str]:
@@ -71,12 +74,12 @@ def check_paths(config: Config, has_model: bool = True, is_dry_run: bool = False
     and data need not exist, and a config.json alone is accepted as a model.
     """
     absent = absent_paths(config) if is_dry_run else {}
-    has_shape = is_dry_run and (Path(config.model.path) / "config.json").is_file()
-    if has_model and not has_shape and "model.path" not in absent:
-        _check_model(Path(config.model.path))
-    paths = dict(config.data.paths) if config.stage != "eval" else {}
-    paths |= {f"evaluation.sets.{name}.path": s.path for name, s in config.evaluation.sets.items()}
-    for key, directory in paths.items():
+    if has_model and "model.path" not in absent:
+        config = fix_commit(config, weights=not is_dry_run)
+        path = model_directory(*config.model.at, weights=not is_dry_run)
+        if not (is_dry_run and (path / "config.json").is_file()):
+            _check_model(path)
+    for key, directory in _data_paths(config).items():
         if key not in absent:
             _check_shards(key, directory)
     if config.stage == "eval" and not config.evaluation.sets:

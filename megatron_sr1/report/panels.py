@@ -17,7 +17,6 @@ from typing import Any
 from megatron_sr1.report import page
 from megatron_sr1.report.charts import Bar, Series, bar_chart, line_chart, stacked_chart
 from megatron_sr1.rewards import score
-from megatron_sr1.rewards.agreement import judge_rates
 from megatron_sr1.rewards.score import VERDICTS, rate
 
 Lines = list[dict[str, Any]]
@@ -99,20 +98,6 @@ def verdict_table(title: str, judged: Mapping[str, Lines]) -> str:
         if lines
     ]
     return page.table([title, *LABELS], rows)
-
-
-def judge_table(judged: Mapping[str, Lines]) -> str:
-    """Return a table of the sets that a judge saw: accuracy by rules and finally, agreement."""
-    rows = []
-    for name, rates in ((name, judge_rates(lines)) for name, lines in judged.items()):
-        if rates:
-            shares = (rate(judged[name], "accuracy"), rates["accuracy_judged"])
-            kappa = rates.get("judge_kappa")
-            counts = (f"{rates[each]:.0f}" for each in ("judged", "unjudged"))
-            shown = [f"{100 * (share or 0):.1f}" for share in shares]
-            rows.append([name, *shown, "–" if kappa is None else f"{kappa:.2f}", *counts])
-    head = ["rules and judge", "right by rules, %", "right in the end, %", "Cohen's kappa"]
-    return page.table([*head, "judged", "unjudged"], rows)
 
 
 def difference_table(judged: Mapping[str, Mapping[str, Lines]]) -> str:

@@ -22,6 +22,7 @@ from megatron_sr1.records import RIGHT_FROM
 from megatron_sr1.report import page, panels
 from megatron_sr1.report.page import Images
 from megatron_sr1.report.panels import Lines
+from megatron_sr1.report.results import NOTE, RESULTS_FILE, results_html
 from megatron_sr1.rewards.response import DEFAULT_MARKS, Marks, marks_of
 from megatron_sr1.rewards.score import VERDICTS, rate
 from megatron_sr1.runtime import files
@@ -150,15 +151,19 @@ def _run_page(run_dir: Path) -> str:
     if rollouts:
         verdicts = [line["reward"] for line in rollouts]
         tables.append(panels.cross(f"training, step {rollouts[0]['step']}", verdicts))
-    rates = [panels.verdict_bars(judged), panels.verdict_table("rate, %", judged)]
-    rates.append(panels.judge_table(judged))
+    rates = [panels.verdict_bars(judged)] if len(judged) <= MAX_BARS else []
+    held_out, note = panels.verdict_table("rate, %", judged), ""
+    if results.get("sets"):
+        held_out, note = results_html(results), NOTE
     times = [panels.time_chart("Seconds per step", lines), panels.time_table({"a step": lines})]
     cards = []
     if rollouts:
-        cards = _rollout_cards(rollouts, images_in(*training_folders(config)))
+        images = images_in(*training_folders(config))
+        cards = _rollout_cards(rollouts, images, marks)
+    each = NUM_QUESTIONS_SHOWN if len(judged) <= MAX_BARS else 1
     for folder in dict.fromkeys(folders.values()) if not rollouts else ():
         same = {name: rows for name, rows in judged.items() if folders[name] == folder}
-        cards += _question_cards(same, images_in(folder), marks)
+        cards += _question_cards(same, files, images_in(folder), each, marks)
     body = [
         f"<h1>{page.text(name)}</h1>",
         f'<p class="soft">{page.text(", ".join(str(f) for f in facts if f))}</p>',
@@ -228,19 +233,10 @@ def _last_rollouts(run_dir: Path) -> Lines:
     return read_lines(steps[max(steps)]) if steps else []
 
 
-def _question_cards(
-    judged: Mapping[str, Lines], images: Images | None, marks: Marks = DEFAULT_MARKS
-) -> list[str]:
-    """Show informative questions with the responses of each model or way of answering."""
-    if not judged:
-        return []
-    cards = []
-    for rule, index in pick_questions(judged):
-        lines = {
-            name: row for name, rows in judged.items() for row in rows if row["index"] == index
-        }
-        cards.append(page.question_card(rule, lines, images, marks))
-    return cards
+def read_verdicts(path: Path) -> Lines:
+    """Read the lines of an evaluation file without their texts."""
+    kept = ("index", *VERDICTS)
+    return [{name: line.get(name) for name in kept} for line in each_line(path)]
 
 
 def _question_cards(
@@ -248,6 +244,7 @@ def _question_cards(
     files: Mapping[str, Path],
     images: Images | None,
     each: int = NUM_QUESTIONS_SHOWN,
+    marks: Marks = DEFAULT_MARKS,
 ) -> list[str]:
     """Show informative questions with the responses of each model or way of answering.
 
@@ -259,7 +256,7 @@ def _question_cards(
         for line in each_line(files[name]):
             if line["index"] in wanted:
                 lines.setdefault(line["index"], {}).setdefault(name, line)
-    return [page.question_card(rule, lines[index], images) for rule, index in chosen]
+    return [page.question_card(rule, lines[index], images, marks) for rule, index in chosen]
 
 
 def pick_questions(

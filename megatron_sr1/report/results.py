@@ -17,6 +17,7 @@ RESULTS_FILE = "eval/results.json"
 """In a run directory; evaluation/results.py writes it."""
 LABELS = {
     "accuracy": "accuracy",
+    "accuracy_judged": "accuracy, judged",
     "self_reward": "self-reward",
     "shortcut_rate": "LSR",
     "description_exact": "description exact",
@@ -33,7 +34,7 @@ GROUPS = {"sources": "by source", "categories": "by category"}
 NOTE = (
     "Rates in %, with 95 % intervals. LSR, the language-shortcut rate, is the share of responses "
     "that are right with the image and wrong from their description alone. The four cells are "
-    "shares of the responses with a pass 2."
+    "shares of the responses with a pass 2. Kappa is the agreement of rules and judge (Cohen's)."
 )
 Row = list[str]
 
@@ -88,6 +89,9 @@ def _table(title: str, parts: Mapping[str, Mapping[str, Any]]) -> tuple[Row, lis
         columns[LABELS.get(rate, rate)] = [_percent(p["rates"].get(rate)) for p in parts.values()]
     for cell, label in CELLS.items():
         columns[label] = [_share(part.get("table"), cell) for part in parts.values()]
+    judges = [part.get("judge", {}) for part in parts.values()]
+    columns["kappa"] = [_fixed(judge.get("judge_kappa"), 2) for judge in judges]
+    columns["unjudged"] = [_fixed(judge.get("unjudged"), 0) for judge in judges]
     columns = {label: cells for label, cells in columns.items() if any(cells)}
     return list(columns), [list(row) for row in zip(*columns.values(), strict=True)]
 
@@ -100,6 +104,10 @@ def _left_out(part: Mapping[str, Any]) -> str:
 
 def _share(table: Mapping[str, int] | None, cell: str) -> str:
     return f"{100 * table[cell] / sum(table.values()):.1f}" if table else ""
+
+
+def _fixed(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def _percent(rate: Sequence[float] | None) -> str:

@@ -18,18 +18,17 @@ judged; the final verdict."""
 def judge_rates(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return how a set was judged; empty without a judge.
 
-    `accuracy_judged` is the mean of the final verdicts. `judged` and `unjudged` are the numbers of
-    answers with and without a verdict, of those that were to be judged. `judge_kappa` is the
-    agreement with the rules over those with a verdict, if the rules call some of these right and
-    some wrong: where only answers that failed the rules are judged, there is none.
+    `judged` and `unjudged` are the numbers of answers with and without a verdict, of those that
+    were to be judged. `judge_kappa` is the agreement with the rules over those with a verdict, if
+    the rules call some of these right and some wrong: where only answers that failed the rules are
+    judged, there is none.
     """
-    final = [line["accuracy_judged"] for line in lines if line.get("accuracy_judged") is not None]
-    if not final:
+    if all(line.get("accuracy_judged") is None for line in lines):
         return {}
     judged = [line for line in lines if line["judge"] is not None]
     pairs = [(line["accuracy"] >= RIGHT_FROM, line["judge"] == 1) for line in judged]
-    found: dict[str, float] = {"accuracy_judged": sum(final) / len(final), "judged": len(pairs)}
-    found["unjudged"] = sum(line["unjudged"] is not None for line in lines)
+    unjudged = sum(line["unjudged"] is not None for line in lines)
+    found: dict[str, float] = {"judged": len(pairs), "unjudged": unjudged}
     if len({by_rule for by_rule, _ in pairs}) == 2:
         found["judge_kappa"] = cohens_kappa(pairs)
     return found
@@ -45,9 +44,3 @@ def cohens_kappa(pairs: Sequence[tuple[bool, bool]]) -> float:
     observed = sum(one == other for one, other in pairs) / len(pairs)
     by_chance = first * second + (1 - first) * (1 - second)
     return (observed - by_chance) / (1 - by_chance)
-
-
-def exceeds_share(rates: Mapping[str, float], limit: float) -> bool:
-    """Return True if a larger share of the answers that were to be judged is unjudged."""
-    unjudged, judged = rates.get("unjudged", 0.0), rates.get("judged", 0.0)
-    return unjudged > limit * (unjudged + judged)

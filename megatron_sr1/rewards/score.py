@@ -72,7 +72,7 @@ class Scorer(AbstractContextManager["Scorer"]):
         judge = partial(self._judge, sample_name, rollout, example, notes)
         accuracy = judge(rollout.completion.text)
         self_reward = self._self_reward(rollout, example, judge)
-        leak = _leaks(rollout.description, example, self._marks, exceptions)
+        leak = _leaks(rollout.description, example, self._marks, notes.exceptions)
         has_right_format = has_format(rollout.completion.text, self._recipe, self._marks)
         is_paid = self._recipe == "vision_sr1" and (self._config.pay_leaks or not leak)
         paid = (self_reward or 0.0) if is_paid else 0.0
@@ -87,7 +87,9 @@ class Scorer(AbstractContextManager["Scorer"]):
             + self._config.self_reward_weight * paid,
             answer=find_answer(rollout.completion.text, self._marks),
             reading_answer=find_answer(texts[0], self._marks) if texts else None,
-            uncomparable=exceptions[0] if exceptions else None,
+            uncomparable=next(iter(notes.exceptions), None),
+            because=notes.reasons[0],
+            reading_because=next(iter(notes.reasons[1:]), None),
         )
 
     def ungraded(self, rollout: Rollout, example: Example) -> Reward:
@@ -114,8 +116,9 @@ class Scorer(AbstractContextManager["Scorer"]):
             if self._user_reward is None:
                 answer = find_answer(text, self._marks)
                 verdict = self._grader.judge(answer, gold, example.question, sample_name)
-                if verdict.because.startswith(UNCOMPARABLE):
-                    exceptions.append(verdict.because.removeprefix(UNCOMPARABLE))
+                because = verdict.because
+                if because.startswith(UNCOMPARABLE):
+                    notes.exceptions.append(because.removeprefix(UNCOMPARABLE))
                 value = float(verdict.right)
             else:
                 value = self._user_reward(

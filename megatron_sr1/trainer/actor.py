@@ -115,7 +115,7 @@ class Reference:
 
 def load_actor_model(config: Config, groups: Groups) -> tuple[list[Any], HFConfig, ModelSource]:
     """Load `model.path` under the groups' layout; return its chunks, its shape and its source."""
-    source = _with_chat_template(resolve_model(config.model.path), config, groups)
+    source = _with_chat_template(resolve_model(*config.model.at), config, groups)
     hf_config = read_hf_config(source.hf_files)
     with cpu.megatron_mode():
         chunks = build_model(hf_config, groups, config.model, config.parallel)

@@ -64,8 +64,10 @@ class Context:
         exit_status: of the command, once the stage has written everything.
     """
 
-    def __init__(self, config: Config, groups: Groups, num_samples: int) -> None:
-        """Touch no file yet: `start` or `open` does. Without training, `num_samples` is 0.
+    def __init__(self, config: Config, groups: Groups, *sizes: int) -> None:
+        """Touch no file yet: `start` or `open` does.
+
+        `sizes` are the numbers of samples of the training sets; none, or 0, without training.
 
         Raises:
             ConfigError: the key of `rollout.endpoint` is missing.

@@ -11,12 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_sr1.checkpoint.folders import resolve_model
 from megatron_sr1.config.fields import LARGEST_INTEGER
 from megatron_sr1.config.rules import with_steps
 from megatron_sr1.config.run import Config
 from megatron_sr1.data.shards import ShardReader, first_with_image
-from megatron_sr1.errors import CheckpointError, ConfigError, DataError
+from megatron_sr1.errors import ConfigError, DataError
 
 NUM_READ = 8
 """Samples of a data set that are read and decoded, the first ones."""
@@ -116,18 +115,20 @@ def _fault(reader: ShardReader, index: int, config: Config) -> str:
     return ""
 
 
-def prompt_lengths(config: Config) -> dict[str, list[int]]:
+def prompt_lengths(config: Config, hf_files: Path | None) -> dict[str, list[int]]:
     """Measure prompts, in SFT conversations, of the training sets; tokens, by configuration key.
 
-    Samples that cannot be used are left out. Empty if a set or the model's tokenizer is missing.
+    Samples that cannot be used are left out. Empty without all training sets, or if `hf_files`,
+    the model's directory of configuration and tokenizer, holds no tokenizer.
     """
     reader = training_reader(config)
-    if reader is None or not _has_tokenizer(config):
+    if reader is None or hf_files is None or not (hf_files / "tokenizer_config.json").is_file():
         return {}
     from megatron_sr1.trainer.samples import Samples, make_processor
 
+    processor = make_processor(config, hf_files)
     unlimited = replace(config.data, max_prompt_tokens=LARGEST_INTEGER)
-    samples = Samples(replace(config, data=unlimited), config.data.sets, make_processor(config))
+    samples = Samples(replace(config, data=unlimited), config.data.sets, processor)
     read = samples.conversation if config.stage == "sft" else samples.prompt
     found: dict[str, list[int]] = {}
     first = 0
@@ -139,12 +140,6 @@ def prompt_lengths(config: Config) -> dict[str, list[int]]:
             samples.forget()
         first += size
     return found
-
-
-def _has_tokenizer(config: Config) -> bool:
-    with contextlib.suppress(CheckpointError):
-        return (resolve_model(config.model.path).hf_files / "tokenizer_config.json").is_file()
-    return False
 
 
 def long_prompts(config: Config, lengths: Mapping[str, Sequence[int]]) -> list[str]:

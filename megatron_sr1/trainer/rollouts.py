@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from megatron_sr1.errors import DataError, GradingLimit
-from megatron_sr1.records import Example, Prompt, Reward, Rollout
+from megatron_sr1.records import Example, Prompt, Reward, Rollout, texts
 from megatron_sr1.rewards.score import Scorer, cross
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.rollout.two_pass import RolloutHooks, roll_out

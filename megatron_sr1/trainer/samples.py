@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,9 +44,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-def make_processor(config: Config) -> Processor:
-    """Load the tokenizer and image processor of `model.path`."""
-    data, directory = config.data, resolve_model(config.model.path).hf_files
+def make_processor(config: Config, hf_files: Path | None = None) -> Processor:
+    """Load the tokenizer and image processor of `model.path`, or those of `hf_files`."""
+    data, directory = config.data, hf_files or resolve_model(*config.model.at).hf_files
     return Processor(directory, data.min_pixels, data.max_pixels, data.chat_template)
 
 
@@ -67,7 +67,7 @@ class Samples:
         """Open the shards of a directory, or of several sets by name.
 
         Raises:
-            ConfigError: a directory does not exist.
+            ConfigError: a directory does not exist, or a prompt's template cannot be used.
         """
         sets = directories if isinstance(directories, Mapping) else {"": directories}
         for directory in sets.values():
@@ -142,8 +142,8 @@ class Samples:
 
     def reading_messages(self, prompt: Prompt, description: str) -> tuple[tuple[str, str], ...]:
         """Return the messages of the pass-2 prompt for another model, pairs of role and text."""
-        style, order = self._config.data.prompt_style, self._config.rollout.pass2_order
-        messages = pass2_messages(prompt.example.question, description, style, order)
+        with located(f"{prompt.example.where}: pass 2"):
+            messages = self.prompts.pass2_messages(prompt.example, description)
         return tuple((m["role"], "".join(part["text"] for part in m["content"])) for m in messages)
 
     def gold_answer(self, prompt: Prompt) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -31,7 +31,7 @@ def command(output, model, shards, *more):
         *(sys.executable, "-m", "megatron_sr1", "train", str(DIGITS)),
         f"output={output}",
         f"model.path={model}",
-        f"data.train={shards['train']}",
+        *(f"data.train={path}" for name, path in shards.items() if name == "train"),
         "evaluation.sets=",
         "optimizer.num_steps=4",
         "checkpoint.every_steps=2",

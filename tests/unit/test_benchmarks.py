@@ -11,8 +11,10 @@ import pytest
 
 from megatron_sr1.config.loading import load_config
 from megatron_sr1.data.benchmarks import BENCHMARKS
+from megatron_sr1.data.shards import ShardReader
 from megatron_sr1.errors import DataError
 from megatron_sr1.rewards.grader import Grader
+from megatron_sr1.runtime import hub
 from megatron_sr1.trainer.samples import Samples, make_processor
 from tests.hub_files import add_snapshot
 from tests.pictures import png
@@ -267,6 +269,37 @@ def test_rows_of_other_sets_in_the_same_file_are_passed_over(read):
     clevr = PLAIN | {"file_name": "clevr_count_70k", "answer": "3"}
     samples = read("sr1_clevr_count", [other, clevr, PLAIN])
     assert [samples.example(i).answer for i in range(len(samples))] == ["3"]
+
+
+def test_a_benchmark_is_read_from_the_hub_by_its_name(tmp_path, monkeypatch, capsys):
+    import datasets
+    from huggingface_hub import constants
+
+    card, folder = "---\nconfigs:\n", tmp_path / "set"
+    for config, answer in (("standard (4 options)", "D"), ("standard (10 options)", "J")):
+        card += f"- config_name: {config}\n  data_files:\n  - split: test\n"
+        card += f"    path: {config}/test-*\n"
+        kinds = dict.fromkeys(MMMU_PRO, datasets.Value("string"))
+        kinds |= {f"image_{n}": datasets.Image() for n in range(1, 8)}
+        rows = datasets.Dataset.from_list(
+            [MMMU_PRO | {"answer": answer}], features=datasets.Features(kinds)
+        )
+        (folder / config).mkdir(parents=True)
+        rows.to_parquet(str(folder / config / "test-00000-of-00001.parquet"))
+    (folder / "README.md").write_text(f"{card}---\n")
+    home = tmp_path / "home"
+    datasets.disable_progress_bars()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(home / "datasets"))
+    hub._find.cache_clear()
+    add_snapshot(home, "MMMU/MMMU_Pro", folder, kind="dataset")
+    assert make_shards(["benchmark:mmmu_pro_10", str(tmp_path / "out")]) == 0
+    hub._find.cache_clear()
+    example = ShardReader(tmp_path / "out").example(0)
+    assert example.answer == "J" and example.question.endswith("J. $9")
+    with pytest.raises(SystemExit):
+        make_shards(["benchmark:mmmuu", str(tmp_path / "none")])
+    assert "benchmark:mmmuu: expected one of mmmu, mmmu_pro_10" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Several training sets with weights: one index space, names, checks, metrics and report."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from megatron_sr1.cli import main
 from megatron_sr1.config.loading import load_config
 from megatron_sr1.data.examples import Record
+from megatron_sr1.data.loader import Loader
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.data.shards import ShardReader, write_shards
 from megatron_sr1.errors import ConfigError
@@ -38,11 +40,6 @@ def sets(tmp_path_factory):
     return {name: folder / name for name in ("words", "one", "two")}
 
 
-def mixture_of(sets, **weights):
-    keys = [f"data.mixture.{name}.path={sets[name]}" for name in weights]
-    return keys + [f"data.mixture.{name}.weight={weight}" for name, weight in weights.items()]
-
-
 @pytest.fixture(scope="module")
 def processor(tiny_model):
     return Processor(tiny_model, 784, 200704)
@@ -50,7 +47,7 @@ def processor(tiny_model):
 
 @pytest.fixture(scope="module")
 def samples(sets, processor):
-    config = load_config(None, ["model.path=x", *mixture_of(sets, words=1, one=2, two=1)])
+    config = load_config(None, ["model.path=x", *mixture(sets, words=1, one=2, two=1)])
     return Samples(config, config.data.sets, processor)
 
 
@@ -93,6 +90,24 @@ def test_accuracy_and_self_reward_are_means_of_each_set_with_rollouts(sets, samp
     assert "set" not in rollout_line(1, found[2], example, {"advantage": 0.0})
 
 
+def test_a_text_set_and_sets_of_one_and_of_several_images_mix(processor, tmp_path, capsys):
+    """The schemas of EasyR1's three examples of one's own data."""
+    counts = {"math12k": 6, "geometry3k": 5, "journeybench": 4}
+    made = make_sets(tmp_path, **counts)
+    overrides = mixture(made, **dict.fromkeys(counts, 1))
+    config = load_config(None, ["model.path=x", *overrides])
+    samples = Samples(config, config.data.sets, processor)
+    loader = Loader(samples.reader.sizes, 9, 1, shares=config.data.shares)
+    for step in (loader.next_step() for _ in range(4)):
+        names = Counter(samples.set_of(index) for index in step)
+        assert set(names.values()) == {3} and len(set(step)) == 9
+        for index in step:
+            number, prompt = NUM_IMAGES[samples.set_of(index)], samples.prompt(index)
+            assert len(prompt.images) == len(prompt.image_grid_thw) == number
+            pads = prompt.token_ids.count(processor.image_pad_id)
+            assert pads == 3 * number and prompt.example.answer  # 84 x 28 pixels: three tokens
+
+
 @pytest.fixture
 def command(sets, tmp_path):
     """`train` with a model's shape, the sets equally weighted, and further overrides."""
@@ -103,7 +118,7 @@ def command(sets, tmp_path):
         "algorithm: {prompts_per_update: 3}\nlaunch: {device: cpu}\n"
     )
     return lambda *more: main(
-        ["train", str(file), "--dry-run", *mixture_of(sets, words=1, one=1, two=1), *more]
+        ["train", str(file), "--dry-run", *mixture(sets, words=1, one=1, two=1), *more]
     )
 
 
@@ -164,8 +179,8 @@ def test_the_report_draws_a_curve_per_set_and_finds_the_images_of_all_sets(sets,
         for n in range(1, 9)
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    mixture = {name: {"path": str(path), "weight": 1.0} for name, path in sets.items()}
-    (tmp_path / "config.json").write_text(json.dumps({"data": {"train": "", "mixture": mixture}}))
+    named = {name: {"path": str(path), "weight": 1.0} for name, path in sets.items()}
+    (tmp_path / "config.json").write_text(json.dumps({"data": {"train": "", "mixture": named}}))
     reward = {"accuracy": 1.0, "format": 1.0, "self_reward": None, "leak": False, "total": 1.0}
     line = {"step": 8, "set": "two", "index": 24, "sample": 0, "question": "q", "gold": "7"}
     line |= {"response": "7", "description": None, "reading": None, "advantage": 0.0}

@@ -1,10 +1,6 @@
-"""The judge: what it is asked, injections, faults, cache and kills, agreement with the rules."""
+"""The judge: what it is asked, injections, faults, the cache, agreement with the rules."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -15,25 +11,18 @@ from hypothesis import strategies as st
 from megatron_sr1.config.endpoint import JudgeConfig
 from megatron_sr1.config.loading import load_config
 from megatron_sr1.errors import ConfigError
-from megatron_sr1.evaluation.judge import SCHEMA, Judge, fenced, strict_verdict
-from megatron_sr1.rewards.agreement import cohens_kappa, exceeds_share, judge_rates
+from megatron_sr1.evaluation.judge import (
+    SCHEMA,
+    Judge,
+    fenced,
+    has_too_many_unjudged,
+    strict_verdict,
+)
+from megatron_sr1.rewards.agreement import cohens_kappa, judge_rates
 from tests.chat_endpoint import CLOSED, SILENT, serving
 from tests.judge_injections import INJECTIONS, escaped, obeying, unfenced
 
 RIGHT, WRONG = '{"verdict": "right"}', '{"verdict": "wrong"}'
-NUM_KILLED, CONCURRENCY = 40, 4
-KILLED = f"""
-import sys
-from pathlib import Path
-from megatron_sr1.config.endpoint import JudgeConfig
-from megatron_sr1.evaluation.judge import Judge
-
-settings = JudgeConfig(base_url=sys.argv[1], model="m", concurrency={CONCURRENCY})
-line = {{"question": "q", "gold": "7", "response": "", "accuracy": 0}}
-with Judge(settings, Path(sys.argv[2])) as judge:
-    found = judge.judge([{{**line, "answer": str(i)}} for i in range({NUM_KILLED})])
-print([line["judge"] for line in found].count(1))
-"""
 
 
 def line(answer, accuracy=0, gold="7", question="<image>How many?", **more):
@@ -169,7 +158,7 @@ def test_a_fault_leaves_answers_unjudged_never_wrong(judged, fault, says):
     assert [each["judge"] for each in lines] == [None] * 3
     assert [each["accuracy_judged"] for each in lines] == [1, 0, 0]
     assert all(says in each["unjudged"] for each in lines)
-    assert judge_rates(lines) == {"accuracy_judged": 1 / 3, "judged": 0, "unjudged": 3}
+    assert judge_rates(lines) == {"judged": 0, "unjudged": 3}
 
 
 def test_what_is_beyond_the_budget_or_the_time_is_unjudged(judged):
@@ -193,27 +182,6 @@ def test_verdicts_are_asked_for_once_and_a_torn_line_is_asked_again(judged, tmp_
     assert endpoint.bodies == [] and path.read_bytes().count(b"\n") == 6
     _, endpoint = judged(lambda n, b: RIGHT, lines, model="another")
     assert len(endpoint.bodies) == 5
-
-
-def test_killed_in_the_middle_and_started_again_it_asks_nothing_twice(tmp_path):
-    victims = []
-
-    def script(number, body):
-        if number == NUM_KILLED // 2:
-            time.sleep(0.3)  # the replies before this one are on the disk by then
-            os.kill(victims[0].pid, signal.SIGKILL)
-        return RIGHT if number < NUM_KILLED // 2 or victims[0].poll() is not None else SILENT
-
-    with serving(script) as endpoint:
-        command = [sys.executable, "-c", KILLED, endpoint.url, tmp_path]
-        victims.append(subprocess.Popen(command))
-        assert victims[0].wait() == -signal.SIGKILL
-        answered = endpoint.bodies[: NUM_KILLED // 2]
-        before = len(endpoint.bodies)
-        again = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert again.stdout == f"{NUM_KILLED}\n"
-    assert not [body for body in endpoint.bodies[before:] if body in answered]
-    assert len(endpoint.bodies) <= NUM_KILLED + CONCURRENCY
 
 
 def test_the_cache_needs_a_directory(tmp_path):
@@ -250,13 +218,16 @@ def test_kappa_is_that_of_the_textbook_and_needs_both_verdicts_of_the_rules():
         {"accuracy": int(a), "judge": int(b), "unjudged": None, "accuracy_judged": int(b)}
         for a, b in pairs
     ]
-    rates = judge_rates(rows)
-    assert rates["judge_kappa"] == pytest.approx(0.4) and rates["accuracy_judged"] == 30 / 50
+    assert judge_rates(rows)["judge_kappa"] == pytest.approx(0.4)
     assert "judge_kappa" not in judge_rates(rows[25:]) and judge_rates([{"accuracy": 1}]) == {}
 
 
-def test_the_share_of_unjudged_answers_is_of_those_to_be_judged():
-    assert exceeds_share({"judged": 7, "unjudged": 3}, 0.25)
-    assert not exceeds_share({"judged": 7, "unjudged": 3}, 0.3)
-    assert not exceeds_share({"judged": 0, "unjudged": 3}, 1.0)
-    assert not exceeds_share({"accuracy": 0.5}, 0.0)
+def test_the_share_of_unjudged_answers_is_of_those_to_be_judged(caplog):
+    found = {"a": {"accuracy": 0.5}, "b": {"judged": 7, "unjudged": 3}}
+    assert not has_too_many_unjudged(found, JudgeConfig(max_unjudged_share=0.3))
+    assert not caplog.messages
+    assert has_too_many_unjudged(found, JudgeConfig(max_unjudged_share=0.25))
+    (error,) = caplog.messages
+    assert "b: 3 of 10 answers" in error and "evaluation.judge.max_unjudged_share" in error
+    none = {"c": {"judged": 0, "unjudged": 3}}
+    assert not has_too_many_unjudged(none, JudgeConfig(max_unjudged_share=1.0))

@@ -8,6 +8,7 @@ from megatron_sr1.cli import main
 from megatron_sr1.config.loading import load_config
 from megatron_sr1.data.examples import Record
 from megatron_sr1.data.shards import write_shards
+from megatron_sr1.dry_run import hf_files
 from megatron_sr1.records import Message
 from megatron_sr1.runtime.device import stop_distributed
 from megatron_sr1.trainer.data_checks import NUM_MEASURED, long_prompts, prompt_lengths
@@ -42,13 +43,17 @@ def config_of(model, *overrides):
     return load_config(None, [f"model.path={model}", LIMIT, *SMALL, *overrides])
 
 
+def measured(config):
+    return prompt_lengths(config, hf_files(config))
+
+
 def both(sets):
     return [f"data.mixture.{name}.path={sets / name}" for name in ("many", "few")]
 
 
 def test_evenly_spaced_prompts_of_each_set_are_measured_whatever_the_limit(tiny_model, sets):
     config = config_of(tiny_model, *both(sets))
-    lengths = prompt_lengths(config)
+    lengths = measured(config)
     many, few = lengths["data.mixture.many.path"], lengths["data.mixture.few.path"]
     assert len(many) == NUM_MEASURED and min(many) > 500  # every fourth sample, all of them long
     assert len(few) == 5 and sum(n > 400 for n in few) == 1  # one has no answer: left out
@@ -73,7 +78,7 @@ def test_evenly_spaced_prompts_of_each_set_are_measured_whatever_the_limit(tiny_
 
 def test_in_sft_conversations_are_measured(tiny_model, sets):
     config = config_of(tiny_model, f"data.train={sets / 'talks'}", "stage=sft")
-    lengths = prompt_lengths(config)["data.train"]
+    lengths = measured(config)["data.train"]
     assert len(lengths) == 4 and [n > 400 for n in lengths] == [False, True, False, False]
 
 
@@ -95,7 +100,7 @@ def test_the_dry_run_prints_the_lengths_and_the_warning(tiny_model, sets, tmp_pa
 def test_nothing_is_measured_without_a_tokenizer_or_a_set(tiny_model, sets, tmp_path):
     (tmp_path / "config.json").write_text((Path(tiny_model) / "config.json").read_text())
     (tmp_path / "model.safetensors").touch()
-    assert prompt_lengths(config_of(tmp_path, *both(sets))) == {}
-    assert prompt_lengths(config_of(tmp_path / "lost", *both(sets))) == {}
-    assert prompt_lengths(config_of(tiny_model, *both(sets), "data.mixture.c.path=lost")) == {}
-    assert prompt_lengths(config_of(tiny_model, *both(sets), "stage=eval")) == {}
+    assert measured(config_of(tmp_path, *both(sets))) == {}
+    assert measured(config_of(tmp_path / "lost", *both(sets))) == {}
+    assert measured(config_of(tiny_model, *both(sets), "data.mixture.c.path=lost")) == {}
+    assert measured(config_of(tiny_model, *both(sets), "stage=eval")) == {}

@@ -136,21 +136,6 @@ def test_the_two_by_two_table_counts_the_verdicts(tmp_path):
     assert "language-shortcut rate 50.0% of 20" in cross
 
 
-def test_rules_and_judge_are_compared_for_each_set_that_was_judged(tmp_path):
-    sets = {name: {"path": ""} for name in ("judged", "plain")}
-    lines = [verdict(index, int(index < 10), 0, "7") for index in range(20)]
-    write_lines(tmp_path / "eval" / "plain.jsonl", lines)
-    given = [1] * 8 + [0] * 2 + [1] * 3 + [0] * 6 + [None]
-    for line, judge in zip(lines, given, strict=True):
-        line |= {"judge": judge, "unjudged": None if judge is not None else "HTTP 500"}
-        line["accuracy_judged"] = line["accuracy"] if judge is None else judge
-    write_lines(tmp_path / "eval" / "judged.jsonl", lines)
-    (tmp_path / "config.json").write_text(json.dumps({"evaluation": {"sets": sets}}))
-    text = write_report(tmp_path).read_text()
-    (row,) = re.findall(r"<tr><td>judged</td><td>50.0</td>(.*?)</tr>", text)
-    assert re.findall("<td>(.*?)</td>", row) == ["55.0", "0.47", "19", "1"]
-
-
 def test_the_demos_finding_is_computed_from_the_files(tmp_path):
     make_demo(tmp_path)
     text = write_report(tmp_path).read_text()

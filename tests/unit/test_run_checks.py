@@ -60,7 +60,7 @@ def made(tmp_path_factory):
 def started(monkeypatch):
     """What a start would have run; the ranks themselves do not start."""
     calls = []
-    rank = contextlib.nullcontext((lambda config, groups: calls.append(config), None))
+    rank = contextlib.nullcontext((lambda config, groups: calls.append(config) or 0, None))
     monkeypatch.setattr(cli, "one_rank", lambda config: rank)
     monkeypatch.setattr("megatron_sr1.launch.torchrun.run", lambda *a: calls.append(a) or 0)
     monkeypatch.setattr("megatron_sr1.launch.torchrun.rank_environment", lambda *a: {})

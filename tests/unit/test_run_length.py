@@ -97,7 +97,7 @@ def test_a_dry_run_and_a_plan_show_the_steps(arguments, capsys):
     assert main(["train", *arguments, "--dry-run"]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("steps")]
     assert line == (
-        "steps       8 updates of 8 sequences, 3.2 epochs of 20 samples, warm-up over 3 updates"
+        "steps       8 updates of 8 sequences, 3.20 epochs of 20 samples, warm-up over 3 updates"
     )
     assert main(["plan", *arguments, "--gpus", "8", "--gpu", "h100"]) == 0
     assert "\nsteps     8\n" in capsys.readouterr().out
