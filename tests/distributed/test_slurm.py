@@ -287,7 +287,7 @@ def test_a_chain_sent_by_nemo_run_finishes_and_its_metrics_are_there(chain):
     assert [(line["stage"], line["step"]) for line in lines] == [("grpo", 1), ("grpo", 2)]
     for line in lines:
         assert 0 < line["mismatch/abs_max"] < 1e-3 and line["time/pass1_seconds"] > 0
-    judged = read_lines(output / "eval" / "eval" / "sampled.jsonl")
+    judged = read_lines(output / "eval" / "eval" / "greedy.jsonl")
     assert [line["index"] for line in judged] == list(range(6))
 
 
