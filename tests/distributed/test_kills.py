@@ -108,12 +108,12 @@ def aim(stage, target, where, seconds, draw):
 
 
 def numbers(run_dir):
-    """Lines of metrics.jsonl without times and memory."""
+    """Lines of metrics.jsonl without times and memory, and the rates that the demo writes later."""
     return [
         {
             key: value
             for key, value in line.items()
-            if not key.startswith(("time/", "memory/", "perf/"))
+            if not key.startswith(("time/", "memory/", "perf/", "evaluation/"))
         }
         for line in read_lines(run_dir / "metrics.jsonl")
     ]
