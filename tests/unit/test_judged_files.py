@@ -66,7 +66,8 @@ def test_the_final_verdict_has_its_rates_intervals_and_table(capsys):
     assert found["rates"]["accuracy_judged"] == pytest.approx([0.5, 0.352, 0.648], abs=1e-3)
     assert found["sources"]["s1"]["rates"]["accuracy_judged"][0] == 1
     for text in (capsys.readouterr().out, Path("run/report.html").read_text()):
-        assert "accuracy, judged" in text and "50.0 (35.2–64.8)" in text and "0.05" in text
+        assert "accuracy, judged" in text and "50.0" in text and "(35.2–64.8)" in text
+        assert "0.05" in text
 
 
 @pytest.mark.parametrize("when", ["never", "rule_failed"])
