@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -58,3 +59,8 @@ class EvaluationConfig:
     """Questions that are read and answered at a time, over all ranks; bounds the memory that their
     images take."""
     judge: JudgeConfig = field(default_factory=JudgeConfig)
+
+    def setting(self, name: str, key: str) -> Any:
+        """Return what a key is for a set: its own value, or without one that of all sets."""
+        own = getattr(self.sets[name], key)
+        return getattr(self, key) if own is None else own

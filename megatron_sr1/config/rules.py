@@ -145,12 +145,11 @@ def _run(config: Config) -> Broken:
 
 def _evaluation(config: Config) -> Broken:
     evaluation = config.evaluation
-    for name, each in evaluation.sets.items():
+    for name in evaluation.sets:
         if name in ("average", "weighted_average"):
             yield f"evaluation.sets.{name}: the results over all sets have that name; use another"
-        temperature = evaluation.temperature if each.temperature is None else each.temperature
-        n = each.samples_per_prompt or evaluation.samples_per_prompt
-        if n > 1 and temperature == 0:
+        n = evaluation.setting(name, "samples_per_prompt")
+        if n > 1 and evaluation.setting(name, "temperature") == 0:
             yield (
                 f"evaluation.sets.{name}: {n} greedy responses to a question are one response; set "
                 "a temperature above 0, or samples_per_prompt=1"

@@ -74,20 +74,19 @@ class HeldOut:
     ) -> None:
         """Select the first questions of `samples`, as many as configured."""
         config = context.config
-        own, common = config.evaluation.sets[name], config.evaluation
+        setting = partial(config.evaluation.setting, name)
         self.name = name
         self._context, self._engine, self._samples = context, engine, samples
         self._scorer, self._judge = scorer, judge
         self._rollout = replace(
             config.rollout,
-            samples_per_prompt=own.samples_per_prompt or common.samples_per_prompt,
-            temperature=common.temperature if own.temperature is None else own.temperature,
+            samples_per_prompt=setting("samples_per_prompt"),
+            temperature=setting("temperature"),
             # By its likelihood, an answer would not be right or wrong.
             pass2_mode=config.rollout.pass2_mode.replace("likelihood", "generate"),
             pass2_samples=1,  # so that it is right or wrong
         )
-        limit = common.max_samples if own.max_samples is None else own.max_samples
-        self._indices = range(len(self._samples))[: limit or None]
+        self._indices = range(len(self._samples))[: setting("max_samples") or None]
         self.skipped = 0
 
     @property

@@ -19,10 +19,9 @@ class HeldOutLoss:
 
     def __init__(self, context: Context, actor: Actor, samples: Samples, name: str) -> None:
         """Select the first conversations of `samples`, as many as configured."""
-        own, common = context.config.evaluation.sets[name], context.config.evaluation
         self.name = name
         self._context, self._actor, self._samples = context, actor, samples
-        limit = common.max_samples if own.max_samples is None else own.max_samples
+        limit = context.config.evaluation.setting(name, "max_samples")
         self._indices = range(len(samples))[: limit or None]
 
     def evaluate(self) -> dict[str, float]:
