@@ -91,7 +91,7 @@ def test_the_digits_example_asks_as_the_model_was_trained():
     assert data.pass2_template == PROMPTS.pass2_template
 
 
-def test_a_template_in_upstreams_form_puts_the_image_behind_the_question(prompts):
+def test_a_template_in_upstreams_form_puts_the_image_after_the_question(prompts):
     made = prompts(UPSTREAM, image_position="last")
     rest = " Say what you see in <see> </see>.\\n Then answer in \\boxed{}."
     for question in ("<image>Which?", "Which?<image>", "<image>\n Which? ", "\nWhich? <image>\n"):
