@@ -122,24 +122,6 @@ def pack_rows(
     )
 
 
-def published_gradients(
-    chunks: Sequence[Any], hf_config: HFConfig, groups: Groups
-) -> dict[str, torch.Tensor]:
-    """Gradients under their published names, gathered as weights are exported; weights are kept.
-
-    Replicated parameters come from this rank, so each rank compares its own copy.
-    """
-    parameters = [p for chunk in chunks for p in chunk.parameters()]
-    kept = [p.data for p in parameters]
-    for parameter in parameters:
-        gradient = getattr(parameter, "main_grad", parameter.grad)
-        parameter.data = torch.zeros_like(parameter) if gradient is None else gradient.clone()
-    gradients = exported(chunks, hf_config, groups)
-    for parameter, data in zip(parameters, kept, strict=True):
-        parameter.data = data
-    return gradients
-
-
 def exported(chunks: Sequence[Any], hf_config: HFConfig, groups: Groups) -> dict[str, torch.Tensor]:
     """Copies of the whole weights under their published names; collective."""
     from megatron_sr1.checkpoint.hf import export_weights

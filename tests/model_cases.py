@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from megatron_sr1.gpu_checks.bench import randomise
 from megatron_sr1.records import VisionInputs
 
 NUM_SPECIAL = 4  # the last ids: vision start, vision end, image pad, video pad
@@ -113,7 +114,7 @@ def write_case(directory, seed, num_images=((3, 1), (0,), (1, 2, 0))):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = Qwen2_5_VLForConditionalGeneration(config).eval()
-        _randomise(model)
+        randomise(model)
         rng = random.Random(seed)
         rows = [[_sample(model, config, n, rng) for n in row] for row in num_images]
     model.save_pretrained(Path(directory))
@@ -153,20 +154,6 @@ def make_row(samples, pad_multiple=1, sequence_multiple=1):
         labels=torch.cat(labels)[None],
         loss_mask=torch.cat(masks)[None],
     )
-
-
-@torch.no_grad()
-def _randomise(model):
-    """Weights that make activations of order one, norms and biases away from their start."""
-    for name, parameter in model.named_parameters():
-        noise = torch.randn_like(parameter)
-        if parameter.dim() > 1:
-            scale = 0.5 if "embed_tokens" in name or "lm_head" in name else 1.0
-            parameter.copy_(scale * noise / parameter[0].numel() ** 0.5)
-        elif name.endswith("bias"):
-            parameter.copy_(0.1 * noise)
-        else:
-            parameter.copy_(1 + 0.1 * noise)
 
 
 @torch.no_grad()

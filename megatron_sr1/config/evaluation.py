@@ -5,17 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from omegaconf import MISSING
-
 from megatron_sr1.config.endpoint import JudgeConfig
-from megatron_sr1.config.fields import named, number
+from megatron_sr1.config.fields import UNSET, named, number
 
 
 @dataclass
 class EvaluationSet:
     """A set of held-out questions. null: the value of the key of the same name in `evaluation`."""
 
-    path: str = MISSING
+    path: str = UNSET
     """Directory of webdataset shards, written by tools/make_shards.py."""
     samples_per_prompt: int | None = number(None, at_least=1)
     """Responses per question."""

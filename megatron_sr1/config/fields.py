@@ -13,6 +13,9 @@ from typing import Any
 from megatron_sr1.errors import ConfigError
 
 LARGEST_INTEGER = 2**63 - 1
+UNSET: Any = "???"
+"""Default of a setting that must be given: OmegaConf's `MISSING`, which only `loading` imports, so
+that a program that fills in the dataclasses itself runs without that package."""
 
 
 def number(

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from omegaconf import MISSING
-
 from megatron_sr1.config.endpoint import EndpointConfig
 from megatron_sr1.config.evaluation import EvaluationConfig, EvaluationSet
-from megatron_sr1.config.fields import choice, number, settings
+from megatron_sr1.config.fields import UNSET, choice, number, settings
 from megatron_sr1.config.rollout import RewardConfig, RolloutConfig
 from megatron_sr1.config.training import (
     AlgorithmConfig,
@@ -23,7 +21,7 @@ from megatron_sr1.config.training import (
 class ModelConfig:
     """The model that is trained or evaluated."""
 
-    path: str = MISSING
+    path: str = UNSET
     """Hugging Face directory or Megatron checkpoint directory to start from, or a name on the
     Hugging Face hub, OWNER/NAME; HF_HOME and HF_HUB_OFFLINE have their usual meaning."""
     revision: str = "main"

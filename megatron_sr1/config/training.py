@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from omegaconf import MISSING
-
-from megatron_sr1.config.fields import choice, named, number
+from megatron_sr1.config.fields import UNSET, choice, named, number
 
 
 @dataclass
 class MixtureSet:
     """One of several training sets."""
 
-    path: str = MISSING
+    path: str = UNSET
     """Directory of webdataset shards, written by tools/make_shards.py."""
     weight: float = number(1.0, above=0)
     """The set's part of every step is its weight, divided by the sum of all weights."""

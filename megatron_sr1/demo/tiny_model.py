@@ -6,10 +6,13 @@ transformers and vLLM read like a published checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
+MAX_VOCABULARY = 4096
+"""Most tokens of a vocabulary that is trained here; an embedding may have more rows."""
 SPECIAL_NAMES = "endoftext im_start im_end vision_start vision_end vision_pad image_pad video_pad"
 SPECIAL_TOKENS = [f"<|{name}|>" for name in SPECIAL_NAMES.split()]
 # Without a default system turn. Each image of a turn becomes one pad between its marks.
@@ -40,6 +43,55 @@ def make_tiny_model(
     many rows. `hidden_size` and `num_layers` are those of the language model; the former is a
     multiple of 64, as heads have 32 channels. The vision tower has two layers.
     """
+    heads = hidden_size // 32
+    write_random_model(
+        Path(directory),
+        corpus,
+        text={
+            "vocab_size": vocab_size,
+            "hidden_size": hidden_size,
+            "intermediate_size": 3 * hidden_size,
+            "num_hidden_layers": num_layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads // 2,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": rope(10000.0, 4, 6, 6),
+            "tie_word_embeddings": tie_word_embeddings,
+        },
+        vision={
+            "depth": 2,
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_heads": 4,
+            "out_hidden_size": hidden_size,
+            "window_size": 112,
+            "fullatt_block_indexes": [1],
+        },
+        seed=seed,
+    )
+
+
+def rope(theta: float, *sections: int) -> dict[str, Any]:
+    """Return transformers' parameters of a rotary embedding; sections are time, height, width."""
+    return {"rope_type": "default", "rope_theta": theta, "mrope_section": list(sections)}
+
+
+def write_random_model(
+    target: Path,
+    corpus: Iterable[str],
+    text: dict[str, Any],
+    vision: dict[str, Any],
+    seed: int,
+    device: str = "cpu",
+    change: Callable[[Any], Any] = lambda model: model,
+) -> None:
+    """Write a Hugging Face directory of a Qwen2.5-VL with random weights.
+
+    The vocabulary is trained on the corpus and may be smaller than the embedding. `text` and
+    `vision` are transformers' settings of both parts. The weights are drawn on `device`, as
+    transformers initialises them, in float32; `change` returns the model to save.
+    """
     import torch
 
     from megatron_sr1.runtime.cpu import patch_torchvision
@@ -51,44 +103,25 @@ def make_tiny_model(
         Qwen2VLImageProcessor,
     )
 
-    target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
-    ids = _write_tokenizer(target, corpus, vocab_size)
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+    ids = _write_tokenizer(target, corpus, min(text["vocab_size"], MAX_VOCABULARY))
+    ends = {
+        "bos_token_id": ids["<|endoftext|>"],
+        "eos_token_id": ids["<|im_end|>"],
+        "pad_token_id": ids["<|endoftext|>"],
+    }
     config = Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": vocab_size,
-            "hidden_size": hidden_size,
-            "intermediate_size": 3 * hidden_size,
-            "num_hidden_layers": num_layers,
-            "num_attention_heads": hidden_size // 32,
-            "num_key_value_heads": hidden_size // 64,
-            "max_position_embeddings": 4096,
-            "rms_norm_eps": 1e-6,
-            "rope_parameters": rope,
-            "bos_token_id": ids["<|endoftext|>"],
-            "eos_token_id": ids["<|im_end|>"],
-            "pad_token_id": ids["<|endoftext|>"],
-            "tie_word_embeddings": tie_word_embeddings,
-        },
-        vision_config={
-            "depth": 2,
-            "hidden_size": 128,
-            "intermediate_size": 256,
-            "num_heads": 4,
-            "out_hidden_size": hidden_size,
-            "window_size": 112,
-            "fullatt_block_indexes": [1],
-        },
+        text_config={**text, **ends},
+        vision_config=vision,
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"],
         vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=tie_word_embeddings,
+        tie_word_embeddings=text["tie_word_embeddings"],
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(seed)
-        model = Qwen2_5_VLForConditionalGeneration(config)
+        model = change(Qwen2_5_VLForConditionalGeneration(config))
     model.save_pretrained(target)
     Qwen2VLImageProcessor(min_pixels=784, max_pixels=200704).save_pretrained(target)
 

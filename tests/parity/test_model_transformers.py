@@ -10,10 +10,10 @@ from megatron_sr1.checkpoint.hf import load_hf
 from megatron_sr1.checkpoint.mapping import canonical_hf_name
 from megatron_sr1.config.run import ModelConfig, ParallelConfig
 from megatron_sr1.errors import DataError
+from megatron_sr1.gpu_checks.numerics import published_gradients
 from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.model.qwen25_vl import build_model
 from megatron_sr1.runtime import cpu
-from tests.layouts import published_gradients
 from tests.model_cases import make_row, worst_relative_gap, write_case
 
 TOLERANCE = 1e-5

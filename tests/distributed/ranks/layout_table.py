@@ -25,6 +25,7 @@ from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.config.run import Config
 from megatron_sr1.config.training import AlgorithmConfig
 from megatron_sr1.data.processor import Processor
+from megatron_sr1.gpu_checks.numerics import published_gradients
 from megatron_sr1.records import PackedBatch, TrainSample
 from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.device import select_device, start_distributed
@@ -32,7 +33,7 @@ from megatron_sr1.runtime.groups import Groups, gather_objects, make_groups
 from megatron_sr1.trainer.actor import Actor, load_actor_model, make_actor
 from megatron_sr1.trainer.objective import grpo_loss
 from megatron_sr1.trainer.step import update
-from tests.layouts import destroy_groups, exported, pack_rows, published_gradients, random_samples
+from tests.layouts import destroy_groups, exported, pack_rows, random_samples
 
 NUM_UPDATES, LEARNING_RATE, TEMPERATURE = 2, 1e-3, 0.7
 EPSILON = 1e-4

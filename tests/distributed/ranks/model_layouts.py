@@ -15,13 +15,14 @@ import torch.distributed as dist
 from megatron_sr1.checkpoint.hf import load_hf
 from megatron_sr1.config.loading import load_config
 from megatron_sr1.config.run import ModelConfig, ParallelConfig
+from megatron_sr1.gpu_checks.numerics import published_gradients
 from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.model.qwen25_vl import build_model
 from megatron_sr1.model.row_split import sequence_multiple
 from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.device import select_device, start_distributed, stop_distributed
 from megatron_sr1.runtime.groups import make_groups
-from tests.layouts import destroy_groups, layout_settings, published_gradients
+from tests.layouts import destroy_groups, layout_settings
 from tests.model_cases import make_row, worst_relative_gap
 
 TOLERANCE = 1e-5

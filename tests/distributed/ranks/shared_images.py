@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from megatron_sr1.checkpoint.hf import load_hf
 from megatron_sr1.config.run import ModelConfig, ParallelConfig
+from megatron_sr1.gpu_checks.numerics import published_gradients
 from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.model.qwen25_vl import build_model
 from megatron_sr1.model.row_split import sequence_multiple
@@ -31,7 +32,7 @@ from tests.distributed.ranks.model_layouts import (
     run_schedule,
     samples_of,
 )
-from tests.layouts import destroy_groups, published_gradients
+from tests.layouts import destroy_groups
 from tests.model_cases import make_row, worst_relative_gap
 
 ORDER = (0, 1, 0, 0, 1)  # the samples of a row, as rollouts of two prompts
