@@ -42,7 +42,8 @@ def main() -> int:
     arguments = parser.parse_args()
     kind = arguments.device
     if kind == "auto":  # as torch would find out, without CUDA in this process
-        kind = "cuda" if any(Path("/dev").glob("nvidia[0-9]*")) else "cpu"
+        nodes = [*Path("/dev").glob("nvidia[0-9]*"), *Path("/dev").glob("dxg")]
+        kind = "cuda" if nodes and os.environ.get("CUDA_VISIBLE_DEVICES") != "" else "cpu"
     if kind == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     arguments.output.with_suffix(".log").unlink(missing_ok=True)

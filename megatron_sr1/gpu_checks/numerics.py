@@ -18,7 +18,9 @@ from megatron_sr1.config.run import ModelConfig, ParallelConfig
 from megatron_sr1.gpu_checks.bench import Bench
 from megatron_sr1.gpu_checks.rows import ERROR, Row, at_most, fact
 from megatron_sr1.model.hf_config import HFConfig
+from megatron_sr1.model.layers import kernels
 from megatron_sr1.model.qwen25_vl import build_model
+from megatron_sr1.model.transformer_config import text_transformer_config
 from megatron_sr1.records import PackedBatch, TrainSample
 from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.groups import Groups
@@ -29,6 +31,8 @@ FLOAT32_LIMIT = 1e-4
 BF16_MARGIN = 1.5
 FP8_LIMIT = 0.25
 """A product in e4m3 has a relative error of a few percent; layers add up."""
+NORM_LIMIT = 1e-2
+"""Rounding of a result to bfloat16 is 2e-3."""
 NUM_SAMPLES = 4
 RECIPES = ("current", "blockwise", "delayed")
 Tensors = dict[str, torch.Tensor]
@@ -101,10 +105,38 @@ def transformer_engine(bench: Bench) -> Iterator[Row]:
     del fused
     local, base = seconds.values()
     name = "forward and backward pass over local layers'"
-    yield at_most(name, base / local, 1.0, "fused layers are no faster", note=f"{base:.4g} s")
+    slow = "fused layers are no faster here: model.spec=local will do"
+    yield at_most(name, base / local, 1.0, slow, note=f"{base:.4g} s")
+    yield from _norms(bench)
     for recipe in RECIPES:
         bench.release()
         yield from _fp8(bench, samples, recipe, expected, base)
+
+
+def _norms(bench: Bench) -> Iterator[Row]:
+    """Compare Transformer Engine's norm with ours, in bfloat16, forward and backward."""
+    width, eps = bench.hf_config.text.hidden_size, bench.hf_config.text.rms_norm_eps
+    model = ModelConfig()
+    config = text_transformer_config(bench.hf_config, bench.groups, model, ParallelConfig())
+    generator = torch.Generator(bench.device).manual_seed(3)
+    shape = bench.sizes.pack_tokens, 1, width
+    hidden = torch.randn(shape, device=bench.device, generator=generator).bfloat16()
+    results, seconds = [], []
+    for spec in ("local", "transformer_engine"):
+        norm = kernels(spec).norm(config, width, eps)
+        given = hidden.clone().requires_grad_()
+
+        def run(norm: Any = norm, given: torch.Tensor = given) -> list[torch.Tensor]:
+            result = norm(given)
+            return [result, *torch.autograd.grad(result, [given, norm.weight], hidden)[:1]]
+
+        results.append(run())
+        seconds.append(bench.seconds(run, calls=10))
+    ours, fused = results
+    wrong = "Transformer Engine's norm is not ours: compare versions"
+    off = max(gap(a, b) for a, b in zip(fused, ours, strict=True))
+    yield at_most("norm, off ours", off, NORM_LIMIT, wrong)
+    yield fact("norm, forward and backward over ours", seconds[1] / seconds[0])
 
 
 def _fp8(

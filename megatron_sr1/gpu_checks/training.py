@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +80,10 @@ class Step:
         return 0
 
     def planned(self) -> PlannedRun:
-        """Return the step for the planner, with the mean lengths that it has."""
+        """Return the step for the planner, with the lengths that it has."""
         gpu = known_gpu(self.bench) or GPUS["h100"]
-        images = sum(s.num_images for s in self.samples) * self.bench.sizes.grid[0]
-        images *= self.bench.sizes.grid[1]
-        merged = images / self.bench.hf_config.vision.spatial_merge_size**2
+        patches = sum(t * h * w for s in self.samples for t, h, w in s.image_grid_thw)
+        merged = patches / self.bench.hf_config.vision.spatial_merge_size**2
         responses = sum(int(s.loss_mask.sum()) for s in self.samples)
         tokens, number = sum(len(s.token_ids) for s in self.samples), len(self.samples)
         lengths = {
@@ -91,7 +91,10 @@ class Step:
             "image_tokens": merged / number,
             "response_tokens": responses / number,
         }
-        return planned_run(self.config, self.bench.hf_config, gpu, lengths)
+        longest = max(row.input_ids.shape[1] for row in self.batches)
+        data = replace(self.config.data, pack_tokens=longest, max_prompt_tokens=longest)
+        config = replace(self.config, data=data)
+        return planned_run(config, self.bench.hf_config, gpu, lengths)
 
 
 def allocated(bench: Bench) -> int:

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from megatron_sr1.gpu_checks.registry import CHECKS
+from tests.distributed.test_te_double import SCRIPT, with_double
 from tests.ranks import ROOT
 
 pytestmark = pytest.mark.slow
@@ -62,3 +63,16 @@ def test_the_file_is_left_where_the_user_asked_for_it(table, tmp_path):
     )
     assert done.returncode == 0 and "not installed: transformer_engine" in done.stdout
     assert len(json.loads((tmp_path / "gpu_check.json").read_text())["rows"]) == 1
+
+
+def test_the_rows_about_transformer_engine_are_made_with_its_double(tmp_path, run_ranks):
+    """The double computes what the local layers do, in FP8 too, and is slower or faster."""
+    done = run_ranks(SCRIPT.with_name("te_checks.py"), 1, tmp_path, env=with_double(), timeout=900)
+    line = next(line for line in done.stdout.splitlines() if line.startswith("ROWS "))
+    rows = {row["name"]: row for row in json.loads(line.removeprefix("ROWS "))}
+    of_time = {"forward and backward pass over local layers'"}
+    assert [n for n, row in rows.items() if row["status"] == "ERROR"] == []
+    assert {n for n, row in rows.items() if row["status"] == "FAIL"} <= of_time
+    for recipe in ("current", "blockwise", "delayed"):
+        assert rows[f"FP8 {recipe}: logits, from float32"]["status"] == "ok"
+    assert rows["norm, off ours"]["status"] == "ok"

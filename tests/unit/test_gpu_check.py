@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from megatron_sr1.gpu_checks import registry
+from megatron_sr1.gpu_checks import attention, kernels, numerics, registry, training
+from megatron_sr1.gpu_checks.bench import PUBLISHED, Bench
 from megatron_sr1.gpu_checks.rows import Row, at_least, at_most, fact
 from megatron_sr1.gpu_checks.runner import LEAST_SECONDS, Runner
 from tests.ranks import ROOT
@@ -145,3 +147,95 @@ from megatron_sr1.gpu_checks import attention, device, numerics, ranks, training
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.fixture(scope="module")
+def bench(groups, tmp_path_factory):
+    made = Bench("cpu", tmp_path_factory.mktemp("bench"))
+    made.groups = groups  # there can be only one set of them in a process
+    return made
+
+
+def statuses(rows):
+    return {row.name: row.status for row in rows}
+
+
+def test_the_actor_is_as_near_to_transformers_as_the_limits_ask(bench):
+    found = statuses(numerics.actor(bench))
+    assert len(found) == 4 and set(found.values()) == {"ok"}
+
+
+def test_an_actor_with_a_wrong_norm_fails(bench, monkeypatch):
+    monkeypatch.setattr(
+        "megatron_sr1.model.layers.RMSNorm.forward", lambda self, x: x * self.weight
+    )
+    found = statuses(numerics.actor(bench))
+    assert set(found.values()) == {"FAIL"}
+
+
+def test_attention_is_compared_with_its_definition(bench, monkeypatch):
+    right = statuses(attention.packed_rows(bench))
+    compared = {name for name, status in right.items() if status != "info"}
+    assert len(compared) == 8 and {right[name] for name in compared} == {"ok"}
+
+    def without_mask(q, k, v, plan):
+        return attend(q, k, v, replace(plan, is_causal=False))
+
+    attend = attention.attend
+    monkeypatch.setattr(attention, "attend", without_mask)
+    wrong = statuses(attention.packed_rows(bench))
+    failed = {name for name in compared if wrong[name] == "FAIL"}
+    assert failed == {"text: result", "text: gradients"}
+
+
+def test_a_step_is_measured_and_another_setting_computes_the_same(bench):
+    rows = list(training.step(bench))
+    assert not any(row.is_bad for row in rows)
+    shares = {row.name: row.value for row in rows if row.name.startswith("share of ")}
+    assert {"share of products", "share of attention"} <= shares.keys()
+    again = list(training.variant(bench, "model.recompute=full"))
+    assert statuses(again)["first loss, off the default's"] == "ok"
+    bench.known["loss"] *= 1.1
+    rows = training.variant(bench, "optimizer.gradients=bfloat16")
+    assert statuses(rows)["first loss, off the default's"] == "FAIL"
+
+
+def test_the_models_widths_are_those_of_the_published_3b():
+    raw = json.loads((ROOT / "tests" / "published" / "qwen25vl_3b.json").read_text())
+    few = {"num_hidden_layers", "depth", "fullatt_block_indexes", "max_position_embeddings"}
+    text = {k: v for k, v in PUBLISHED.text.items() if k not in few | {"rope_parameters"}}
+    vision = {k: v for k, v in PUBLISHED.vision.items() if k not in few}
+    assert text == {name: raw[name] for name in text}
+    assert vision == {name: raw["vision_config"][name] for name in vision}
+    rope = PUBLISHED.text["rope_parameters"]
+    assert rope["mrope_section"] == raw["rope_scaling"]["mrope_section"]
+    assert rope["rope_theta"] == raw["rope_theta"]
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("nvjet_hsh_128x256_64x4_2x1_v_bz_coopA_TNT", "products"),
+        ("void cublasLt::splitKreduce_kernel<32, 16, int, float>", "products"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize64x64x64", "products"),
+        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<cutlass>>", "attention"),
+        ("fmha_cutlassF_bf16_aligned_64x64_rf_sm80(PyTorchMemEffAttention)", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16", "attention"),
+        ("ncclDevKernel_ReduceScatter_Sum_f32_RING_LL(ncclDevKernelArgs)", "communication"),
+        ("void at::native::multi_tensor_apply_kernel<at::native::FusedAdam>", "optimizer"),
+        ("Memcpy HtoD (Pinned -> Device)", "copies"),
+        (
+            "void at::native::vectorized_elementwise_kernel<4, CUDAFunctor_add<float>>",
+            kernels.OTHER,
+        ),
+        ("triton_poi_fused_mul_silu_0", kernels.OTHER),
+        ("void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float>>", "reductions"),
+    ],
+)
+def test_kernels_are_counted_in_their_class(name, group):
+    assert kernels.class_of(name) == group
+
+
+def test_the_time_of_kernels_that_overlap_counts_once():
+    assert kernels.covered([(0.0, 2.0), (5.0, 6.0), (1.0, 3.0), (1.5, 1.6)]) == 4.0
+    assert kernels.covered([]) == 0.0
