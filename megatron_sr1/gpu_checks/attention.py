@@ -7,7 +7,8 @@ over context-parallel ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -35,28 +36,22 @@ def packed_rows(bench: Bench) -> Iterator[Row]:
     window = (vision.window_units * vision.spatial_merge_size) ** 2
     long = bench.sizes.pack_tokens
     lengths = [long // 2, long // 2 - 7, long // 4, long // 8 + 3]
-    shapes = {
-        "text": (text.num_attention_heads, text.num_key_value_heads, text.head_dim, lengths, True),
-        "tower, windows": (*[vision.num_heads] * 2, vision.head_dim, [window] * 64, False),
-        "tower, images": (*[vision.num_heads] * 2, vision.head_dim, [height * width] * 6, False),
+    text_heads, kv_heads = text.num_attention_heads, text.num_key_value_heads
+    towers = vision.num_heads, vision.num_heads, vision.head_dim
+    shapes: dict[str, tuple[int, int, int, list[int], bool]] = {
+        "text": (text_heads, kv_heads, text.head_dim, lengths, True),
+        "tower, windows": (*towers, [window] * 64, False),
+        "tower, images": (*towers, [height * width] * 6, False),
     }
-    for name, (heads, kv_heads, width, sequences, is_causal) in shapes.items():
-        operands = _operands(bench, heads, kv_heads, width, sum(sequences))
+    for name, (heads, kv_heads, channels, sequences, is_causal) in shapes.items():
+        operands = _operands(bench, heads, kv_heads, channels, sum(sequences))
         borders = torch.tensor([0, *sequences], device=bench.device).cumsum(0).int()
         plan = plan_attention(split_row(borders), is_causal=is_causal)
 
-        def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan=plan) -> torch.Tensor:
-            return attend(q, k, v, plan)
-
-        def expected(
-            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, borders=borders, causal=is_causal
-        ) -> torch.Tensor:
-            spans = pairwise(borders.tolist())
-            parts = [scores_softmax(q[a:b], k[a:b], v[a:b], causal=causal) for a, b in spans]
-            return torch.cat(parts).flatten(1)
-
+        ours = partial(attend, plan=plan)
+        expected = partial(by_sequence, borders=borders.tolist(), causal=is_causal)
         pairs = sum(n * n * (0.5 if is_causal else 1) for n in sequences)
-        work = 4 * pairs * heads * width * (1 + ATTENTION_BACKWARD)
+        work = 4 * pairs * heads * channels * (1 + ATTENTION_BACKWARD)
         is_fast = min(sequences) > window  # short windows have few operations for each byte
         yield from _compared(bench, name, ours, expected, operands, work, is_fast)
     yield from _masked(bench)
@@ -121,6 +116,15 @@ def _compared(
         return
     slow = "SDPA has no fused kernel for this shape and computes all scores"
     yield at_least(title, rate, PEAK_SHARE * product / 1e12, slow, "TFLOP/s", note)
+
+
+def by_sequence(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, borders: Sequence[int], causal: bool
+) -> torch.Tensor:
+    """Attend within each sequence of a row, one after the other: [tokens, heads * width]."""
+    spans = pairwise(borders)
+    parts = [scores_softmax(q[a:b], k[a:b], v[a:b], causal) for a, b in spans]
+    return torch.cat(parts).flatten(1)
 
 
 def scores_softmax(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:

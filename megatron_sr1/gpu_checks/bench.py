@@ -194,7 +194,8 @@ class Bench:
                 for n in (sizes.prompt_tokens, sizes.response_tokens)
             ]
             prompt, response = (rng.integers(FIRST_TEXT_ID, highest, n) for n in lengths)
-            grids, marked = (), np.empty(0, np.int64)
+            grids: tuple[tuple[int, int, int], ...] = ()
+            marked = np.empty(0, np.int64)
             if index % IMAGELESS != IMAGELESS - 1:
                 grids = ((1, *sizes.grid),)
                 raw, merge = config.raw, config.vision.spatial_merge_size

@@ -50,7 +50,11 @@ class Measured:
     logits: torch.Tensor
     gradients: Tensors
 
-    def gaps(self, expected: Measured) -> tuple[float, float, str]:
+    def gaps(self, expected: Measured) -> tuple[float, float]:
+        """Return the gaps of logits and of gradients."""
+        return self.distances(expected)[:2]
+
+    def distances(self, expected: Measured) -> tuple[float, float, str]:
         """Return the gaps of logits and of gradients, and the name of the farthest gradient."""
         by_name = {
             name: (float((self.gradients[name].float() - want.float()).norm()), float(want.norm()))
@@ -73,7 +77,7 @@ def actor(bench: Bench) -> Iterator[Row]:
     samples = bench.samples(NUM_SAMPLES)
     expected = measure_transformers(bench, samples, "float32")
     found = measure_actor(bench, samples, ModelConfig(dtype="float32"))
-    logits, gradients, far = found.gaps(expected)
+    logits, gradients, far = found.distances(expected)
     del found
     wrong = "float32 products use TF32, or a kernel is wrong; compare attention below"
     yield at_most("float32 logits, from transformers'", logits, FLOAT32_LIMIT, wrong)
@@ -82,7 +86,7 @@ def actor(bench: Bench) -> Iterator[Row]:
     bench.release()
     ours = measure_actor(bench, samples, ModelConfig(dtype="bfloat16")).gaps(expected)
     wrong = "our layers lose more to rounding than transformers'; look for a bfloat16 sum"
-    for name, mine, others in zip(("logits", "gradients"), ours, theirs, strict=False):
+    for name, mine, others in zip(("logits", "gradients"), ours, theirs, strict=True):
         note = f"transformers' {others:.2g}"
         limit = BF16_MARGIN * others
         yield at_most(f"bfloat16 {name}, from float32", mine, limit, wrong, note=note)
@@ -97,9 +101,7 @@ def transformer_engine(bench: Bench) -> Iterator[Row]:
     bench.release()
     fused = measure_actor(bench, samples, ModelConfig(spec="transformer_engine"), seconds)
     wrong = "Transformer Engine's attention, norms or layout of a packed row differ from ours"
-    for name, mine, others in zip(
-        ("logits", "gradients"), fused.gaps(expected), ours, strict=False
-    ):
+    for name, mine, others in zip(("logits", "gradients"), fused.gaps(expected), ours, strict=True):
         limit, note = BF16_MARGIN * others, f"local layers {others:.2g}"
         yield at_most(f"bfloat16 {name}, from float32", mine, limit, wrong, note=note)
     del fused
@@ -151,7 +153,7 @@ def _fp8(
         meaning = "do not set this model.fp8_recipe here"
         yield Row(f"FP8 {recipe}", ERROR, meaning=meaning, note=str(error).splitlines()[0][:200])
         return
-    logits, gradients, far = found.gaps(expected)
+    logits, gradients, far = found.distances(expected)
     wrong = f"model.fp8_recipe={recipe} is not accurate enough to train with"
     yield at_most(f"FP8 {recipe}: logits, from float32", logits, FP8_LIMIT, wrong)
     yield fact(f"FP8 {recipe}: gradients, from float32", gradients, note=f"farthest {far}")

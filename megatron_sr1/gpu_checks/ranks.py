@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,26 +81,30 @@ def main(kind: str, directory: str, model: str, result: str) -> None:
     found: dict[str, Any] = {"first": step.first, "seconds": step.seconds(), "collectives": {}}
     number = sum(p.numel() for p in step.actor.chunks[0].parameters())
     number -= number % NUM_RANKS
-    for name, dtype, collective in (
-        ("reduce-scatter of gradients", torch.float32, _reduce_scatter),
-        ("all-gather of weights", torch.bfloat16, _all_gather),
-    ):
-        whole = torch.ones(number, dtype=dtype, device=bench.device)
-        part = whole[: number // NUM_RANKS].clone()
-        collective(whole, part)
-        seconds = bench.seconds(lambda c=collective, w=whole, p=part: c(w, p))
-        found["collectives"][name] = whole.numel() * whole.element_size(), seconds
+    gradients, weights = (
+        torch.ones(number, dtype=dtype, device=bench.device)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    own_gradients, own_weights = (
+        whole[: number // NUM_RANKS].clone() for whole in (gradients, weights)
+    )
+    collectives: dict[str, tuple[torch.Tensor, Callable[[], Any]]] = {
+        "reduce-scatter of gradients": (
+            gradients,
+            lambda: dist.reduce_scatter_tensor(own_gradients, gradients),
+        ),
+        "all-gather of weights": (
+            weights,
+            lambda: dist.all_gather_into_tensor(weights, own_weights),
+        ),
+    }
+    for name, (whole, collective) in collectives.items():
+        collective()
+        size = whole.numel() * whole.element_size()
+        found["collectives"][name] = size, bench.seconds(collective)
     if groups.world.rank == 0:
         Path(result).write_text(json.dumps(found))
     dist.barrier()
-
-
-def _reduce_scatter(whole: torch.Tensor, part: torch.Tensor) -> None:
-    dist.reduce_scatter_tensor(part, whole)
-
-
-def _all_gather(whole: torch.Tensor, part: torch.Tensor) -> None:
-    dist.all_gather_into_tensor(whole, part)
 
 
 if __name__ == "__main__":
