@@ -60,16 +60,17 @@ def megatron(
         train_sample(number, line, pictures, processor)
         for number, (line, pictures) in enumerate(zip(lines, images, strict=True))
     ]
+    multiple = sequence_multiple(groups.context.size)
     batches = pack_samples(
         samples,
         arguments.pack_tokens,
         (lambda n: processor.vision(images[n])) if groups.is_first_stage else None,
         image_pad_id=processor.image_pad_id,
         merge_size=processor.merge_size,
-        sequence_multiple=sequence_multiple(groups.context.size),
-        pad_multiple=sequence_multiple(groups.context.size),
+        sequence_multiple=multiple,
+        pad_multiple=multiple,
     )
-    actor = Actor(chunks, chunks, None, None, hf_config, source, groups)
+    actor = Actor(chunks, chunks, None, None, hf_config, source, groups, multiple)
     found = sample_logprobs(actor, samples, batches, 1.0) if batches else []
     return [row[len(line.prompt) :].tolist() for row, line in zip(found, lines, strict=True)]
 

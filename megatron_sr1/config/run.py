@@ -36,8 +36,9 @@ class ModelConfig:
     """Layer kernels: local (torch), transformer_engine (needs CUDA)."""
     fp8: str | None = choice(None, None, "hybrid", "e4m3")
     """FP8 format of matrix products in Transformer Engine; null: no FP8."""
-    fp8_recipe: str = choice("delayed", "delayed", "current", "blockwise", "mxfp8")
-    """How FP8 scaling factors are chosen; mxfp8 needs Blackwell."""
+    fp8_recipe: str = choice("current", "delayed", "current", "blockwise", "mxfp8")
+    """How FP8 scaling factors are chosen: delayed (from earlier passes; 1 in the first one, and
+    after each resume), current (per tensor), blockwise (per block), mxfp8 (needs Blackwell)."""
     bf16_layers_at_start: int = number(0, at_least=0)
     """First text layers to keep in bfloat16 under model.fp8; not with fp8_recipe=delayed."""
     bf16_layers_at_end: int = number(0, at_least=0)

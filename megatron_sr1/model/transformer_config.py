@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_sr1.config.run import ModelConfig, ParallelConfig
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.model.hf_config import HFConfig, VisionConfig
+from megatron_sr1.model.row_split import sequence_multiple
 from megatron_sr1.runtime.groups import Groups
 
 UNIFORM_RECOMPUTE = {"recompute_method": "uniform", "recompute_num_layers": 1}
@@ -150,12 +151,22 @@ def _fp8_settings(model: ModelConfig, stage_layers: int) -> dict[str, Any]:
     return {
         "fp8": model.fp8,
         "fp8_recipe": FP8_RECIPES[model.fp8_recipe],
+        # After each micro-batch delayed scaling takes maxima over a group of ranks. The default
+        # group includes data-parallel ranks, which have different numbers of micro-batches.
+        "tp_only_amax_red": True,
         "first_last_layers_bf16": at_start > 0 or at_end > 0,
         "num_layers_at_start_in_bf16": at_start,
         "num_layers_at_end_in_bf16": at_end,
     }
 
 
-def fp8_row_multiple(recipe: str) -> int:
-    """Return the number of tokens that a rank's rows must be a multiple of for FP8 products."""
-    return get_fp8_align_size(FP8_RECIPES[recipe])
+def row_multiple(model: ModelConfig, parallel: ParallelConfig) -> int:
+    """Return the number of tokens that each packed row must be a multiple of.
+
+    Each context-parallel rank has an equal share of a row, which sequence parallelism splits again;
+    FP8 products need a multiple of tokens on each rank.
+    """
+    share = parallel.tensor if parallel.sequence else 1
+    if model.fp8 is not None:
+        share *= get_fp8_align_size(FP8_RECIPES[model.fp8_recipe])
+    return sequence_multiple(parallel.context) * share

@@ -24,6 +24,7 @@ from megatron_sr1.checkpoint.tensors import Trained
 from megatron_sr1.config.run import Config
 from megatron_sr1.model.hf_config import HFConfig, read_hf_config
 from megatron_sr1.model.qwen25_vl import build_model
+from megatron_sr1.model.transformer_config import row_multiple
 from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.groups import Groups
 from megatron_sr1.trainer.optimizer import make_optimizer, make_scheduler
@@ -37,6 +38,7 @@ class Actor:
         chunks: the model, one chunk per virtual stage.
         wrapped: the same chunks inside Megatron's DistributedDataParallel.
         source: the directory that the model was loaded from.
+        row_multiple: number of tokens that each packed row is a multiple of.
         frozen: published names of the tensors of frozen layers.
     """
 
@@ -47,6 +49,7 @@ class Actor:
     hf_config: HFConfig
     source: ModelSource
     groups: Groups
+    row_multiple: int
     frozen: frozenset[str] = frozenset()
     _offloaded: set[str] = field(default_factory=set, init=False, compare=False)
 
@@ -194,4 +197,5 @@ def make_actor(
         chunks[0].config.finalize_model_grads_func = finalize
         optimizer = make_optimizer(config, wrapped)
         scheduler = make_scheduler(config.optimizer, optimizer, num_updates)
-    return Actor(chunks, wrapped, optimizer, scheduler, hf_config, source, groups, frozen)
+    multiple = row_multiple(config.model, config.parallel)
+    return Actor(chunks, wrapped, optimizer, scheduler, hf_config, source, groups, multiple, frozen)

@@ -27,7 +27,7 @@ from megatron_sr1.errors import ConfigError, DataError
 from megatron_sr1.model.flops import patch_cost
 from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.model.row_split import sequence_multiple
-from megatron_sr1.model.transformer_config import fp8_row_multiple
+from megatron_sr1.model.transformer_config import row_multiple
 from megatron_sr1.records import PackedBatch, Prompt, Rollout, TrainSample, VisionInputs
 from megatron_sr1.rewards.answers import question_options
 from megatron_sr1.rewards.response import (
@@ -206,11 +206,6 @@ class Samples:
     def pack(self, chosen: Sequence[TrainSample], groups: Groups) -> list[PackedBatch]:
         """Pack this rank's samples into micro-batches within the token budget."""
         model, parallel = self._config.model, self._config.parallel
-        share_multiple = parallel.tensor if parallel.sequence else 1
-        if model.fp8:
-            row_multiple = fp8_row_multiple(model.fp8_recipe)
-            share_multiple = max(share_multiple, row_multiple) * parallel.tensor
-        multiple = sequence_multiple(parallel.context)
         return pack_samples(
             chosen,
             self._config.data.row_budget,
@@ -218,8 +213,8 @@ class Samples:
             image_pad_id=self.processor.image_pad_id,
             merge_size=self.processor.merge_size,
             patch_cost=self._patch_cost,
-            sequence_multiple=multiple,
-            pad_multiple=multiple * share_multiple,
+            sequence_multiple=sequence_multiple(parallel.context),
+            pad_multiple=row_multiple(model, parallel),
         )
 
     def forget(self) -> None:

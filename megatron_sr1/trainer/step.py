@@ -9,6 +9,7 @@ and each propagates gradients to its own tokens.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -20,7 +21,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_sr1.errors import SR1Error
-from megatron_sr1.model.row_split import sequence_multiple
 from megatron_sr1.records import PackedBatch, TrainSample
 from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.groups import Groups
@@ -51,7 +51,7 @@ def sample_logprobs(
         per sample [tokens] float32; entry t is the logprob of token t, 0 if it is no target.
     """
     pipeline, device = actor.groups.pipeline, actor.groups.device
-    with torch.no_grad(), cpu.megatron_mode():
+    with torch.no_grad(), _evaluating(actor.chunks), cpu.megatron_mode():
         rows = _schedule(actor, actor.chunks, batches, temperature, loss=None)()
     if not actor.groups.is_last_stage:
         rows = [torch.empty(b.input_ids.shape, dtype=torch.float32, device=device) for b in batches]
@@ -63,6 +63,22 @@ def sample_logprobs(
         for place, start in zip(batch.sample_ids, batch.cu_seqlens.tolist(), strict=False):
             found[place][1:] = values[start : start + len(found[place]) - 1]
     return found
+
+
+@contextlib.contextmanager
+def _evaluating(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Put the chunks into evaluation mode for a block, so that no layer keeps what it recomputes.
+
+    In training mode Megatron checkpoints layers whether there are gradients or not, and Transformer
+    Engine keeps the FP8 scales of each checkpoint for a backward pass.
+    """
+    for chunk in chunks:
+        chunk.eval()
+    try:
+        yield
+    finally:
+        for chunk in chunks:
+            chunk.train()
 
 
 def update(
@@ -171,7 +187,7 @@ def _schedule(
     if len(models) > 1:
         # The interleaved schedule needs a multiple of the pipeline's ranks.
         missing = -len(rows) % groups.pipeline.size
-        rows += [empty_row(sequence_multiple(groups.context.size) * groups.tensor.size)] * missing
+        rows += [empty_row(actor.row_multiple)] * missing
 
     def forward(iterator: Iterator[PackedBatch], model: Any) -> tuple[torch.Tensor, Any]:
         batch = to_device(next(iterator), groups.device)

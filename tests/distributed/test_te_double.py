@@ -43,3 +43,10 @@ def test_fp8_is_in_the_language_models_layers_under_the_asked_recipe_alone(tmp_p
     script = SCRIPT.with_name("te_fp8.py")
     done = run_ranks(script, 1, tmp_path, env=with_double())
     assert "FP8 as asked in 20 models" in done.stdout
+
+
+def test_fp8_takes_any_number_of_rows_and_keeps_no_scales_without_gradients(tmp_path, run_ranks):
+    write_case(tmp_path, 4)
+    script = SCRIPT.with_name("te_fp8_rows.py")
+    done = run_ranks(script, 2, tmp_path, env=with_double())
+    assert done.stdout.count("PASSED") == 2 * 4

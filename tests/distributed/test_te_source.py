@@ -23,6 +23,7 @@ REAL = {
 OTHERS = {
     "FP8GlobalStateManager": "pytorch/quantization.py",
     "get_cpu_offload_context": "pytorch/cpu_offload.py",
+    "checkpoint": "pytorch/distributed.py",
 }
 
 

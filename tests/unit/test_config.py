@@ -83,7 +83,7 @@ def test_first_and_last_layers_stay_in_bfloat16_unless_scaling_is_delayed():
     fp8 = ["model.path=x", "model.spec=transformer_engine", "model.fp8=hybrid"]
     kept = [*fp8, "model.bf16_layers_at_start=1"]
     with pytest.raises(ConfigError, match="set model.fp8_recipe=current, blockwise or mxfp8"):
-        load_config(None, kept)
+        load_config(None, [*kept, "model.fp8_recipe=delayed"])
     for recipe in ("current", "blockwise", "mxfp8"):
         model = load_config(None, [*kept, f"model.fp8_recipe={recipe}"]).model
         assert (model.bf16_layers_at_start, model.bf16_layers_at_end) == (1, 0)

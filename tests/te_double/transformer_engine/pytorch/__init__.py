@@ -6,7 +6,7 @@ import torch.nn.functional as F
 import transformer_engine.pytorch.distributed
 import transformer_engine.pytorch.fp8
 import transformer_engine.pytorch.ops  # noqa: F401
-from transformer_engine.pytorch.fp8 import fp8_autocast  # noqa: F401
+from transformer_engine.pytorch.fp8 import called, fp8_autocast  # noqa: F401
 
 
 class _Base(torch.nn.Module):
@@ -44,6 +44,7 @@ class _Base(torch.nn.Module):
                 hidden = mappings.copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
         alone = self.return_bias or self.parallel_mode == "row"
         out = F.linear(hidden, self.weight, None if alone else self.bias)
+        called(self, hidden, out)
         if self.parallel_mode == "row":
             if self.sequence_parallel:
                 out = mappings.reduce_scatter_to_sequence_parallel_region(out, group=self.tp_group)
