@@ -40,21 +40,16 @@ host memory would grow for hundreds of steps. A step takes as long: all layers s
 
 
 def start_ranks(config: Config) -> Groups:
-    """Start torch.distributed and make the layout's groups.
-
-    A collective's time limit is above every deadline, so that the watch reports hangs; without
-    deadlines it is a month.
-    """
+    """Start torch.distributed and make the layout's groups."""
     launch = config.launch
-    longest = max(launch.setup_deadline_seconds, launch.phase_deadline_seconds)
     device = select_device(launch.device)
     if device.type == "cpu":
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(launch.threads or max(1, len(os.sched_getaffinity(0)) // ranks))
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(ONEDNN_KERNELS))
-    start_distributed(device, longest + 60.0 if longest > 0 else 30 * 86400.0)
+    start_distributed(device, launch.collective_timeout_seconds)
     failure.see_others()
-    groups = make_groups(config.parallel, device)
+    groups = make_groups(config.parallel, device, timeout_seconds=launch.collective_timeout_seconds)
     seed_everything(config.seed, groups)
     return groups
 

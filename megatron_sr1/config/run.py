@@ -130,6 +130,15 @@ class LaunchConfig:
     save_on_sigterm: bool = False
     """On SIGTERM, as on SIGUSR1, finish the step, save and exit; false: exit at once."""
 
+    @property
+    def collective_timeout_seconds(self) -> float:
+        """Time limit of a collective, above every deadline, so that the watch reports hangs.
+
+        A month if a phase may take any time.
+        """
+        deadlines = (self.setup_deadline_seconds, self.phase_deadline_seconds)
+        return max(deadlines) + 60.0 if all(deadlines) else 30 * 86400.0
+
 
 @dataclass
 class Config:

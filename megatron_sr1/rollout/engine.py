@@ -90,6 +90,7 @@ class Engine:
         device_kind: str = "cpu",
         dtype: str = "float32",
         seed: int = 0,
+        timeout_seconds: float = 1800.0,
     ) -> None:
         """Load a Hugging Face directory. Collective; torch.distributed must be initialized.
 
@@ -97,7 +98,8 @@ class Engine:
         takes longer than it saves. `processor` gives the pixel limits, the size of the largest
         image and the vision tokens, which are never sampled; without it the limits are the
         directory's, and every token is sampled. Raises EngineError if the installed vLLM is not
-        built for `device_kind`, cpu or cuda. `dtype` is float32 or bfloat16.
+        built for `device_kind`, cpu or cuda. `dtype` is float32 or bfloat16. A collective of the
+        replica may take `timeout_seconds`.
         """
         size, world = rollout.tensor_parallel, torch.distributed.get_world_size()
         assert world % size == 0, f"rollout.tensor_parallel={size} does not divide {world} ranks"
@@ -110,7 +112,13 @@ class Engine:
         self._sleep_level = rollout.sleep_level if device_kind == "cuda" else 0
         self._asleep, self._unusable = False, ""
         self._llm = vllm_api.start_vllm(
-            model_dir, rollout, processor, device_kind=device_kind, dtype=dtype, seed=seed
+            model_dir,
+            rollout,
+            processor,
+            device_kind=device_kind,
+            dtype=dtype,
+            seed=seed,
+            timeout_seconds=timeout_seconds,
         )
         self._core = self._llm.llm_engine
         self._tokenizer = self._llm.get_tokenizer()

@@ -39,6 +39,7 @@ def start_vllm(
     device_kind: str,
     dtype: str,
     seed: int,
+    timeout_seconds: float,
 ) -> Any:
     """Import vLLM and start it; the arguments are those of `Engine`. Returns vLLM's `LLM`."""
     set_environment(rollout.kv_cache_gib)
@@ -70,6 +71,8 @@ def start_vllm(
             quantization=rollout.quantization,
             distributed_executor_backend="external_launcher",
             enable_prefix_caching=True,
+            distributed_timeout_seconds=int(timeout_seconds),
+            cpu_distributed_timeout_seconds=int(timeout_seconds),
             mm_processor_cache_gb=0,
             limit_mm_per_prompt={"video": 0},
             weight_transfer_config={"backend": weight_sync.register()},

@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -90,10 +91,17 @@ class Groups:
         return self.tensor.rank == 0 and self.pipeline.rank == 0 and self.context.rank == 0
 
 
-def make_groups(parallel: ParallelConfig, device: torch.device, *, on_host: bool = True) -> Groups:
+def make_groups(
+    parallel: ParallelConfig,
+    device: torch.device,
+    *,
+    on_host: bool = True,
+    timeout_seconds: float = 1800.0,
+) -> Groups:
     """Create Megatron's groups for a layout; torch.distributed must have been started.
 
     With `on_host`, also create gloo groups, over which optimizer state is gathered in host memory.
+    `timeout_seconds` is the time limit of a collective in any of the groups.
     Raise a ConfigError if the layout does not divide the number of ranks.
     """
     cpu.install()
@@ -114,6 +122,7 @@ def make_groups(parallel: ParallelConfig, device: torch.device, *, on_host: bool
             pipeline_model_parallel_size=parallel.pipeline,
             context_parallel_size=parallel.context,
             virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
+            distributed_timeout_minutes=timeout_seconds / 60,
             create_gloo_process_groups=on_host,
         )
         collection = ProcessGroupCollection.use_mpu_process_groups()
@@ -122,8 +131,11 @@ def make_groups(parallel: ParallelConfig, device: torch.device, *, on_host: bool
     tower, images = tensor, context
     if parallel.vision == "images" and tensor.size > 1:
         # Created by its one member, which avoids a collective over the world for every rank.
-        alone = [dist.get_rank()]
-        tower = Group.of(parallel_state.create_group(alone, use_local_synchronization=True))
+        limit = timedelta(seconds=timeout_seconds)
+        alone = parallel_state.create_group(
+            [dist.get_rank()], timeout=limit, use_local_synchronization=True
+        )
+        tower = Group.of(alone)
         images = Group.of(parallel_state.get_tensor_and_context_parallel_group())
     return Groups(
         tensor=tensor,

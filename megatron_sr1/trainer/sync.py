@@ -40,6 +40,7 @@ def start_engine(config: Config, groups: Groups, processor: Processor) -> Engine
         device_kind=groups.device.type,
         dtype=config.model.dtype,
         seed=config.seed,
+        timeout_seconds=config.launch.collective_timeout_seconds,
     )
 
 
