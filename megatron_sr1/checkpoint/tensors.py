@@ -10,13 +10,15 @@ raises in the main thread, out of that wait.
 In the background, a forked process carries out Megatron's request of an asynchronous save (0.16.1
 and 0.19.2, dist_checkpointing/strategies/async_utils.py). Forking makes the snapshot: the child
 sees the memory as it was at that moment. Tensors on a GPU are copied to the host first, and so are
-pinned ones, whose pages a device may write. The child takes part in no collective. It reports
-through a pipe, which closes when the child and everything that it started have ended.
+pinned ones, whose pages a device may write. The child takes part in no collective and collects no
+garbage: freeing a CUDA object without a CUDA context hangs or fails. It reports through a pipe,
+which closes when the child and everything that it started have ended.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 import multiprocessing
 import os
@@ -152,7 +154,8 @@ class PendingTensors:
         self._process = fork.Process(
             target=_write, args=(os.getpid(), reports, request.async_fn, rank, buckets)
         )
-        self._process.start()
+        with _no_collection():  # in the child there is none until its end
+            self._process.start()
         reports.close()  # so that the pipe closes with the child's end
 
     @property
@@ -185,6 +188,18 @@ class PendingTensors:
             raise CheckpointError(write_failure(self._folder, self._needed, problem))
         self._queue.put(results)
         return dict(measures)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Collect no garbage within a block."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _write(

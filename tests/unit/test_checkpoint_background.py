@@ -5,6 +5,7 @@ not depend on how fast a machine is. Not covered here: several ranks (tests/dist
 test_background_saves.py), and the copies from a GPU.
 """
 
+import gc
 import os
 import resource
 import shutil
@@ -58,6 +59,22 @@ def tensors_of(folder):
     """Digests of all files but those that hold a time of writing or the step."""
     digests = {name: file.digest for name, file in read_manifest(folder).items()}
     return {n: d for n, d in digests.items() if n not in (".metadata", "state.json")}
+
+
+def test_the_writer_collects_no_garbage_of_the_rank(actor, groups, tmp_path, monkeypatch):
+    """The rank's garbage may hold CUDA objects, and a forked process has no CUDA context."""
+    ends_with, measure = tensors.end_with, tensors.measure
+
+    def note(when):
+        (tmp_path / when).write_text(str(gc.isenabled()))
+
+    monkeypatch.setattr(tensors, "end_with", lambda parent: (note("first"), ends_with(parent)))
+    monkeypatch.setattr(tensors, "measure", lambda path: (note("last"), measure(path))[1])
+    assert gc.isenabled()
+    begin(actor, groups, tmp_path / "checkpoints", 1).finish()
+    assert gc.isenabled()
+    for when in ("first", "last"):
+        assert (tmp_path / when).read_text() == "False", when
 
 
 def test_a_background_save_equals_a_plain_one_whatever_changes_after_its_start(
