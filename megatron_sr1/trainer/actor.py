@@ -2,7 +2,7 @@
 
 In: configuration, groups, a model directory. Out: an `Actor`, which the steps train and whose
 weights are exported. The frozen reference of the KL term is a copy of this rank's shard in host
-memory, exchanged with the live weights for its forward pass.
+memory, which takes the place of the live weights for its forward pass.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from megatron_sr1.model.qwen25_vl import build_model
 from megatron_sr1.model.transformer_config import row_multiple
 from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.groups import Groups
+from megatron_sr1.runtime.host_memory import host_copies
 from megatron_sr1.trainer.optimizer import make_optimizer, make_scheduler
 
 
@@ -98,22 +99,23 @@ class Reference:
     def __init__(self, chunks: list[Any]) -> None:
         """Copy the chunks' present weights."""
         self._parameters = [p for chunk in chunks for p in chunk.parameters()]
-        self._frozen = [p.detach().to("cpu", copy=True) for p in self._parameters]
+        self._frozen = host_copies(self._parameters)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Put the reference's weights into the chunks for the duration of a block."""
-        live = [p.detach().to("cpu", copy=True) for p in self._parameters]
+        """Give the chunks the reference's weights for the duration of a block.
+
+        The live weights stay where they are, and are not copied. On a CPU the chunks use the
+        reference's own memory, on a GPU a copy, which takes as much memory as the live weights.
+        """
+        live = [parameter.data for parameter in self._parameters]
         try:
-            self._fill(self._frozen)
+            for parameter, frozen in zip(self._parameters, self._frozen, strict=True):
+                parameter.data = frozen.to(parameter.device, non_blocking=True)
             yield
         finally:
-            self._fill(live)
-
-    @torch.no_grad()
-    def _fill(self, values: list[torch.Tensor]) -> None:
-        for parameter, value in zip(self._parameters, values, strict=True):
-            parameter.copy_(value)
+            for parameter, weights in zip(self._parameters, live, strict=True):
+                parameter.data = weights
 
 
 def load_actor_model(config: Config, groups: Groups) -> tuple[list[Any], HFConfig, ModelSource]:

@@ -147,6 +147,7 @@ def with_logprobs(
         with context.phase("old_logprobs"):
             updates = add("old_logprobs", "old_logprobs")
     if reference is not None:
+        actor.offload("gradients")  # unless it is done: the reference takes their memory
         with context.phase("reference"), reference.in_place():
             updates = add("reference_logprobs", "reference")
     return updates
