@@ -153,8 +153,8 @@ def run_command(arguments: argparse.Namespace) -> int:
         config = load_config(arguments.config, overrides)
         if not arguments.dry_run:
             config = preflight.fix_commit(config)
-    if config.launch.device == "cpu":  # before torch is imported, here and in the ranks
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # Before torch is imported, here and in the ranks.
+    os.environ.update(torchrun.cuda_environment(config))
     started, num_ranks = time.time(), 1
     if not is_rank:
         silence_native_warnings(config.logging.level)

@@ -43,9 +43,9 @@ def start_ranks(config: Config) -> Groups:
     """Start torch.distributed and make the layout's groups."""
     launch = config.launch
     device = select_device(launch.device)
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun leaves each of them one thread
+    torch.set_num_threads(launch.threads or max(1, len(os.sched_getaffinity(0)) // ranks))
     if device.type == "cpu":
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(launch.threads or max(1, len(os.sched_getaffinity(0)) // ranks))
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(ONEDNN_KERNELS))
     start_distributed(device, launch.collective_timeout_seconds)
     failure.see_others()

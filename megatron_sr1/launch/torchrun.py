@@ -22,12 +22,13 @@ from megatron_sr1.errors import ConfigError, SR1Error
 from megatron_sr1.runtime.signals import end_with
 
 if TYPE_CHECKING:
-    from megatron_sr1.config.run import LaunchConfig
+    from megatron_sr1.config.run import Config, LaunchConfig
 
 SHUTDOWN_SECONDS = str(7 * 86400)
 """From SIGTERM to SIGKILL, 30 by default in torchrun; saving ranks have their own deadlines."""
 FIRST_RANK_SECONDS = 5.0
 PORT_FIRST, PORT_SPAN = 20000, 10000
+QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 
 def joined(environment: Mapping[str, str]) -> dict[str, str] | None:
@@ -110,6 +111,20 @@ def rank_environment(launch: LaunchConfig, num_ranks: int) -> dict[str, str]:
     waiting = {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "300000"}
     own = {} if threads == 1 or waiting.keys() & os.environ.keys() else waiting
     return {"OMP_NUM_THREADS": str(threads), **own}
+
+
+def cuda_environment(config: Config) -> dict[str, str]:
+    """Return the environment variables that CUDA reads when it starts in a rank.
+
+    Where Megatron sends activations between ranks beside matrix products, it relies on a single
+    queue to the GPU for their order. A value that the user has set is kept.
+    """
+    if config.launch.device == "cpu":
+        return {"CUDA_VISIBLE_DEVICES": ""}
+    communicates = config.parallel.tensor > 1 or config.parallel.context > 1
+    if config.stage == "eval" or not communicates or QUEUES in os.environ:
+        return {}
+    return {QUEUES: "1"}
 
 
 def build_command(arguments: Sequence[str], num_ranks: int) -> list[str]:

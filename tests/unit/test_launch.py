@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from megatron_sr1.config.loading import load_config
 from megatron_sr1.config.run import LaunchConfig
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.launch import torchrun
@@ -104,6 +105,7 @@ PROGRAM = """
 import sys, time
 sys.argv = ["megatron-sr1"]
 from megatron_sr1.launch import torchrun
+from megatron_sr1.config.loading import load_config
 from megatron_sr1.config.run import LaunchConfig
 torchrun.build_command = lambda arguments, num_ranks: [sys.executable, "-c", {rank!r}]
 sys.exit(torchrun.run(["train"], LaunchConfig(threads=1), 1))
@@ -178,3 +180,21 @@ def test_launch_device_cpu_hides_gpus_before_a_rank_imports_torch(tmp_path, monk
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 7, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["launch.device=cpu", "parallel.tensor=2"], {"CUDA_VISIBLE_DEVICES": ""}),
+        (["parallel.tensor=2"], {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}),
+        (["parallel.context=2"], {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}),
+        (["parallel.pipeline=2"], {}),
+        (["parallel.tensor=2", "stage=eval"], {}),  # has no actor
+    ],
+)
+def test_ranks_that_send_activations_have_one_queue_to_the_gpu(settings, expected, monkeypatch):
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    config = load_config(None, ["model.path=m", "stage=sft", *settings])
+    assert torchrun.cuda_environment(config) == expected
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in torchrun.cuda_environment(config)
