@@ -74,6 +74,11 @@ class StaticMemory:
         """Total on the GPU."""
         return self.weights + self.gradients + self.optimizer
 
+    def beside_engine(self, make_room: str) -> int:
+        """Total on the GPU while the engine samples, by `rollout.make_room`."""
+        gradients = self.gradients if make_room == "none" else 0
+        return self.weights + gradients + (0 if make_room == "optimizer" else self.optimizer)
+
 
 def rank_memory(
     run: PlannedRun, layout: Layout, pipeline_rank: int, replica: Replica | None
@@ -96,7 +101,7 @@ def rank_memory(
     cache = max(replica.cache_bytes, 0.0)
     engine = {"engine weights": replica.weight_bytes, "engine KV cache": cache}
     awake = max(replica.memory_bytes, replica.weight_bytes + ENGINE_RESERVED_BYTES)
-    rollout = static.device + RESERVED_BYTES + awake
+    rollout = static.beside_engine(config.rollout.make_room) + RESERVED_BYTES + awake
     if config.rollout.sleep_level == 0:
         training += replica.memory_bytes
     return Memory(static, activations, engine, training, rollout)

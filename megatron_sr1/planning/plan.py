@@ -1,7 +1,7 @@
 """The plan of a run: memory and time of all layouts, the one to propose, its variants.
 
-A layout fits if its fullest rank fits in the GPU, during an update and, with weights, gradients and
-state beside the awake engine, during a rollout; and if the engine's cache holds one sequence of the
+A layout fits if its fullest rank fits in the GPU, during an update and, with what the actor keeps
+beside the awake engine, during a rollout; and if the engine's cache holds one sequence of the
 maximum length.
 """
 
@@ -218,9 +218,8 @@ def _phases(
         if run.config.updates_per_step > 1:
             phases["old_logprobs"] = actor.forward_seconds(), forward
         if run.config.algorithm.kl_coefficient > 0:
-            # Its weights are swapped in and out over PCIe: four copies.
-            swap = transfer_seconds(4 * held.weights, run.gpu.host_rate)
-            phases["reference"] = actor.forward_seconds() + swap, forward
+            copy = transfer_seconds(held.weights, run.gpu.host_rate)  # over PCIe
+            phases["reference"] = actor.forward_seconds() + copy, forward
     phases["update"] = actor.update_seconds(held), actor.update_flops()
     seconds = {name: time for name, (time, _) in phases.items()}
     mfu = {name: done / (max(time, 1e-9) * peak) for name, (time, done) in phases.items()}

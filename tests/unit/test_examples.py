@@ -97,6 +97,18 @@ def test_every_layout_divides_the_published_model_and_the_gpus(path):
     )
 
 
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("qwen*.yaml")), ids=lambda p: p.name)
+def test_no_layout_splits_an_mlp_into_columns_that_matrix_products_are_slow_with(path):
+    """cuBLAS wants bfloat16 rows of 16 bytes; the tower's whole 3,420 columns are 8-byte ones."""
+    config = load_config(path)
+    size = path.name.split("_")[1].removesuffix(".yaml")
+    model = parse_hf_config(json.loads((PUBLISHED / f"qwen25vl_{size}.json").read_text()))
+    parallel = config.parallel
+    tower_ranks = parallel.tensor if parallel.vision == "tensor" else 1
+    assert model.text.intermediate_size // parallel.tensor % 8 == 0
+    assert model.vision.intermediate_size // tower_ranks % 4 == 0
+
+
 def test_the_launch_script_is_valid_and_says_how_to_use_it():
     script = EXAMPLES / "launch_torchrun.sh"
     assert subprocess.run(["bash", "-n", script]).returncode == 0

@@ -23,7 +23,7 @@ from megatron_sr1.planning.layout import (
     configured,
     cut_keys,
 )
-from megatron_sr1.planning.memory import Activations, static_memory
+from megatron_sr1.planning.memory import Activations, StaticMemory, static_memory
 from megatron_sr1.planning.plan import choose, estimate, estimates, variants
 from megatron_sr1.planning.workload import num_parameters, planned_run
 from megatron_sr1.runtime.gpus import GPUS, find_gpu
@@ -330,3 +330,10 @@ def test_docs_planner_has_the_table_that_planner_errors_prints():
 def test_without_packing_a_row_is_a_sequence():
     assert load_config(SEVEN, []).data.row_budget == 8192
     assert load_config(SEVEN, ["data.packing=false"]).data.row_budget == 0
+
+
+def test_beside_the_engine_is_what_make_room_leaves():
+    static = StaticMemory(weights=1, gradients=20, optimizer=300, host=4000)
+    assert static.beside_engine("none") == static.device == 321
+    assert static.beside_engine("gradients") == 301
+    assert static.beside_engine("optimizer") == 1
