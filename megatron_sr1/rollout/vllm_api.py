@@ -1,11 +1,11 @@
-"""What the engine uses of vLLM: start in this process, requests, shutdown, and our sampler."""
+"""What the engine uses of vLLM: start in this process, requests, shutdown."""
 
 from __future__ import annotations
 
 import gc
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.errors import EngineError
 from megatron_sr1.rollout import weight_sync
+from megatron_sr1.rollout.sampler import FullVocabularySampler
 from megatron_sr1.runtime.cpu import patch_torchvision
 from megatron_sr1.runtime.rng import preserve_rng_and_threads
 
@@ -27,8 +28,6 @@ log = logging.getLogger(__name__)
 _CPU_STEP_TOKENS = 32768  # prompt tokens per step on a CPU; raised to hold one whole prompt
 _STEP_TOKENS = 8192  # the smallest of vLLM's default limits per step on GPUs
 _CPU_BLOCK_TOKENS = 32  # short prompts share a prefix only if blocks are short
-_GREEDY_BELOW = 1e-5
-_SCORED_TOKENS = 256  # of a prompt, whose logits are in float32 at the same time
 
 
 @preserve_rng_and_threads()  # importing and starting vLLM changes both
@@ -84,7 +83,9 @@ def start_vllm(
     llm.llm_engine.engine_core._finalizer.detach()
     runner = llm.llm_engine.model_executor.driver_worker.model_runner
     runner.sampler = FullVocabularySampler(
-        runner.sampler.topk_topp_sampler, outputs, processor.vision_token_ids if processor else ()
+        lambda: runner.input_batch.num_tokens_no_spec,
+        outputs,
+        processor.vision_token_ids if processor else (),
     )
     llm.init_weight_transfer_engine({"init_info": {}})
     return llm
@@ -185,89 +186,3 @@ def shut_down(core: Any) -> None:
     core.model_executor.shutdown()
     core.scheduler.shutdown()
     gc.unfreeze()
-
-
-class FullVocabularySampler(torch.nn.Module):
-    """Replaces vLLM's sampler: excludes banned ids, but reports logprobs of the full softmax.
-
-    A step of the engine samples one id per sequence from the softmax restricted to the ids that are
-    not banned. Its logprob is log_softmax(logits / temperature)[id] over the whole vocabulary
-    (temperature 1 for greedy sequences), so that an actor that does not know the bans computes the
-    same number: under the restricted distribution it would be larger by -log(1 - mass of the banned
-    ids), the same for every id of a position.
-
-    Not supported, as no request uses them: penalties, stop-word bans, min-p, top-k, top-p, the
-    logprobs of alternatives, and ranks.
-    """
-
-    logprobs_mode = "raw_logprobs"
-
-    def __init__(self, draw: torch.nn.Module, outputs: Any, banned_token_ids: Iterable[int]):
-        """Wrap vLLM's `TopKTopPSampler`; `outputs` is vLLM's module of output records."""
-        super().__init__()
-        self.topk_topp_sampler = draw
-        self._outputs = outputs
-        self._banned = torch.tensor(sorted(set(banned_token_ids)), dtype=torch.int64)
-
-    def forward(
-        self,
-        logits: torch.Tensor,
-        sampling_metadata: Any,
-        predict_bonus_token: bool = False,
-        logprobs_mode_override: str | None = None,
-    ) -> Any:
-        """Sample one id per row of logits [sequences, vocabulary], which are overwritten.
-
-        Returns vLLM's `SamplerOutput`. The last two arguments, which vLLM passes, are not used.
-        """
-        logits = logits.float()
-        temperature = sampling_metadata.temperature
-        if temperature is not None:
-            greedy = temperature < _GREEDY_BELOW
-            logits.div_(temperature.masked_fill(greedy, 1.0).unsqueeze(1))
-        wanted = sampling_metadata.max_num_logprobs is not None
-        log_total = logits.logsumexp(dim=-1, keepdim=True) if wanted else None
-        if self._banned.numel():
-            self._banned = self._banned.to(logits.device)
-            logits.index_fill_(1, self._banned, float("-inf"))
-        if sampling_metadata.all_greedy:
-            drawn = logits.argmax(dim=-1)
-        else:
-            drawn = self._draw(logits, sampling_metadata.generators)
-            if not sampling_metadata.all_random:
-                drawn = torch.where(greedy, logits.argmax(dim=-1), drawn)
-        tensors = None
-        if log_total is not None:
-            logprobs = logits.gather(1, drawn.unsqueeze(1)) - log_total
-            tensors = self._tensors(drawn.unsqueeze(1), logprobs)
-        return self._outputs.SamplerOutput(drawn.int().unsqueeze(1), tensors)
-
-    def _draw(self, logits: torch.Tensor, generators: dict[int, torch.Generator]) -> torch.Tensor:
-        """Sample with each row's generator; preserves the trainer's CPU random state."""
-        state = torch.get_rng_state()
-        drawn, _ = self.topk_topp_sampler(logits, generators, None, None)
-        torch.set_rng_state(state)
-        return drawn.long().view(-1)
-
-    @staticmethod
-    def compute_logprobs(logits: torch.Tensor) -> torch.Tensor:
-        """Return the logits, for `gather_logprobs`; vLLM calls both for a prompt's positions.
-
-        In float32 the logprobs of all positions would take 600 KB a token beside the engine's
-        memory limit.
-        """
-        return logits
-
-    def gather_logprobs(
-        self, logits: torch.Tensor, num_logprobs: int, token_ids: torch.Tensor
-    ) -> Any:
-        """Return the float32 logprobs of given tokens by logits [tokens, vocabulary]."""
-        assert num_logprobs == 0, "alternatives are not supported"
-        columns = token_ids.unsqueeze(1)
-        parts = logits.split(_SCORED_TOKENS)
-        totals = torch.cat([part.float().logsumexp(dim=-1, keepdim=True) for part in parts])
-        return self._tensors(columns, logits.gather(1, columns).float() - totals)
-
-    def _tensors(self, token_ids: torch.Tensor, logprobs: torch.Tensor) -> Any:
-        ranks = torch.zeros(len(token_ids), dtype=torch.int64, device=token_ids.device)
-        return self._outputs.LogprobsTensors(token_ids.int(), logprobs, ranks)
