@@ -46,7 +46,7 @@ def two_ranks(bench: Bench) -> Iterator[Row]:
         stderr=subprocess.STDOUT,
         preexec_fn=partial(end_with, os.getpid()),
     )
-    print(done.stdout, flush=True)  # into the log
+    sys.stdout.write(done.stdout)  # the log
     if done.returncode:
         last = next((x for x in reversed(done.stdout.splitlines()) if "Error" in x), "see the log")
         if REFUSAL not in done.stdout:
