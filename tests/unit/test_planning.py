@@ -149,7 +149,8 @@ def test_overrides_reset_the_splits_that_a_configuration_sets():
     plain = Layout(pipeline=2, data=4)
     again = load_config(SEVEN, ["parallel.pipeline=2", *plain.overrides(config)])
     assert configured(again, 8) == plain
-    assert not [key for key in plain.overrides(load_config(SEVEN)) if "vision" in key]
+    split = load_config(SEVEN, ["parallel.vision=tensor"])
+    assert not [key for key in plain.overrides(split) if "vision" in key]
 
 
 def test_layouts_that_the_model_refuses_are_refused():
