@@ -37,15 +37,15 @@ class Check:
 
 
 _STEP = "training on a GPU does not work; the trace is in the log beside the table"
-VARIANTS = (
-    "model.recompute=selective",
-    "model.recompute=full",
-    "optimizer.gradients=bfloat16",
-    "optimizer.offload=true",
-    "rollout.make_room=optimizer",
-    "optimizer.state=bfloat16",
-)
-"""Settings of an SFT step that are compared with the default ones."""
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "model.recompute=selective": (),
+    "model.recompute=full": (),
+    "optimizer.gradients=bfloat16": (),
+    "optimizer.offload=true": (),
+    "rollout.make_room=optimizer": (),
+    "optimizer.state=bfloat16": ("optimi",),
+}
+"""Settings of an SFT step that are compared with the default ones, and what they need."""
 CHECKS = (
     Check("device", "device:facts", "torch does not run on this GPU", 10),
     Check("actor", "numerics:actor", "the actor does not run on a GPU as it does on a CPU", 30),
@@ -75,7 +75,10 @@ CHECKS = (
         session="grpo",
         needs=("vllm", "omegaconf", "sklearn", "math_verify"),
     ),
-    *(Check(name, "training:variant", _STEP, 12, arguments=(name,)) for name in VARIANTS),
+    *(
+        Check(name, "training:variant", _STEP, 12, needs=needs, arguments=(name,))
+        for name, needs in VARIANTS.items()
+    ),
     Check("checkpoint", "training:checkpoint", "a run on GPUs could not be resumed", 45),
     Check("two ranks", "ranks:two_ranks", "data-parallel training over NCCL does not work", 60),
 )
