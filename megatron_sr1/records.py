@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
     import torch
-    from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -71,17 +70,18 @@ class Prompt:
     """A tokenised prompt.
 
     Attributes:
-        token_ids: for the trainer: each image is a run of image-pad ids, one per merged patch.
-        engine_token_ids: for the engine: each image is a single image-pad id.
-        images: RGB, in order; empty on ranks that do not need pixels.
-        image_grid_thw: per image (t, h, w) in patches.
+        token_ids: each image is a run of image-pad ids, one per merged patch.
+        vision: pixels of its images, in order; None without images.
     """
 
     example: Example
     token_ids: tuple[int, ...]
-    engine_token_ids: tuple[int, ...]
-    images: tuple[Image.Image, ...]
-    image_grid_thw: tuple[tuple[int, int, int], ...]
+    vision: VisionInputs | None = None
+
+    @property
+    def image_grid_thw(self) -> tuple[tuple[int, int, int], ...]:
+        """Grid of each image, (t, h, w) in patches."""
+        return () if self.vision is None else self.vision.grids
 
 
 @dataclass(frozen=True)
@@ -237,15 +237,23 @@ class VisionInputs:
     """Pixels of images, as the vision tower's input.
 
     Attributes:
-        pixel_values: [patches, 3 * temporal_patch * patch * patch] float32, normalised.
+        pixel_values: [patches, 3 * temporal_patch * patch * patch] float32 or, for a tower that
+            computes in it, bfloat16; normalised.
         image_grid_thw: [images, 3] int64, (t, h, w) in patches.
         occurrences: [places] int64 on the host, which image is at each place of the row; None: each
             image once, in order.
+        digests: names each image by its content, for the engine's caches; empty in rows.
     """
 
     pixel_values: torch.Tensor
     image_grid_thw: torch.Tensor
     occurrences: torch.Tensor | None = None
+    digests: tuple[str, ...] = ()
+
+    @property
+    def grids(self) -> tuple[tuple[int, int, int], ...]:
+        """Grid of each image, (t, h, w) in patches."""
+        return tuple((t, h, w) for t, h, w in self.image_grid_thw.tolist())
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def pack_rows(
     return pack_samples(
         samples[groups.data.rank :: groups.data.size],
         row_budget,
-        lambda index: processor.vision(pictures[index]) if pictures[index] else None,
+        lambda index: processor.vision(pictures[index]),
         image_pad_id=processor.image_pad_id,
         merge_size=processor.merge_size,
         pad_multiple=groups.tensor.size * multiple,

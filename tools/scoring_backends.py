@@ -94,8 +94,7 @@ def transformers(
         ids = torch.tensor([[*line.prompt, *line.response]], device=device)
         inputs: dict[str, Any] = {}
         images = open_images(line)
-        if images:
-            vision = processor.vision(images)
+        if vision := processor.vision(images):
             inputs = {
                 "pixel_values": vision.pixel_values.to(device),
                 "image_grid_thw": vision.image_grid_thw.to(device),
@@ -133,8 +132,8 @@ def vllm(
     for line in lines:
         images = open_images(line)
         train_sample(0, line, images, processor)  # the same checks as the other backends
-        prompt = collapse(line.prompt, processor.image_pad_id)
-        found.append(engine.logprobs(prompt, line.response, images) if line.response else [])
+        vision = processor.vision(images)
+        found.append(engine.logprobs(line.prompt, line.response, vision) if line.response else [])
     return found
 
 

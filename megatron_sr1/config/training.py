@@ -53,6 +53,9 @@ class DataConfig:
     its computation costs (docs/scaling.md). A longer sequence gets a micro-batch of its own."""
     max_prompt_tokens: int = number(6000, at_least=1)
     """Skip and count longer prompts and conversations; image tokens included."""
+    image_threads: int = number(4, at_least=0)
+    """Threads of a rank that read and preprocess images, those of the next step while the actor
+    trains; 0: none, images are read when they are needed."""
     max_skipped: int = number(100, at_least=0)
     """Abort after more than this many unusable samples."""
     min_pixels: int = number(262144, at_least=784, at_most=2**27)

@@ -23,6 +23,8 @@ from PIL.TiffImagePlugin import TiffImageFile
 from megatron_sr1.data.guards import MAX_IMAGE_BYTES, inside, located, printable, read_file, shown
 from megatron_sr1.errors import DataError
 
+# For the whole process: `warnings.catch_warnings` is not safe while other threads decode.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """JPEG includes MPO, a file of several pictures, of which the first is read."""
 MAX_IMAGE_PIXELS = 64 * 2**20
@@ -103,19 +105,6 @@ def file_extension(data: bytes) -> str:
 def decode_image(data: bytes) -> Image.Image:
     """Decode an image file to RGB, rotated upright, with transparency composited over white."""
     with _open(data) as image:
-        return _decoded(image)
-
-
-def image_info(data: bytes) -> ImageInfo:
-    """Decode an image file, so that a broken one is found, and return what it holds."""
-    with _open(data) as image:
-        extension = str(image.format).lower()
-        return ImageInfo(*_decoded(image).size, extension)
-
-
-def _decoded(image: Image.Image) -> Image.Image:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
         try:
             return _to_rgb(image)
         except Exception as error:  # Pillow's decoders raise almost any error on broken files
@@ -130,9 +119,7 @@ def _open(data: bytes) -> Image.Image:
     if data[:2] == b"\xff\xd8" and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
         raise DataError(f"refused: a JPEG of more than {MAX_JPEG_SCANS} scans")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise DataError(f"refused: {error}") from None
     except Exception as error:  # Pillow's readers raise almost any error on broken headers

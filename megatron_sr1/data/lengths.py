@@ -37,11 +37,11 @@ class PromptLength:
         """Count the tokens; raises DataError for a sample that has no prompt."""
         prompts, system_prompt, processor = self.load()
         example = example_from_stored(stored(record), index=0, key="", shard="")
+        grids = tuple(processor.grid(size) for size in record.sizes)
         if example.answer is None:
             example = with_system_turn(example, system_prompt)
-            ids = processor.encode_conversation(example, record.info).token_ids.tolist()
+            ids = processor.encode_conversation(example, grids).token_ids.tolist()
         else:
-            grids = [processor.grid(image) for image in record.info]
             ids = list(processor.encode_text(prompts.pass1_messages(example), grids))
         image = ids.count(processor.image_pad_id)
         return Length(len(ids) - image, image)

@@ -9,6 +9,7 @@ them.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -56,6 +57,12 @@ class Loader:
         while len(step) < self.per_step:
             step += self._draw(min(self.per_step - len(step), self.num_samples), ())
         return step
+
+    def upcoming(self) -> list[int]:
+        """Return what `next_step` will return, without advancing."""
+        ahead = copy.copy(self)
+        ahead._orders = copy.deepcopy(self._orders)
+        return ahead.next_step()
 
     def more(self, count: int, held: Iterable[int]) -> list[int]:
         """Return further indices for a step and advance; they count as consumed.
@@ -140,6 +147,11 @@ class _Order:
         while (index := self._advance()) in held:
             self._deferred.append(index)
         return index
+
+    def __deepcopy__(self, memo: Any) -> _Order:
+        other = copy.copy(self)  # the order of an epoch is replaced, never changed
+        other._deferred = list(self._deferred)
+        return other
 
     def cursor(self) -> dict[str, Any]:
         """Return the place in the order as plain JSON."""

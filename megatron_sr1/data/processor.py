@@ -1,9 +1,8 @@
 """Converts chat messages to token ids, and images to the input of the vision tower.
 
-Prompts exist in two forms: collapsed, with one image-pad id per image, for the engine; and
-expanded, with one id per merged patch, for the trainer. The image processor is the class that vLLM
-loads for the same directory (transformers' torchvision one), so that the pixels of trainer and
-engine are bitwise equal.
+In token ids an image is a run of image-pad ids, one per merged patch. Engine and trainer get the
+same ids and the same pixels, which are made once. The image processor is the class that vLLM loads
+for the same directory (transformers' torchvision one).
 
 Markers that the chat template writes (`<|im_start|>`, one `<|image_pad|>` per image) become special
 tokens. The same characters inside a question, a description or an answer are tokenised as plain
@@ -15,6 +14,7 @@ with the model: it runs in transformers' sandbox, and within the limits of data/
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import re
 from collections.abc import Sequence
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from megatron_sr1.data.guards import printable, read_json, shown
@@ -48,13 +49,14 @@ class Processor:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         chat_template: str = "",
+        dtype: str = "float32",
     ) -> None:
         """Read a Hugging Face directory.
 
         The image area after resizing is `min_pixels` to `max_pixels`, before sides are rounded to
         patches; None: the model's own limit, in preprocessor_config.json or, as transformers 5
         saves it, processor_config.json. The file `chat_template` replaces the model's chat
-        template.
+        template. `dtype` is that of the pixels, float32 or bfloat16.
 
         Raises:
             ConfigError: the pixel limits exclude each other or leave a small image without a patch,
@@ -99,6 +101,7 @@ class Processor:
         self.end_token_ids = _end_token_ids(self.model_dir, self.tokenizer)
         decode = functools.partial(self.tokenizer.decode, skip_special_tokens=True)
         self._piece = functools.cache(lambda token: str(decode([token])))
+        self._dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
 
     @property
     def max_image_tokens(self) -> int:
@@ -111,17 +114,16 @@ class Processor:
         return self._shortest.rstrip().endswith(mark)
 
     def encode_prompt(
-        self, example: Example, images: Sequence[Image.Image], messages: Sequence[ChatMessage]
+        self, example: Example, vision: VisionInputs | None, messages: Sequence[ChatMessage]
     ) -> Prompt:
-        """Tokenise the chat messages of an example and its RGB images in both forms."""
-        collapsed = self._encode(self._render(messages, generate=True))
-        grids = tuple(self.grid(image) for image in images)
-        return Prompt(example, self.expand(collapsed, grids), collapsed, tuple(images), grids)
+        """Tokenise the chat messages of an example with these images."""
+        grids = vision.grids if vision else ()
+        return Prompt(example, self.encode_text(messages, grids), vision)
 
     def encode_text(
         self, messages: Sequence[ChatMessage], grids: Sequence[Grid] = ()
     ) -> tuple[int, ...]:
-        """Tokenise a prompt, by default one without images, as in pass 2."""
+        """Tokenise a prompt with images of these grids, by default without, as in pass 2."""
         return self.expand(self._encode(self._render(messages, generate=True)), grids)
 
     def encode_answer(
@@ -141,10 +143,12 @@ class Processor:
     def encode_conversation(
         self,
         example: Example,
-        images: Sequence[Image.Image | ImageInfo],
+        grids: tuple[Grid, ...] = (),
         max_tokens: int | None = None,
     ) -> TrainSample:
         """Tokenise a conversation to imitate; targets are the assistant turns with their ends.
+
+        `grids` are those of its images.
 
         It is split before and after each assistant turn's text, and each piece tokenised on its
         own, as the engine samples a response after its prompt. Later turns are ignored.
@@ -175,13 +179,12 @@ class Processor:
             done = whole
         if not ids:
             raise DataError("no assistant turn; supervised samples need one to imitate")
-        grids = tuple(self.grid(image) for image in images)
         counts = self._expansion(ids, grids)
         token_ids = np.repeat(np.asarray(ids, np.int64), counts)
         if max_tokens is not None and len(token_ids) > max_tokens:
             raise DataError(f"{len(token_ids)} tokens, limit {max_tokens}")
         mask = np.repeat(np.asarray(targets, bool), counts)
-        return TrainSample(example.index, len(images), token_ids, mask, grids)
+        return TrainSample(example.index, len(grids), token_ids, mask, grids)
 
     def expand(self, ids: Sequence[int], grids: Sequence[Grid]) -> tuple[int, ...]:
         """Expand one pad id per image to one per merged patch."""
@@ -208,10 +211,18 @@ class Processor:
             raise DataError(f"{image.width} x {image.height} pixels: {error}") from None
         return 1, height // self.patch_size, width // self.patch_size
 
-    def vision(self, images: Sequence[Image.Image]) -> VisionInputs:
-        """Return the input of the vision tower for one or more RGB images, in order."""
+    def vision(self, images: Sequence[Image.Image]) -> VisionInputs | None:
+        """Return the input of the vision tower for RGB images, in order; None for no images.
+
+        It may be called from several threads. Raises DataError if an image is too narrow.
+        """
+        if not images:
+            return None
+        for image in images:
+            self.grid(image)  # for its message
         out = self.image_processor(list(images), return_tensors="pt")
-        return VisionInputs(out["pixel_values"], out["image_grid_thw"])
+        pixels = out["pixel_values"].to(self._dtype)
+        return VisionInputs(pixels, out["image_grid_thw"], digests=tuple(map(_digest, images)))
 
     def _render(self, messages: Sequence[ChatMessage], generate: bool) -> str:
         """Render the messages; special tokens inside their text are defused."""
@@ -255,6 +266,13 @@ class Processor:
         counts = np.ones(len(collapsed), np.int64)
         counts[pads] = [t * h * w // self.merge_size**2 for t, h, w in grids]
         return counts
+
+
+def _digest(image: Image.Image) -> str:
+    """Return a name of an image's content and shape."""
+    hashed = hashlib.blake2b(repr(image.size).encode(), digest_size=16)
+    hashed.update(image.tobytes())
+    return hashed.hexdigest()
 
 
 def _load(directory: Path, min_pixels: int | None, max_pixels: int | None) -> tuple[Any, Any]:

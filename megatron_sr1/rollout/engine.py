@@ -11,21 +11,18 @@ from sampling only (see `FullVocabularySampler`).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.errors import EngineError
-from megatron_sr1.records import Completion
+from megatron_sr1.records import Completion, VisionInputs
 from megatron_sr1.rollout import vllm_api, weight_sync
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -34,27 +31,26 @@ class Request:
 
     Attributes:
         id: unique among the live requests, the same on all ranks of a replica.
-        token_ids: prompt for the engine, a single image-pad id per image.
-        expanded_token_ids: the trainer's tokens, which the engine's must equal; None: not compared.
-        images: RGB images, in order.
+        token_ids: prompt, one image-pad id per merged patch.
+        vision: pixels of its images, in order; requests may share them.
         temperature: 0 is greedy.
         max_tokens: maximum number of sampled tokens, including the end of turn.
         seed: sampling seed of this request, in [0, 2**31).
         with_logprobs: whether the completion contains the engine's logprobs.
-        watched: whether each step reports the tokens so far.
+        watched_for: a step reports the request if the text of its newest token contains this; None:
+            only its end is reported.
         num_scored: number of tokens at the end of the prompt to score at temperature 1, by prefill
             alone; 0: the request samples.
     """
 
     id: str
     token_ids: tuple[int, ...]
-    expanded_token_ids: tuple[int, ...] | None
-    images: tuple[Image.Image, ...] = ()
+    vision: VisionInputs | None = None
     temperature: float = 1.0
     max_tokens: int = 16
     seed: int = 0
     with_logprobs: bool = True
-    watched: bool = False
+    watched_for: str | None = None
     num_scored: int = 0
 
 
@@ -63,12 +59,23 @@ class Progress:
     """State of one request after a step.
 
     `token_ids` are all tokens sampled so far, a view that is valid until the next step;
-    `completion` is the result, once the request is finished.
+    `completion` is the result of a request that is finished.
     """
 
     id: str
     token_ids: Sequence[int]
     completion: Completion | None
+
+
+class _Contains(dict[int, bool]):
+    """Whether the text of a token contains a mark, by its id; found out when it is asked."""
+
+    def __init__(self, mark: str, piece: Callable[[int], str]) -> None:
+        self._mark, self._piece = mark, piece
+
+    def __missing__(self, token_id: int) -> bool:
+        self[token_id] = found = self._mark in self._piece(token_id)
+        return found
 
 
 class Engine:
@@ -97,9 +104,8 @@ class Engine:
         `rollout.sleep_level` is for CUDA; on a CPU the engine always runs eagerly, as compiling
         takes longer than it saves. `processor` gives the pixel limits, the size of the largest
         image and the vision tokens, which are never sampled; without it the limits are the
-        directory's, and every token is sampled. Raises EngineError if the installed vLLM is not
-        built for `device_kind`, cpu or cuda. `dtype` is float32 or bfloat16. A collective of the
-        replica may take `timeout_seconds`.
+        directory's, every token is sampled, and prompts have no images. Raises EngineError if the
+        installed vLLM is not built for `device_kind`, cpu or cuda. `dtype` is float32 or bfloat16.
         """
         size, world = rollout.tensor_parallel, torch.distributed.get_world_size()
         assert world % size == 0, f"rollout.tensor_parallel={size} does not divide {world} ranks"
@@ -123,7 +129,10 @@ class Engine:
         self._core = self._llm.llm_engine
         self._tokenizer = self._llm.get_tokenizer()
         weakref.finalize(self, vllm_api.shut_down, self._core.engine_core.engine_core)
+        self._image_pad = (processor.image_pad_id, processor.merge_size) if processor else None
         self._live: dict[str, Request] = {}
+        self._watched: dict[str, tuple[Sequence[int], _Contains]] = {}
+        self._marks: dict[str, _Contains] = {}
         self._pieces: dict[int, str] = {}
 
     @property
@@ -137,32 +146,51 @@ class Engine:
         return len(self._live)
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Add requests, which start with the next step. Equal prompts are preprocessed once.
+        """Add requests, which start with the next step.
 
-        Raises EngineError if the engine is asleep, or a prompt does not fit or expands to other
-        tokens than the trainer's.
+        Raises EngineError if the engine is asleep, or a prompt does not fit or has other places for
+        images than its pixels.
         """
         if self._asleep or self._unusable:
             raise EngineError(f"the engine cannot sample: {self._unusable or 'it is asleep'}")
-        processed: dict[tuple[Any, ...], Any] = {}
+        prompts: dict[tuple[Any, ...], Any] = {}
         for request in requests:
-            key = (request.token_ids, *map(id, request.images))
-            if key not in processed:
-                processed[key] = vllm_api.preprocess(self._core, request)
-            self._check(request, processed[key]["prompt_token_ids"])
+            num_sampled = 1 if request.num_scored else request.max_tokens
+            self.check_fits(f"request {request.id}: it", len(request.token_ids), num_sampled)
             assert request.id not in self._live, f"request {request.id} is already live"
-            self._live[request.id] = request
+            key = (request.token_ids, id(request.vision))
+            if key not in prompts:
+                prompts[key] = vllm_api.engine_input(request, self._image_pad)
             parameters = vllm_api.sampling_parameters(request)
-            self._core.add_request(request.id, processed[key], parameters)
+            added = self._core.add_request(request.id, prompts[key], parameters)
+            self._live[request.id] = request
+            if request.watched_for is not None:
+                tokens = vllm_api.sampled_tokens(self._core, added)
+                self._watched[request.id] = tokens, self._marks_of(request.watched_for)
+
+    def _marks_of(self, mark: str) -> _Contains:
+        return self._marks.setdefault(mark, _Contains(mark, self.piece))
+
+    def unwatch(self, name: str) -> None:
+        """Report only the end of a request from now on."""
+        self._watched.pop(name, None)
 
     def step(self) -> list[Progress]:
-        """Run one engine step; return the progress of watched and of finished requests."""
+        """Run one engine step; return the watched requests with a new mark, then the finished ones.
+
+        A request that does both is there twice.
+        """
         self.num_steps += 1
-        progress = []
-        for output in self._core.step():
-            name, completion = output.request_id, None
-            if output.finished:
-                completion = self._completion(self._live.pop(name), output)
+        outputs = self._core.step()
+        progress = [
+            Progress(name, tokens, None)
+            for name, (tokens, contains) in self._watched.items()
+            if tokens and contains[tokens[-1]]
+        ]
+        for output in outputs:
+            name = output.request_id
+            completion = self._completion(self._live.pop(name), output)
+            self.unwatch(name)
             progress.append(Progress(name, output.outputs[0].token_ids, completion))
         return progress
 
@@ -178,16 +206,16 @@ class Engine:
         self,
         prompt_token_ids: Sequence[int],
         response_token_ids: Sequence[int],
-        images: Sequence[Image.Image] = (),
+        vision: VisionInputs | None = None,
     ) -> list[float]:
         """Return the logprob of each token of a given response, nats, at temperature 1.
 
-        The prompt has one image-pad id per image. Only prefill runs. Raises EngineError if prompt
-        and response leave no token of `max_model_len` free.
+        Only prefill runs. Raises EngineError if prompt and response leave no token of
+        `max_model_len` free.
         """
         assert not self._live, "score between rollouts"
         token_ids, num_scored = (*prompt_token_ids, *response_token_ids), len(response_token_ids)
-        request = Request("score", token_ids, None, tuple(images), num_scored=num_scored)
+        request = Request("score", token_ids, vision, num_scored=num_scored)
         return list(self.generate([request])[0].logprobs)
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -255,18 +283,6 @@ class Engine:
             text=self.decode(sampled.token_ids),
             finish_reason=sampled.finish_reason,
         )
-
-    def _check(self, request: Request, engine_token_ids: Sequence[int]) -> None:
-        """Raise EngineError if a prompt is too long or expands to other tokens."""
-        expanded, length = request.expanded_token_ids, len(engine_token_ids)
-        if expanded is not None and tuple(engine_token_ids) != expanded:
-            raise EngineError(
-                f"request {request.id}: the engine expands the prompt to {length} tokens, the "
-                f"trainer to {len(expanded)}, or to different ones; engine and trainer must use "
-                "the same image processor and pixel limits (data.min_pixels, data.max_pixels)"
-            )
-        num_sampled = 1 if request.num_scored else request.max_tokens
-        self.check_fits(f"request {request.id}: it", length, num_sampled)
 
     def check_fits(self, what: str, num_prompt: int, num_sampled: int) -> None:
         """Raise EngineError, naming `what`, if its tokens exceed the longest sequence."""

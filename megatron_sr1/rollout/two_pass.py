@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.records import Completion, Prompt, Reading, Rollout
-from megatron_sr1.rollout.engine import Engine, Progress, Request
+from megatron_sr1.rollout.engine import Engine, Request
 from megatron_sr1.runtime.chat import ChatClient, ChatReply, ChatRequest, defused
 
 Key = tuple[int, ...] | tuple[tuple[str, str], ...]
@@ -77,7 +77,7 @@ class Readings:
 
     def apply_to(self, prompt: Prompt) -> bool:
         """Return True if a prompt gets a second pass: the recipe has one, the prompt has images."""
-        return self._hooks.reading_prompt is not None and bool(prompt.image_grid_thw)
+        return self._hooks.reading_prompt is not None and prompt.vision is not None
 
     def _compose(self, prompt: Prompt, description: str) -> tuple[tuple[int, ...], int, int]:
         """Return a reading's prompt, how many ids at its end are scored, and its token limit."""
@@ -114,7 +114,6 @@ class Readings:
             Request(
                 id=f"{PREFIX}{len(self.names)}.{number}",
                 token_ids=token_ids,
-                expanded_token_ids=token_ids,
                 temperature=self._rollout.pass2_temperature,
                 max_tokens=max_tokens,
                 seed=self._hooks.seed_of(-1, _digest(token_ids), 2 + number),
@@ -145,16 +144,13 @@ class Readings:
         return key
 
     def wait(self) -> float:
-        """Wait for the endpoint's answers, which come or fail within the client's limits.
-
-        Returns the seconds that it took; 0 if the endpoint was not asked.
-        """
-        started = time.perf_counter()
+        """Wait for the endpoint's answers, which come or fail within its limits; return seconds."""
+        since = time.perf_counter()
         for name, reply in ((name, future.result()) for name, future in self._asked.items()):
             reason = "failed" if reply.failure else "length" * (reply.finish_reason == "length")
             text = reply.failure or reply.text
             self.done[name] = Completion((), (), text, reason or "stop")
-        return time.perf_counter() - started if self._asked else 0.0
+        return time.perf_counter() - since if self._asked else 0.0
 
     def result(self, key: Key | None) -> Reading | None:
         """Return the reading of a key; all its requests must be finished."""
@@ -192,7 +188,6 @@ class _Sample:
 
     prompt: Prompt
     number: int
-    num_seen: int = 0
     completion: Completion | None = None
     description: str | None = None
     key: Key | None = None
@@ -223,13 +218,12 @@ def roll_out(
     first = [
         Request(
             id=name,
-            token_ids=s.prompt.engine_token_ids,
-            expanded_token_ids=s.prompt.token_ids,
-            images=s.prompt.images,
+            token_ids=s.prompt.token_ids,
+            vision=s.prompt.vision,
             temperature=rollout.temperature,
             max_tokens=max_tokens,
             seed=hooks.seed_of(s.prompt.example.index, s.number, 1),
-            watched=readings.apply_to(s.prompt),
+            watched_for=hooks.closing_mark if readings.apply_to(s.prompt) else None,
         )
         for name, s in samples.items()
     ]
@@ -242,17 +236,18 @@ def roll_out(
     while engine.num_live:
         step_started, alone = time.perf_counter(), num_open == 0
         for progress in engine.step():
-            if progress.id.startswith(PREFIX):
-                assert progress.completion is not None  # they are not watched
-                readings.done[progress.id] = progress.completion
-                continue
-            sample = samples[progress.id]
-            if _has_closed(sample, progress, engine, readings, hooks):
-                assert sample.description is not None
-                sample.key, requests = readings.ask(sample.prompt, sample.description)
-                ready += requests
-            if progress.completion is not None:
-                sample.completion = progress.completion
+            name, completion = progress.id, progress.completion
+            if completion is None:  # it has a closing mark
+                description = hooks.find_description(engine.decode(progress.token_ids))
+                if description is not None:
+                    engine.unwatch(name)
+                    samples[name].description = description
+                    samples[name].key, requests = readings.ask(samples[name].prompt, description)
+                    ready += requests
+            elif name.startswith(PREFIX):
+                readings.done[name] = completion
+            else:
+                samples[name].completion = completion
                 num_open -= 1
         if rollout.pass2 == "fork" or num_open == 0:
             engine.submit(ready)
@@ -274,19 +269,6 @@ def roll_out(
         num_prompts2=len(readings.names),
     )
     return rollouts, stats
-
-
-def _has_closed(
-    sample: _Sample, progress: Progress, engine: Engine, readings: Readings, hooks: RolloutHooks
-) -> bool:
-    """Return True if the new tokens close the description, and store it in the sample."""
-    if sample.description is not None or not readings.apply_to(sample.prompt):
-        return False
-    new = progress.token_ids[sample.num_seen :]
-    sample.num_seen += len(new)
-    if any(hooks.closing_mark in engine.piece(token) for token in new):
-        sample.description = hooks.find_description(engine.decode(progress.token_ids))
-    return sample.description is not None
 
 
 def _rollout(

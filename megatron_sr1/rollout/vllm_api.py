@@ -5,11 +5,12 @@ from __future__ import annotations
 import gc
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from megatron_sr1.config.rollout import RolloutConfig
@@ -74,6 +75,7 @@ def start_vllm(
             distributed_timeout_seconds=int(timeout_seconds),
             cpu_distributed_timeout_seconds=int(timeout_seconds),
             mm_processor_cache_gb=0,
+            mm_device_do_normalize=False,  # pixels come as the tower takes them
             limit_mm_per_prompt={"video": 0},
             weight_transfer_config={"backend": weight_sync.register()},
             use_tqdm_on_load=log.isEnabledFor(logging.DEBUG),
@@ -143,18 +145,52 @@ def device_arguments(
     return arguments
 
 
-def preprocess(core: Any, request: Request) -> dict[str, Any]:
-    """Return a request's prompt with expanded image placeholders and preprocessed images."""
-    from vllm.exceptions import VLLMValidationError
+def engine_input(request: Request, image_pad: tuple[int, int] | None) -> Any:
+    """Return a request's prompt as vLLM's own preprocessing would, without running it.
 
-    prompt: dict[str, Any] = {"prompt_token_ids": list(request.token_ids)}
-    if request.images:
-        prompt["multi_modal_data"] = {"image": list(request.images)}
-    try:
-        (engine_input,) = core.renderer.render_cmpl([prompt])
-    except (ValueError, RuntimeError, VLLMValidationError) as error:
-        raise EngineError(f"request {request.id}: vLLM rejects the prompt: {error}") from error
-    return dict(engine_input)
+    `image_pad` is the image-pad id and the side of a merged patch. Raises EngineError if the runs
+    of that id do not have the lengths that the images' grids give.
+    """
+    from vllm.inputs.engine import mm_input, tokens_input
+    from vllm.multimodal.inputs import (
+        MultiModalFieldConfig,
+        MultiModalKwargsItems,
+        PlaceholderRange,
+    )
+
+    token_ids, vision = list(request.token_ids), request.vision
+    if vision is None:
+        return tokens_input(token_ids)
+    assert image_pad is not None, "an engine without a processor takes no images"
+    pad_id, merge = image_pad
+    pads = np.flatnonzero(np.array(token_ids) == pad_id)
+    patches = vision.image_grid_thw.prod(-1)
+    lengths = (patches // merge**2).tolist()
+    runs = np.split(pads, np.cumsum(lengths)[:-1])
+    if len(pads) != sum(lengths) or any(run[-1] - run[0] != len(run) - 1 for run in runs):
+        raise EngineError(
+            f"request {request.id}: {len(pads)} image tokens, its images make {lengths}, each in a "
+            "run of its own; the prompt must be expanded for these images"
+        )
+    fields = {
+        "pixel_values": MultiModalFieldConfig.flat_from_sizes("image", patches),
+        "image_grid_thw": MultiModalFieldConfig.batched("image", keep_on_cpu=True),
+    }
+    return mm_input(
+        token_ids,
+        MultiModalKwargsItems.from_hf_inputs({n: getattr(vision, n) for n in fields}, fields),
+        {"image": list(vision.digests)},
+        {"image": [PlaceholderRange(int(run[0]), len(run)) for run in runs]},
+    )
+
+
+def sampled_tokens(core: Any, name: str) -> Sequence[int]:
+    """Return the growing list of a live request's tokens; `add_request` returned its name.
+
+    Outputs of unfinished requests would have the same list, but cost vLLM an object per token.
+    """
+    tokens: list[int] = core.output_processor.request_states[name].detokenizer.token_ids
+    return tokens
 
 
 def sampling_parameters(request: Request) -> Any:
@@ -162,7 +198,6 @@ def sampling_parameters(request: Request) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    kind = RequestOutputKind.CUMULATIVE if request.watched else RequestOutputKind.FINAL_ONLY
     settings: dict[str, Any] = {
         "temperature": request.temperature,
         "max_tokens": request.max_tokens,
@@ -175,7 +210,7 @@ def sampling_parameters(request: Request) -> Any:
         **settings,
         flat_logprobs=True,
         detokenize=False,
-        output_kind=kind,
+        output_kind=RequestOutputKind.FINAL_ONLY,
         skip_clone=True,  # a deep copy would take a tenth of the time, and nobody shares this one
     )
 

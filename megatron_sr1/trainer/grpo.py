@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_sr1.config.run import Config
-from megatron_sr1.records import TrainSample
+from megatron_sr1.records import PackedBatch, TrainSample
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.trainer.actor import Actor, Reference
@@ -26,7 +26,7 @@ from megatron_sr1.trainer.rollouts import (
     set_means,
 )
 from megatron_sr1.trainer.samples import Samples, without_targets
-from megatron_sr1.trainer.step import named, sample_logprobs, update
+from megatron_sr1.trainer.step import named, row_logprobs, update
 from megatron_sr1.trainer.sync import Canary, sync
 
 
@@ -57,12 +57,16 @@ def train_grpo(
         credited, spread = credit([s.reward for s in scored], config)
         chosen, filtered = chosen_groups(credited, config)
 
-        updates = own_samples(context, samples, scored, credited, chosen)
-        updates = with_logprobs(context, actor, samples, updates, reference)
+        with context.phase("pack"):
+            owned = own_samples(context, samples, scored, credited, chosen)
+            updates = [samples.pack(own, context.groups) for own in owned]
+            samples.forget_pixels()
+        read_ahead(context, engine, samples)
+        updates = with_logprobs(context, actor, owned, updates, reference)
         measured = []
         with context.phase("update"):
-            for own in updates:
-                batches = samples.pack(own, context.groups)
+            for own in owned:
+                batches = updates.pop(0)  # with the only copy of its pixels
                 measured.append(update(actor, batches, objective, config.rollout.temperature))
                 context.throughput.count_samples("update", own)
 
@@ -78,7 +82,15 @@ def train_grpo(
                 lines.append(rollout_line(context.step + 1, item, samples.example(index), *facts))
             context.record_rollouts(lines, samples.images)
         samples.forget()
+        with context.phase("prompts"):
+            samples.pixels.finish()
         context.finish_step(values, actor, evaluate)
+
+
+def read_ahead(context: Context, engine: Engine, samples: Samples) -> None:
+    """Start to read the images of this replica's next prompts, while the actor learns."""
+    if context.step + 1 < context.config.num_steps:
+        samples.pixels.start(context.loader.upcoming()[engine.replica :: engine.num_replicas])
 
 
 def chosen_groups(credited: Credit, config: Config) -> tuple[list[int], dict[str, float]]:
@@ -116,30 +128,31 @@ def own_samples(
     for start in range(0, len(chosen), per_update):
         of_update = [g * n + k for g in chosen[start : start + per_update] for k in range(n)]
         sizes = [samples.size(scored[number].rollout) for number in of_update]
-        own = [sample(of_update[p]) for p in samples.own_places(sizes, context.groups.data)]
-        updates.append(own or [without_targets(sample(of_update[0]))])
+        own = [of_update[place] for place in samples.own_places(sizes, context.groups.data)]
+        samples.pixels.start(scored[number].rollout.index for number in own)  # other replicas'
+        updates.append(list(map(sample, own)) or [without_targets(sample(of_update[0]))])
     return updates
 
 
 def with_logprobs(
     context: Context,
     actor: Actor,
-    samples: Samples,
-    updates: list[list[TrainSample]],
+    owned: Sequence[Sequence[TrainSample]],
+    updates: list[list[PackedBatch]],
     reference: Reference | None,
-) -> list[list[TrainSample]]:
-    """Add old and reference logprobs to the samples of all updates, before the weights change.
+) -> list[list[PackedBatch]]:
+    """Add old and reference logprobs to the rows of all updates, before the weights change.
 
-    With a single update the policy's own logprobs are the old ones, which saves that pass.
+    `owned` are the samples in them. With a single update the policy's own logprobs are the old
+    ones, which saves that pass.
     """
 
-    def add(field: str, phase: str) -> list[list[TrainSample]]:
+    def add(field: str, phase: str) -> list[list[PackedBatch]]:
         filled = []
-        for own in updates:
-            batches = samples.pack(own, context.groups)
-            rows = sample_logprobs(actor, own, batches, context.config.rollout.temperature)
+        for own, batches in zip(owned, updates, strict=True):
+            rows = row_logprobs(actor, batches, context.config.rollout.temperature)
             changes: list[dict[str, Any]] = [{field: row} for row in rows]
-            filled.append([replace(s, **c) for s, c in zip(own, changes, strict=True)])
+            filled.append([replace(b, **c) for b, c in zip(batches, changes, strict=True)])
             context.throughput.count_samples(phase, own)
         return filled
 

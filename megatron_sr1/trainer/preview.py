@@ -48,10 +48,10 @@ def _shown(config: Config, samples: Samples, index: int) -> list[str]:
     prompt = samples.prompt(index)
     images = f", of which {prompt.token_ids.count(samples.processor.image_pad_id)} of images"
     lines = [
-        f"pass 1      {where}, {len(prompt.token_ids)} tokens{images if prompt.images else ''}"
+        f"pass 1      {where}, {len(prompt.token_ids)} tokens{images if prompt.vision else ''}"
     ]
     lines += _lines(samples, prompt.token_ids)
-    if config.reward.recipe != "vision_r1" and prompt.images:
+    if config.reward.recipe != "vision_r1" and prompt.vision:
         ids = samples.reading_prompt(prompt, DESCRIPTION)
         lines += [f"pass 2      {len(ids)} tokens with {DESCRIPTION}", *_lines(samples, ids)]
     return lines

@@ -1,7 +1,7 @@
 """A dataset's samples by index, as prompts, training samples, pixels and packed micro-batches.
 
-Images do not travel between ranks: each rank reads the pixels that it needs from the shard, and
-keeps what it has read until `forget`.
+Images do not travel between ranks: each rank reads the pixels that it needs from the shard. What it
+has read is kept until `forget`, pixels until `forget_pixels`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from megatron_sr1.checkpoint.folders import resolve_model
 from megatron_sr1.config.run import Config
 from megatron_sr1.data.guards import located
 from megatron_sr1.data.packing import Size, pack_samples, plan_ranks
+from megatron_sr1.data.pixels import PixelReader
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.data.prompts import Prompts, with_system_turn
 from megatron_sr1.data.shards import ShardReader
@@ -47,7 +48,8 @@ if TYPE_CHECKING:
 def make_processor(config: Config, hf_files: Path | None = None) -> Processor:
     """Load the tokenizer and image processor of `model.path`, or those of `hf_files`."""
     data, directory = config.data, hf_files or resolve_model(*config.model.at).hf_files
-    return Processor(directory, data.min_pixels, data.max_pixels, data.chat_template)
+    dtype = config.model.dtype
+    return Processor(directory, data.min_pixels, data.max_pixels, data.chat_template, dtype)
 
 
 class Samples:
@@ -58,6 +60,7 @@ class Samples:
         example: returns a sample's text by its index.
         find_description: returns the description in a response so far; None while it is open.
         prompts: makes the messages of both passes.
+        pixels: reads the images, for engine and trainer alike.
         readings: prompts of pass 2 since `forget`, token ids by example and description.
     """
 
@@ -84,8 +87,8 @@ class Samples:
         self._config, self._marks = config, marks_of(config.reward.spans)
         self.find_description = partial(find_description, marks=self._marks)
         self._prompts: dict[int, Prompt] = {}
-        self._images: dict[int, Sequence[Image.Image]] = {}
-        self._pixels: dict[int, VisionInputs] = {}
+        threads = config.data.image_threads
+        self.pixels = PixelReader(self.reader, processor, self.example, threads)
         self.readings: dict[tuple[int, str], tuple[int, ...]] = {}
 
     def __len__(self) -> int:
@@ -97,7 +100,7 @@ class Samples:
         return self._names[bisect_right(self._ends, index)]
 
     def prompt(self, index: int) -> Prompt:
-        """Return the pass-1 prompt of a sample, with its images."""
+        """Return the pass-1 prompt of a sample, with its pixels."""
         if index in self._prompts:
             return self._prompts[index]
         example, data = self.example(index), self._config.data
@@ -105,9 +108,9 @@ class Samples:
             if example.answer is None:
                 raise DataError("no gold answer to judge by")
             messages = self.prompts.pass1_messages(example)
-        images = self.reader.images(index)
+        vision = self.pixels.get(index)
         with located(example.where):
-            prompt = self.processor.encode_prompt(example, images, messages)
+            prompt = self.processor.encode_prompt(example, vision, messages)
             if len(prompt.token_ids) > data.max_prompt_tokens:
                 raise DataError(
                     f"prompt of {len(prompt.token_ids)} tokens, at most {data.max_prompt_tokens}; "
@@ -118,18 +121,12 @@ class Samples:
         return prompt
 
     def images(self, index: int) -> Sequence[Image.Image]:
-        """Return the decoded RGB images of a sample."""
-        kept = self._prompts.get(index)
-        return kept.images if kept else self._images.get(index) or self.reader.images(index)
+        """Decode the RGB images of a sample, to be shown."""
+        return self.reader.images(index)
 
     def vision(self, index: int) -> VisionInputs | None:
         """Return the pixels of a sample's images; None if it has none."""
-        if index < 0 or not self.example(index).num_images:
-            return None
-        if index not in self._pixels:
-            self._pixels[index] = self.processor.vision(self.images(index))
-            self._images.pop(index, None)
-        return self._pixels[index]
+        return None if index < 0 else self.pixels.get(index)
 
     def reading_prompt(self, prompt: Prompt, description: str) -> tuple[int, ...]:
         """Return the token ids of the text-only pass-2 prompt; `readings` keeps them."""
@@ -195,9 +192,10 @@ class Samples:
         """Return a conversation as a sequence whose assistant turns are the targets."""
         data = self._config.data
         example = with_system_turn(self.example(index), data.system_prompt)
-        self._images[index] = images = self.reader.images(index)
+        vision = self.pixels.get(index)
+        grids = vision.grids if vision else ()
         with located(example.where):
-            return self.processor.encode_conversation(example, images, data.max_prompt_tokens)
+            return self.processor.encode_conversation(example, grids, data.max_prompt_tokens)
 
     def own_places(self, sizes: Sequence[Size], data: Group) -> list[int]:
         """Return which samples of an update this data-parallel rank trains on, balanced by cost."""
@@ -219,9 +217,14 @@ class Samples:
 
     def forget(self) -> None:
         """Free what was read; after a step it is not needed again for long."""
-        for kept in (self._prompts, self._images, self._pixels, self.readings):
-            kept.clear()
+        self.forget_pixels()
+        self.readings.clear()
         self.example.cache_clear()
+
+    def forget_pixels(self) -> None:
+        """Free the pixels, and the prompts with them, once the step's samples are packed."""
+        self._prompts.clear()
+        self.pixels.forget()
 
     @cached_property
     def _patch_cost(self) -> float:

@@ -29,17 +29,24 @@ def train_sft(
             # Each rank reads some; who trains on which is decided when all lengths are known.
             indices = context.loader.next_step()[data.rank :: data.size]
             is_leader = context.groups.is_replica_leader
+            samples.pixels.start(indices)
             read = context.read_usable(samples.conversation, indices, is_leader)
             everyone = [sample for part in gather_objects(read, data) for sample in part]
             if not everyone:
                 raise DataError("no sample of this step could be read; see the warnings above")
             places = samples.own_places([size_of(sample) for sample in everyone], data)
             own = [everyone[place] for place in places] or [without_targets(everyone[0])]
+            samples.pixels.start(sample.index for sample in own if sample.num_images)
             batches = samples.pack(own, context.groups)
+        samples.forget_pixels()
+        if context.step + 1 < context.config.num_steps:
+            samples.pixels.start(context.loader.upcoming()[data.rank :: data.size])
         with context.phase("update"):
             measured = update(actor, batches, token_loss, temperature=1.0)
         context.throughput.count_samples("update", own)
         samples.forget()
+        with context.phase("prompts"):
+            samples.pixels.finish()
         context.finish_step(named([measured]), actor, evaluate)
 
 

@@ -50,18 +50,34 @@ def sample_logprobs(
     Returns:
         per sample [tokens] float32; entry t is the logprob of token t, 0 if it is no target.
     """
+    found = [np.zeros(len(sample.token_ids), np.float32) for sample in samples]
+    for batch, row in zip(batches, row_logprobs(actor, batches, temperature), strict=True):
+        values = row[0].numpy()
+        for place, start in zip(batch.sample_ids, batch.cu_seqlens.tolist(), strict=False):
+            found[place][1:] = values[start : start + len(found[place]) - 1]
+    return found
+
+
+def row_logprobs(
+    actor: Actor, batches: Sequence[PackedBatch], temperature: float
+) -> list[torch.Tensor]:
+    """Return the logprobs of every row's targets, aligned as its other values are.
+
+    The rows are the same on all ranks of a replica; `temperature` divides the logits.
+
+    Returns:
+        per row [1, T] float32 on the host, without gradients; 0 at tokens that are no targets.
+    """
     pipeline, device = actor.groups.pipeline, actor.groups.device
     with torch.no_grad(), _evaluating(actor.chunks), cpu.megatron_mode():
         rows = _schedule(actor, actor.chunks, batches, temperature, loss=None)()
     if not actor.groups.is_last_stage:
         rows = [torch.empty(b.input_ids.shape, dtype=torch.float32, device=device) for b in batches]
-    found = [np.zeros(len(sample.token_ids), np.float32) for sample in samples]
-    for batch, row in zip(batches, rows, strict=False):  # rows of padding are left out
+    found = []
+    for _, row in zip(batches, rows, strict=False):  # rows of padding are left out
         if pipeline.size > 1:
             dist.broadcast(row, src=pipeline.ranks[-1], group=pipeline.process_group)
-        values = row[0].cpu().numpy()
-        for place, start in zip(batch.sample_ids, batch.cu_seqlens.tolist(), strict=False):
-            found[place][1:] = values[start : start + len(found[place]) - 1]
+        found.append(row.cpu())
     return found
 
 

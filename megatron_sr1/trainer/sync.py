@@ -106,7 +106,7 @@ class Canary:
         lead, answer = self._samples.gold_answer(prompt)
         response = (*lead, *answer)
         with context.phase("canary"):
-            logprobs = engine.logprobs(prompt.engine_token_ids, response, prompt.images)
+            logprobs = engine.logprobs(prompt.token_ids, response, prompt.vision)
             given = Completion(response, tuple(logprobs), "", "given")
             rollout = Rollout(self._index, 0, prompt.token_ids, given, None, None, context.step)
             sample = self._samples.train_sample(rollout, advantage=0.0)

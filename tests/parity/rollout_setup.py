@@ -60,11 +60,12 @@ def prompt(model_dir, index, num_images=1):
     turn = Message("user", "<image>" * num_images + "Which digit is largest?")
     example = Example(index, f"key{index}", "shard0.tar", (turn,), "7", num_images)
     messages = [{"role": "user", "content": parts}]
-    return processor(model_dir).encode_prompt(example, images, messages)
+    made = processor(model_dir)
+    return made.encode_prompt(example, made.vision(images), messages)
 
 
 def request(prompt, name, **settings):
-    return Request(name, prompt.engine_token_ids, prompt.token_ids, prompt.images, **settings)
+    return Request(name, prompt.token_ids, prompt.vision, **settings)
 
 
 @torch.no_grad()
@@ -72,11 +73,10 @@ def reference_logits(model_dir, prompt, response):
     """Logits [response, vocabulary] of transformers that predict the response."""
     ids = torch.tensor([[*prompt.token_ids, *response]])
     kwargs = {}
-    if prompt.images:
-        vision = processor(model_dir).vision(prompt.images)
+    if prompt.vision:
         kwargs = {
-            "pixel_values": vision.pixel_values,
-            "image_grid_thw": vision.image_grid_thw,
+            "pixel_values": prompt.vision.pixel_values,
+            "image_grid_thw": prompt.vision.image_grid_thw,
             "mm_token_type_ids": (ids == processor(model_dir).image_pad_id).long(),
         }
     logits = reference(model_dir)(input_ids=ids, **kwargs).logits[0]

@@ -113,7 +113,7 @@ def test_sampled_tokens_depend_on_the_seed_and_not_on_other_requests(tiny_model,
 def test_scored_logprobs_equal_the_sampled_ones_and_transformers(tiny_model, engine):
     prompt = setup.prompt(tiny_model, 1, num_images=2)
     (sampled,) = engine.generate([setup.request(prompt, "a", max_tokens=9, seed=4)])
-    scored = engine.logprobs(prompt.engine_token_ids, sampled.token_ids, prompt.images)
+    scored = engine.logprobs(prompt.token_ids, sampled.token_ids, prompt.vision)
     assert_close(scored, sampled.logprobs)
     assert_close(scored, setup.reference_logprobs(tiny_model, prompt, sampled.token_ids))
 
@@ -131,14 +131,17 @@ def test_text_is_decoded_without_special_tokens_and_the_end_of_turn_is_kept(tiny
     assert cut and all(len(c.token_ids) == 64 for c in cut)
 
 
-def test_prompts_that_engine_and_trainer_expand_differently_are_rejected(tiny_model, engine):
-    prompt = setup.prompt(tiny_model, 0)
+def test_prompts_that_are_not_expanded_for_their_images_are_rejected(tiny_model, engine):
+    prompt = setup.prompt(tiny_model, 0, num_images=2)
     pad = setup.processor(tiny_model).image_pad_id
     request = setup.request(prompt, "odd", max_tokens=4)
-    with pytest.raises(EngineError, match="odd.*expands the prompt"):
-        engine.submit([replace(request, expanded_token_ids=(*prompt.token_ids, pad))])
-    with pytest.raises(EngineError, match="odd"):  # runs that are expanded already
-        engine.submit([replace(request, token_ids=prompt.token_ids)])
+    ids = list(prompt.token_ids)
+    first, second = ids.index(pad), len(ids) - ids[::-1].index(pad) - 1
+    moved = [*ids[:first], *ids[first + 1 : second], pad, *ids[second:]]  # from one to the other
+    collapsed = [t for t, before in zip(ids, [0, *ids], strict=False) if (t, before) != (pad, pad)]
+    for wrong in ([*ids, pad], collapsed, moved):
+        with pytest.raises(EngineError, match="odd.* image tokens, its images make"):
+            engine.submit([replace(request, token_ids=tuple(wrong))])
     assert engine.num_live == 0
 
 
@@ -148,10 +151,8 @@ def test_lengths_that_do_not_fit_are_rejected(tiny_model, engine):
         engine.submit([setup.request(prompt, "long", max_tokens=250)])
     response = [30] * (256 - len(prompt.token_ids))
     with pytest.raises(EngineError, match="score: .*max_model_len"):
-        engine.logprobs(prompt.engine_token_ids, response, prompt.images)
-    assert len(engine.logprobs(prompt.engine_token_ids, response[1:], prompt.images)) > 200
-    with pytest.raises(EngineError, match="score: vLLM rejects"):
-        engine.logprobs(prompt.engine_token_ids, response * 2, prompt.images)
+        engine.logprobs(prompt.token_ids, response, prompt.vision)
+    assert len(engine.logprobs(prompt.token_ids, response[1:], prompt.vision)) > 200
     assert engine.num_live == 0
 
 
@@ -257,7 +258,7 @@ def test_a_collected_engine_leaves_the_others_and_the_process_group_alone(
     request = setup.request(setup.prompt(tiny_model, 0), "a", seed=1)
     (before,) = engine.generate([request])
     collected = second[0].pop()
-    collected.generate([replace(request, images=(), token_ids=(30,), expanded_token_ids=(30,))])
+    collected.generate([replace(request, vision=None, token_ids=(30,))])
     alive = weakref.ref(collected)
     del collected
     gc.collect()

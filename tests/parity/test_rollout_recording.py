@@ -89,7 +89,7 @@ def test_with_the_question_first_a_prompts_readings_share_all_but_the_descriptio
         state = setup.reference(tiny_model).state_dict().items()
         engine.sync(((n, t) for n, t in state if n != "lm_head.weight"), version=1)
         with recorded(engine) as steps:
-            engine.generate([Request(str(k), i, i, max_tokens=1) for k, i in enumerate(ids)])
+            engine.generate([Request(str(k), i, max_tokens=1) for k, i in enumerate(ids)])
         computed[template] = sum(step.prefill_tokens for step in steps)
         shared = len(os.path.commonprefix(ids)) // LIMITS.block_tokens * LIMITS.block_tokens
         assert (shared > 0) == (template == "brief")

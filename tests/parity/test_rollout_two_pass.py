@@ -15,15 +15,8 @@ from megatron_sr1.config.rollout import RewardConfig, RolloutConfig
 from megatron_sr1.errors import EngineError, GradingLimit
 from megatron_sr1.rewards.response import find_description
 from megatron_sr1.rewards.score import Scorer
-from megatron_sr1.rollout.engine import Progress, Request
-from megatron_sr1.rollout.two_pass import (
-    Readings,
-    RolloutHooks,
-    _digest,
-    _has_closed,
-    _Sample,
-    roll_out,
-)
+from megatron_sr1.rollout.engine import Request
+from megatron_sr1.rollout.two_pass import PREFIX, RolloutHooks, _digest, roll_out
 from megatron_sr1.runtime.chat import ChatClient, defused
 from tests.chat_endpoint import CLOSED, SILENT, serving
 
@@ -143,7 +136,7 @@ def test_a_reading_equals_the_engines_answer_to_the_text_alone(tiny_model, engin
 def sampled(ids, part):
     """The request that pass 2 makes of a prompt at temperature 1, by itself."""
     seed = -1000 + 10 * _digest(ids) + part
-    return Request("x", ids, ids, max_tokens=10, seed=seed % 2**31)
+    return Request("x", ids, max_tokens=10, seed=seed % 2**31)
 
 
 def test_several_answers_are_those_of_their_seeds(tiny_model, engine, roll):
@@ -169,7 +162,7 @@ def test_likelihood_of_the_gold_answer_equals_transformers(tiny_model, roll):
             if reading is None:
                 continue
             ids = (*roll.reading_prompt(prompts[rollout.index], description), *lead)
-            text = replace(prompts[rollout.index], token_ids=ids, images=())
+            text = replace(prompts[rollout.index], token_ids=ids, vision=None)
             expected = setup.reference_logprobs(tiny_model, text, answer)
             assert reading.gold_logprobs == pytest.approx(expected, abs=1e-5)
             assert reading.answers[0].token_ids == answer and reading.texts == ()
@@ -227,19 +220,16 @@ def test_in_qwens_own_vocabulary_the_tag_closes_with_the_token_that_holds_its_en
     """It merges the tag with its neighbours; here the engine uses that tokenizer."""
     monkeypatch.setattr(engine, "_tokenizer", qwen_tokenizer)
     monkeypatch.setattr(engine, "_pieces", {})
+    monkeypatch.setattr(engine, "_marks", {})
     before = f"<description>{inside}</description>"
     encoded = qwen_tokenizer(before + after, return_offsets_mapping=True)
     ids, places = encoded["input_ids"], encoded["offset_mapping"]
-    sample = _Sample(setup.prompt(tiny_model, 0), 0)
-    hooks = RolloutHooks(find_description, lambda prompt, description: (), None)
-    readings = Readings(engine, RolloutConfig(), hooks)
-    closed = [
-        number
-        for number in range(len(ids))
-        if _has_closed(sample, Progress("0.0", ids[: number + 1], None), engine, readings, hooks)
-    ]
-    assert closed == [n for n, (a, b) in enumerate(places) if a < len(before) <= b]
-    assert sample.description == inside.strip()
+    contains = engine._marks_of(RolloutHooks(find_description, None, None).closing_mark)
+    told = [number for number, token in enumerate(ids) if contains[token]]
+    found = {n: find_description(engine.decode(ids[: n + 1])) for n in told}
+    closed = [n for n, description in found.items() if description is not None]
+    assert closed[0] == next(n for n, (a, b) in enumerate(places) if a < len(before) <= b)
+    assert found[closed[0]] == inside.strip()
 
 
 def test_without_images_a_closed_description_or_pass_2_there_is_no_reading(tiny_model, roll):
@@ -252,6 +242,30 @@ def test_without_images_a_closed_description_or_pass_2_there_is_no_reading(tiny_
     assert any(r.description is not None for r in rollouts)
     rollouts, stats = roll([image], end="\u2603")
     assert stats.num_pass2 == 0 and all(r.description is None for r in rollouts)
+
+
+def test_only_requests_with_an_open_description_are_watched(tiny_model, engine, roll, monkeypatch):
+    """Each is reported until the step in which its description closes, and at its end."""
+    reports, watched, step = {}, [], engine.step
+
+    def recorded():
+        watched.append(set(engine._watched))
+        found = step()
+        for progress in found:
+            reports.setdefault(progress.id, []).append(progress.completion is not None)
+        return found
+
+    monkeypatch.setattr(engine, "step", recorded)
+    prompts = [setup.prompt(tiny_model, 0, num_images=0), setup.prompt(tiny_model, 1)]
+    rollouts, _ = roll(prompts, hooks=EARLY)  # its mark is in every token
+    assert all(r.reading for r in rollouts[4:]) and not engine._watched
+    for name, ends in reports.items():
+        assert ends[-1] and not any(ends[:-1]), "each ends once, and last"
+        is_text = name.startswith(PREFIX) or name.startswith("0.")
+        assert (len(ends) == 1) if is_text else (2 <= len(ends) <= 9), name
+    assert watched[0] == {f"1.{k}" for k in range(4)} and watched[-1] == set()
+    tokens = sum(len(r.completion.token_ids) for r in rollouts[4:])
+    assert sum(map(len, watched)) < tokens / 2
 
 
 def test_no_prompts_give_no_rollouts(roll):

@@ -235,7 +235,7 @@ def test_rows_as_published_become_prompts_and_verdicts(read, grader, name):
     samples = read(name, [case[0] for case in CASES[name]])
     for index, (_, right, wrong, num_images, category, source) in enumerate(CASES[name]):
         example, prompt = samples.example(index), samples.prompt(index)
-        assert example.num_images == len(prompt.images) == num_images
+        assert example.num_images == len(prompt.image_grid_thw) == num_images
         assert example.metadata.get("category") == category
         assert example.metadata.get("data_source") == source
         for answer, wanted in ((right, True), (wrong, False)):

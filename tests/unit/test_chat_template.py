@@ -37,17 +37,17 @@ def shards(tmp_path_factory):
 
 
 def said(processor):
-    sample = processor.encode_conversation(TALK, [])
+    sample = processor.encode_conversation(TALK)
     return processor.tokenizer.decode(sample.token_ids)
 
 
 def test_a_chat_template_of_ones_own_replaces_the_models(tiny_model, template):
     own, usual = Processor(tiny_model, 784, 200704, str(template)), Processor(tiny_model, 784)
     assert "\n" in said(usual) and "\n" not in said(own)
-    image = Image.new("RGB", (28, 28))
+    vision = own.vision([Image.new("RGB", (28, 28))])
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "q"}]}]
     one = Example(0, "k", "s.tar", (Message("user", "<image>q"),), "1", 1)
-    assert "\n" not in own.tokenizer.decode(own.encode_prompt(one, [image], messages).token_ids)
+    assert "\n" not in own.tokenizer.decode(own.encode_prompt(one, vision, messages).token_ids)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
-"""Tokens: user text stays text, both forms agree, targets are the assistant's own tokens."""
+"""Tokens: user text stays text, images are runs, targets are the assistant's own tokens."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 
 import pytest
+import torch
 from PIL import Image
 
 from megatron_sr1.config.training import DataConfig
@@ -29,23 +31,29 @@ def pictures(*sizes):
     return [Image.new("RGB", size, (40 * i, 90, 200)) for i, size in enumerate(sizes, 1)]
 
 
-def test_ids_of_images_are_one_pad_for_the_engine_and_a_run_for_the_trainer(processor):
-    images = pictures((84, 28), (60, 100))
+def test_an_image_is_a_run_of_pads(processor):
+    vision = processor.vision(pictures((84, 28), (60, 100)))
     asked = example(("user", "<image>a<image>b"), num_images=2)
-    prompt = processor.encode_prompt(asked, images, PROMPTS.pass1_messages(asked))
+    prompt = processor.encode_prompt(asked, vision, PROMPTS.pass1_messages(asked))
     pad = processor.image_pad_id
     assert prompt.image_grid_thw == ((1, 2, 6), (1, 8, 4))
-    assert prompt.engine_token_ids.count(pad) == 2
-    assert prompt.token_ids.count(pad) == 3 + 8
-    first = prompt.engine_token_ids.index(pad)
-    assert prompt.token_ids[first : first + 4] == (
-        pad,
-        pad,
-        pad,
-        prompt.engine_token_ids[first + 1],
-    )
-    without = [t for t in prompt.token_ids if t != pad]
-    assert without == [t for t in prompt.engine_token_ids if t != pad]
+    runs = [(t == pad, len(list(run))) for t, run in itertools.groupby(prompt.token_ids)]
+    assert [length for is_pad, length in runs if is_pad] == [3, 8]
+
+
+def test_images_have_the_digest_of_their_pixels_and_shape(processor):
+    wide, same, other, high = pictures((84, 28), (84, 28), (84, 28), (28, 84))
+    same.paste(wide)
+    high.frombytes(wide.tobytes())
+    digests = processor.vision([wide, same, other, high]).digests
+    assert digests[0] == digests[1] and len(set(digests)) == 3
+    assert processor.vision([high]).digests == digests[3:]
+
+
+def test_pixels_of_a_bfloat16_tower_are_kept_in_it(processor, tiny_model):
+    images = pictures((84, 28), (60, 100))
+    half = Processor(tiny_model, 784, 200704, dtype="bfloat16").vision(images).pixel_values
+    assert torch.equal(half, processor.vision(images).pixel_values.bfloat16())
 
 
 def test_pieces_join_to_the_text_and_special_tokens_have_none(processor):
@@ -74,9 +82,9 @@ def test_grids_computed_without_pixels_equal_the_image_processors(processor):
 def test_special_tokens_in_a_question_or_description_stay_text(processor, text):
     asked = example(("user", f"<image>{text}?"), num_images=1)
     plain = example(("user", "<image>?"), num_images=1)
-    image = pictures((28, 28))
+    vision = processor.vision(pictures((28, 28)))
     tricky, usual = (
-        processor.encode_prompt(e, image, PROMPTS.pass1_messages(e)).engine_token_ids
+        processor.encode_prompt(e, vision, PROMPTS.pass1_messages(e)).token_ids
         for e in (asked, plain)
     )
     special = {int(i) for i in processor.tokenizer.all_special_ids}
@@ -89,7 +97,7 @@ def test_special_tokens_in_a_question_or_description_stay_text(processor, text):
 
 def test_an_answer_with_an_end_of_turn_in_its_text_does_not_end(processor):
     conversation = example(("user", "q"), ("assistant", "a<|im_end|>b"))
-    sample = processor.encode_conversation(conversation, [])
+    sample = processor.encode_conversation(conversation)
     (end,) = processor.end_token_ids
     assert (sample.token_ids == end).sum() == 2  # of the two turns
     assert processor.tokenizer.decode(sample.token_ids[sample.loss_mask]) == (
@@ -102,7 +110,7 @@ def test_targets_are_assistant_tokens_with_their_end_of_turn(processor):
         ("system", "s"), ("user", "<image>q"), ("assistant", "\n one"), ("user", "r"),
         ("assistant", "two"), ("user", "left out"), num_images=1,
     )  # fmt: skip
-    sample = processor.encode_conversation(conversation, pictures((84, 28)))
+    sample = processor.encode_conversation(conversation, ((1, 2, 6),))
     decode = processor.tokenizer.decode
     assert decode(sample.token_ids[sample.loss_mask]) == "\n one<|im_end|>two<|im_end|>"
     pads = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
@@ -113,7 +121,7 @@ def test_targets_are_assistant_tokens_with_their_end_of_turn(processor):
 
 def test_a_conversation_is_tokenised_as_the_engine_would_sample_it(processor):
     conversation = example(("user", "q"), ("assistant", "\n\nx"))
-    sample = processor.encode_conversation(conversation, [])
+    sample = processor.encode_conversation(conversation)
     asked = [{"role": "user", "content": [{"type": "text", "text": "q"}]}]
     prompt = processor.encode_text(asked)
     answer = processor.tokenizer("\n\nx")["input_ids"]
@@ -125,13 +133,14 @@ def test_inconsistent_or_too_long_samples_are_named(processor):
     asked = example(("user", "<image>a"), num_images=1)
     messages = PROMPTS.pass1_messages(asked)
     with pytest.raises(DataError, match="1 image places in the prompt, 2 images"):
-        processor.encode_prompt(asked, pictures((28, 28), (28, 28)), messages)
+        vision = processor.vision(pictures((28, 28), (28, 28)))
+        processor.encode_prompt(asked, vision, messages)
     with pytest.raises(DataError, match="1 image places"):
         processor.encode_text(messages)
     with pytest.raises(DataError, match="no assistant turn"):
-        processor.encode_conversation(example(("user", "q")), [])
+        processor.encode_conversation(example(("user", "q")))
     with pytest.raises(DataError, match=r"\d+ tokens, limit 3"):
-        processor.encode_conversation(example(("user", "q"), ("assistant", "a")), [], max_tokens=3)
+        processor.encode_conversation(example(("user", "q"), ("assistant", "a")), max_tokens=3)
 
 
 def test_vision_and_end_tokens_are_known(processor):
@@ -155,9 +164,9 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_for_several_answers(
     processor = Processor(tmp_path / "m", 784, 200704)
     turns = [("user", "q"), ("assistant", "long"), ("user", "r"), ("assistant", "end")]
     one = dataclasses.replace(example(*turns), messages=example(*turns[:2]).messages)
-    processor.encode_conversation(one, [])
+    processor.encode_conversation(one)
     with pytest.raises(DataError, match="renders earlier turns differently"):
-        processor.encode_conversation(example(*turns), [])
+        processor.encode_conversation(example(*turns))
 
 
 def test_a_directory_without_a_template_is_refused(tiny_model, tmp_path):

@@ -77,6 +77,6 @@ def test_a_published_form_becomes_prompts(name, tmp_path, tiny_model):
         grids = prompt.image_grid_thw
         tokens = sum(t * h * w for t, h, w in grids) // processor.merge_size**2
         assert prompt.token_ids.count(processor.image_pad_id) == tokens
-        assert prompt.engine_token_ids.count(processor.image_pad_id) == len(grids) == len(images)
+        assert len(grids) == len(images)
         text = processor.tokenizer.decode(prompt.token_ids)
         assert all(part.strip() in text for part in row["problem"].split("<image>"))

@@ -4,10 +4,11 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from megatron_sr1.config.endpoint import EndpointConfig
 from megatron_sr1.config.rollout import RewardConfig, RolloutConfig
-from megatron_sr1.records import Prompt, texts
+from megatron_sr1.records import Prompt, VisionInputs, texts
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rollout.two_pass import Readings, RolloutHooks
 from megatron_sr1.runtime.chat import ChatClient
@@ -20,7 +21,7 @@ RESPONSE = "<description>{}</description><think>x</think>\\boxed{{7}}"
 
 def prompt(index: int) -> Prompt:
     example = replace(case("", "7", "<image>How many?", has_image=True)[1], index=index)
-    return Prompt(example, (1,), (1,), (), ((1, 2, 2),))
+    return Prompt(example, (1,), VisionInputs(torch.zeros(4, 3), torch.tensor([[1, 2, 2]])))
 
 
 def messages(prompt: Prompt, description: str) -> tuple[tuple[str, str], ...]:

@@ -12,7 +12,16 @@ import torch
 
 from megatron_sr1.config.run import Config, ModelConfig
 from megatron_sr1.model.hf_config import parse_hf_config
-from megatron_sr1.records import Completion, Example, Message, Prompt, Reading, Rollout, TrainSample
+from megatron_sr1.records import (
+    Completion,
+    Example,
+    Message,
+    Prompt,
+    Reading,
+    Rollout,
+    TrainSample,
+    VisionInputs,
+)
 from megatron_sr1.runtime.gpus import DEVICE_NAMES, GPUS, peak_of
 from megatron_sr1.trainer import throughput
 from megatron_sr1.trainer.throughput import Throughput, peak_flops
@@ -107,7 +116,8 @@ def test_of_the_ranks_that_share_samples_only_the_first_counts_them(count):
 
 def test_a_rollout_is_its_prompt_once_and_what_both_passes_sample(count):
     example = Example(5, "000005", "a.tar", (Message("user", "<image>?"),), "7", 1)
-    prompt = Prompt(example, (0,) * 30, (0,) * 15, (), (GRID,))
+    vision = VisionInputs(torch.zeros(0), torch.tensor([GRID]))
+    prompt = Prompt(example, (0,) * 30, vision)
 
     def completion(tokens, finish="stop"):
         return Completion((1,) * tokens, (), "", finish)
