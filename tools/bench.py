@@ -2,9 +2,9 @@
 
 For the demo's model and for one of hidden size 512: one pass, two passes with a barrier between
 them and two passes forked on the real engine; weight sync beside a plain copy of the same bytes; a
-GRPO step beside TRL's. Then a declared workload on the cost model of an H100. Writes bench.json and
-prints tables; docs/bench.md holds those of one run. The exit status is 1 if a limit is exceeded.
-Without a finished demo in --demo, it runs one (minutes).
+GRPO step beside TRL's. Host time with a model of tiny kernels. Then a declared workload on the cost
+model of an H100. Writes bench.json and prints tables; docs/bench.md holds those of one run. The
+exit status is 1 if a limit is exceeded. Without a finished demo in --demo, it runs one (minutes).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sr1.planning.engine_time import Replica
+from tools.bench_host import LIMITS as HOST_LIMITS
 from tools.engine_steps import (
     H100,
     SCHEDULES,
@@ -48,6 +49,10 @@ COLD_START = {
 MODELS = ("3b", "7b")
 SEQUENCES = (64, 128, 256, 512)
 SEEDS = (1, 2, 3)
+GPU_PHASES = ("pass1", "pass2", "old_logprobs", "reference", "update")
+"""Phases of a step in which engine or actor compute."""
+GAP_LIMIT = 0.03
+"""Largest share of a step outside of these phases."""
 STEP_TOKENS, BLOCK_TOKENS = 16384, 16  # vLLM's defaults on an H100
 VARIANTS: dict[str, tuple[DeclaredWorkload, dict[str, Any]]] = {
     "declared": (DeclaredWorkload(), {}),
@@ -120,6 +125,44 @@ def measure(name: str, models: dict[str, Path], demo: Path, trl: list[str]) -> d
         run(*command, "--data", data, "--result", str(result), threads=2)
         found[part] = json.loads(result.read_text())
     return found
+
+
+def measure_host(directory: Path, rounds: int) -> dict[str, float]:
+    """Measure host time, which needs no demo; the result is beside those of the models."""
+    result = directory / "bench" / "host.json"
+    result.parent.mkdir(parents=True, exist_ok=True)
+    run("tools/bench_host.py", "--result", str(result), "--rounds", str(rounds))
+    found: dict[str, float] = json.loads(result.read_text())
+    return found
+
+
+def host_table(found: dict[str, float]) -> str:
+    """Show the seconds of the main thread, their ratios, and the limits."""
+    parts = {
+        "one_pass": ("one pass, pixels included, / LLM.generate", "one_pass_seconds", "generate"),
+        "own_share": ("the loop's own part / vLLM's", "own_seconds", "vllm_seconds"),
+        "images": ("a step's images, read ahead / not", "ahead_seconds", "serial_seconds"),
+    }
+    rows = [
+        [text, f"{found[own]:.3f}", f"{found[other]:.3f}", f"{found[name]:.3f}", f"{limit:.2f}"]
+        for name, limit in HOST_LIMITS.items()
+        for text, own, other in [parts[name]]
+    ]
+    return table(["host time", "ours, s", "beside, s", "ratio, median", "limit"], rows)
+
+
+def host_verdicts(found: dict[str, float]) -> dict[str, bool]:
+    """Check the limits of host time."""
+    return {
+        f"host, {name}: {found[name]:.3f}, {limit:g}": found[name] <= limit
+        for name, limit in HOST_LIMITS.items()
+    }
+
+
+def gap_share(phases: dict[str, float]) -> float:
+    """Return the share of a step in which neither engine nor actor compute."""
+    busy = sum(phases.get(f"time/{name}_seconds", 0.0) for name in GPU_PHASES)
+    return 1 - busy / phases["time/step_seconds"]
 
 
 def gpu_seconds() -> dict[str, Gpu]:
@@ -224,7 +267,7 @@ def _lengths(seeds: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 
 def verdicts(models: dict[str, dict[str, Any]], gpu: Gpu) -> dict[str, bool]:
-    """Check the limits: the demo's schedules by seed, the modelled GPU, syncs and a step."""
+    """Check the limits: the demo's schedules by seed, the modelled GPU, syncs, gaps and a step."""
     checked, demo = {}, models["demo"]
     seeds = demo["engine"]["schedules"]["seeds"]
     for seed in seeds:
@@ -242,6 +285,8 @@ def verdicts(models: dict[str, dict[str, Any]], gpu: Gpu) -> dict[str, bool]:
         extra, layer = sync["extra_bytes_peak"], sync["largest_layer_bytes"]
         claim = f"{name}, sync: {extra:,} bytes at most beside the weights, 2 x {layer:,}"
         checked[claim] = extra <= 2 * layer
+        gap = gap_share(found["step"]["median_phase_seconds"])
+        checked[f"{name}, share of a step in gaps: {gap:.3f}, {GAP_LIMIT:g}"] = gap <= GAP_LIMIT
     ratio = demo["step"]["ratio"]
     checked[f"a step of the demo relative to TRL's: {ratio:.2f}, 0.8"] = ratio <= 0.8
     return checked
@@ -286,21 +331,33 @@ def main() -> int:
     add("--wide-steps", type=int, default=400, help="steps of the wide model's cold start")
     add("--trl-steps", type=int, default=6, help="steps per side and round; the first is ignored")
     add("--trl-rounds", type=int, default=3, help="rounds; the sides take turns")
+    add("--host-only", action="store_true", help="measure host time, check its limits and stop")
+    add("--host-rounds", type=int, default=5)
     add("--roofline-only", action="store_true", help="print the cost model's tables and stop")
     arguments = parser.parse_args()
-    gpu = gpu_seconds()
-    print(gpu_tables(gpu), flush=True)
+    demo = arguments.demo.resolve()
+    if not arguments.host_only:
+        gpu = gpu_seconds()
+        print(gpu_tables(gpu), flush=True)
     if arguments.roofline_only:
         return 0
-    demo = arguments.demo.resolve()
+    host = measure_host(demo, arguments.host_rounds)
+    print(host_table(host), flush=True)
+    if arguments.host_only:
+        return report(host_verdicts(host))
     models = prepare(demo, arguments.wide_steps)
     trl = ["--steps", str(arguments.trl_steps), "--rounds", str(arguments.trl_rounds)]
     found = {name: measure(name, models[name], demo, trl) for name in models}
     parts = {name: summary(found[name], gpu["declared"]) for name in found}
-    arguments.output.write_text(json.dumps({**parts["demo"], "wide": parts["wide"]}, indent=2))
+    whole = {**parts["demo"], "wide": parts["wide"], "host": host}
+    arguments.output.write_text(json.dumps(whole, indent=2))
     for name in found:
         print(model_tables(name, found[name]))
-    checked = verdicts(found, gpu["declared"])
+    return report({**verdicts(found, gpu["declared"]), **host_verdicts(host)})
+
+
+def report(checked: dict[str, bool]) -> int:
+    """Print which limits hold; return the exit status."""
     for claim, holds in checked.items():
         print(f"{'holds' if holds else 'DOES NOT HOLD'}: {claim}")
     return 0 if all(checked.values()) else 1

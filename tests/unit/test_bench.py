@@ -5,7 +5,17 @@ The measurements here are made up; `make bench` takes real ones.
 
 import pytest
 
-from tools.bench import SEQUENCES, forked_over_barrier, model_tables, summary, verdicts
+from tools.bench import (
+    SEQUENCES,
+    forked_over_barrier,
+    gap_share,
+    host_table,
+    host_verdicts,
+    model_tables,
+    report,
+    summary,
+    verdicts,
+)
 from tools.engine_steps import SCHEDULES
 
 
@@ -20,7 +30,12 @@ def schedule(steps, seconds):
     }
 
 
-def measured(forked_steps=20, forked_seconds=(3.0, 1.5, 6.0), extra_bytes=200, ours=3.0):
+HOST = {"generate": 1.0, "one_pass_seconds": 1.03, "own_seconds": 0.05, "vllm_seconds": 1.0}
+HOST |= {"ahead_seconds": 0.1, "serial_seconds": 1.0}
+HOST |= {"one_pass": 1.03, "own_share": 0.05, "images": 0.1}
+
+
+def measured(forked_steps=20, forked_seconds=(3.0, 1.5, 6.0), extra_bytes=200, ours=3.0, gap=0.02):
     span = {"mean": 1.0, "p50": 1.0, "p99": 2.0, "max": 2}
     lengths = {"response": span, "description": span, "reading": span}
     seed = {
@@ -36,7 +51,12 @@ def measured(forked_steps=20, forked_seconds=(3.0, 1.5, 6.0), extra_bytes=200, o
         "median_step_seconds": {"ours": ours, "trl": 4.0},
         "ratio": ours / 4.0,
         "ratio_by_round": [0.7, 0.8],
-        "median_phase_seconds": {"time/pass1_seconds": 1.0},
+        "median_phase_seconds": {
+            "time/step_seconds": 100.0,
+            "time/pass1_seconds": 40.0,
+            "time/update_seconds": 60.0 - 100 * gap,
+            "time/sync_seconds": 100 * gap,
+        },
     }
     engine = {"schedules": {"seeds": [seed]}, "sync": sync | {"largest_layer_bytes": 100}}
     return {"engine": engine, "step": step}
@@ -67,7 +87,7 @@ def test_wall_times_are_compared_run_by_run():
 
 def test_limits_that_hold_are_listed():
     checked = verdicts({"demo": measured(), "wide": measured()}, gpu())
-    assert len(checked) == 1 + 6 + 1 + 2 + 1 and all(checked.values())
+    assert len(checked) == 1 + 6 + 1 + 2 * 2 + 1 and all(checked.values())
     assert "ratio 0.75, by round 0.70, 0.80" in model_tables("demo", measured())
 
 
@@ -78,6 +98,7 @@ def test_limits_that_hold_are_listed():
         ({"forked_seconds": (4.1, 2.1, 1.0)}, "wall time"),
         ({"extra_bytes": 201}, "demo, sync"),
         ({"ours": 3.3}, "TRL's"),
+        ({"gap": 0.04}, "demo, share of a step in gaps"),
     ],
 )
 def test_an_exceeded_limit_is_named(worse, report):
@@ -89,3 +110,22 @@ def test_the_wide_model_and_the_modelled_gpu_have_limits_too():
     checked = verdicts({"demo": measured(), "wide": measured(extra_bytes=201)}, gpu(1.6))
     failed = [claim for claim, holds in checked.items() if not holds]
     assert len(failed) == 7 and "wide, sync" in failed[-1]
+
+
+def test_what_no_phase_of_engine_or_actor_names_is_a_gap():
+    phases = {"time/step_seconds": 2.0, "time/pass1_seconds": 1.0, "time/sync_seconds": 0.5}
+    assert gap_share(phases) == 0.5
+    assert gap_share(phases | {"time/reference_seconds": 0.25, "time/pass2_seconds": 0.25}) == 0.25
+
+
+def test_host_time_has_limits_and_an_exit_status(capsys):
+    assert report(host_verdicts(HOST)) == 0
+    rows = host_table(HOST).splitlines()[2:]
+    assert [row.split(" | ")[-2:] for row in rows] == [
+        ["1.030", "1.03 |"],
+        ["0.050", "0.05 |"],
+        ["0.100", "0.10 |"],
+    ]
+    for name in ("one_pass", "own_share", "images"):
+        assert report(host_verdicts(HOST | {name: 1.04})) == 1
+        assert f"DOES NOT HOLD: host, {name}: 1.040" in capsys.readouterr().out

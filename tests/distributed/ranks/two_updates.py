@@ -67,12 +67,12 @@ def invented(samples):
 def step(config, groups):
     """What each of the two updates measured, and sums of the weights afterwards."""
     context, samples, actor, _ = stages.start(config, groups)
-    updates = own_samples(context, samples, *invented(samples), range(NUM_PROMPTS))
-    updates = with_logprobs(context, actor, samples, updates, None)
+    owned = own_samples(context, samples, *invented(samples), range(NUM_PROMPTS))
+    updates = [samples.pack(own, groups) for own in owned]
+    updates = with_logprobs(context, actor, owned, updates, None)
     loss = grpo_loss(config.algorithm, config.rollout)
     measured = []
-    for own in updates:
-        batches = samples.pack(own, groups)
+    for batches in updates:
         measured.append(update(actor, batches, loss, config.rollout.temperature))
     context.close()
     weights = {name: float(tensor.double().abs().sum()) for name, tensor in actor.weights()}

@@ -1,0 +1,244 @@
+"""Host time of the benchmark: what Python costs between the kernels, with a model of tiny kernels.
+
+Makes its model and images itself. Measures, in turn within one run: `LLM.generate` of 64 prompts
+with 8 samples each, so 512 live sequences; `roll_out` of one pass of the same prompts, pixels
+included; both passes forked, of which the loop's own part is what lies outside of vLLM's calls; and
+what a step's images cost before the first token: read and preprocessed by the trainer and by vLLM
+one after the other, or read ahead by threads. Times are processor seconds of the main thread, which
+other programs on the machine disturb less than wall time does. Writes a JSON file. One process,
+started by bench.py, with OMP_NUM_THREADS=1, so that the main thread computes everything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from megatron_sr1.config.loading import load_config
+from megatron_sr1.config.rollout import RolloutConfig
+from megatron_sr1.data.examples import Record
+from megatron_sr1.data.shards import write_shards
+from megatron_sr1.demo.digits import corpus_texts
+from megatron_sr1.demo.tiny_model import make_tiny_model
+from megatron_sr1.records import Message
+from megatron_sr1.rollout import vllm_api
+from megatron_sr1.rollout.engine import Engine, Request
+from megatron_sr1.rollout.two_pass import RolloutHooks, roll_out
+from megatron_sr1.runtime.device import select_device, start_distributed
+from megatron_sr1.runtime.rng import request_seed
+from megatron_sr1.trainer.samples import Samples, make_processor
+from tools.scoring_backends import collapse
+
+NUM_PROMPTS, SAMPLES = 64, 8
+RESPONSE_TOKENS, READING_TOKENS, DESCRIPTION_CHARACTERS = 64, 24, 60
+SMALL, LARGE = (84, 28), (1024, 768)
+"""Width and height of an image, pixels: as in the digits, and of an ordinary photograph."""
+ROUNDS = 5
+SECONDS = ("one_pass_seconds", "own_seconds", "vllm_seconds", "ahead_seconds", "serial_seconds")
+LIMITS = {"one_pass": 1.03, "own_share": 0.05, "images": 0.10}
+"""`roll_out` of one pass over LLM.generate; the loop's own seconds over those of vLLM's steps; the
+seconds of a step's images, read ahead over not."""
+
+
+class Bench:
+    """A tiny engine and samples with images of one size."""
+
+    def __init__(self, directory: Path) -> None:
+        """Make model and shards, and start the engine."""
+        model = directory / "model"
+        make_tiny_model(model, corpus_texts(), hidden_size=64, num_layers=1)
+        self.samples = {
+            name: make_samples(directory, model, name, size)
+            for name, size in (("small", SMALL), ("large", LARGE))
+        }
+        start_distributed(select_device("cpu"))
+        rollout = RolloutConfig(max_model_len=2048, max_num_seqs=2 * NUM_PROMPTS * SAMPLES)
+        self.engine = Engine(model, rollout, self.samples["small"].processor)
+        self.llm = self.engine._llm
+
+    def reset(self) -> None:
+        """Drop what the engine has cached."""
+        self.llm.reset_prefix_cache()
+        self.llm.llm_engine.reset_mm_cache()
+        self.llm.llm_engine.reset_encoder_cache()
+
+    def generate(self) -> float:
+        """Return the seconds of LLM.generate from decoded images to tokens and logprobs."""
+        from vllm import SamplingParams
+
+        samples = self.samples["small"]
+        prompts = [samples.prompt(index) for index in range(NUM_PROMPTS)]
+        pad = samples.processor.image_pad_id
+        images = [samples.images(index) for index in range(NUM_PROMPTS)]
+        asked = [as_vllm_takes(p.token_ids, i, pad) for p, i in zip(prompts, images, strict=True)]
+        common = {"n": SAMPLES, "max_tokens": RESPONSE_TOKENS, "logprobs": 0, "detokenize": False}
+        settings = [SamplingParams(seed=k, flat_logprobs=True, **common) for k in range(len(asked))]
+        self.reset()
+        started = time.thread_time()
+        found = self.llm.generate(asked, settings, use_tqdm=False)
+        seconds = time.thread_time() - started
+        assert sum(len(each.outputs) for each in found) == NUM_PROMPTS * SAMPLES
+        return seconds
+
+    def roll(self, with_pass2: bool) -> tuple[float, float]:
+        """Return the seconds of roll_out and those of vLLM's steps and submissions in it.
+
+        Those of one pass include what makes pixels of decoded images.
+        """
+        samples = self.samples["small"]
+        prompts = [samples.prompt(index) for index in range(NUM_PROMPTS)]
+        images = [samples.images(index) for index in range(NUM_PROMPTS)]
+        samples.readings.clear()
+        self.reset()
+        started, inside = time.thread_time(), [0.0]
+        if not with_pass2:
+            for pictures in images:
+                samples.processor.vision(pictures)
+        with timed_calls(self.engine._core, ("step", "add_request"), inside):
+            rollouts, _ = roll_out(
+                self.engine,
+                prompts,
+                RolloutConfig(
+                    samples_per_prompt=SAMPLES,
+                    max_response_tokens=RESPONSE_TOKENS,
+                    pass2_temperature=1.0,
+                    max_reading_tokens=READING_TOKENS,
+                ),
+                RolloutHooks(
+                    first_characters,
+                    samples.reading_prompt if with_pass2 else None,
+                    lambda index, sample, part: request_seed(1, 0, index, sample, part),
+                ),
+            )
+        seconds = time.thread_time() - started
+        assert sum(r.reading is not None for r in rollouts) > len(rollouts) / 2 or not with_pass2
+        return seconds, inside[0]
+
+    def images(self) -> tuple[float, float]:
+        """Return the seconds of a step's large images: one after the other, and read ahead.
+
+        The first are those of the trainer's prompts and of vLLM's preprocessing of them.
+        """
+        samples, pad = self.samples["large"], self.engine._image_pad
+        assert pad is not None
+        samples.forget()
+        started = time.thread_time()
+        for index in range(NUM_PROMPTS):
+            messages = samples.prompts.pass1_messages(samples.example(index))
+            pictures = samples.images(index)
+            grids = [samples.processor.grid(picture) for picture in pictures]
+            ids = samples.processor.encode_text(messages, grids)
+            self.engine._core.renderer.render_cmpl([as_vllm_takes(ids, pictures, pad[0])])
+        serial = time.thread_time() - started
+        samples.pixels.start(range(NUM_PROMPTS))
+        samples.pixels.finish()
+        started = time.thread_time()
+        for index in range(NUM_PROMPTS):
+            prompt = samples.prompt(index)
+            vllm_api.engine_input(Request("a", prompt.token_ids, prompt.vision), pad)
+        ahead = time.thread_time() - started
+        samples.forget()
+        return serial, ahead
+
+
+def make_samples(directory: Path, model: Path, name: str, size: tuple[int, int]) -> Samples:
+    """Write and open shards of questions about an image of this size each."""
+    rng = np.random.default_rng(0)
+    records = []
+    for number in range(NUM_PROMPTS):
+        coarse = rng.integers(256, size=(size[1] // 14, size[0] // 14, 3), dtype=np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG")
+        asked = Message("user", f"<image>Which digit of {number} is largest?")
+        records.append(Record((asked,), "7", (buffer.getvalue(),)))
+    write_shards(records, directory / name)
+    settings = {
+        "model.path": model,
+        "model.dtype": "float32",
+        "data.train": directory / name,
+        "data.min_pixels": 784,
+        "data.max_pixels": 2**20,
+        "data.pass1_template": "brief",
+        "data.pass2_template": "brief",
+    }
+    config = load_config(None, [f"{key}={value}" for key, value in settings.items()])
+    return Samples(config, directory / name, make_processor(config))
+
+
+def first_characters(text: str) -> str | None:
+    """Return a description: the text up to a mark, once it is long enough."""
+    return text if len(text) >= DESCRIPTION_CHARACTERS else None
+
+
+def as_vllm_takes(
+    token_ids: Sequence[int], images: Sequence[Image.Image], pad_id: int
+) -> dict[str, Any]:
+    """Return a prompt for vLLM's own preprocessing, with one pad per image."""
+    ids = list(collapse(token_ids, pad_id))
+    return {"prompt_token_ids": ids, "multi_modal_data": {"image": list(images)}}
+
+
+@contextmanager
+def timed_calls(owner: Any, names: Sequence[str], total: list[float]) -> Iterator[None]:
+    """Add the processor seconds of the calls of some methods to `total[0]`."""
+
+    def wrapped(call: Callable[..., Any]) -> Callable[..., Any]:
+        def measured(*arguments: Any, **keywords: Any) -> Any:
+            started = time.thread_time()
+            try:
+                return call(*arguments, **keywords)
+            finally:
+                total[0] += time.thread_time() - started
+
+        return measured
+
+    for name in names:
+        setattr(owner, name, wrapped(getattr(owner, name)))
+    try:
+        yield
+    finally:
+        for name in names:
+            delattr(owner, name)
+
+
+def measure(bench: Bench, num_rounds: int) -> dict[str, Any]:
+    """Measure in turn; return medians of the seconds, and ratios of neighbouring measurements."""
+    bench.generate(), bench.roll(False), bench.roll(True), bench.images()  # kernels warm up
+    found: dict[str, list[float]] = {name: [] for name in ("generate", *SECONDS, *LIMITS)}
+    for _ in range(num_rounds):
+        generate, (one, _), (both, vllm) = bench.generate(), bench.roll(False), bench.roll(True)
+        serial, ahead = bench.images()
+        ratios = one / generate, (both - vllm) / vllm, ahead / serial
+        values = (generate, one, both - vllm, vllm, ahead, serial, *ratios)
+        for series, value in zip(found.values(), values, strict=True):
+            series.append(value)
+    return {name: statistics.median(series) for name, series in found.items()}
+
+
+def main() -> int:
+    """Measure and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--result", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        found = measure(Bench(Path(directory)), arguments.rounds)
+    arguments.result.write_text(json.dumps(found, indent=2) + "\n")
+    print(arguments.result.read_text())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
