@@ -42,7 +42,7 @@ from megatron_sr1.trainer.samples import Samples, make_processor
 from tools.scoring_backends import collapse
 
 NUM_PROMPTS, SAMPLES = 64, 8
-RESPONSE_TOKENS, READING_TOKENS, DESCRIPTION_CHARACTERS = 64, 24, 60
+RESPONSE_TOKENS, READING_TOKENS, DESCRIPTION_CHARACTERS = 64, 24, 40
 SMALL, LARGE = (84, 28), (1024, 768)
 """Width and height of an image, pixels: as in the digits, and of an ordinary photograph."""
 ROUNDS = 5

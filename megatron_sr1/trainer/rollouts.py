@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -268,5 +268,5 @@ def rollout_line(
         **texts(rollout, example),
         **advantages,
         "weight_version": rollout.weight_version,
-        "reward": asdict(scored.reward),
+        "reward": dict(vars(scored.reward)),
     }

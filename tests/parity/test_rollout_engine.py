@@ -158,10 +158,12 @@ def test_lengths_that_do_not_fit_are_rejected(tiny_model, engine):
 
 def test_sleep_and_wake_change_nothing_on_a_cpu(tiny_model, engine):
     request = setup.request(setup.prompt(tiny_model, 0), "a", seed=1)
-    before = engine.generate([request])
+    (before,) = engine.generate([request])
     engine.sleep()
     engine.wake()
-    assert engine.generate([request]) == before
+    (after,) = engine.generate([request])
+    assert after.token_ids == before.token_ids
+    assert_close(after.logprobs, before.logprobs)  # the image may have been encoded with others
 
 
 @pytest.mark.field
