@@ -42,7 +42,7 @@ class Rollouts:
         """Load the actor, then start the engine beside it, as a run does."""
         self.bench, sizes = bench, bench.sizes
         self.actor: Actor = bench.actor(bench.config())
-        self.processor = Processor(bench.model_dir, 784, 200704)
+        self.processor = Processor(bench.model_dir, 784, 200704, dtype="bfloat16")
         length = sizes.sampled_tokens + 512
         settings = RolloutConfig(
             max_model_len=length,
@@ -67,19 +67,13 @@ class Rollouts:
         example = Example(index, str(index), "", (Message("user", f"<image>{text}"),), "7", 1)
         parts = [{"type": "image"}, {"type": "text", "text": text}]
         messages = [{"role": "user", "content": parts}]
-        return self.processor.encode_prompt(example, [Image.fromarray(pixels)], messages)
+        vision = self.processor.vision([Image.fromarray(pixels)])
+        return self.processor.encode_prompt(example, vision, messages)
 
     def requests(self, number: int, max_tokens: int) -> list[Request]:
         """Return requests with seeds, several for each prompt."""
         return [
-            Request(
-                str(k),
-                prompt.engine_token_ids,
-                prompt.token_ids,
-                prompt.images,
-                max_tokens=max_tokens,
-                seed=k,
-            )
+            Request(str(k), prompt.token_ids, prompt.vision, max_tokens=max_tokens, seed=k)
             for k in range(number)
             for prompt in [self.prompts[k % len(self.prompts)]]
         ]
@@ -109,7 +103,9 @@ class Rollouts:
 
     def vision(self, index: int) -> VisionInputs:
         """Return the pixels of a prompt's image."""
-        return self.processor.vision(self.prompts[index].images)
+        vision = self.prompts[index].vision
+        assert vision is not None
+        return vision
 
 
 def engine(bench: Bench) -> Iterator[Row]:
