@@ -47,7 +47,7 @@ def test_each_kind_of_number_is_there(table):
         "weight sync",
         "engine and actor, after an update and a sync: mean",
         "engine and actor, after sleep, wake and sync: largest",
-        "responses with a description",
+        "tokens of pass 2",
         "update after loading, off the one after saving",
         "reduce-scatter of gradients",
         "first grad_norm, off the default's",
