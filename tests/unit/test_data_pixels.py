@@ -86,8 +86,8 @@ def test_what_is_read_ahead_outlives_the_step_and_the_rest_does_not(samples):
 
 
 def test_the_upcoming_step_is_the_next_one_and_is_not_consumed():
-    loader, alone = (Loader((7, 5), 4, 3, shares={"a": 0.5, "b": 0.5}) for _ in range(2))
-    for _ in range(9):  # over the ends of epochs
+    loader, alone = (Loader((7, 5), 6, 1, shares={"a": 0.5, "b": 0.5}) for _ in range(2))
+    for _ in range(9):  # over the ends of epochs, where samples are deferred
         before = loader.state_dict()
         told = loader.upcoming()
         assert loader.state_dict() == before and loader.upcoming() == told
