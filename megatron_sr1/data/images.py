@@ -105,11 +105,22 @@ def file_extension(data: bytes) -> str:
 def decode_image(data: bytes) -> Image.Image:
     """Decode an image file to RGB, rotated upright, with transparency composited over white."""
     with _open(data) as image:
-        try:
-            return _to_rgb(image)
-        except Exception as error:  # Pillow's decoders raise almost any error on broken files
-            reason = printable(error) or type(error).__name__
-            raise DataError(f"the image does not decode: {reason}") from None
+        return _decoded(image)
+
+
+def image_info(data: bytes) -> ImageInfo:
+    """Decode an image file, so that a broken one is found, and return what it holds."""
+    with _open(data) as image:
+        extension = str(image.format).lower()
+        return ImageInfo(*_decoded(image).size, extension)
+
+
+def _decoded(image: Image.Image) -> Image.Image:
+    try:
+        return _to_rgb(image)
+    except Exception as error:  # Pillow's decoders raise almost any error on broken files
+        reason = printable(error) or type(error).__name__
+        raise DataError(f"the image does not decode: {reason}") from None
 
 
 def _open(data: bytes) -> Image.Image:

@@ -37,7 +37,7 @@ class PromptLength:
         """Count the tokens; raises DataError for a sample that has no prompt."""
         prompts, system_prompt, processor = self.load()
         example = example_from_stored(stored(record), index=0, key="", shard="")
-        grids = tuple(processor.grid(size) for size in record.sizes)
+        grids = tuple(processor.grid(image) for image in record.info)
         if example.answer is None:
             example = with_system_turn(example, system_prompt)
             ids = processor.encode_conversation(example, grids).token_ids.tolist()

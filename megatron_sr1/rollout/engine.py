@@ -106,6 +106,7 @@ class Engine:
         image and the vision tokens, which are never sampled; without it the limits are the
         directory's, every token is sampled, and prompts have no images. Raises EngineError if the
         installed vLLM is not built for `device_kind`, cpu or cuda. `dtype` is float32 or bfloat16.
+        A collective of the replica may take `timeout_seconds`.
         """
         size, world = rollout.tensor_parallel, torch.distributed.get_world_size()
         assert world % size == 0, f"rollout.tensor_parallel={size} does not divide {world} ranks"

@@ -16,6 +16,8 @@ import torch
 
 GREEDY_BELOW = 1e-5
 """Temperatures below it are greedy, as in vLLM."""
+SCORED_TOKENS = 256
+"""Tokens of a prompt whose logits are in float32 at the same time."""
 _GOLDEN, _FIRST, _SECOND = (
     np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 )
@@ -92,16 +94,22 @@ class FullVocabularySampler(torch.nn.Module):
 
     @staticmethod
     def compute_logprobs(logits: torch.Tensor) -> torch.Tensor:
-        """Return float32 logprobs; vLLM calls it for prompt positions."""
-        return logits.log_softmax(dim=-1, dtype=torch.float32)
+        """Return the logits, for `gather_logprobs`; vLLM calls both for a prompt's positions.
+
+        In float32 the logprobs of all positions would take 600 KB a token beside the engine's
+        memory limit.
+        """
+        return logits
 
     def gather_logprobs(
-        self, logprobs: torch.Tensor, num_logprobs: int, token_ids: torch.Tensor
+        self, logits: torch.Tensor, num_logprobs: int, token_ids: torch.Tensor
     ) -> Any:
-        """Select logprobs [tokens, vocabulary] of given tokens; vLLM calls it for prompts."""
+        """Return the float32 logprobs of given tokens by logits [tokens, vocabulary]."""
         assert num_logprobs == 0, "alternatives are not supported"
         columns = token_ids.unsqueeze(1)
-        return self._tensors(columns, logprobs.gather(1, columns))
+        parts = logits.split(SCORED_TOKENS)
+        totals = torch.cat([part.float().logsumexp(dim=-1, keepdim=True) for part in parts])
+        return self._tensors(columns, logits.gather(1, columns).float() - totals)
 
     def _tensors(self, token_ids: torch.Tensor, logprobs: torch.Tensor) -> Any:
         ranks = torch.zeros(len(token_ids), dtype=torch.int64, device=token_ids.device)

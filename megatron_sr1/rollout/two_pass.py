@@ -144,13 +144,16 @@ class Readings:
         return key
 
     def wait(self) -> float:
-        """Wait for the endpoint's answers, which come or fail within its limits; return seconds."""
-        since = time.perf_counter()
+        """Wait for the endpoint's answers, which come or fail within the client's limits.
+
+        Returns the seconds that it took; 0 if the endpoint was not asked.
+        """
+        started = time.perf_counter()
         for name, reply in ((name, future.result()) for name, future in self._asked.items()):
             reason = "failed" if reply.failure else "length" * (reply.finish_reason == "length")
             text = reply.failure or reply.text
             self.done[name] = Completion((), (), text, reason or "stop")
-        return time.perf_counter() - since if self._asked else 0.0
+        return time.perf_counter() - started if self._asked else 0.0
 
     def result(self, key: Key | None) -> Reading | None:
         """Return the reading of a key; all its requests must be finished."""

@@ -5,10 +5,11 @@ Not covered: that vLLM asks so; tests/parity has scored responses of the engine.
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_sr1.rollout.vllm_api import FullVocabularySampler
+from megatron_sr1.rollout.sampler import FullVocabularySampler
 
 NUM_TOKENS, VOCABULARY = 1000, 301
 
@@ -41,7 +42,7 @@ def test_chosen_logprobs_are_exact_and_take_float32_memory_for_few_tokens():
     generator = torch.Generator().manual_seed(3)
     logits = (9 * torch.randn(NUM_TOKENS, VOCABULARY, generator=generator)).bfloat16()
     chosen = torch.randint(0, VOCABULARY, (NUM_TOKENS,), generator=generator)
-    sampler = FullVocabularySampler(torch.nn.Identity(), Outputs, ())
+    sampler = FullVocabularySampler(lambda: np.zeros(0), Outputs, ())
     with Largest() as largest:
         found = sampler.gather_logprobs(sampler.compute_logprobs(logits), 0, chosen)
     assert largest.numel < 0.3 * NUM_TOKENS * VOCABULARY
