@@ -39,6 +39,12 @@ def test_ranks_know_their_replica(results):
     assert seen == {1: [(0, 2, True), (1, 2, True)], 2: [(0, 1, True), (0, 1, False)]}
 
 
+def test_the_engines_groups_have_its_time_limit(results):
+    """Not vLLM's own: 10 minutes for NCCL, 30 for gloo, both below the default deadlines."""
+    for ranks in results.values():
+        assert [rank["time_limits"] for rank in ranks] == [[777.0, 777.0]] * 2
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_ranks_of_a_replica_sample_the_same_tokens(results, when):
     first, second = (rank[when] for rank in results[2])

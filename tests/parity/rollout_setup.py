@@ -13,7 +13,6 @@ from megatron_sr1.rollout.engine import Engine, Request
 from megatron_sr1.runtime.device import select_device, start_distributed
 
 MIN_PIXELS, MAX_PIXELS = 784, 50176
-TIMEOUT_SECONDS = 777.0
 SIZES = ((84, 28), (170, 120), (56, 200), (300, 190))
 """Width and height; the second and fourth are wider than a vision window (112 pixels), the last is
 scaled down."""
@@ -35,7 +34,6 @@ def engine(model_dir, dtype="float32", **settings):
         processor(model_dir),
         dtype=dtype,
         seed=3,
-        timeout_seconds=TIMEOUT_SECONDS,
     )
     return started, torch.equal(before, torch.get_rng_state())
 

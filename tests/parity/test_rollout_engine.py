@@ -37,16 +37,6 @@ def test_start_leaves_the_random_state_and_the_thread_setter_alone(tiny_model, e
     torch.set_num_threads(before)
 
 
-def test_the_engines_groups_have_its_time_limit(engine):
-    """Not vLLM's own: 10 minutes for NCCL, 30 for gloo, both below the default deadlines."""
-    from vllm.distributed.parallel_state import get_tp_group
-
-    group = get_tp_group()
-    for each in (group.cpu_group, group.device_group):
-        limit = each._get_backend(torch.device("cpu")).options._timeout
-        assert limit.total_seconds() == setup.TIMEOUT_SECONDS
-
-
 def test_sampling_leaves_the_random_state_alone(tiny_model, engine):
     before = torch.get_rng_state()
     engine.generate([setup.request(setup.prompt(tiny_model, 0), "a", seed=1)])

@@ -27,6 +27,15 @@ def refusal(call):
     return "accepted"
 
 
+def time_limits():
+    """Seconds that a collective of vLLM's own groups may take."""
+    from vllm.distributed.parallel_state import get_tp_group
+
+    groups = get_tp_group().cpu_group, get_tp_group().device_group
+    cpu = torch.device("cpu")
+    return [each._get_backend(cpu).options._timeout.total_seconds() for each in groups]
+
+
 def main(model_dir, output, tensor_parallel):
     start_distributed(select_device("cpu"), timeout_seconds=120)
     processor = setup.processor(model_dir)
@@ -34,6 +43,7 @@ def main(model_dir, output, tensor_parallel):
         model_dir,
         RolloutConfig(tensor_parallel=tensor_parallel, max_model_len=256, max_num_seqs=64),
         processor,
+        timeout_seconds=777.0,
     )
 
     def roll(prompts):
@@ -83,6 +93,7 @@ def main(model_dir, output, tensor_parallel):
         "replica": engine.replica,
         "num_replicas": engine.num_replicas,
         "is_replica_leader": engine.is_replica_leader,
+        "time_limits": time_limits(),
         "before": before,
         "after": roll(mine),
     }
