@@ -99,7 +99,7 @@ class Bench:
                 ),
                 RolloutHooks(
                     find_description,
-                    self.samples.reading_prompt if kind else None,
+                    self.samples.reading_prompts if kind else None,
                     lambda index, sample, part: request_seed(seed, 0, index, sample, part),
                 ),
             )
@@ -107,8 +107,8 @@ class Bench:
 
     def jobs(self, rollouts: Sequence[Rollout], prompts: Sequence[Prompt]) -> list[Job]:
         """Return the lengths of rollouts with both passes, as `simulate` takes them."""
-        reading_prompt = self.samples.reading_prompt
-        return jobs_of(rollouts, prompts, reading_prompt, find_description, self.engine.decode)
+        readings = self.samples.reading_prompts
+        return jobs_of(rollouts, prompts, readings, find_description, self.engine.decode)
 
 
 def measure_schedules(bench: Bench) -> dict[str, Any]:

@@ -126,7 +126,7 @@ class Job:
 def jobs_of(
     rollouts: Sequence[Rollout],
     prompts: Sequence[Prompt],
-    reading_prompt: Callable[[Prompt, str], tuple[int, ...]],
+    reading_prompts: Callable[[Sequence[tuple[Prompt, str]]], list[tuple[int, ...]]],
     find_description: Callable[[str], str | None],
     decode: Callable[[Sequence[int]], str],
 ) -> list[Job]:
@@ -140,7 +140,8 @@ def jobs_of(
         closed = answer = 0
         if rollout.reading is not None:
             assert rollout.description is not None
-            ids = reading_prompt(by_index[rollout.index], rollout.description)
+            asked = by_index[rollout.index], rollout.description
+            (ids,) = reading_prompts([asked])
             answer = len(rollout.reading.answers[0].token_ids)
             ends = range(1, len(sampled) + 1)
             closed = next(k for k in ends if find_description(decode(sampled[:k])) is not None)

@@ -90,7 +90,7 @@ class Processor:
             self._template = read_template("data.chat_template", chat_template)
         else:
             self._template = _chat_template(self.model_dir, self.tokenizer)
-        self._shortest = self._render(chat_messages([Message("user", "?")]), generate=True)
+        (self._shortest,) = self.render([chat_messages([Message("user", "?")])])
         if IMAGE_PAD not in special:
             raise DataError(
                 f"{model_dir}: the tokenizer has no special token {IMAGE_PAD}; expected the "
@@ -124,7 +124,8 @@ class Processor:
         self, messages: Sequence[ChatMessage], grids: Sequence[Grid] = ()
     ) -> tuple[int, ...]:
         """Tokenise a prompt with images of these grids, by default without, as in pass 2."""
-        return self.expand(self._encode(self._render(messages, generate=True)), grids)
+        (ids,) = self.encode(self.render([messages]))
+        return self.expand(ids, grids)
 
     def encode_answer(
         self, before: str, answer: str, after: str
@@ -163,14 +164,14 @@ class Processor:
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            prompt = self._render(messages[:number], generate=True)
-            whole = self._render(messages[: number + 1], generate=False)
+            (prompt,) = self.render([messages[:number]])
+            (whole,) = self.render([messages[: number + 1]], generate=False)
             if not prompt.startswith(done) or not whole.startswith(prompt):
                 raise DataError(
                     "the chat template renders earlier turns differently later on; split the "
                     "conversation into samples with one assistant turn each"
                 )
-            asked, said = self._encode(prompt[len(done) :]), self._encode(whole[len(prompt) :])
+            asked, said = self.encode([prompt[len(done) :], whole[len(prompt) :]])
             ends = [i + 1 for i, token in enumerate(said) if token in self.end_token_ids]
             # Learnt up to the template's last end of turn; what follows it is not sampled.
             upto = ends[-1] if ends else len(said)
@@ -188,6 +189,8 @@ class Processor:
 
     def expand(self, ids: Sequence[int], grids: Sequence[Grid]) -> tuple[int, ...]:
         """Expand one pad id per image to one per merged patch."""
+        if not grids and self.image_pad_id not in ids:
+            return tuple(ids)
         return tuple(np.repeat(ids, self._expansion(ids, grids)).tolist())
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
@@ -224,11 +227,16 @@ class Processor:
         pixels = out["pixel_values"].to(self._dtype)
         return VisionInputs(pixels, out["image_grid_thw"], digests=tuple(map(_digest, images)))
 
-    def _render(self, messages: Sequence[ChatMessage], generate: bool) -> str:
-        """Render the messages; special tokens inside their text are defused."""
+    def render(
+        self, conversations: Sequence[Sequence[ChatMessage]], generate: bool = True
+    ) -> list[str]:
+        """Render conversations; special tokens inside their text are defused.
+
+        `generate` is whether the beginning of an assistant turn follows.
+        """
         call = functools.partial(
             self.tokenizer.apply_chat_template,
-            [self._defused(m) for m in messages],
+            [[self._defused(m) for m in messages] for messages in conversations],
             chat_template=self._template,
             tokenize=False,
             add_generation_prompt=generate,
@@ -245,17 +253,20 @@ class Processor:
             return {"role": message["role"], "content": "".join(p["text"] for p in parts)}
         return {"role": message["role"], "content": parts}
 
-    def _encode(self, text: str) -> tuple[int, ...]:
-        """Tokenise rendered text: special tokens where the template wrote them, else as text."""
-        pieces = self._pattern.split(text)
-        plain = [piece.replace(_DEFUSE, "") for piece in pieces[::2]]
-        backend = self.tokenizer.backend_tokenizer  # transformers' call takes five times as long
+    def encode(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        """Tokenise rendered texts: special tokens where the template wrote them, else as text."""
+        split = [self._pattern.split(text) for text in texts]
+        plain = list(dict.fromkeys(piece for pieces in split for piece in pieces[::2]))
+        # The tokenizers library itself, and all at once: a call takes most of the time of one text,
+        # and transformers' call five times as long.
+        backend = self.tokenizer.backend_tokenizer
         backend.encode_special_tokens = True
-        first, *rest = backend.encode_batch_fast(plain, add_special_tokens=False)
-        ids = list(first.ids)
-        for piece, part in zip(pieces[1::2], rest, strict=True):
-            ids += [self._special[piece], *part.ids]
-        return tuple(ids)
+        encoded = backend.encode_batch_fast(
+            [piece.replace(_DEFUSE, "") for piece in plain], add_special_tokens=False
+        )
+        ids_of = {name: [token_id] for name, token_id in self._special.items()}
+        ids_of |= {piece: each.ids for piece, each in zip(plain, encoded, strict=True)}
+        return [tuple(itertools.chain(*(ids_of[p] for p in pieces))) for pieces in split]
 
     def _expansion(self, collapsed: Sequence[int], grids: Sequence[Grid]) -> np.ndarray:
         """Return how often each id is repeated, [tokens] int64."""

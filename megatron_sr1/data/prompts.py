@@ -10,6 +10,7 @@ character that no other text has, so neither a template nor a data set adds an i
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -76,7 +77,7 @@ class PromptTemplate:
 
     def render(self, **variables: Any) -> str:
         """Return the text for these values; a DataError names the template."""
-        return render(lambda: self._template.render(variables), self.name)
+        return render(lambda: [self._template.render(variables)], self.name)[0]
 
 
 class Prompts:
@@ -182,6 +183,7 @@ def _content(texts: Sequence[str]) -> list[dict[str, str]]:
     return [part for part in parts[1:] if part.get("text") != ""]
 
 
+@functools.lru_cache(maxsize=4096)  # a step's questions are asked again for each description
 def strip_image_marks(question: str) -> str:
     """Remove image marks and the blanks around them from a question, and resolve escapes."""
     mark = rf"(?:{re.escape(IMAGE_MARK)}[ \t]*)+"

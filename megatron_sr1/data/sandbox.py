@@ -29,6 +29,8 @@ TEMPLATE_SECONDS = 10.0
 """Limit of processor time per rendering; usual templates take milliseconds."""
 MAX_RENDERED_CHARACTERS = 4 * MAX_TEXT_CHARACTERS
 MAX_TEMPLATE_BYTES = 2**18
+_running: list[bool] = []
+"""Not empty while a limit of time runs in the main thread."""
 
 
 def _raise(message: str) -> None:
@@ -75,24 +77,30 @@ def compile_template(source: str, name: str) -> tuple[Template, frozenset[str]]:
     return run_limited(compiled, name)
 
 
-def render(call: Callable[[], str], name: str) -> str:
-    """Return the text that `call` renders.
+def render(call: Callable[[], list[str]], name: str) -> list[str]:
+    """Return the texts that `call` renders.
 
     Raises:
         DataError: the template fails, takes too long or writes too much; the message has `name`.
     """
-    text = run_limited(call, name)
-    if len(text) > MAX_RENDERED_CHARACTERS:
-        limit = f"{len(text)} characters; the limit is {MAX_RENDERED_CHARACTERS}"
+    texts = run_limited(call, name)
+    longest = max(map(len, texts))
+    if longest > MAX_RENDERED_CHARACTERS:
+        limit = f"{longest} characters; the limit is {MAX_RENDERED_CHARACTERS}"
         raise DataError(f"{name} writes {limit}")
-    return text
+    return texts
 
 
 def run_limited(call: Callable[[], T], name: str) -> T:
-    """Return what `call` returns; a DataError, with `name`, if it raises or takes too long."""
+    """Return what `call` returns; a DataError, with `name`, if it raises or takes too long.
+
+    A call within another has the outer one's time, as setting a limit takes as long as a rendering.
+    """
     try:
         with _time_limit(TEMPLATE_SECONDS):
             return call()
+    except DataError:  # of a rendering within a call that renders several
+        raise
     except TemplateSyntaxError as error:
         problem = f"line {error.lineno}: {printable(error.message or '')}"
         raise DataError(f"{name} does not parse: {problem}") from None
@@ -104,7 +112,8 @@ def run_limited(call: Callable[[], T], name: str) -> T:
 @contextlib.contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
     """Raise TimeoutError after this much processor time, which does not depend on machine load."""
-    if threading.current_thread() is not threading.main_thread():  # only it receives signals
+    # Only the main thread receives signals.
+    if _running or threading.current_thread() is not threading.main_thread():
         yield
         return
 
@@ -113,8 +122,10 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
     before = signal.signal(signal.SIGPROF, stop)
     left, _ = signal.setitimer(signal.ITIMER_PROF, seconds)
+    _running.append(True)
     try:
         yield
     finally:
+        _running.clear()
         signal.setitimer(signal.ITIMER_PROF, left)  # the caller's own timer; 0: none
         signal.signal(signal.SIGPROF, before)

@@ -141,7 +141,7 @@ class HeldOut:
         has_pass2 = context.config.reward.recipe != "vision_r1"
         hooks = RolloutHooks(
             samples.find_description,
-            samples.reading_prompt if has_pass2 else None,
+            samples.reading_prompts if has_pass2 else None,
             # The same seeds for every model, so that comparisons are paired.
             partial(request_seed, 0, -1),
             reading_messages=samples.reading_messages,

@@ -11,10 +11,10 @@ from sampling only (see `FullVocabularySampler`).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,7 +25,7 @@ from megatron_sr1.records import Completion, VisionInputs
 from megatron_sr1.rollout import vllm_api, weight_sync
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # frozen ones take three times as long to make
 class Request:
     """A sequence to sample, or to score.
 
@@ -54,28 +54,16 @@ class Request:
     num_scored: int = 0
 
 
-@dataclass(frozen=True)
-class Progress:
+class Progress(NamedTuple):
     """State of one request after a step.
 
-    `token_ids` are all tokens sampled so far, a view that is valid until the next step;
-    `completion` is the result of a request that is finished.
+    `text` is what it has sampled so far, without special tokens; `completion` is the result of a
+    request that is finished.
     """
 
     id: str
-    token_ids: Sequence[int]
+    text: str
     completion: Completion | None
-
-
-class _Contains(dict[int, bool]):
-    """Whether the text of a token contains a mark, by its id; found out when it is asked."""
-
-    def __init__(self, mark: str, piece: Callable[[int], str]) -> None:
-        self._mark, self._piece = mark, piece
-
-    def __missing__(self, token_id: int) -> bool:
-        self[token_id] = found = self._mark in self._piece(token_id)
-        return found
 
 
 class Engine:
@@ -128,13 +116,13 @@ class Engine:
             timeout_seconds=timeout_seconds,
         )
         self._core = self._llm.llm_engine
-        self._tokenizer = self._llm.get_tokenizer()
+        self._tokenizer = self._llm.get_tokenizer().backend_tokenizer
         weakref.finalize(self, vllm_api.shut_down, self._core.engine_core.engine_core)
         self._image_pad = (processor.image_pad_id, processor.merge_size) if processor else None
+        self._parameters = vllm_api.Parameters()
         self._live: dict[str, Request] = {}
-        self._watched: dict[str, tuple[Sequence[int], _Contains]] = {}
-        self._marks: dict[str, _Contains] = {}
-        self._pieces: dict[int, str] = {}
+        self._watched: dict[str, dict[str, Sequence[int]]] = {}  # by mark and request
+        self._ids_with: dict[str, frozenset[int]] = {}
 
     @property
     def scheduler(self) -> Any:
@@ -156,25 +144,23 @@ class Engine:
             raise EngineError(f"the engine cannot sample: {self._unusable or 'it is asleep'}")
         prompts: dict[tuple[Any, ...], Any] = {}
         for request in requests:
-            num_sampled = 1 if request.num_scored else request.max_tokens
-            self.check_fits(f"request {request.id}: it", len(request.token_ids), num_sampled)
+            sizes = len(request.token_ids), 1 if request.num_scored else request.max_tokens
+            if not self.fits(*sizes):
+                raise self.too_long(f"request {request.id}: it", *sizes)
             assert request.id not in self._live, f"request {request.id} is already live"
             key = (request.token_ids, id(request.vision))
             if key not in prompts:
                 prompts[key] = vllm_api.engine_input(request, self._image_pad)
-            parameters = vllm_api.sampling_parameters(request)
-            added = self._core.add_request(request.id, prompts[key], parameters)
+            added = self._core.add_request(request.id, prompts[key], self._parameters.of(request))
             self._live[request.id] = request
             if request.watched_for is not None:
                 tokens = vllm_api.sampled_tokens(self._core, added)
-                self._watched[request.id] = tokens, self._marks_of(request.watched_for)
-
-    def _marks_of(self, mark: str) -> _Contains:
-        return self._marks.setdefault(mark, _Contains(mark, self.piece))
+                self._watched.setdefault(request.watched_for, {})[request.id] = tokens
 
     def unwatch(self, name: str) -> None:
         """Report only the end of a request from now on."""
-        self._watched.pop(name, None)
+        for watched in self._watched.values():
+            watched.pop(name, None)
 
     def step(self) -> list[Progress]:
         """Run one engine step; return the watched requests with a new mark, then the finished ones.
@@ -183,16 +169,21 @@ class Engine:
         """
         self.num_steps += 1
         outputs = self._core.step()
-        progress = [
-            Progress(name, tokens, None)
-            for name, (tokens, contains) in self._watched.items()
-            if tokens and contains[tokens[-1]]
-        ]
-        for output in outputs:
+        marked: dict[str, Sequence[int]] = {}
+        for mark, watched in self._watched.items():
+            ids = self.ids_with(mark)
+            marked |= {name: seen for name, seen in watched.items() if seen and seen[-1] in ids}
+        finished = [output.outputs[0].token_ids for output in outputs]
+        if not marked and not outputs:
+            return []
+        # The tokenizers library itself, and all at once: one call for each takes ten times as long.
+        texts = iter(self._tokenizer.decode_batch([*marked.values(), *finished]))
+        progress = [Progress(name, text, None) for name, text in zip(marked, texts, strict=False)]
+        for output, text in zip(outputs, texts, strict=True):
             name = output.request_id
-            completion = self._completion(self._live.pop(name), output)
             self.unwatch(name)
-            progress.append(Progress(name, output.outputs[0].token_ids, completion))
+            completion = _completion(self._live.pop(name), output, text)
+            progress.append(Progress(name, text, completion))
         return progress
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
@@ -221,13 +212,16 @@ class Engine:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of sampled ids without special tokens."""
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
 
-    def piece(self, token_id: int) -> str:
-        """Return the text of a single id (cached)."""
-        if token_id not in self._pieces:
-            self._pieces[token_id] = str(self._tokenizer.decode([token_id]))
-        return self._pieces[token_id]
+    def ids_with(self, mark: str) -> frozenset[int]:
+        """Return the ids whose text contains a mark (cached)."""
+        if mark not in self._ids_with:
+            ids = range(self._tokenizer.get_vocab_size())
+            texts = self._tokenizer.decode_batch([[i] for i in ids], skip_special_tokens=False)
+            found = (i for i, text in zip(ids, texts, strict=True) if mark in text)
+            self._ids_with[mark] = frozenset(found)
+        return self._ids_with[mark]
 
     @property
     def keeps_weights(self) -> bool:
@@ -271,25 +265,29 @@ class Engine:
             self._llm.wake_up()
             self._asleep = False
 
-    def _completion(self, request: Request, output: Any) -> Completion:
-        """Return the completion of a finished request."""
-        if request.num_scored:
-            given = request.token_ids[-request.num_scored :]
-            scores = output.prompt_logprobs.logprobs[-request.num_scored :]
-            return Completion(given, tuple(scores), "", "given")
-        sampled = output.outputs[0]
-        return Completion(
-            token_ids=tuple(sampled.token_ids),
-            logprobs=() if sampled.logprobs is None else tuple(sampled.logprobs.logprobs),
-            text=self.decode(sampled.token_ids),
-            finish_reason=sampled.finish_reason,
+    def fits(self, num_prompt: int, num_sampled: int) -> bool:
+        """Return True if these tokens do not exceed the longest sequence."""
+        return num_prompt + num_sampled <= self.max_model_len
+
+    def too_long(self, what: str, num_prompt: int, num_sampled: int) -> EngineError:
+        """Return the error, which names `what`, of tokens that do not fit."""
+        return EngineError(
+            f"{what} can take {num_prompt} prompt tokens and {num_sampled} sampled ones, which "
+            f"exceeds the engine's {self.max_model_len}; raise rollout.max_model_len or lower "
+            "the token limits"
         )
 
-    def check_fits(self, what: str, num_prompt: int, num_sampled: int) -> None:
-        """Raise EngineError, naming `what`, if its tokens exceed the longest sequence."""
-        if num_prompt + num_sampled > self.max_model_len:
-            raise EngineError(
-                f"{what} can take {num_prompt} prompt tokens and {num_sampled} sampled ones, which "
-                f"exceeds the engine's {self.max_model_len}; raise rollout.max_model_len or lower "
-                "the token limits"
-            )
+
+def _completion(request: Request, output: Any, text: str) -> Completion:
+    """Return the completion of a finished request."""
+    if request.num_scored:
+        given = request.token_ids[-request.num_scored :]
+        scores = output.prompt_logprobs.logprobs[-request.num_scored :]
+        return Completion(given, tuple(scores), "", "given")
+    sampled = output.outputs[0]
+    return Completion(
+        token_ids=tuple(sampled.token_ids),
+        logprobs=() if sampled.logprobs is None else tuple(sampled.logprobs.logprobs),
+        text=text,
+        finish_reason=sampled.finish_reason,
+    )

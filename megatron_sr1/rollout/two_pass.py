@@ -21,7 +21,9 @@ which replica.
 from __future__ import annotations
 
 import hashlib
+import json
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -33,6 +35,8 @@ from megatron_sr1.runtime.chat import ChatClient, ChatReply, ChatRequest, defuse
 
 Key = tuple[int, ...] | tuple[tuple[str, str], ...]
 """A pass-2 prompt: the engine's token ids, or the endpoint's messages."""
+Asked = tuple[Prompt, str]
+"""What a reading is asked: a prompt's question, and a description; "" for the question alone."""
 PREFIX = "reading/"
 """Prefix of the ids of pass-2 requests."""
 
@@ -43,7 +47,8 @@ class RolloutHooks:
 
     Attributes:
         find_description: text of a response so far -> its description once that has closed.
-        reading_prompt: prompt, description -> token ids of the pass-2 prompt; None: no pass 2.
+        reading_prompts: pairs of prompt and description -> token ids of each one's pass-2 prompt;
+            None: no pass 2.
         seed_of: seed of a pass-1 request from its example's index, its sample number and 1; of a
             pass-2 request from -1, a number derived from its prompt, and 2 upwards.
         gold_answer: prompt -> ids that lead up to its gold answer and the answer's own ids, which
@@ -56,7 +61,7 @@ class RolloutHooks:
     """
 
     find_description: Callable[[str], str | None]
-    reading_prompt: Callable[[Prompt, str], tuple[int, ...]] | None
+    reading_prompts: Callable[[Sequence[Asked]], list[tuple[int, ...]]] | None
     seed_of: Callable[[int, int, int], int]
     gold_answer: Callable[[Prompt], tuple[tuple[int, ...], tuple[int, ...]]] | None = None
     question_only: bool = False
@@ -77,53 +82,71 @@ class Readings:
 
     def apply_to(self, prompt: Prompt) -> bool:
         """Return True if a prompt gets a second pass: the recipe has one, the prompt has images."""
-        return self._hooks.reading_prompt is not None and prompt.vision is not None
+        return self._hooks.reading_prompts is not None and prompt.vision is not None
 
-    def _compose(self, prompt: Prompt, description: str) -> tuple[tuple[int, ...], int, int]:
-        """Return a reading's prompt, how many ids at its end are scored, and its token limit."""
-        assert self._hooks.reading_prompt is not None
-        token_ids = self._hooks.reading_prompt(prompt, description)
+    def _compose(self, asked: Sequence[Asked]) -> list[tuple[tuple[int, ...], int, int]]:
+        """Return each reading's prompt, how many ids at its end are scored, and its token limit."""
+        assert self._hooks.reading_prompts is not None
+        found = self._hooks.reading_prompts(asked)
         if self._rollout.pass2_mode != "likelihood":
-            return token_ids, 0, self._rollout.max_reading_tokens
+            return [(token_ids, 0, self._rollout.max_reading_tokens) for token_ids in found]
         assert self._hooks.gold_answer is not None
-        lead, answer = self._hooks.gold_answer(prompt)
-        return (*token_ids, *lead, *answer), len(answer), 1
+        golds = [self._hooks.gold_answer(prompt) for prompt, _ in asked]
+        return [
+            ((*token_ids, *lead, *answer), len(answer), 1)
+            for token_ids, (lead, answer) in zip(found, golds, strict=True)
+        ]
 
-    def check(self, prompt: Prompt) -> None:
+    def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise EngineError, before sampling, if a prompt's longest reading does not fit."""
-        if self.apply_to(prompt) and self._rollout.pass2_mode != "endpoint":
-            token_ids, _, max_tokens = self._compose(prompt, "")
+        asked = [(prompt, "") for prompt in prompts if self.apply_to(prompt)]
+        if not asked or self._rollout.pass2_mode == "endpoint":
+            return
+        for (prompt, _), (token_ids, _, max_tokens) in zip(
+            asked, self._compose(asked), strict=True
+        ):
             longest = len(token_ids) + self._rollout.max_response_tokens
-            self._engine.check_fits(_named(prompt, "pass 2"), longest, max_tokens)
+            if not self._engine.fits(longest, max_tokens):
+                raise self._engine.too_long(_named(prompt, "pass 2"), longest, max_tokens)
 
-    def ask(self, prompt: Prompt, description: str) -> tuple[Key | None, list[Request]]:
-        """Return the key to pass to `result`, and the engine's requests, if there are any.
+    def ask(self, asked: Sequence[Asked]) -> tuple[list[Key | None], list[Request]]:
+        """Return the key of each to pass to `result`, and the engine's requests.
 
-        There are none for a prompt that was asked before, or that the endpoint is asked. The
-        description is "" for the question alone.
+        There are no requests for a prompt that was asked before, or that the endpoint is asked.
         """
         if self._rollout.pass2_mode == "endpoint":
-            return self._ask_endpoint(prompt, description), []
-        token_ids, num_scored, max_tokens = self._compose(prompt, description)
-        if token_ids in self.names:
-            return token_ids, []
+            return [self._ask_endpoint(*each) for each in asked], []
+        composed = self._compose(asked) if asked else []
+        new = {c[0]: (prompt, *c) for (prompt, _), c in zip(asked, composed, strict=True)}
+        requests = [
+            request
+            for token_ids, each in new.items()
+            if token_ids not in self.names
+            for request in self._requests(*each)
+        ]
+        return [token_ids for token_ids, _, _ in composed], requests
+
+    def _requests(
+        self, prompt: Prompt, token_ids: tuple[int, ...], num_scored: int, max_tokens: int
+    ) -> list[Request]:
         # Retokenised text can have more tokens than were sampled; the answer then gets fewer.
         max_tokens = min(max_tokens, self._engine.max_model_len - len(token_ids))
-        self._engine.check_fits(_named(prompt, "pass 2"), len(token_ids), max(max_tokens, 1))
+        if max_tokens < 1:
+            raise self._engine.too_long(_named(prompt, "pass 2"), len(token_ids), 1)
         requests = [
             Request(
                 id=f"{PREFIX}{len(self.names)}.{number}",
                 token_ids=token_ids,
                 temperature=self._rollout.pass2_temperature,
                 max_tokens=max_tokens,
-                seed=self._hooks.seed_of(-1, _digest(token_ids), 2 + number),
+                seed=self._hooks.seed_of(-1, _digest(array("q", token_ids).tobytes()), 2 + number),
                 with_logprobs=False,
                 num_scored=num_scored,
             )
             for number in range(1 if num_scored else self._rollout.pass2_samples)
         ]
         self.names[token_ids] = [request.id for request in requests]
-        return token_ids, requests
+        return requests
 
     def _ask_endpoint(self, prompt: Prompt, description: str) -> Key | None:
         """Send a reading's requests and return its key; None where another rank asks."""
@@ -136,8 +159,9 @@ class Readings:
         if key not in self.names:
             first, is_greedy = f"{PREFIX}{len(self.names)}", rollout.pass2_temperature == 0
             self.names[key] = [f"{first}.{number}" for number in range(rollout.pass2_samples)]
+            number_of_key = _digest(json.dumps(key).encode())
             for number, name in enumerate(self.names[key]):
-                seed = None if is_greedy else hooks.seed_of(-1, _digest(key), 2 + number)
+                seed = None if is_greedy else hooks.seed_of(-1, number_of_key, 2 + number)
                 self._asked[name] = hooks.reader.submit(
                     ChatRequest(key, rollout.max_reading_tokens, rollout.pass2_temperature, seed)
                 )
@@ -216,8 +240,9 @@ def roll_out(
     }
     max_tokens = rollout.max_response_tokens
     for prompt in prompts:
-        engine.check_fits(_named(prompt, "pass 1"), len(prompt.token_ids), max_tokens)
-        readings.check(prompt)
+        if not engine.fits(len(prompt.token_ids), max_tokens):
+            raise engine.too_long(_named(prompt, "pass 1"), len(prompt.token_ids), max_tokens)
+    readings.check(prompts)
     first = [
         Request(
             id=name,
@@ -232,26 +257,30 @@ def roll_out(
     ]
     engine.submit(first)
     num_open, ready = len(first), list[Request]()
-    for sample in samples.values() if hooks.question_only else ():
-        if readings.apply_to(sample.prompt):
-            sample.question_key, requests = readings.ask(sample.prompt, "")
-            ready += requests
+    if hooks.question_only:
+        read = [sample for sample in samples.values() if readings.apply_to(sample.prompt)]
+        keys, ready = readings.ask([(sample.prompt, "") for sample in read])
+        for sample, key in zip(read, keys, strict=True):
+            sample.question_key = key
     while engine.num_live:
         step_started, alone = time.perf_counter(), num_open == 0
+        closed: list[_Sample] = []
         for progress in engine.step():
             name, completion = progress.id, progress.completion
             if completion is None:  # it has a closing mark
-                description = hooks.find_description(engine.decode(progress.token_ids))
-                if description is not None:
+                samples[name].description = hooks.find_description(progress.text)
+                if samples[name].description is not None:
                     engine.unwatch(name)
-                    samples[name].description = description
-                    samples[name].key, requests = readings.ask(samples[name].prompt, description)
-                    ready += requests
+                    closed.append(samples[name])
             elif name.startswith(PREFIX):
                 readings.done[name] = completion
             else:
                 samples[name].completion = completion
                 num_open -= 1
+        keys, requests = readings.ask([(s.prompt, s.description or "") for s in closed])
+        for sample, key in zip(closed, keys, strict=True):
+            sample.key = key
+        ready += requests
         if rollout.pass2 == "fork" or num_open == 0:
             engine.submit(ready)
             ready = []
@@ -298,7 +327,6 @@ def _named(prompt: Prompt, which: str) -> str:
     return f"{prompt.example.where} (index {prompt.example.index}): {which}"
 
 
-def _digest(key: Key) -> int:
+def _digest(prompt: bytes) -> int:
     """Return a hash of a prompt in [0, 2**31)."""
-    text = ",".join(map(str, key)).encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "big") >> 1
+    return int.from_bytes(hashlib.blake2b(prompt, digest_size=4).digest(), "big") >> 1

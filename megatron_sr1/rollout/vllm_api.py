@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 import os
@@ -152,20 +153,21 @@ def engine_input(request: Request, image_pad: tuple[int, int] | None) -> Any:
     of that id do not have the lengths that the images' grids give.
     """
     from vllm.inputs.engine import mm_input, tokens_input
+
+    token_ids, vision = list(request.token_ids), request.vision
+    if vision is None:
+        return tokens_input(token_ids)
     from vllm.multimodal.inputs import (
         MultiModalFieldConfig,
         MultiModalKwargsItems,
         PlaceholderRange,
     )
 
-    token_ids, vision = list(request.token_ids), request.vision
-    if vision is None:
-        return tokens_input(token_ids)
     assert image_pad is not None, "an engine without a processor takes no images"
     pad_id, merge = image_pad
     pads = np.flatnonzero(np.array(token_ids) == pad_id)
-    patches = vision.image_grid_thw.prod(-1)
-    lengths = (patches // merge**2).tolist()
+    patches = [t * h * w for t, h, w in vision.grids]
+    lengths = [number // merge**2 for number in patches]
     runs = np.split(pads, np.cumsum(lengths)[:-1])
     if len(pads) != sum(lengths) or any(run[-1] - run[0] != len(run) - 1 for run in runs):
         raise EngineError(
@@ -173,7 +175,7 @@ def engine_input(request: Request, image_pad: tuple[int, int] | None) -> Any:
             "run of its own; the prompt must be expanded for these images"
         )
     fields = {
-        "pixel_values": MultiModalFieldConfig.flat_from_sizes("image", patches),
+        "pixel_values": MultiModalFieldConfig.flat_from_sizes("image", torch.tensor(patches)),
         "image_grid_thw": MultiModalFieldConfig.batched("image", keep_on_cpu=True),
     }
     return mm_input(
@@ -193,21 +195,35 @@ def sampled_tokens(core: Any, name: str) -> Sequence[int]:
     return tokens
 
 
-def sampling_parameters(request: Request) -> Any:
-    """Return vLLM's `SamplingParams` of a request."""
+class Parameters(dict[tuple[Any, ...], Any]):
+    """vLLM's `SamplingParams` of an engine's requests: copies, as its checks take far longer."""
+
+    def __missing__(self, settings: tuple[Any, ...]) -> Any:
+        """Make those of settings that no request had before."""
+        self[settings] = made = _parameters(*settings)
+        return made
+
+    def of(self, request: Request) -> Any:
+        """Return those of a request."""
+        if request.num_scored:  # vLLM samples at least one token after the scored ones
+            return copy.copy(self[0.0, 1, None, 0])
+        logprobs = 0 if request.with_logprobs else None
+        found = copy.copy(self[request.temperature, request.max_tokens, logprobs, None])
+        found.seed = request.seed
+        return found
+
+
+def _parameters(
+    temperature: float, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None
+) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    settings: dict[str, Any] = {
-        "temperature": request.temperature,
-        "max_tokens": request.max_tokens,
-        "seed": request.seed,
-        "logprobs": 0 if request.with_logprobs else None,
-    }
-    if request.num_scored:  # vLLM samples at least one token after the scored ones
-        settings = {"temperature": 0.0, "max_tokens": 1, "prompt_logprobs": 0}
     return SamplingParams(
-        **settings,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
         flat_logprobs=True,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,

@@ -52,7 +52,7 @@ def _shown(config: Config, samples: Samples, index: int) -> list[str]:
     ]
     lines += _lines(samples, prompt.token_ids)
     if config.reward.recipe != "vision_r1" and prompt.vision:
-        ids = samples.reading_prompt(prompt, DESCRIPTION)
+        (ids,) = samples.reading_prompts([(prompt, DESCRIPTION)])
         lines += [f"pass 2      {len(ids)} tokens with {DESCRIPTION}", *_lines(samples, ids)]
     return lines
 

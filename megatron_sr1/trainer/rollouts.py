@@ -107,7 +107,7 @@ def roll_out_prompts(
             config.rollout,
             RolloutHooks(
                 samples.find_description,
-                samples.reading_prompt if config.reward.recipe == "vision_sr1" else None,
+                samples.reading_prompts if config.reward.recipe == "vision_sr1" else None,
                 partial(request_seed, config.seed, context.step),
                 samples.gold_answer,
                 config.reward.question_baseline,

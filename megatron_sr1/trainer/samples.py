@@ -22,7 +22,8 @@ from megatron_sr1.data.guards import located
 from megatron_sr1.data.packing import Size, pack_samples, plan_ranks
 from megatron_sr1.data.pixels import PixelReader
 from megatron_sr1.data.processor import Processor
-from megatron_sr1.data.prompts import Prompts, with_system_turn
+from megatron_sr1.data.prompts import ChatMessage, Prompts, with_system_turn
+from megatron_sr1.data.sandbox import run_limited
 from megatron_sr1.data.shards import ShardReader
 from megatron_sr1.errors import ConfigError, DataError
 from megatron_sr1.model.flops import patch_cost
@@ -128,19 +129,28 @@ class Samples:
         """Return the pixels of a sample's images; None if it has none."""
         return None if index < 0 else self.pixels.get(index)
 
-    def reading_prompt(self, prompt: Prompt, description: str) -> tuple[int, ...]:
-        """Return the token ids of the text-only pass-2 prompt; `readings` keeps them."""
-        key = prompt.example.index, description  # responses to a prompt often share a description
-        if key not in self.readings:
-            with located(f"{prompt.example.where}: pass 2"):
-                messages = self.prompts.pass2_messages(prompt.example, description)
-                self.readings[key] = self.processor.encode_text(messages)
-        return self.readings[key]
+    def reading_prompts(self, asked: Sequence[tuple[Prompt, str]]) -> list[tuple[int, ...]]:
+        """Return the token ids of text-only pass-2 prompts; `readings` keeps them.
+
+        A prompt is asked with a description. Responses to a prompt often share one.
+        """
+        keys = [(prompt.example.index, text) for prompt, text in asked]
+        new = {k: a for k, a in zip(keys, asked, strict=True) if k not in self.readings}
+        if new:
+            messages = run_limited(lambda: [self._reading(*a) for a in new.values()], "pass 2")
+            encoded = self.processor.encode(self.processor.render(messages))
+            self.readings |= {
+                k: self.processor.expand(i, ()) for k, i in zip(new, encoded, strict=True)
+            }
+        return [self.readings[key] for key in keys]
+
+    def _reading(self, prompt: Prompt, description: str) -> list[ChatMessage]:
+        with located(f"{prompt.example.where}: pass 2"):
+            return self.prompts.pass2_messages(prompt.example, description)
 
     def reading_messages(self, prompt: Prompt, description: str) -> tuple[tuple[str, str], ...]:
         """Return the messages of the pass-2 prompt for another model, pairs of role and text."""
-        with located(f"{prompt.example.where}: pass 2"):
-            messages = self.prompts.pass2_messages(prompt.example, description)
+        messages = self._reading(prompt, description)
         return tuple((m["role"], "".join(part["text"] for part in m["content"])) for m in messages)
 
     def gold_answer(self, prompt: Prompt) -> tuple[tuple[int, ...], tuple[int, ...]]:

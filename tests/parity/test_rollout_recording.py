@@ -35,6 +35,9 @@ def runs(tiny_model):
         parts = [{"type": "text", "text": f"{prompt.example.question} {description}"}]
         return processor.encode_text([{"role": "user", "content": parts}])
 
+    def reading_prompts(asked):
+        return [reading_prompt(*each) for each in asked]
+
     def run(schedule):
         state = setup.reference(tiny_model).state_dict().items()
         engine.sync(((n, t) for n, t in state if n != "lm_head.weight"), version=1)
@@ -51,7 +54,7 @@ def runs(tiny_model):
                 ),
                 RolloutHooks(
                     find_description=first_letters,
-                    reading_prompt=reading_prompt if PASS2[schedule] else None,
+                    reading_prompts=reading_prompts if PASS2[schedule] else None,
                     seed_of=lambda index, sample, part: (1000 * index + 10 * sample + part) % 2**31,
                     closing_mark="e",
                 ),
@@ -59,15 +62,15 @@ def runs(tiny_model):
         return rollouts, stats, steps
 
     found = {schedule: run(schedule) for schedule in SCHEDULES}
-    return engine, prompts, reading_prompt, found
+    return engine, prompts, reading_prompts, found
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_simulated_steps_are_the_recorded_ones(runs, schedule):
-    engine, prompts, reading_prompt, found = runs
+    engine, prompts, reading_prompts, found = runs
     rollouts, stats, steps = found[schedule]
     both = found["forked"][0]
-    lengths = jobs_of(both, prompts, reading_prompt, first_letters, engine.decode)
+    lengths = jobs_of(both, prompts, reading_prompts, first_letters, engine.decode)
     assert simulate(lengths, schedule, LIMITS) == steps
     assert len(steps) == stats.engine_steps
     assert sum(s.decoding_sequences + s.prefill_sequences for s in steps) == (

@@ -5,6 +5,7 @@ tags belong to the scorer.
 """
 
 import time
+from array import array
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,7 @@ from megatron_sr1.errors import EngineError, GradingLimit
 from megatron_sr1.rewards.response import find_description
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rollout.engine import Request
-from megatron_sr1.rollout.two_pass import PREFIX, RolloutHooks, _digest, roll_out
+from megatron_sr1.rollout.two_pass import RolloutHooks, _digest, roll_out
 from megatron_sr1.runtime.chat import ChatClient, defused
 from tests.chat_endpoint import CLOSED, SILENT, serving
 
@@ -45,7 +46,7 @@ def roll(tiny_model, engine):
         }
         usual = RolloutHooks(
             find_description=lambda text: text.split(end)[0] if end in text else None,
-            reading_prompt=reading_prompt,
+            reading_prompts=lambda asked: [reading_prompt(*each) for each in asked],
             seed_of=lambda index, sample, part: (1000 * index + 10 * sample + part) % 2**31,
             gold_answer=lambda prompt: processor.encode_answer("\\boxed{", "14", "}"),
             closing_mark=end[-1],
@@ -63,7 +64,7 @@ EARLY = {
 }
 """A description is the first eight characters, whatever they are: greedy text repeats itself."""
 QUESTION_ONLY = {"question_only": True}
-NO_PASS_2 = {"reading_prompt": None}
+NO_PASS_2 = {"reading_prompts": None}
 LIKELIHOOD = {"pass2_temperature": 0.0, "pass2_mode": "likelihood"}
 MODES = {
     "greedy": ({"pass2_temperature": 0.0}, EARLY),
@@ -135,7 +136,7 @@ def test_a_reading_equals_the_engines_answer_to_the_text_alone(tiny_model, engin
 
 def sampled(ids, part):
     """The request that pass 2 makes of a prompt at temperature 1, by itself."""
-    seed = -1000 + 10 * _digest(ids) + part
+    seed = -1000 + 10 * _digest(array("q", ids).tobytes()) + part
     return Request("x", ids, max_tokens=10, seed=seed % 2**31)
 
 
@@ -194,7 +195,7 @@ def test_description_is_found_where_its_end_shares_tokens_with_its_neighbours(
     """The mark begins inside one sampled token and ends inside the next."""
     prompts = [setup.prompt(tiny_model, k) for k in range(4)]
     rollouts, _ = roll(prompts, hooks=NO_PASS_2)
-    pieces = [[engine.piece(t) for t in r.completion.token_ids] for r in rollouts]
+    pieces = [[engine.decode([t]) for t in r.completion.token_ids] for r in rollouts]
     ends = (
         (left[-1] + right[0], rollout)
         for rollout, words in zip(rollouts, pieces, strict=True)
@@ -218,14 +219,13 @@ def test_in_qwens_own_vocabulary_the_tag_closes_with_the_token_that_holds_its_en
     tiny_model, engine, qwen_tokenizer, monkeypatch, inside, after
 ):
     """It merges the tag with its neighbours; here the engine uses that tokenizer."""
-    monkeypatch.setattr(engine, "_tokenizer", qwen_tokenizer)
-    monkeypatch.setattr(engine, "_pieces", {})
-    monkeypatch.setattr(engine, "_marks", {})
+    monkeypatch.setattr(engine, "_tokenizer", qwen_tokenizer.backend_tokenizer)
+    monkeypatch.setattr(engine, "_ids_with", {})
     before = f"<description>{inside}</description>"
     encoded = qwen_tokenizer(before + after, return_offsets_mapping=True)
     ids, places = encoded["input_ids"], encoded["offset_mapping"]
-    contains = engine._marks_of(RolloutHooks(find_description, None, None).closing_mark)
-    told = [number for number, token in enumerate(ids) if contains[token]]
+    marked = engine.ids_with(RolloutHooks(find_description, None, None).closing_mark)
+    told = [number for number, token in enumerate(ids) if token in marked]
     found = {n: find_description(engine.decode(ids[: n + 1])) for n in told}
     closed = [n for n, description in found.items() if description is not None]
     assert closed[0] == next(n for n, (a, b) in enumerate(places) if a < len(before) <= b)
@@ -245,11 +245,11 @@ def test_without_images_a_closed_description_or_pass_2_there_is_no_reading(tiny_
 
 
 def test_only_requests_with_an_open_description_are_watched(tiny_model, engine, roll, monkeypatch):
-    """Each is reported until the step in which its description closes, and at its end."""
+    """Each is reported up to the step in which its description closes, and at its end."""
     reports, watched, step = {}, [], engine.step
 
     def recorded():
-        watched.append(set(engine._watched))
+        watched.append(set().union(*engine._watched.values()))
         found = step()
         for progress in found:
             reports.setdefault(progress.id, []).append(progress.completion is not None)
@@ -258,11 +258,15 @@ def test_only_requests_with_an_open_description_are_watched(tiny_model, engine, 
     monkeypatch.setattr(engine, "step", recorded)
     prompts = [setup.prompt(tiny_model, 0, num_images=0), setup.prompt(tiny_model, 1)]
     rollouts, _ = roll(prompts, hooks=EARLY)  # its mark is in every token
-    assert all(r.reading for r in rollouts[4:]) and not engine._watched
+    assert all(r.reading for r in rollouts[4:]) and not any(engine._watched.values())
+    expected = dict.fromkeys(reports, 0)
+    for rollout in rollouts[4:]:
+        ids = rollout.completion.token_ids
+        closed = (k for k in range(1, len(ids)) if len(engine.decode(ids[:k])) >= 8)
+        seen = [token in engine.ids_with("") for token in ids[: next(closed)]]
+        expected[f"1.{rollout.sample}"] = sum(seen)  # without ids that have no text
     for name, ends in reports.items():
-        assert ends[-1] and not any(ends[:-1]), "each ends once, and last"
-        is_text = name.startswith(PREFIX) or name.startswith("0.")
-        assert (len(ends) == 1) if is_text else (2 <= len(ends) <= 9), name
+        assert ends == [False] * expected[name] + [True], name
     assert watched[0] == {f"1.{k}" for k in range(4)} and watched[-1] == set()
     tokens = sum(len(r.completion.token_ids) for r in rollouts[4:])
     assert sum(map(len, watched)) < tokens / 2

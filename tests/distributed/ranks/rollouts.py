@@ -46,6 +46,10 @@ def main(model_dir, output, tensor_parallel):
         timeout_seconds=777.0,
     )
 
+    def reading_prompt(description):
+        parts = [{"type": "text", "text": f"Read {description}"}]
+        return processor.encode_text([{"role": "user", "content": parts}])
+
     def roll(prompts):
         rollouts, _ = roll_out(
             engine,
@@ -60,9 +64,7 @@ def main(model_dir, output, tensor_parallel):
             RolloutHooks(
                 question_only=True,
                 find_description=lambda text: text.split("x")[0] if "x" in text else None,
-                reading_prompt=lambda prompt, description: processor.encode_text(
-                    [{"role": "user", "content": [{"type": "text", "text": f"Read {description}"}]}]
-                ),
+                reading_prompts=lambda asked: [reading_prompt(text) for _, text in asked],
                 seed_of=lambda index, sample, part: (1000 * index + 10 * sample + part) % 2**31,
                 closing_mark="x",
             ),
