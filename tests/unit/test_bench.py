@@ -30,7 +30,7 @@ def schedule(steps, seconds):
     }
 
 
-HOST = {"generate": 1.0, "one_pass_seconds": 1.03, "own_seconds": 0.05, "vllm_seconds": 1.0}
+HOST = {"generate_seconds": 1.0, "one_pass_seconds": 1.03, "own_seconds": 0.05, "vllm_seconds": 1.0}
 HOST |= {"ahead_seconds": 0.1, "serial_seconds": 1.0}
 HOST |= {"one_pass": 1.03, "own_share": 0.05, "images": 0.1}
 
