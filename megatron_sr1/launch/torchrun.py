@@ -29,6 +29,8 @@ SHUTDOWN_SECONDS = str(7 * 86400)
 FIRST_RANK_SECONDS = 5.0
 PORT_FIRST, PORT_SPAN = 20000, 10000
 QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
+HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
+"""Read by torch: c10/core/impl/alloc_cpu.cpp."""
 
 
 def joined(environment: Mapping[str, str]) -> dict[str, str] | None:
@@ -105,11 +107,14 @@ def rank_environment(launch: LaunchConfig, num_ranks: int) -> dict[str, str]:
     GNU's OpenMP puts its threads to sleep at once if there are more of them than cores, which is
     the case as soon as a thread of gloo has copied a large tensor. Waking them takes several times
     as long as a small kernel. With these variables they spin first: 1,000 times then, and 300,000
-    times (3 ms) otherwise. Variables that the user has set are kept.
+    times (3 ms) otherwise. On a CPU, torch takes huge pages for large tensors, which it allocates
+    anew in each layer. Variables that the user has set are kept.
     """
     threads = launch.threads or max(len(os.sched_getaffinity(0)) // num_ranks, 1)
     waiting = {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "300000"}
     own = {} if threads == 1 or waiting.keys() & os.environ.keys() else waiting
+    if launch.device == "cpu" and HUGE_PAGES not in os.environ:
+        own = {**own, HUGE_PAGES: "1"}
     return {"OMP_NUM_THREADS": str(threads), **own}
 
 

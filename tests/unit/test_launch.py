@@ -93,6 +93,15 @@ def test_cores_are_divided_between_the_ranks():
     assert torchrun.rank_environment(LaunchConfig(threads=1), 2) == {"OMP_NUM_THREADS": "1"}
 
 
+def test_ranks_on_a_cpu_have_huge_pages_unless_the_user_sets_otherwise(monkeypatch):
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    on_cpu = torchrun.rank_environment(LaunchConfig(threads=1, device="cpu"), 2)
+    assert on_cpu == {"OMP_NUM_THREADS": "1", "THP_MEM_ALLOC_ENABLE": "1"}
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
+    on_cpu = torchrun.rank_environment(LaunchConfig(threads=1, device="cpu"), 2)
+    assert on_cpu == {"OMP_NUM_THREADS": "1"}
+
+
 def test_idle_threads_spin_unless_the_user_sets_otherwise(monkeypatch):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     expected = {"OMP_NUM_THREADS": "5", "OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "300000"}
