@@ -215,8 +215,10 @@ def _phases(
         phases["pass1"] = pass1, responses.total * run.num_sequences
         if reading:
             phases["pass2"] = pass2, readings.total * run.num_sequences
-        if run.config.updates_per_step > 1:
-            phases["old_logprobs"] = actor.forward_seconds(), forward
+        num_updates = run.config.updates_per_step
+        if num_updates > 1:  # the first of them needs none
+            part = 1 - 1 / num_updates
+            phases["old_logprobs"] = part * actor.forward_seconds(), part * forward
         if run.config.algorithm.kl_coefficient > 0:
             copy = transfer_seconds(held.weights, run.gpu.host_rate)  # over PCIe
             phases["reference"] = actor.forward_seconds() + copy, forward

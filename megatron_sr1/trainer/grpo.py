@@ -143,13 +143,13 @@ def with_logprobs(
 ) -> list[list[PackedBatch]]:
     """Add old and reference logprobs to the rows of all updates, before the weights change.
 
-    `owned` are the samples in them. With a single update the policy's own logprobs are the old
-    ones, which saves that pass.
+    `owned` are the samples in them. In the first update the policy's own logprobs are the old ones,
+    which saves that pass.
     """
 
-    def add(field: str, phase: str) -> list[list[PackedBatch]]:
-        filled = []
-        for own, batches in zip(owned, updates, strict=True):
+    def add(field: str, phase: str, first: int = 0) -> list[list[PackedBatch]]:
+        filled = updates[:first]
+        for own, batches in zip(owned[first:], updates[first:], strict=True):
             rows = row_logprobs(actor, batches, context.config.rollout.temperature)
             changes: list[dict[str, Any]] = [{field: row} for row in rows]
             filled.append([replace(b, **c) for b, c in zip(batches, changes, strict=True)])
@@ -158,7 +158,7 @@ def with_logprobs(
 
     if len(updates) > 1:
         with context.phase("old_logprobs"):
-            updates = add("old_logprobs", "old_logprobs")
+            updates = add("old_logprobs", "old_logprobs", first=1)
     if reference is not None:
         actor.offload("gradients")  # unless it is done: the reference takes their memory
         with context.phase("reference"), reference.in_place():
