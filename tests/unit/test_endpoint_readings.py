@@ -36,16 +36,16 @@ def read(script, asked, has_reader=True, **changes):
         with ChatClient("rollout.endpoint", own) as client:
             hooks = RolloutHooks(
                 lambda text: None,
-                lambda prompt, description: (),
+                lambda asked: [],
                 lambda index, sample, part: part,
                 reading_messages=messages,
                 reader=client if has_reader else None,
             )
             readings = Readings(None, RolloutConfig(**settings), hooks)
-            found = [readings.ask(*each) for each in asked]
-            assert all(requests == [] for _, requests in found), "nothing is for the engine"
+            keys, requests = readings.ask(asked)
+            assert requests == [], "nothing is for the engine"
             readings.wait()
-            return [readings.result(key) for key, _ in found], endpoint.bodies
+            return [readings.result(key) for key in keys], endpoint.bodies
 
 
 def test_a_description_is_read_once_with_the_settings_of_pass_2():
