@@ -3,7 +3,7 @@
 Makes its model and images itself. Measures, in turn within one run: `LLM.generate` of 64 prompts
 with 8 samples each, so 512 live sequences; `roll_out` of one pass of the same prompts, pixels
 included; both passes forked, of which the loop's own part is what lies outside of vLLM's calls; and
-what a step's images cost before the first token: read and preprocessed by the trainer and by vLLM
+what a step's images cost before the first token: decoded by the trainer and preprocessed by vLLM
 one after the other, or read ahead by threads. Times are processor seconds of the main thread, which
 other programs on the machine disturb less than wall time does. Writes a JSON file. One process,
 started by bench.py, with OMP_NUM_THREADS=1, so that the main thread computes everything.
@@ -141,13 +141,15 @@ class Bench:
             ids = samples.processor.encode_text(messages, grids)
             self.engine._core.renderer.render_cmpl([as_vllm_takes(ids, pictures, pad[0])])
         serial = time.thread_time() - started
+        started = time.thread_time()
         samples.pixels.start(range(NUM_PROMPTS))
+        before = time.thread_time() - started
         samples.pixels.finish()
         started = time.thread_time()
         for index in range(NUM_PROMPTS):
             prompt = samples.prompt(index)
             vllm_api.engine_input(Request("a", prompt.token_ids, prompt.vision), pad)
-        ahead = time.thread_time() - started
+        ahead = before + time.thread_time() - started
         samples.forget()
         return serial, ahead
 

@@ -22,14 +22,21 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from megatron_sr1.config.run import LaunchConfig
-from megatron_sr1.gpu_checks.bench import FIRST_TEXT_ID, PUBLISHED, TEXT_IDS, Bench, Sizes
+from megatron_sr1.gpu_checks.bench import (
+    FIRST_TEXT_ID,
+    LEARNING_RATE,
+    PUBLISHED,
+    TEXT_IDS,
+    Bench,
+    Sizes,
+)
 from megatron_sr1.launch.torchrun import rank_environment
 from megatron_sr1.records import TrainSample
+from tools.compare_sft import trainer_steps
 from tools.compare_trl import ROOT, report, trl_python
 
 SIZES = replace(
@@ -82,20 +89,8 @@ def run_trainer(bench: Widths, num_steps: int) -> list[float]:
     from megatron_sr1.runtime.cpu import patch_torchvision
 
     patch_torchvision()
-    from transformers import Qwen2_5_VLForConditionalGeneration as HFModel
-    from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    ends: list[float] = []
-
-    class Clock(TrainerCallback):
-        """Records when training begins and each step ends."""
-
-        def on_train_begin(self, *_: object, **__: object) -> None:
-            ends.append(time.perf_counter())
-
-        on_step_end = on_train_begin
-
-    def collate(samples: list[TrainSample]) -> dict[str, Any]:
+    def collate(samples: list[TrainSample]) -> dict[str, torch.Tensor]:
         ids = torch.from_numpy(np.stack([sample.token_ids for sample in samples]))
         learnt = torch.from_numpy(np.stack([sample.loss_mask for sample in samples]))
         images = [bench.vision(sample.index) for sample in samples]
@@ -108,27 +103,16 @@ def run_trainer(bench: Widths, num_steps: int) -> list[float]:
             "image_grid_thw": torch.cat([image.image_grid_thw for image in images]),
         }
 
-    trainer: Any = Trainer(
-        model=HFModel.from_pretrained(bench.model_dir, dtype=torch.float32),
-        args=TrainingArguments(
-            output_dir=str(bench.directory / "trainer"),
-            per_device_train_batch_size=PER_MICRO_BATCH,
-            gradient_accumulation_steps=NUM_SAMPLES // PER_MICRO_BATCH,
-            max_steps=num_steps,
-            learning_rate=3e-4,
-            use_cpu=True,
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            dataloader_pin_memory=False,
-        ),
-        train_dataset=bench.responses() * num_steps,
-        data_collator=collate,
-        callbacks=[Clock()],
+    return trainer_steps(
+        str(bench.model_dir),
+        num_steps,
+        collate,
+        bench.responses() * num_steps,
+        output_dir=str(bench.directory / "trainer"),
+        per_device_train_batch_size=PER_MICRO_BATCH,
+        gradient_accumulation_steps=NUM_SAMPLES // PER_MICRO_BATCH,
+        learning_rate=LEARNING_RATE,
     )
-    trainer.train()
-    return [end - start for start, end in zip(ends, ends[1:], strict=False)]
 
 
 def start_side(side: str, directory: Path, threads: int, num_steps: int) -> float:

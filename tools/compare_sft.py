@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,56 +106,74 @@ def collate(samples: Samples, rows: Sequence[int]) -> dict[str, torch.Tensor]:
     return batch
 
 
-def run_trainer(config: Config, padded_samples: int) -> list[tuple[int, float]]:
-    """Run transformers' Trainer on this project's samples; return what `run_ours` returns."""
+def trainer_steps(
+    model_dir: str,
+    num_steps: int,
+    collate: Callable[[list[Any]], dict[str, torch.Tensor]],
+    dataset: Sequence[Any],
+    **settings: Any,
+) -> list[float]:
+    """Return the seconds of each step of transformers' Trainer in float32, from end to end."""
     import torch
-
-    torch.set_num_threads(config.launch.threads)
-    processor = make_processor(config)
     from transformers import Qwen2_5_VLForConditionalGeneration as HFModel
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    samples = Samples(config, config.data.train, processor)
-    tokens: list[int] = []
-    ends = [0.0]
-
-    def counted(rows: list[int]) -> dict[str, torch.Tensor]:
-        batch = collate(samples, rows)
-        tokens.append(int(batch["attention_mask"].sum()))
-        return batch
+    ends: list[float] = []
 
     class Clock(TrainerCallback):
-        """Records when training begins and each step ends; ours are timed from end to end too."""
+        """Records when training begins and each step ends."""
 
         def on_train_begin(self, *_: object, **__: object) -> None:
-            ends[0] = time.perf_counter()
-
-        def on_step_end(self, *_: object, **__: object) -> None:
             ends.append(time.perf_counter())
 
-    per_step = config.data.prompts_per_step // padded_samples
+        on_step_end = on_train_begin
+
     trainer: Any = Trainer(
-        model=HFModel.from_pretrained(config.model.path, dtype=torch.float32),
+        model=HFModel.from_pretrained(model_dir, dtype=torch.float32),
         args=TrainingArguments(
-            output_dir=config.output,
-            per_device_train_batch_size=padded_samples,
-            gradient_accumulation_steps=per_step,
-            max_steps=config.optimizer.num_steps,
-            learning_rate=config.optimizer.learning_rate,
+            max_steps=num_steps,
             use_cpu=True,
             report_to=[],
             save_strategy="no",
             disable_tqdm=True,
             remove_unused_columns=False,
             dataloader_pin_memory=False,
+            **settings,
         ),
-        train_dataset=list(range(len(samples))),
-        data_collator=counted,
+        train_dataset=list(dataset),
+        data_collator=collate,
         callbacks=[Clock()],
     )
     trainer.train()
+    return [end - start for start, end in pairwise(ends)]
+
+
+def run_trainer(config: Config, padded_samples: int) -> list[tuple[int, float]]:
+    """Run transformers' Trainer on this project's samples; return what `run_ours` returns."""
+    import torch
+
+    torch.set_num_threads(config.launch.threads)
+    samples = Samples(config, config.data.train, make_processor(config))
+    tokens: list[int] = []
+
+    def counted(rows: list[int]) -> dict[str, torch.Tensor]:
+        batch = collate(samples, rows)
+        tokens.append(int(batch["attention_mask"].sum()))
+        return batch
+
+    per_step = config.data.prompts_per_step // padded_samples
+    seconds = trainer_steps(
+        config.model.path,
+        config.optimizer.num_steps,
+        counted,
+        range(len(samples)),
+        output_dir=config.output,
+        per_device_train_batch_size=padded_samples,
+        gradient_accumulation_steps=per_step,
+        learning_rate=config.optimizer.learning_rate,
+    )
     steps = [sum(tokens[at : at + per_step]) for at in range(0, len(tokens), per_step)]
-    return [(n, end - start) for n, (start, end) in zip(steps, pairwise(ends), strict=False)]
+    return list(zip(steps, seconds, strict=False))
 
 
 def run_side(side: str, padded: int, settings: list[str], result: Path) -> None:

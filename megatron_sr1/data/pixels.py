@@ -1,8 +1,8 @@
-"""Images of a data set as the vision tower takes them, read by threads ahead of their use.
+"""Images of a data set as inputs of the vision tower, read by threads before they are needed.
 
-In: indices of samples, in the order of their use. Out: pixels, which engine and trainer share; an
-image is decoded and preprocessed once. Decoding, resizing and hashing release Python's lock, so
-threads read the next step's images while this one trains.
+In: indices of samples, in the order of their use. Out: pixels, which engine and trainer of a rank
+share, so that it preprocesses an image once a step. Decoding, resizing and hashing release Python's
+lock, so threads read the next step's images while this one trains.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron_sr1.records import Example, VisionInputs
 
 
 class PixelReader:
-    """Reads the images of samples, with threads where it is told in time."""
+    """Reads the images of samples, in threads if `start` was called before."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class PixelReader:
         self._held: dict[int, VisionInputs | None] = {}
 
     def start(self, indices: Iterable[int]) -> None:
-        """Start to read samples that are needed soon; errors come when they are."""
+        """Start to read samples that are needed soon; `get` raises their errors."""
         if self._pool is None:
             return
         for index in indices:

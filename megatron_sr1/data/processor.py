@@ -282,7 +282,7 @@ class Processor:
 
 
 def _digest(image: Image.Image) -> str:
-    """Return a name of an image's content and shape."""
+    """Return a digest of an image's size and pixels."""
     hashed = hashlib.blake2b(repr(image.size).encode(), digest_size=16)
     hashed.update(image.tobytes())
     return hashed.hexdigest()

@@ -29,8 +29,6 @@ TEMPLATE_SECONDS = 10.0
 """Limit of processor time per rendering; usual templates take milliseconds."""
 MAX_RENDERED_CHARACTERS = 4 * MAX_TEXT_CHARACTERS
 MAX_TEMPLATE_BYTES = 2**18
-_running: list[bool] = []
-"""Not empty while a limit of time runs in the main thread."""
 
 
 def _raise(message: str) -> None:
@@ -109,23 +107,29 @@ def run_limited(call: Callable[[], T], name: str) -> T:
         raise DataError(f"{name} fails: {reason}") from None
 
 
+class _Stop:
+    """Handler of the signal that ends a call."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"not finished after {self._seconds:g} s")
+
+
 @contextlib.contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
     """Raise TimeoutError after this much processor time, which does not depend on machine load."""
     # Only the main thread receives signals.
-    if _running or threading.current_thread() is not threading.main_thread():
+    is_running = isinstance(signal.getsignal(signal.SIGPROF), _Stop)
+    if is_running or threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"not finished after {seconds:g} s")
-
-    before = signal.signal(signal.SIGPROF, stop)
+    before = signal.signal(signal.SIGPROF, _Stop(seconds))
     left, _ = signal.setitimer(signal.ITIMER_PROF, seconds)
-    _running.append(True)
     try:
         yield
     finally:
-        _running.clear()
         signal.setitimer(signal.ITIMER_PROF, left)  # the caller's own timer; 0: none
         signal.signal(signal.SIGPROF, before)

@@ -107,8 +107,8 @@ def rank_environment(launch: LaunchConfig, num_ranks: int) -> dict[str, str]:
     GNU's OpenMP puts its threads to sleep at once if there are more of them than cores, which is
     the case as soon as a thread of gloo has copied a large tensor. Waking them takes several times
     as long as a small kernel. With these variables they spin first: 1,000 times then, and 300,000
-    times (3 ms) otherwise. On a CPU, torch takes huge pages for large tensors, which it allocates
-    anew in each layer. Variables that the user has set are kept.
+    times (3 ms) otherwise. On a CPU, torch uses huge pages for large tensors, which every layer
+    allocates again. Variables that the user has set are kept, except the number of threads.
     """
     threads = launch.threads or max(len(os.sched_getaffinity(0)) // num_ranks, 1)
     waiting = {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "300000"}

@@ -165,7 +165,7 @@ class Engine:
     def step(self) -> list[Progress]:
         """Run one engine step; return the watched requests with a new mark, then the finished ones.
 
-        A request that does both is there twice.
+        A request in both groups is returned twice. A mark is new if the last token has it.
         """
         self.num_steps += 1
         outputs = self._core.step()

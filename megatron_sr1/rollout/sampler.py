@@ -1,9 +1,9 @@
 """Our sampler in place of vLLM's: banned ids, full-vocabulary logprobs, draws by seed and position.
 
 Each id is the inverse of the cumulative distribution at one uniform number, which is a hash of the
-request's seed and the position in its sequence. So a sequence is the same in any batch, after a
-preemption, and up to rounding on any device, and no kernel is launched per sequence, as vLLM does
-for requests with generators of their own.
+request's seed and the position in its sequence. So a sequence is the same in any batch and after a
+preemption, up to rounding on CUDA, and between devices. No kernel is launched per sequence, as vLLM
+does for requests with generators of their own.
 """
 
 from __future__ import annotations
@@ -138,9 +138,14 @@ def draw(logits: torch.Tensor, uniform: np.ndarray) -> torch.Tensor:
     An id of logit -inf is never drawn.
     """
     weights = (logits - logits.amax(dim=-1, keepdim=True)).exp_()
-    ends = weights.cumsum_(dim=-1)
+    if len(logits) == 1:  # CUDA adds up a single row in an order that varies, and ranks must agree
+        weights = weights.repeat(2, 1)
+    ends = weights.cumsum_(dim=-1)[: len(logits)]
     total = ends[:, -1:].clone()
-    wanted = torch.from_numpy(uniform).to(logits.device, torch.float32).unsqueeze(1) * total
+    numbers = torch.from_numpy(uniform).to(torch.float32)
+    if logits.is_cuda:  # else the host would wait for the GPU
+        numbers = numbers.pin_memory()
+    wanted = numbers.to(logits.device, non_blocking=True).unsqueeze(1) * total
     # Below the total even after rounding, so that some id's end lies above it.
     below = torch.nextafter(total, torch.zeros_like(total))
     return torch.searchsorted(ends, torch.minimum(wanted, below), right=True).squeeze(1)

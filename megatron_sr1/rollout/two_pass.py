@@ -13,9 +13,8 @@ model: the replica's leader asks for them, as soon as a description closes, whil
 samples. A reading that fails, or comes too late, says so; the grader leaves its prompt out, as for
 an answer that met a limit.
 
-Descriptions that lead to the same prompt share one reading; the seed
-of a request is derived from its prompt, so it does not matter which of them closed first, or on
-which replica.
+Descriptions that lead to the same prompt share one reading; the seed of a request is derived from
+its prompt, so it does not matter which of them closed first, or on which replica.
 """
 
 from __future__ import annotations

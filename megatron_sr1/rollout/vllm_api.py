@@ -196,15 +196,15 @@ def sampled_tokens(core: Any, name: str) -> Sequence[int]:
 
 
 class Parameters(dict[tuple[Any, ...], Any]):
-    """vLLM's `SamplingParams` of an engine's requests: copies, as its checks take far longer."""
+    """vLLM's `SamplingParams`, made once per setting and copied: its checks take far longer."""
 
     def __missing__(self, settings: tuple[Any, ...]) -> Any:
-        """Make those of settings that no request had before."""
+        """Make the parameters of new settings."""
         self[settings] = made = _parameters(*settings)
         return made
 
     def of(self, request: Request) -> Any:
-        """Return those of a request."""
+        """Return the parameters of a request."""
         if request.num_scored:  # vLLM samples at least one token after the scored ones
             return copy.copy(self[0.0, 1, None, 0])
         logprobs = 0 if request.with_logprobs else None

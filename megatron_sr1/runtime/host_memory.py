@@ -12,8 +12,9 @@ _ALIGNMENT_BYTES = 256
 def host_copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Copy tensors to host memory, page-locked if they are on a GPU.
 
-    Page-locked copies are parts of one block, which stays until the process ends: torch's own
-    page-locked memory takes up to twice the size, rounded up to a power of two per tensor.
+    Page-locked copies are parts of one block, which is never unlocked: keep them until the process
+    ends. Torch's own page-locked memory takes up to twice the size: it rounds each tensor's up to a
+    power of two.
     """
     if not any(tensor.is_cuda for tensor in tensors):
         return [tensor.detach().clone() for tensor in tensors]

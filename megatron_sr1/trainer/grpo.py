@@ -66,8 +66,9 @@ def train_grpo(
         measured = []
         with context.phase("update"):
             for own in owned:
-                batches = updates.pop(0)  # with the only copy of its pixels
-                measured.append(update(actor, batches, objective, config.rollout.temperature))
+                # Its rows have the only copy of their pixels, which nothing here keeps.
+                temperature = config.rollout.temperature
+                measured.append(update(actor, updates.pop(0), objective, temperature))
                 context.throughput.count_samples("update", own)
 
         values = {**reward_means(scored), **spread, **filtered, **counted, **named(measured)}

@@ -22,7 +22,7 @@ from megatron_sr1.data.guards import located
 from megatron_sr1.data.packing import Size, pack_samples, plan_ranks
 from megatron_sr1.data.pixels import PixelReader
 from megatron_sr1.data.processor import Processor
-from megatron_sr1.data.prompts import ChatMessage, Prompts, with_system_turn
+from megatron_sr1.data.prompts import Prompts, with_system_turn
 from megatron_sr1.data.sandbox import run_limited
 from megatron_sr1.data.shards import ShardReader
 from megatron_sr1.errors import ConfigError, DataError
@@ -105,12 +105,11 @@ class Samples:
         if index in self._prompts:
             return self._prompts[index]
         example, data = self.example(index), self._config.data
+        vision = self.pixels.get(index)  # first, as nothing else takes what was read ahead
         with located(example.where):
             if example.answer is None:
                 raise DataError("no gold answer to judge by")
             messages = self.prompts.pass1_messages(example)
-        vision = self.pixels.get(index)
-        with located(example.where):
             prompt = self.processor.encode_prompt(example, vision, messages)
             if len(prompt.token_ids) > data.max_prompt_tokens:
                 raise DataError(
@@ -137,20 +136,31 @@ class Samples:
         keys = [(prompt.example.index, text) for prompt, text in asked]
         new = {k: a for k, a in zip(keys, asked, strict=True) if k not in self.readings}
         if new:
-            messages = run_limited(lambda: [self._reading(*a) for a in new.values()], "pass 2")
-            encoded = self.processor.encode(self.processor.render(messages))
-            self.readings |= {
-                k: self.processor.expand(i, ()) for k, i in zip(new, encoded, strict=True)
-            }
+            encoded = self.processor.encode(self._rendered(list(new.values())))
+            ids = (self.processor.expand(each, ()) for each in encoded)
+            self.readings |= zip(new, ids, strict=True)
         return [self.readings[key] for key in keys]
 
-    def _reading(self, prompt: Prompt, description: str) -> list[ChatMessage]:
-        with located(f"{prompt.example.where}: pass 2"):
-            return self.prompts.pass2_messages(prompt.example, description)
+    def _rendered(self, asked: Sequence[tuple[Prompt, str]]) -> list[str]:
+        """Render prompts of pass 2, all at once; one by one if that fails, to name the sample."""
+
+        def render(part: Sequence[tuple[Prompt, str]]) -> list[str]:
+            messages = [self.prompts.pass2_messages(prompt.example, text) for prompt, text in part]
+            return self.processor.render(messages)
+
+        try:
+            return run_limited(lambda: render(asked), "pass 2")
+        except DataError:
+            rendered = []
+            for each in asked:
+                with located(f"{each[0].example.where}: pass 2"):
+                    rendered += render([each])
+            return rendered
 
     def reading_messages(self, prompt: Prompt, description: str) -> tuple[tuple[str, str], ...]:
         """Return the messages of the pass-2 prompt for another model, pairs of role and text."""
-        messages = self._reading(prompt, description)
+        with located(f"{prompt.example.where}: pass 2"):
+            messages = self.prompts.pass2_messages(prompt.example, description)
         return tuple((m["role"], "".join(part["text"] for part in m["content"])) for m in messages)
 
     def gold_answer(self, prompt: Prompt) -> tuple[tuple[int, ...], tuple[int, ...]]:

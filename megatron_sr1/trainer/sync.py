@@ -102,10 +102,10 @@ class Canary:
         Raises:
             EngineError: the difference is beyond the bound.
         """
-        prompt = self._samples.prompt(self._index)
-        lead, answer = self._samples.gold_answer(prompt)
-        response = (*lead, *answer)
         with context.phase("canary"):
+            prompt = self._samples.prompt(self._index)
+            lead, answer = self._samples.gold_answer(prompt)
+            response = (*lead, *answer)
             logprobs = engine.logprobs(prompt.token_ids, response, prompt.vision)
             given = Completion(response, tuple(logprobs), "", "given")
             rollout = Rollout(self._index, 0, prompt.token_ids, given, None, None, context.step)

@@ -106,6 +106,39 @@ def test_a_fault_of_a_sample_is_named_by_its_shard_and_key(
         getattr(broken, read)(0)
 
 
+@pytest.fixture
+def picky(tiny_model, tmp_path):
+    """Samples whose chat template fails on a word."""
+    words = (
+        "{% if 'bad' in messages[0]['content'] | string %}{{ raise_exception('no') }}{% endif %}"
+    )
+    template = tmp_path / "chat.jinja"
+    template.write_text(words + str(Processor(tiny_model)._template))
+    shards = make_digits(tmp_path, 1, num_train=2, num_eval=1, num_cold_start=1)
+    options = ["data.train=x", "data.pass1_template=brief", "data.pass2_template=brief"]
+    config = load_config(None, [f"model.path={tiny_model}", *options])
+    processor = Processor(tiny_model, 784, 200704, str(template))
+    return Samples(config, shards["train"], processor)
+
+
+def test_of_several_readings_the_one_that_fails_is_named(picky):
+    asked = [(picky.prompt(index), text) for index, text in ((0, "good"), (1, "bad"), (0, "fine"))]
+    with pytest.raises(DataError, match=r"tar sample 000000001: pass 2: .*chat template fails.*no"):
+        picky.reading_prompts(asked)
+    good, fine = picky.reading_prompts([asked[0], asked[2]])
+    assert good == picky.reading_prompts(asked[:1])[0] != fine
+
+
+def test_pixels_that_were_read_ahead_for_a_sample_without_a_prompt_are_not_kept(picky, monkeypatch):
+    monkeypatch.setattr(picky.prompts, "pass1_messages", lambda example: 1 / 0)
+    picky.pixels.start([0, 1])
+    for index in (0, 1):
+        with pytest.raises(ZeroDivisionError):
+            picky.prompt(index)
+    picky.forget()
+    assert not picky.pixels._started and not picky.pixels._held
+
+
 def test_a_rollouts_size_is_that_of_its_sequence(samples):
     rollout, _ = rolled_out(samples, DESCRIBED)
     assert samples.size(rollout) == size_of(samples.train_sample(rollout, 1.0))
