@@ -50,7 +50,7 @@ COLD_START = {
 MODELS = ("3b", "7b")
 SEQUENCES = (64, 128, 256, 512)
 SEEDS = (1, 2, 3)
-GPU_PHASES = ("pass1", "pass2", "old_logprobs", "reference", "update")
+GPU_PHASES = ("canary", "pass1", "pass2", "old_logprobs", "reference", "update")
 """Phases of a step in which engine or actor compute."""
 GAP_LIMIT = 0.03
 """Largest share of a step outside of these phases."""
