@@ -2,7 +2,7 @@
 
 Messages go to a pipe as lines of JSON: `{"begin": name}`, then rows, then `{"end": name}`. What
 libraries print goes to the log. A check that raises is a row; after an error that leaves CUDA
-unusable this process exits, and another one goes on.
+unusable this process exits, and another does the rest.
 """
 
 from __future__ import annotations
