@@ -17,6 +17,11 @@ CLOSED, SILENT, TRICKLE = "closed", "silent", "trickle"
 Script = Callable[[int, dict[str, Any]], Any]
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 1024  # connections that wait; the usual 5 are fewer than a batch opens
+
+
 class ChatEndpoint:
     """The endpoint's address, and what it was asked.
 
@@ -43,8 +48,7 @@ class ChatEndpoint:
             def log_message(self, *_: Any) -> None:
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
+        self.server = _Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
 
     def serve(self, handler: BaseHTTPRequestHandler) -> None:

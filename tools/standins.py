@@ -162,9 +162,14 @@ class _Handler(BaseHTTPRequestHandler):
         """Write nothing: the command is run in the background of a terminal."""
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 1024  # connections that wait; the usual 5 are fewer than a batch opens
+
+
 def serve(port: int, seconds: float) -> None:
     """Answer the judge's requests on 127.0.0.1 for a time."""
-    server = ThreadingHTTPServer(("127.0.0.1", port), _Handler)
+    server = _Server(("127.0.0.1", port), _Handler)
     threading.Timer(seconds, server.shutdown).start()
     server.serve_forever()
 
