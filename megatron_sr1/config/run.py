@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from megatron_sr1.config.adapter import AdapterConfig
 from megatron_sr1.config.endpoint import EndpointConfig
 from megatron_sr1.config.evaluation import EvaluationConfig, EvaluationSet
 from megatron_sr1.config.fields import UNSET, choice, number, settings
@@ -151,6 +152,7 @@ class Config:
     seed: int = number(1, at_least=0, at_most=2**32 - 1)
     """Seed of the data order and of sampling."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

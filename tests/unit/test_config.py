@@ -224,6 +224,8 @@ def test_every_string_is_a_choice_unless_it_is_a_path_or_a_name():
         "reward.spans.description",
         "reward.spans.think",
         "reward.spans.answer",
+        "adapter.path",
+        "adapter.targets",
         "evaluation.function",
         "evaluation.category",
         *(f"evaluation.judge.{name}" for name in ("base_url", "model", "api_key_env", "cache")),
