@@ -17,14 +17,10 @@ class AdapterConfig:
     """Numerator of the scale of an adapter, see adapter.scaling."""
     dropout: float = number(0.0, at_least=0, below=1)
     """Probability of dropout on the input of an adapter, in training."""
-    targets: list[str] = field(
-        default_factory=lambda: [
-            r"language_model\..*\.(q|k|v|o)_proj",
-            r"language_model\..*\.(gate|up|down)_proj",
-        ]
-    )
+    targets: list[str] = field(default_factory=lambda: [r"^model[.]layers[.].*_proj$"])
     """Linear layers with an adapter: regular expressions over published module names, each with a
-    match; such as q_proj or visual[.].*qkv. They are searched for anywhere in the name."""
+    match anywhere in a name, such as q_proj or visual[.].*qkv. By default all of the language
+    model."""
     scaling: str = choice("standard", "standard", "rslora")
     """Scale of an adapter: standard (alpha / rank), rslora (alpha / sqrt(rank))."""
     init: str = choice("kaiming", "kaiming", "gaussian")
