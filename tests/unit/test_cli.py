@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sr1.cli import main, parse
+from megatron_sr1.cli import main
 from megatron_sr1.data.examples import Record
 from megatron_sr1.data.shards import write_shards
+from megatron_sr1.parser import parse
 from megatron_sr1.records import Message
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "published"

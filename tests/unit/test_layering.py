@@ -24,7 +24,9 @@ LAYER = {
 }
 LAYER |= dict.fromkeys(("model", "data", "rewards", "algorithm", "observability"), 2)
 LAYER |= {"trainer": 5, "evaluation": 6, "dry_run": 6, "stages": 7, "cli": 9, "__main__": 9}
-LAYER |= dict.fromkeys(("demo", "gpu_checks", "launch", "doctor", "doctor_distributed"), 8)
+LAYER |= dict.fromkeys(
+    ("demo", "gpu_checks", "launch", "doctor", "doctor_distributed", "parser"), 8
+)
 LAZY = {
     "vllm": {"rollout/vllm_api.py", "rollout/weight_sync.py"},
     "wandb": {"observability/sinks.py"},
