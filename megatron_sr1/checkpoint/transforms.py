@@ -95,3 +95,15 @@ def publish(entry: Entry, shards: Sequence[torch.Tensor]) -> list[tuple[str, tor
     if entry.form == "vocabulary":
         whole = [t[: shape[0]] for t, shape in zip(whole, entry.hf_shapes, strict=True)]
     return list(zip(entry.hf_names, whole, strict=True))
+
+
+def merged(
+    weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Return a published weight with its adapter: W + scale B A in float32, rounded once.
+
+    W is [out, in], A [rank, in], B [out, rank]. In float32 the bits are those of PEFT's own merge
+    (`get_delta_weight` of peft/tuners/lora/layer.py): the same product of the same shapes.
+    """
+    product = lora_b.to(weight.device, torch.float32) @ lora_a.to(weight.device, torch.float32)
+    return (weight.float() + product.mul_(scale)).to(weight.dtype)
