@@ -9,6 +9,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_sr1.runtime.gpus import GPUS
+
 VERSION = "0.1.0"
 """The same as in setup.py."""
 DEMO_OUTPUT = Path("runs/demo")
@@ -80,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     add["demo"]("--output", type=Path, default=DEMO_OUTPUT, metavar="DIR", help="run directory")
     add["demo"]("--seed", type=int, default=1, metavar="N", help="seed of data and model")
     add["plan"]("--gpus", type=int, required=True, metavar="N", help="number of GPUs")
-    add["plan"]("--gpu", required=True, metavar="NAME", help="a100 | h100 | h200 | b200")
+    add["plan"]("--gpu", required=True, metavar="NAME", help=" | ".join(GPUS))
     for name, text in LENGTHS.items():
         add["plan"](f"--{name}-tokens", type=float, metavar="N", help=f"mean {text}")
     add["report"]("run_dir", type=Path, metavar="RUN_DIR", help="directory of a run")

@@ -369,6 +369,7 @@ def main() -> int:
         return 0
     host = measure_host(demo, arguments.host_rounds)
     print(host_table(host), flush=True)
+    print(f"One more live sequence: {1e6 * host['sequence_step_seconds']:.1f} us an engine step")
     if arguments.host_only:
         return report(host_verdicts(host))
     models = prepare(demo, arguments.wide_steps)

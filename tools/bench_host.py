@@ -4,9 +4,11 @@ Makes its model and images itself. Measures, in turn within one run: `LLM.genera
 with 8 samples each, so 512 live sequences; `roll_out` of one pass of the same prompts, pixels
 included; both passes forked, of which the loop's own part is what lies outside of vLLM's calls; and
 what a step's images cost before the first token: decoded by the trainer and preprocessed by vLLM
-one after the other, or read ahead by threads. Times are processor seconds of the main thread, which
-other programs on the machine disturb less than wall time does. Writes a JSON file. One process,
-started by bench.py, with OMP_NUM_THREADS=1, so that the main thread computes everything.
+one after the other, or read ahead by threads. The planner's figure for the host is made here too:
+what one more live sequence costs in an engine step outside of the model and the sampler, from
+passes with 64 and with 512 sequences. Times are processor seconds of the main thread, which other
+programs on the machine disturb less than wall time does. Writes a JSON file. One process, started
+by bench.py, with OMP_NUM_THREADS=1, so that the main thread computes everything.
 """
 
 from __future__ import annotations
@@ -14,11 +16,12 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,7 @@ from megatron_sr1.data.examples import Record
 from megatron_sr1.data.shards import write_shards
 from megatron_sr1.demo.digits import corpus_texts
 from megatron_sr1.demo.tiny_model import make_tiny_model
-from megatron_sr1.records import Message
+from megatron_sr1.records import Message, Rollout
 from megatron_sr1.rollout import vllm_api
 from megatron_sr1.rollout.engine import Engine, Request
 from megatron_sr1.rollout.two_pass import RolloutHooks, roll_out
@@ -66,6 +69,7 @@ class Bench:
         rollout = RolloutConfig(max_model_len=2048, max_num_seqs=2 * NUM_PROMPTS * SAMPLES)
         self.engine = Engine(model, rollout, self.samples["small"].processor)
         self.llm = self.engine._llm
+        self.executor = self.engine._core.engine_core.engine_core.model_executor
 
     def reset(self) -> None:
         """Drop what the engine has cached."""
@@ -97,7 +101,6 @@ class Bench:
         Those of one pass include what makes pixels of decoded images.
         """
         samples = self.samples["small"]
-        prompts = [samples.prompt(index) for index in range(NUM_PROMPTS)]
         images = [samples.images(index) for index in range(NUM_PROMPTS)]
         samples.readings.clear()
         self.reset()
@@ -106,24 +109,53 @@ class Bench:
             for pictures in images:
                 samples.processor.vision(pictures)
         with timed_calls(self.engine._core, ("step", "add_request"), inside):
-            rollouts, _ = roll_out(
-                self.engine,
-                prompts,
-                RolloutConfig(
-                    samples_per_prompt=SAMPLES,
-                    max_response_tokens=RESPONSE_TOKENS,
-                    pass2_temperature=1.0,
-                    max_reading_tokens=READING_TOKENS,
-                ),
-                RolloutHooks(
-                    first_characters,
-                    samples.reading_prompts if with_pass2 else None,
-                    lambda index, sample, part: request_seed(1, 0, index, sample, part),
-                ),
-            )
+            rollouts = self._rollouts(SAMPLES, with_pass2)
         seconds = time.thread_time() - started
         assert sum(r.reading is not None for r in rollouts) > len(rollouts) / 2 or not with_pass2
         return seconds, inside[0]
+
+    def sequence_seconds(self) -> float:
+        """Return the host time of one more live sequence in an engine step.
+
+        Counted are vLLM's scheduler, its inputs and outputs and our loop. The model, its logits and
+        the sampler, which are kernels on a GPU, are not, nor are submissions, which come once.
+        """
+        found = []
+        for num_samples in (1, SAMPLES):
+            self.reset()
+            runner = self.executor.driver_worker.model_runner
+            started, kernels = time.thread_time(), [0.0]
+            with ExitStack() as stack:
+                for owner, names in (
+                    (runner.model, ("forward", "compute_logits")),
+                    (runner.sampler, ("forward",)),
+                    (self.engine._core, ("add_request",)),
+                ):
+                    stack.enter_context(timed_calls(owner, names, kernels))
+                rollouts = self._rollouts(num_samples, with_pass2=False)
+            seconds = time.thread_time() - started - kernels[0]
+            found.append((seconds, sum(len(r.completion.token_ids) for r in rollouts)))
+        (few, few_tokens), (many, many_tokens) = found
+        return (many - few) / (many_tokens - few_tokens)
+
+    def _rollouts(self, num_samples: int, with_pass2: bool) -> list[Rollout]:
+        samples = self.samples["small"]
+        rollouts, _ = roll_out(
+            self.engine,
+            [samples.prompt(index) for index in range(NUM_PROMPTS)],
+            RolloutConfig(
+                samples_per_prompt=num_samples,
+                max_response_tokens=RESPONSE_TOKENS,
+                pass2_temperature=1.0,
+                max_reading_tokens=READING_TOKENS,
+            ),
+            RolloutHooks(
+                first_characters,
+                samples.reading_prompts if with_pass2 else None,
+                lambda index, sample, part: request_seed(1, 0, index, sample, part),
+            ),
+        )
+        return list(rollouts)
 
     def images(self) -> tuple[float, float]:
         """Return the seconds of a step's large images: one after the other, and read ahead.
@@ -217,6 +249,7 @@ def timed_calls(owner: Any, names: Sequence[str], total: list[float]) -> Iterato
 def measure(bench: Bench, num_rounds: int) -> dict[str, Any]:
     """Measure in turn; return the least seconds of each, as other programs only add, and ratios."""
     bench.generate(), bench.roll(False), bench.roll(True), bench.images()  # kernels warm up
+    bench.sequence_seconds()
     found: dict[str, list[float]] = {name: [] for name in ("generate_seconds", *SECONDS)}
     for _ in range(num_rounds):
         generate, (one, _), (both, vllm) = bench.generate(), bench.roll(False), bench.roll(True)
@@ -226,7 +259,9 @@ def measure(bench: Bench, num_rounds: int) -> dict[str, Any]:
             series.append(value)
     generate, one, own, vllm, ahead, serial = least = [min(series) for series in found.values()]
     ratios = one / generate, own / vllm, ahead / serial
-    return dict(zip(found, least, strict=True)) | dict(zip(LIMITS, ratios, strict=True))
+    sequence = statistics.median(bench.sequence_seconds() for _ in range(num_rounds))
+    whole = dict(zip(found, least, strict=True)) | dict(zip(LIMITS, ratios, strict=True))
+    return whole | {"sequence_step_seconds": sequence}
 
 
 def main() -> int:

@@ -102,7 +102,7 @@ class ActorCost:
         hidden_bytes = patches * (vision.hidden_size * run.dtype_bytes)
         collectives = vision.depth * self._all_reduces_seconds(hidden_bytes, layout.tower)
         features = run.image_tokens / run.sequence_tokens * self.row_bytes * layout.context
-        collectives += costs.gather_seconds(features, layout.images, run.gpu.nvlink_rate)
+        collectives += costs.gather_seconds(features, layout.images, run.gpu.link_rate)
         return PartCost(
             whole,
             layout.tower,
@@ -170,19 +170,19 @@ class ActorCost:
 
     def _all_reduces_seconds(self, num_bytes: float, ranks: int) -> float:
         """Time of a layer's two all-reduces, or of the equivalent under sequence parallelism."""
-        return 2 * costs.gather_seconds(2 * num_bytes, ranks, self.run.gpu.nvlink_rate)
+        return 2 * costs.gather_seconds(2 * num_bytes, ranks, self.run.gpu.link_rate)
 
     def _context_seconds(self) -> float:
         """Time to gather a layer's keys and values over context-parallel ranks."""
         text, layout = self.run.hf_config.text, self.layout
         width = 2 * text.num_key_value_heads * text.head_dim / layout.tensor
         num_bytes = self.run.row_tokens * width * self.run.dtype_bytes
-        return costs.gather_seconds(num_bytes, layout.context, self.run.gpu.nvlink_rate)
+        return costs.gather_seconds(num_bytes, layout.context, self.run.gpu.link_rate)
 
     def _send_seconds(self) -> float:
         """Time to send hidden states to the next stage, on another node if there is one."""
         layout, gpu = self.layout, self.run.gpu
-        rate = gpu.network_rate if layout.num_ranks > GPUS_PER_NODE else gpu.nvlink_rate
+        rate = gpu.network_rate if layout.num_ranks > GPUS_PER_NODE else gpu.link_rate
         return costs.transfer_seconds(self.row_bytes / layout.sequence_split, rate)
 
     def _reduce_seconds(self, held: StaticMemory) -> float:
@@ -190,14 +190,14 @@ class ActorCost:
         run, layout, gpu = self.run, self.layout, self.run.gpu
         # Ranks are ordered tensor, context, data; pipeline comes last.
         spans_nodes = layout.tensor * layout.num_sharing > GPUS_PER_NODE
-        rate = gpu.network_rate if spans_nodes else gpu.nvlink_rate
+        rate = gpu.network_rate if spans_nodes else gpu.link_rate
         sharded = run.config.parallel.distributed_optimizer
         moved = (held.gradients, held.weights) if sharded else (2 * held.gradients,)
         seconds = sum(costs.gather_seconds(size, layout.num_sharing, rate) for size in moved)
         if layout.tower != layout.tensor and run.trains_tower:  # each rank holds the whole tower
             gradient_bytes = DTYPE_BYTES[run.config.optimizer.gradients]
             tower = gradient_bytes * num_parameters(run.hf_config, TOWER)
-            seconds += costs.gather_seconds(2 * tower, layout.tensor, gpu.nvlink_rate)
+            seconds += costs.gather_seconds(2 * tower, layout.tensor, gpu.link_rate)
         return seconds
 
     def _optimizer_seconds(self, held: StaticMemory) -> float:

@@ -1,7 +1,7 @@
 """Times of products, memory traffic and collectives, and all assumptions of the planner.
 
-In: operations or bytes and a GPU's datasheet rates (runtime/gpus.py). Out: seconds. The constants
-were chosen before any comparison with published runs and are not fitted to one (docs/planner.md).
+In: operations or bytes and a GPU's datasheet rates (runtime/gpus.py). Out: seconds. No constant is
+fitted to the published runs that docs/planner.md compares with.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ ENGINE_STEP_SECONDS = 3e-3
 """Time of an engine step outside its kernels. vLLM 0.23 on an A100 40 GB with Llama 3.1 8B in
 bfloat16 and one sequence reaches 75 tokens/s (a sweep by J. Musgrave, johnmusgrave.com): 13.3 ms a
 step, of which reading the weights at 1,555 GB/s takes 10.3."""
-ENGINE_SEQUENCE_SECONDS = 10e-6
-"""Assumption: time of an engine step outside its kernels, per running sequence."""
+ENGINE_SEQUENCE_SECONDS = 40e-6
+"""Time of an engine step outside its kernels, per running sequence: vLLM's scheduler, inputs and
+outputs and our loop, measured by tools/bench_host.py on a core of an Intel Xeon without a GPU."""
 RESERVED_BYTES = 3e9
 """Assumption: CUDA context, NCCL buffers, fragmentation of the allocator."""
 ENGINE_RESERVED_BYTES = 3e9

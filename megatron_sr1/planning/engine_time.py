@@ -80,7 +80,7 @@ class Replica:
         traffic += running * context_tokens * self.token_bytes
         products = 2 * running * weights / self.ranks / (gpu.peak_flops * gpu.matmul_share)
         row = running * text.hidden_size * self.dtype_bytes
-        all_reduce = costs.gather_seconds(2 * row, self.ranks, gpu.nvlink_rate)
+        all_reduce = costs.gather_seconds(2 * row, self.ranks, gpu.link_rate)
         collectives = 2 * text.num_layers * all_reduce
         overhead = self.step_overhead_seconds + costs.ENGINE_SEQUENCE_SECONDS * running
         return max(costs.memory_seconds(traffic, gpu), products) + collectives + overhead
@@ -127,7 +127,7 @@ class Replica:
     def sync_seconds(self, world: int) -> float:
         """Return the time of a weight sync from `world` ranks."""
         num_bytes = num_parameters(self.hf_config) * self.dtype_bytes
-        moving = 0.0 if world == 1 else costs.transfer_seconds(num_bytes, self.gpu.nvlink_rate)
+        moving = 0.0 if world == 1 else costs.transfer_seconds(num_bytes, self.gpu.link_rate)
         # Read and written to be gathered, then written and read once more by the engine.
         return moving + costs.memory_seconds(4 * num_bytes, self.gpu)
 

@@ -70,7 +70,7 @@ def test_the_proposed_layout_of_a_published_model_divides_it_and_fits(size):
     assert all(0 < mfu < 1 for name, mfu in best.mfu.items() if name != "sync")
 
 
-@pytest.mark.parametrize(("size", "gpu"), [("3b", replace(GPUS["a100"], memory_bytes=40e9)),
+@pytest.mark.parametrize(("size", "gpu"), [("3b", GPUS["a100-40gb"]),
                                            ("7b", GPUS["h100"]), ("7b", GPUS["a100"])])  # fmt: skip
 def test_the_layout_of_an_example_fits_the_machine_that_it_names(size, gpu):
     config = load_config(ROOT / "examples" / f"qwen25vl_{size}.yaml")
@@ -277,7 +277,7 @@ def test_a_plan_needs_no_torch(model):
     [
         (
             ["--gpus", 8, "--gpu", "h101"],
-            "'h101' is unknown; expected one of a100, h100, h200, b200",
+            "'h101' is unknown; expected one of a100, a100-40gb, h100, h200, b200, rtx4090, ",
         ),
         (["--gpus", 12, "--gpu", "h100"], "a multiple of 8, e.g. 8 or 16"),
         (["stage=eval", "--gpus", 8, "--gpu", "h100"], "stage=eval trains nothing"),
@@ -321,6 +321,33 @@ def test_every_gpu_is_found_in_upper_and_lower_case():
     assert [find_gpu(name.upper()).name for name in GPUS] == list(GPUS)
     with pytest.raises(ConfigError):
         find_gpu("")
+
+
+def test_docs_planner_has_the_constants_of_every_gpu():
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in (ROOT / "docs" / "planner.md").read_text().split("## Constants")[1].splitlines()
+        if line.startswith("| ")
+    ]
+    names, *rows = ([cells[0], cells[1:]] for cells in rows[:9])
+    rates = ("memory_bytes", "peak_flops", "memory_rate", "link_rate", "network_rate", "host_rate",
+             "matmul_share", "attention_share")  # fmt: skip
+    units = {"GB": 1e9, "TF": 1e12, "TB": 1e12, "sh": 1.0}
+    assert names[1] == list(GPUS)
+    for (title, cells), rate in zip(rows, rates, strict=True):
+        unit = units[title.split(", ")[1][:2]]
+        assert [float(c) * unit for c in cells] == pytest.approx(
+            [getattr(gpu, rate) for gpu in GPUS.values()]
+        ), title
+
+
+def test_cards_have_no_nvlink_and_half_of_geforces_peak_as_its_sums_are_float32():
+    """NVIDIA gives 330.3 and 419 TFLOP/s for float16 summed in float16."""
+    for name, half_sums in {"rtx4090": 330.3e12, "rtx5090": 419e12}.items():
+        assert GPUS[name].peak_flops == pytest.approx(half_sums / 2, rel=1e-3)
+    assert {n for n, gpu in GPUS.items() if gpu.link_rate == gpu.host_rate} == {
+        "rtx4090", "rtx5090", "l40s", "rtxpro6000"
+    }  # fmt: skip
 
 
 def test_docs_planner_has_the_table_that_planner_errors_prints():
