@@ -77,7 +77,7 @@ DEVICE_NAMES = {
     "NVIDIA L40S": "l40s",
     "NVIDIA RTX PRO 6000 Blackwell Workstation Edition": "rtxpro6000",
 }
-"""CUDA's device name -> name above. Other members of a family, e.g. an A100 for PCIe, are slower."""
+"""CUDA's device name -> name above. Others of a family, e.g. an A100 for PCIe, are slower."""
 
 
 def find_gpu(name: str) -> Gpu:
