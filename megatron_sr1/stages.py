@@ -25,7 +25,13 @@ from megatron_sr1.runtime import failure
 from megatron_sr1.runtime.device import select_device, start_distributed, stop_distributed
 from megatron_sr1.runtime.groups import Groups, make_groups
 from megatron_sr1.runtime.rng import seed_everything
-from megatron_sr1.trainer.actor import Actor, Reference, load_actor_model, make_actor
+from megatron_sr1.trainer.actor import (
+    Actor,
+    Reference,
+    add_adapters,
+    load_actor_model,
+    make_actor,
+)
 from megatron_sr1.trainer.context import Context
 from megatron_sr1.trainer.data_checks import check_sizes
 from megatron_sr1.trainer.grpo import train_grpo
@@ -131,6 +137,7 @@ def start(config: Config, groups: Groups) -> tuple[Context, Samples, Actor, Refe
     context = Context(config, groups, *samples.reader.sizes)
     with context.phase("setup"):
         chunks, hf_config, source = load_actor_model(config, groups)
+        add_adapters(config, chunks, hf_config, groups)
         needs_reference = config.stage == "grpo" and config.algorithm.kl_coefficient > 0
         reference = Reference(chunks) if needs_reference else None
         actor = make_actor(config, chunks, hf_config, source, groups, config.num_updates)

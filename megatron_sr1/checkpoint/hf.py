@@ -17,8 +17,9 @@ from megatron_sr1.checkpoint import mapping
 from megatron_sr1.checkpoint.hf_files import HFSource, check_target, write_like
 from megatron_sr1.checkpoint.mapping import HF_EMBEDDING, HF_OUTPUT, Entry, entries
 from megatron_sr1.checkpoint.tensors import unwrap
-from megatron_sr1.checkpoint.transforms import join, publish, slices
+from megatron_sr1.checkpoint.transforms import join, merged, publish, slices
 from megatron_sr1.errors import CheckpointError
+from megatron_sr1.model.adapters import Adapters
 from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.runtime.groups import Group, Groups, gather_objects
 
@@ -38,7 +39,7 @@ def load_hf(
     check_tensors(source, hf_config)
     source.need_weights()
     for entry, parameter in local_parameters(chunks, hf_config):
-        group = _sharing(entry, groups)
+        group = sharing(entry, groups)
         wanted = slices(entry, group.rank, group.size, parameter.shape[0])
         value = join(entry, [source.read(*block) for block in wanted], group.size)
         with torch.no_grad():
@@ -124,20 +125,29 @@ def with_tied_copy(
 def local_parameters(
     chunks: Sequence[Any], hf_config: HFConfig
 ) -> Iterator[tuple[Entry, torch.nn.Parameter]]:
-    """Yield this rank's parameters, each with its entry, in the chunks' order.
+    """Yield this rank's parameters, each with its entry, in the chunks' order, without adapters.
 
     With tied embeddings a last stage's copy of the embedding comes with the embedding's entry.
     """
     table = {entry.name: entry for entry in entries(hf_config)}
     if hf_config.tie_word_embeddings:
         table[mapping.OUTPUT] = table[mapping.EMBEDDING]
+    for _, name, parameter in named_parameters(chunks):
+        if not name.endswith((mapping.ADAPTER_A, mapping.ADAPTER_B)):
+            assert name in table, f"no row of the table is about parameter {name}"
+            yield table[name], parameter
+
+
+def named_parameters(
+    chunks: Sequence[Any],
+) -> Iterator[tuple[torch.nn.Module, str, torch.nn.Parameter]]:
+    """Yield the module, the name as entries have it, and the parameter, for all on this rank."""
     for chunk in chunks:
         layers = unwrap(chunk).language_model.decoder.layers
         first_layer = int(layers[0].layer_number) - 1 if len(layers) else 0
-        for name, parameter in chunk.named_parameters():
-            entry = table.get(mapping.canonical_parameter(name, first_layer))
-            assert entry is not None, f"no row of the table is about parameter {name}"
-            yield entry, parameter
+        for path, module in chunk.named_modules():
+            for name, parameter in module.named_parameters(path, recurse=False):
+                yield module, mapping.canonical_parameter(name, first_layer), parameter
 
 
 def export_weights(
@@ -145,37 +155,61 @@ def export_weights(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield whole tensors under their published names, on every rank, in the order of computation.
 
-    Collective: all ranks iterate to the end. A stage broadcasts its shard to the others, then the
-    tensor-parallel ranks gather the parameter; no more than one is whole at a time. A parameter
-    made of any of the published names in `left_out` is neither sent nor yielded. Tensors have the
-    model's type and device; they may be views of live parameters, which the next update changes.
+    Adapters are merged into the weights that they belong to. Collective: all ranks iterate to the
+    end. A stage broadcasts its shard to the others, then the tensor-parallel ranks gather the
+    parameter; no more than one is whole at a time. A parameter made of any of the published names
+    in `left_out` is neither sent nor yielded. Tensors have the model's type and device; they may be
+    views of live parameters, which the next update changes.
     """
-    mine, left_out = dict[str, torch.Tensor](), frozenset(left_out)
-    for entry, parameter in local_parameters(chunks, hf_config):
-        mine.setdefault(entry.name, parameter.detach())
-    facts = {name: (tuple(shard.shape), shard.dtype) for name, shard in mine.items()}
-    pipeline = groups.pipeline
-    by_stage = gather_objects(facts, pipeline)
+    gather, left_out = Gather(chunks, groups), frozenset(left_out)
+    adapters = adapters_of(chunks)
     for entry in entries(hf_config):
-        if not left_out.isdisjoint(entry.hf_names):
-            continue
-        owner = next((s for s, facts in enumerate(by_stage) if entry.name in facts), None)
+        if left_out.isdisjoint(entry.hf_names):
+            for name, weight in gather(entry):
+                pair = adapters and adapters.modules.get(name.removesuffix(".weight"))
+                if adapters and pair:
+                    ((_, a),), ((_, b),) = gather(pair[0]), gather(pair[1])
+                    weight = merged(weight, a, b, adapters.scale)
+                yield name, weight
+
+
+def adapters_of(chunks: Sequence[Any]) -> Adapters | None:
+    """Return the adapters of a model, if it has any."""
+    found: list[Adapters | None] = [unwrap(chunk).adapters for chunk in chunks]
+    return found[0] if found else None
+
+
+class Gather:
+    """Makes parameters of a model whole on every rank, one at a time."""
+
+    def __init__(self, chunks: Sequence[Any], groups: Groups) -> None:
+        """Find out which stage holds what; collective over the stages."""
+        self._groups, self._mine = groups, dict[str, torch.Tensor]()
+        for _, name, parameter in named_parameters(chunks):
+            self._mine.setdefault(name, parameter.detach())
+        facts = {name: (tuple(shard.shape), shard.dtype) for name, shard in self._mine.items()}
+        self._by_stage = gather_objects(facts, groups.pipeline)
+
+    def __call__(self, entry: Entry) -> list[tuple[str, torch.Tensor]]:
+        """Return a parameter as published tensors; collective, all ranks ask in one order."""
+        pipeline = self._groups.pipeline
+        owner = next((s for s, facts in enumerate(self._by_stage) if entry.name in facts), None)
         assert owner is not None, f"no stage holds {entry.name}"
-        shape, dtype = by_stage[owner][entry.name]
+        shape, dtype = self._by_stage[owner][entry.name]
         if owner == pipeline.rank:
-            shard = mine[entry.name].contiguous()
+            shard = self._mine[entry.name].contiguous()
         else:
-            shard = torch.empty(shape, dtype=dtype, device=groups.device)
+            shard = torch.empty(shape, dtype=dtype, device=self._groups.device)
         if pipeline.size > 1:
             dist.broadcast(shard, src=pipeline.ranks[owner], group=pipeline.process_group)
-        shards, group = [shard], _sharing(entry, groups)
+        shards, group = [shard], sharing(entry, self._groups)
         if entry.shard_dim is not None and group.size > 1:
             shards = [torch.empty_like(shard) for _ in range(group.size)]
             dist.all_gather(shards, shard, group=group.process_group)
-        yield from publish(entry, shards)
+        return publish(entry, shards)
 
 
-def _sharing(entry: Entry, groups: Groups) -> Group:
+def sharing(entry: Entry, groups: Groups) -> Group:
     """Return the ranks that a parameter is split over."""
     return groups.tower if entry.name.startswith(mapping.TOWER) else groups.tensor
 

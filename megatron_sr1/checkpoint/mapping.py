@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from megatron_sr1.errors import ConfigError
@@ -17,6 +17,7 @@ EMBEDDING = "language_model.embedding.word_embeddings.weight"
 OUTPUT = "language_model.output_layer.weight"
 HF_EMBEDDING = "model.embed_tokens.weight"
 HF_OUTPUT = "lm_head.weight"
+ADAPTER_A, ADAPTER_B = "lora_A", "lora_B"
 TOWER = "vision_model."  # the parameters of the vision tower begin so
 
 # Norms before a linear layer, and their names in Transformer Engine's fused layer.
@@ -169,6 +170,52 @@ def check_freeze(config: HFConfig, patterns: Sequence[str]) -> None:
 def is_tower_frozen(config: HFConfig, patterns: Sequence[str]) -> bool:
     """Return True if nothing of the vision tower is trained."""
     return all(is_frozen(e, patterns) for e in entries(config) if e.name.startswith(TOWER))
+
+
+def linear_modules(config: HFConfig) -> dict[str, Entry]:
+    """Return the published linear layers that Megatron splits, each with its weight's entry."""
+    return {
+        name.removesuffix(".weight"): entry
+        for entry in entries(config)
+        if entry.shard_dim is not WHOLE and entry.form != "vocabulary"
+        for name in entry.hf_names
+        if name.endswith(".weight")
+    }
+
+
+def adapter_entries(
+    config: HFConfig, targets: Sequence[str], rank: int
+) -> dict[str, tuple[Entry, Entry]]:
+    """Return the entries of A [rank, in] and B [out, rank] of each published linear layer.
+
+    `targets` are regular expressions, searched for in the layers' names; the order is that of
+    computation. A layer whose rows are split has A whole and B split on each rank, one whose
+    columns are split the reverse. Raises `ConfigError` if an expression matches no layer.
+    """
+    modules = linear_modules(config)
+    for pattern in targets:
+        if not any(re.search(pattern, module) for module in modules):
+            some = ", ".join(list(modules)[:3])
+            raise ConfigError(f"adapter.targets: {pattern!r} matches no linear layer, as {some}, …")
+    found = {}
+    for module, base in modules.items():
+        if any(re.search(pattern, module) for pattern in targets):
+            (rows, columns), is_row = _shape_of(base, module), base.shard_dim == ROW
+            name = f"{base.name.removesuffix('weight')}{module.rpartition('.')[2]}."
+            a = Entry(
+                name + ADAPTER_A, (f"{module}.{ADAPTER_A}.weight",), ((rank, columns),), WHOLE
+            )
+            b = Entry(name + ADAPTER_B, (f"{module}.{ADAPTER_B}.weight",), ((rows, rank),), COLUMN)
+            if is_row:
+                a, b = replace(a, shard_dim=ROW), replace(b, shard_dim=WHOLE)
+            elif base.num_parts > 1:  # its rows are in the order of the fused layer
+                b = replace(b, form=base.form, num_groups=base.num_groups, num_parts=base.num_parts)
+            found[module] = a, b
+    return found
+
+
+def _shape_of(entry: Entry, module: str) -> tuple[int, ...]:
+    return entry.hf_shapes[entry.hf_names.index(f"{module}.weight")]
 
 
 def canonical_parameter(name: str, first_layer: int = 0) -> str:

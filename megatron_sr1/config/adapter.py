@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from megatron_sr1.config.fields import choice, number
@@ -30,3 +31,9 @@ class AdapterConfig:
     """Directory of an adapter in PEFT's format to start from; empty: a new one."""
     dtype: str = choice("float32", "float32", "model")
     """Data type of adapters, their gradients and their products: float32, or the model's."""
+
+    @property
+    def scale(self) -> float:
+        """What the product of B and A is multiplied by; the rank is above 0."""
+        is_standard = self.scaling == "standard"
+        return self.alpha / (self.rank if is_standard else math.sqrt(self.rank))

@@ -45,11 +45,16 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Normalise the last dimension in float32, then scale in the input's dtype."""
-        if hidden.dtype == torch.float32:
-            return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
-        normal = F.rms_norm(hidden.float(), self.weight.shape, None, self.eps)
-        return self.weight * normal.to(hidden.dtype)
+        """Normalise the last dimension."""
+        return rms_norm(hidden, self.weight, self.eps)
+
+
+def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Normalise the last dimension in float32, then scale in the input's dtype."""
+    if hidden.dtype == torch.float32:
+        return F.rms_norm(hidden, weight.shape, weight, eps)
+    normal = F.rms_norm(hidden.float(), weight.shape, None, eps)
+    return weight * normal.to(hidden.dtype)
 
 
 class Kernels(NamedTuple):

@@ -35,6 +35,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_sr1.config.run import ModelConfig, ParallelConfig
 from megatron_sr1.errors import DataError
 from megatron_sr1.model import layers
+from megatron_sr1.model.adapters import Adapters
 from megatron_sr1.model.attention import pack_row
 from megatron_sr1.model.hf_config import HFConfig, check_layout
 from megatron_sr1.model.logprobs import full_logits, label_logprobs, vocabulary_rows
@@ -72,6 +73,7 @@ class Qwen25VL(MegatronModule):
         self.pre_process = groups.is_first_stage and virtual_stage == 0
         self.post_process = groups.is_last_stage and virtual_stage == num_virtual - 1
         self.share_embeddings_and_output_weights = hf_config.tie_word_embeddings
+        self.adapters: Adapters | None = None
         num_layers = get_num_layers_to_build(config, self.vp_stage, groups.pipeline.rank)
         kernels = layers.kernels(model.spec)
         self.language_model = GPTModel(
@@ -211,8 +213,10 @@ class Qwen25VL(MegatronModule):
             group = self.groups.tensor.process_group
             embedded = scatter_to_sequence_parallel_region(embedded, group=group)
         if torch.is_grad_enabled() and not embedded.requires_grad:
-            # Recomputation requires an input with a gradient; a frozen embedding has none.
-            embedded.requires_grad_(self.config.recompute_granularity == "full")
+            # Recomputation and other stages require an input with a gradient; a frozen embedding
+            # has none.
+            recomputes = self.config.recompute_granularity is not None
+            embedded.requires_grad_(recomputes or not self.post_process)
         return embedded
 
 

@@ -1,8 +1,9 @@
 """The actor: Megatron chunks with data parallelism, optimizer and learning-rate schedule.
 
 In: configuration, groups, a model directory. Out: an `Actor`, which the steps train and whose
-weights are exported. The frozen reference of the KL term is a copy of this rank's shard in host
-memory, which takes the place of the live weights for its forward pass.
+weights are exported. The frozen reference of the KL term is the base model without its adapters, or
+else a copy of this rank's shard in host memory, which takes the place of the live weights for its
+forward pass.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from typing import Any
 
 import torch
 
+from megatron_sr1.checkpoint.adapters import attach_adapters, export_adapters
 from megatron_sr1.checkpoint.folders import HF_FILES, ModelSource, resolve_model
-from megatron_sr1.checkpoint.hf import export_weights, local_parameters, save_hf
+from megatron_sr1.checkpoint.hf import adapters_of, export_weights, local_parameters, save_hf
 from megatron_sr1.checkpoint.hf_files import HFSource
 from megatron_sr1.checkpoint.loading import load_model
-from megatron_sr1.checkpoint.mapping import check_freeze, entries, is_frozen
+from megatron_sr1.checkpoint.mapping import Entry, check_freeze, entries, is_frozen
 from megatron_sr1.checkpoint.tensors import Trained
 from megatron_sr1.config.run import Config
 from megatron_sr1.model.hf_config import HFConfig, read_hf_config
@@ -40,7 +42,7 @@ class Actor:
         wrapped: the same chunks inside Megatron's DistributedDataParallel.
         source: the directory that the model was loaded from.
         row_multiple: number of tokens that each packed row is a multiple of.
-        frozen: published names of the tensors of frozen layers.
+        frozen: published names of the tensors of layers that training leaves as they are.
     """
 
     chunks: list[Any]
@@ -57,6 +59,14 @@ class Actor:
     def weights(self, left_out: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield full weights under their published names; collective over all ranks."""
         return export_weights(self.chunks, self.hf_config, self.groups, left_out)
+
+    def adapter_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield A and B of each adapter, whole, under published names; collective over all ranks.
+
+        Names are such as `model.layers.0.self_attn.q_proj.lora_A.weight` [rank, in] and
+        `….lora_B.weight` [out, rank].
+        """
+        return export_adapters(self.chunks, self.groups)
 
     def offload(self, what: str) -> None:
         """Free device memory until `restore`.
@@ -94,11 +104,13 @@ class Actor:
 
 
 class Reference:
-    """Frozen copy of a rank's shard in host memory."""
+    """The model before training: a frozen copy of a rank's shard, or the base without adapters."""
 
     def __init__(self, chunks: list[Any]) -> None:
-        """Copy the chunks' present weights."""
-        self._parameters = [p for chunk in chunks for p in chunk.parameters()]
+        """Copy the chunks' present weights to host memory, unless they have adapters."""
+        self._adapters = adapters_of(chunks)
+        copied = [] if self._adapters else chunks
+        self._parameters = [p for chunk in copied for p in chunk.parameters()]
         self._frozen = host_copies(self._parameters)
 
     @contextlib.contextmanager
@@ -107,15 +119,24 @@ class Reference:
 
         The live weights stay where they are, and are not copied. On a CPU the chunks use the
         reference's own memory, on a GPU a copy, which takes as much memory as the live weights.
+        With adapters nothing is copied: they are switched off.
         """
         live = [parameter.data for parameter in self._parameters]
+        adapters = self._adapters
         try:
             for parameter, frozen in zip(self._parameters, self._frozen, strict=True):
                 parameter.data = frozen.to(parameter.device, non_blocking=True)
-            yield
+            with adapters.switched_off() if adapters else contextlib.nullcontext():
+                yield
         finally:
             for parameter, weights in zip(self._parameters, live, strict=True):
                 parameter.data = weights
+
+
+def add_adapters(config: Config, chunks: list[Any], hf_config: HFConfig, groups: Groups) -> None:
+    """Give a loaded model the adapters of `config.adapter`, if it asks for any."""
+    if config.adapter.rank:
+        attach_adapters(chunks, hf_config, groups, config.adapter, config.seed)
 
 
 def load_actor_model(config: Config, groups: Groups) -> tuple[list[Any], HFConfig, ModelSource]:
@@ -146,20 +167,30 @@ def _with_chat_template(source: ModelSource, config: Config, groups: Groups) -> 
 def freeze(chunks: list[Any], hf_config: HFConfig, patterns: Sequence[str]) -> frozenset[str]:
     """Exclude parameters from training: no gradient, no optimizer state.
 
-    `patterns` are regular expressions, searched for in published names (`^visual[.]`).
+    `patterns` are regular expressions, searched for in published names (`^visual[.]`). Of a model
+    with adapters all parameters are excluded already.
 
     Returns:
-        published names of the tensors of all layers that are frozen as a whole.
+        published names of the tensors of all layers that are frozen as a whole; with adapters, of
+        those that have none, where layers that are fused have one if any of them has.
 
     Raises:
         ConfigError: a pattern matches nothing, or only a part of a fused parameter.
     """
     check_freeze(hf_config, patterns)
-    for entry, parameter in local_parameters(chunks, hf_config):
-        parameter.requires_grad_(not is_frozen(entry, patterns))
-    learning = {n for e in entries(hf_config) if not is_frozen(e, patterns) for n in e.hf_names}
+    adapters, table = adapters_of(chunks), entries(hf_config)
+
+    def is_kept(entry: Entry) -> bool:
+        if adapters is None:
+            return is_frozen(entry, patterns)
+        return not any(name.removesuffix(".weight") in adapters.modules for name in entry.hf_names)
+
+    if adapters is None:
+        for entry, parameter in local_parameters(chunks, hf_config):
+            parameter.requires_grad_(not is_kept(entry))
+    learning = {name for entry in table if not is_kept(entry) for name in entry.hf_names}
     layers = {name.rpartition(".")[0] for name in learning}
-    names = {name for entry in entries(hf_config) for name in entry.hf_names}
+    names = {name for entry in table for name in entry.hf_names}
     return frozenset(name for name in names if name.rpartition(".")[0] not in layers)
 
 

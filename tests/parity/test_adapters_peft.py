@@ -1,0 +1,105 @@
+"""Adapters compute what PEFT's do on transformers' model: logits, loss, gradients, updates, merge.
+
+tests/distributed/test_adapter_layouts.py compares the layouts with one process.
+"""
+
+import pytest
+import torch
+
+from megatron_sr1.checkpoint.adapters import (
+    attach_adapters,
+    export_adapters,
+    load_adapter_tensors,
+    local_adapters,
+)
+from megatron_sr1.checkpoint.hf import export_weights, load_hf
+from megatron_sr1.checkpoint.mapping import canonical_hf_name
+from megatron_sr1.config.run import ModelConfig, ParallelConfig
+from megatron_sr1.model.hf_config import read_hf_config
+from megatron_sr1.model.qwen25_vl import build_model
+from megatron_sr1.runtime import cpu
+from tests.adapter_cases import published, write_adapted
+from tests.model_cases import make_row, worst_relative_gap
+from tests.parity.test_model_transformers import reference_logprobs
+
+TOLERANCE = 1e-5
+
+
+def build(directory, groups, settings, tensors, **model):
+    hf_config = read_hf_config(directory)
+    settings_of_model = ModelConfig(dtype="float32", **model)
+    chunks = build_model(hf_config, groups, settings_of_model, ParallelConfig())
+    load_hf(chunks, directory, hf_config, groups)
+    attach_adapters(chunks, hf_config, groups, settings, seed=1)
+    load_adapter_tensors(chunks, groups, tensors)
+    return chunks, hf_config
+
+
+def gradients_of(chunks):
+    """Of one process: A's and B's under published names; the rows are in the layer's order."""
+    from megatron_sr1.checkpoint.transforms import publish
+
+    return {
+        name: value
+        for entry, parameter in local_adapters(chunks)
+        for name, value in publish(entry, [parameter.grad])
+    }
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_logits_loss_and_gradients_equal_pefts(seed, tmp_path, groups):
+    peft, rows, settings, tensors = write_adapted(tmp_path, seed)
+    chunks, _ = build(tmp_path, groups, settings, tensors)
+    samples = rows[2] if seed % 2 else rows[0]
+    row = make_row(samples)
+    with cpu.megatron_mode():
+        logprobs = chunks[0](**row.inputs, labels=row.labels, temperature=0.7)
+        loss = -(logprobs * row.loss_mask).sum() / row.loss_mask.sum()
+        loss.backward()
+    expected = -(reference_logprobs(peft, samples, 0.7) * row.loss_mask).sum()
+    expected = expected / row.loss_mask.sum()
+    expected.backward()
+    assert abs(loss.item() - expected.item()) < TOLERANCE * expected.item()
+    wanted = {published(n): p.grad for n, p in peft.named_parameters() if p.requires_grad}
+    assert all(grad.abs().max() > 0 for grad in wanted.values())
+    gap, name = worst_relative_gap(gradients_of(chunks), wanted)
+    assert gap < TOLERANCE, name
+    assert all(p.grad is None for p in chunks[0].parameters() if not p.requires_grad)
+    base = [s.logits for s in samples]
+    with torch.no_grad(), cpu.megatron_mode():
+        logits = chunks[0](**row.inputs)[0]
+        with chunks[0].adapters.switched_off():
+            off = chunks[0](**row.inputs)[0]
+    with torch.no_grad():
+        adapted = logits_of(peft, samples)
+    assert (logits - adapted).abs().max() < TOLERANCE
+    assert (adapted - torch.cat(base)).abs().max() > 1e-2
+    assert (off - torch.cat(base)).abs().max() < TOLERANCE
+
+
+def logits_of(model, samples):
+    found = []
+    for s in samples:
+        images = {}
+        if s.pixel_values is not None:
+            kind = (s.token_ids == model.config.image_token_id).int()[None]
+            images = {"mm_token_type_ids": kind, "image_grid_thw": s.image_grid_thw}
+            images["pixel_values"] = s.pixel_values
+        found.append(model(input_ids=s.token_ids[None], **images).logits[0])
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_merged_weights_equal_pefts_bitwise_and_tensors_come_back_as_they_went(
+    seed, tmp_path, groups
+):
+    peft, _, settings, tensors = write_adapted(tmp_path, seed)
+    chunks, hf_config = build(tmp_path, groups, settings, tensors)
+    given = dict(export_adapters(chunks, groups))
+    assert given.keys() == tensors.keys()
+    assert all(torch.equal(given[name], tensors[name]) for name in given)
+    merged = peft.merge_and_unload().state_dict()
+    wanted = {canonical_hf_name(name): value for name, value in merged.items()}
+    found = dict(export_weights(chunks, hf_config, groups))
+    for name, value in found.items():
+        assert torch.equal(value, wanted[name]), name
