@@ -21,6 +21,7 @@ from megatron_sr1.config.run import Config
 from megatron_sr1.data.prompts import template_texts
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.model.hf_config import HFConfig, check_layout, read_hf_config
+from megatron_sr1.observability.sinks import check_installed
 from megatron_sr1.planning.layout import Layout, configured
 from megatron_sr1.planning.memory import stage_parameters, static_memory
 from megatron_sr1.planning.workload import num_parameters
@@ -220,6 +221,7 @@ def check_run(config: Config, num_ranks: int) -> list[str]:
     """
     resolved(config)
     check_output(config)
+    check_installed(config.logging)
     template_texts(config.data)  # raises if one cannot be used
     replica = config.parallel.replica_size
     if num_ranks % replica:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from megatron_sr1.observability.sinks import records
+from megatron_sr1.observability.wandb_sink import records
 
 
 def messages(run_dir, kind):

@@ -42,6 +42,8 @@ RENAMED = {
     "data.eval": "evaluation.sets.NAME.path, with a name of your choice for the set",
     "data.eval_limit": "evaluation.max_samples",
     "data.prompt_style": "data.pass1_template and data.pass2_template, each full or brief",
+    "logging.wandb_samples": "logging.samples",
+    "logging.wandb_tables_every": "logging.samples_every",
     "rollout.pass2_order": "data.pass2_template, such as full_description_first",
 }
 """Old key -> the new one and what it takes; using an old one is an error that names the new one."""

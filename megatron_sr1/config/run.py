@@ -97,10 +97,13 @@ class LoggingConfig:
     """Weights & Biases: offline writes into the run directory."""
     wandb_project: str = "megatron_sr1"
     """Project name in Weights & Biases."""
-    wandb_samples: int = number(8, at_least=0)
-    """Responses with their images in the wandb table of samples; 0: no tables."""
-    wandb_tables_every: int = number(10, at_least=1)
-    """Steps between wandb tables of samples and verdicts; the first step always has them."""
+    tensorboard: bool = False
+    """Write scalars, and samples with their images, for TensorBoard into tensorboard/ of the run
+    directory."""
+    samples: int = number(8, at_least=0)
+    """Responses with their images that wandb and TensorBoard show of a step; 0: none."""
+    samples_every: int = number(10, at_least=1)
+    """Steps between two with samples in wandb and TensorBoard; the first step always has them."""
     rollouts: bool = True
     """Save the rollouts of each step to rollouts/step_N.jsonl."""
     progress: bool = True

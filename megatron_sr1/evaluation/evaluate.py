@@ -25,6 +25,7 @@ from megatron_sr1.evaluation.results import set_rates
 from megatron_sr1.records import Prompt
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rollout.engine import Engine
+from megatron_sr1.rollout.text_stats import text_stats
 from megatron_sr1.rollout.two_pass import RolloutHooks, roll_out
 from megatron_sr1.runtime.chat import PHASE_SHARE
 from megatron_sr1.runtime.files import write_text
@@ -181,14 +182,16 @@ class HeldOut:
 
     def _lines(self, scored: Sequence[Scored]) -> list[Line]:
         samples = self._samples
+        stats = text_stats([each.rollout for each in scored], samples.processor.encode)
         return [
             evaluation_line(
                 each.rollout,
                 each.reward,
                 samples.example(each.rollout.index),
                 samples.processor.rendered(each.rollout.prompt_token_ids),
+                own,
             )
-            for each in scored
+            for each, own in zip(scored, stats, strict=True)
         ]
 
 

@@ -10,26 +10,36 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from megatron_sr1.records import RIGHT_FROM, Example, Reward, Rollout, texts
 from megatron_sr1.rewards.agreement import JUDGED
 from megatron_sr1.rewards.score import VERDICTS, is_exact
+from megatron_sr1.rollout.text_stats import TextStats
 from megatron_sr1.runtime.files import replacing
 
 Line = dict[str, Any]
-KEPT = ("index", "sample", "answer", "source", *VERDICTS, *JUDGED)
+TEXT_STATS = tuple(each.name for each in fields(TextStats))
+KEPT = ("index", "sample", "answer", "source", *VERDICTS, *JUDGED, *TEXT_STATS)
 """What results need of a line, besides its category."""
 SOURCES = ("data_source", "source")
 """Columns of a data set that name where a sample comes from."""
 
 
-def evaluation_line(rollout: Rollout, reward: Reward, example: Example, prompt: str) -> Line:
+def evaluation_line(
+    rollout: Rollout,
+    reward: Reward,
+    example: Example,
+    prompt: str,
+    stats: TextStats | None = None,
+) -> Line:
     """Return a line of an evaluation file: the texts, and the verdicts with their reasons.
 
     A verdict is 0, 1 or null. Accuracy and self-reward are what the user's reward function gave, if
-    there is one. `prompt` is the rendered text of pass 1.
+    there is one. `prompt` is the rendered text of pass 1; `stats` are absent for responses made
+    elsewhere, whose tokens are not known.
     """
     expected = example.metadata.get("expected_description", example.metadata.get("digits"))
     exact = None if expected is None else int(is_exact(rollout.description or "", expected))
@@ -52,6 +62,7 @@ def evaluation_line(rollout: Rollout, reward: Reward, example: Example, prompt: 
         "reading_because": reward.reading_because,
         "description_exact": exact,
         "shortcut": shortcut,
+        **(vars(stats) if stats is not None else {}),
     }
 
 

@@ -25,6 +25,7 @@ from megatron_sr1.report.results import RESULTS_FILE
 from megatron_sr1.rewards.agreement import judge_rates
 from megatron_sr1.rewards.answers import clean
 from megatron_sr1.rewards.score import VERDICTS, cross
+from megatron_sr1.rollout.text_stats import summarize
 from megatron_sr1.runtime.files import write_text
 
 NORMAL_95 = 1.959964
@@ -44,13 +45,14 @@ def set_rates(rows: Sequence[Line]) -> dict[str, float]:
     responses. With k > 1 responses to a question also `pass@k`, the share of questions with a right
     one, and `majority@k`, that of questions whose most frequent answer is right; of equally
     frequent answers the first counts. With a judge also `accuracy_judged`, the mean of the final
-    verdicts, and what `judge_rates` returns.
+    verdicts, and what `judge_rates` returns. Lengths and repetition are those of `summarize`.
     """
     found: dict[str, float] = {
         name: float(sums.sum() / counts.sum())
         for name, (sums, counts) in _by_question(rows).items()
     }
-    return {**found, **judge_rates(rows), "questions": len({row["index"] for row in rows})}
+    more = {**judge_rates(rows), **summarize(rows)}
+    return {**found, **more, "questions": len({row["index"] for row in rows})}
 
 
 def _by_question(rows: Sequence[Line]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -118,6 +120,7 @@ def part_results(rows: Sequence[Line]) -> dict[str, Any]:
             if cells
         },
         "judge": judge_rates(rows),
+        "lengths": summarize(rows),
     }
 
 

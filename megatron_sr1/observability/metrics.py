@@ -36,6 +36,14 @@ def each_line(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
+def logged_steps(run_dir: Path, stage: str, until: int) -> Iterator[tuple[int, dict[str, float]]]:
+    """Yield number and metrics of a stage's steps up to `until`, as a sink receives them."""
+    for line in each_line(run_dir / METRICS_FILE):
+        step, of_stage = line.pop("step"), line.pop("stage")
+        if of_stage == stage and step <= until:
+            yield step, {name: math.nan if v is None else v for name, v in line.items()}
+
+
 class MetricsFile:
     """`metrics.jsonl`: each step of a stage at most once, also after kills and resumes."""
 

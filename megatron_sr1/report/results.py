@@ -34,7 +34,8 @@ GROUPS = {"sources": "by source", "categories": "by category"}
 NOTE = (
     "Rates in %, with 95 % intervals. LSR, the language-shortcut rate, is the share of responses "
     "that are right with the image and wrong from their description alone. The four cells are "
-    "shares of the responses with a pass 2. Kappa is the agreement of rules and judge (Cohen's)."
+    "shares of the responses with a pass 2. Kappa is the agreement of rules and judge (Cohen's). "
+    "Tokens are those of pass 1; truncated: the share that met the token limit."
 )
 Row = list[str]
 
@@ -92,6 +93,10 @@ def _table(title: str, parts: Mapping[str, Mapping[str, Any]]) -> tuple[Row, lis
     judges = [part.get("judge", {}) for part in parts.values()]
     columns["kappa"] = [_fixed(judge.get("judge_kappa"), 2) for judge in judges]
     columns["unjudged"] = [_fixed(judge.get("unjudged"), 0) for judge in judges]
+    lengths = [part.get("lengths", {}) for part in parts.values()]
+    columns["tokens (p95)"] = [_tokens(each) for each in lengths]
+    cut = [each.get("truncated_share") for each in lengths]
+    columns["truncated"] = ["" if share is None else f"{100 * share:.1f}" for share in cut]
     columns = {label: cells for label, cells in columns.items() if any(cells)}
     return list(columns), [list(row) for row in zip(*columns.values(), strict=True)]
 
@@ -108,6 +113,13 @@ def _share(table: Mapping[str, int] | None, cell: str) -> str:
 
 def _fixed(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
+
+
+def _tokens(lengths: Mapping[str, float]) -> str:
+    """Return mean and 95th percentile of the responses' lengths."""
+    if "response_tokens_mean" not in lengths:
+        return ""
+    return f"{lengths['response_tokens_mean']:.0f} ({lengths['response_tokens_p95']:.0f})"
 
 
 def _percent(rate: Sequence[float] | None) -> str:

@@ -15,6 +15,7 @@ from megatron_sr1.config.run import Config
 from megatron_sr1.records import PackedBatch, TrainSample
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rollout.engine import Engine
+from megatron_sr1.rollout.text_stats import step_metrics
 from megatron_sr1.trainer.actor import Actor, Reference
 from megatron_sr1.trainer.context import Context, Evaluate
 from megatron_sr1.trainer.objective import Credit, credit, grpo_loss
@@ -75,6 +76,8 @@ def train_grpo(
         values |= set_means(scored, samples.set_of)
         values |= {**agreement, "reward/ungraded": float(context.ungraded)}
         if context.is_writer:
+            with context.phase("share"):
+                values |= step_metrics([s.rollout for s in scored], samples.processor.encode)
             lines = []
             for number, item in enumerate(scored):
                 advantages = credited.advantages_of(number)

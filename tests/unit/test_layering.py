@@ -29,7 +29,8 @@ LAYER |= dict.fromkeys(
 )
 LAZY = {
     "vllm": {"rollout/vllm_api.py", "rollout/weight_sync.py"},
-    "wandb": {"observability/sinks.py"},
+    "wandb": {"observability/wandb_sink.py"},
+    "tensorboard": {"observability/tensorboard_sink.py"},
     "transformer_engine": 1,
     "nemo_run": {"launch/slurm.py"},
     "datasets": {"data/sources.py"},

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sr1 import cli
+from megatron_sr1 import cli, parser
 from megatron_sr1.cli import main
 from megatron_sr1.data.examples import Record
 from megatron_sr1.data.shards import write_shards
@@ -214,12 +214,12 @@ def test_a_dry_run_without_weights_takes_no_torch_and_no_seconds(made, model):
 def test_version_is_the_packages_and_every_command_describes_itself(capsys):
     def said(*argv):
         with pytest.raises(SystemExit, match="0"):
-            cli.parse(argv)
+            parser.parse(argv)
         return capsys.readouterr().out
 
-    assert said("--version") == f"megatron-sr1 {cli.VERSION}\n"
-    assert f'version="{cli.VERSION}"' in (ROOT / "setup.py").read_text()
-    for command in ("demo", "report", "doctor", *cli.RUN_COMMANDS, "plan"):
+    assert said("--version") == f"megatron-sr1 {parser.VERSION}\n"
+    assert f'version="{parser.VERSION}"' in (ROOT / "setup.py").read_text()
+    for command in ("demo", "report", "doctor", *parser.RUN_COMMANDS, "plan"):
         usage, description, *_ = said(command, "--help").split("\n\n")
         assert usage.startswith("usage:") and len(description) > 80, command
 

@@ -16,12 +16,12 @@ from PIL import Image
 
 from megatron_sr1.config.loading import load_config
 from megatron_sr1.observability.metrics import MetricsFile
-from megatron_sr1.observability.sinks import (
+from megatron_sr1.observability.sinks import side_by_side
+from megatron_sr1.observability.wandb_sink import (
     WANDB_FILES,
     WANDB_ID_FILE,
     WandbSink,
     last_step,
-    side_by_side,
 )
 from megatron_sr1.rewards.score import cross
 from tests.wandb_runs import history, read_table
@@ -118,7 +118,7 @@ def images(index):
 
 def test_samples_with_images_and_the_table_of_verdicts_are_in_the_run(tmp_path, monkeypatch):
     monkeypatch.setenv(WANDB_FILES, str(tmp_path / "staged"))  # as a user might
-    settings = ["logging.wandb=offline", "logging.wandb_samples=3", "logging.wandb_tables_every=2"]
+    settings = ["logging.wandb=offline", "logging.samples=3", "logging.samples_every=2"]
     sink = WandbSink(tmp_path, load_config(None, ["model.path=m", *settings]))
     verdicts = [(1, 1), (1, 0.4), (0, 1), (1, 0), (0.6, 1), (0, 0), (1, None)]
     rollouts = [rollout(index + 1, *pair) for index, pair in enumerate(verdicts)]
