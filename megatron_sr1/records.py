@@ -275,6 +275,8 @@ class PackedBatch:
         cu_seqlens: [sequences + 1] int32, boundaries in the row, each sequence's padding included;
             padding after the last one is a sequence of its own.
         vision: images of all sequences, each only once; None if there are none.
+        shared_tokens: [sequences] int32, how many tokens at a sequence's start equal those of the
+            sequence before, and are computed there alone; None: all are computed.
         advantages, old_logprobs, engine_logprobs, reference_logprobs: [1, T] float32 or None, as in
             `TrainSample`.
     """
@@ -286,6 +288,7 @@ class PackedBatch:
     position_ids: torch.Tensor
     cu_seqlens: torch.Tensor
     vision: VisionInputs | None = None
+    shared_tokens: torch.Tensor | None = None
     advantages: torch.Tensor | None = None
     old_logprobs: torch.Tensor | None = None
     engine_logprobs: torch.Tensor | None = None

@@ -108,6 +108,7 @@ def pack_rows(
     processor: Processor,
     groups: Groups,
     row_budget: int,
+    share_prompts: bool = False,
 ) -> list[PackedBatch]:
     """Pack this data-parallel rank's part of the samples; 0 or 1 gives each a row of its own."""
     multiple = sequence_multiple(groups.context.size)
@@ -119,6 +120,7 @@ def pack_rows(
         merge_size=processor.merge_size,
         pad_multiple=groups.tensor.size * multiple,
         sequence_multiple=multiple,
+        share_prompts=share_prompts,
     )
 
 

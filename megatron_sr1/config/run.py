@@ -199,6 +199,15 @@ class Config:
         """True if a judge is asked about answers to held-out questions."""
         return "evaluation.judge" in self.endpoints()
 
+    @property
+    def shares_prompts(self) -> bool:
+        """True if the actor computes a prompt once for all its samples in a row.
+
+        Only our own attention can, on ranks that hold whole rows.
+        """
+        parallel = self.parallel
+        return self.model.spec == "local" and parallel.context == 1 and not parallel.sequence
+
     def functions(self) -> dict[str, str]:
         """Return the reward functions that are set, by configuration key."""
         named = {"reward.function": self.reward.function}

@@ -50,7 +50,8 @@ class DataConfig:
     """Pack several sequences into a micro-batch; false: one sequence per micro-batch."""
     pack_tokens: int = number(8192, at_least=1)
     """Size limit of a micro-batch, tokens. An image patch counts as the fraction of a token that
-    its computation costs (docs/scaling.md). A longer sequence gets a micro-batch of its own."""
+    its computation costs, and what a micro-batch computes once for several samples counts once
+    (docs/scaling.md). A longer sequence gets a micro-batch of its own."""
     max_prompt_tokens: int = number(6000, at_least=1)
     """Skip and count longer prompts and conversations; image tokens included."""
     image_threads: int = number(4, at_least=0)

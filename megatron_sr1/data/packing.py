@@ -3,7 +3,7 @@
 Sequences are concatenated without separators, aligned with the *predicting* position, with mRoPE
 positions that restart at each sequence (Qwen2-VL, arXiv 2409.12191, section 2.1; equal to
 transformers' `get_rope_index`). Samples of a prompt have the same images, which a row encodes once,
-so they stay together as far as the limit allows.
+and may share the prompt's tokens, so they stay together as far as the limit allows.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -24,24 +26,34 @@ PER_TOKEN = ("advantages", "old_logprobs", "engine_logprobs", "reference_logprob
 
 
 class Size(NamedTuple):
-    """Size of a sample: tokens with images expanded, its images' patches, number of its prompt."""
+    """Size of a sample: tokens with images expanded, its images' patches, number of its prompt.
+
+    `shared` tokens of it are the prompt's, and computed once for all its samples in a row.
+    """
 
     tokens: int
     patches: int
     prompt: int
+    shared: int = 0
 
 
-def size_of(sample: TrainSample) -> Size:
+def size_of(sample: TrainSample, share_prompts: bool = False) -> Size:
     """Return the size of a training sample."""
     patches = sum(t * h * w for t, h, w in sample.image_grid_thw)
-    return Size(len(sample.token_ids), patches, sample.index)
+    shared = num_prompt_tokens(sample) if share_prompts else 0
+    return Size(len(sample.token_ids), patches, sample.index, shared)
+
+
+def num_prompt_tokens(sample: TrainSample) -> int:
+    """Return the number of tokens before the first target; 0 if there is no target."""
+    return int(sample.loss_mask.argmax())
 
 
 def cost(sizes: Iterable[Size], patch_cost: float) -> float:
-    """Return the cost of one row in tokens, `patch_cost` per patch; shared images count once."""
+    """Return the cost of one row in tokens, `patch_cost` per patch; what is shared counts once."""
     sizes = list(sizes)
-    images = {s.prompt: s.patches for s in sizes}
-    return sum(s.tokens for s in sizes) + patch_cost * sum(images.values())
+    shared = {s.prompt: s.shared + patch_cost * s.patches for s in sizes}
+    return sum(s.tokens - s.shared for s in sizes) + sum(shared.values())
 
 
 def plan_rows(sizes: Sequence[Size], budget: float, patch_cost: float) -> list[list[int]]:
@@ -81,7 +93,8 @@ def _parts(
     """Return the samples by prompt, one above the limit in the fewest parts, and their costs."""
     prompts: dict[Hashable, list[int]] = {}
     for number, size in enumerate(sizes):
-        key = size.prompt if size.patches else (number,)  # text-only samples share no images
+        shares = size.patches or size.shared
+        key = size.prompt if shares else (number,)
         prompts.setdefault(key, []).append(number)
     parts, costs = [], []
     for numbers in prompts.values():
@@ -105,6 +118,7 @@ def pack_samples(
     patch_cost: float = 0.0,
     pad_multiple: int = 1,
     sequence_multiple: int = 1,
+    share_prompts: bool = False,
 ) -> list[PackedBatch]:
     """Pack samples into rows of at most `pack_tokens` without padding; 0: one row per sample.
 
@@ -112,13 +126,15 @@ def pack_samples(
     on ranks without the vision tower it is None, and batches have no `vision`. A patch costs
     `patch_cost` tokens of the budget. Each sequence is padded at its end to a multiple of
     `sequence_multiple`; rows, by one last sequence, to `pad_multiple`, a multiple of the former.
+    With `share_prompts`, samples of one index have one prompt, which a row computes once.
 
     Raises:
         DataError: image tokens, grids and pixels of a sample are inconsistent.
     """
     assert pad_multiple % sequence_multiple == 0, (pad_multiple, sequence_multiple)
     batches = []
-    for rows in plan_rows([size_of(sample) for sample in samples], pack_tokens, patch_cost):
+    sizes = [size_of(sample, share_prompts) for sample in samples]
+    for rows in plan_rows(sizes, pack_tokens, patch_cost):
         chosen = [samples[i] for i in rows]
         lengths = [-(-len(s.token_ids) // sequence_multiple) * sequence_multiple for s in chosen]
         padding = -sum(lengths) % pad_multiple
@@ -128,8 +144,24 @@ def pack_samples(
             for s in chosen
         ]
         vision = _vision(chosen, vision_of) if vision_of else None
-        batches.append(_row(rows, chosen, lengths, positions, vision))
+        batch = _row(rows, chosen, lengths, positions, vision)
+        if share_prompts:
+            shared = _shared_tokens(chosen) + [0] * bool(padding)
+            batch = replace(batch, shared_tokens=torch.tensor(shared, dtype=torch.int32))
+        batches.append(batch)
     return batches
+
+
+def _shared_tokens(chosen: Sequence[TrainSample]) -> list[int]:
+    """Return how many tokens each sample of a row shares with the sample before it."""
+    shared = [0] * len(chosen)
+    for number, (before, sample) in enumerate(pairwise(chosen), start=1):
+        if before.index == sample.index:
+            num_tokens = min(map(num_prompt_tokens, (before, sample)))
+            is_same = (before.token_ids[:num_tokens] == sample.token_ids[:num_tokens]).all()
+            assert is_same, f"sample {sample.index} has several prompts"
+            shared[number] = num_tokens
+    return shared
 
 
 def mrope_positions(

@@ -124,6 +124,7 @@ class Qwen25VL(MegatronModule):
         labels: torch.Tensor | None = None,
         wanted: torch.Tensor | None = None,
         temperature: float = 1.0,
+        shared_tokens: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run the stage on one packed row; raises DataError if row and images do not match.
 
@@ -137,14 +138,17 @@ class Qwen25VL(MegatronModule):
             labels: [1, T] int64, the token after each position; None: return logits.
             wanted: [1, T] bool, positions whose logprobs are computed, 0 elsewhere; None: all.
             temperature: divisor of the logits for logprobs, > 0.
+            shared_tokens: [sequences] int32, how many tokens at each sequence's start are computed
+                as those of the sequence before, which they equal; None: all are computed. Not with
+                context or sequence parallelism, nor in Transformer Engine's attention.
 
         Returns:
             logprobs [1, T] float32 on the last stage, or without labels logits [1, T, ids] float32,
             to which the temperature is not applied. On other stages hidden states [T, 1, width], T
-            split over context-parallel ranks and under sequence parallelism.
+            split over context-parallel ranks and under sequence parallelism, without shared tokens.
         """
         text = self.hf_config.text
-        split = split_row(cu_seqlens, self.groups.context)
+        split = split_row(cu_seqlens, self.groups.context, shared_tokens)
         embedded = self._embed(input_ids, vision, split) if self.pre_process else None
         hidden = self.language_model.decoder(
             hidden_states=embedded,
@@ -165,15 +169,16 @@ class Qwen25VL(MegatronModule):
             hidden = gather_from_sequence_parallel_region(hidden, group=group.process_group)
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden, group=group.process_group)
+        hidden = split.spread(hidden)
         if labels is None:
             return split.join(full_logits(hidden, weight, group, text.vocab_size))
         logprobs = label_logprobs(
             hidden,
             weight,
-            split.take(labels, dim=1),
+            split.take_spread(labels),
             group=group,
             vocab_size=text.vocab_size,
-            wanted=None if wanted is None else split.take(wanted, dim=1),
+            wanted=None if wanted is None else split.take_spread(wanted),
             temperature=temperature,
             chunk_tokens=self.logprob_chunk_tokens,
         )

@@ -1,4 +1,4 @@
-"""Split of a packed row over the context-parallel ranks.
+"""Which tokens of a packed row a rank computes: its share of them, each shared one once.
 
 Zigzag: each sequence is divided into 2 x ranks equal chunks, and rank r holds chunks r and
 2 x ranks - 1 - r. So all ranks have equally many tokens and, under a causal mask, equally many
@@ -8,6 +8,10 @@ that its kernels take the same rows.
 Outside of the decoder every rank has the whole row: labels, masks and losses are not split. Each
 rank backpropagates from the whole loss to its own tokens, so gradients are summed over
 context-parallel ranks as over data-parallel ones, and tokens are counted on one of them.
+
+Sequences that begin with the same tokens compute these once, on ranks that hold whole rows: in the
+decoder the row lacks the others, and each sequence's queries attend to the keys of its whole. Their
+hidden states and gradients are the same as if each sequence had computed its own.
 """
 
 from __future__ import annotations
@@ -46,6 +50,7 @@ class RowSplit:
         group: context-parallel ranks; None if this rank holds the whole row.
         segments: this rank's queries in order.
         own: [T / ranks] int64, position on the row of each token of this rank; None: all in order.
+            Fewer if tokens are shared.
         places: [T] int64, position of each token of the row in the concatenated shares of the
             ranks; None: in order.
     """
@@ -69,6 +74,16 @@ class RowSplit:
             return share
         return gather_from_sequence_parallel_region(share, group=self.group.process_group)
 
+    def spread(self, share: torch.Tensor) -> torch.Tensor:
+        """Repeat shared tokens of a share [own, ...] wherever the row has them."""
+        if self.group is not None or self.places is None:
+            return share
+        return share.index_select(0, self.places)
+
+    def take_spread(self, whole: torch.Tensor) -> torch.Tensor:
+        """Return the entries of [1, T] values that belong to what `spread` returns."""
+        return whole if self.group is None else self.take(whole, dim=1)
+
     def join(self, share: torch.Tensor) -> torch.Tensor:
         """Return the whole row [1, T, ...] of the ranks' shares [1, T / ranks, ...].
 
@@ -89,12 +104,19 @@ def sequence_multiple(num_ranks: int) -> int:
     return 1 if num_ranks == 1 else 2 * num_ranks
 
 
-def split_row(cu_seqlens: torch.Tensor, group: Group | None = None) -> RowSplit:
+def split_row(
+    cu_seqlens: torch.Tensor, group: Group | None = None, shared_tokens: torch.Tensor | None = None
+) -> RowSplit:
     """Split a row over the context-parallel ranks, if there are several.
 
-    Raises DataError if a sequence cannot be divided into equal chunks.
+    Without them, `shared_tokens`, [sequences], may say how many tokens at each sequence's start are
+    those of the sequence before. Raises DataError if a sequence cannot be divided into equal
+    chunks.
     """
     sequences = [(start, end - start) for start, end in pairwise(cu_seqlens.tolist())]
+    if shared_tokens is not None and shared_tokens.any():
+        assert group is None or group.size == 1, "context-parallel ranks do not share tokens"
+        return _shared_row(cu_seqlens, sequences, shared_tokens.tolist())
     if group is None or group.size == 1:
         segments = [Segment(start, length, start, length) for start, length in sequences if length]
         return RowSplit(cu_seqlens, None, tuple(segments))
@@ -114,3 +136,20 @@ def split_row(cu_seqlens: torch.Tensor, group: Group | None = None) -> RowSplit:
     order = torch.minimum(chunks, multiple - 1 - chunks).argsort(stable=True).to(cu_seqlens.device)
     own = order.unflatten(0, (group.size, -1))[group.rank]
     return RowSplit(cu_seqlens, group, tuple(segments), own, order.argsort())
+
+
+def _shared_row(
+    cu_seqlens: torch.Tensor, sequences: list[tuple[int, int]], shared: list[int]
+) -> RowSplit:
+    """Return a whole row in which each sequence's first tokens are those of the one before."""
+    segments, own, places = [], list[torch.Tensor](), list[torch.Tensor]()
+    num_own = 0
+    for (start, length), num_shared in zip(sequences, shared, strict=True):
+        new = length - num_shared
+        segments.append(Segment(num_own, new, start, length))
+        own.append(torch.arange(start + num_shared, start + length))
+        before = places[-1][:num_shared] if num_shared else own[-1][:0]
+        places.append(torch.cat([before, torch.arange(num_own, num_own + new)]))
+        num_own += new
+    found = (torch.cat(parts).to(cu_seqlens.device) for parts in (own, places))
+    return RowSplit(cu_seqlens, None, tuple(s for s in segments if s.num_queries), *found)

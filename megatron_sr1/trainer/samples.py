@@ -206,7 +206,8 @@ class Samples:
         """Return the size of a rollout's training sample, without reading its images."""
         num_tokens = len(rollout.prompt_token_ids) + len(rollout.completion.token_ids)
         merged = rollout.prompt_token_ids.count(self.processor.image_pad_id)
-        return Size(num_tokens, merged * self.processor.merge_size**2, rollout.index)
+        shared = len(rollout.prompt_token_ids) if self._config.shares_prompts else 0
+        return Size(num_tokens, merged * self.processor.merge_size**2, rollout.index, shared)
 
     def conversation(self, index: int) -> TrainSample:
         """Return a conversation as a sequence whose assistant turns are the targets."""
@@ -233,6 +234,7 @@ class Samples:
             patch_cost=self._patch_cost,
             sequence_multiple=sequence_multiple(parallel.context),
             pad_multiple=row_multiple(model, parallel),
+            share_prompts=self._config.shares_prompts,
         )
 
     def forget(self) -> None:

@@ -211,6 +211,7 @@ def _schedule(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             cu_seqlens=batch.cu_seqlens,
+            shared_tokens=batch.shared_tokens,
             vision=batch.vision,
             labels=batch.labels,
             wanted=batch.loss_mask != 0,

@@ -13,6 +13,7 @@ import torch
 
 from megatron_sr1.checkpoint.mapping import is_tower_frozen
 from megatron_sr1.config.run import Config
+from megatron_sr1.data.packing import num_prompt_tokens
 from megatron_sr1.model import flops
 from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.records import Prompt, Rollout, TrainSample
@@ -39,6 +40,7 @@ class Throughput:
         """Start the first step."""
         self._hf_config, self._groups = hf_config, groups
         self._peak = peak_flops(config.logging.peak_tflops, groups.device)
+        self._shares_prompts = config.shares_prompts
         self._tower_factor = 1 if is_tower_frozen(hf_config, config.model.freeze) else TRAINED
         self._reset()
 
@@ -67,13 +69,20 @@ class Throughput:
         """Add sequences that the actor processed, once for the ranks that share them.
 
         All phases but update are forward passes. Samples without targets are not counted: they
-        only keep a rank busy.
+        only keep a rank busy. Where rows compute a prompt once, it is counted once.
         """
+        counted = set[int]()
         for sample in samples if self._groups.is_replica_leader else ():
             if sample.loss_mask.any():
-                tokens = len(sample.token_ids)
-                text = self._text(tokens, int(sample.loss_mask.sum()))
-                tower = self._tower(sample.image_grid_thw)
+                tokens, num_targets = len(sample.token_ids), int(sample.loss_mask.sum())
+                if sample.index in counted:
+                    before = num_prompt_tokens(sample)
+                    text, tower = self._text(tokens - before, num_targets, before), 0.0
+                else:
+                    text = self._text(tokens, num_targets)
+                    tower = self._tower(sample.image_grid_thw)
+                if self._shares_prompts:
+                    counted.add(sample.index)
                 if phase == "update":
                     text, tower = TRAINED * text, self._tower_factor * tower
                 self._add(phase, text + tower, tokens)

@@ -15,6 +15,7 @@ from megatron_sr1.demo.tiny_model import make_tiny_model
 
 SCRIPT = Path(__file__).parent / "ranks" / "updates.py"
 ONE, SPLIT, ALONE = "1x1x1@4096", "1x1x1@48", "1x1x1@0"  # the last without packing
+SHARED = ["1x1x1@4096p", "1x1x1@128p"]  # a prompt is computed once for its samples in a row
 FROZEN, FROZEN_OTHERS = "1x1x1@4096f", ["1x2x1@64f", "1x1x2@64f"]
 OBJECTIVES = ["sequence_mean", "dr_grpo", "gspo", "gspo_corrected", "token_corrected"]
 OF_ONE = [f"{ONE}:{name}" for name in OBJECTIVES]
@@ -25,7 +26,15 @@ ALL_MASKED = ["1x1x1@64:all_masked", "1x2x1@64:all_masked"]
 EVEN_MASKED = "1x1x1@64:even_masked"  # the first of two data-parallel ranks has nothing left
 # Under virtual stages eight rows, then one, which is filled up to two.
 TWO_RANKS = ["1x1x1@64", "2x1x1@64", "2x1x1s@64", "2x1x1si@64", "1x2x1@64", "1x2x1u@64"]
-TWO_RANKS += ["1x2x1v@64", "1x2x1v@4096", "1x1x2@64", "1x1x2@4096", "1x1x2@0"]
+TWO_RANKS += [
+    "2x1x1i@4096p",
+    "1x2x1@4096p",
+    "1x2x1v@64",
+    "1x2x1v@4096",
+    "1x1x2@64",
+    "1x1x2@4096",
+    "1x1x2@0",
+]
 FOUR_RANKS = ["2x1x2@64", "2x1x2si@64", "1x2x2v@64", "2x2x1siv@64", "1x1x2@64", "1x1x4@64"]
 
 
@@ -41,7 +50,11 @@ def model(tmp_path_factory):
 def found(model, run_ranks, tmp_path_factory):
     out = tmp_path_factory.mktemp("updates")
     run_ranks(
-        SCRIPT, 1, model, out / "one.json", ONE, SPLIT, ALONE, FROZEN, *OF_ONE, f"{ONE}:even_masked"
+        SCRIPT,
+        1,
+        model,
+        out / "one.json",
+        *(ONE, SPLIT, ALONE, *SHARED, FROZEN, *OF_ONE, f"{ONE}:even_masked"),
     )
     masked = [*ALL_MASKED, EVEN_MASKED]
     run_ranks(SCRIPT, 2, model, out / "two.json", *TWO_RANKS, *FROZEN_OTHERS, *OF_TWO, *masked)
@@ -56,7 +69,7 @@ def initial_weights(directory):
     return {n: [float(w.double().sum()), float(w.abs().max())] for n, w in weights.items()}
 
 
-OTHERS = [SPLIT, ALONE, *(f"2 ranks {name}" for name in TWO_RANKS)]
+OTHERS = [SPLIT, ALONE, *SHARED, *(f"2 ranks {name}" for name in TWO_RANKS)]
 
 
 def check_numbers(found, expected):

@@ -33,6 +33,13 @@ def test_images_of_a_prompt_count_once_in_a_row():
     assert cost([Size(10, 40, 3), Size(12, 40, 3), Size(5, 8, 4)], 0.25) == 10 + 12 + 5 + 10 + 2
 
 
+def test_a_shared_prompt_costs_once():
+    sizes = [Size(10, 40, 3, 6), Size(12, 40, 3, 6), Size(5, 8, 4, 2)]
+    assert cost(sizes, 0.25) == 6 + 4 + 6 + 10 + 5 + 2
+    text_alone = [Size(10, 0, 1, 8), Size(10, 0, 2, 8)] * 2
+    assert plan_rows(text_alone, 12, 0) == [[0, 2], [1, 3]]
+
+
 def test_rows_by_hand():
     assert plan_rows(text(5, 30, 7, 3, 12, 9, 1), 16, 0) == [[0, 2], [1], [3, 5], [4, 6]]
     assert plan_rows(text(17, 18, 16), 16, 0) == [[0], [1], [2]]

@@ -167,3 +167,22 @@ def test_per_token_values_of_some_samples_only_are_refused():
 
 def test_nothing_packs_to_nothing():
     assert pack([]) == []
+
+
+def test_a_prompts_tokens_are_marked_as_those_of_the_sample_before():
+    prompt, mask = [1, 2, 3], [0, 0, 0]
+    samples = [
+        sample(4, [*prompt, 5], [*mask, 1]),
+        sample(4, [*prompt, 6, 7], [*mask, 1, 1]),
+        sample(7, [*prompt, 5], [*mask, 1]),
+        sample(4, [*prompt, 8], [*mask, 1]),
+    ]
+    (batch,) = pack(samples, share_prompts=True, pad_multiple=16)
+    assert batch.cu_seqlens.tolist() == [0, 4, 9, 13, 17, 32]
+    assert batch.shared_tokens.tolist() == [0, 3, 0, 0, 0]  # the last one is not beside the others
+    assert pack(samples)[0].shared_tokens is None
+    # Tokens computed: 3 + 1 + 2 + 1 of prompt 4 and 4 of prompt 7.
+    rows = [batch.sample_ids for batch in pack(samples, 7, share_prompts=True)]
+    assert rows == [(0, 1, 3), (2,)]
+    with pytest.raises(AssertionError, match="sample 4 has several prompts"):
+        pack([samples[0], sample(4, [1, 2, 4, 6], [*mask, 1])], share_prompts=True)

@@ -141,3 +141,26 @@ def test_a_rank_holds_an_early_and_a_late_chunk_of_each_sequence():
 def test_sequences_that_do_not_divide_into_equal_chunks_are_refused():
     with pytest.raises(DataError, match="sequence of 6 tokens .* pad each sequence to a mult.* 4"):
         shares_of([8, 6], 2)
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+@pytest.mark.parametrize(
+    ("lengths", "shared"),
+    [([9, 8, 12, 7], [0, 5, 5, 0]), ([90, 95, 3, 6, 5], [0, 80, 0, 0, 4]), ([4, 4], [0, 4])],
+)
+def test_shared_tokens_attend_once_and_get_every_sequences_gradient(lengths, shared, kv_heads):
+    torch.manual_seed(0)
+    split = split_row(boundaries(lengths), shared_tokens=torch.tensor(shared))
+    num_own = sum(lengths) - sum(shared)
+    assert split.own.shape == (num_own,) and split.places.shape == (sum(lengths),)
+    tensors = [torch.randn(num_own, heads, 16) for heads in (4, kv_heads, kv_heads)]
+    weights = torch.randn(sum(lengths), 4 * 16)
+    found = [t.clone().requires_grad_() for t in tensors]
+    result = split.spread(attend(*found, plan_attention(split, is_causal=True)))
+    expected = [t.clone().requires_grad_() for t in tensors]
+    whole = written_out(*(split.spread(t) for t in expected), lengths, True)
+    for value in (result, whole):
+        (value * weights).sum().backward()
+    torch.testing.assert_close(result, whole, atol=1e-5, rtol=1e-5)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.grad, other.grad, atol=1e-5, rtol=1e-5)

@@ -46,9 +46,9 @@ def sequence(tokens, targets):
     return tokens * TOKEN + tokens * tokens / 2 * PAIR + targets * LOGITS
 
 
-def sample(tokens, grids=(), targets=1):
+def sample(tokens, grids=(), targets=1, index=0):
     mask = np.arange(tokens) >= tokens - targets
-    return TrainSample(0, len(grids), np.zeros(tokens, np.int64), mask, grids)
+    return TrainSample(index, len(grids), np.zeros(tokens, np.int64), mask, grids)
 
 
 @pytest.fixture
@@ -60,8 +60,8 @@ def count(groups, monkeypatch):
 
     monkeypatch.setattr(throughput, "sum_over_ranks", summed)
 
-    def make(freeze=(), peak_tflops=0.0, tensor_rank=0):
-        config = Config(model=ModelConfig(freeze=list(freeze)))
+    def make(freeze=(), peak_tflops=0.0, tensor_rank=0, spec="local"):
+        config = Config(model=ModelConfig(freeze=list(freeze), spec=spec))
         config.logging.peak_tflops = peak_tflops
         tensor = replace(groups.tensor, rank=tensor_rank)
         two = replace(groups, world=replace(groups.world, size=2), tensor=tensor)
@@ -77,7 +77,9 @@ def take(counter, **seconds):
 
 def test_an_update_is_three_forward_passes_over_text_and_images(count):
     counter = count(peak_tflops=1e-3)
-    counter.count_samples("update", [sample(20, (GRID,), 7), sample(10), sample(30, targets=0)])
+    counter.count_samples(
+        "update", [sample(20, (GRID,), 7), sample(10, index=1), sample(30, targets=0)]
+    )
     work = 3 * (sequence(20, 7) + TOWER + sequence(10, 1))
     assert take(counter, update=0.5, step=2.0) == pytest.approx(
         {
@@ -103,6 +105,18 @@ def test_a_frozen_tower_goes_forward_once_and_logprobs_are_a_forward_pass(count)
     assert told["perf/reference_mfu"] == pytest.approx(forward / 4e9)
     assert told["perf/update_mfu"] == pytest.approx(update / 1e9)
     assert told["perf/step_mfu"] == pytest.approx((2 * forward + update) / 1e10)
+
+
+@pytest.mark.parametrize("spec", ["local", "transformer_engine"])
+def test_a_prompt_counts_once_for_its_samples_if_rows_share_it(count, spec):
+    counter = count(spec=spec)
+    counter.count_samples("reference", [sample(30, (GRID,), 10), sample(26, (GRID,), 6)])
+    work = 2 * TOWER + sequence(30, 10) + sequence(26, 6)
+    if spec == "local":  # the second begins with the 20 tokens of the first one's prompt
+        work -= TOWER + sequence(20, 0)
+    told = take(counter, reference=1.0, step=1.0)
+    assert told["perf/reference_tflops_per_rank"] == pytest.approx(work / 1e12)
+    assert told["perf/reference_tokens_per_second"] == 2 * 56
 
 
 def test_of_the_ranks_that_share_samples_only_the_first_counts_them(count):

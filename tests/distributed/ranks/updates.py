@@ -1,8 +1,8 @@
 """Run two updates from one batch under several layouts and packings; write what came of each.
 
 Usage: updates.py MODEL_DIR OUT.json LAYOUT...
-A layout is SHORT_FORM@pack_tokens[f][:objective]: the short form is that of `layout_settings`, f
-freezes the vision tower, and the objective is a key of OBJECTIVES.
+A layout is SHORT_FORM@pack_tokens[f][p][:objective]: the short form is that of `layout_settings`, f
+freezes the vision tower, p shares prompts, and the objective is a key of OBJECTIVES.
 """
 
 import json
@@ -29,6 +29,7 @@ from megatron_sr1.trainer.objective import grpo_loss
 from megatron_sr1.trainer.step import sample_logprobs, update
 from tests.layouts import destroy_groups, layout_settings, pack_rows, random_samples
 
+LOGPROBS = ("old_logprobs", "engine_logprobs", "reference_logprobs")
 WIDE = {"gspo_clip_low": 0.02, "gspo_clip_high": 0.03}
 OBJECTIVES = {
     "token_mean": {},
@@ -46,25 +47,38 @@ OBJECTIVES = {
 def make_samples(processor: Processor) -> tuple[list[TrainSample], list[list[Image.Image]]]:
     """Eleven sequences: no image, one, two of unequal sizes; random tokens and numbers.
 
-    The tenth is long, is text alone, and learns its last two tokens only. The ninth has the images
-    of the sixth, as another response to its prompt: some packings and layouts have both in a row.
+    The tenth is long, is text alone, and learns its last two tokens only. The seventh and the ninth
+    are other responses to the prompt of the sixth: some packings and layouts have all in a row.
     """
     images = [[(84, 28), (56, 112), (140, 84)][: index % 3] for index in range(11)]
     num_text = [7 + 5 * index % 26 for index in range(11)]
     num_text[9] = 64
     samples, pictures = random_samples(processor, images, num_text)
-    samples[8] = replace(samples[8], index=5)
+    for number in (6, 8):
+        samples[number] = another_response(samples[number], samples[5])
     length = len(samples[9].token_ids)
     samples[9] = replace(samples[9], loss_mask=np.arange(length) >= length - 2)
     return samples, pictures
+
+
+def another_response(sample: TrainSample, other: TrainSample) -> TrainSample:
+    """Put the other sample's prompt, with its images, before the tokens of a sample of text."""
+    num_prompt = int(other.loss_mask.argmax())
+    text = sample.token_ids[sample.token_ids >= 10]
+    token_ids = np.concatenate([other.token_ids[:num_prompt], text])
+    numbers = {
+        name: np.resize(getattr(sample, name), len(token_ids)) for name in ("advantages", *LOGPROBS)
+    }
+    mask = np.arange(len(token_ids)) >= num_prompt
+    return replace(other, token_ids=token_ids, loss_mask=mask, **numbers)
 
 
 def run_layout(layout: str, model_dir: str, processor: Processor) -> dict:
     """What one layout gives, with the vision tower frozen where it says f.
 
     Loss and gradient norm of two updates, logprobs before and after, exported weights."""
-    short_form, pack_tokens, frozen, objective = re.fullmatch(
-        r"(\w+)@(\d+)(f?)(?::(\w+))?", layout
+    short_form, pack_tokens, frozen, shared, objective = re.fullmatch(
+        r"(\w+)@(\d+)(f?)(p?)(?::(\w+))?", layout
     ).groups()
     settings = [*layout_settings(short_form), f"model.path={model_dir}"]
     config = load_config(None, [*settings, "optimizer.learning_rate=1e-3"])
@@ -81,7 +95,9 @@ def run_layout(layout: str, model_dir: str, processor: Processor) -> dict:
             for s, gap in zip(samples, far, strict=True)
         ]
     own = samples[groups.data.rank :: groups.data.size]
-    batches = pack_rows(samples, pictures, processor, groups, int(pack_tokens))
+    batches = pack_rows(samples, pictures, processor, groups, int(pack_tokens), bool(shared))
+    if shared:
+        assert any(batch.shared_tokens.any() for batch in batches), "no prompt is shared"
     if groups.data.size == 1 and groups.context.size > 1 and len(batches) > 1:
         check_hard_cases(batches, groups.context, processor.image_pad_id)
     before = sample_logprobs(actor, own, batches, 0.7)
