@@ -18,7 +18,7 @@ from pathlib import Path
 
 from megatron_sr1.demo.demo import COLD_START, WAYS, prepare
 from megatron_sr1.observability.metrics import read_lines
-from megatron_sr1.report.panels import LABELS, paired
+from megatron_sr1.report.verdicts import LABELS, paired
 from megatron_sr1.rewards.score import VERDICTS, rate
 from tools.bench import ROOT, run, table
 

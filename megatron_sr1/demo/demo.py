@@ -29,8 +29,8 @@ from megatron_sr1.errors import ConfigError
 from megatron_sr1.evaluation.evaluate import HeldOut, make_sets
 from megatron_sr1.evaluation.scorers import evaluation_scorers
 from megatron_sr1.observability.metrics import read_lines
-from megatron_sr1.report.panels import paired
-from megatron_sr1.report.report import DEMO_RUNS
+from megatron_sr1.report.demo_page import DEMO_RUNS
+from megatron_sr1.report.verdicts import paired
 from megatron_sr1.rewards.score import VERDICTS, Scorer, rates
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.runtime.files import write_text

@@ -187,7 +187,7 @@ def _leaks(description: str | None, example: Example, marks: Marks, exceptions: 
 
 VERDICTS = {
     "accuracy": ("accuracy", "answer right"),
-    "self_reward": ("self_reward", "read from description"),
+    "self_reward": ("self_reward", "self-reward"),
     "description_exact": ("description_exact", "description exact"),
     "shortcut": ("shortcut_rate", "shortcut"),
 }
@@ -207,7 +207,7 @@ def rates(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def cross(verdicts: Iterable[tuple[float, float | None]]) -> Counter[tuple[bool, bool]]:
-    """Count responses by (answer right, read from the description right).
+    """Count responses by (answer right, reading right).
 
     `verdicts` holds accuracy and self-reward of each. A response without a self-reward is skipped;
     a value between 0 and 1 counts as right from 0.5 on.

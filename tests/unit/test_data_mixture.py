@@ -189,7 +189,7 @@ def test_the_report_draws_a_curve_per_set_and_finds_the_images_of_all_sets(sets,
         json.dumps({**line, "reward": reward}) + "\n"
     )
     page = write_report(tmp_path).read_text()
-    assert "Answer right, by training set" in page and "one, step 3: 33.3%" in page
+    assert "Answer right, by training set" in page and '"name":"one"' in page and "0.33333" in page
     assert "Self-reward, by training set" not in page
     assert "two no. 24" in page and page.count("data:image/png") == 2
 

@@ -25,7 +25,7 @@ from megatron_sr1.data.rows import record_from_row
 from megatron_sr1.data.shards import ShardReader, write_shards
 from megatron_sr1.errors import DataError
 from megatron_sr1.records import Completion, Message, Reward, Rollout
-from megatron_sr1.report.page import question_card
+from megatron_sr1.report.gallery import Question, gallery
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.trainer.rollouts import rollout_line
 from tests.pictures import png
@@ -165,7 +165,7 @@ def test_the_report_shows_all_gold_answers_and_marks_that_are_text():
     line = {"index": 0, "question": "<image>Is \\<image> a tag?", "gold": "<1>"}
     line |= {"other_golds": ["2"], "response": "x", "description": None, "reading": None}
     line |= {"accuracy": 1, "self_reward": None, "description_exact": None}
-    card = question_card("one", {"run": line}, None)
+    card = gallery([Question("one", {"run": line})])
     assert "<dd>&lt;1&gt; or 2</dd>" in card
     assert "<dd>Is \\&lt;image&gt; a tag?</dd>" in card
 

@@ -36,6 +36,7 @@ LAZY = {
     "datasets": {"data/sources.py"},
     "huggingface_hub": {"runtime/hub.py"},
     "openai": {"runtime/chat.py"},
+    "plotly": {"report/page.py"},
 }
 """Library -> the files that may import it, inside functions; a number allows that many files."""
 MAX_LINES = 500

@@ -1,20 +1,27 @@
-"""The report: from files alone, self-contained, and safe with any text."""
+"""The report: from files alone, safe with any text, small, and complete."""
 
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from megatron_sr1.config.run import Config
 from megatron_sr1.demo.digits import make_digits
 from megatron_sr1.errors import DataError
-from megatron_sr1.report.charts import Series, bar_chart, line_chart, stacked_chart
-from megatron_sr1.report.panels import paired
-from megatron_sr1.report.report import DEMO_RUNS, images_in, pick_questions, write_report
+from megatron_sr1.report.demo_page import DEMO_RUNS
+from megatron_sr1.report.report import write_report
+from megatron_sr1.report.samples import images_in
+from megatron_sr1.report.verdicts import paired
 
-EVIL = '</dd></article><script>alert(1)</script><img src=x onerror="alert(2)"> & "quoted"'
+EVIL = (
+    "</dd></article></script><script>alert(1)</script><!--<script>"
+    '<img src=x onerror="alert(2)"> & "quoted" \'too\' <a href="https://evil.example">x</a>'
+)
 
 
 def write_lines(path: Path, lines: list[dict]) -> None:
@@ -28,7 +35,7 @@ def metrics(num_steps: int, self_reward: bool) -> list[dict]:
         line = {"step": step, "stage": "grpo", "reward/accuracy": 0.5, "actor/loss": 0.1 / step}
         line |= {"time/pass1_seconds": 1.0, "time/update_seconds": 2.0, "time/step_seconds": 3.5}
         if self_reward:
-            line |= {"reward/self_reward": step / num_steps, "actor/odd_metric": 1.0}
+            line |= {"reward/self_reward": step / num_steps, "actor/odd_metric": step % 3}
         lines.append(line)
     return lines
 
@@ -61,70 +68,121 @@ def make_demo(root: Path, text: str = "4 2 7") -> None:
     (root / "summary.json").write_text(json.dumps({"seconds": 300.0, "median_step_seconds": 2.5}))
 
 
-class Tags(HTMLParser):
-    """All tags and attributes of a page, and whether its tags are balanced."""
+class Page(HTMLParser):
+    """All tags and attributes of a page, its scripts and figures, and whether it is balanced."""
 
-    VOID = {"meta", "img"}
+    VOID = {"meta", "img", "input"}
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, path: Path) -> None:
         super().__init__()
         self.names: set[str] = set()
         self.attributes: list[tuple[str, str | None]] = []
         self.open: list[str] = []
         self.data = ""
-        self.feed(text)
+        self.scripts: list[tuple[dict, str]] = []
+        self.feed(path.read_text())
+
+    @property
+    def figures(self) -> list[dict]:
+        kind = "application/json"
+        return [json.loads(text) for tag, text in self.scripts if tag.get("type") == kind]
 
     def handle_starttag(self, tag, attrs):
         self.names.add(tag)
         self.attributes += attrs
+        if tag == "script":
+            self.scripts.append((dict(attrs), ""))
         if tag not in self.VOID:
             self.open.append(tag)
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
 
-    def handle_startendtag(self, tag, attrs):
-        self.names.add(tag)
-        self.attributes += attrs
-
     def handle_data(self, data):
-        self.data += data
+        if self.open[-1:] == ["script"]:
+            self.scripts[-1] = (self.scripts[-1][0], self.scripts[-1][1] + data)
+        else:
+            self.data += data
 
 
 def show(monkeypatch, images):
-    monkeypatch.setattr("megatron_sr1.report.report.images_in", lambda folder: images)
+    monkeypatch.setattr("megatron_sr1.report.samples.images_in", lambda *folders: images)
 
 
-@pytest.mark.parametrize("make", [make_run, make_demo])
+def make_hostile(run_dir: Path, text: str) -> None:
+    """Make a run whose sets, metrics, settings and start are hostile too."""
+    make_run(run_dir, text)
+    lines = metrics(3, self_reward=True)
+    for line in lines:
+        line |= {text: line["step"], f"evaluation/{text}/accuracy": line["step"] / 3}
+        line |= {f"reward/accuracy/{text}": line["step"] / 3, "actor/nan": float("nan")}
+    write_lines(run_dir / "metrics.jsonl", lines)
+    config = json.loads((run_dir / "config.json").read_text())
+    config |= {"evaluation": {"sets": {"x": {"path": text}}}, "seed": text}
+    (run_dir / "config.json").write_text(json.dumps(config))
+    start = {"command": text, "versions": {text: text}}
+    (run_dir / "start.json").write_text(json.dumps(start))
+    questions = [verdict(i, 1, i % 2, text) | {"source": text} for i in range(2)]
+    write_lines(run_dir / "eval" / "x.jsonl", questions)
+    write_lines(run_dir / "eval" / "x_step_0.jsonl", questions)
+
+
+@pytest.mark.parametrize("make", [make_hostile, make_demo])
 def test_a_models_text_stays_text(tmp_path, make):
-    make(tmp_path, EVIL)
-    page = Tags(write_report(tmp_path).read_text())
+    make(tmp_path / "run", EVIL)
+    path = write_report(tmp_path / "run")
+    page = Page(path)
     assert page.open == []
-    assert "script" not in page.names
+    nonce = re.search(r"script-src 'nonce-([\w-]{20,})'", path.read_text())[1]
+    own = [tag for tag, _ in page.scripts if tag.get("type") != "application/json"]
+    assert own == [{"nonce": nonce, "src": "plotly.min.js"}, {"nonce": nonce}]
+    assert page.names.isdisjoint({"a", "iframe", "object", "form", "link", "base"})
     assert not [name for name, _ in page.attributes if name.startswith("on")]
     assert "<script>alert(1)</script>" in page.data, "the text itself is shown"
+    for figure in page.figures:  # Plotly reads tags in texts
+        names = [trace["name"] for trace in figure["data"]]
+        names += [str(label) for trace in figure["data"] for label in trace.get("y", ())]
+        assert not re.search("[<>]", "".join(names))
 
 
 @pytest.mark.parametrize("make", [make_run, make_demo])
-def test_the_page_loads_nothing_and_is_small(tmp_path, make, monkeypatch):
+def test_the_page_loads_only_plotlys_script_from_beside_it(tmp_path, make, monkeypatch):
     make(tmp_path)
     show(monkeypatch, lambda index: [Image.new("RGB", (84, 28), (index, 0, 0))])
     path = write_report(tmp_path)
-    page = Tags(path.read_text())
+    page = Page(path)
     policy = [value for name, value in page.attributes if name == "content"][0]
-    assert policy.startswith("default-src 'none'") and "script" not in policy
+    assert policy.startswith("default-src 'none'; script-src 'nonce-")
     sources = [value for name, value in page.attributes if name in ("src", "href")]
-    assert sources and all(value.startswith("data:image/") for value in sources)
-    assert "url(" not in path.read_text()
-    assert path.stat().st_size < 5e6
+    assert sources.count("plotly.min.js") == 1
+    images = [value for value in sources if value != "plotly.min.js"]
+    assert images and all(value.startswith("data:image/") for value in images)
+    assert "url(" not in path.read_text() and "://" not in path.read_text()
+    assert (tmp_path / "plotly.min.js").stat().st_size > 1e6
 
 
-def test_a_page_of_a_long_run_with_large_images_stays_under_five_megabytes(tmp_path, monkeypatch):
+def test_an_inline_page_is_one_file(tmp_path):
+    make_run(tmp_path)
+    path = write_report(tmp_path, inline=True)
+    page = Page(path)
+    assert not [name for name, _ in page.attributes if name == "src"]
+    assert path.stat().st_size > 1e6 and not (tmp_path / "plotly.min.js").exists()
+    assert page.scripts[-2][1].startswith("/**\n* plotly.js")
+
+
+def test_a_page_of_a_long_run_with_large_images_has_at_most_a_megabyte_and_a_half(
+    tmp_path, monkeypatch
+):
     make_run(tmp_path)
     write_lines(tmp_path / "metrics.jsonl", metrics(20000, self_reward=True))
-    show(monkeypatch, lambda index: [Image.effect_noise((2000, 1500), 80)] * 3)
+    questions = [verdict(i, 1, i % 2, "word " * 1000) for i in range(40)]
+    noise = Image.effect_noise((900, 700), 80)
+    write_lines(tmp_path / "eval" / "sampled.jsonl", questions)
+    show(monkeypatch, lambda index: [noise] * 3)
     path = write_report(tmp_path)
-    assert path.stat().st_size < 5e6
+    assert path.stat().st_size < 1.5e6
+    assert path.read_text().count('<article class="card sample"') > 4
+    assert max(len(trace["y"]) for figure in Page(path).figures for trace in figure["data"]) <= 400
 
 
 def test_the_two_by_two_table_counts_the_verdicts(tmp_path):
@@ -133,21 +191,16 @@ def test_the_two_by_two_table_counts_the_verdicts(tmp_path):
     cross = text[text.index("<h3>cold start</h3>") :]
     cells = re.findall(r"([\d.]+)%<small>(\d+)</small>", cross)[:4]
     assert cells == [("25.0", "5"), ("50.0", "10"), ("0.0", "0"), ("25.0", "5")]
-    assert "language-shortcut rate 50.0% of 20" in cross
+    assert "shortcut rate 50.0% of 20" in cross
 
 
 def test_the_demos_finding_is_computed_from_the_files(tmp_path):
     make_demo(tmp_path)
-    text = write_report(tmp_path).read_text()
-    assert "right answer in 100% of the questions; without it in 25%" in text
-    assert "Language shortcuts: 0% with, 50% without" in text
-
-
-def test_the_demos_finding_gives_greedy_and_sampled_answers(tmp_path):
-    make_demo(tmp_path)
     lines = [verdict(i, int(i < 18), 1, "4 2 7") for i in range(20)]
     write_lines(tmp_path / "eval" / "vision_sr1_greedy.jsonl", lines)
     text = write_report(tmp_path).read_text()
+    assert "right answer in 100% of the questions; without it in 25%" in text
+    assert "Shortcuts: 0% with, 50% without" in text
     assert "sampled: 75% after the cold start, 75% after GRPO rewarded answers only, 75%" in text
     assert "decoded greedily: 75%, 75%, 90%" in text
     cells = ["90.0\u00a0±\u00a013.1", "100.0\u00a0±\u00a00.0", "–", "0.0\u00a0±\u00a00.0"]
@@ -155,7 +208,29 @@ def test_the_demos_finding_gives_greedy_and_sampled_answers(tmp_path):
     assert row in text
 
 
-def test_differences_are_paired_by_question(tmp_path):
+def test_what_the_self_reward_changed_is_on_top_with_its_interval(tmp_path):
+    make_demo(tmp_path)
+    page = Page(write_report(tmp_path))
+    # Self-reward of 20 questions, 5 without and 20 with: 75 points, deviation sqrt(3.75 / 19).
+    first = page.data[: page.data.index("With and without the self-reward")]
+    assert "+75.0\u00a0±\u00a019.5points, self-reward, sampled" in first
+    bars = {trace["name"]: trace for trace in page.figures[0]["data"]}["sampled"]
+    gap = dict(zip(bars["y"], zip(bars["x"], bars["error_x"]["array"], strict=True), strict=True))
+    assert gap["self-reward"] == (75.0, pytest.approx(19.47, abs=0.01))
+    assert gap["shortcut"][0] == -50.0 and gap["answer right"] == (0.0, 0.0)
+
+
+def test_held_out_curves_of_both_runs_begin_at_step_0(tmp_path):
+    make_demo(tmp_path)
+    figures = Page(write_report(tmp_path)).figures
+    curves = {trace["name"]: trace for figure in figures for trace in figure["data"]}
+    found = curves["GRPO + self-reward, sampled"]
+    assert (found["x0"], found["dx"]) == (0, 30) and found["y"] in ([0.25, 1.0], [0.5, 0.0])
+    text = write_report(tmp_path).read_text()
+    assert "constant: GRPO, answer only, greedy 25 %, GRPO, answer only, sampled 25 %" in text
+
+
+def test_differences_are_paired_by_question():
     before = [verdict(i, int(i < 2), 0, "") for i in range(4)]
     after = [verdict(i, int(i != 1), 0, "") for i in reversed(range(5))]  # 4 has no counterpart
     # Gaps 0, -1, 1, 1: mean 1/4, deviation sqrt(11/12).
@@ -163,11 +238,27 @@ def test_differences_are_paired_by_question(tmp_path):
     assert mean == pytest.approx(0.25)
     assert half == pytest.approx(1.96 * (11 / 12) ** 0.5 / 2)
     assert paired(before, after, "description_exact") is None
-    make_demo(tmp_path)
-    text = write_report(tmp_path).read_text()
-    # Self-reward of 20 questions, 5 before and 20 after: 75 points, deviation sqrt(3.75 / 19).
-    row = text[text.index("sampled: GRPO + self-reward minus cold start") :]
-    assert "<td>+75.0\u00a0±\u00a019.5</td>" in row[: row.index("</tr>")]
+
+
+def test_several_responses_to_a_question_are_averaged_before_they_are_compared():
+    before = [verdict(i, 0, 0, "") for i in (0, 1) for _ in range(2)]
+    after = [verdict(0, 1, 0, ""), verdict(0, 0, 0, ""), verdict(1, 1, 0, ""), verdict(1, 1, 0, "")]
+    # Gaps 1/2 and 1: mean 3/4, deviation 1 / sqrt(8).
+    assert paired(before, after, "accuracy") == pytest.approx((0.75, 1.96 / 8**0.5 / 2**0.5))
+
+
+def test_a_run_compares_its_first_evaluation_with_its_last(tmp_path):
+    make_run(tmp_path)
+    write_lines(
+        tmp_path / "eval" / "greedy_step_0.jsonl", [verdict(i, 0, 0, "a") for i in range(4)]
+    )
+    write_lines(tmp_path / "eval" / "greedy.jsonl", [verdict(i, 1, 0, "b") for i in range(4)])
+    path = write_report(tmp_path)
+    bars = [trace for figure in Page(path).figures for trace in figure["data"] if "x" in trace]
+    assert [trace["x"] for trace in bars if trace["name"] == "greedy, since step 0"] == [
+        [100.0, 0.0, 100.0]
+    ]
+    assert 'data-run="step 0"' in path.read_text() and "last evaluation" in path.read_text()
 
 
 def test_the_last_step_by_number_is_shown_not_by_name(tmp_path):
@@ -175,9 +266,42 @@ def test_the_last_step_by_number_is_shown_not_by_name(tmp_path):
     assert "training, step 10" in write_report(tmp_path).read_text()
 
 
-def test_a_metric_without_a_title_is_shown_too(tmp_path):
+def test_fifteen_figures_are_shown_and_the_others_folded_away(tmp_path):
     make_run(tmp_path)
-    assert "actor/odd_metric" in write_report(tmp_path).read_text()
+    names = "reward/total reward/format reward/shortcut_rate actor/reference_kl actor/entropy"
+    names += " rollout/response_tokens_mean optimizer/learning_rate optimizer/grad_norm"
+    names += " groups/no_spread mismatch/abs_max rollout/repetition evaluation/a/accuracy"
+    names += " evaluation/a/self_reward evaluation/a/shortcut_rate evaluation/a/pass@4"
+    lines = metrics(9, self_reward=True)
+    lines = [line | {n: line["step"] / 9 for n in names.split()} for line in lines]
+    write_lines(tmp_path / "metrics.jsonl", lines)
+    text = write_report(tmp_path).read_text()
+    curves = text[text.index("<h2>Curves") : text.index("<h2>Answers x readings")]
+    assert curves.count("<figure>") == 15
+    for title in ("actor/odd_metric", "Held out: pass@4"):
+        assert title in text[text.index("All other metrics") :] and title not in curves
+
+
+def test_a_metric_that_does_not_change_is_listed_and_not_drawn(tmp_path):
+    make_run(tmp_path)
+    lines = metrics(9, self_reward=True)
+    write_lines(tmp_path / "metrics.jsonl", [line | {"rollout/flat": 0.25} for line in lines])
+    text = write_report(tmp_path).read_text()
+    assert "<td>rollout/flat</td><td>0.25</td><td>9</td>" in text
+    assert "<b>rollout/flat</b>" not in text and "<b>Answer right</b>" not in text
+
+
+def test_command_versions_seed_and_chosen_settings_are_shown(tmp_path):
+    make_run(tmp_path)
+    config = {"seed": 5, "data": {"packing": False, "shuffle": Config().data.shuffle}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    start = {"command": "megatron-sr1 train a.yaml", "versions": {"torch": "2.13.0"}, "ranks": 2}
+    (tmp_path / "start.json").write_text(json.dumps(start))
+    text = write_report(tmp_path).read_text()
+    for row in ("command</td><td>megatron-sr1 train a.yaml", "versions</td><td>torch 2.13.0"):
+        assert row in text
+    chosen = text[text.index("Settings that are not defaults") : text.index("All settings")]
+    assert "<td>data.packing</td><td>false</td>" in chosen and "data.shuffle" not in chosen
 
 
 def test_an_empty_run_still_gets_a_report(tmp_path):
@@ -201,71 +325,26 @@ def test_images_come_from_the_data_set_of_the_samples(tmp_path, monkeypatch):
     assert len(images_in("shards/eval").__self__) == 3
     assert images_in("") is None and images_in("shards/none") is None
     asked = []
-    monkeypatch.setattr("megatron_sr1.report.report.images_in", asked.append)
+    monkeypatch.setattr("megatron_sr1.report.samples.images_in", asked.append)
     make_demo(tmp_path)
     write_report(tmp_path)
     write_report(tmp_path / "vision_sr1")
-    assert asked == ["shards/eval", "shards/train"]
+    assert asked == ["shards/eval", "shards/eval", "shards/train"]
 
 
 def test_each_held_out_set_has_its_own_questions(tmp_path, monkeypatch):
-    sets = {"mine": {"path": "shards/mine"}, "again": {"path": "shards/mine"}}
-    sets["yours"] = {"path": "shards/yours"}
+    sets = {"mine": {"path": "shards/mine"}, "yours": {"path": "shards/yours"}}
     config = {"stage": "eval", "evaluation": {"sets": sets}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     for name in sets:
         write_lines(tmp_path / "eval" / f"{name}.jsonl", [verdict(0, 1, 1, f"text of {name}")])
     asked = []
-    monkeypatch.setattr("megatron_sr1.report.report.images_in", asked.append)
+    monkeypatch.setattr("megatron_sr1.report.samples.images_in", asked.append)
     page = write_report(tmp_path).read_text()
     assert asked == ["shards/mine", "shards/yours"]
     assert all(f"text of {name}" in page and f"held out, {name}" in page for name in sets)
 
 
-def test_questions_are_selected_by_rule():
-    before = [verdict(i, 1, 0, "") for i in range(6)]
-    after = [verdict(i, int(i != 5), int(i != 5), "") for i in range(6)]
-    chosen = pick_questions({"before": before, "after": after}, each=2)
-    assert chosen == [
-        ("one of the first", 0),
-        ("one of the first", 1),
-        ("fixed", 2),
-        ("fixed", 3),
-        ("still wrong", 5),
-    ]
-
-
-def coordinates(svg: str, kind: str) -> list[tuple[float, float]]:
-    path = re.search(rf'class="{kind} s1" d="M([^"]*)"', svg)[1]
-    return [tuple(float(n) for n in point.split()) for point in path.split("L")]
-
-
-def test_a_curve_is_drawn_where_its_values_are():
-    svg = line_chart("c", [Series("a", [0, 5, 10], [0.0, 0.5, 1.0], 1)], percent=True)
-    (x0, y0), (x1, y1), (x2, y2) = coordinates(svg, "line")
-    assert (x0, x2) == (52, 510) and (y0, y2) == (220, 12)
-    assert (x1, y1) == ((x0 + x2) / 2, (y0 + y2) / 2)
-
-
-def test_values_that_differ_by_rounding_alone_are_drawn_as_a_flat_line():
-    chart = line_chart("t", [Series("s", [1, 2, 3], [1e-13, 3e-13, 2e-13], 1)])
-    assert "<svg" in chart and "nan" not in chart
-
-
-def test_absent_values_leave_no_point():
-    svg = line_chart("c", [Series("a", [1, 2, 3], [0.1, None, 0.3], 1)])
-    assert svg.count("<circle") == 2
-    assert line_chart("c", [Series("a", [1], [None], 1)]) == ""
-
-
-def test_stacked_layers_sum_to_the_step():
-    layers = [Series("a", [1, 2], [1.0, 2.0], 0), Series("b", [1, 2], [3.0, None], 1)]
-    svg = stacked_chart("t", layers)
-    heights = [float(h) for h in re.findall(r'height="([\d.]+)"><title>', svg)]
-    assert heights[2] == pytest.approx(3 * heights[0], abs=0.2)
-    assert heights[1] == pytest.approx(2 * heights[0], abs=0.2) and heights[3] == 0
-
-
-def test_a_bar_without_a_value_is_left_out():
-    svg = bar_chart("b", ["x", "y"], {"m": [(0.5, 0.1), None]})
-    assert svg.count("<rect") == 1 and svg.count('class="error"') == 1
+def test_plotly_is_not_imported_before_a_page_is_written():
+    code = "import sys, megatron_sr1.report.report; sys.exit('plotly' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
