@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_sr1.checkpoint.folders import latest_step, resolve_model
-from megatron_sr1.checkpoint.mapping import check_freeze
+from megatron_sr1.checkpoint.mapping import adapter_entries, check_freeze
 from megatron_sr1.config.run import Config
 from megatron_sr1.data.prompts import template_texts
 from megatron_sr1.errors import ConfigError
@@ -285,6 +285,8 @@ def _check_shape(config: Config, hf_config: HFConfig) -> None:
     """Raise ConfigError if settings do not fit the model's shape."""
     check_layout(hf_config, config.parallel)
     check_freeze(hf_config, config.model.freeze)
+    if config.adapter.rank:
+        adapter_entries(hf_config, config.adapter.targets, config.adapter.rank)
     if config.stage == "sft":
         return
     rollout, text = config.rollout, hf_config.text

@@ -70,3 +70,25 @@ def write_adapted(directory, seed, **more):
     settings = settings_of(seed, **more)
     peft, tensors = with_peft(model, read_hf_config(directory), settings, seed)
     return peft, rows, settings, tensors
+
+
+def logits_of(model, samples):
+    """A model's logits for samples, one after the other, [tokens, ids]."""
+    found = []
+    for sample in samples:
+        images = {}
+        if sample.pixel_values is not None:
+            kind = (sample.token_ids == model.config.image_token_id).int()[None]
+            images = {"mm_token_type_ids": kind, "image_grid_thw": sample.image_grid_thw}
+            images["pixel_values"] = sample.pixel_values
+        found.append(model(input_ids=sample.token_ids[None], **images).logits[0])
+    return torch.cat(found)
+
+
+def reference_logprobs(model, samples, temperature):
+    """Logprobs of each next token, sample by sample, 0 at the last: [1, T]."""
+    found = []
+    for sample in samples:
+        own = (logits_of(model, [sample])[:-1] / temperature).log_softmax(dim=-1)
+        found += [own.gather(1, sample.token_ids[1:, None])[:, 0], torch.zeros(1)]
+    return torch.cat(found)[None]

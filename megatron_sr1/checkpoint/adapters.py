@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megatron_sr1.checkpoint.hf import NUM_NAMED, Gather, adapters_of, named_parameters, sharing
+from megatron_sr1.checkpoint.hf import NUM_NAMED, Gather, adapters_of, named_parameters
 from megatron_sr1.checkpoint.mapping import (
     ADAPTER_A,
     ROW,
@@ -24,7 +24,7 @@ from megatron_sr1.checkpoint.mapping import (
     adapter_entries,
     linear_modules,
 )
-from megatron_sr1.checkpoint.tensors import unwrap
+from megatron_sr1.checkpoint.tensors import sharing, unwrap
 from megatron_sr1.checkpoint.transforms import join, slices
 from megatron_sr1.config.adapter import AdapterConfig
 from megatron_sr1.errors import CheckpointError
@@ -53,10 +53,7 @@ def attach_adapters(
         if base is not None and any(each in modules for each in names):
             _attach(linear, base, adapters, groups, settings)
     for entry, parameter in local_adapters(chunks):
-        value = torch.zeros(entry.hf_shapes[0])
-        if entry.name.endswith(ADAPTER_A):
-            value = _initial(entry, settings, seed)
-        _fill(entry, parameter, value, groups)
+        _fill(entry, parameter, initial_value(entry, settings, seed), groups)
 
 
 def _attach(
@@ -74,9 +71,9 @@ def _attach(
         columns = linear.weight.shape[1]
         dtype = torch.float32 if settings.dtype == "float32" else linear.weight.dtype
         make = partial(torch.empty, dtype=dtype, device=linear.weight.device)
-        part = LowRank(make(settings.rank, columns), make(rows, settings.rank))
-        pair = zip((part.lora_A, part.lora_B), adapters.modules[module], strict=True)
-        for parameter, entry in pair:
+        pair = adapters.modules[module]
+        part = LowRank(make(settings.rank, columns), make(rows, settings.rank), pair)
+        for entry, parameter in zip(pair, part.parameters(), strict=True):
             _mark(parameter, entry, group.size < groups.tensor.size, is_sequence)
         linear.add_module(module.rpartition(".")[2], part)
         parts.append(part)
@@ -109,19 +106,19 @@ def _mark(parameter: Any, entry: Entry, by_images: bool, is_sequence: bool) -> N
 
 def local_adapters(chunks: Sequence[Any]) -> Iterator[tuple[Entry, torch.nn.Parameter]]:
     """Yield this rank's A's and B's, each with its entry, in the chunks' order."""
-    adapters = adapters_of(chunks)
-    assert adapters is not None, "the model has no adapters"
-    table = {entry.name: entry for pair in adapters.modules.values() for entry in pair}
-    for _, name, parameter in named_parameters(chunks):
-        if name in table:
-            yield table[name], parameter
+    for chunk in chunks:
+        for part in chunk.modules():
+            if isinstance(part, LowRank):
+                yield from zip(part.entries, (part.lora_A, part.lora_B), strict=True)
 
 
-def _initial(entry: Entry, settings: AdapterConfig, seed: int) -> torch.Tensor:
-    """Draw A as PEFT does, [rank, in] float32, from the seed and the name alone."""
+def initial_value(entry: Entry, settings: AdapterConfig, seed: int) -> torch.Tensor:
+    """Return a new A as PEFT draws it, whole and float32, by seed and name alone, or B of zeros."""
     mark = hashlib.blake2b(f"{seed}/{entry.hf_names[0]}".encode(), digest_size=8)
     generator = torch.Generator().manual_seed(int.from_bytes(mark.digest(), "big") >> 1)
-    a = torch.empty(entry.hf_shapes[0])
+    a = torch.zeros(entry.hf_shapes[0])
+    if not entry.name.endswith(ADAPTER_A):
+        return a
     if settings.init == "gaussian":
         return a.normal_(0, 1 / settings.rank, generator=generator)
     bound = 1 / math.sqrt(a.shape[1])  # of kaiming_uniform_(a=sqrt(5))

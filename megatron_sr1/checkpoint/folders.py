@@ -24,6 +24,7 @@ MAX_NAME_BYTES = 100
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 HF_FILES = "hf_files"
 FINGERPRINTED = ("config.json", INDEX, "*.safetensors", ".metadata", "*.distcp")
+ADAPTER = "adapter"  # in the state of a checkpoint, of which the model was not trained itself
 NUM_BLOCKS, BLOCK_BYTES = 64, 4096
 STATE_FORMAT = 2
 WITH_MANIFEST = 2  # formats before this one had none
@@ -115,6 +116,12 @@ def resolve_model(directory: str | Path, revision: str = "") -> ModelSource:
             raise CheckpointError(
                 f"{folder}: a checkpoint without {HF_FILES}/config.json, so that its model's shape "
                 "is not known; it can only resume its run"
+            )
+        kept = read_state(folder)["state"] if (folder / STATE).is_file() else {}
+        if kept.get(ADAPTER):
+            raise CheckpointError(
+                f"{folder} holds adapters alone, of {kept.get('model.path')}, and is no model; use "
+                "hf/ of its run, or merge them (tools/convert_checkpoint.py)"
             )
         return ModelSource("megatron", folder, folder / HF_FILES)
     raise CheckpointError(

@@ -16,12 +16,12 @@ import torch.distributed as dist
 from megatron_sr1.checkpoint import mapping
 from megatron_sr1.checkpoint.hf_files import HFSource, check_target, write_like
 from megatron_sr1.checkpoint.mapping import HF_EMBEDDING, HF_OUTPUT, Entry, entries
-from megatron_sr1.checkpoint.tensors import unwrap
+from megatron_sr1.checkpoint.tensors import sharing, unwrap
 from megatron_sr1.checkpoint.transforms import join, merged, publish, slices
 from megatron_sr1.errors import CheckpointError
 from megatron_sr1.model.adapters import Adapters
 from megatron_sr1.model.hf_config import HFConfig
-from megatron_sr1.runtime.groups import Group, Groups, gather_objects
+from megatron_sr1.runtime.groups import Groups, gather_objects
 
 log = logging.getLogger(__name__)
 NUM_NAMED = 12  # tensors that an error names
@@ -207,11 +207,6 @@ class Gather:
             shards = [torch.empty_like(shard) for _ in range(group.size)]
             dist.all_gather(shards, shard, group=group.process_group)
         return publish(entry, shards)
-
-
-def sharing(entry: Entry, groups: Groups) -> Group:
-    """Return the ranks that a parameter is split over."""
-    return groups.tower if entry.name.startswith(mapping.TOWER) else groups.tensor
 
 
 def save_hf(

@@ -122,8 +122,10 @@ def load_tensors(folder: Path, chunks: Sequence[Any], optimizer: Any) -> None:
             ) from error
         for number, chunk in enumerate(chunks):
             part = loaded[chunk_key(number, len(chunks))]
-            missing, unexpected = unwrap(chunk).load_state_dict(part, strict=False)
-            left = [name for name in missing if not name.endswith(EXTRA)]
+            model = unwrap(chunk)
+            missing, unexpected = model.load_state_dict(part, strict=False)
+            is_whole = model.adapters is None  # otherwise the base is there already
+            left = [name for name in missing if is_whole and not name.endswith(EXTRA)]
             assert not left and not unexpected, f"missing {left}, unexpected {unexpected}"
         if optimizer is not None:
             optimizer.load_state_dict(loaded["optimizer"])

@@ -35,10 +35,13 @@ import psutil
 import torch
 
 from megatron_sr1.checkpoint.disk import Measure, check_space, measure, needed_bytes, write_failure
+from megatron_sr1.checkpoint.mapping import TOWER, Entry
 from megatron_sr1.checkpoint.megatron_optimizer import ensure_state, named_by_kind
 from megatron_sr1.errors import CheckpointError
+from megatron_sr1.model.adapters import LowRank
 from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.groups import (
+    Group,
     Groups,
     agree,
     gather_objects,
@@ -85,11 +88,23 @@ def unwrap(chunk: Any) -> Any:
     return chunk
 
 
+def sharing(entry: Entry, groups: Groups) -> Group:
+    """Return the ranks that a parameter is split over."""
+    return groups.tower if entry.name.startswith(TOWER) else groups.tensor
+
+
 def sharded_state(chunks: Sequence[Any], optimizer: Any, *, is_loading: bool) -> dict[str, Any]:
-    """Return Megatron's description of which part of which tensor this rank holds."""
+    """Return Megatron's description of which part of which tensor this rank holds.
+
+    Of a model with adapters these are its adapters.
+    """
     state: dict[str, Any] = {}
     for number, chunk in enumerate(chunks):
-        sharded = unwrap(chunk).sharded_state_dict(prefix="", metadata=dict(METADATA))
+        model = unwrap(chunk)
+        if model.adapters is not None:
+            state[chunk_key(number, len(chunks))] = _sharded_adapters(model)
+            continue
+        sharded = model.sharded_state_dict(prefix="", metadata=dict(METADATA))
         kept = {key: value for key, value in sharded.items() if not key.endswith(EXTRA)}
         state[chunk_key(number, len(chunks))] = kept
     if optimizer is not None:
@@ -98,6 +113,29 @@ def sharded_state(chunks: Sequence[Any], optimizer: Any, *, is_loading: bool) ->
         )
         state["optimizer"] = named_by_kind(optimizer, described)
     return state
+
+
+def _sharded_adapters(model: Any) -> dict[str, Any]:
+    """Describe the adapters of a chunk, under the names of their entries."""
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    groups: Groups = model.groups
+    found = {}
+    for path, part in model.named_modules():
+        if isinstance(part, LowRank):
+            named = zip(part.named_parameters(), part.entries, strict=True)
+            for (name, parameter), entry in named:
+                group, dim = sharing(entry, groups), entry.shard_dim
+                split = [] if dim is None else [(dim, group.rank, group.size)]
+                # Ranks with the same values, of which the first writes.
+                copy = groups.tensor.rank if dim is None or group.size == 1 else 0
+                found[f"{path}.{name}"] = ShardedTensor.from_rank_offsets(
+                    entry.name,
+                    parameter,
+                    *split,
+                    replica_id=(0, copy, groups.data_context.rank),
+                )
+    return found
 
 
 def chunk_key(number: int, num_chunks: int) -> str:

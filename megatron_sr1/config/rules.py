@@ -27,7 +27,8 @@ def validate(config: Config) -> None:
     """Check values beyond their types; a ConfigError names key, value and what is accepted."""
     for key, each, value in settings(config):
         check_setting(key, each, value)
-    groups: list[Callable[[Config], Broken]] = [_model, _memory, _run, _evaluation, _endpoints]
+    groups: list[Callable[[Config], Broken]] = [_model, _adapter, _memory, _run, _evaluation]
+    groups += [_endpoints]
     has_engine = config.stage != "sft" or config.evaluation.generate
     groups += [_prompts, _pass2, _rollout] if has_engine else []
     groups += [_algorithm] if config.stage == "grpo" else []
@@ -88,12 +89,38 @@ def _model(config: Config) -> Broken:
             yield f"{kept}: delayed scaling takes all layers or none; {advice}"
 
 
+def _adapter(config: Config) -> Broken:
+    adapter = config.adapter
+    if not adapter.rank:
+        if adapter.path:
+            yield "{adapter.path} needs adapter.rank, which the adapter's own files name"
+        return
+    if config.stage == "eval":
+        advice = "evaluate the merged model in hf/ of a run, or set adapter.rank=0"
+        yield f"{{adapter.rank}} with stage=eval, which evaluates model.path as it is; {advice}"
+    if config.model.freeze:
+        advice = "leave it out; adapter.targets says what is trained"
+        yield f"{{model.freeze}} with {{adapter.rank}}, which freezes all weights; {advice}"
+    if not adapter.targets:
+        yield "adapter.targets is empty; name layers, such as q_proj"
+    for pattern in adapter.targets:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            problem = f"{pattern!r} is no regular expression: {error}"
+            raise ConfigError(f"adapter.targets: {problem}; give one such as q_proj") from None
+
+
 def _memory(config: Config) -> Broken:
-    optimizer, rollout, dtype = config.optimizer, config.rollout, config.model.dtype
-    if dtype != "bfloat16":
+    optimizer, rollout, dtype = config.optimizer, config.rollout, config.trained_dtype
+    if config.model.dtype != "bfloat16" and rollout.quantization is not None:
         wrong = "is for weights in bfloat16, not {model.dtype}; set model.dtype=bfloat16"
-        if rollout.quantization is not None:
-            yield f"{{rollout.quantization}} {wrong}"
+        yield f"{{rollout.quantization}} {wrong}"
+    key, value = "model.dtype", "bfloat16"
+    if config.model.dtype != dtype:
+        key, value = "adapter.dtype", "model"
+    if dtype != "bfloat16":
+        wrong = f"is for weights in bfloat16, not {{{key}}}; set {key}={value}"
         for name in ("state", "gradients"):
             if getattr(optimizer, name) == "bfloat16":
                 yield f"optimizer.{name}=bfloat16 {wrong} or optimizer.{name}=float32"
@@ -102,7 +129,7 @@ def _memory(config: Config) -> Broken:
         yield "{optimizer.state}, {optimizer.offload} need parallel.distributed_optimizer=true"
     if rollout.make_room == "optimizer" and (dtype == "float32" or is_special):
         yield (
-            "{rollout.make_room} with {model.dtype}, {optimizer.state}, {optimizer.offload}: it "
+            f"{{rollout.make_room}} with {{{key}}}, {{optimizer.state}}, {{optimizer.offload}}: it "
             "moves float32 state beside bfloat16 weights; set rollout.make_room=gradients, or "
             "optimizer.offload=true to keep the state in host memory always"
         )

@@ -168,6 +168,12 @@ class Config:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
     @property
+    def trained_dtype(self) -> str:
+        """Data type of the parameters that are trained: the adapters', if there are any."""
+        with_adapters = self.adapter.rank > 0 and self.adapter.dtype != "model"
+        return self.adapter.dtype if with_adapters else self.model.dtype
+
+    @property
     def updates_per_step(self) -> int:
         """Optimizer updates per step; with `algorithm.filter_groups`, the most."""
         is_sft = self.stage == "sft"

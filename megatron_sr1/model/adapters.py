@@ -70,9 +70,10 @@ class Adapters:
 class LowRank(torch.nn.Module):
     """This rank's share of A and B of one published linear layer."""
 
-    def __init__(self, a: torch.Tensor, b: torch.Tensor) -> None:
-        """Take [rank, in] and [out, rank]."""
+    def __init__(self, a: torch.Tensor, b: torch.Tensor, entries: tuple[Any, Any]) -> None:
+        """Take [rank, in] and [out, rank], and their entries (checkpoint/mapping.py)."""
         super().__init__()
+        self.entries = entries
         self.lora_A = torch.nn.Parameter(a)
         self.lora_B = torch.nn.Parameter(b)
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from megatron_sr1.checkpoint.folders import fingerprint, latest_step
+from megatron_sr1.checkpoint.folders import ADAPTER, fingerprint, latest_step, read_state
 from megatron_sr1.checkpoint.loading import load_checkpoint
 from megatron_sr1.checkpoint.saving import EVALUATION, SaveQueue
 from megatron_sr1.config.run import Config
@@ -86,7 +86,7 @@ class Context:
         self._profiler = StepProfiler(profiled, num_steps, self.run_dir, rank)
         self.checkpoints = self.run_dir / "checkpoints"
         self._saves = SaveQueue(self.checkpoints, config.checkpoint)
-        self._origin: dict[str, str] = {}
+        self._origin: dict[str, Any] = {}
         self._sinks: list[Sink] = []
         self._metrics: MetricsFile | None = None
         if any(sizes):
@@ -197,13 +197,15 @@ class Context:
         Collective over all ranks.
 
         Raises:
-            ConfigError: the checkpoint is of another stage, or was trained from another model.
+            ConfigError: the checkpoint is of another stage, of other adapters, or was trained from
+                another model.
             CheckpointError: it is damaged.
         """
         self._origin = {
             "stage": self.config.stage,
             "model.path": self.config.model.path,
             FINGERPRINT: fingerprint(actor.source),
+            ADAPTER: adapter_facts(self.config),
         }
         if latest_step(self.checkpoints) is not None:
             self._resume(actor)
@@ -217,8 +219,8 @@ class Context:
         self._profiler.begin(self.step + 1)
 
     def _resume(self, actor: Actor) -> None:
-        verify = self.config.checkpoint.verify
-        state = load_checkpoint(self.checkpoints, actor.trained, verify=verify)
+        step, verify = latest_step(self.checkpoints), self.config.checkpoint.verify
+        state = read_state(self.checkpoints / f"step_{step}")["state"]
         for key, value in self._origin.items():
             if key not in state and key == FINGERPRINT:
                 log.warning("%s: saved without the %s; taken as the same", self.checkpoints, key)
@@ -227,6 +229,7 @@ class Context:
                     f"{self.checkpoints} was saved with {key}={state.get(key)}, this run has "
                     f"{value}; use the saved value or another output directory"
                 )
+        load_checkpoint(self.checkpoints, actor.trained, verify=verify)
         self.step, self.skipped = state["step"], state["skipped"]
         self.ungraded = state.get("ungraded", 0)
         self.loader.load_state_dict(state["loader"])
@@ -338,6 +341,14 @@ class Context:
             self._reader.close()
         for sink in self._sinks:
             sink.close()
+
+
+def adapter_facts(config: Config) -> dict[str, Any] | None:
+    """Describe the adapters of a run, as JSON values; a resumed run must have the same."""
+    adapter = config.adapter
+    names = ("rank", "alpha", "scaling", "targets")
+    facts = {name: getattr(adapter, name) for name in names} | {"dtype": config.trained_dtype}
+    return facts if adapter.rank else None
 
 
 def flat(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

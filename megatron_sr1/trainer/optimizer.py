@@ -49,8 +49,8 @@ def make_optimizer(config: Config, wrapped: list[Any]) -> Any:
         adam_beta2=chosen.beta2,
         adam_eps=chosen.epsilon,
         clip_grad=chosen.clip_grad,
-        bf16=config.model.dtype == "bfloat16",
-        params_dtype=DTYPES[config.model.dtype],
+        bf16=config.trained_dtype == "bfloat16",
+        params_dtype=DTYPES[config.trained_dtype],
         use_distributed_optimizer=config.parallel.distributed_optimizer,
     )
     is_replaced = chosen.state == "bfloat16" or chosen.offload

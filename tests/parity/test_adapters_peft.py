@@ -18,9 +18,8 @@ from megatron_sr1.config.run import ModelConfig, ParallelConfig
 from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.model.qwen25_vl import build_model
 from megatron_sr1.runtime import cpu
-from tests.adapter_cases import published, write_adapted
+from tests.adapter_cases import logits_of, published, reference_logprobs, write_adapted
 from tests.model_cases import make_row, worst_relative_gap
-from tests.parity.test_model_transformers import reference_logprobs
 
 TOLERANCE = 1e-5
 
@@ -75,18 +74,6 @@ def test_logits_loss_and_gradients_equal_pefts(seed, tmp_path, groups):
     assert (logits - adapted).abs().max() < TOLERANCE
     assert (adapted - torch.cat(base)).abs().max() > 1e-2
     assert (off - torch.cat(base)).abs().max() < TOLERANCE
-
-
-def logits_of(model, samples):
-    found = []
-    for s in samples:
-        images = {}
-        if s.pixel_values is not None:
-            kind = (s.token_ids == model.config.image_token_id).int()[None]
-            images = {"mm_token_type_ids": kind, "image_grid_thw": s.image_grid_thw}
-            images["pixel_values"] = s.pixel_values
-        found.append(model(input_ids=s.token_ids[None], **images).logits[0])
-    return torch.cat(found)
 
 
 @pytest.mark.parametrize("seed", range(4))
