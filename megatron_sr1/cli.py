@@ -288,7 +288,7 @@ def report_command(arguments: argparse.Namespace) -> int:
     """Run `report`."""
     from megatron_sr1.report.report import write_report
 
-    print(write_report(arguments.run_dir))
+    print(write_report(arguments.run_dir, arguments.inline))
     return 0
 
 

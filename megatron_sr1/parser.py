@@ -39,7 +39,8 @@ COMMANDS = {
         "write a run's HTML report again",
         """Write RUN_DIR/report.html from the files of a run, finished or not: curves of
         metrics.jsonl, samples of rollouts/ and eval/, with their images where the run's shards
-        still exist. Prints the path of the page.""",
+        still exist. Plotly's script, which draws the curves, is written beside the page. Prints the
+        path of the page.""",
     ),
     "doctor": (
         "what is installed, what would run, what to do",
@@ -86,6 +87,8 @@ def build_parser() -> argparse.ArgumentParser:
     for name, text in LENGTHS.items():
         add["plan"](f"--{name}-tokens", type=float, metavar="N", help=f"mean {text}")
     add["report"]("run_dir", type=Path, metavar="RUN_DIR", help="directory of a run")
+    text = "put Plotly's script into the page: one file of 5 MB"
+    add["report"]("--inline", action="store_true", help=text)
     text = "under torchrun or srun: links, clocks, files and versions of all ranks"
     add["doctor"]("--distributed", action="store_true", help=text)
     text = "run directory to test"

@@ -13,8 +13,7 @@ from typing import Any
 from megatron_sr1.config.fields import settings
 from megatron_sr1.config.run import Config
 from megatron_sr1.report import page
-
-START_FILE = "start.json"
+from megatron_sr1.runtime.start import START_FILE
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -19,22 +19,22 @@ LABELS = {
     "accuracy": "accuracy",
     "accuracy_judged": "accuracy, judged",
     "self_reward": "self-reward",
-    "shortcut_rate": "LSR",
+    "shortcut_rate": "shortcut rate",
     "description_exact": "description exact",
 }
 """Rate -> label; others, such as `pass@4`, are shown under their names, after accuracy."""
 CELLS = {
     "pass1_right_pass2_right": "both right",
     "pass1_right_pass2_wrong": "shortcut",
-    "pass1_wrong_pass2_right": "pass 2 alone",
+    "pass1_wrong_pass2_right": "only the reading right",
     "pass1_wrong_pass2_wrong": "both wrong",
 }
 AVERAGES = {"average": "average of the sets", "weighted_average": "weighted average"}
 GROUPS = {"sources": "by source", "categories": "by category"}
 NOTE = (
-    "Rates in %, with 95 % intervals. LSR, the language-shortcut rate, is the share of responses "
-    "that are right with the image and wrong from their description alone. The four cells are "
-    "shares of the responses with a pass 2. Kappa is the agreement of rules and judge (Cohen's). "
+    "Rates in %, with 95 % intervals. The shortcut rate is the share of responses that are "
+    "right with the image and wrong from their description alone. The four cells are shares of the "
+    "responses with a reading. Kappa is the agreement of rules and judge (Cohen's). "
     "Tokens are those of pass 1; truncated: the share that met the token limit."
 )
 Row = list[str]

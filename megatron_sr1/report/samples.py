@@ -89,15 +89,18 @@ def held_out_questions(
     run_dir: Path, config: Mapping[str, Any], names: list[str]
 ) -> list[Question]:
     """Select questions of held-out sets, with the responses of the first and last evaluation."""
-    folders, found = held_out_folders(config), []
-    each = max(NUM_HELD_OUT // max(len(names), 1), MIN_OF_SET)
+    files: dict[str, dict[str, Path]] = {}
     for name in names:
         first, last = first_evaluation(run_dir, name), run_dir / "eval" / f"{name}.jsonl"
-        files = {} if first is None else {f"step {first[0]}": first[1]}
+        of_set = {} if first is None else {f"step {first[0]}": first[1]}
         if last.exists():
-            files["last evaluation" if files else "response"] = last
-        if files:
-            found += compared(name, files, images_in(folders.get(name, "")), each)
+            of_set["last evaluation" if of_set else "response"] = last
+        if of_set:
+            files[name] = of_set
+    folders, found = held_out_folders(config), list[Question]()
+    each = max(NUM_HELD_OUT // max(len(files), 1), MIN_OF_SET)
+    for name, of_set in files.items():
+        found += compared(name, of_set, images_in(folders.get(name, "")), each)
     return found
 
 

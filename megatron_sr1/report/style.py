@@ -33,7 +33,7 @@ th,td{padding:7px 8px;border-bottom:1px solid var(--rule);text-align:right;font-
 th{font-weight:550;color:var(--soft);font-size:13px}
 th:first-child,td:first-child{text-align:left}tr:last-child td{border-bottom:0}
 .scroll{overflow-x:auto}.words td{text-align:left;overflow-wrap:anywhere}
-.words td:first-child{width:40%}.words th{text-align:left}
+.words td:first-child{width:30%}.words th{text-align:left}
 .cross td{text-align:center;border:1px solid var(--rule);padding:12px 6px;font-size:17px}
 .cross th{text-align:center;border:0}.cross small{display:block;color:var(--soft);font-size:12px}
 .shortcut{outline:2px solid var(--bad);outline-offset:-2px}
@@ -64,6 +64,6 @@ mark{background:var(--mark);color:inherit;border-radius:3px}
 @media(max-width:560px){main{padding:24px 14px 60px}.card,figure{padding:12px}
 .tiles{grid-template-columns:repeat(auto-fit,minmax(140px,1fr))}.tile b{font-size:18px}
 .sample dl{grid-template-columns:minmax(0,1fr)}.sample dd{margin-bottom:6px}
-.filters input[type=search]{flex:1 1 100%}}
+.filters input[type=search]{flex:1 1 100%}.words td:first-child{width:50%}}
 @media print{html{background:#fff}figure,.card{break-inside:avoid}}
 """

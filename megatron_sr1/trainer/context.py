@@ -35,6 +35,7 @@ from megatron_sr1.runtime import failure, signals
 from megatron_sr1.runtime.chat import PHASE_SHARE, ChatClient
 from megatron_sr1.runtime.files import write_text
 from megatron_sr1.runtime.groups import Groups, sum_over_ranks
+from megatron_sr1.runtime.start import START_FILE, start_facts
 from megatron_sr1.trainer.actor import Actor
 from megatron_sr1.trainer.optimizer import schedule_change, schedule_facts
 from megatron_sr1.trainer.throughput import Throughput
@@ -240,11 +241,13 @@ class Context:
         log.info("resumed from step %d in %s", self.step, self.checkpoints)
 
     def open(self) -> None:
-        """Make the run directory and write the resolved configuration; only on the writer."""
+        """Write the resolved configuration, and how the run was started; only on the writer."""
         if self.is_writer:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             text = json.dumps(asdict(self.config), indent=2) + "\n"
             write_text(self.run_dir / "config.json", text)
+            facts = json.dumps(start_facts(self.groups.world.size), indent=2) + "\n"
+            write_text(self.run_dir / START_FILE, facts)
 
     def evaluate_at_start(self, evaluate: Evaluate | None) -> None:
         """Log an evaluation before the first step as step 0, if configured.

@@ -190,9 +190,11 @@ def test_a_demo_whose_output_is_a_file_is_refused_before_anything_starts(tmp_pat
 
 def test_report_writes_the_page_and_says_where(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "stage": "sft", "actor/loss": 1.0}\n')
-    assert main(["report", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
-    assert (tmp_path / "report.html").is_file()
+    for more in (["--inline"], []):
+        assert main(["report", str(tmp_path), *more]) == 0
+        assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
+        assert (tmp_path / "report.html").is_file()
+        assert (tmp_path / "plotly.min.js").is_file() == (not more)
 
 
 @pytest.mark.slow

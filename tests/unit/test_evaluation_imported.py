@@ -56,7 +56,7 @@ def test_upstreams_lines_become_an_evaluation_without_torch(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "(30.1–95.4)" in done.stdout and "LSR" in done.stdout
+    assert "(30.1–95.4)" in done.stdout and "shortcut" in done.stdout
     run = tmp_path / "run"
     # The third has no description, so what its pass 2 read is not one of it.
     expected = [(1, 1, 0), (1, 0, 1), (0, 0, 0), (1, None, None)]
