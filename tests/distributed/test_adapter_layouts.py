@@ -19,6 +19,7 @@ from tests.model_cases import make_row
 
 SCRIPT = Path(__file__).parent / "ranks" / "adapter_layouts.py"
 TWO = ["2x1x1", "2x1x1s", "2x1x1si", "1x2x1", "1x2x1u", "1x2x1v", "1x1x2", "1x1x1"]
+DROPOUT = ["2x1x1-dropout", "2x1x1s-dropout", "2x1x1si-dropout"]
 RECOMPUTED = ["2x1x1s-selective", "2x1x1s-full", "1x2x1-full", "1x2x1-selective"]
 FOUR = ["2x2x1s", "2x1x2si", "2x2x1iv", "1x2x2v", "1x1x4"]
 
@@ -76,7 +77,9 @@ def test_two_ranks_compute_what_peft_does(write_cases, run_ranks):
 def test_twelve_models_compute_what_peft_does_under_every_layout_of_two_ranks(
     write_cases, run_ranks
 ):
-    done = run_ranks(SCRIPT, 2, write_cases(range(12)), "local", *TWO, *RECOMPUTED, timeout=900)
+    done = run_ranks(
+        SCRIPT, 2, write_cases(range(12)), "local", *TWO, *RECOMPUTED, *DROPOUT, timeout=900
+    )
     assert "CHECKED" in done.stdout
 
 

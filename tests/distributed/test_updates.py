@@ -16,6 +16,10 @@ from megatron_sr1.demo.tiny_model import make_tiny_model
 SCRIPT = Path(__file__).parent / "ranks" / "updates.py"
 ONE, SPLIT, ALONE = "1x1x1@4096", "1x1x1@48", "1x1x1@0"  # the last without packing
 SHARED = ["1x1x1@4096p", "1x1x1@128p"]  # a prompt is computed once for its samples in a row
+ADAPTED = "1x1x1@4096a"
+ADAPTED_OTHERS = ["2x1x1si@64a", "1x2x1v@64a", "1x1x1@64a"]
+MORE_ADAPTED = ["2x1x1@64a", "2x1x1s@64a", "1x2x1@64a", "1x2x1u@64a", "1x1x2@64a", "1x1x2@0a"]
+MORE_ADAPTED += ["2x1x1i@4096ap"]
 FROZEN, FROZEN_OTHERS = "1x1x1@4096f", ["1x2x1@64f", "1x1x2@64f"]
 OBJECTIVES = ["sequence_mean", "dr_grpo", "gspo", "gspo_corrected", "token_corrected"]
 OF_ONE = [f"{ONE}:{name}" for name in OBJECTIVES]
@@ -54,10 +58,10 @@ def found(model, run_ranks, tmp_path_factory):
         1,
         model,
         out / "one.json",
-        *(ONE, SPLIT, ALONE, *SHARED, FROZEN, *OF_ONE, f"{ONE}:even_masked"),
+        *(ONE, SPLIT, ALONE, *SHARED, FROZEN, ADAPTED, *OF_ONE, f"{ONE}:even_masked"),
     )
-    masked = [*ALL_MASKED, EVEN_MASKED]
-    run_ranks(SCRIPT, 2, model, out / "two.json", *TWO_RANKS, *FROZEN_OTHERS, *OF_TWO, *masked)
+    others = [*FROZEN_OTHERS, *ADAPTED_OTHERS, *OF_TWO, *ALL_MASKED, EVEN_MASKED]
+    run_ranks(SCRIPT, 2, model, out / "two.json", *TWO_RANKS, *others)
     one, two = (json.loads((out / f"{n}.json").read_text()) for n in ("one", "two"))
     one["initial"] = {"weights": initial_weights(model)}
     return {**one, **{f"2 ranks {name}": value for name, value in two.items()}}
@@ -173,3 +177,23 @@ def test_frozen_tower_keeps_its_weights_and_the_rest_learns_under_any_layout(fou
         assert moved == (not name.startswith("visual.")), name
     for layout in FROZEN_OTHERS:
         check_weights(found[f"2 ranks {layout}"], frozen)
+
+
+@pytest.mark.parametrize("layout", ADAPTED_OTHERS)
+def test_updates_of_adapters_are_those_of_one_process(found, layout):
+    for check in (check_numbers, check_logprobs, check_weights):
+        check(found[f"2 ranks {layout}"], found[ADAPTED])
+
+
+@pytest.mark.slow
+def test_updates_of_adapters_are_those_of_one_process_under_all_layouts(
+    found, model, run_ranks, tmp_path
+):
+    run_ranks(SCRIPT, 2, model, tmp_path / "two.json", *MORE_ADAPTED)
+    four = [f"{layout}a" for layout in FOUR_RANKS]
+    run_ranks(SCRIPT, 4, model, tmp_path / "four.json", *four, timeout=600)
+    for name in ("two", "four"):
+        for layout, values in json.loads((tmp_path / f"{name}.json").read_text()).items():
+            for check in (check_numbers, check_logprobs, check_weights):
+                check(values, found[ADAPTED])
+            assert values["reference_gap"] == values["restored_gap"] == 0.0, layout

@@ -1,10 +1,13 @@
 """One start of ranks, models with adapters and layouts: logits, loss, gradients, exports.
 
 Run by test_adapter_layouts.py as `adapter_layouts.py CASES SPEC LAYOUT…`, see model_layouts.py. The
-test wrote PEFT's numbers, which are expected. Prints a line a failure and a count.
+test wrote PEFT's numbers, which are expected. After a layout's short form may come `-selective` or
+`-full`, recomputation, or `-dropout`: then ranks with the same parameter must have the same
+gradient. Prints a line a failure and a count.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -52,11 +55,14 @@ def measure(case, directory, groups, layout, spec):
     parallel = parallel_of(layout.partition("-")[0], hf_config.text.num_layers)
     if parallel is None:
         return None
-    recompute = layout.partition("-")[2] or "none"
+    option, settings = layout.partition("-")[2] or "none", case["settings"]
+    recompute = "none" if option == "dropout" else option
+    if option == "dropout":
+        settings = replace(settings, dropout=0.5)
     model = ModelConfig(dtype="float32", spec=spec, logprob_chunk_tokens=9, recompute=recompute)
     chunks = build_model(hf_config, groups, model, parallel)
     load_hf(chunks, directory, hf_config, groups)
-    attach_adapters(chunks, hf_config, groups, case["settings"], seed=1)
+    attach_adapters(chunks, hf_config, groups, settings, seed=1)
     initial = {name: value.clone() for name, value in export_adapters(chunks, groups)}
     load_adapter_tensors(chunks, groups, case["tensors"])
     multiple = sequence_multiple(groups.context.size)
@@ -67,7 +73,11 @@ def measure(case, directory, groups, layout, spec):
         with torch.no_grad():
             logits = run_schedule(chunks, rows, groups, labels=False, forward_only=True)
         losses = run_schedule(chunks, rows, groups, labels=True, forward_only=False)
-    gap, name = worst_relative_gap(gradients(chunks, groups), case["gradients"])
+    found = gradients(chunks, groups)
+    gap, name = worst_relative_gap(found, case["gradients"])
+    if option == "dropout":
+        alike = {"gradients as without dropout": float(gap < 0.1)}
+        return alike | {"ranks differ": spread(found, groups.tensor)}
     gaps = {f"gradient of {name}": gap}
     if groups.is_last_stage:
         total = torch.stack(losses).sum()
@@ -84,6 +94,14 @@ def measure(case, directory, groups, layout, spec):
     if any(parameter.requires_grad for parameter in bases(chunks)):
         gaps["a base weight is trained"] = 1.0
     return gaps
+
+
+def spread(tensors, group):
+    """The largest difference of this rank's tensors from those of another in the group."""
+    values = torch.cat([tensor.flatten() for tensor in tensors.values()])
+    others = [torch.empty_like(values) for _ in range(group.size)]
+    dist.all_gather(others, values, group=group.process_group)
+    return max(float((other - values).abs().max()) for other in others)
 
 
 def bases(chunks):

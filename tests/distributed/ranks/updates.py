@@ -1,8 +1,9 @@
 """Run two updates from one batch under several layouts and packings; write what came of each.
 
 Usage: updates.py MODEL_DIR OUT.json LAYOUT...
-A layout is SHORT_FORM@pack_tokens[f][p][:objective]: the short form is that of `layout_settings`, f
-freezes the vision tower, p shares prompts, and the objective is a key of OBJECTIVES.
+A layout is SHORT_FORM@pack_tokens[f|a][p][:objective]: the short form is that of `layout_settings`,
+f freezes the vision tower, a trains adapters on all linear layers, p shares prompts, and the
+objective is a key of OBJECTIVES.
 """
 
 import json
@@ -24,12 +25,13 @@ from megatron_sr1.model.row_split import split_row
 from megatron_sr1.records import PackedBatch, TrainSample
 from megatron_sr1.runtime.device import select_device, start_distributed
 from megatron_sr1.runtime.groups import Group, make_groups
-from megatron_sr1.trainer.actor import Reference, load_actor_model, make_actor
+from megatron_sr1.trainer.actor import Reference, add_adapters, load_actor_model, make_actor
 from megatron_sr1.trainer.objective import grpo_loss
 from megatron_sr1.trainer.step import sample_logprobs, update
 from tests.layouts import destroy_groups, layout_settings, pack_rows, random_samples
 
 LOGPROBS = ("old_logprobs", "engine_logprobs", "reference_logprobs")
+ADAPTERS = ["adapter.rank=4", "adapter.targets=['_proj$','qkv','mlp']", "adapter.alpha=8"]
 WIDE = {"gspo_clip_low": 0.02, "gspo_clip_high": 0.03}
 OBJECTIVES = {
     "token_mean": {},
@@ -77,15 +79,17 @@ def run_layout(layout: str, model_dir: str, processor: Processor) -> dict:
     """What one layout gives, with the vision tower frozen where it says f.
 
     Loss and gradient norm of two updates, logprobs before and after, exported weights."""
-    short_form, pack_tokens, frozen, shared, objective = re.fullmatch(
-        r"(\w+)@(\d+)(f?)(p?)(?::(\w+))?", layout
+    short_form, pack_tokens, trained, shared, objective = re.fullmatch(
+        r"(\w+)@(\d+)([fa]?)(p?)(?::(\w+))?", layout
     ).groups()
     settings = [*layout_settings(short_form), f"model.path={model_dir}"]
-    config = load_config(None, [*settings, "optimizer.learning_rate=1e-3"])
+    settings += [*ADAPTERS, "optimizer.learning_rate=1e-2"] if trained == "a" else []
+    config = load_config(None, ["optimizer.learning_rate=1e-3", *settings])
     groups = make_groups(config.parallel, select_device("cpu"))
     chunks, hf_config, source = load_actor_model(config, groups)
+    add_adapters(config, chunks, hf_config, groups)
     reference = Reference(chunks)
-    config.model.freeze = ["^visual[.]"] if frozen else []
+    config.model.freeze = ["^visual[.]"] if trained == "f" else []
     actor = make_actor(config, chunks, hf_config, source, groups, num_updates=2)
     samples, pictures = make_samples(processor)
     if objective == "even_masked":  # of two data-parallel ranks the first has nothing left
