@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_sr1.config.loading import load_config
+from megatron_sr1.planning.estimates import Estimate, estimate
 from megatron_sr1.planning.layout import Layout
-from megatron_sr1.planning.plan import Estimate, estimate
 from megatron_sr1.planning.workload import PlannedRun, planned_run
 from megatron_sr1.runtime.gpus import find_gpu
 from tools.engine_steps import read_published

@@ -19,23 +19,28 @@ CAUSAL_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Work:
-    """Operations of products with weights (`dense`) and of attention."""
+    """Operations of products with weights (`dense`), of attention, and of products in float32.
+
+    The last are those of float32 adapters in a bfloat16 model.
+    """
 
     dense: float = 0.0
     attention: float = 0.0
+    float32: float = 0.0
 
     def __add__(self, other: Work) -> Work:
         """Return the sum."""
-        return Work(self.dense + other.dense, self.attention + other.attention)
+        attention = self.attention + other.attention
+        return Work(self.dense + other.dense, attention, self.float32 + other.float32)
 
     def times(self, factor: float) -> Work:
         """Return a multiple."""
-        return Work(self.dense * factor, self.attention * factor)
+        return Work(self.dense * factor, self.attention * factor, self.float32 * factor)
 
     @property
     def total(self) -> float:
-        """Operations of both kinds."""
-        return self.dense + self.attention
+        """Operations of all kinds."""
+        return self.dense + self.attention + self.float32
 
 
 def text_layer(hf_config: HFConfig, tokens: float, keys: float) -> Work:
@@ -107,6 +112,8 @@ def patch_cost(hf_config: HFConfig) -> float:
     return vision(hf_config, 1, 0).dense / text(hf_config, 1, 1).dense
 
 
-def backward(work: Work) -> Work:
-    """Return the backward pass of products both of whose operands have gradients."""
-    return Work(2 * work.dense, ATTENTION_BACKWARD * work.attention)
+def backward(work: Work, is_frozen: bool = False) -> Work:
+    """Return the backward pass; frozen weights need no products for their own gradients."""
+    products = 1 if is_frozen else 2
+    attention = ATTENTION_BACKWARD * work.attention
+    return Work(products * work.dense, attention, 2 * work.float32)

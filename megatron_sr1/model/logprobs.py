@@ -112,8 +112,9 @@ class _LabelLogprobs(torch.autograd.Function):
         (gradient,) = gradients
         own = weight[: ctx.num_ids]
         hidden_gradient = torch.zeros_like(hidden)
-        # Chunks are summed in float32, whatever the weight's dtype.
-        weight_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        # Chunks are summed in float32, whatever the weight's dtype; a frozen weight has no sum.
+        num_rows = len(weight) if ctx.needs_input_grad[1] else 0
+        weight_gradient = hidden.new_zeros(num_rows, weight.shape[1], dtype=torch.float32)
         own_gradient = weight_gradient[: ctx.num_ids]
         for rows in gradient.nonzero()[:, 0].split(ctx.chunk_tokens):
             inputs, g = hidden.index_select(0, rows), gradient[rows][:, None]

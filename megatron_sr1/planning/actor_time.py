@@ -13,9 +13,11 @@ from dataclasses import dataclass, replace
 from megatron_sr1.checkpoint.mapping import TOWER
 from megatron_sr1.model import flops
 from megatron_sr1.planning import costs
+from megatron_sr1.planning.activations import activations_of
+from megatron_sr1.planning.adapters import DTYPE_BYTES
 from megatron_sr1.planning.layout import Layout, balanced_stages, num_slots
-from megatron_sr1.planning.memory import StaticMemory, activations_of
-from megatron_sr1.planning.workload import DTYPE_BYTES, PlannedRun, num_parameters
+from megatron_sr1.planning.memory import StaticMemory
+from megatron_sr1.planning.workload import PlannedRun, num_parameters
 from megatron_sr1.runtime.gpus import GPUS_PER_NODE, Gpu
 
 
@@ -31,6 +33,8 @@ class PartCost:
         collective_seconds: time of one pass's collectives.
         is_repeated: recomputation repeats the traffic and the collectives too.
         is_trained: there is a backward pass.
+        adapters: operations of adapters in the forward pass, if they are trained in place of the
+            weights.
     """
 
     work: flops.Work
@@ -40,6 +44,7 @@ class PartCost:
     collective_seconds: float = 0.0
     is_repeated: bool = False
     is_trained: bool = True
+    adapters: flops.Work | None = None
 
     def seconds(self, gpu: Gpu, with_backward: bool) -> float:
         """Return the time of the forward pass, or of forward and backward pass.
@@ -48,9 +53,13 @@ class PartCost:
         reads as many bytes of gradients.
         """
         moving, collectives = costs.memory_seconds(self.traffic, gpu), self.collective_seconds
+        added = self.adapters or flops.Work()
         if not (with_backward and self.is_trained):
-            return costs.compute_seconds(self.work, gpu) / self.ranks + 2 * moving + collectives
-        everything = self.work + flops.backward(self.work) + self.recomputed
+            forward = self.work + added
+            return costs.compute_seconds(forward, gpu) / self.ranks + 2 * moving + collectives
+        backward = flops.backward(self.work, is_frozen=self.adapters is not None)
+        everything = self.work + backward + self.recomputed + added + flops.backward(added)
+        everything += added if self.is_repeated else flops.Work()
         forwards = 2 if self.is_repeated else 1
         computing = costs.compute_seconds(everything, gpu) / self.ranks
         return computing + (2 * forwards + 3) * moving + (forwards + 1) * collectives
@@ -80,8 +89,9 @@ class ActorCost:
         return max(row / self.layout.images, self.run.image_patches)
 
     def text_layer(self) -> PartCost:
-        """Return the cost of a decoder layer."""
+        """Return the cost of a decoder layer; adapters count as the mean over the layers."""
         run, layout, tokens = self.run, self.layout, self.tokens
+        share = 1 / run.hf_config.text.num_layers
         layer = flops.text_layer(run.hf_config, tokens, run.sequence_tokens * flops.CAUSAL_SHARE)
         mlp = flops.text_mlp(run.hf_config, tokens)
         return PartCost(
@@ -91,6 +101,7 @@ class ActorCost:
             tokens * activations_of(run, layout).text_layer("none"),
             self._all_reduces_seconds(self.row_bytes, layout.tensor) + self._context_seconds(),
             is_repeated=layout.recompute == "full",
+            adapters=run.adapters.work(False, tokens).times(share) if run.adapters else None,
         )
 
     def tower(self) -> PartCost:
@@ -111,12 +122,14 @@ class ActorCost:
             collectives,
             is_repeated,
             is_trained=run.trains_tower,
+            adapters=run.adapters.work(True, patches) if run.adapters else None,
         )
 
     def logits(self) -> PartCost:
         """Return the cost of the output layer; the backward pass recomputes its logits."""
         head = flops.head(self.run.hf_config, self.tokens)
-        return PartCost(head, self.layout.tensor, head)
+        adapters = flops.Work() if self.run.adapters else None  # frozen, without any of its own
+        return PartCost(head, self.layout.tensor, head, adapters=adapters)
 
     def rank_seconds(self, pipeline_rank: int, with_backward: bool) -> float:
         """Return the time of a micro-batch in all stages of a rank."""
@@ -154,12 +167,17 @@ class ActorCost:
         return num_updates * (once + self._reduce_seconds(held) + self._optimizer_seconds(held))
 
     def update_flops(self) -> float:
-        """Return the operations of a step's updates; a frozen tower has no backward pass."""
-        run, total = self.run, 3 * forward_work(self.run).total
-        if run.trains_tower:
+        """Return the operations of a step's updates.
+
+        A tower without trained parameters has no backward pass; frozen weights have half of one.
+        """
+        run = self.run
+        text, tower = text_work(run), tower_work(run)
+        learning = text + tower if run.trains_tower else text
+        total = text.total + tower.total + 2 * learning.total
+        if run.adapters is None:
             return total
-        tower = flops.vision(run.hf_config, run.image_patches, run.image_patches)
-        return total - 2 * tower.total * run.num_sequences
+        return total - learning.dense + 3 * adapters_work(run).total
 
     def _pipeline_seconds(self, sequences: float, with_backward: bool) -> float:
         """Time of `sequences` over all data-parallel ranks, at least one row each."""
@@ -192,11 +210,13 @@ class ActorCost:
         spans_nodes = layout.tensor * layout.num_sharing > GPUS_PER_NODE
         rate = gpu.network_rate if spans_nodes else gpu.link_rate
         sharded = run.config.parallel.distributed_optimizer
-        moved = (held.gradients, held.weights) if sharded else (2 * held.gradients,)
+        moved = (held.gradients, held.trained) if sharded else (2 * held.gradients,)
         seconds = sum(costs.gather_seconds(size, layout.num_sharing, rate) for size in moved)
         if layout.tower != layout.tensor and run.trains_tower:  # each rank holds the whole tower
             gradient_bytes = DTYPE_BYTES[run.config.optimizer.gradients]
-            tower = gradient_bytes * num_parameters(run.hf_config, TOWER)
+            numel = num_parameters(run.hf_config, TOWER)
+            numel = run.adapters.tower_numel if run.adapters else numel
+            tower = gradient_bytes * numel
             seconds += costs.gather_seconds(2 * tower, layout.tensor, gpu.link_rate)
         return seconds
 
@@ -209,9 +229,26 @@ class ActorCost:
         return seconds + costs.transfer_seconds(2 * moved, gpu.host_rate)
 
 
+def text_work(run: PlannedRun) -> flops.Work:
+    """Return the language model's operations in a forward pass over a step's sequences."""
+    tokens = run.sequence_tokens
+    return flops.text(run.hf_config, tokens, tokens).times(run.num_sequences)
+
+
+def tower_work(run: PlannedRun) -> flops.Work:
+    """Return the same of the tower."""
+    patches = run.image_patches
+    return flops.vision(run.hf_config, patches, patches).times(run.num_sequences)
+
+
+def adapters_work(run: PlannedRun) -> flops.Work:
+    """Return the same of the adapters."""
+    if run.adapters is None:
+        return flops.Work()
+    once = run.adapters.work(False, run.sequence_tokens)
+    return (once + run.adapters.work(True, run.image_patches)).times(run.num_sequences)
+
+
 def forward_work(run: PlannedRun) -> flops.Work:
-    """Return the model's operations in a forward pass over a step's sequences."""
-    tokens, patches = run.sequence_tokens, run.image_patches
-    once = flops.text(run.hf_config, tokens, tokens)
-    once += flops.vision(run.hf_config, patches, patches)
-    return once.times(run.num_sequences)
+    """Return the operations of a forward pass over a step's sequences."""
+    return text_work(run) + tower_work(run) + adapters_work(run)

@@ -37,7 +37,8 @@ ENGINE_RESERVED_BYTES = 3e9
 def compute_seconds(work: Work, gpu: Gpu) -> float:
     """Return the time of products and attention on one GPU."""
     dense = work.dense / (gpu.peak_flops * gpu.matmul_share)
-    return dense + work.attention / (gpu.peak_flops * gpu.attention_share)
+    attention = work.attention / (gpu.peak_flops * gpu.attention_share)
+    return dense + attention + work.float32 / (gpu.float32_flops * gpu.matmul_share)
 
 
 def memory_seconds(num_bytes: float, gpu: Gpu) -> float:

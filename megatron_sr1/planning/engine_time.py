@@ -124,9 +124,17 @@ class Replica:
         both = self.decode_seconds(requests, chain, longest, mixed, load)
         return alone, max(both - alone, 0.0)
 
-    def sync_seconds(self, world: int) -> float:
-        """Return the time of a weight sync from `world` ranks."""
-        num_bytes = num_parameters(self.hf_config) * self.dtype_bytes
+    def sync_seconds(self, run: PlannedRun, world: int) -> float:
+        """Return the time of a weight sync from `world` ranks.
+
+        With adapters only layers that have some are sent, or the adapters alone to the engine's own
+        LoRA; an engine that dropped its weights needs all.
+        """
+        numel, rollout = num_parameters(self.hf_config), run.config.rollout
+        if run.adapters and rollout.sleep_level != 2:
+            is_alone = getattr(rollout, "lora", "merged") == "engine"
+            numel = run.adapters.numel if is_alone else run.adapters.merged_numel
+        num_bytes = numel * self.dtype_bytes
         moving = 0.0 if world == 1 else costs.transfer_seconds(num_bytes, self.gpu.link_rate)
         # Read and written to be gathered, then written and read once more by the engine.
         return moving + costs.memory_seconds(4 * num_bytes, self.gpu)

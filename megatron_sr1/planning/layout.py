@@ -69,6 +69,11 @@ class Layout:
         return self.context * self.tensor // self.tower
 
     @property
+    def splits(self) -> tuple[int, int, int]:
+        """Context-parallel ranks, stages, tensor-parallel ranks: what small kernels come from."""
+        return self.context, self.pipeline, self.tensor
+
+    @property
     def ends(self) -> list[int]:
         """Pipeline ranks to examine: first and last, or all if their stages differ."""
         return list(range(self.pipeline)) if self.stage_layers else sorted({0, self.pipeline - 1})

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from megatron_sr1.checkpoint.mapping import Entry, entries, is_tower_frozen
+from megatron_sr1.config.adapter import AdapterConfig
 from megatron_sr1.config.run import Config
 from megatron_sr1.model.hf_config import HFConfig
+from megatron_sr1.planning.adapters import DTYPE_BYTES, Adapters, planned_adapters
 from megatron_sr1.planning.costs import DESCRIPTION_SHARE, PROMPT_TEXT_TOKENS, SHARE_OF_LIMIT
 from megatron_sr1.runtime.gpus import Gpu
-
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,22 @@ class PlannedRun:
         return DTYPE_BYTES[self.config.model.dtype]
 
     @cached_property
+    def adapters(self) -> Adapters | None:
+        """What is trained in place of the model; None: the model."""
+        config = self.config
+        return planned_adapters(self.hf_config, config.adapter, config.model.dtype)
+
+    def without_adapters(self) -> PlannedRun:
+        """Return the run as it is while adapters are switched off: the model alone."""
+        if self.adapters is None:
+            return self
+        return replace(self, config=replace(self.config, adapter=AdapterConfig()))
+
+    @cached_property
     def trains_tower(self) -> bool:
-        """True if any parameter of the vision tower is trained."""
+        """True if any parameter of the vision tower, or an adapter in it, is trained."""
+        if self.adapters is not None:
+            return self.adapters.is_in_tower
         return not is_tower_frozen(self.hf_config, self.config.model.freeze)
 
     @property

@@ -23,6 +23,7 @@ class Gpu:
         memory_bytes: from the datasheet, GB of 10^9 bytes.
         peak_flops: dense bfloat16 operations per second, sums in float32, from the datasheet
             (without sparsity).
+        float32_flops: the same in float32, without TF32, which torch leaves off.
         memory_rate: bytes per second, from the datasheet.
         link_rate: bytes per second in one direction between the GPUs of a machine: half of
             NVLink's sum, or PCIe of 16 lanes for cards, which have no NVLink.
@@ -35,6 +36,7 @@ class Gpu:
     name: str
     memory_bytes: float
     peak_flops: float
+    float32_flops: float
     memory_rate: float
     link_rate: float
     network_rate: float
@@ -51,19 +53,32 @@ GPUS = {
     gpu.name: gpu
     for gpu in (
         # FlashAttention-2 (arXiv 2307.08691) reaches 50 to 73 % of the peak; the middle is used.
-        Gpu("a100", 80e9, 312e12, 2.039e12, 300e9, 25e9, PCIE_4, 0.869, 0.62),
-        Gpu("a100-40gb", 40e9, 312e12, 1.555e12, 300e9, 25e9, PCIE_4, 0.869, 0.62),
+        Gpu("a100", 80e9, 312e12, 19.5e12, 2.039e12, 300e9, 25e9, PCIE_4, 0.869, 0.62),
+        Gpu("a100-40gb", 40e9, 312e12, 19.5e12, 1.555e12, 300e9, 25e9, PCIE_4, 0.869, 0.62),
         # The same kernels reach 35 % on Hopper (FlashAttention-3, arXiv 2407.08608).
-        Gpu("h100", 80e9, 989e12, 3.35e12, 450e9, 50e9, PCIE_5, 0.803, 0.35),
-        Gpu("h200", 141e9, 989e12, 4.8e12, 450e9, 50e9, PCIE_5, 0.803, 0.35),
+        Gpu("h100", 80e9, 989e12, 67e12, 3.35e12, 450e9, 50e9, PCIE_5, 0.803, 0.35),
+        Gpu("h200", 141e9, 989e12, 67e12, 4.8e12, 450e9, 50e9, PCIE_5, 0.803, 0.35),
         # Assumption: the share on Blackwell is that on Hopper; no figure was found.
-        Gpu("b200", 180e9, 2250e12, 7.7e12, 900e9, 50e9, PCIE_5, 0.776, 0.35),
+        Gpu("b200", 180e9, 2250e12, 75e12, 7.7e12, 900e9, 50e9, PCIE_5, 0.776, 0.35),
         # Cards run Ampere's kind of kernels. Assumption: they reach the shares of the A100, where
         # no measured product is cited in docs/planner.md.
-        Gpu("rtx4090", 24e9, 165.2e12, 1.008e12, PCIE_4, ETHERNET_100, PCIE_4, 0.869, 0.62),
-        Gpu("rtx5090", 32e9, 209.5e12, 1.792e12, PCIE_5, ETHERNET_100, PCIE_5, 1.0, 0.62),
-        Gpu("l40s", 48e9, 362.05e12, 0.864e12, PCIE_4, ETHERNET_100, PCIE_4, 0.869, 0.62),
-        Gpu("rtxpro6000", 96e9, 503.8e12, 1.792e12, PCIE_5, ETHERNET_100, PCIE_5, 0.908, 0.62),
+        Gpu(
+            "rtx4090", 24e9, 165.2e12, 82.6e12, 1.008e12, PCIE_4, ETHERNET_100, PCIE_4, 0.869, 0.62
+        ),
+        Gpu("rtx5090", 32e9, 209.5e12, 104.8e12, 1.792e12, PCIE_5, ETHERNET_100, PCIE_5, 1.0, 0.62),
+        Gpu("l40s", 48e9, 362.05e12, 91.6e12, 0.864e12, PCIE_4, ETHERNET_100, PCIE_4, 0.869, 0.62),
+        Gpu(
+            "rtxpro6000",
+            96e9,
+            503.8e12,
+            125e12,
+            1.792e12,
+            PCIE_5,
+            ETHERNET_100,
+            PCIE_5,
+            0.908,
+            0.62,
+        ),
     )
 }
 DEVICE_NAMES = {

@@ -15,8 +15,8 @@ from megatron_sr1.data.images import largest_pixels
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.errors import ConfigError, DataError
 from megatron_sr1.model.hf_config import parse_hf_config
+from megatron_sr1.planning.activations import max_patches
 from megatron_sr1.planning.layout import Layout
-from megatron_sr1.planning.memory import max_patches
 from megatron_sr1.planning.workload import planned_run
 from megatron_sr1.rollout.vllm_api import device_arguments
 from megatron_sr1.runtime.gpus import GPUS

@@ -15,16 +15,17 @@ from megatron_sr1.config.loading import load_config
 from megatron_sr1.config.run import ParallelConfig
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.model.hf_config import check_layout, parse_hf_config
+from megatron_sr1.planning.activations import Activations
 from megatron_sr1.planning.actor_time import ActorCost
 from megatron_sr1.planning.engine_time import Replica
+from megatron_sr1.planning.estimates import choose, estimate, estimates, variants
 from megatron_sr1.planning.layout import (
     Layout,
     balanced_stages,
     configured,
     cut_keys,
 )
-from megatron_sr1.planning.memory import Activations, StaticMemory, static_memory
-from megatron_sr1.planning.plan import choose, estimate, estimates, variants
+from megatron_sr1.planning.memory import StaticMemory, static_memory
 from megatron_sr1.planning.workload import num_parameters, planned_run
 from megatron_sr1.runtime.gpus import GPUS, find_gpu
 
@@ -364,7 +365,7 @@ def test_without_packing_a_row_is_a_sequence():
 
 
 def test_beside_the_engine_is_what_make_room_leaves():
-    static = StaticMemory(weights=1, gradients=20, optimizer=300, host=4000)
+    static = StaticMemory(frozen=0, trained=1, gradients=20, optimizer=300, host=4000)
     assert static.beside_engine("none") == static.device == 321
     assert static.beside_engine("gradients") == 301
     assert static.beside_engine("optimizer") == 1

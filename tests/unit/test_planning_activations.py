@@ -11,8 +11,8 @@ from megatron_sr1.config.run import ModelConfig, ParallelConfig
 from megatron_sr1.model.hf_config import parse_hf_config
 from megatron_sr1.model.logprobs import label_logprobs
 from megatron_sr1.model.qwen25_vl import build_model
+from megatron_sr1.planning.activations import Activations
 from megatron_sr1.planning.layout import Layout
-from megatron_sr1.planning.memory import Activations
 from tests.planned_models import fill, make_row, raw_config, saved_bytes
 
 HF_CONFIG = parse_hf_config(raw_config())

@@ -18,9 +18,10 @@ from megatron_sr1.checkpoint.mapping import is_tower_frozen
 from megatron_sr1.config.loading import load_config
 from megatron_sr1.model.hf_config import check_layout, read_hf_config
 from megatron_sr1.model.qwen25_vl import build_model
+from megatron_sr1.planning.activations import Activations
+from megatron_sr1.planning.adapters import DTYPE_BYTES
 from megatron_sr1.planning.layout import configured, in_flight
-from megatron_sr1.planning.memory import Activations, static_memory
-from megatron_sr1.planning.workload import DTYPE_BYTES
+from megatron_sr1.planning.memory import static_memory
 from megatron_sr1.records import PackedBatch
 from megatron_sr1.runtime.device import select_device, start_distributed
 from megatron_sr1.runtime.groups import make_groups
