@@ -50,6 +50,12 @@ CASES = [
     "untied:1x1x2:bfloat16",
     "tied:2x1x2si:float32",
     "tied:1x2x2v:bfloat16",
+    "tied:1x1x1:adapters",
+    "untied:2x1x1s:adapters",
+    "even:2x2x1s:adapters-model",
+    "deep-tied:1x4x1:adapters-low:stage_layers=[1,3,3,2]",
+    "tied:2x1x1si:adapters-tower",
+    "untied:1x2x2v:adapters",
 ]
 
 

@@ -19,13 +19,13 @@ from megatron_sr1.config.loading import load_config
 from megatron_sr1.model.hf_config import check_layout, read_hf_config
 from megatron_sr1.model.qwen25_vl import build_model
 from megatron_sr1.planning.activations import Activations
-from megatron_sr1.planning.adapters import DTYPE_BYTES
+from megatron_sr1.planning.adapters import DTYPE_BYTES, planned_adapters
 from megatron_sr1.planning.layout import configured, in_flight
 from megatron_sr1.planning.memory import static_memory
 from megatron_sr1.records import PackedBatch
 from megatron_sr1.runtime.device import select_device, start_distributed
 from megatron_sr1.runtime.groups import make_groups
-from megatron_sr1.trainer.actor import make_actor
+from megatron_sr1.trainer.actor import add_adapters, make_actor
 from megatron_sr1.trainer.step import update
 from tests.layouts import destroy_groups, layout_settings
 from tests.planned_models import SavedBytes, make_row
@@ -47,6 +47,22 @@ SETTINGS = {
         "optimizer.beta2=0.95",
     ],
     "frozen": [*BFLOAT16, "model.freeze=['^visual[.]']"],
+    "adapters": [*BFLOAT16, "adapter.rank=6"],
+    "adapters-model": [*BFLOAT16, "adapter.rank=6", "adapter.dtype=model"],
+    "adapters-low": [
+        *BFLOAT16,
+        "adapter.rank=6",
+        "adapter.dtype=model",
+        "optimizer.state=bfloat16",
+        "optimizer.gradients=bfloat16",
+        "optimizer.beta2=0.95",
+    ],
+    "adapters-tower": [
+        "model.dtype=float32",
+        "adapter.rank=6",
+        "adapter.targets=['^visual[.]','q_proj','down_proj']",
+        "optimizer.offload=true",
+    ],
 }
 
 
@@ -86,6 +102,8 @@ def measure(config, hf_config, groups):
     with torch.no_grad():
         for parameter in weights:
             parameter.fill_(0.01)
+    add_adapters(config, chunks, hf_config, groups)
+    weights = [parameter for chunk in chunks for parameter in chunk.parameters()]
     actor = make_actor(config, chunks, hf_config, None, groups, num_updates=2)
     rows = [make_batch(hf_config)] * (parallel.virtual + 1) * parallel.pipeline
     with SavedBytes(weights) as saved:
@@ -106,12 +124,15 @@ def measure(config, hf_config, groups):
 
 def plan_activations(config, hf_config, layout, pipeline_rank):
     """Of the same rows."""
-    held = Activations(hf_config, layout, DTYPE_BYTES[config.model.dtype], fused_mlp=False)
+    adapters = planned_adapters(hf_config, config.adapter, config.model.dtype)
+    e = DTYPE_BYTES[config.model.dtype]
+    held = Activations(hf_config, layout, e, fused_mlp=False, adapters=adapters)
     tokens, patches = TOKENS / layout.context, sum(h * w for h, w in GRIDS) / layout.images
     layers, stages = layout.layers(hf_config.text.num_layers), layout.stages(pipeline_rank)
-    layer = tokens * held.text_layer("none")
+    layer = tokens * held.text_layer("none") + held.text_matrices("none")
     kept = [layer * len(layers[stage]) for stage in stages]
-    if pipeline_rank == 0 and not is_tower_frozen(hf_config, config.model.freeze):
+    has_tower = not is_tower_frozen(hf_config, config.model.freeze)
+    if pipeline_rank == 0 and (adapters.is_in_tower if adapters else has_tower):
         kept[0] += patches * held.vision("none")
     if pipeline_rank == layout.pipeline - 1:
         kept[-1] += tokens * held.text_ends()
