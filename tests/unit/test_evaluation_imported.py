@@ -58,6 +58,8 @@ def test_upstreams_lines_become_an_evaluation_without_torch(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "(30.1–95.4)" in done.stdout and "shortcut" in done.stdout
     run = tmp_path / "run"
+    for named in ("eval/results.json", "report.html"):
+        assert f": {run / named}" in done.stdout and (run / named).is_file()
     # The third has no description, so what its pass 2 read is not one of it.
     expected = [(1, 1, 0), (1, 0, 1), (0, 0, 0), (1, None, None)]
     assert verdicts(run / "eval/mm-vet.jsonl") == expected
