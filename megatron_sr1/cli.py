@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_sr1 import show
 from megatron_sr1.errors import CheckpointError, ConfigError, SR1Error
 from megatron_sr1.parser import DEMO_OUTPUT, LENGTHS, parse
 from megatron_sr1.runtime.logs import configure_logging, silence_native_warnings
@@ -22,8 +23,6 @@ from megatron_sr1.runtime.logs import configure_logging, silence_native_warnings
 if TYPE_CHECKING:
     from megatron_sr1.config.run import Config
     from megatron_sr1.runtime.groups import Groups
-MIN_COLUMNS = 150
-"""Width of tables of results, also where the output is a file; a narrower terminal wraps them."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(sys.argv[1:] if argv is None else argv)
     own = {"demo": demo_command, "plan": plan_command}
     own |= {"report": report_command, "doctor": doctor_command}
+    own |= {"ask": show.ask_command, "compare": show.compare_command}
     try:
         return own.get(arguments.command, run_command)(arguments)
     except SR1Error as error:
@@ -111,19 +111,17 @@ def grade_command(config: Config, arguments: argparse.Namespace) -> int:
 
 
 def print_results(run_dir: Path) -> None:
-    """Write the report of an evaluation; print its tables and the report's path."""
+    """Write the report of an evaluation; print its tables, and where everything is."""
     import json
-
-    from rich.console import Console
 
     from megatron_sr1.report.report import write_report
     from megatron_sr1.report.results import RESULTS_FILE, results_tables
 
-    console = Console()
-    console.width = max(console.width, MIN_COLUMNS)
+    console = show.wide_console()
     for table in results_tables(json.loads((run_dir / RESULTS_FILE).read_text())):
         console.print(table)
         console.print()
+    print(f"Answers: {run_dir / 'eval'}/NAME.jsonl of each set\nRates: {run_dir / RESULTS_FILE}")
     print(f"Report: {write_report(run_dir)}")
 
 

@@ -6,7 +6,7 @@ In: the words after `megatron-sr1`. Out: a namespace; wrong ones exit with 2 and
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_sr1.runtime.gpus import GPUS
@@ -41,6 +41,19 @@ COMMANDS = {
         metrics.jsonl, samples of rollouts/ and eval/, with their images where the run's shards
         still exist. Plotly's script, which draws the curves, is written beside the page. Prints the
         path of the page.""",
+    ),
+    "compare": (
+        "put runs and evaluations side by side",
+        """Print what differs between runs or evaluations: settings, held-out rates with paired
+        intervals, training; and write one HTML page with these, curves on the same axes, and the
+        questions on which they differ, with their images.""",
+    ),
+    "ask": (
+        "ask a model about images of your own",
+        """Answer a question about one or more image files with both passes: description, thoughts
+        and answer, and the answer read from the description alone. MODEL is a run, a model
+        directory or a name on the hub; of a run's model the run's prompts and limits are used.
+        Without --question, each line of standard input is a question.""",
     ),
     "doctor": (
         "what is installed, what would run, what to do",
@@ -88,12 +101,36 @@ def build_parser() -> argparse.ArgumentParser:
         add["plan"](f"--{name}-tokens", type=float, metavar="N", help=f"mean {text}")
     add["report"]("run_dir", type=Path, metavar="RUN_DIR", help="directory of a run")
     text = "put Plotly's script into the page: one file of 5 MB"
-    add["report"]("--inline", action="store_true", help=text)
+    for name in ("report", "compare"):
+        add[name]("--inline", action="store_true", help=text)
+    add["compare"]("runs", type=Path, nargs="+", metavar="RUN", help="run directory; 2 or more")
+    text = "page to write (compare.html of the first run)"
+    add["compare"]("--output", type=Path, metavar="FILE", help=text)
+    _add_ask(add["ask"])
     text = "under torchrun or srun: links, clocks, files and versions of all ranks"
     add["doctor"]("--distributed", action="store_true", help=text)
     text = "run directory to test"
     add["doctor"]("--output", type=Path, default=Path("runs"), metavar="DIR", help=text)
     return parser
+
+
+def _add_ask(add: Callable[..., argparse.Action]) -> None:
+    add("model", metavar="MODEL", help="run, model or checkpoint directory, or hub name")
+    add("overrides", nargs="*", metavar="key=value", help="such as rollout.max_response_tokens=512")
+    text = "image file; several are given by repeating it, in the order of the question's <image>"
+    add(
+        "--image",
+        dest="images",
+        type=Path,
+        action="append",
+        required=True,
+        metavar="FILE",
+        help=text,
+    )
+    add("--question", metavar="TEXT", help="what to ask; without it, questions are read from stdin")
+    add("--n", dest="number", type=int, default=1, metavar="N", help="number of responses (1)")
+    text = "of the responses; 0 is greedy (0 for one response, 1 for several)"
+    add("--temperature", type=float, metavar="T", help=text)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -124,6 +124,9 @@ def training_overlays(runs: Mapping[str, Lines]) -> list[str]:
     for plot in FIGURES:
         for metric, legend in plot.metrics.items():
             title = plot.title if len(plot.metrics) == 1 else f"{plot.title}: {legend}"
+            having = [name for name, lines in runs.items() if any(metric in each for each in lines)]
+            if len(having) == 1 and len(runs) > 1:
+                title += f", {having[0]} alone"
             curves = [curve(lines, metric, name) for name, lines in runs.items()]
             drawn.append(figures.line_chart(title, curves, plot.y_title, plot.percent))
     return [figure for figure in drawn if figure]

@@ -52,7 +52,11 @@ def read_verdicts(path: Path) -> Lines:
 
 
 def compared(
-    origin: str, files: Mapping[str, Path], images: Images | None, most: int
+    origin: str,
+    files: Mapping[str, Path],
+    images: Images | None,
+    most: int,
+    only_different: bool = False,
 ) -> list[Question]:
     """Select questions that all of some evaluations asked, with the response of each.
 
@@ -61,6 +65,7 @@ def compared(
         files: evaluation file by the name of its model.
         images: reads the images of the set.
         most: number of questions.
+        only_different: select only those whose responses are not all of the same cell.
     """
     judged: dict[int, list[str]] = {}
     sources: dict[int, str] = {}
@@ -74,7 +79,7 @@ def compared(
     kinds = {
         index: (*cells, sources[index])
         for index, cells in judged.items()
-        if len(cells) == len(files)
+        if len(cells) == len(files) and not (only_different and len(set(cells)) == 1)
     }
     chosen = dict.fromkeys(varied(kinds, most), None)
     responses: dict[int, dict[str, Line]] = {index: {} for index in chosen}

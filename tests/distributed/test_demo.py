@@ -6,10 +6,15 @@ Not covered: how long it takes, as that depends on the machine.
 import io
 import itertools
 import json
+import re
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
 
+from megatron_sr1.cli import main
+from megatron_sr1.data.shards import ShardReader
 from megatron_sr1.demo import demo
 from megatron_sr1.demo.demo import WAYS, comparison
 from megatron_sr1.errors import ConfigError
@@ -92,6 +97,43 @@ def test_a_log_names_the_four_parts_and_not_every_step(demo):
     assert "sft 1/600" in logged[0] and "sft 600/600" in logged[-1] and len(logged) < 200
     assert text.index("Held-out questions") < text.index(str(demo / "report.html"))
     assert "megatron-sr1 train examples/digits_cpu.yaml" in text.splitlines()[-2]
+
+
+@pytest.mark.slow
+def test_its_two_runs_are_compared_with_intervals_and_images(demo, tmp_path, capsys):
+    runs = (str(demo / name) for name in MODELS[1:])
+    assert main(["compare", *runs, "--output", str(tmp_path / "compare.html")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    gaps = [line for line in lines if line.startswith("vision_sr1 minus see_think")]
+    greedy, sampled = (re.findall(r"([+-]\d+\.\d)\u00a0±\u00a0(\d+\.\d)", each) for each in gaps)
+    assert len(greedy) == len(sampled) == len(VERDICTS)
+    (reading, half), (shortcut, _) = sampled[1], sampled[3]
+    assert float(reading) - float(half) > 0 > float(shortcut)
+    assert not [line for line in lines if line.startswith("Note")]
+    assert (tmp_path / "compare.html").read_text().count("<img ") > 20
+
+
+@pytest.mark.slow
+def test_its_model_answers_questions_about_a_picture_from_a_file(demo, tmp_path):
+    reader = ShardReader(str(demo / "data" / "eval"))
+    reader.images(0)[0].save(tmp_path / "digits.png")
+    digits = " ".join(map(str, reader.example(0).metadata["digits"]))
+    command = [sys.executable, "-m", "megatron_sr1", "ask", str(demo / "vision_sr1")]
+    questions = "What is the sum?\nWhich digit is largest?\n"
+    done = subprocess.run(
+        [*command, "--image", str(tmp_path / "digits.png"), "--n", "4"],
+        input=questions,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    described = re.findall(r"^description +(\d \d \d) *$", done.stdout, re.MULTILINE)
+    read = re.findall(r"^reading +(\d+) *$", done.stdout, re.MULTILINE)
+    assert len(described) == len(read) == 8 and described.count(digits) >= 4
+    assert [line for line in done.stdout.splitlines() if line[:2] == "> "] == [
+        f"> {each}" for each in questions.splitlines()
+    ]
 
 
 def test_the_terminal_shows_every_rate_of_every_model():
