@@ -154,10 +154,7 @@ class Browser:
     def open(self, path: Path) -> None:
         """Open a page and draw all of its figures that are not folded away."""
         self.call("Page.navigate", url=path.resolve().as_uri())
-        end = time.monotonic() + 60
-        while self.value("document.readyState") != "complete":
-            assert time.monotonic() < end, f"{path} does not load"
-            time.sleep(0.1)
+        self.wait("document.readyState === 'complete'")
         self.draw()
 
     def draw(self) -> None:
@@ -170,6 +167,13 @@ class Browser:
         answer = self.call("Runtime.evaluate", **wanted)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
+
+    def wait(self, expression: str) -> None:
+        """Wait until an expression is true in the page."""
+        end = time.monotonic() + 60
+        while not self.value(expression):
+            assert time.monotonic() < end, f"not within a minute: {expression}"
+            time.sleep(0.1)
 
     def overflows(self) -> list[str]:
         """Return what reaches beyond the page, or is squeezed."""

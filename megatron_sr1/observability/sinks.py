@@ -38,7 +38,7 @@ Rollouts = Sequence[Mapping[str, Any]]
 Images = Callable[[int], Sequence[Image.Image]]
 """Index of a sample -> its RGB images."""
 Cells = Mapping[tuple[bool, bool], int]
-"""(answer right, description sufficient) -> responses, from `rewards.score.cross`."""
+"""(answer right, reading right) -> responses, from `rewards.score.cross`."""
 
 
 class Sink:

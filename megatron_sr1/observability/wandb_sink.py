@@ -88,7 +88,7 @@ class WandbSink(Sink):
                 [f"answer {word}", cells[right, True], cells[right, False]]
                 for right, word in ((True, "right"), (False, "wrong"))
             ]
-            columns: list[str | int] = ["", "description suffices", "description does not"]
+            columns: list[str | int] = ["", "reading right", "reading wrong"]
             self._tables["verdicts"] = self._wandb.Table(columns=columns, data=rows)
 
     def show_answers(self, name: str, lines: Rollouts, images: Images) -> None:

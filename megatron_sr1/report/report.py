@@ -67,7 +67,8 @@ def _run_page(run_dir: Path, name: str) -> str:
     found = {each: samples.read_verdicts(run_dir / "eval" / f"{each}.jsonl") for each in names}
     judged = {each: rows for each, rows in found.items() if rows}
     step, rollouts = samples.last_rollouts(run_dir)
-    facts = [config.get("stage"), config.get("reward", {}).get("recipe"), f"{len(lines)} steps"]
+    num_steps = max((line["step"] for line in lines), default=0)
+    facts = [config.get("stage"), config.get("reward", {}).get("recipe"), f"{num_steps} steps"]
     tables = [verdicts.cross(f"held out, {each}", rows) for each, rows in judged.items()]
     tables.append(verdicts.cross(f"training, step {step}", rollouts))
     held_out, note = verdicts.verdict_table("rate, %", judged), ""

@@ -109,7 +109,7 @@ def test_figures_show_values_switch_zoom_and_send_nothing(tab, tmp_path):
     assert not any(word in " ".join(buttons).lower() for word in ("share", "cloud", "edit"))
     light = tab.value("chart._fullLayout.font.color")
     tab.look(1280, dark=True)
-    assert tab.value("chart._fullLayout.font.color") != light, "drawn again in the other colours"
+    tab.wait(f"chart._fullLayout.font.color !== {light!r}")  # drawn again, in the other colours
 
 
 def test_the_gallery_is_filtered_by_cell_and_source_and_searched(tab, tmp_path):

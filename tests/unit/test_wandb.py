@@ -131,7 +131,7 @@ def test_samples_with_images_and_the_table_of_verdicts_are_in_the_run(tmp_path, 
     assert ["samples" in values for _, values in told] == [True, True, False]
     for _, values in told[:2]:
         columns, rows = read_table(tmp_path, values["verdicts"])
-        assert columns == ["", "description suffices", "description does not"]
+        assert columns == ["", "reading right", "reading wrong"]
         assert rows == [["answer right", 2, 2], ["answer wrong", 1, 1]]
         columns, rows = read_table(tmp_path, values["samples"])
         assert columns[:2] == ["image", "question"] and columns[-2:] == ["total", "advantage"]
