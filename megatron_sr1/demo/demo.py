@@ -15,6 +15,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,12 @@ COLD_START = [
     "optimizer.min_learning_rate=2e-4",
     "optimizer.warmup_steps=20",
 ]
+ON_THE_WAY = [
+    "evaluation.at_start=true",
+    "evaluation.every_steps=10",
+    "evaluation.max_samples=256",
+]
+"""Evaluations of the GRPO runs while they train, for the curves of the report."""
 
 
 def prepare(output: Path, seed: int) -> None:
@@ -88,7 +95,12 @@ def train(output: Path, seed: int) -> None:
         train_sft(context, actor, samples)
         context.close()
         actor.save_hf(Path(cold.output) / "hf")
-        judge_config = _config(output, seed, "vision_sr1", f"output={output}")
+        whole = (
+            "evaluation.max_samples=0",
+            "evaluation.every_steps=0",
+            "evaluation.at_start=false",
+        )
+        judge_config = _config(output, seed, "vision_sr1", f"output={output}", *whole)
         log.info("starting the engine")
         with context.phase("setup"):
             engine = start_engine(judge_config, groups, samples.processor)
@@ -99,7 +111,7 @@ def train(output: Path, seed: int) -> None:
             _evaluate(sets, "cold_start")
             for number, (name, config) in enumerate(configs.items(), start=3):
                 log.info("%d/4 %s (%d steps)", number, DEMO_RUNS[name], config.num_steps)
-                _train_grpo(config, groups, engine)
+                _train_grpo(config, groups, engine, scorers)
                 _evaluate(sets, name)
         if groups.world.rank == 0:
             # A line per start that reached the end; `finish` takes the first, which did the
@@ -108,10 +120,13 @@ def train(output: Path, seed: int) -> None:
                 file.write(json.dumps({"seconds": time.monotonic() - started}) + "\n")
 
 
-def _train_grpo(config: Config, groups: Groups, engine: Engine) -> None:
+def _train_grpo(config: Config, groups: Groups, engine: Engine, scorers: dict[str, Scorer]) -> None:
+    """Train, with evaluations on the way; `scorers` are those of the held-out sets."""
     context, samples, actor, reference = stages.start(config, groups)
+    sets = make_sets(context, engine, samples.processor, scorers)
+    evaluate = partial(stages.evaluate_actor, context, actor, engine, sets, [])
     with Scorer(config.reward) as scorer:
-        train_grpo(context, actor, engine, samples, scorer, reference)
+        train_grpo(context, actor, engine, samples, scorer, reference, evaluate)
     context.close()
     sync(context, actor, engine)
     actor.save_hf(context.run_dir / "hf")
@@ -146,7 +161,8 @@ def finish(output: Path) -> dict[str, Any]:
         }
     steps = read_lines(output / "vision_sr1" / "metrics.jsonl")
     summary["seconds"] = read_lines(output / "seconds.jsonl")[0]["seconds"]
-    summary["median_step_seconds"] = statistics.median(s["time/step_seconds"] for s in steps)
+    seconds = [s["time/step_seconds"] for s in steps if s["step"]]  # 0 is an evaluation
+    summary["median_step_seconds"] = statistics.median(seconds)
     write_text(output / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
@@ -170,8 +186,8 @@ def _config(output: Path, seed: int, name: str, *more: str) -> Config:
     """Configuration of one of the demo's stages."""
     cold = name == "cold_start"
     own = [
-        *(COLD_START if cold else ()),
-        *("checkpoint.every_steps=0", "evaluation.max_samples=0"),
+        *(COLD_START if cold else ON_THE_WAY),
+        "checkpoint.every_steps=0",
         f"reward.recipe={'vision_sr1' if cold else name}",
         f"model.path={output / ('model' if cold else 'cold_start/hf')}",
         f"data.train={output / 'data' / ('cold_start' if cold else 'train')}",

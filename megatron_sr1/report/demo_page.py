@@ -87,10 +87,13 @@ def _comparison(judged: Mapping[str, Mapping[str, Lines]]) -> str:
 
 def _over_steps(grpo: Mapping[str, Lines]) -> str:
     held_out = curves.held_out_figures(grpo)
+    sizes = {line.get("evaluation/sampled/questions") for each in grpo.values() for line in each}
+    asked = ", ".join(f"{size:.0f}" for size in sorted(size for size in sizes if size))
     return page.section(
         "Held out, over the steps",
-        "Step 0 is the cold start. Training without the self-reward has no readings, so its "
-        "shortcuts and its self-reward are those of the evaluations.",
+        f"{f'The first {asked} questions. ' if asked else ''}Step 0 is the cold start. Training "
+        "without the self-reward has no readings, so its shortcuts and its self-reward are those "
+        "of the evaluations.",
         page.box("grid3", held_out),
     ) + page.section(
         "Training",
@@ -123,9 +126,9 @@ def _more(lines: Mapping[str, Lines]) -> str:
 
 
 def _with_ends(label: str, lines: Lines, judged: Mapping[str, Mapping[str, Lines]]) -> Lines:
-    """Add the evaluations before and after a run to its metrics, as steps 0 and last."""
-    if not lines:
-        return []
+    """Add the evaluations before and after a run that has none, as steps 0 and last."""
+    if not lines or any(name.startswith("evaluation/") for line in lines for name in line):
+        return lines
     first, last = (
         {
             f"evaluation/{way}/{name}": value

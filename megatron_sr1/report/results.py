@@ -41,8 +41,8 @@ Row = list[str]
 
 
 def results_html(results: Mapping[str, Any]) -> str:
-    """Return the tables of the sets and of their parts."""
-    parts = [page.table(head, rows) for head, rows in _tables(results)]
+    """Return the tables of the sets and of their parts, intervals below their rates."""
+    parts = [page.table(head, list(map(_broken, rows))) for head, rows in _tables(results)]
     return page.box("stack", parts)
 
 
@@ -54,9 +54,14 @@ def results_tables(results: Mapping[str, Any]) -> list[Table]:
         for number, title in enumerate(head):
             table.add_column(title, justify="right" if number else "left", no_wrap=not number)
         for row in rows:
-            table.add_row(*(cell.replace(" (", "\n(") for cell in row))
+            table.add_row(*_broken(row))
         tables.append(table)
     return tables
+
+
+def _broken(row: Row) -> Row:
+    """Put each interval below its rate."""
+    return [cell.replace(" (", "\n(") for cell in row]
 
 
 def _tables(results: Mapping[str, Any]) -> Iterator[tuple[Row, list[Row]]]:

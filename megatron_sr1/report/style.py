@@ -32,7 +32,8 @@ table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:7px 8px;border-bottom:1px solid var(--rule);text-align:right;font-size:14px}
 th{font-weight:550;color:var(--soft);font-size:13px}
 th:first-child,td:first-child{text-align:left}tr:last-child td{border-bottom:0}
-.scroll{overflow-x:auto}.words td{text-align:left;overflow-wrap:anywhere}
+td+td{white-space:pre}.words td+td{white-space:normal}.scroll{overflow-x:auto}
+.words td{text-align:left;overflow-wrap:anywhere}
 .words td:first-child{width:30%}.words th{text-align:left}
 .cross td{text-align:center;border:1px solid var(--rule);padding:12px 6px;font-size:17px}
 .cross th{text-align:center;border:0}.cross small{display:block;color:var(--soft);font-size:12px}

@@ -99,5 +99,5 @@ def test_the_tables_are_printed_and_on_the_page(runs):
         "rates"
     ]["accuracy"]
     rate, interval = "{:.1f} ({:.1f}–{:.1f})".format(*(100 * each for each in accuracy)).split()
-    assert f"{rate} {interval}" in page and rate in log and interval in log
+    assert f"{rate}\n{interval}" in page and rate in log and interval in log
     assert "pass@2" in log and "description" in log and "…" not in log

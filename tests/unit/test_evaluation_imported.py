@@ -69,7 +69,7 @@ def test_upstreams_lines_become_an_evaluation_without_torch(tmp_path):
     table = json.loads((run / "eval/results.json").read_text())["sets"]["mm-vet"]["table"]
     assert [*table.values()] == [1, 1, 0, 1]
     page = (run / "report.html").read_text()
-    assert "75.0 (30.1–95.4)" in page and "four dots" in page
+    assert "75.0\n(30.1–95.4)" in page and "four dots" in page
 
 
 def test_our_own_lines_are_graded_to_the_same_verdicts_again(grade, tmp_path, capsys):
