@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from megatron_sr1.checkpoint.mapping import is_tower_frozen
+from megatron_sr1.checkpoint.mapping import TOWER, adapter_entries, is_tower_frozen
 from megatron_sr1.config.run import Config
 from megatron_sr1.data.packing import num_prompt_tokens
 from megatron_sr1.model import flops
@@ -27,8 +27,9 @@ PHASES = {
     "update": ("update",),
 }
 """Name in the metrics -> the timed phases; the two passes are interleaved."""
-TRAINED = 3
-"""Forward and backward pass of a weight that learns, in forward passes."""
+TRAINED, FROZEN = 3, 2
+"""Forward and backward pass of a weight that learns, in forward passes; of a frozen one that passes
+gradients on to adapters, whose own operations are few and not counted."""
 Readings = Mapping[tuple[int, str], tuple[int, ...]]
 """(example's index, description) -> token ids of the pass-2 prompt; "" is the question alone."""
 
@@ -41,7 +42,12 @@ class Throughput:
         self._hf_config, self._groups = hf_config, groups
         self._peak = peak_flops(config.logging.peak_tflops, groups.device)
         self._shares_prompts = config.shares_prompts
+        self._text_factor = TRAINED
         self._tower_factor = 1 if is_tower_frozen(hf_config, config.model.freeze) else TRAINED
+        if config.adapter.rank:
+            pairs = adapter_entries(hf_config, config.adapter.targets, config.adapter.rank)
+            in_tower = any(a.name.startswith(TOWER) for a, _ in pairs.values())
+            self._text_factor, self._tower_factor = FROZEN, FROZEN if in_tower else 1
         self._reset()
 
     def count_rollouts(
@@ -84,7 +90,7 @@ class Throughput:
                 if self._shares_prompts:
                     counted.add(sample.index)
                 if phase == "update":
-                    text, tower = TRAINED * text, self._tower_factor * tower
+                    text, tower = self._text_factor * text, self._tower_factor * tower
                 self._add(phase, text + tower, tokens)
 
     def take(self, times: Mapping[str, float]) -> dict[str, float]:

@@ -103,3 +103,23 @@ def test_grpo_goes_on_under_another_layout(tmp_path, tiny_model, prompts, saving
     for before, after in zip(numbers(whole), numbers(stopped), strict=True):
         for name in ("actor/loss", "actor/reference_kl", "optimizer/grad_norm", "reward/total"):
             assert after[name] == pytest.approx(before[name], rel=1e-5, abs=1e-5), name
+
+
+@pytest.mark.slow
+def test_adapters_are_resumed_under_another_layout_and_with_dropout_bit_for_bit(
+    tiny_model, run_ranks, tmp_path
+):
+    shards = make_digits(tmp_path, 1, num_train=1, num_eval=1, num_cold_start=NUM_SAMPLES)
+    common = (tmp_path / "out", tiny_model, shards["cold_start"])
+    others = ("tp2a:pp2a", "tp2a:cp2a", "cp2a:tp2a")
+    run_ranks(SCRIPT, 2, *common, "tp2a", "cp2a", "dp2a", *others, "tp2d", "tp2d:tp2d", timeout=600)
+    run_ranks(SCRIPT, 1, *common, "dp2a:dp1a")
+    found = {path.stem: json.loads(path.read_text()) for path in common[0].glob("*.json")}
+    for plan in (*others, "dp2a:dp1a"):
+        whole, resumed = found[plan.split(":")[0]]["lines"], found[plan]["lines"]
+        assert len(whole) == NUM_STEPS and whole[-1]["optimizer/grad_norm"] > 0
+        for before, after in zip(whole, resumed, strict=True):
+            assert after == pytest.approx(before, rel=1e-5), plan
+    assert found["tp2d:tp2d"]["lines"] == found["tp2d"]["lines"] != found["tp2a"]["lines"]
+    for name in set(found["tp2d"]["files"]) - {".metadata"}:
+        assert found["tp2d:tp2d"]["files"][name] == found["tp2d"]["files"][name], name

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_sr1.config.adapter import AdapterConfig
 from megatron_sr1.config.run import Config, ModelConfig
 from megatron_sr1.model.hf_config import parse_hf_config
 from megatron_sr1.records import (
@@ -60,8 +61,10 @@ def count(groups, monkeypatch):
 
     monkeypatch.setattr(throughput, "sum_over_ranks", summed)
 
-    def make(freeze=(), peak_tflops=0.0, tensor_rank=0, spec="local"):
+    def make(freeze=(), peak_tflops=0.0, tensor_rank=0, spec="local", targets=()):
         config = Config(model=ModelConfig(freeze=list(freeze), spec=spec))
+        if targets:
+            config.adapter = AdapterConfig(rank=4, targets=list(targets))
         config.logging.peak_tflops = peak_tflops
         tensor = replace(groups.tensor, rank=tensor_rank)
         two = replace(groups, world=replace(groups.world, size=2), tensor=tensor)
@@ -105,6 +108,14 @@ def test_a_frozen_tower_goes_forward_once_and_logprobs_are_a_forward_pass(count)
     assert told["perf/reference_mfu"] == pytest.approx(forward / 4e9)
     assert told["perf/update_mfu"] == pytest.approx(update / 1e9)
     assert told["perf/step_mfu"] == pytest.approx((2 * forward + update) / 1e10)
+
+
+@pytest.mark.parametrize(("targets", "tower"), [(["o_proj"], 1), (["o_proj", "qkv"], 2)])
+def test_with_adapters_weights_pass_gradients_on_and_have_none(targets, tower, count):
+    counter = count(targets=targets)
+    counter.count_samples("update", [sample(20, (GRID,))])
+    work = take(counter, update=1.0, step=1.0)["perf/update_tflops_per_rank"] * 1e12
+    assert work == pytest.approx(2 * sequence(20, 1) + tower * TOWER)
 
 
 @pytest.mark.parametrize("spec", ["local", "transformer_engine"])

@@ -3,8 +3,9 @@
 Usage: resumes.py OUT MODEL SHARDS PLAN ...
        A plan is a layout, `tp2`, whose run goes from start to end, or two, `tp2:pp2`: the second
        goes on from what the first had saved on its way, in this call or in one of another world
-       before. Writes OUT/PLAN/ and OUT/PLAN.json: {"lines": of metrics.jsonl, without times,
-       "order": {step: indices, as the ranks read them}, "files": digests of the last checkpoint}.
+       before. `tp2a` trains adapters, `tp2d` with dropout. Writes OUT/PLAN/ and OUT/PLAN.json:
+       {"lines": of metrics.jsonl, without times, "order": {step: indices, as the ranks read them},
+       "files": digests of the last checkpoint}.
 """
 
 import json
@@ -35,6 +36,9 @@ LAYOUTS = {
     "pp2": ["parallel.pipeline=2"],
     "cp2": ["parallel.context=2"],
 }
+ADAPTERS = ["adapter.rank=4", "adapter.targets=['_proj$','qkv','mlp']", "adapter.dropout=0.1"]
+LAYOUTS |= {f"{name}a": [*keys, *ADAPTERS[:2]] for name, keys in LAYOUTS.items()}
+LAYOUTS |= {f"{name}d": [*LAYOUTS[name], *ADAPTERS] for name in ("dp2", "tp2")}
 
 
 class Recording(Samples):
