@@ -24,6 +24,8 @@ from megatron_sr1.rewards.score import VERDICTS
 
 Answers = dict[str, Path]
 """Name of a held-out set -> the file of its answers."""
+Asked = tuple[str, str]
+"""JSON of a question with its gold answer, and of the other columns of the data set."""
 
 
 @dataclass(frozen=True)
@@ -182,14 +184,14 @@ def _same_questions(
     missing = [run.name for run in runs if held_out not in run.answers]
     if missing:
         notes.append(f"held-out set {held_out}: not answered by {', '.join(missing)}")
-    asked: dict[int, str] = {}
+    asked: dict[int, Asked] = {}
     for run in runs:
         if held_out not in run.answers:
             continue
         rows = list(_verdicts(run.answers[held_out]))
         own = {row["index"]: row["asked"] for row in rows}
         shared = asked.keys() & own.keys()
-        if asked and any(asked[index] != own[index] for index in shared):
+        if not all(_is_same(asked[index], own[index]) for index in shared):
             notes.append(f"held-out set {held_out}: {run.name} was asked other questions; left out")
         elif asked and not shared:
             notes.append(f"held-out set {held_out}: {run.name} shares no question; left out")
@@ -204,9 +206,20 @@ def _same_questions(
     return found, notes
 
 
+def _is_same(one: Asked, other: Asked) -> bool:
+    """Return True for the same texts and, where both have them, the same columns of the data set.
+
+    Questions about different images may have the same texts. Answers graded from files may lack the
+    columns.
+    """
+    known = "null" not in (one[1], other[1])
+    return one[0] == other[0] and (one[1] == other[1] or not known)
+
+
 def _verdicts(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the verdicts of a file's lines, each with its question and gold answer as `asked`."""
+    """Yield the verdicts of a file's lines, and what each was `asked`."""
     for line in each_line(path):
-        asked = json.dumps([line.get("question"), line.get("gold")])
+        texts = json.dumps([line.get("question"), line.get("gold")])
+        asked = texts, json.dumps(line.get("metadata") or None)
         kept = {name: line.get(name) for name in ("index", "source", *VERDICTS)}
         yield {**kept, "asked": asked}

@@ -188,6 +188,16 @@ def test_other_questions_under_the_same_name_are_not_compared(runs, tmp_path, ca
     assert "minus" not in out and "Note: held-out set held: new was asked other" in out
 
 
+@pytest.mark.parametrize(("metadata", "same"), [({"id": 1}, True), ({}, True), ({"id": 2}, False)])
+def test_the_same_words_about_another_image_are_another_question(runs, metadata, same):
+    for run, own in zip(runs, ({"id": 1}, metadata), strict=True):
+        lines = [line | {"metadata": own} for line in answers(RIGHT["new"])]
+        write_lines(run / "eval/held.jsonl", lines)
+    assert notes(*runs)[:1] == (
+        [] if same else ["held-out set held: new was asked other questions; left out"]
+    )
+
+
 def test_fewer_questions_are_compared_where_both_answered(runs, capsys):
     write_lines(runs[1] / "eval/held.jsonl", answers([1, 0, 1]))
     (note,) = notes(*runs)
