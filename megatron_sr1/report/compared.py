@@ -129,7 +129,8 @@ def _read_run(name: str, directory: Path) -> ComparedRun:
 def _answers(directory: Path, config: Mapping[str, Any]) -> tuple[Answers, list[str]]:
     """Return the files of a run's last held-out answers, and notes on those that are not final.
 
-    The demo keeps the answers of its runs in its own directory, by the names of the runs.
+    The demo keeps the answers of its runs to all questions in its own directory, by the names of
+    the runs; the runs themselves answer a part of them.
     """
     results = read_json(directory / RESULTS_FILE).get("sets", {})
     found: Answers = {}
@@ -141,7 +142,7 @@ def _answers(directory: Path, config: Mapping[str, Any]) -> tuple[Answers, list[
             if (match := re.fullmatch(rf"{re.escape(name)}_step_(\d+)", path.stem))
         }
         of_demo = directory.resolve().parent / "eval" / f"{directory.resolve().name}_{name}.jsonl"
-        for path in (directory / "eval" / f"{name}.jsonl", of_demo):
+        for path in (of_demo, directory / "eval" / f"{name}.jsonl"):
             if path.is_file():
                 found[name] = path
                 break

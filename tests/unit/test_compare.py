@@ -150,11 +150,13 @@ def test_model_text_and_names_are_escaped(tmp_path, capsys):
 
 def test_the_demo_s_runs_are_compared_by_the_answers_in_its_directory(tmp_path, capsys):
     for name, verdicts in RIGHT.items():
-        write_run(tmp_path / name, sets=("greedy", "sampled"))
+        write_run(tmp_path / name, verdicts[:2], sets=("greedy", "sampled"))
         for way in ("greedy", "sampled"):
             write_lines(tmp_path / f"eval/{name}_{way}.jsonl", answers(verdicts))
     out, _ = compare(capsys, tmp_path / "old", tmp_path / "new")
     assert "Held out: greedy" in out and "Held out: sampled" in out and "Note" not in out
+    rows = [line.split() for line in out.splitlines() if line.startswith("new minus old")]
+    assert [cells[3] for cells in rows] == ["6", "6"], "the part that they answer in training"
 
 
 def test_evaluations_without_training_are_compared(tmp_path, capsys):
