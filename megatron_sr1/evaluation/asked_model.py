@@ -90,7 +90,11 @@ def ask_config(
         temperature = 0.0 if number == 1 else 1.0
     own = ["stage=eval", f"output={directory}", "launch.num_processes=1", "logging.level=warning"]
     own += [f"evaluation.samples_per_prompt={number}", f"evaluation.temperature={temperature}"]
-    config = load_config(directory / SETTINGS_FILE, [*own, *overrides], has_model=False)
+    file = directory / SETTINGS_FILE
+    try:
+        config = load_config(file, [*own, *overrides], has_model=False)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace(str(file), str(run_config or "ask"))) from None
     parallel, rollout, evaluation = config.parallel, config.rollout, config.evaluation
     ranks = config.launch.num_processes
     if max(rollout.tensor_parallel, parallel.replica_size, ranks) > 1:

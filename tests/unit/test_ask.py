@@ -108,6 +108,12 @@ def test_what_cannot_be_asked_is_refused(run, session, overrides, number, temper
         ask_config(str(run), overrides, session, number, temperature)
 
 
+def test_a_setting_of_a_run_that_is_no_longer_one_is_named_with_its_file(run, session):
+    (run / "config.json").write_text(json.dumps({**OF_RUN, "data": {"prompt_style": "brief"}}))
+    with pytest.raises(ConfigError, match=rf"^{run / 'config.json'}: 'data.prompt_style' is no"):
+        ask_config(str(run), [], session)
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
