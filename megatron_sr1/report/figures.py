@@ -97,7 +97,8 @@ def stacked_bars(title: str, curves: Sequence[Curve], y_title: str) -> str:
     traces = []
     for place, curve in enumerate(curves):
         if any(curve.ys):
-            xs, ys = _thinned(curve.xs, [y or 0.0 for y in curve.ys])
+            found = [y if y is not None and math.isfinite(y) else 0.0 for y in curve.ys]
+            xs, ys = _thinned(curve.xs, found)
             trace = _trace(curve, place, xs, ys, False)
             trace["marker"] = {"color": trace.pop("line")["color"]}
             traces.append(trace | {"type": "bar"})

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import logging
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from html import escape
-from itertools import zip_longest
 from typing import Any
 
 from PIL import Image
@@ -105,7 +105,7 @@ def varied(kinds: Mapping[int, Hashable], most: int) -> list[int]:
     groups: dict[Hashable, list[int]] = {}
     for index, kind in kinds.items():
         groups.setdefault(kind, []).append(index)
-    turns = zip_longest(*groups.values())
+    turns = itertools.zip_longest(*groups.values())
     return [index for turn in turns for index in turn if index is not None][:most]
 
 
@@ -190,15 +190,21 @@ def _marked(value: str | None, other: str | None, absent: str) -> str:
     """Return a text with the words marked that another text does not have in their place."""
     if value is None or other is None:
         return text(value, absent)
-    new, old = (re.findall(r"\s+|[^\s]+", cut(one)) for one in (value, other))
-    matcher = SequenceMatcher(None, old, new, autojunk=False)
+    shown, words = cut(value), cut(value).split()
+    matcher = SequenceMatcher(None, cut(other).split(), words, autojunk=False)
     if matcher.ratio() < MIN_SIMILARITY:
-        return text(value)
-    shown = ""
-    for tag, _, _, start, end in matcher.get_opcodes():
-        part = escape("".join(new[start:end]))
-        shown += part if tag == "equal" or not part.strip() else f"<mark>{part}</mark>"
-    return shown
+        return escape(shown)
+    kept = {
+        i for _, start, size in matcher.get_matching_blocks() for i in range(start, start + size)
+    }
+    numbers = itertools.count()
+
+    def word(found: re.Match[str]) -> str:
+        one = escape(found[0])
+        return one if next(numbers) in kept else f"<mark>{one}</mark>"
+
+    # What is between the words is whitespace, which needs no escaping.
+    return re.sub(r"\S+", word, shown)
 
 
 def _verdicts(line: Line, form: Form) -> str:
