@@ -24,11 +24,11 @@ LABELS = [label for _, label in VERDICTS.values()]
 
 
 def with_interval(lines: Lines, verdict: str) -> Bar | None:
-    """Return the rate of a verdict, and half the width of its 95 % interval."""
-    share = rate(lines, verdict)
+    """Return the rate of a verdict over the lines that have it, and half its 95 % interval."""
+    share, number = rate(lines, verdict), sum(line.get(verdict) is not None for line in lines)
     if share is None:
         return None
-    return share, 1.96 * math.sqrt(share * (1 - share) / len(lines))
+    return share, 1.96 * math.sqrt(share * (1 - share) / number)
 
 
 def paired(first: Lines, second: Lines, verdict: str) -> Bar | None:

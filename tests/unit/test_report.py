@@ -12,7 +12,7 @@ from megatron_sr1.errors import DataError
 from megatron_sr1.report.figures import script_json
 from megatron_sr1.report.report import write_report
 from megatron_sr1.report.samples import images_in
-from megatron_sr1.report.verdicts import paired
+from megatron_sr1.report.verdicts import paired, with_interval
 from tests.report_runs import (
     EVIL,
     Page,
@@ -133,6 +133,12 @@ def test_held_out_curves_of_both_runs_begin_at_step_0(tmp_path):
     assert (found["x0"], found["dx"]) == (0, 30) and found["y"] in ([0.25, 1.0], [0.5, 0.0])
     text = write_report(tmp_path).read_text()
     assert "constant: GRPO, answer only, greedy 25 %, GRPO, answer only, sampled 25 %" in text
+
+
+def test_an_interval_is_that_of_the_lines_with_the_verdict():
+    lines = [verdict(i, 1, i % 2, "") for i in range(16)]
+    lines += [line | {"self_reward": None} for line in lines]
+    assert with_interval(lines, "self_reward") == (0.5, pytest.approx(1.96 * 0.5 / 16**0.5))
 
 
 def test_differences_are_paired_by_question():
