@@ -38,7 +38,6 @@ from megatron_sr1.checkpoint.disk import Measure, check_space, measure, needed_b
 from megatron_sr1.checkpoint.mapping import TOWER, Entry
 from megatron_sr1.checkpoint.megatron_optimizer import ensure_state, named_by_kind
 from megatron_sr1.errors import CheckpointError
-from megatron_sr1.model.adapters import LowRank
 from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.groups import (
     Group,
@@ -118,6 +117,8 @@ def sharded_state(chunks: Sequence[Any], optimizer: Any, *, is_loading: bool) ->
 def _sharded_adapters(model: Any) -> dict[str, Any]:
     """Describe the adapters of a chunk, under the names of their entries."""
     from megatron.core.dist_checkpointing import ShardedTensor
+
+    from megatron_sr1.model.adapters import LowRank
 
     groups: Groups = model.groups
     found = {}

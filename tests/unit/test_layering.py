@@ -130,6 +130,16 @@ def test_starting_ranks_imports_neither_torch_nor_other_training_libraries():
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
+def test_conversion_imports_no_megatron():
+    names = sorted(f"megatron_sr1.conversion.{p.stem}" for p in PACKAGE.glob("conversion/[!_]*.py"))
+    program = (
+        f"import importlib, sys\nfor name in {names}: importlib.import_module(name)\n"
+        "print(sorted({'megatron.core', 'transformers', 'vllm'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("[]\n", "") and len(names) > 3
+
+
 def test_the_trainer_does_not_import_the_planner():
     trainer = [path for path in FILES if package_of(path) == "trainer"]
     planned = {
