@@ -17,6 +17,7 @@ from pathlib import Path
 
 from megatron_sr1.checkpoint.folders import latest_step, resolve_model
 from megatron_sr1.checkpoint.mapping import adapter_entries, check_freeze
+from megatron_sr1.checkpoint.peft_files import PeftAdapter
 from megatron_sr1.config.run import Config
 from megatron_sr1.data.prompts import template_texts
 from megatron_sr1.errors import ConfigError
@@ -286,7 +287,7 @@ def _check_shape(config: Config, hf_config: HFConfig) -> None:
     check_layout(hf_config, config.parallel)
     check_freeze(hf_config, config.model.freeze)
     if config.adapter.rank:
-        adapter_entries(hf_config, config.adapter.targets, config.adapter.rank)
+        _check_adapter(config, hf_config)
     if config.stage == "sft":
         return
     rollout, text = config.rollout, hf_config.text
@@ -299,4 +300,18 @@ def _check_shape(config: Config, hf_config: HFConfig) -> None:
         raise ConfigError(
             f"rollout.max_model_len={rollout.max_model_len}, but max_position_embeddings of the "
             f"model is {text.max_position_embeddings}; lower the first"
+        )
+
+
+def _check_adapter(config: Config, hf_config: HFConfig) -> None:
+    """Raise an error if adapters do not fit the model, the file they start from, or the engine."""
+    modules = adapter_entries(hf_config, config.adapter.targets, config.adapter.rank)
+    if config.adapter.path:
+        PeftAdapter(config.adapter.path).check(config.adapter, modules)
+    others = [name for name in modules if not name.startswith("model.layers.")]
+    if config.rollout.lora == "engine" and others:
+        raise ConfigError(
+            "rollout.lora=engine serves adapters of the language model's layers, and "
+            f"adapter.targets match {len(others)} other modules, as {others[0]}; set "
+            "rollout.lora=merged, or targets that begin with ^model[.]layers[.]"
         )

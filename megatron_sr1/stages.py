@@ -78,7 +78,10 @@ def run_sft(config: Config, groups: Groups) -> int:
         losses, engine, sets = make_losses(context, actor, samples.processor), None, []
         if config.evaluation.generate:
             with context.phase("setup"):
+                actor.offload(config.rollout.make_room)
                 engine = start_engine(config, groups, samples.processor)
+                engine.sleep()  # until an evaluation
+                actor.restore()
             asked = make_sets(context, engine, samples.processor, scorers, judge)
             sets = [each for each in asked if each.has_answers]
         evaluate = partial(evaluate_actor, context, actor, engine, sets, losses)
@@ -97,6 +100,7 @@ def run_grpo(config: Config, groups: Groups) -> int:
     ):
         context, samples, actor, reference = start(config, groups)
         with context.phase("setup"):
+            actor.offload(config.rollout.make_room)
             engine = start_engine(config, groups, samples.processor)
         sets = make_sets(context, engine, samples.processor, scorers, judge)
         evaluate = partial(evaluate_actor, context, actor, engine, sets, []) if sets else None
@@ -192,10 +196,13 @@ def report_rates(context: Context, found: dict[str, dict[str, float]], is_last: 
 
 
 def export(context: Context, actor: Actor) -> None:
-    """Write the Hugging Face model, if configured, unless the run stopped early."""
-    if context.config.checkpoint.export_hf and not context.is_leaving:
+    """Write the Hugging Face model and the adapter, if configured, unless the run stopped early."""
+    config = context.config
+    if config.checkpoint.export_hf and not context.is_leaving:
         with context.phase("export"):
             actor.save_hf(context.run_dir / "hf")
+            if config.adapter.rank:
+                actor.save_adapter(context.run_dir / "adapter", config.adapter, config.model.path)
 
 
 def finish(context: Context) -> int:

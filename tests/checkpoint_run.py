@@ -11,17 +11,18 @@ from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.model.qwen25_vl import build_model
 from megatron_sr1.records import PackedBatch
 from megatron_sr1.runtime import cpu
-from megatron_sr1.trainer.actor import make_actor
+from megatron_sr1.trainer.actor import add_adapters, make_actor
 
 
-def make_run(directory, groups, dtype="float32"):
-    """An actor with its optimizer, from a model directory."""
-    config = load_config(None, [f"model.path={directory}", f"model.dtype={dtype}"])
+def make_run(directory, groups, dtype="float32", keys=()):
+    """An actor with its optimizer, from a model directory, with adapters if the keys say so."""
+    config = load_config(None, [f"model.path={directory}", f"model.dtype={dtype}", *keys])
     source = resolve_model(directory)
     hf_config = read_hf_config(source.hf_files)
     with cpu.megatron_mode():
         chunks = build_model(hf_config, groups, config.model, config.parallel)
         load_model(chunks, source, hf_config, groups, verify=True)
+    add_adapters(config, chunks, hf_config, groups)
     return make_actor(config, chunks, hf_config, source, groups, num_updates=10)
 
 

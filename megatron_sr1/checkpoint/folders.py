@@ -24,6 +24,7 @@ MAX_NAME_BYTES = 100
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 HF_FILES = "hf_files"
 FINGERPRINTED = ("config.json", INDEX, "*.safetensors", ".metadata", "*.distcp")
+FINGERPRINT = "fingerprint of model.path's weights"  # in the state of a run's checkpoint
 ADAPTER = "adapter"  # in the state of a checkpoint, of which the model was not trained itself
 NUM_BLOCKS, BLOCK_BYTES = 64, 4096
 STATE_FORMAT = 2

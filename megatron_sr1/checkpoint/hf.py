@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -19,9 +19,11 @@ from megatron_sr1.checkpoint.mapping import HF_EMBEDDING, HF_OUTPUT, Entry, entr
 from megatron_sr1.checkpoint.tensors import sharing, unwrap
 from megatron_sr1.checkpoint.transforms import join, merged, publish, slices
 from megatron_sr1.errors import CheckpointError
-from megatron_sr1.model.adapters import Adapters
 from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.runtime.groups import Groups, gather_objects
+
+if TYPE_CHECKING:
+    from megatron_sr1.model.adapters import Adapters  # imports Megatron; conversion does not
 
 log = logging.getLogger(__name__)
 NUM_NAMED = 12  # tensors that an error names
@@ -197,7 +199,8 @@ class Gather:
         assert owner is not None, f"no stage holds {entry.name}"
         shape, dtype = self._by_stage[owner][entry.name]
         if owner == pipeline.rank:
-            shard = self._mine[entry.name].contiguous()
+            # From host memory, if an engine has its room on the device (rollout.make_room).
+            shard = self._mine[entry.name].to(self._groups.device).contiguous()
         else:
             shard = torch.empty(shape, dtype=dtype, device=self._groups.device)
         if pipeline.size > 1:

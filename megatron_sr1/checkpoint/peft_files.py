@@ -8,6 +8,7 @@ after `base_model.model.` (peft/utils/save_and_load.py); here it has the publish
     model.layers.0.self_attn.q_proj.lora_A.weight                                   here
 
 A is [rank, in] and B [out, rank]; the product of both, times the scale, is added to the weight.
+Reading names and shapes, for the checks before a start, needs no torch.
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from megatron_sr1.checkpoint.disk import listed
-from megatron_sr1.checkpoint.hf_files import DTYPES, replace_directory
-from megatron_sr1.checkpoint.mapping import canonical_hf_name
+from megatron_sr1.checkpoint.mapping import ADAPTER_A, ADAPTER_B, canonical_hf_name
 from megatron_sr1.config.adapter import AdapterConfig
 from megatron_sr1.errors import CheckpointError, ConfigError
 
+if TYPE_CHECKING:
+    import torch
+
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
-A, B = ".lora_A.weight", ".lora_B.weight"
+DTYPES = ("F64", "F32", "F16", "BF16")
+A, B = f".{ADAPTER_A}.weight", f".{ADAPTER_B}.weight"
 
 # What may be set without changing what the tensors mean: where the adapter comes from, how its
 # modules were chosen (its tensors show which they are), how it was initialised, and two defaults
@@ -48,26 +49,11 @@ _NEUTRAL = frozenset(
 _INITS = (True, False, "gaussian", "orthogonal", "eva")
 
 
-@dataclass(frozen=True)
-class PeftConfig:
-    """What `adapter_config.json` says of an adapter; `scaling` is standard or rslora."""
-
-    rank: int
-    alpha: float
-    dropout: float
-    scaling: str
-
-    @property
-    def scale(self) -> float:
-        """Factor of B A."""
-        return self.alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)
-
-
 class PeftAdapter:
     """An adapter's directory: its configuration, and the shapes of its tensors.
 
     Attributes:
-        config: rank, alpha and the like.
+        settings: rank, alpha, dropout and scaling; the others have their defaults.
         modules: published module name -> (in, out), for example `model.layers.0.mlp.up_proj`.
     """
 
@@ -78,7 +64,7 @@ class PeftAdapter:
             CheckpointError: no such adapter, or one that uses what is not supported here.
         """
         self.directory = Path(directory)
-        self.config = _read_config(self.directory)
+        self.settings = _read_settings(self.directory)
         self._stored = self._read_names()
         self.modules = self._read_modules()
 
@@ -88,8 +74,7 @@ class PeftAdapter:
 
         with safe_open(str(self.directory / WEIGHTS), framework="pt") as file:
             tensor = file.get_tensor(self._stored[name][0])
-        assert isinstance(tensor, torch.Tensor)
-        return tensor
+        return tensor  # type: ignore[no-any-return]
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield all tensors, A and B of a module one after the other."""
@@ -104,7 +89,7 @@ class PeftAdapter:
             ConfigError: they differ; it says what to set.
         """
         ours = (settings.rank, settings.alpha, settings.scaling)
-        theirs = (self.config.rank, self.config.alpha, self.config.scaling)
+        theirs = (self.settings.rank, self.settings.alpha, self.settings.scaling)
         if ours != theirs:
             names = ("rank", "alpha", "scaling")
             given, wanted = (
@@ -140,7 +125,7 @@ class PeftAdapter:
             raise CheckpointError(f"{path}: no such file{advice}")
         found: dict[str, tuple[str, tuple[int, ...]]] = {}
         try:
-            with safe_open(str(path), framework="pt") as file:
+            with safe_open(str(path), framework="np") as file:
                 for stored in file.keys():  # noqa: SIM118 (no mapping)
                     name, part = published_name(stored), file.get_slice(stored)
                     if name is None or part.get_dtype() not in DTYPES:
@@ -157,7 +142,7 @@ class PeftAdapter:
         return found
 
     def _read_modules(self) -> dict[str, tuple[int, int]]:
-        rank, found = self.config.rank, dict[str, tuple[int, int]]()
+        rank, found = self.settings.rank, dict[str, tuple[int, int]]()
         for module in dict.fromkeys(name.removesuffix(A).removesuffix(B) for name in self._stored):
             shapes = [self._stored.get(module + part, ("", ()))[1] for part in (A, B)]
             if [len(s) for s in shapes] != [2, 2] or shapes[0][0] != rank or shapes[1][1] != rank:
@@ -179,7 +164,7 @@ def is_adapter(directory: str | Path) -> bool:
 
 def write_adapter(
     directory: str | Path,
-    config: PeftConfig,
+    settings: AdapterConfig,
     tensors: Iterable[tuple[str, torch.Tensor]],
     base: str = "",
 ) -> None:
@@ -187,7 +172,7 @@ def write_adapter(
 
     Args:
         directory: new, empty, or an adapter's.
-        config: its settings.
+        settings: rank, alpha, dropout and scaling.
         tensors: A and B of each module under their names here; written in their own type.
         base: path or hub name of the base model, for `base_model_name_or_path`.
 
@@ -195,6 +180,8 @@ def write_adapter(
         CheckpointError: the directory holds something else.
     """
     from safetensors.torch import save_file
+
+    from megatron_sr1.checkpoint.hf_files import replace_directory
 
     target = Path(directory)
     if target.exists() and not (
@@ -206,7 +193,7 @@ def write_adapter(
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    text = json.dumps(_peft_config(config, sorted(modules), base), indent=2) + "\n"
+    text = json.dumps(_peft_config(settings, sorted(modules), base), indent=2) + "\n"
     (partial / CONFIG).write_text(text, encoding="utf-8")
     save_file(held, str(partial / WEIGHTS), metadata={"format": "pt"})
     for path in partial.iterdir():
@@ -232,7 +219,7 @@ def published_name(stored: str) -> str | None:
     return canonical_hf_name(stored.removeprefix(PREFIX))
 
 
-def _peft_config(config: PeftConfig, modules: list[str], base: str) -> dict[str, Any]:
+def _peft_config(settings: AdapterConfig, modules: list[str], base: str) -> dict[str, Any]:
     """Return the content of adapter_config.json; what is absent has PEFT's default.
 
     Modules are listed by their full names: a short one such as up_proj would match the tower's too.
@@ -242,16 +229,16 @@ def _peft_config(config: PeftConfig, modules: list[str], base: str) -> dict[str,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base or None,
         "inference_mode": True,
-        "r": config.rank,
-        "lora_alpha": int(config.alpha) if config.alpha.is_integer() else config.alpha,
-        "lora_dropout": config.dropout,
-        "use_rslora": config.scaling == "rslora",
+        "r": settings.rank,
+        "lora_alpha": int(settings.alpha) if settings.alpha.is_integer() else settings.alpha,
+        "lora_dropout": settings.dropout,
+        "use_rslora": settings.scaling == "rslora",
         "bias": "none",
         "target_modules": modules,
     }
 
 
-def _read_config(directory: Path) -> PeftConfig:
+def _read_settings(directory: Path) -> AdapterConfig:
     path = directory / CONFIG
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -273,7 +260,7 @@ def _read_config(directory: Path) -> PeftConfig:
         if not is_right:
             raise CheckpointError(f"{path}: {name} is {str(value)[:40]!r}")
     scaling = "rslora" if content.get("use_rslora") else "standard"
-    return PeftConfig(rank, float(alpha), float(dropout), scaling)
+    return AdapterConfig(rank=rank, alpha=float(alpha), dropout=float(dropout), scaling=scaling)
 
 
 def _is_number(value: Any) -> bool:

@@ -9,6 +9,8 @@ from megatron_sr1.config.fields import choice, number
 
 BOXED = "boxed"
 r"""Name of an answer's span that is `\boxed{…}`."""
+LARGEST_LORA_RANK = 512
+"""Of vLLM's own LoRA (vllm/config/lora.py)."""
 
 
 @dataclass
@@ -48,11 +50,16 @@ class RolloutConfig:
     """Fraction of a GPU's memory that the engine may use."""
     kv_cache_gib: int = number(1, at_least=1)
     """Size of the key/value cache on a CPU, GiB."""
+    lora: str = choice("merged", "merged", "engine")
+    """How the engine gets adapters: merged (their layers' weights with the adapters added), engine
+    (the adapters alone, for vLLM's own LoRA; adapters of the language model's layers only, and a
+    sleep level below 2)."""
     sleep_level: int = number(2, at_least=0, at_most=2)
     """vLLM's sleep level between rollouts on a GPU; 0 keeps the engine awake."""
-    make_room: str = choice("gradients", "none", "gradients", "optimizer")
+    make_room: str = choice("gradients", "none", "gradients", "optimizer", "weights")
     """What the actor releases while the engine is awake: none, gradients (allocated again later),
-    optimizer (gradients, and the optimizer state is moved to host memory and back)."""
+    optimizer (gradients, and the optimizer state is moved to host memory and back), weights
+    (gradients, and weights that are not trained, of which host memory keeps a copy)."""
     enforce_eager: bool = False
     """Run the engine without CUDA graphs."""
     quantization: str | None = choice(None, None, "fp8_per_channel", "fp8_per_tensor")

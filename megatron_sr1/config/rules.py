@@ -13,7 +13,7 @@ from operator import attrgetter
 from urllib.parse import urlsplit
 
 from megatron_sr1.config.fields import check_setting, settings
-from megatron_sr1.config.rollout import SpansConfig
+from megatron_sr1.config.rollout import LARGEST_LORA_RANK, SpansConfig
 from megatron_sr1.config.run import Config
 from megatron_sr1.errors import ConfigError
 
@@ -27,10 +27,11 @@ def validate(config: Config) -> None:
     """Check values beyond their types; a ConfigError names key, value and what is accepted."""
     for key, each, value in settings(config):
         check_setting(key, each, value)
-    groups: list[Callable[[Config], Broken]] = [_model, _adapter, _memory, _run, _evaluation]
-    groups += [_endpoints]
+    groups: list[Callable[[Config], Broken]] = [_model, _adapter, _memory, _run]
+    groups += [_evaluation, _endpoints]
     has_engine = config.stage != "sft" or config.evaluation.generate
     groups += [_prompts, _pass2, _rollout] if has_engine else []
+    groups += [_engine_beside_actor] if has_engine and config.stage != "eval" else []
     groups += [_algorithm] if config.stage == "grpo" else []
     for rules in groups:
         for message in rules(config):
@@ -252,6 +253,31 @@ def _rollout(config: Config) -> Broken:
         total = "{data.max_prompt_tokens} + {rollout.max_response_tokens}"
         advice = "raise the last or lower one of the others"
         yield f"{total} is more than {{rollout.max_model_len}}; {advice}"
+
+
+def _engine_beside_actor(config: Config) -> Broken:
+    adapter, rollout = config.adapter, config.rollout
+    if rollout.make_room == "weights":
+        if adapter.rank == 0 and not config.model.freeze:
+            advice = "set adapter.rank or model.freeze, or make_room=gradients"
+            yield f"{{rollout.make_room}} is about weights that are not trained; {advice}"
+        both = "holds weights of engine and actor on the GPU together, which make_room avoids"
+        if rollout.sleep_level == 0:
+            yield f"{{rollout.make_room}}: {{rollout.sleep_level}} {both}; set 1 or 2"
+        if rollout.canary_bound:
+            yield f"{{rollout.make_room}}: {{rollout.canary_bound}} {both}; set it to 0"
+    if rollout.lora == "merged":
+        return
+    if adapter.rank == 0:
+        yield "{rollout.lora} needs adapters; set adapter.rank, or rollout.lora=merged"
+    if adapter.rank > LARGEST_LORA_RANK:
+        yield f"{{rollout.lora}}: {{adapter.rank}} is above {LARGEST_LORA_RANK}; use lora=merged"
+    if rollout.sleep_level == 2:
+        reason = "sleep level 2 drops the weights that the adapters are added to"
+        yield f"{{rollout.lora}} with {{rollout.sleep_level}}: {reason}; set sleep_level=1"
+    if rollout.quantization is not None:
+        reason = "adapters beside quantised weights are not checked"
+        yield f"{{rollout.lora}} with {{rollout.quantization}}: {reason}; use lora=merged"
 
 
 def _algorithm(config: Config) -> Broken:

@@ -205,4 +205,5 @@ class CheckpointConfig:
     verify: bool = True
     """Compare checksums before a Megatron checkpoint is loaded; false: file sizes only."""
     export_hf: bool = True
-    """Write the Hugging Face model to `hf/` at the end of the run."""
+    """Write the Hugging Face model to `hf/` at the end of the run; with adapters, merged, and the
+    adapters in PEFT's format to `adapter/`."""

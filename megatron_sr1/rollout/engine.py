@@ -11,13 +11,15 @@ from sampling only (see `FullVocabularySampler`).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from megatron_sr1.config.adapter import AdapterConfig
 from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.errors import EngineError
@@ -86,6 +88,7 @@ class Engine:
         dtype: str = "float32",
         seed: int = 0,
         timeout_seconds: float = 1800.0,
+        adapter: AdapterConfig | None = None,
     ) -> None:
         """Load a Hugging Face directory. Collective; torch.distributed must be initialized.
 
@@ -94,7 +97,8 @@ class Engine:
         image and the vision tokens, which are never sampled; without it the limits are the
         directory's, every token is sampled, and prompts have no images. Raises EngineError if the
         installed vLLM is not built for `device_kind`, cpu or cuda. `dtype` is float32 or bfloat16.
-        A collective of the replica may take `timeout_seconds`.
+        A collective of the replica may take `timeout_seconds`. With an `adapter`, its weights are
+        the base and `sync_adapters` is used.
         """
         size, world = rollout.tensor_parallel, torch.distributed.get_world_size()
         assert world % size == 0, f"rollout.tensor_parallel={size} does not divide {world} ranks"
@@ -114,7 +118,10 @@ class Engine:
             dtype=dtype,
             seed=seed,
             timeout_seconds=timeout_seconds,
+            adapter=adapter,
         )
+        self._adapter = adapter
+        self._lora: Any = None  # of vLLM, once there is one
         self._core = self._llm.llm_engine
         self._tokenizer = self._llm.get_tokenizer().backend_tokenizer
         weakref.finalize(self, vllm_api.shut_down, self._core.engine_core.engine_core)
@@ -151,7 +158,9 @@ class Engine:
             key = (request.token_ids, id(request.vision))
             if key not in prompts:
                 prompts[key] = vllm_api.engine_input(request, self._image_pad)
-            added = self._core.add_request(request.id, prompts[key], self._parameters.of(request))
+            added = self._core.add_request(
+                request.id, prompts[key], self._parameters.of(request), lora_request=self._lora
+            )
             self._live[request.id] = request
             if request.watched_for is not None:
                 tokens = vllm_api.sampled_tokens(self._core, added)
@@ -238,13 +247,28 @@ class Engine:
         carry `version`. Unless `whole`, layers that receive no tensor keep their weights. Raises
         EngineError if the engine is asleep or has live requests, or tensors are missing.
         """
+        with self._syncing(version):
+            weight_sync.push(self._llm, weights, version, whole)
+
+    def sync_adapters(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Load the actor's adapters, as `sync` does weights; all later requests use them.
+
+        `tensors` are A and B under their published names, the same on each rank of the replica.
+        """
+        assert self._adapter is not None, "the engine was started without an adapter"
+        with self._syncing(version):
+            self._lora = weight_sync.push_adapters(self._llm, tensors, self._adapter, version)
+
+    @contextmanager
+    def _syncing(self, version: int) -> Iterator[None]:
+        """Check that a sync is possible; an engine whose sync failed is not used again."""
         if self._unusable.startswith("weight sync"):
             raise EngineError(self._unusable)
         if self._asleep or self._live:
             state = "asleep" if self._asleep else f"working on {self.num_live} requests"
             raise EngineError(f"weight sync {version}: engine is {state}; sync between rollouts")
         self._unusable = f"weight sync {version} failed; start the run again"
-        weight_sync.push(self._llm, weights, version, whole)
+        yield
         self.weight_version, self._unusable = version, ""
 
     def sleep(self) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from megatron_sr1.config.adapter import AdapterConfig
 from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.errors import EngineError
@@ -42,6 +43,7 @@ def start_vllm(
     dtype: str,
     seed: int,
     timeout_seconds: float,
+    adapter: AdapterConfig | None,
 ) -> Any:
     """Import vLLM and start it; the arguments are those of `Engine`. Returns vLLM's `LLM`."""
     set_environment(rollout.kv_cache_gib)
@@ -81,6 +83,7 @@ def start_vllm(
             weight_transfer_config={"backend": weight_sync.register()},
             use_tqdm_on_load=log.isEnabledFor(logging.DEBUG),
             **device_arguments(device_kind, rollout, processor),
+            **(weight_sync.lora_arguments(adapter) if adapter else {}),
         )
     # vLLM's finalizer would destroy torch's process group, which the trainer also uses.
     llm.llm_engine.engine_core._finalizer.detach()

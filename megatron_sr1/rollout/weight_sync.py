@@ -1,5 +1,7 @@
 """Streams the actor's weights into the engine, in process, via vLLM's weight-transfer interface.
 
+With `rollout.lora=engine` the adapters alone are sent, and vLLM's own LoRA computes with them.
+
 The payload of vLLM's `update` is the iterator itself, as trainer and engine share the process. vLLM
 loads a layer as soon as its last tensor has arrived, then releases them. The source may therefore
 create each tensor on request, and the whole model never exists twice. A source that reuses a buffer
@@ -15,9 +17,14 @@ from typing import Any
 
 import torch
 
+from megatron_sr1.config.adapter import AdapterConfig
+from megatron_sr1.config.rollout import LARGEST_LORA_RANK
 from megatron_sr1.errors import EngineError
 
 BACKEND = "megatron_sr1_in_process"
+LORA_ID = 1
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, LARGEST_LORA_RANK)
+"""Ranks that vLLM's layers may have (vllm/config/lora.py); a smaller adapter is padded."""
 
 
 def register() -> str:
@@ -52,7 +59,55 @@ def push(llm: Any, weights: Iterable[tuple[str, torch.Tensor]], version: int, wh
             f"it: {error}; expected the names and shapes of the checkpoint it was started from"
         ) from error
     llm.finish_weight_update(str(version))
-    # Keys and values, and vision embeddings, of the old weights.
+    _reset_caches(llm, version)
+
+
+def push_adapters(
+    llm: Any, tensors: Iterable[tuple[str, torch.Tensor]], adapter: AdapterConfig, version: int
+) -> Any:
+    """Replace the engine's LoRA, then drop every cache computed with the old one.
+
+    vLLM would read it from PEFT's files (vllm/lora/worker_manager.py); this makes its `LoRAModel`
+    of the actor's tensors. `llm` was started with `lora_arguments`. Returns vLLM's name of it,
+    which each request carries. Raises EngineError if the engine has no such module.
+    """
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.peft_helper import PEFTHelper
+    from vllm.lora.request import LoRARequest
+
+    worker = llm.llm_engine.model_executor.driver_worker.model_runner.lora_manager
+    manager = worker._adapter_manager
+    rslora = adapter.scaling == "rslora"
+    made = LoRAModel.from_lora_tensors(
+        LORA_ID,
+        dict(tensors),
+        PEFTHelper(adapter.rank, adapter.alpha, target_modules=[], use_rslora=rslora),
+        device="cpu",  # as vLLM does; the layers have a copy on their device
+        dtype=worker.lora_config.lora_dtype,
+        weights_mapper=manager.model.hf_to_vllm_mapper.get_rename_mapper(),
+    )
+    parts = (name for names in manager.packed_modules.values() for name in names)
+    unknown = sorted(made.loras.keys() - manager.modules.keys() - set(parts))
+    if unknown:  # vLLM would leave them out
+        raise EngineError(
+            f"weight sync {version}: the engine has no LoRA for {len(unknown)} modules: "
+            f"{', '.join(unknown[:3])}; set rollout.lora=merged"
+        )
+    manager.remove_adapter(LORA_ID)
+    manager.add_adapter(made)
+    manager.activate_adapter(LORA_ID)
+    _reset_caches(llm, version)
+    return LoRARequest("actor", LORA_ID, "in memory")
+
+
+def lora_arguments(adapter: AdapterConfig) -> dict[str, Any]:
+    """Return vLLM's arguments for one LoRA of this rank, in the model's type."""
+    rank = min(rank for rank in LORA_RANKS if rank >= adapter.rank)
+    return {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1}
+
+
+def _reset_caches(llm: Any, version: int) -> None:
+    """Drop keys and values, and vision embeddings, of the old weights."""
     if not llm.reset_prefix_cache():
         raise EngineError(f"weight sync {version}: the prefix cache is in use and was not reset")
     llm.llm_engine.reset_mm_cache()

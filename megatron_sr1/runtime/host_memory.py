@@ -1,4 +1,7 @@
-"""Copies of tensors in host memory from which a GPU reads at the speed of its bus."""
+"""Copies of tensors in host memory from which a GPU reads at the speed of its bus.
+
+`host_copies` makes them; `HostWeights` has a model's weights leave the device and come back.
+"""
 
 from __future__ import annotations
 
@@ -28,3 +31,30 @@ def host_copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         copies.append(copy.copy_(tensor.detach(), non_blocking=True))
     torch.cuda.current_stream().synchronize()
     return copies
+
+
+class HostWeights:
+    """Weights that training leaves as they are, with one copy of them in host memory.
+
+    On a CPU the copy is the weights themselves: the same steps move nothing.
+    """
+
+    def __init__(self, weights: Sequence[torch.nn.Parameter], device: torch.device) -> None:
+        """Take the weights, which are on `device` and are copied when they leave it at first."""
+        self._weights, self._device = list(weights), device
+        self._copies: list[torch.Tensor] = []
+        self.has_copies = device.type == "cuda"
+
+    def offload(self) -> None:
+        """Drop the device's memory; each weight is then its copy, from which it can be read."""
+        if not self._copies:
+            held = [weight.data for weight in self._weights]
+            self._copies = host_copies(held) if self.has_copies else held
+        for weight, copy in zip(self._weights, self._copies, strict=True):
+            weight.data = copy
+        torch.cuda.empty_cache()  # the engine allocates outside of it; without CUDA it does nothing
+
+    def restore(self) -> None:
+        """Copy the weights to the device, in the order of what it computes."""
+        for weight, copy in zip(self._weights, self._copies, strict=True):
+            weight.data = copy.to(self._device, non_blocking=True, copy=self.has_copies)

@@ -16,20 +16,26 @@ from typing import Any
 
 import torch
 
-from megatron_sr1.checkpoint.adapters import attach_adapters, export_adapters
+from megatron_sr1.checkpoint.adapters import (
+    attach_adapters,
+    export_adapters,
+    load_adapter_tensors,
+)
 from megatron_sr1.checkpoint.folders import HF_FILES, ModelSource, resolve_model
 from megatron_sr1.checkpoint.hf import adapters_of, export_weights, local_parameters, save_hf
 from megatron_sr1.checkpoint.hf_files import HFSource
 from megatron_sr1.checkpoint.loading import load_model
-from megatron_sr1.checkpoint.mapping import Entry, check_freeze, entries, is_frozen
+from megatron_sr1.checkpoint.mapping import Entry, adapter_entries, check_freeze, entries, is_frozen
+from megatron_sr1.checkpoint.peft_files import PeftAdapter, write_adapter
 from megatron_sr1.checkpoint.tensors import Trained
+from megatron_sr1.config.adapter import AdapterConfig
 from megatron_sr1.config.run import Config
 from megatron_sr1.model.hf_config import HFConfig, read_hf_config
 from megatron_sr1.model.qwen25_vl import build_model
 from megatron_sr1.model.transformer_config import row_multiple
 from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.groups import Groups
-from megatron_sr1.runtime.host_memory import host_copies
+from megatron_sr1.runtime.host_memory import HostWeights, host_copies
 from megatron_sr1.trainer.optimizer import make_optimizer, make_scheduler
 
 
@@ -43,6 +49,7 @@ class Actor:
         source: the directory that the model was loaded from.
         row_multiple: number of tokens that each packed row is a multiple of.
         frozen: published names of the tensors of layers that training leaves as they are.
+        untrained: all parameters that are not trained.
     """
 
     chunks: list[Any]
@@ -54,6 +61,7 @@ class Actor:
     groups: Groups
     row_multiple: int
     frozen: frozenset[str] = frozenset()
+    untrained: HostWeights = field(default_factory=lambda: HostWeights([], torch.device("cpu")))
     _offloaded: set[str] = field(default_factory=set, init=False, compare=False)
 
     def weights(self, left_out: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
@@ -73,18 +81,24 @@ class Actor:
 
         Args:
             what: none | gradients, which must not be needed any more | optimizer, which also moves
-                the optimizer's state to host memory, unless it is there, as on a CPU.
+                the optimizer's state to host memory, unless it is there, as on a CPU | weights,
+                which also drops those that are not trained: host memory has a copy, which
+                `weights` reads.
         """
-        if what == "none" or self._offloaded:
-            return
-        for wrapped in self.wrapped:
-            wrapped.offload_grad_buffers()
-        if what == "optimizer" and self.groups.device.type == "cuda":
+        parts = {"none": "", "optimizer": "gradients optimizer", "weights": "gradients weights"}
+        new = set(parts.get(what, what).split()) - self._offloaded
+        if "gradients" in new:
+            for wrapped in self.wrapped:
+                wrapped.offload_grad_buffers()
+        if "optimizer" in new and self.groups.device.type == "cuda":
             self.optimizer.offload_to_cpu()
-        self._offloaded.add(what)
+        if "weights" in new:
+            self.untrained.offload()
+        self._offloaded.update(new)
 
     def restore(self) -> None:
         """Undo `offload`, if it was called; `update` does so by itself."""
+        self.restore_weights()
         if not self._offloaded:
             return
         for wrapped in self.wrapped:
@@ -92,6 +106,17 @@ class Actor:
         if "optimizer" in self._offloaded and self.groups.device.type == "cuda":
             self.optimizer.restore_from_cpu()
         self._offloaded.clear()
+
+    def restore_weights(self) -> None:
+        """Undo `offload` as far as a forward pass needs it."""
+        if "weights" in self._offloaded:
+            self.untrained.restore()
+            self._offloaded.remove("weights")
+
+    @property
+    def can_compute(self) -> bool:
+        """False after `offload("weights")`, until they are back."""
+        return "weights" not in self._offloaded
 
     @property
     def trained(self) -> Trained:
@@ -101,6 +126,16 @@ class Actor:
     def save_hf(self, directory: Path) -> None:
         """Write the weights as a Hugging Face directory like the source's; collective."""
         save_hf(self.chunks, self.hf_config, self.groups, self.source.hf_files, directory)
+
+    def save_adapter(self, directory: Path, settings: AdapterConfig, base: str) -> None:
+        """Write the adapters in PEFT's format, for the base model of that name; collective."""
+        tensors = self.adapter_tensors()
+        if self.groups.world.rank == 0:
+            write_adapter(directory, settings, tensors, base)
+        else:
+            for _ in tensors:
+                pass
+        torch.distributed.barrier(group=self.groups.world.process_group)
 
 
 class Reference:
@@ -134,9 +169,15 @@ class Reference:
 
 
 def add_adapters(config: Config, chunks: list[Any], hf_config: HFConfig, groups: Groups) -> None:
-    """Give a loaded model the adapters of `config.adapter`, if it asks for any."""
-    if config.adapter.rank:
-        attach_adapters(chunks, hf_config, groups, config.adapter, config.seed)
+    """Give a loaded model the adapters of `config.adapter`, if its rank is not 0."""
+    chosen = config.adapter
+    if not chosen.rank:
+        return
+    attach_adapters(chunks, hf_config, groups, chosen, config.seed)
+    if chosen.path:
+        given = PeftAdapter(chosen.path)
+        given.check(chosen, adapter_entries(hf_config, chosen.targets, chosen.rank))
+        load_adapter_tensors(chunks, groups, dict(given.tensors()))
 
 
 def load_actor_model(config: Config, groups: Groups) -> tuple[list[Any], HFConfig, ModelSource]:
@@ -231,4 +272,8 @@ def make_actor(
         optimizer = make_optimizer(config, wrapped)
         scheduler = make_scheduler(config.optimizer, optimizer, num_updates)
     multiple = row_multiple(config.model, config.parallel)
-    return Actor(chunks, wrapped, optimizer, scheduler, hf_config, source, groups, multiple, frozen)
+    kept = [p for chunk in chunks for p in chunk.parameters() if not p.requires_grad]
+    return Actor(
+        *(chunks, wrapped, optimizer, scheduler, hf_config, source, groups, multiple, frozen),
+        untrained=HostWeights(kept, groups.device),
+    )

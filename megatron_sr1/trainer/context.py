@@ -16,7 +16,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from megatron_sr1.checkpoint.folders import ADAPTER, fingerprint, latest_step, read_state
+from megatron_sr1.checkpoint.folders import (
+    ADAPTER,
+    FINGERPRINT,
+    fingerprint,
+    latest_step,
+    read_state,
+)
 from megatron_sr1.checkpoint.loading import load_checkpoint
 from megatron_sr1.checkpoint.saving import EVALUATION, SaveQueue
 from megatron_sr1.config.run import Config
@@ -44,7 +50,6 @@ T = TypeVar("T")
 Evaluate = Callable[[bool], dict[str, dict[str, float]]]
 """Evaluates the actor; returns the rates of each set. The argument says that it is the last time.
 Collective over all ranks."""
-FINGERPRINT = "fingerprint of model.path's weights"
 log = logging.getLogger(__name__)
 READER = "rollout.endpoint"
 UNGRADED_WARNING_SHARE = 0.05

@@ -160,6 +160,7 @@ def with_logprobs(
             context.throughput.count_samples(phase, own)
         return filled
 
+    actor.restore_weights()
     if len(updates) > 1:
         with context.phase("old_logprobs"):
             updates = add("old_logprobs", "old_logprobs", first=1)

@@ -199,6 +199,7 @@ def _schedule(
     """
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
+    assert actor.can_compute, "weights are in host memory: restore them first"
     groups, rows = actor.groups, list(batches)
     if len(models) > 1:
         # The interleaved schedule needs a multiple of the pipeline's ranks.

@@ -33,6 +33,7 @@ from megatron_sr1.trainer.step import sample_logprobs
 
 def start_engine(config: Config, groups: Groups, processor: Processor) -> Engine:
     """Start the colocated rollout engine with the weights of `model.path`; collective."""
+    has_lora = config.rollout.lora == "engine" and config.stage != "eval"
     return Engine(
         engine_directory(config, groups),
         config.rollout,
@@ -41,6 +42,7 @@ def start_engine(config: Config, groups: Groups, processor: Processor) -> Engine
         dtype=config.model.dtype,
         seed=config.seed,
         timeout_seconds=config.launch.collective_timeout_seconds,
+        adapter=config.adapter if has_lora else None,
     )
 
 
@@ -68,12 +70,15 @@ def engine_directory(config: Config, groups: Groups) -> Path:
 def sync(context: Context, actor: Actor, engine: Engine, again: bool = False) -> None:
     """Wake the engine and stream the actor's weights into it, with the step as their version.
 
-    `again` says that the engine's weights came from this actor: frozen ones are not sent again.
+    With `rollout.lora=engine` these are the adapters alone. `again` says that the engine's weights
+    came from this actor: frozen ones are not sent again.
     """
     with context.phase("sync"):
         left_out = actor.frozen if again and engine.keeps_weights else frozenset[str]()
         actor.offload(context.config.rollout.make_room)
         engine.wake()
+        if context.config.rollout.lora == "engine":
+            return engine.sync_adapters(actor.adapter_tensors(), context.step)
         engine.sync(actor.weights(left_out), context.step, whole=not left_out)
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megatron_sr1.checkpoint.folders import ModelSource
 from megatron_sr1.checkpoint.hf_files import HFSource
 from megatron_sr1.checkpoint.peft_files import PeftAdapter
 from megatron_sr1.conversion.adapters import merge
@@ -13,10 +14,10 @@ from tests.peft_adapters import peft_adapter
 def merge_from(adapter, base, target):
     reports = []
     merge(
-        base,
+        ModelSource("huggingface", base, base),
         adapter.modules,
         adapter.read,
-        adapter.config.scale,
+        adapter.settings.scale,
         target,
         lambda *report: reports.append(report),
     )

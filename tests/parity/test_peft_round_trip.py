@@ -34,11 +34,11 @@ def test_a_round_trip_from_peft_and_back_is_bitwise(tiny_model, tmp_path, target
     )
     made.save_pretrained(tmp_path / "peft")
     ours = PeftAdapter(tmp_path / "peft")
-    assert (ours.config.rank, ours.config.alpha, ours.config.dropout) == (4, 6.0, 0.25)
-    assert ours.config.scaling == scaling
+    assert (ours.settings.rank, ours.settings.alpha, ours.settings.dropout) == (4, 6.0, 0.25)
+    assert ours.settings.scaling == scaling
     layer = made.base_model.model.model.language_model.layers[0].self_attn.q_proj
-    assert ours.config.scale == layer.scaling["default"]
-    write_adapter(tmp_path / "ours", ours.config, ours.tensors(), str(tiny_model))
+    assert ours.settings.scale == layer.scaling["default"]
+    write_adapter(tmp_path / "ours", ours.settings, ours.tensors(), str(tiny_model))
     assert equal(stored(tmp_path / "ours"), stored(tmp_path / "peft"))
 
 
@@ -47,7 +47,7 @@ def test_peft_loads_what_is_written_here_and_computes_the_same(tiny_model, tmp_p
     made = peft_adapter(tiny_model, use_rslora=rslora, lora_dropout=0.25)
     made.save_pretrained(tmp_path / "peft")
     ours = PeftAdapter(tmp_path / "peft")
-    write_adapter(tmp_path / "ours", ours.config, ours.tensors(), str(tiny_model))
+    write_adapter(tmp_path / "ours", ours.settings, ours.tensors(), str(tiny_model))
     again = peft.PeftModel.from_pretrained(base_model(tiny_model), tmp_path / "ours")
     with torch.no_grad():
         assert torch.equal(again(input_ids=IDS).logits, made(input_ids=IDS).logits)
@@ -66,7 +66,7 @@ def test_peft_puts_adapters_on_exactly_the_modules_of_the_file(tiny_model, tmp_p
     ours = PeftAdapter(tmp_path / "peft")
     one = "model.layers.1.mlp.gate_proj"  # the tower has modules of that name too
     tensors = [(name, tensor) for name, tensor in ours.tensors() if name.startswith(one)]
-    write_adapter(tmp_path / "one", ours.config, tensors)
+    write_adapter(tmp_path / "one", ours.settings, tensors)
     loaded = peft.PeftModel.from_pretrained(base_model(tiny_model), tmp_path / "one")
     found = {name for name, _ in loaded.named_modules() if name.endswith(".lora_A")}
     assert found == {"base_model.model.model.language_model.layers.1.mlp.gate_proj.lora_A"}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_sr1.checkpoint.peft_files import PeftAdapter, PeftConfig, write_adapter
+from megatron_sr1.checkpoint.peft_files import PeftAdapter, write_adapter
 from megatron_sr1.config.adapter import AdapterConfig
 from megatron_sr1.errors import CheckpointError, ConfigError
 
@@ -60,7 +60,7 @@ def test_defaults_of_an_installed_peft_are_accepted(tmp_path):
     LoraConfig(r=2, lora_alpha=16, target_modules=["q_proj"]).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     found = PeftAdapter(adapter(tmp_path / "a", saved))
-    assert found.config == PeftConfig(2, 16.0, 0.0, "standard")
+    assert found.settings == AdapterConfig(rank=2, alpha=16.0)
     assert found.modules == {MODULE: (4, 6)}
 
 
@@ -118,10 +118,10 @@ def test_a_run_must_agree_with_the_adapter_that_it_starts_from(tmp_path):
 def test_only_an_adapter_is_replaced(tmp_path):
     found = PeftAdapter(adapter(tmp_path / "a"))
     parts = {"lora_A.weight": torch.zeros(2, 4), "lora_B.weight": torch.zeros(6, 2)}
-    write_adapter(tmp_path / "a", found.config, [(f"{MODULE}.{n}", t) for n, t in parts.items()])
+    write_adapter(tmp_path / "a", found.settings, [(f"{MODULE}.{n}", t) for n, t in parts.items()])
     assert not PeftAdapter(tmp_path / "a").read(f"{MODULE}.lora_B.weight").any()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
     with pytest.raises(CheckpointError, match="holds no adapter"):
-        write_adapter(tmp_path / "other", found.config, [])
+        write_adapter(tmp_path / "other", found.settings, [])
     assert (tmp_path / "other" / "notes.txt").read_text() == "mine"
