@@ -19,9 +19,12 @@ EPILOG = """
 examples:
   python tools/convert_checkpoint.py hf-to-megatron Qwen2.5-VL-7B-Instruct qwen25vl_7b_megatron
   python tools/convert_checkpoint.py megatron-to-hf runs/digits/checkpoints exported_hf --verify
+  python tools/convert_checkpoint.py megatron-to-hf runs/lora/checkpoints merged --adapter merge
+  python tools/convert_checkpoint.py megatron-to-hf runs/lora/checkpoints lora --adapter export
 
 A Megatron checkpoint holds the configuration, tokenizer and weight files' headers of the model that
-it came from (hf_files/), so that the way back gives the same names, types and files.
+it came from (hf_files/), so that the way back gives the same names, types and files. One of a run
+with adapters holds these alone: they are merged into their base, or exported in PEFT's format.
 """
 
 
@@ -47,6 +50,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     text = "directory of checkpoints (takes the latest) or a step_N directory"
     to_hf("source", type=Path, help=text)
     to_hf("target", type=Path, help="new Hugging Face directory")
+    text = "of a run with adapters: merge them into their base, or export them in PEFT's format"
+    to_hf("--adapter", choices=("merge", "export"), help=text)
+    text = "the adapters' base model for --adapter merge (default: model.path of the run)"
+    to_hf("--base", default="", help=text)
     text = "compare only the sizes of the checkpoint's files with its manifest"
     to_hf("--no-checksums", dest="checksums", action="store_false", help=text)
     for add in (to_megatron, to_hf):
@@ -62,7 +69,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             help="list what would be moved, with sizes and memory, and move nothing; headers or, "
             "of a Hugging Face directory, config.json are enough",
         )
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if getattr(arguments, "adapter", None) and (arguments.verify or arguments.dry_run):
+        parser.error("--adapter goes with neither --verify nor --dry-run")
+    return arguments
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -97,6 +107,8 @@ def run(arguments: argparse.Namespace, report: Progress) -> None:
     from megatron_sr1.errors import CheckpointError
     from megatron_sr1.runtime.hub import model_directory
 
+    if getattr(arguments, "adapter", None):
+        return convert_adapter(arguments, report)
     target, to_published = arguments.target, arguments.way == TO_HF
     revision = "" if to_published else arguments.revision
     source = model_directory(arguments.source, revision, weights=not arguments.dry_run)
@@ -121,6 +133,17 @@ def run(arguments: argparse.Namespace, report: Progress) -> None:
     if arguments.verify:
         published, checkpoint = (target, found) if to_published else (source, resolve_model(target))
         convert.verify_conversion(published, checkpoint, report, to_published=to_published)
+
+
+def convert_adapter(arguments: argparse.Namespace, report: Progress) -> None:
+    """Merge or export the adapters of a checkpoint."""
+    from megatron_sr1.conversion.adapters import StoredAdapter, export_adapter, merge_checkpoint
+
+    stored, target = StoredAdapter(arguments.source), arguments.target
+    if arguments.adapter == "export":
+        export_adapter(stored, target, arguments.checksums)
+    else:
+        merge_checkpoint(stored, arguments.base, target, arguments.checksums, report)
 
 
 class Progress:
