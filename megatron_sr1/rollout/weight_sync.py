@@ -80,7 +80,8 @@ def push_adapters(
     rslora = adapter.scaling == "rslora"
     made = LoRAModel.from_lora_tensors(
         LORA_ID,
-        dict(tensors),
+        # Copies: vLLM multiplies B by the scale in place.
+        {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors},
         PEFTHelper(adapter.rank, adapter.alpha, target_modules=[], use_rslora=rslora),
         device="cpu",  # as vLLM does; the layers have a copy on their device
         dtype=worker.lora_config.lora_dtype,

@@ -70,8 +70,12 @@ def test_the_engine_computes_with_the_adapters_it_was_sent_last(tiny_model, engi
         made = peft_adapter(tiny_model, seed=version, target_modules=targets, use_rslora=rslora)
         made.save_pretrained(tmp_path / str(version))
         ADAPTER.scaling = "rslora" if rslora else "standard"
-        engine.sync_adapters(PeftAdapter(tmp_path / str(version)).tensors(), version)
+        stored = PeftAdapter(tmp_path / str(version))
+        given = dict(stored.tensors())
+        engine.sync_adapters(given.items(), version)
         assert engine.weight_version == version
+        # The actor's own tensors stay as they are.
+        assert all(torch.equal(given[name], tensor) for name, tensor in stored.tensors())
         assert gap(engine, made, tiny_model, f"{version}/") < BOUND
         with made.disable_adapter():
             assert gap(engine, made, tiny_model, f"off {version}/") > 10 * BOUND
