@@ -221,22 +221,22 @@ def demo_command(arguments: argparse.Namespace) -> int:
     from megatron_sr1.launch import preflight, torchrun
     from megatron_sr1.runtime.failure import guard
 
-    output, seed = arguments.output, arguments.seed
+    output, seed, rank = arguments.output, arguments.seed, arguments.adapter_rank
     if torchrun.join():
         configure_logging("info")
         with guard(output):
             from megatron_sr1.demo import demo
 
-            demo.train(output, seed)
+            demo.train(output, seed, rank)
         return 0
     preflight.check_output(str(output))
     silence_native_warnings("info")
     configure_logging("info")
     from megatron_sr1.demo import demo
 
-    demo.prepare(output, seed)
+    demo.prepare(output, seed, rank)
     started = time.time()
-    own = ["demo", "--output", str(output), "--seed", str(seed)]
+    own = ["demo", "--output", str(output), "--seed", str(seed), "--adapter-rank", str(rank)]
     status = torchrun.run(own, LaunchConfig(threads=1), demo.NUM_RANKS)
     if status:
         return _with_cause(status, output, started)

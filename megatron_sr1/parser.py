@@ -95,6 +95,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add["demo"]("--output", type=Path, default=DEMO_OUTPUT, metavar="DIR", help="run directory")
     add["demo"]("--seed", type=int, default=1, metavar="N", help="seed of data and model")
+    text = "train LoRA adapters of this rank with GRPO, on the cold-started model; 0: all weights"
+    add["demo"]("--adapter-rank", type=int, default=0, metavar="N", help=text)
     add["plan"]("--gpus", type=int, required=True, metavar="N", help="number of GPUs")
     add["plan"]("--gpu", required=True, metavar="NAME", help=" | ".join(GPUS))
     for name, text in LENGTHS.items():

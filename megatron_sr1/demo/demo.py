@@ -64,7 +64,7 @@ ON_THE_WAY = [
 """Evaluations of the GRPO runs while they train, for the curves of the report."""
 
 
-def prepare(output: Path, seed: int) -> None:
+def prepare(output: Path, seed: int, adapter_rank: int = 0) -> None:
     """Write shards of the digits and a model with random weights, unless they exist."""
     log.info("1/4 data: questions about handwritten digits, and a small model to train")
     if not CONFIG.is_file():
@@ -72,22 +72,26 @@ def prepare(output: Path, seed: int) -> None:
             f"{CONFIG}: no such file; the demo takes its settings from the checkout: install the "
             "package from there with `pip install -e .`, or use `make demo`"
         )
-    made = output / "seed.json"
+    made, own = output / "seed.json", [seed, adapter_rank] if adapter_rank else seed
     if made.is_file():
-        if json.loads(made.read_text()) != seed:
-            raise ConfigError(f"{output} is a demo of another seed; give another --output")
+        if json.loads(made.read_text()) != own:
+            what = "another seed or adapter rank"
+            raise ConfigError(f"{output} is a demo of {what}; give another --output")
         return
     for part in ("data", "model"):  # left by an interrupted start
         shutil.rmtree(output / part, ignore_errors=True)
     make_digits(output / "data", seed)
     make_tiny_model(output / "model", corpus_texts(), seed=seed)
-    made.write_text(f"{seed}\n")
+    made.write_text(f"{json.dumps(own)}\n")
 
 
-def train(output: Path, seed: int) -> None:
-    """Run all stages of the demo on one rank."""
+def train(output: Path, seed: int, adapter_rank: int = 0) -> None:
+    """Run all stages of the demo on one rank; with a rank above 0, GRPO trains adapters."""
     started = time.monotonic()
-    configs = {name: _config(output, seed, name) for name in MODELS}
+    adapter = f"adapter.rank={adapter_rank}"
+    configs = {
+        name: _config(output, seed, name, *[adapter] * (name != "cold_start")) for name in MODELS
+    }
     cold = configs.pop("cold_start")
     with stages.joined_ranks(cold) as groups:
         log.info("2/4 cold start (%d steps)", cold.num_steps)

@@ -79,4 +79,4 @@ def test_every_recipes_model_is_built_on_the_meta_device_as_its_ranks_would(dry_
         planned = [sum(p.numel for p in stage_parameters(hf_config, layout, s)) for s in ends]
         assert said(text, "parameters") == planned, name
         whole = num_parameters(hf_config) / (parallel.tensor * parallel.pipeline)
-        assert max(planned) > whole
+        assert max(planned) >= whole

@@ -16,6 +16,7 @@ from megatron_sr1.model.hf_config import parse_hf_config
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 PUBLISHED = Path(__file__).resolve().parents[1] / "published"
+NUM_GPUS = {"3b_lora_1gpu": 1, "7b_lora": 2, "72b_lora_8gpus": 8}
 NUM_MACHINES = {"7b_4_nodes": 4, "32b": 4, "72b": 8, "32b_cold_start": 4, "72b_cold_start": 8}
 
 
@@ -90,7 +91,8 @@ def test_every_layout_divides_the_published_model_and_the_gpus(path):
         assert model.text.num_attention_heads % parallel == 0
         assert model.text.num_key_value_heads % parallel == model.vision.num_heads % parallel == 0
     assert model.text.num_layers % config.parallel.pipeline == 0
-    num_gpus = 8 * NUM_MACHINES.get(path.stem.removeprefix("qwen25vl_").removesuffix("_fp8"), 1)
+    name = path.stem.removeprefix("qwen25vl_").removesuffix("_fp8")
+    num_gpus = NUM_GPUS.get(name, 8 * NUM_MACHINES.get(name, 1))
     assert num_gpus % config.parallel.replica_size == 0
     assert (
         num_gpus % config.rollout.tensor_parallel == 0 and 8 % config.rollout.tensor_parallel == 0

@@ -28,6 +28,7 @@ from megatron_sr1.planning.layout import (
 from megatron_sr1.planning.memory import StaticMemory, static_memory
 from megatron_sr1.planning.workload import num_parameters, planned_run
 from megatron_sr1.runtime.gpus import GPUS, find_gpu
+from tools.memory_table import table
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = ROOT / "tests" / "published"
@@ -330,9 +331,9 @@ def test_docs_planner_has_the_constants_of_every_gpu():
         for line in (ROOT / "docs" / "planner.md").read_text().split("## Constants")[1].splitlines()
         if line.startswith("| ")
     ]
-    names, *rows = ([cells[0], cells[1:]] for cells in rows[:9])
-    rates = ("memory_bytes", "peak_flops", "memory_rate", "link_rate", "network_rate", "host_rate",
-             "matmul_share", "attention_share")  # fmt: skip
+    names, *rows = ([cells[0], cells[1:]] for cells in rows[:10])
+    rates = ("memory_bytes", "peak_flops", "float32_flops", "memory_rate", "link_rate",
+             "network_rate", "host_rate", "matmul_share", "attention_share")  # fmt: skip
     units = {"GB": 1e9, "TF": 1e12, "TB": 1e12, "sh": 1.0}
     assert names[1] == list(GPUS)
     for (title, cells), rate in zip(rows, rates, strict=True):
@@ -359,6 +360,10 @@ def test_docs_planner_has_the_table_that_planner_errors_prints():
     assert done.stdout in (ROOT / "docs" / "planner.md").read_text()
 
 
+def test_docs_memory_has_the_table_that_memory_table_prints():
+    assert table() in (ROOT / "docs" / "memory.md").read_text()
+
+
 def test_without_packing_a_row_is_a_sequence():
     assert load_config(SEVEN, []).data.row_budget == 8192
     assert load_config(SEVEN, ["data.packing=false"]).data.row_budget == 0
@@ -369,3 +374,49 @@ def test_beside_the_engine_is_what_make_room_leaves():
     assert static.beside_engine("none") == static.device == 321
     assert static.beside_engine("gradients") == 301
     assert static.beside_engine("optimizer") == 1
+    adapters = replace(static, frozen=50_000)
+    assert adapters.beside_engine("gradients") == 50_301
+    assert adapters.beside_engine("weights") == 301
+
+
+def test_frozen_weights_leave_a_small_gpu_if_nothing_fits_otherwise(tmp_path, capsys):
+    (tmp_path / "config.json").write_text((PUBLISHED / "qwen25vl_3b.json").read_text())
+    keys = [f"model.path={tmp_path}", "adapter.rank=64", "rollout.sleep_level=0"]
+    keys += ["parallel.tensor=1", "parallel.sequence=false"]
+    status, printed = plan(capsys, *keys, "--gpus", 1, "--gpu", "rtx4090")
+    assert status == 0
+    assert "no layout fits with the configuration's settings; this needs rollout" in printed.out
+    asked = printed.out.split("as configuration keys:\n")[1].split()
+    assert asked[-2:] == ["rollout.make_room=weights", "rollout.sleep_level=2"]
+    kinds = dict(re.findall(r"^  ([a-z ,]+?) +(\d+\.\d{3})$", printed.out, re.MULTILINE))
+    assert kinds["frozen weights"] == kinds["frozen weights in host memory"] == "7.509"
+    assert float(kinds["total, rollout"]) < 24 < float(kinds["total, rollout"]) + 7.509
+
+
+def test_what_does_not_fit_24_gb_is_said_with_its_parts_and_adapters_if_they_would(model, capsys):
+    seven = [f"model.path={model}", "parallel.tensor=1", "parallel.sequence=false"]
+    status, printed = plan(capsys, *seven, "adapter.rank=64", "--gpus", 1, "--gpu", "rtx4090")
+    assert status == 2
+    assert re.search(
+        r"needs \d+\.\d GB per GPU .* in an update \(weights 17\.\d, .*activations", printed.err
+    )
+    status, printed = plan(capsys, *seven, "--gpus", 1, "--gpu", "l40s")
+    assert status == 2 and "adapters fit here: adapter.rank=16" in printed.err
+
+
+def test_the_plan_says_why_it_does_not_propose_the_fastest_layout(tmp_path, capsys):
+    (tmp_path / "config.json").write_text((PUBLISHED / "qwen25vl_72b.json").read_text())
+    _, printed = plan(capsys, f"model.path={tmp_path}", "--gpus", 64, "--gpu", "h100")
+    reason = r"^  \d\.\d % slower than the fastest, with 1 instead of \d context-parallel ranks: "
+    assert re.search(reason, printed.out, re.MULTILINE)
+
+
+def test_adapters_update_faster_and_need_no_copy_of_the_reference():
+    run, _ = planned("7b")
+    layout = Layout(data=8, recompute="full")
+    whole = estimate(run, layout)
+    lora = estimate(planned("7b", "adapter.rank=16", "adapter.dtype=model")[0], layout)
+    assert lora.seconds["update"] < whole.seconds["update"]
+    assert lora.seconds["reference"] < whole.seconds["reference"]
+    in_float32 = estimate(planned("7b", "adapter.rank=16")[0], layout)
+    assert lora.seconds["update"] < in_float32.seconds["update"]
