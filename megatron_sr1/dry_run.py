@@ -72,7 +72,9 @@ def dry_run(config: Config, lengths: Mapping[str, Sequence[int]]) -> str:
         lines.append(f"endpoint    {key}: {endpoint.model} at {endpoint.base_url}")
     if config.stage != "sft":
         if config.reward.function:
-            lines.append(f"reward      answers judged by {config.reward.function}, loaded")
+            is_total = config.reward.function_for == "total"
+            does = "total reward given" if is_total else "answers judged"
+            lines.append(f"reward      {does} by {config.reward.function}, loaded")
         rollout = config.rollout
         lines.append(
             f"engine      tensor parallel {rollout.tensor_parallel}, {rollout.max_num_seqs} slots "
@@ -240,7 +242,7 @@ def check_run(config: Config, num_ranks: int) -> list[str]:
                 f"{num_ranks} ranks; change it or launch.num_processes"
             )
         for function in dict.fromkeys(config.functions().values()):
-            UserReward(function)
+            UserReward(function, config.reward if function == config.reward.function else None)
     for key, endpoint in config.endpoints().items():
         read_key(key, endpoint)
     found = [] if config.stage == "eval" else check_training(config)

@@ -181,18 +181,21 @@ class Reward:
 
     Attributes:
         accuracy: 1 if the pass-1 answer is right, else 0; a user's function may return any value
-            in [0, 1].
+            in its range.
         format: 1 if the response has the recipe's form, else 0.
         self_reward: mean verdict on the pass-2 answers, or the gold answer's likelihood in [0, 1];
             minus that of the question alone, if configured. None if there is no pass 2 by design
             (a text-only sample, a recipe without it), 0 if the description is missing.
         leak: True if the description states the answer as a conclusion.
-        total: the recipe's weighted sum.
+        total: the recipe's weighted sum, or what a user's function for it returned; less the
+            penalty for length.
         answer: content of the box of pass 1; None without one.
         reading_answer: the same of the first answer of pass 2.
         uncomparable: exception that a library raised on an answer, which then counts as wrong.
         because: the grader's rule that decided on the answer; "function" if a user's one did.
         reading_because: the same for the first answer of pass 2.
+        overlong: penalty for length before its weight, from 0 to 1; None if there is none.
+        metrics: further metrics that a user's function returned.
     """
 
     accuracy: float
@@ -205,6 +208,8 @@ class Reward:
     uncomparable: str | None = None
     because: str | None = None
     reading_because: str | None = None
+    overlong: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from megatron_sr1.evaluation.held_out_loss import HeldOutLoss, make_losses
 from megatron_sr1.evaluation.judge import has_too_many_unjudged, opened_judge
 from megatron_sr1.evaluation.results import write_results
 from megatron_sr1.evaluation.scorers import evaluation_scorers
-from megatron_sr1.rewards.score import Scorer
+from megatron_sr1.rewards.grading_pool import GradingPool
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.runtime import failure
 from megatron_sr1.runtime.device import select_device, start_distributed, stop_distributed
@@ -73,7 +73,10 @@ def joined_ranks(config: Config) -> Iterator[Groups]:
 def run_sft(config: Config, groups: Groups) -> int:
     """Fine-tune `model.path` on the training data, evaluating `evaluation.sets`."""
     is_writer = groups.world.rank == 0
-    with evaluation_scorers(config) as scorers, opened_judge(config, is_writer) as judge:
+    with (
+        evaluation_scorers(config, is_leader=leads(config, groups)) as scorers,
+        opened_judge(config, is_writer) as judge,
+    ):
         context, samples, actor, _ = start(config, groups)
         losses, engine, sets = make_losses(context, actor, samples.processor), None, []
         if config.evaluation.generate:
@@ -93,9 +96,10 @@ def run_sft(config: Config, groups: Groups) -> int:
 def run_grpo(config: Config, groups: Groups) -> int:
     """Train `model.path` with GRPO on the training data, evaluating `evaluation.sets`."""
     # These first: a function that does not load, or a key that is missing, stops the run at once.
+    is_leader, longest = leads(config, groups), config.rollout.max_response_tokens
     with (
-        Scorer(config.reward) as scorer,
-        evaluation_scorers(config) as scorers,
+        GradingPool(config.reward, longest, is_leader) as grading,
+        evaluation_scorers(config, is_leader=is_leader) as scorers,
         opened_judge(config, groups.world.rank == 0) as judge,
     ):
         context, samples, actor, reference = start(config, groups)
@@ -105,7 +109,7 @@ def run_grpo(config: Config, groups: Groups) -> int:
         sets = make_sets(context, engine, samples.processor, scorers, judge)
         evaluate = partial(evaluate_actor, context, actor, engine, sets, []) if sets else None
         is_trained = not context.has_steps_left
-        train_grpo(context, actor, engine, samples, scorer, reference, evaluate)
+        train_grpo(context, actor, engine, samples, grading, reference, evaluate)
         if evaluate is not None and is_trained:  # sets that were named after the training
             evaluate(True)
         export(context, actor)
@@ -119,7 +123,10 @@ def run_eval(config: Config, groups: Groups) -> int:
     context = Context(config, groups, 0)
     context.open()
     resume = can_resume(context)
-    with evaluation_scorers(config) as scorers, opened_judge(config, context.is_writer) as judge:
+    with (
+        evaluation_scorers(config, is_leader=leads(config, groups)) as scorers,
+        opened_judge(config, context.is_writer) as judge,
+    ):
         with context.phase("setup"):
             engine = start_engine(config, groups, processor)
         sets = make_sets(context, engine, processor, scorers, judge)
@@ -127,6 +134,11 @@ def run_eval(config: Config, groups: Groups) -> int:
         report_rates(context, found, is_last=True)
     context.close()
     return context.exit_status
+
+
+def leads(config: Config, groups: Groups) -> bool:
+    """Return True on the first rank of an engine replica, which grades the replica's rollouts."""
+    return groups.world.rank % config.rollout.tensor_parallel == 0
 
 
 def start(config: Config, groups: Groups) -> tuple[Context, Samples, Actor, Reference | None]:

@@ -3,8 +3,9 @@
 For the demo's model and for one of hidden size 512: one pass, two passes with a barrier between
 them and two passes forked on the real engine; weight sync beside a plain copy of the same bytes; a
 GRPO step beside TRL's. An update at a 3B's widths beside transformers' Trainer. Host time with a
-model of tiny kernels. Then a declared workload on the cost model of an H100. Writes bench.json and
-prints tables; docs/bench.md holds those of one run. The exit status is 1 if a limit is exceeded.
+model of tiny kernels. Grading while the engine samples, and afterwards. Then a declared workload on
+the cost model of an H100. Writes bench.json and prints tables; docs/bench.md holds those of one
+run. The exit status is 1 if a limit is exceeded.
 Without a finished demo in --demo, it runs one (minutes).
 """
 
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sr1.planning.engine_time import Replica
+from tools.bench_grading import LIMITS as GRADING_LIMITS
 from tools.bench_host import LIMITS as HOST_LIMITS
 from tools.engine_steps import (
     H100,
@@ -132,6 +134,11 @@ def measure_host(directory: Path, rounds: int) -> dict[str, float]:
     return measured(directory, "host", "tools/bench_host.py", "--rounds", str(rounds))
 
 
+def measure_grading(directory: Path, rounds: int) -> dict[str, Any]:
+    """Measure grading during and after pass 1, which needs no demo either."""
+    return measured(directory, "grading", "tools/bench_grading.py", "--rounds", str(rounds))
+
+
 def measured(directory: Path, name: str, *command: str, threads: int = 1) -> dict[str, Any]:
     """Run a tool that writes a result; it stays in the demo's directory, beside bench.json."""
     result = directory / "bench" / f"{name}.json"
@@ -165,6 +172,27 @@ def host_verdicts(found: dict[str, float]) -> dict[str, bool]:
     return {
         f"host, {name}: {found[name]:.3f}, {limit:g}": found[name] <= limit
         for name, limit in HOST_LIMITS.items()
+    }
+
+
+def grading_line(found: dict[str, Any]) -> str:
+    """Show the seconds of pass 1 and of grading, whether that begins after or during pass 1."""
+    after, early = (
+        f"{found[f'{when}_pass1_seconds']:.1f} + {found[f'{when}_reward_seconds']:.1f} s"
+        for when in ("after", "early")
+    )
+    return (
+        f"pass 1 + grading of 4,000 answers: graded afterwards {after}, while they are sampled "
+        f"{early}; left after the last token {found['left_share']:.3f}, together "
+        f"{found['step']:.3f}\n"
+    )
+
+
+def grading_verdicts(found: dict[str, Any]) -> dict[str, bool]:
+    """Check the limits of grading."""
+    return {
+        f"grading, {name}: {found[name]:.3f}, {limit:g}": found[name] <= limit
+        for name, limit in GRADING_LIMITS.items()
     }
 
 
@@ -359,14 +387,21 @@ def main() -> int:
     add("--trl-rounds", type=int, default=5, help="rounds; the sides take turns")
     add("--host-only", action="store_true", help="measure host time, check its limits and stop")
     add("--host-rounds", type=int, default=5)
+    add("--grading-only", action="store_true", help="measure grading, check its limits and stop")
+    add("--grading-rounds", type=int, default=3)
     add("--roofline-only", action="store_true", help="print the cost model's tables and stop")
     arguments = parser.parse_args()
     demo = arguments.demo.resolve()
-    if not arguments.host_only:
+    if not (arguments.host_only or arguments.grading_only):
         gpu = gpu_seconds()
         print(gpu_tables(gpu), flush=True)
     if arguments.roofline_only:
         return 0
+    if not arguments.host_only:
+        grading = measure_grading(demo, arguments.grading_rounds)
+        print(grading_line(grading), flush=True)
+    if arguments.grading_only:
+        return report(grading_verdicts(grading))
     host = measure_host(demo, arguments.host_rounds)
     print(host_table(host), flush=True)
     print(f"One more live sequence: {1e6 * host['sequence_step_seconds']:.1f} us an engine step")
@@ -378,12 +413,13 @@ def main() -> int:
     widths = measured(demo, "widths", "tools/bench_widths.py", threads=2)
     parts = {name: summary(found[name], gpu["declared"]) for name in found}
     whole = {**parts["demo"], "wide": parts["wide"], "host": host, "widths": widths}
+    whole["grading"] = grading
     arguments.output.write_text(json.dumps(whole, indent=2))
     for name in found:
         print(model_tables(name, found[name]))
     print(widths_line(widths))
     checked = {**verdicts(found, gpu["declared"]), **widths_verdicts(widths), **host_verdicts(host)}
-    return report(checked)
+    return report({**checked, **grading_verdicts(grading)})
 
 
 def report(checked: dict[str, bool]) -> int:

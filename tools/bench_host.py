@@ -2,13 +2,14 @@
 
 Makes its model and images itself. Measures, in turn within one run: `LLM.generate` of 64 prompts
 with 8 samples each, so 512 live sequences; `roll_out` of one pass of the same prompts, pixels
-included; both passes forked, of which the loop's own part is what lies outside of vLLM's calls; and
-what a step's images cost before the first token: decoded by the trainer and preprocessed by vLLM
-one after the other, or read ahead by threads. The planner's figure for the host is made here too:
-what one more live sequence costs in an engine step outside of the model and the sampler, from
-passes with 64 and with 512 sequences. Times are processor seconds of the main thread, which other
-programs on the machine disturb less than wall time does. Writes a JSON file. One process, started
-by bench.py, with OMP_NUM_THREADS=1, so that the main thread computes everything.
+included; both passes forked, with what is finished graded by other processes, of which the loop's
+own part is what lies outside of vLLM's calls; and what a step's images cost before the first token:
+decoded by the trainer and preprocessed by vLLM one after the other, or read ahead by threads. The
+planner's figure for the host is made here too: what one more live sequence costs in an engine step
+outside of the model and the sampler, from passes with 64 and with 512 sequences. Times are
+processor seconds of the main thread, which other programs on the machine disturb less than wall
+time does. Writes a JSON file. One process, started by bench.py, with OMP_NUM_THREADS=1, so that the
+main thread computes everything.
 """
 
 from __future__ import annotations
@@ -29,17 +30,19 @@ import numpy as np
 from PIL import Image
 
 from megatron_sr1.config.loading import load_config
-from megatron_sr1.config.rollout import RolloutConfig
+from megatron_sr1.config.rollout import RewardConfig, RolloutConfig
 from megatron_sr1.data.examples import Record
 from megatron_sr1.data.shards import write_shards
 from megatron_sr1.demo.digits import corpus_texts
 from megatron_sr1.demo.tiny_model import make_tiny_model
 from megatron_sr1.records import Message, Rollout
+from megatron_sr1.rewards.grading_pool import GradingPool
 from megatron_sr1.rollout import vllm_api
 from megatron_sr1.rollout.engine import Engine, Request
 from megatron_sr1.rollout.two_pass import RolloutHooks, roll_out
 from megatron_sr1.runtime.device import select_device, start_distributed
 from megatron_sr1.runtime.rng import request_seed
+from megatron_sr1.trainer.rollouts import grade_early, score
 from megatron_sr1.trainer.samples import Samples, make_processor
 from tools.scoring_backends import collapse
 
@@ -57,8 +60,8 @@ seconds of a step's images, read ahead over not."""
 class Bench:
     """A tiny engine and samples with images of one size."""
 
-    def __init__(self, directory: Path) -> None:
-        """Make model and shards, and start the engine."""
+    def __init__(self, directory: Path, live: int = 2 * NUM_PROMPTS * SAMPLES) -> None:
+        """Make model and shards, and start the engine, which has `live` sequences at most."""
         model = directory / "model"
         make_tiny_model(model, corpus_texts(), hidden_size=64, num_layers=1)
         self.samples = {
@@ -66,10 +69,11 @@ class Bench:
             for name, size in (("small", SMALL), ("large", LARGE))
         }
         start_distributed(select_device("cpu"))
-        rollout = RolloutConfig(max_model_len=2048, max_num_seqs=2 * NUM_PROMPTS * SAMPLES)
+        rollout = RolloutConfig(max_model_len=2048, max_num_seqs=live)
         self.engine = Engine(model, rollout, self.samples["small"].processor)
         self.llm = self.engine._llm
         self.executor = self.engine._core.engine_core.engine_core.model_executor
+        self.pool = GradingPool(RewardConfig())
 
     def reset(self) -> None:
         """Drop what the engine has cached."""
@@ -112,6 +116,8 @@ class Bench:
             rollouts = self._rollouts(SAMPLES, with_pass2)
         seconds = time.thread_time() - started
         assert sum(r.reading is not None for r in rollouts) > len(rollouts) / 2 or not with_pass2
+        if with_pass2:
+            score(rollouts, samples, self.pool)
         return seconds, inside[0]
 
     def sequence_seconds(self) -> float:
@@ -140,19 +146,21 @@ class Bench:
 
     def _rollouts(self, num_samples: int, with_pass2: bool) -> list[Rollout]:
         samples = self.samples["small"]
+        rollout = RolloutConfig(
+            samples_per_prompt=num_samples,
+            max_response_tokens=RESPONSE_TOKENS,
+            pass2_temperature=1.0,
+            max_reading_tokens=READING_TOKENS,
+        )
         rollouts, _ = roll_out(
             self.engine,
             [samples.prompt(index) for index in range(NUM_PROMPTS)],
-            RolloutConfig(
-                samples_per_prompt=num_samples,
-                max_response_tokens=RESPONSE_TOKENS,
-                pass2_temperature=1.0,
-                max_reading_tokens=READING_TOKENS,
-            ),
+            rollout,
             RolloutHooks(
                 first_characters,
                 samples.reading_prompts if with_pass2 else None,
                 lambda index, sample, part: request_seed(1, 0, index, sample, part),
+                finished=grade_early(samples, self.pool, rollout) if with_pass2 else None,
             ),
         )
         return list(rollouts)

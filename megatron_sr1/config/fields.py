@@ -47,6 +47,11 @@ def named(kind: type) -> Any:
     return field(default_factory=dict, metadata={"named": kind})
 
 
+def any_keys() -> Any:
+    """Return a field for a mapping whose keys the user chooses, to values of any type."""
+    return field(default_factory=dict, metadata={"any_keys": True})
+
+
 def settings(config: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any]]:
     """Yield each setting of a configuration: its dotted key, its field, its value."""
     for each in fields(config):

@@ -170,6 +170,9 @@ def _check_types(layer: dict[Any, Any], group: Any, name: str, prefix: str = "")
             layer[key] = {}
         elif kind is not None:
             _check_named(value, kind, name, prefix + key)
+        elif "any_keys" in known[key].metadata:
+            layer[key] = value or {}
+            _check_keywords(layer[key], f"{name}: {prefix}{key}")
         elif is_dataclass(default) and isinstance(value, dict):
             _check_types(value, default, name, f"{prefix}{key}.")
         elif value is False and "off" in known[key].metadata.get("choices", ()):
@@ -193,6 +196,20 @@ def _check_named(groups: Any, kind: type, name: str, key: str) -> None:
             shown = json.dumps(group, default=str)[:MAX_SHOWN]
             raise ConfigError(f"{where} is {shown}; expected {expected}")
         _check_types(group, kind(), name, f"{key}.{one}.")
+
+
+def _check_keywords(value: Any, where: str) -> None:
+    """Check a mapping of keyword arguments, which is saved as JSON with the run."""
+    shown = json.dumps(value, default=str)[:MAX_SHOWN]
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where} is {shown}; expected a mapping, for example {{tolerance: 0.1}}")
+    for key in value:
+        if not (isinstance(key, str) and key.isidentifier()):
+            raise ConfigError(f"{where} has the name {key!r}; expected one of a Python parameter")
+    try:
+        json.dumps(value)
+    except TypeError as error:
+        raise ConfigError(f"{where} is {shown}: {error}; expected numbers and texts") from None
 
 
 def _clear_named(config: Any, layer: dict[Any, Any]) -> None:

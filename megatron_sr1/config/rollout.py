@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from megatron_sr1.config.endpoint import EndpointConfig
-from megatron_sr1.config.fields import choice, number
+from megatron_sr1.config.fields import any_keys, choice, number
 
 BOXED = "boxed"
 r"""Name of an answer's span that is `\boxed{…}`."""
@@ -91,6 +92,17 @@ class SpansConfig:
 
 
 @dataclass
+class OverlongConfig:
+    """Soft penalty of long responses, as in DAPO (arXiv 2503.14476, equation 13)."""
+
+    cache_tokens: int = number(0, at_least=0)
+    """Last tokens of rollout.max_response_tokens over which the penalty grows from 0 to 1; 0: no
+    penalty. DAPO has 4,096 of 20,480."""
+    weight: float = number(1.0, at_least=0)
+    """Weight of the penalty, which is subtracted from the total."""
+
+
+@dataclass
 class RewardConfig:
     """What is rewarded, and how answers are graded."""
 
@@ -99,14 +111,25 @@ class RewardConfig:
     (the same without self-reward), vision_r1 (thought, answer)."""
     spans: SpansConfig = field(default_factory=SpansConfig)
     function: str = ""
-    """FILE.py:NAME of a function that grades answers in place of the grader, from 0 to 1, in pass 1
-    and pass 2 alike (docs/reward.md); empty: the grader."""
+    """FILE.py:NAME of a function of your own (docs/reward.md); empty: none."""
+    function_for: str = choice("accuracy", "accuracy", "total")
+    """What reward.function replaces: accuracy (it grades answers in place of the grader, in pass 1
+    and pass 2 alike), total (it gives each response's total reward, and the grader still judges
+    both passes)."""
+    function_range: list[float] = number([0.0, 1.0], at_least=-1000000, at_most=1000000)
+    """Lowest and highest value that reward.function may return; any other stops the run."""
+    function_timeout_seconds: float = number(60.0, above=0, at_most=86400)
+    """Time limit per call of reward.function, and of a function of an evaluation, seconds."""
+    arguments: dict[str, Any] = any_keys()
+    """Further keyword arguments of reward.function by name, such as `{tolerance: 0.1}`."""
     accuracy_weight: float = number(0.9, at_least=0)
-    """Weight of the pass-1 answer's grade, which is 0 or 1, or what reward.function returned."""
+    """Weight of the pass-1 answer's grade, which is 0 or 1, or what a reward.function for accuracy
+    returned."""
     format_weight: float = number(0.1, at_least=0)
     """Weight of the response having the recipe's form."""
     self_reward_weight: float = number(1.0, at_least=0)
     """Weight of the pass-2 answer's grade (recipe=vision_sr1)."""
+    overlong: OverlongConfig = field(default_factory=OverlongConfig)
     likelihood: str = choice("per_token", "per_token", "probability", "linear")
     """How rollout.pass2_mode=likelihood maps the gold answer's token logprobs to [0, 1]: per_token
     (exp of their mean), probability (exp of their sum), linear (1 + sum / likelihood_nats, at
@@ -121,6 +144,9 @@ class RewardConfig:
     """rules (text, options, units, lists, then algebra), math_verify (that library alone)."""
     grader_timeout_seconds: float = number(5.0, above=0, at_most=3600)
     """Time limit per comparison, seconds."""
+    workers: int = number(2, at_least=1, at_most=64)
+    """Most processes per engine replica that grade while the engine samples. They start when
+    needed, and each has the grader, or reward.function, loaded."""
     max_ungraded_share: float = number(1.0, at_least=0, at_most=1)
     """Stop the run if more than this share of a step's prompts has an answer that exceeded the
     grader's time or memory limit; 1 never stops it."""

@@ -13,7 +13,7 @@ from operator import attrgetter
 from urllib.parse import urlsplit
 
 from megatron_sr1.config.fields import check_setting, settings
-from megatron_sr1.config.rollout import LARGEST_LORA_RANK, SpansConfig
+from megatron_sr1.config.rollout import LARGEST_LORA_RANK, RewardConfig, SpansConfig
 from megatron_sr1.config.run import Config
 from megatron_sr1.errors import ConfigError
 
@@ -30,7 +30,7 @@ def validate(config: Config) -> None:
     groups: list[Callable[[Config], Broken]] = [_model, _adapter, _memory, _run]
     groups += [_evaluation, _endpoints]
     has_engine = config.stage != "sft" or config.evaluation.generate
-    groups += [_prompts, _pass2, _rollout] if has_engine else []
+    groups += [_prompts, _pass2, _rollout, _reward] if has_engine else []
     groups += [_engine_beside_actor] if has_engine and config.stage != "eval" else []
     groups += [_algorithm] if config.stage == "grpo" else []
     for rules in groups:
@@ -242,6 +242,26 @@ def _pass2(config: Config) -> Broken:
             if is_set:
                 lacking = "is about the self-reward, and {reward.recipe} has none"
                 yield f"{{{setting}}} {lacking}; use recipe=vision_sr1"
+
+
+def _reward(config: Config) -> Broken:
+    reward, plain = config.reward, RewardConfig()
+    bounds = reward.function_range
+    if len(bounds) != 2 or bounds[0] >= bounds[1]:
+        yield "{reward.function_range}; expected the lowest and the highest value, such as [-1, 1]"
+    if not reward.function:
+        for key in ("function_for", "function_range", "arguments"):
+            if getattr(reward, key) != getattr(plain, key):
+                yield f"{{reward.{key}}} is about reward.function, which is not set"
+    if config.stage != "grpo":
+        return
+    cache, longest = reward.overlong.cache_tokens, config.rollout.max_response_tokens
+    if cache > longest:
+        yield "{reward.overlong.cache_tokens} is more than {rollout.max_response_tokens}"
+    if config.algorithm.credit != "scalar" and (cache or reward.function_for == "total"):
+        unused = "reward.overlong" if cache else "{reward.function_for}"
+        problem = f"{unused} is part of the total, which {{algorithm.credit}} does not use"
+        yield f"{problem}; use credit=scalar"
 
 
 def _rollout(config: Config) -> Broken:

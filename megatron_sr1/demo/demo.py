@@ -32,7 +32,8 @@ from megatron_sr1.evaluation.scorers import evaluation_scorers
 from megatron_sr1.observability.metrics import read_lines
 from megatron_sr1.report.demo_page import DEMO_RUNS
 from megatron_sr1.report.verdicts import paired
-from megatron_sr1.rewards.score import VERDICTS, Scorer, rates
+from megatron_sr1.rewards.grading_pool import GradingPool
+from megatron_sr1.rewards.score import VERDICTS, rates
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.runtime.files import write_text
 from megatron_sr1.runtime.groups import Groups
@@ -124,13 +125,15 @@ def train(output: Path, seed: int, adapter_rank: int = 0) -> None:
                 file.write(json.dumps({"seconds": time.monotonic() - started}) + "\n")
 
 
-def _train_grpo(config: Config, groups: Groups, engine: Engine, scorers: dict[str, Scorer]) -> None:
+def _train_grpo(
+    config: Config, groups: Groups, engine: Engine, scorers: dict[str, GradingPool]
+) -> None:
     """Train, with evaluations on the way; `scorers` are those of the held-out sets."""
     context, samples, actor, reference = stages.start(config, groups)
     sets = make_sets(context, engine, samples.processor, scorers)
     evaluate = partial(stages.evaluate_actor, context, actor, engine, sets, [])
-    with Scorer(config.reward) as scorer:
-        train_grpo(context, actor, engine, samples, scorer, reference, evaluate)
+    with GradingPool(config.reward, config.rollout.max_response_tokens) as grading:
+        train_grpo(context, actor, engine, samples, grading, reference, evaluate)
     context.close()
     sync(context, actor, engine)
     actor.save_hf(context.run_dir / "hf")

@@ -23,7 +23,7 @@ from megatron_sr1.evaluation.judge import Judge
 from megatron_sr1.evaluation.lines import Line, LinesFile, evaluation_line
 from megatron_sr1.evaluation.results import set_rates
 from megatron_sr1.records import Prompt
-from megatron_sr1.rewards.score import Scorer
+from megatron_sr1.rewards.grading_pool import GradingPool
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.rollout.text_stats import text_stats
 from megatron_sr1.rollout.two_pass import RolloutHooks, roll_out
@@ -45,7 +45,7 @@ def make_sets(
     context: Context,
     engine: Engine,
     processor: Processor,
-    scorers: dict[str, Scorer],
+    scorers: dict[str, GradingPool],
     judge: Judge | None = None,
 ) -> list[HeldOut]:
     """Open the shards of `evaluation.sets`, in their order."""
@@ -70,7 +70,7 @@ class HeldOut:
         engine: Engine,
         samples: Samples,
         name: str,
-        scorer: Scorer,
+        scorer: GradingPool,
         judge: Judge | None = None,
     ) -> None:
         """Select the first questions of `samples`, as many as configured."""
@@ -147,6 +147,9 @@ class HeldOut:
             partial(request_seed, 0, -1),
             reading_messages=samples.reading_messages,
             reader=context.reader(engine.is_replica_leader),
+            finished=rollouts.grade_early(samples, self._scorer, self._rollout)
+            if engine.is_replica_leader
+            else None,
         )
         found, _ = roll_out(engine, self.prompts(indices), self._rollout, hooks)
         own = found if engine.is_replica_leader else ()

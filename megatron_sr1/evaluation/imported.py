@@ -10,9 +10,9 @@ import itertools
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from megatron_sr1.config.loading import NAME
 from megatron_sr1.config.run import Config
@@ -27,8 +27,9 @@ from megatron_sr1.evaluation.lines import SOURCES, Line, LinesFile, evaluation_l
 from megatron_sr1.evaluation.results import set_rates
 from megatron_sr1.evaluation.scorers import evaluation_scorers
 from megatron_sr1.records import Completion, Example, Message, Reading, Rollout
+from megatron_sr1.rewards.answered import Finished
+from megatron_sr1.rewards.grading_pool import GradingPool
 from megatron_sr1.rewards.response import DEFAULT_MARKS, Marks, find_description, marks_of
-from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.runtime.files import write_text
 
 log = logging.getLogger(__name__)
@@ -74,8 +75,8 @@ def grade_files(config: Config, files: Sequence[Path]) -> dict[str, dict[str, fl
 class _Grading:
     """The grading of one file, in chunks; counts the lines that are left out."""
 
-    def __init__(self, config: Config, path: Path, target: Path, scorer: Scorer) -> None:
-        self._config, self._path, self._scorer = config, path, scorer
+    def __init__(self, config: Config, path: Path, target: Path, grading: GradingPool) -> None:
+        self._config, self._path, self._grading = config, path, grading
         self._written = LinesFile(target)
         self._skipped = self._ungraded = 0
 
@@ -86,7 +87,7 @@ class _Grading:
         shards = ShardReader(own.path) if own is not None and Path(own.path).is_dir() else None
         read, done = responses(self._path, marks, shards), 0
         while chunk := list(itertools.islice(read, self._config.evaluation.chunk_prompts)):
-            self._written.append([line for each in chunk if (line := self._graded(each))])
+            self._written.append(self._graded([each for each in chunk if self._is_usable(each)]))
             done += len(chunk)
             log.info("%s: %d lines", self._path, done)
         if not self._written.verdicts:
@@ -98,26 +99,35 @@ class _Grading:
         counts = {"ungraded": self._ungraded, "skipped": self._skipped}
         return {**set_rates(self._written.verdicts), **counts}
 
-    def _graded(self, response: Response | DataError) -> Line | None:
-        """Return the line of a response; None if it is left out, which is counted."""
-        if isinstance(response, DataError):
-            self._skipped += 1
-            log.warning("skipped: %s", response)
-            limit = self._config.data.max_skipped
-            if self._skipped > limit:
-                raise DataError(
-                    f"{self._path}: {self._skipped} lines skipped, at most {limit} "
-                    f"(data.max_skipped); the last one: {response}"
-                )
-            return None
-        rollout, example, prompt = response
-        try:
-            reward = self._scorer.score(example.where, rollout, example)
-        except GradingLimit as error:
-            self._ungraded += 1
-            log.warning("left out: %s", error)
-            return None
-        return evaluation_line(rollout, reward, example, prompt)
+    def _is_usable(self, response: Response | DataError) -> TypeGuard[Response]:
+        """Return False for a line that cannot be used, which is counted."""
+        if not isinstance(response, DataError):
+            return True
+        self._skipped += 1
+        log.warning("skipped: %s", response)
+        limit = self._config.data.max_skipped
+        if self._skipped > limit:
+            raise DataError(
+                f"{self._path}: {self._skipped} lines skipped, at most {limit} "
+                f"(data.max_skipped); the last one: {response}"
+            )
+        return False
+
+    def _graded(self, found: Sequence[Response]) -> list[Line]:
+        """Return the lines of responses, but of those that met a limit, which are counted."""
+        finished = [  # each by itself: what lines say of their prompts may differ
+            Finished(example.where, replace(rollout, index=number), example)
+            for number, (rollout, example, _) in enumerate(found)
+        ]
+        lines = []
+        rewards = self._grading.results(finished)
+        for (rollout, example, prompt), reward in zip(found, rewards, strict=True):
+            if isinstance(reward, GradingLimit):
+                self._ungraded += 1
+                log.warning("left out: %s", reward)
+            else:
+                lines.append(evaluation_line(rollout, reward, example, prompt))
+        return lines
 
 
 def responses(

@@ -10,6 +10,7 @@ processes exit with this one, at the end of their standard input.
 from __future__ import annotations
 
 import json
+import math
 import os
 import select
 import signal
@@ -32,6 +33,7 @@ START_SECONDS = 180.0
 """Time limit for loading the libraries, which takes a second on an idle machine."""
 SLOW_SECONDS = 0.3
 """After this time a comparison may never end, so the spare process is started."""
+READ_BYTES = 1 << 16
 EXIT_SECONDS = 0.2
 """Time for an idle process to exit by itself before it is killed."""
 CACHE_ENTRIES = 100_000
@@ -39,10 +41,10 @@ MAX_SHOWN_CHARACTERS = 200
 
 
 class GraderProcess:
-    """A process that reports that it is ready, then answers each line of JSON with one."""
+    """A process that reports that it is ready, then answers lines of JSON with such lines."""
 
-    def __init__(self, command: tuple[str, ...]) -> None:
-        """Start the process without waiting for it to load."""
+    def __init__(self, command: tuple[str, ...], is_watched: bool = True) -> None:
+        """Start the process without waiting for it to load; a watched one has a memory limit."""
         root = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         pipe, environment = subprocess.PIPE, os.environ | {"PYTHONPATH": path}
@@ -50,20 +52,24 @@ class GraderProcess:
             command, stdin=pipe, stdout=pipe, env=environment, bufsize=0
         )
         self.pid = self._process.pid
+        self._is_watched, self._read = is_watched, b""
 
-    def wait_ready(self) -> None:
-        """Wait until the process has loaded; raises OSError if it does not."""
+    def wait_ready(self) -> dict[str, Any]:
+        """Wait until the process has loaded and return what it says; OSError if it does not."""
         try:
             ready = self.reply(START_SECONDS)
         except TimeoutError:
             raise OSError(f"it did not start within {START_SECONDS:g} s") from None
         if "ready" not in ready:
             raise OSError(f"it started with {ready}")
+        return ready
 
     def ask(self, request: dict[str, Any]) -> None:
-        """Send a request, which `reply` answers; raises OSError if the process exited."""
+        """Send a request of JSON values and dataclasses; raises OSError if the process exited."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request).encode() + b"\n")
+        left = memoryview(json.dumps(request, default=vars).encode() + b"\n")
+        while left:
+            left = left[self._process.stdin.write(left) or 0 :]
 
     def reply(self, seconds: float) -> dict[str, Any]:
         """Return the next reply; may be called again after a TimeoutError.
@@ -77,15 +83,30 @@ class GraderProcess:
         assert self._process.stdout is not None
         ends, poll = time.monotonic() + seconds, select.poll()
         poll.register(self._process.stdout, select.POLLIN)
-        while not poll.poll(1000 * min(max(ends - time.monotonic(), 0.0), WATCH_SECONDS)):
-            if psutil.Process(self.pid).memory_info().rss > MEMORY_BYTES:
+        while b"\n" not in self._read:
+            longest = WATCH_SECONDS if self._is_watched else math.inf
+            left = min(max(ends - time.monotonic(), 0.0), longest)
+            if poll.poll(1000 * left if left < math.inf else None):
+                read = os.read(self._process.stdout.fileno(), READ_BYTES)
+                if not read:
+                    raise OSError("its output ended; see standard error above")
+                self._read += read
+                continue
+            if self._is_watched and psutil.Process(self.pid).memory_info().rss > MEMORY_BYTES:
                 raise MemoryError(f"took more than {MEMORY_BYTES >> 20} MiB")
             if time.monotonic() >= ends:
                 raise TimeoutError
-        line = self._process.stdout.readline()  # it is whole: the process writes it at once
-        if not line:
-            raise OSError("its output ended; see standard error above")
+        line, _, self._read = self._read.partition(b"\n")
         return dict(json.loads(line))
+
+    def abort(self) -> None:
+        """Have the process dump its stacks, if it does that, and die; for another thread."""
+        self._process.send_signal(signal.SIGABRT)
+
+    def close_input(self) -> None:
+        """Have the process exit by itself, for a thread other than the one that waits for it."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
 
     def stop(self, seconds: float = 0.0) -> int:
         """Stop the process, killing it after `seconds`; returns its exit status."""

@@ -23,9 +23,11 @@ import hashlib
 import json
 import time
 from array import array
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 
 from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.records import Completion, Prompt, Reading, Rollout
@@ -57,6 +59,8 @@ class RolloutHooks:
         reading_messages: prompt, description -> pairs of role and text of the pass-2 prompt, for
             `pass2_mode=endpoint`.
         reader: asks the endpoint of that mode; on the replica's leader.
+        finished: is passed the rollouts that are whole, readings included, after the engine step
+            that finished them.
     """
 
     find_description: Callable[[str], str | None]
@@ -67,6 +71,7 @@ class RolloutHooks:
     closing_mark: str = ">"
     reading_messages: Callable[[Prompt, str], tuple[tuple[str, str], ...]] | None = None
     reader: ChatClient | None = None
+    finished: Callable[[Sequence[Rollout]], None] | None = None
 
 
 class Readings:
@@ -78,6 +83,9 @@ class Readings:
         self.names: dict[Key, list[str]] = {}  # ids of each prompt's requests
         self.done: dict[str, Completion] = {}  # by the id of the request
         self._asked: dict[str, Future[ChatReply]] = {}  # at the endpoint, by the same
+        self._arrived: deque[str] = deque()  # of those, answered and not taken
+        self._readers: dict[Key, list[_Sample]] = {}  # samples that wait for a prompt's readings
+        self._waiting: dict[str, list[_Sample]] = {}  # the same lists by the id of the request
 
     def apply_to(self, prompt: Prompt) -> bool:
         """Return True if a prompt gets a second pass: the recipe has one, the prompt has images."""
@@ -97,14 +105,19 @@ class Readings:
         ]
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Raise EngineError, before sampling, if a prompt's longest reading does not fit."""
+        """Raise EngineError, before sampling, if a prompt or its longest reading does not fit."""
+        longest_response = self._rollout.max_response_tokens
+        for prompt in prompts:
+            if not self._engine.fits(len(prompt.token_ids), longest_response):
+                sizes = len(prompt.token_ids), longest_response
+                raise self._engine.too_long(_named(prompt, "pass 1"), *sizes)
         asked = [(prompt, "") for prompt in prompts if self.apply_to(prompt)]
         if not asked or self._rollout.pass2_mode == "endpoint":
             return
         for (prompt, _), (token_ids, _, max_tokens) in zip(
             asked, self._compose(asked), strict=True
         ):
-            longest = len(token_ids) + self._rollout.max_response_tokens
+            longest = len(token_ids) + longest_response
             if not self._engine.fits(longest, max_tokens):
                 raise self._engine.too_long(_named(prompt, "pass 2"), longest, max_tokens)
 
@@ -144,8 +157,12 @@ class Readings:
             )
             for number in range(1 if num_scored else self._rollout.pass2_samples)
         ]
-        self.names[token_ids] = [request.id for request in requests]
+        self._name(token_ids, [request.id for request in requests])
         return requests
+
+    def _name(self, key: Key, names: list[str]) -> None:
+        self.names[key], self._readers[key] = names, []
+        self._waiting |= dict.fromkeys(names, self._readers[key])
 
     def _ask_endpoint(self, prompt: Prompt, description: str) -> Key | None:
         """Send a reading's requests and return its key; None where another rank asks."""
@@ -157,26 +174,53 @@ class Readings:
         key = tuple((role, defused(text)) for role, text in messages)
         if key not in self.names:
             first, is_greedy = f"{PREFIX}{len(self.names)}", rollout.pass2_temperature == 0
-            self.names[key] = [f"{first}.{number}" for number in range(rollout.pass2_samples)]
+            self._name(key, [f"{first}.{number}" for number in range(rollout.pass2_samples)])
             number_of_key = _digest(json.dumps(key).encode())
             for number, name in enumerate(self.names[key]):
                 seed = None if is_greedy else hooks.seed_of(-1, number_of_key, 2 + number)
                 self._asked[name] = hooks.reader.submit(
                     ChatRequest(key, rollout.max_reading_tokens, rollout.pass2_temperature, seed)
                 )
+                self._asked[name].add_done_callback(partial(self._answered, name))
         return key
 
-    def wait(self) -> float:
+    def _answered(self, name: str, _: object) -> None:
+        self._arrived.append(name)  # in the client's thread
+
+    def wait_for(self, key: Key | None, sample: _Sample) -> None:
+        """Have `take` return a sample when a reading of this key is there."""
+        if key is not None:
+            self._readers[key].append(sample)
+
+    def take(self, name: str, answer: Completion) -> list[_Sample]:
+        """Keep the result of a request, and return the samples that wait for it."""
+        self.done[name] = answer
+        return self._waiting[name]
+
+    def take_arrived(self) -> list[_Sample]:
+        """Keep what the endpoint has answered, and return the samples that wait for it."""
+        arrived = [self._arrived.popleft() for _ in range(len(self._arrived))]
+        return [sample for name in arrived for sample in self._take_reply(name)]
+
+    def wait(self) -> tuple[list[_Sample], float]:
         """Wait for the endpoint's answers, which come or fail within the client's limits.
 
-        Returns the seconds that it took; 0 if the endpoint was not asked.
+        Returns:
+            the samples that waited for them, and the seconds that it took.
         """
-        started = time.perf_counter()
-        for name, reply in ((name, future.result()) for name, future in self._asked.items()):
-            reason = "failed" if reply.failure else "length" * (reply.finish_reason == "length")
-            text = reply.failure or reply.text
-            self.done[name] = Completion((), (), text, reason or "stop")
-        return time.perf_counter() - started if self._asked else 0.0
+        started, names = time.perf_counter(), list(self._asked)
+        touched = [sample for name in names for sample in self._take_reply(name)]
+        return touched, time.perf_counter() - started if names else 0.0
+
+    def _take_reply(self, name: str) -> list[_Sample]:
+        reply = self._asked.pop(name).result()
+        reason = "failed" if reply.failure else "length" * (reply.finish_reason == "length")
+        text = reply.failure or reply.text
+        return self.take(name, Completion((), (), text, reason or "stop"))
+
+    def has(self, key: Key | None) -> bool:
+        """Return True if the reading of a key is there, or there is none."""
+        return key is None or all(map(self.done.__contains__, self.names[key]))
 
     def result(self, key: Key | None) -> Reading | None:
         """Return the reading of a key; all its requests must be finished."""
@@ -218,6 +262,7 @@ class _Sample:
     description: str | None = None
     key: Key | None = None
     question_key: Key | None = None
+    rollout: Rollout | None = None
 
 
 def roll_out(
@@ -237,33 +282,31 @@ def roll_out(
         for position, prompt in enumerate(prompts)
         for number in range(rollout.samples_per_prompt)
     }
-    max_tokens = rollout.max_response_tokens
-    for prompt in prompts:
-        if not engine.fits(len(prompt.token_ids), max_tokens):
-            raise engine.too_long(_named(prompt, "pass 1"), len(prompt.token_ids), max_tokens)
     readings.check(prompts)
-    first = [
-        Request(
-            id=name,
-            token_ids=s.prompt.token_ids,
-            vision=s.prompt.vision,
-            temperature=rollout.temperature,
-            max_tokens=max_tokens,
-            seed=hooks.seed_of(s.prompt.example.index, s.number, 1),
-            watched_for=hooks.closing_mark if readings.apply_to(s.prompt) else None,
-        )
-        for name, s in samples.items()
-    ]
+    first = [_request(name, each, readings, rollout, hooks) for name, each in samples.items()]
     engine.submit(first)
     num_open, ready = len(first), list[Request]()
+
+    def finish(touched: Sequence[_Sample]) -> None:
+        """Pass on the samples, of those of which a part has come, that are whole."""
+        found = []
+        for s in touched:
+            is_new = s.rollout is None and s.completion is not None
+            if is_new and readings.has(s.key) and readings.has(s.question_key):
+                s.rollout = _rollout(s, readings, hooks, engine.weight_version)
+                found.append(s.rollout)
+        if found and hooks.finished is not None:
+            hooks.finished(found)
+
     if hooks.question_only:
         read = [sample for sample in samples.values() if readings.apply_to(sample.prompt)]
         keys, ready = readings.ask([(sample.prompt, "") for sample in read])
         for sample, key in zip(read, keys, strict=True):
             sample.question_key = key
+            readings.wait_for(key, sample)
     while engine.num_live:
         step_started, alone = time.perf_counter(), num_open == 0
-        closed: list[_Sample] = []
+        closed, touched = list[_Sample](), list[_Sample]()
         for progress in engine.step():
             name, completion = progress.id, progress.completion
             if completion is None:  # it has a closing mark
@@ -272,21 +315,27 @@ def roll_out(
                     engine.unwatch(name)
                     closed.append(samples[name])
             elif name.startswith(PREFIX):
-                readings.done[name] = completion
+                touched += readings.take(name, completion)
             else:
                 samples[name].completion = completion
+                touched.append(samples[name])
                 num_open -= 1
         keys, requests = readings.ask([(s.prompt, s.description or "") for s in closed])
         for sample, key in zip(closed, keys, strict=True):
             sample.key = key
+            readings.wait_for(key, sample)
         ready += requests
         if rollout.pass2 == "fork" or num_open == 0:
             engine.submit(ready)
             ready = []
+        finish(touched + readings.take_arrived())
         if alone:
             pass2_only += time.perf_counter() - step_started
-    pass2_only += readings.wait()
-    rollouts = [_rollout(s, readings, hooks, engine.weight_version) for s in samples.values()]
+    waited_for, seconds = readings.wait()
+    finish(waited_for)
+    pass2_only += seconds
+    rollouts = [s.rollout for s in samples.values() if s.rollout is not None]
+    assert len(rollouts) == len(samples)
     completions = [r.completion for r in rollouts]
     sampled = [c for c in readings.done.values() if c.finish_reason != "given"]
     stats = RolloutStats(
@@ -300,6 +349,21 @@ def roll_out(
         num_prompts2=len(readings.names),
     )
     return rollouts, stats
+
+
+def _request(
+    name: str, sample: _Sample, readings: Readings, rollout: RolloutConfig, hooks: RolloutHooks
+) -> Request:
+    """Return the request of a sample's first pass."""
+    return Request(
+        id=name,
+        token_ids=sample.prompt.token_ids,
+        vision=sample.prompt.vision,
+        temperature=rollout.temperature,
+        max_tokens=rollout.max_response_tokens,
+        seed=hooks.seed_of(sample.prompt.example.index, sample.number, 1),
+        watched_for=hooks.closing_mark if readings.apply_to(sample.prompt) else None,
+    )
 
 
 def _rollout(

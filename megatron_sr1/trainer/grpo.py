@@ -2,7 +2,7 @@
 
 Source: GRPO with a clipped ratio and the k3 penalty as Vision-SR1 uses it (arXiv 2508.19652).
 The objective (trainer/objective.py) is a mean over an update, by default over all its response
-tokens. Left out: a critic, an entropy bonus, a length penalty.
+tokens. Left out: a critic, an entropy bonus.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_sr1.config.run import Config
 from megatron_sr1.records import PackedBatch, TrainSample
-from megatron_sr1.rewards.score import Scorer
+from megatron_sr1.rewards.grading_pool import GradingPool
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.rollout.text_stats import step_metrics
 from megatron_sr1.trainer.actor import Actor, Reference
@@ -36,7 +36,7 @@ def train_grpo(
     actor: Actor,
     engine: Engine,
     samples: Samples,
-    scorer: Scorer,
+    grading: GradingPool,
     reference: Reference | None,
     evaluate: Evaluate | None = None,
 ) -> None:
@@ -54,7 +54,7 @@ def train_grpo(
         sync(context, actor, engine, again=context.step > started_at)
         agreement = canary.check(context, actor, engine) if canary else {}
 
-        scored, counted = roll_out_step(context, engine, samples, scorer)
+        scored, counted = roll_out_step(context, engine, samples, grading)
         credited, spread = credit([s.reward for s in scored], config)
         chosen, filtered = chosen_groups(credited, config)
 

@@ -1,9 +1,9 @@
 """The rollouts of a step: prompts, both passes on all replicas, rewards, refills.
 
-In: the training set, the engine and a scorer. Out: scored rollouts, equal on every rank, and what
-the engine counted. If the grader has no time or memory for a rollout, its prompt is left out as a
-whole; an answer on which a library raises is wrong, and logged. Nothing that a policy samples
-raises here.
+In: the training set, the engine and what grades. Out: scored rollouts, equal on every rank, and
+what the engine counted. A rollout is graded as soon as it is finished, while others are sampled. If
+the grader has no time or memory for one, its prompt is left out as a whole; an answer on which a
+library raises is wrong, and logged. Nothing that a policy samples raises here.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
+from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.errors import DataError, GradingLimit
 from megatron_sr1.records import Example, Prompt, Reward, Rollout, texts
-from megatron_sr1.rewards.score import Scorer, cross
+from megatron_sr1.rewards.answered import Finished
+from megatron_sr1.rewards.grading_pool import GradingPool
+from megatron_sr1.rewards.score import cross
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.rollout.two_pass import RolloutHooks, roll_out
 from megatron_sr1.runtime.groups import Groups, gather_objects, sum_over_ranks
@@ -48,7 +51,7 @@ class Scored:
 
 
 def roll_out_step(
-    context: Context, engine: Engine, samples: Samples, scorer: Scorer
+    context: Context, engine: Engine, samples: Samples, grading: GradingPool
 ) -> tuple[list[Scored], dict[str, float]]:
     """Sample and score a step's prompts; with `filter_groups`, until enough of them teach.
 
@@ -64,7 +67,7 @@ def roll_out_step(
     """
     config, wanted = context.config, context.loader.per_step
     drawn = context.loader.next_step()
-    scored, counted = roll_out_prompts(context, engine, samples, scorer, drawn)
+    scored, counted = roll_out_prompts(context, engine, samples, grading, drawn)
     refills = 0
     while config.algorithm.filter_groups and refills < config.algorithm.max_refills:
         graded = [s.reward for s in scored if s.limit is None]
@@ -74,7 +77,7 @@ def roll_out_step(
             break
         refills += 1
         drawn = drawn + further
-        found, more = roll_out_prompts(context, engine, samples, scorer, further)
+        found, more = roll_out_prompts(context, engine, samples, grading, further)
         scored += found
         counted = {name: value + more[name] for name, value in counted.items()}
     with context.phase("sleep"):
@@ -90,14 +93,18 @@ def roll_out_step(
 
 
 def roll_out_prompts(
-    context: Context, engine: Engine, samples: Samples, scorer: Scorer, indices: Sequence[int]
+    context: Context,
+    engine: Engine,
+    samples: Samples,
+    grading: GradingPool,
+    indices: Sequence[int],
 ) -> tuple[list[Scored], dict[str, float]]:
     """Sample and score prompts on all replicas.
 
     Returns:
         the rollouts in the order of `indices`, equal on every rank, and engine counts.
     """
-    config = context.config
+    config, is_leader = context.config, engine.is_replica_leader
     with context.phase("prompts"):
         prompts = read_prompts(context, engine, samples, indices)
     with context.phase("pass1"):
@@ -112,15 +119,16 @@ def roll_out_prompts(
                 samples.gold_answer,
                 config.reward.question_baseline,
                 reading_messages=samples.reading_messages,
-                reader=context.reader(engine.is_replica_leader),
+                reader=context.reader(is_leader),
+                # The ranks of a replica hold the same rollouts; its leader has them graded.
+                finished=grade_early(samples, grading, config.rollout) if is_leader else None,
             ),
         )
     context.meter.move("pass1", "pass2", stats.pass2_only_seconds)
-    is_leader = engine.is_replica_leader  # the ranks of a replica hold the same rollouts
     if is_leader:
         context.throughput.count_rollouts(prompts, rollouts, samples.readings)
     with context.phase("reward"):
-        own = score(rollouts if is_leader else (), samples, scorer)
+        own = score(rollouts if is_leader else (), samples, grading)
     with context.phase("share"):
         scored = gather_scored(own, indices, context.groups)
         counts = {
@@ -144,8 +152,37 @@ def read_prompts(
     return context.read_usable(samples.prompt, own, engine.is_replica_leader)
 
 
-def score(rollouts: Sequence[Rollout], samples: Samples, scorer: Scorer) -> list[Scored]:
-    """Score rollouts against their samples' gold answers.
+class Grading(Protocol):
+    """What grades rollouts: a `GradingPool`, or a `Scorer` in this process."""
+
+    def results(self, finished: Sequence[Finished]) -> list[Reward | GradingLimit]:
+        """Return the rewards of rollouts, in order."""
+
+    def ungraded(self, rollout: Rollout, example: Example) -> Reward:
+        """Return zero rewards for a rollout that could not be graded."""
+
+
+def grade_early(
+    samples: Samples, grading: GradingPool, rollout: RolloutConfig
+) -> Callable[[Sequence[Rollout]], None]:
+    """Return what has rollouts graded while the engine samples others."""
+
+    def finished(rollouts: Sequence[Rollout]) -> None:
+        named = (to_grade(each, samples) for each in rollouts)  # by a thread of its own
+        grading.submit(named, rollout.samples_per_prompt)
+
+    return finished
+
+
+def to_grade(rollout: Rollout, samples: Samples) -> Finished:
+    """Return a rollout with its example and its name for messages."""
+    example = samples.example(rollout.index)
+    name = f"{example.where} rollout {rollout.sample}"
+    return Finished(name, rollout, example, lambda: samples.reader.image_files(rollout.index))
+
+
+def score(rollouts: Sequence[Rollout], samples: Samples, grading: Grading) -> list[Scored]:
+    """Return rollouts with the verdicts on them; those that were not submitted are graded now.
 
     Raises:
         GradingError: the grader or the user's function is broken, or a gold answer; an answer never
@@ -154,26 +191,24 @@ def score(rollouts: Sequence[Rollout], samples: Samples, scorer: Scorer) -> list
     scored: list[Scored] = []
     limits: dict[int, str] = {}
     raised: list[str] = []
-    for rollout in rollouts:
+    finished = [to_grade(rollout, samples) for rollout in rollouts]
+    for each, reward in zip(finished, grading.results(finished), strict=True):
+        rollout, gold = each.rollout, each.example.answer
         if rollout.index in limits:
             continue
-        example = samples.example(rollout.index)
-        name = f"{example.where} rollout {rollout.sample}"
-        try:
-            reward = scorer.score(name, rollout, example)
-        except GradingLimit as error:
-            limits[rollout.index] = str(error)
+        if isinstance(reward, GradingLimit):
+            limits[rollout.index] = str(reward)
             continue
         scored.append(Scored(rollout, reward))
         if reward.uncomparable is not None:
             shown = repr((reward.answer or "")[:MAX_SHOWN_CHARACTERS])
-            raised.append(f"{name}: answer {shown}, gold {example.answer!r}: {reward.uncomparable}")
+            raised.append(f"{each.name}: answer {shown}, gold {gold!r}: {reward.uncomparable}")
     _log_first("left out with its group", list(limits.values()))
     _log_first("counted as wrong, as reading or comparing it raised", raised)
     scored = [s for s in scored if s.rollout.index not in limits]
     for rollout in rollouts:
         if rollout.index in limits:
-            nothing = scorer.ungraded(rollout, samples.example(rollout.index))
+            nothing = grading.ungraded(rollout, samples.example(rollout.index))
             scored.append(Scored(rollout, nothing, limits[rollout.index]))
     return scored
 
@@ -207,7 +242,8 @@ def without_ungraded(scored: Sequence[Scored]) -> tuple[list[Scored], dict[int, 
 def reward_means(scored: Sequence[Scored]) -> dict[str, float]:
     """Return a step's mean rewards, and the four cells of pass 1 x pass 2 as shares.
 
-    `reward/uncomparable` counts the rollouts on which a library raised.
+    `reward/uncomparable` counts the rollouts on which a library raised. The metrics of a user's
+    function are means over the responses for which it returned them.
     """
     rewards = [item.reward for item in scored]
     count = max(len(rewards), 1)
@@ -218,6 +254,12 @@ def reward_means(scored: Sequence[Scored]) -> dict[str, float]:
         "reward/leak_rate": sum(r.leak for r in rewards) / count,
         "reward/uncomparable": float(sum(r.uncomparable is not None for r in rewards)),
     }
+    penalties = [r.overlong for r in rewards if r.overlong is not None]
+    if penalties:
+        means["reward/overlong"] = sum(penalties) / len(penalties)
+    for name in dict.fromkeys(name for r in rewards for name in r.metrics):
+        values = [r.metrics[name] for r in rewards if name in r.metrics]
+        means[f"reward/{name}"] = sum(values) / len(values)
     judged = [r.self_reward for r in rewards if r.self_reward is not None]
     if judged:
         means["reward/self_reward"] = sum(judged) / len(judged)

@@ -221,7 +221,7 @@ def test_an_engine_that_dies_takes_the_run_down_with_its_own_traceback(grpo, gro
 @pytest.mark.slow
 def test_a_killed_grader_costs_its_prompt_alone(grpo):
     run_dir = grpo.copy("worker_die")
-    found = grpo.run(run_dir, "worker", "die")
+    found = grpo.run(run_dir, "worker", "die", "reward.workers=1")
     assert found["statuses"] == [0, 0] and not found["left"], found["output"][-4000:]
     assert f"{LEFT_OUT}: the grader ended (exit status -9)" in found["output"]
     lines = read_lines(run_dir / "metrics.jsonl")
@@ -234,7 +234,7 @@ LEFT_OUT = "left out with its group: a sample: comparing answer '(x-2)(x+2)' wit
 @pytest.mark.slow
 def test_a_grader_that_sleeps_for_ever_costs_its_prompt_alone(grpo):
     run_dir = grpo.copy("worker_stop")
-    found = grpo.run(run_dir, "worker", "stop")
+    found = grpo.run(run_dir, "worker", "stop", "reward.workers=1")
     assert found["statuses"] == [0, 0] and not found["left"], found["output"][-4000:]
     assert f"{LEFT_OUT} took more than 5 s" in found["output"]
     lines = read_lines(run_dir / "metrics.jsonl")
@@ -244,7 +244,7 @@ def test_a_grader_that_sleeps_for_ever_costs_its_prompt_alone(grpo):
 @pytest.mark.slow
 def test_a_grader_that_sleeps_too_often_for_what_was_asked_ends_the_run(grpo, groups):
     run_dir = grpo.copy("worker_stop_bound")
-    found = grpo.run(run_dir, "worker", "stop", "reward.max_ungraded_share=0")
+    found = grpo.run(run_dir, "worker", "stop", "reward.max_ungraded_share=0", "reward.workers=1")
     assert not found["late"] and all(found["statuses"]), found["output"][-4000:]
     assert LEFT_OUT in found["output"]
     last = found["output"].splitlines()[-1]

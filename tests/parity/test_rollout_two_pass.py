@@ -101,6 +101,29 @@ def without_scores(rollout):
     return rollout.description, [(c.token_ids, c.finish_reason) for c in completions(rollout)]
 
 
+@pytest.mark.parametrize("schedule", ["fork", "barrier"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_rollout_is_passed_on_once_and_whole_as_soon_as_it_is(
+    tiny_model, engine, roll, mode, schedule
+):
+    settings, hooks = MODES[mode]
+    steps, passed, first = [], [], engine.num_steps
+    hooks = hooks | {
+        "finished": lambda found: (steps.append(engine.num_steps), passed.extend(found))
+    }
+    prompts = [setup.prompt(tiny_model, k, num_images=k % 2) for k in range(3)]
+    prompts.append(setup.prompt(tiny_model, 1))  # its readings are those of the one before
+    lengths = {"max_response_tokens": 12, "max_reading_tokens": 3}
+    rollouts, stats = roll(prompts, hooks=hooks, pass2=schedule, **settings, **lengths)
+    assert sorted(map(id, passed)) == sorted(map(id, rollouts)) and len(passed) == 16
+    assert all(r.reading and r.question_only for r in rollouts if r.index == 1) == (
+        "question_only" in hooks
+    )
+    assert steps[-1] == first + stats.engine_steps
+    # Those without a second pass wait for no reading.
+    assert schedule == "fork" or steps[0] < steps[-1]
+
+
 def test_fork_takes_fewer_steps_than_a_barrier(tiny_model, roll):
     prompts = [setup.prompt(tiny_model, k) for k in range(4)]
     forked, fork_stats = roll(prompts, end="x", pass2="fork")
@@ -306,7 +329,10 @@ def test_an_endpoint_reads_each_description_while_the_engine_samples(tiny_model,
     prompts = [setup.prompt(tiny_model, k) for k in range(3)]
     with serving(script) as endpoint, reader(endpoint) as client:
         hooks = EARLY | QUESTION_ONLY | {"reading_messages": messages, "reader": client}
+        passed = []
+        hooks |= {"finished": lambda found: passed.extend((r, engine.num_live) for r in found)}
         rollouts, stats = roll(prompts, hooks=hooks, pass2_mode="endpoint", pass2_samples=2)
+        assert sorted(id(r) for r, _ in passed) == sorted(map(id, rollouts))
         alone, _ = roll(prompts, hooks=hooks | {"reader": None}, pass2_mode="endpoint")
     read = [r for r in rollouts if r.reading is not None]
     assert len(read) == stats.num_pass2 > 4 and stats.pass2_tokens == 0

@@ -9,6 +9,8 @@ from tools.bench import (
     SEQUENCES,
     forked_over_barrier,
     gap_share,
+    grading_line,
+    grading_verdicts,
     host_table,
     host_verdicts,
     model_tables,
@@ -140,3 +142,13 @@ def test_host_time_has_limits_and_an_exit_status(capsys):
     for name in ("one_pass", "own_share", "images"):
         assert report(host_verdicts(HOST | {name: 1.04})) == 1
         assert f"DOES NOT HOLD: host, {name}: 1.040" in capsys.readouterr().out
+
+
+def test_grading_has_limits_and_an_exit_status(capsys):
+    found = {"after_pass1_seconds": 20.0, "after_reward_seconds": 10.0, "early_pass1_seconds": 22.0}
+    found |= {"early_reward_seconds": 1.0, "left_share": 0.1, "step": 23 / 30}
+    assert "afterwards 20.0 + 10.0 s, while they are sampled 22.0 + 1.0 s" in grading_line(found)
+    assert report(grading_verdicts(found)) == 0
+    for name, worse in {"left_share": 0.21, "step": 1.01}.items():
+        assert report(grading_verdicts(found | {name: worse})) == 1
+        assert f"DOES NOT HOLD: grading, {name}: {worse:.3f}" in capsys.readouterr().out

@@ -50,6 +50,13 @@ REFUSED = {
     "reward.recipe=sr1": "vision_sr1 | see_think | vision_r1",
     "reward.grader=odd": "rules | math_verify",
     "rollout.pass2_order=x": "the new one is data.pass2_template, such as full_description_first",
+    "reward.arguments=3": "reward.arguments is 3; expected a mapping, for example {tolerance: 0.1}",
+    "reward.arguments.a-b=3": "reward.arguments has the name 'a-b'; expected one of a Python param",
+    "reward.arguments.a=3": "reward.arguments={'a': 3} is about reward.function, which is not set",
+    "reward.function_for=total": "reward.function_for=total is about reward.function, which is not",
+    "reward.function_range=[1,1]": "expected the lowest and the highest value, such as [-1, 1]",
+    "reward.function_range=[0,.inf]": "each -1000000 to 1000000",
+    "reward.overlong.cache_tokens=4096": "is more than rollout.max_response_tokens=2048",
     "reward.spans.think=a b": "reward.spans.think=a b; expected the name of a tag",
     "reward.spans.answer=think": "reward.spans.answer=think: expected three different names",
     "reward.spans.think=reasoning": "data.pass1_template=full asks for <description>, <think>",
@@ -113,6 +120,33 @@ def test_settings_of_pass_2_that_contradict_each_other_are_refused(overrides, sa
     with pytest.raises(ConfigError) as error:
         load_config(None, ["model.path=x", *overrides])
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["reward.overlong.cache_tokens=9"], "reward.overlong is part of the total"),
+        (
+            ["reward.function_for=total", "reward.function=a.py:f"],
+            "reward.function_for=total is part",
+        ),
+    ],
+)
+def test_what_is_part_of_the_total_is_refused_where_that_is_not_used(overrides, said):
+    load_config(None, ["model.path=x", *overrides])
+    with pytest.raises(ConfigError, match=said):
+        load_config(None, ["model.path=x", "algorithm.credit=component", *overrides])
+
+
+def test_arguments_of_a_function_are_of_any_type_and_those_of_a_file_can_be_removed(tmp_path):
+    given = {"tolerance": 0.5, "names": ["a", "b"], "inner": {"x": None}}
+    (tmp_path / "a.yaml").write_text(
+        f"{{model: {{path: x}}, reward: {{function: a.py:f, arguments: {json.dumps(given)}}}}}"
+    )
+    config = load_config(tmp_path / "a.yaml", ["reward.arguments.more=true"])
+    assert config.reward.arguments == given | {"more": True}
+    assert json.loads(json.dumps(asdict(config)))["reward"]["arguments"] == given | {"more": True}
+    assert load_config(tmp_path / "a.yaml", ["reward.arguments="]).reward.arguments == {}
 
 
 def test_an_evaluation_refuses_settings_that_its_engine_would_ignore():
@@ -221,6 +255,7 @@ def test_every_string_is_a_choice_unless_it_is_a_path_or_a_name():
         "data.system_prompt",
         "data.chat_template",
         "reward.function",
+        "reward.arguments",
         "reward.spans.description",
         "reward.spans.think",
         "reward.spans.answer",

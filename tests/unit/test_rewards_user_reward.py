@@ -14,7 +14,7 @@ from megatron_sr1.errors import ConfigError, GradingError
 from megatron_sr1.evaluation.lines import evaluation_line
 from megatron_sr1.records import Completion, Reading
 from megatron_sr1.rewards.score import Scorer, rates
-from megatron_sr1.rewards.user_reward import ARGUMENTS, UserReward
+from megatron_sr1.rewards.user_reward import ALWAYS, UserReward
 from megatron_sr1.trainer.rollouts import Scored, reward_means
 from megatron_sr1.trainer.rollouts import score as score_rollouts
 from tests.rollout_case import case
@@ -72,8 +72,8 @@ def test_it_receives_the_sample_and_cannot_change_it(tmp_path):
     with Scorer(RewardConfig("vision_sr1", function=f"{file}:reward")) as scorer:
         rollout, example = case(RESPONSE, "14", "sum?", "3 5 6", reading(READING), True)
         scorer.score("s", rollout, replace(example, metadata=metadata))
-    first, second = scorer._user_reward._call.__globals__["seen"]
-    assert tuple(first) == ARGUMENTS and metadata == {"source": "train"}
+    first, second = scorer.function._call.__globals__["seen"]
+    assert set(first) == set(ALWAYS) and metadata == {"source": "train"}
     assert first == {
         "response": RESPONSE,
         "gold": "14",
@@ -95,7 +95,7 @@ def test_it_receives_the_sample_and_cannot_change_it(tmp_path):
         ("return -1", "returned -1"),
         ("return None", "returned None"),
         ("return '1'", "returned '1'"),
-        ("return {'score': 1.0}", "returned {'score': 1.0}"),
+        ("return {'value': 1.0}", r"returned {'value': 1.0}; expected a number .* as 'score'"),
     ],
 )
 def test_a_failure_names_sample_and_function_and_never_scores_0(tmp_path, body, message):
@@ -129,7 +129,7 @@ def test_any_type_of_real_number_is_accepted(tmp_path, body):
         ("mine.py:x", "x = 1", "no function x in the file; it has no function"),
         ("mine.py:f", "def f(:", r"raised SyntaxError"),
         ("mine.py:f", "import absent_module", r"ModuleNotFoundError.*\(mine.py line 1\)"),
-        ("mine.py:f", "def f(response, gold): pass", "unexpected keyword argument 'question'"),
+        ("mine.py:f", "def f(response, score): pass", "missing a required argument: 'score'"),
         ("mine.py:f", "def f(solution_str, **_): pass", "called with response, gold, question"),
     ],
 )

@@ -13,20 +13,18 @@ from pathlib import Path
 
 from megatron_sr1 import cli
 from megatron_sr1.records import Completion, Reading
-from megatron_sr1.trainer import rollouts as module
+from megatron_sr1.rollout import two_pass as module
 
 
 def exchange(answers):
-    """Have the texts of rollouts exchanged before they are scored."""
+    """Have the texts of rollouts exchanged before they are graded."""
     turns = {gold: itertools.cycle(texts) for gold, texts in answers.items()}
-    real = module.score
+    real = module._rollout
 
-    def score(rollouts, samples, scorer):
-        golds = (samples.example(rollout.index).answer for rollout in rollouts)
-        odd = [written(r, turns[gold]) for r, gold in zip(rollouts, golds, strict=True)]
-        return real(odd, samples, scorer)
+    def rollout(sample, *arguments):
+        return written(real(sample, *arguments), turns[sample.prompt.example.answer])
 
-    module.score = score
+    module._rollout = rollout
 
 
 def written(rollout, texts):

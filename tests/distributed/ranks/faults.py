@@ -23,6 +23,7 @@ from pathlib import Path
 
 from tests.ranks import free_ports, rank_variables
 
+ALGEBRA = "megatron_sr1.rewards.mathematics"
 PHASE_OF = {"load": "setup", "pass2": "pass1", "worker": "reward"}
 PHASE_OF |= dict.fromkeys(("forward", "backward", "optimizer"), "update")
 WHOLE_PHASES = ("canary", "prompts", "share", "old_logprobs", "reference")
@@ -119,9 +120,12 @@ def inject(case, run_dir):
 
         saving.save_tensors = save_tensors
     elif place in ("reward", "worker"):
-        from megatron_sr1.rewards.score import Scorer
+        from megatron_sr1.trainer import rollouts
 
-        before(Scorer, "score", in_worker(case["fault"]) if place == "worker" else fault)
+        if place == "worker":
+            in_worker(case["fault"])
+        else:
+            before(rollouts, "score", fault)
     elif place in WHOLE_PHASES and case["fault"] != "engine":
         in_phase(fault, place)
     else:
@@ -206,20 +210,38 @@ def in_engine(fault, place):
 
 
 def in_worker(kind):
-    """Stop or kill the real grading process, then have it asked something, once."""
-    done = []
+    """Stop or kill the real process of the algebra, then have it asked something, once.
 
-    def grade(scorer, *unused):
+    The verdict on that is the one on the first rollout.
+    """
+    import psutil
+
+    from megatron_sr1.rewards.answered import Finished
+    from megatron_sr1.rewards.grading_pool import GradingPool
+    from tests.rollout_case import case
+
+    real, done = GradingPool.results, []
+
+    def results(self, finished):
+        found = real(self, finished)
         if done or os.environ["RANK"] != "1":
-            return
+            return found
         done.append(True)
-        worker = scorer._grader.worker
-        assert worker.equal("x^2-1", "(x-1)(x+1)", "before")
-        os.kill(worker._process.pid, {"stop": signal.SIGSTOP, "die": signal.SIGKILL}[kind])
+        warm, asked = (
+            Finished(name, *case(f"\\boxed{{{answer}}}", gold))
+            for name, answer, gold in (
+                ("before", "(x-1)(x+1)", "x^2-1"),
+                ("a sample", "(x-2)(x+2)", "x^2-4"),
+            )
+        )
+        assert real(self, [warm])[0].accuracy
+        children = psutil.Process().children(recursive=True)
+        (algebra,) = (each for each in children if ALGEBRA in each.cmdline())
+        algebra.send_signal({"stop": signal.SIGSTOP, "die": signal.SIGKILL}[kind])
         time.sleep(0.2)
-        worker.equal("x^2-4", "(x-2)(x+2)", "a sample")
+        return [*real(self, [asked]), *found[1:]]
 
-    return grade
+    GradingPool.results = results
 
 
 def run_rank(case, arguments):
