@@ -132,7 +132,7 @@ class Replica:
         """
         numel, rollout = num_parameters(self.hf_config), run.config.rollout
         if run.adapters and rollout.sleep_level != 2:
-            is_alone = getattr(rollout, "lora", "merged") == "engine"
+            is_alone = rollout.lora == "engine"
             numel = run.adapters.numel if is_alone else run.adapters.merged_numel
         num_bytes = numel * self.dtype_bytes
         moving = 0.0 if world == 1 else costs.transfer_seconds(num_bytes, self.gpu.link_rate)
