@@ -1,6 +1,6 @@
 """tools/convert_checkpoint.py --adapter on a checkpoint of adapters, in one process.
 
-tests/distributed/test_adapter_exports.py does so with those of two tensor-parallel ranks.
+Not covered: checkpoints of several tensor-parallel ranks.
 """
 
 import json
