@@ -17,7 +17,7 @@ class AdapterConfig:
     alpha: float = number(16.0, above=0)
     """Numerator of the scale of an adapter, see adapter.scaling."""
     dropout: float = number(0.0, at_least=0, below=1)
-    """Probability of dropout on the input of an adapter, in training."""
+    """Probability of dropout on the input of an adapter, in supervised training; 0 for GRPO."""
     targets: list[str] = field(default_factory=lambda: [r"^model[.]layers[.].*_proj$"])
     """Linear layers with an adapter: regular expressions over published module names, each with a
     match anywhere in a name, such as q_proj or visual[.].*qkv. By default all of the language

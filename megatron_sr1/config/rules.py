@@ -102,6 +102,9 @@ def _adapter(config: Config) -> Broken:
     if config.model.freeze:
         advice = "leave it out; adapter.targets says what is trained"
         yield f"{{model.freeze}} with {{adapter.rank}}, which freezes all weights; {advice}"
+    if config.stage == "grpo" and adapter.dropout:
+        reason = "the policy that is updated would not be the one that generated"
+        yield f"{{adapter.dropout}} with stage=grpo: {reason}; set adapter.dropout=0"
     if not adapter.targets:
         yield "adapter.targets is empty; name layers, such as q_proj"
     for pattern in adapter.targets:

@@ -107,22 +107,6 @@ def test_grpo_goes_on_with_the_same_rollouts_and_numbers(tmp_path, tiny_model, s
         assert (stopped / name).read_text() == (whole / name).read_text()
 
 
-@pytest.mark.slow
-def test_grpo_with_adapters_goes_on_the_same_and_its_engine_has_them_merged(
-    tmp_path, tiny_model, shards
-):
-    more = ("data.prompts_per_step=8", "algorithm.prompts_per_update=4", "adapter.rank=4")
-    more += ("algorithm.kl_coefficient=0.01", "adapter.dropout=0.1", "launch.num_processes=1")
-    more += ("optimizer.learning_rate=1e-2", "checkpoint.keep_last=0")
-    whole, stopped = check_resumed(tmp_path, tiny_model, shards, *more)
-    for step in range(1, 5):
-        name = f"rollouts/step_{step}.jsonl"
-        assert (stopped / name).read_text() == (whole / name).read_text()
-    lines = numbers(whole)
-    assert all(0 < line["mismatch/abs_max"] < 1e-3 for line in lines)
-    assert lines[0]["actor/reference_kl"] < lines[-1]["actor/reference_kl"] > 1e-4
-
-
 @pytest.fixture(scope="module")
 def learner(tmp_path_factory, tiny_model, shards):
     """A model that answers some questions: without spread of rewards nothing is left to filter."""
@@ -132,6 +116,22 @@ def learner(tmp_path_factory, tiny_model, shards):
     cold_start = {"train": shards["cold_start"]}
     run_to_the_end(command(output, tiny_model, cold_start, *more, *rate))
     return output / "hf"
+
+
+@pytest.mark.slow
+def test_grpo_with_adapters_goes_on_the_same_and_its_engine_has_them_merged(
+    tmp_path, learner, shards
+):
+    more = ("data.prompts_per_step=8", "algorithm.prompts_per_update=4", "adapter.rank=4")
+    more += ("algorithm.kl_coefficient=0.01", "launch.num_processes=1")
+    more += ("optimizer.learning_rate=1e-2", "checkpoint.keep_last=0")
+    whole, stopped = check_resumed(tmp_path, learner, shards, *more)
+    for step in range(1, 5):
+        name = f"rollouts/step_{step}.jsonl"
+        assert (stopped / name).read_text() == (whole / name).read_text()
+    lines = numbers(whole)
+    assert all(0 < line["mismatch/abs_max"] < 1e-3 for line in lines)
+    assert lines[0]["actor/reference_kl"] < lines[-1]["actor/reference_kl"] > 1e-4
 
 
 @pytest.mark.slow

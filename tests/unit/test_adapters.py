@@ -44,6 +44,7 @@ def mean_loss(logprobs, batch, non_loss_data=False):
     [
         (["stage=eval"], "stage=eval, which evaluates model.path as it is"),
         (["model.freeze=['^visual[.]']"], "freezes all weights"),
+        (["adapter.dropout=0.1"], "would not be the one that generated"),
         (["adapter.targets=[]"], "adapter.targets is empty"),
         (["adapter.targets=['(']"], "is no regular expression"),
         (["optimizer.state=bfloat16", "model.dtype=bfloat16"], "not adapter.dtype=float32"),
