@@ -65,6 +65,10 @@ ON_THE_WAY = [
 """Evaluations of the GRPO runs while they train, for the curves of the report."""
 
 
+ADAPTER_SETTINGS = ["optimizer.learning_rate=1e-3", "optimizer.min_learning_rate=1e-4"]
+"""Of GRPO runs that train adapters, which take larger steps than all weights do."""
+
+
 def prepare(output: Path, seed: int, adapter_rank: int = 0) -> None:
     """Write shards of the digits and a model with random weights, unless they exist."""
     log.info("1/4 data: questions about handwritten digits, and a small model to train")
@@ -89,11 +93,9 @@ def prepare(output: Path, seed: int, adapter_rank: int = 0) -> None:
 def train(output: Path, seed: int, adapter_rank: int = 0) -> None:
     """Run all stages of the demo on one rank; with a rank above 0, GRPO trains adapters."""
     started = time.monotonic()
-    adapter = f"adapter.rank={adapter_rank}"
-    configs = {
-        name: _config(output, seed, name, *[adapter] * (name != "cold_start")) for name in MODELS
-    }
-    cold = configs.pop("cold_start")
+    adapter = [f"adapter.rank={adapter_rank}", *ADAPTER_SETTINGS] if adapter_rank else []
+    configs = {name: _config(output, seed, name, *adapter) for name in MODELS[1:]}
+    cold = _config(output, seed, "cold_start")
     with stages.joined_ranks(cold) as groups:
         log.info("2/4 cold start (%d steps)", cold.num_steps)
         context, samples, actor, _ = stages.start(cold, groups)
