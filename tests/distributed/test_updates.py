@@ -61,7 +61,7 @@ def found(model, run_ranks, tmp_path_factory):
         *(ONE, SPLIT, ALONE, *SHARED, FROZEN, ADAPTED, *OF_ONE, f"{ONE}:even_masked"),
     )
     others = [*FROZEN_OTHERS, *ADAPTED_OTHERS, *OF_TWO, *ALL_MASKED, EVEN_MASKED]
-    run_ranks(SCRIPT, 2, model, out / "two.json", *TWO_RANKS, *others)
+    run_ranks(SCRIPT, 2, model, out / "two.json", *TWO_RANKS, *others, timeout=500)
     one, two = (json.loads((out / f"{n}.json").read_text()) for n in ("one", "two"))
     one["initial"] = {"weights": initial_weights(model)}
     return {**one, **{f"2 ranks {name}": value for name, value in two.items()}}
