@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 
-from megatron_sr1.checkpoint.folders import latest_step, read_state, resolve_model
+from megatron_sr1.checkpoint.folders import latest_step, read_state, resolve_model, write_state
 from megatron_sr1.checkpoint.saving import remove_old, remove_remains
 from megatron_sr1.checkpoint.untrusted import check_folder
 from megatron_sr1.config.training import CheckpointConfig
@@ -17,7 +17,7 @@ from megatron_sr1.errors import CheckpointError
 def make_step(folder, step, model=True):
     target = folder / f"step_{step}"
     (target / "hf_files").mkdir(parents=True)
-    (target / "state.json").write_text("{}")
+    write_state(target, step, {}, None, {})
     (target / ".metadata").write_bytes(b"")
     if model:
         (target / "hf_files" / "config.json").write_text("{}")
