@@ -75,6 +75,7 @@ class GradingPool(AbstractContextManager["GradingPool"]):
         self._failure: Exception | None = None
         self._is_grouped = self._is_closed = False
         self._num_workers = self._num_idle = 0
+        self._num_unsorted = 0  # submissions that the sorting thread has not queued
         self._inbox: queue.SimpleQueue[tuple[Iterable[Finished], int] | None] = queue.SimpleQueue()
         self._sorter: threading.Thread | None = None
         self._threads: list[threading.Thread] = []
@@ -99,6 +100,8 @@ class GradingPool(AbstractContextManager["GradingPool"]):
             raise self._failure
         if self._sorter is None:
             self._sorter = self._started(self._sort)
+        with self._changed:
+            self._num_unsorted += 1
         self._inbox.put((finished, group_size))
 
     def results(self, finished: Sequence[Finished]) -> list[Found]:
@@ -113,7 +116,12 @@ class GradingPool(AbstractContextManager["GradingPool"]):
         keys = [each.key for each in finished]
         with self._changed:
             self._changed.wait_for(
-                lambda: self._failure or all(self._known.get(key) is not None for key in keys)
+                # What is sorted after its reward was taken would be graded, and kept, once more.
+                lambda: (
+                    self._failure
+                    or not self._num_unsorted
+                    and all(self._known.get(key) is not None for key in keys)
+                )
             )
             if self._failure is not None:
                 raise self._failure
@@ -140,6 +148,7 @@ class GradingPool(AbstractContextManager["GradingPool"]):
                 found = list(finished)
                 with self._changed:
                     self._queue_up(found, group_size)
+                    self._num_unsorted -= 1
 
     def _queue_up(self, finished: Sequence[Finished], group_size: int) -> None:
         """Queue rollouts that are not known yet, by prompt if the function takes batches."""

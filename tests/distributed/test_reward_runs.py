@@ -31,7 +31,11 @@ def run(tiny_model, join_as_ranks, tmp_path_factory):
     (folder / "mine.py").write_text(FUNCTION)
     join_as_ranks(
         *(2, "train", ROOT / "examples" / "digits_cpu.yaml", f"model.path={tiny_model}"),
-        *(f"data.train={shards['train']}", f"evaluation.sets.held_out.path={shards['eval']}"),
+        *(
+            f"data.train={shards['train']}",
+            "evaluation.sets=",
+            f"evaluation.sets.held_out.path={shards['eval']}",
+        ),
         *(f"output={folder / 'run'}", "optimizer.num_steps=2", "data.prompts_per_step=6"),
         *("algorithm.prompts_per_update=6", "rollout.samples_per_prompt=4"),
         *(f"reward.function={folder / 'mine.py'}:reward", "reward.function_for=total"),

@@ -60,6 +60,25 @@ def test_verdicts_are_those_of_grading_one_after_the_other_whatever_the_order(po
     assert pool.results(asked) == wanted  # nothing was submitted before
 
 
+def test_a_reward_is_that_of_this_step_however_late_its_rollouts_are_sorted(pool, monkeypatch):
+    queue_up = pool._queue_up
+
+    def late(*arguments):
+        time.sleep(0.1)
+        queue_up(*arguments)
+
+    for answer in ("1", "2"):  # of the same prompts in two steps
+        asked = [finished(answer, number, 0, "1") for number in range(4)]
+        pool.submit(asked, 4)
+        while any(pool._known.get(each.key) is None for each in asked):
+            time.sleep(0.01)
+        with monkeypatch.context() as patched:
+            patched.setattr(pool, "_queue_up", late)
+            rewards = pool.results(asked)
+        assert [reward.accuracy for reward in rewards] == [float(answer == "1")] * 4
+        time.sleep(0.3)
+
+
 def test_a_batch_is_the_responses_to_a_prompt_in_their_order_whatever_came_first(tmp_path):
     text = (
         "def reward(*, responses):\n"
