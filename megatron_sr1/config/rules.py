@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from operator import attrgetter
 from urllib.parse import urlsplit
@@ -66,19 +66,23 @@ def _given(config: Config, key: str) -> str:
     return f"{key}={str(value).lower() if isinstance(value, bool) else value}"
 
 
+def _check_patterns(key: str, patterns: Iterable[str], advice: str) -> None:
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            problem = f"{pattern!r} is no regular expression: {error}"
+            raise ConfigError(f"{key}: {problem}; {advice}") from None
+
+
 def _model(config: Config) -> Broken:
     model, parallel = config.model, config.parallel
     if parallel.sequence and parallel.tensor == 1:
         yield "parallel.sequence=true needs parallel.tensor of 2 or more"
     if parallel.pipeline == 1 and (parallel.virtual > 1 or parallel.stage_layers):
         yield "parallel.virtual and parallel.stage_layers need parallel.pipeline of 2 or more"
-    for pattern in model.freeze:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            problem = f"{pattern!r} is no regular expression: {error}"
-            advice = "a published name, with its dots as [.], matches itself"
-            raise ConfigError(f"model.freeze: {problem}; {advice}") from None
+    itself = "a published name, with its dots as [.], matches itself"
+    _check_patterns("model.freeze", model.freeze, itself)
     if model.fp8 is not None and model.spec != "transformer_engine":
         yield "model.fp8 needs model.spec=transformer_engine"
     if model.bf16_layers_at_start + model.bf16_layers_at_end > 0:
@@ -107,12 +111,7 @@ def _adapter(config: Config) -> Broken:
         yield f"{{adapter.dropout}} with stage=grpo: {reason}; set adapter.dropout=0"
     if not adapter.targets:
         yield "adapter.targets is empty; name layers, such as q_proj"
-    for pattern in adapter.targets:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            problem = f"{pattern!r} is no regular expression: {error}"
-            raise ConfigError(f"adapter.targets: {problem}; give one such as q_proj") from None
+    _check_patterns("adapter.targets", adapter.targets, "give one such as q_proj")
 
 
 def _memory(config: Config) -> Broken:

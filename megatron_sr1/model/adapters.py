@@ -164,7 +164,8 @@ class AdaptedOutput:
         for part in self._parts:
             if isinstance(part, LowRank):
                 before = number * rank
-                yield F.pad(part.lora_B, (before, (count - 1) * rank - before))
+                after = (count - 1) * rank - before
+                yield F.pad(part.lora_B, (before, after)) if count > 1 else part.lora_B
                 number += 1
             else:
                 yield like.new_zeros(part, count * rank)
