@@ -19,6 +19,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from megatron_sr1.runtime.versions import version
+
 INSTALL = "make env, or pip install -e ."
 INSTALL_GPU = "pip install -e '.[gpu]'"
 INSTALL_TE = "pip install --no-build-isolation -e '.[te]'"
@@ -71,14 +73,6 @@ def report(sections: dict[str, list[Finding]], bad: str, good: str) -> tuple[str
     failed = [f.name for findings in sections.values() for f in findings if f.level == "fail"]
     verdict = f"{bad}: {', '.join(failed)}." if failed else good
     return "\n".join([*lines, verdict]), not failed
-
-
-def version(distribution: str) -> str | None:
-    """Return the installed version of a distribution, None if it is not installed."""
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def needed() -> dict[str, str]:

