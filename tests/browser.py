@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import tempfile
@@ -50,27 +49,6 @@ OVERFLOWS = """
 """
 """Elements that reach beyond the page, but for those that scroll by themselves, and texts that are
 squeezed."""
-
-
-def missing() -> str:
-    """Why no Chromium can be started here; "" if one can. Installs Debian's where it may."""
-    if shutil.which(PROGRAM):
-        return ""
-    if os.getuid() != 0 or not shutil.which("apt-get"):
-        return f"no {PROGRAM} here, and no right to install it"
-    install = ["apt-get", "install", "--yes", "--no-install-recommends", PROGRAM]
-    environment, said = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}, ""
-    for argv in (install, ["apt-get", "update"], install):
-        try:
-            done = subprocess.run(
-                argv, env=environment, capture_output=True, text=True, timeout=600
-            )
-        except subprocess.TimeoutExpired:
-            return f"{' '.join(argv[:2])} took more than 600 s"
-        said = (done.stderr.strip().splitlines() or [said])[-1]
-        if argv is install and done.returncode == 0:
-            break
-    return "" if shutil.which(PROGRAM) else f"no {PROGRAM} here, and no installing it: {said}"
 
 
 class Browser:

@@ -6,12 +6,12 @@ was started and nothing else. Nodes are named by addresses of the loopback, whic
 
 import os
 import secrets
-import shutil
 import socket
 import subprocess
 import time
 from pathlib import Path
 
+from tests import debian
 from tests.ranks import free_ports
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
@@ -53,29 +53,7 @@ def missing() -> str:
     """Why no Slurm can be started here; "" if one can. Installs it once, where it may."""
     if os.getuid() != 0:
         return "Slurm's daemons start jobs as root only, and this is another user"
-    lacking = [name for name in PROGRAMS if shutil.which(name) is None]
-    if not lacking:
-        return ""
-    said = _install() if shutil.which("apt-get") else "there is no apt-get"
-    lacking = [name for name in PROGRAMS if shutil.which(name) is None]
-    return f"no {', '.join(lacking)} here, and no installing them: {said}" if lacking else ""
-
-
-def _install() -> str:
-    """Install Debian's packages; what apt-get said last."""
-    install = ["apt-get", "install", "--yes", "--no-install-recommends", "slurm-wlm", "munge"]
-    environment, said = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}, ""
-    for argv in (install, ["apt-get", "update"], install):
-        try:
-            done = subprocess.run(
-                argv, env=environment, capture_output=True, text=True, timeout=300
-            )
-        except subprocess.TimeoutExpired:
-            return f"{' '.join(argv[:2])} took more than 300 s"
-        if argv is install and done.returncode == 0:
-            break
-        said = (done.stderr.strip().splitlines() or [said])[-1]
-    return said
+    return debian.missing(PROGRAMS, ("slurm-wlm", "munge"))
 
 
 class SlurmHere:

@@ -12,7 +12,7 @@ from PIL import Image
 from plotly.graph_objects import Figure
 
 from megatron_sr1.report.report import write_report
-from tests import browser
+from tests import browser, debian
 from tests.report_runs import (
     EVIL,
     Page,
@@ -31,7 +31,7 @@ WORDS = " ".join(["Ein_langes_Wort_ohne_Pause" * 8, "two words", EVIL])
 
 @pytest.fixture(scope="module")
 def tab():
-    if reason := browser.missing():
+    if reason := debian.missing((browser.PROGRAM,), ("chromium",)):
         pytest.skip(reason)
     with browser.Browser() as opened:
         yield opened
