@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -99,26 +99,32 @@ class Bench:
         assert sum(len(each.outputs) for each in found) == NUM_PROMPTS * SAMPLES
         return seconds
 
-    def roll(self, with_pass2: bool) -> tuple[float, float]:
-        """Return the seconds of roll_out and those of vLLM's steps and submissions in it.
+    def roll(self, with_pass2: bool) -> tuple[float, float, float]:
+        """Return the seconds of roll_out, of its loop's own part, and of vLLM's steps.
 
-        Those of one pass include what makes pixels of decoded images.
+        The loop begins with the first step, after pass 1 was submitted. Its own part is what is
+        neither a step nor a submission of vLLM's. Those of one pass include what makes pixels of
+        decoded images.
         """
         samples = self.samples["small"]
         images = [samples.images(index) for index in range(NUM_PROMPTS)]
         samples.readings.clear()
         self.reset()
-        started, inside = time.thread_time(), [0.0]
+        steps, submissions = list[Call](), list[Call]()
+        started = time.thread_time()
         if not with_pass2:
             for pictures in images:
                 samples.processor.vision(pictures)
-        with timed_calls(self.engine._core, ("step", "add_request"), inside):
+        core = self.engine._core
+        with timed_calls(core, ("step",), steps), timed_calls(core, ("add_request",), submissions):
             rollouts = self._rollouts(SAMPLES, with_pass2)
-        seconds = time.thread_time() - started
+        ended = time.thread_time()
         assert sum(r.reading is not None for r in rollouts) > len(rollouts) / 2 or not with_pass2
         if with_pass2:
             score(rollouts, samples, self.pool)
-        return seconds, inside[0]
+        first, vllm = steps[0].started, sum(call.seconds for call in steps)
+        submitted = sum(call.seconds for call in submissions if call.started > first)
+        return ended - started, ended - first - vllm - submitted, vllm
 
     def sequence_seconds(self) -> float:
         """Return the host time of one more live sequence in an engine step.
@@ -130,7 +136,7 @@ class Bench:
         for num_samples in (1, SAMPLES):
             self.reset()
             runner = self.executor.driver_worker.model_runner
-            started, kernels = time.thread_time(), [0.0]
+            started, kernels = time.thread_time(), list[Call]()
             with ExitStack() as stack:
                 for owner, names in (
                     (runner.model, ("forward", "compute_logits")),
@@ -139,7 +145,7 @@ class Bench:
                 ):
                     stack.enter_context(timed_calls(owner, names, kernels))
                 rollouts = self._rollouts(num_samples, with_pass2=False)
-            seconds = time.thread_time() - started - kernels[0]
+            seconds = time.thread_time() - started - sum(call.seconds for call in kernels)
             found.append((seconds, sum(len(r.completion.token_ids) for r in rollouts)))
         (few, few_tokens), (many, many_tokens) = found
         return (many - few) / (many_tokens - few_tokens)
@@ -231,9 +237,16 @@ def as_vllm_takes(
     return {"prompt_token_ids": ids, "multi_modal_data": {"image": list(images)}}
 
 
+class Call(NamedTuple):
+    """A measured call, in processor seconds of its thread."""
+
+    started: float
+    seconds: float
+
+
 @contextmanager
-def timed_calls(owner: Any, names: Sequence[str], total: list[float]) -> Iterator[None]:
-    """Add the processor seconds of the calls of some methods to `total[0]`."""
+def timed_calls(owner: Any, names: Sequence[str], calls: list[Call]) -> Iterator[None]:
+    """Append every call of some methods to `calls`."""
 
     def wrapped(call: Callable[..., Any]) -> Callable[..., Any]:
         def measured(*arguments: Any, **keywords: Any) -> Any:
@@ -241,7 +254,7 @@ def timed_calls(owner: Any, names: Sequence[str], total: list[float]) -> Iterato
             try:
                 return call(*arguments, **keywords)
             finally:
-                total[0] += time.thread_time() - started
+                calls.append(Call(started, time.thread_time() - started))
 
         return measured
 
@@ -260,9 +273,9 @@ def measure(bench: Bench, num_rounds: int) -> dict[str, Any]:
     bench.sequence_seconds()
     found: dict[str, list[float]] = {name: [] for name in ("generate_seconds", *SECONDS)}
     for _ in range(num_rounds):
-        generate, (one, _), (both, vllm) = bench.generate(), bench.roll(False), bench.roll(True)
+        generate, (one, *_), (_, own, vllm) = bench.generate(), bench.roll(False), bench.roll(True)
         serial, ahead = bench.images()
-        values = generate, one, both - vllm, vllm, ahead, serial
+        values = generate, one, own, vllm, ahead, serial
         for series, value in zip(found.values(), values, strict=True):
             series.append(value)
     generate, one, own, vllm, ahead, serial = least = [min(series) for series in found.values()]

@@ -70,7 +70,9 @@ def compile_template(source: str, name: str) -> tuple[Template, frozenset[str]]:
 
     def compiled() -> tuple[Template, frozenset[str]]:
         used = meta.find_undeclared_variables(_SANDBOX.parse(source))
-        return _SANDBOX.from_string(source), frozenset(used - _SANDBOX.globals.keys())
+        template = _SANDBOX.from_string(source)
+        template.globals = dict(template.globals)  # else a ChainMap, copied key by key each time
+        return template, frozenset(used - _SANDBOX.globals.keys())
 
     return run_limited(compiled, name)
 
@@ -108,7 +110,9 @@ def run_limited(call: Callable[[], T], name: str) -> T:
 
 
 class _Stop:
-    """Handler of the signal that ends a call."""
+    """Handler of the signal that ends a call; `is_set` within such a call."""
+
+    is_set = False
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -121,15 +125,16 @@ class _Stop:
 def _time_limit(seconds: float) -> Iterator[None]:
     """Raise TimeoutError after this much processor time, which does not depend on machine load."""
     # Only the main thread receives signals.
-    is_running = isinstance(signal.getsignal(signal.SIGPROF), _Stop)
-    if is_running or threading.current_thread() is not threading.main_thread():
+    if _Stop.is_set or threading.current_thread() is not threading.main_thread():
         yield
         return
 
     before = signal.signal(signal.SIGPROF, _Stop(seconds))
     left, _ = signal.setitimer(signal.ITIMER_PROF, seconds)
+    _Stop.is_set = True
     try:
         yield
     finally:
+        _Stop.is_set = False
         signal.setitimer(signal.ITIMER_PROF, left)  # the caller's own timer; 0: none
         signal.signal(signal.SIGPROF, before)
