@@ -31,13 +31,14 @@ from megatron_sr1.checkpoint.mapping import (
 )
 from megatron_sr1.config.adapter import AdapterConfig
 from megatron_sr1.config.run import Config
+from megatron_sr1.config.training import OptimizerConfig
 from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.planning.activations import activations_of, in_layers
-from megatron_sr1.planning.adapters import DTYPE_BYTES, planned_adapters
+from megatron_sr1.planning.adapters import DTYPE_BYTES, Adapters, planned_adapters
 from megatron_sr1.planning.costs import ENGINE_RESERVED_BYTES, RESERVED_BYTES
 from megatron_sr1.planning.engine_time import Replica
 from megatron_sr1.planning.layout import Layout
-from megatron_sr1.planning.workload import PlannedRun, num_parameters, numel
+from megatron_sr1.planning.workload import PlannedRun, numel
 
 PARAMETER_ALIGNMENT = 64
 BUCKET_ALIGNMENT = 128
@@ -213,13 +214,12 @@ def static_memory(
     )
 
 
-def checkpoint_bytes(run: PlannedRun) -> int:
-    """Return the tensors of a checkpoint: what is trained and its optimizer state, all ranks."""
-    adapters, config = run.adapters, run.config
-    numel = adapters.numel if adapters else num_parameters(run.hf_config)
-    own_bytes = adapters.dtype_bytes if adapters else run.dtype_bytes
-    state_values = 2 if own_bytes == 4 else 3
-    return numel * (own_bytes + state_values * DTYPE_BYTES[config.optimizer.state])
+def checkpoint_bytes(adapters: Adapters, optimizer: OptimizerConfig) -> int:
+    """Return the bytes of a checkpoint's tensors with adapters: they and their state, all ranks.
+
+    The state has two moments, and master weights, which Megatron saves of float32 weights too.
+    """
+    return adapters.numel * (adapters.dtype_bytes + 3 * DTYPE_BYTES[optimizer.state])
 
 
 def _own_numel(entry: Entry, tensor: int) -> int:

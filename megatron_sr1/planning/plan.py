@@ -42,12 +42,12 @@ def plan(run: PlannedRun, num_gpus: int) -> str:
     if config.stage == "eval":
         raise ConfigError("stage=eval trains nothing, so it has no layout to plan; use sft or grpo")
     found = estimates(run, num_gpus)
-    best, room = choose(found), []
+    best, needed = choose(found), []
     if best is None and can_make_room(run):
         run = with_room(run)
         config, found = run.config, estimates(run, num_gpus)
-        best, room = choose(found), [f"rollout.make_room={run.config.rollout.make_room}"]
-        room += [f"rollout.sleep_level={run.config.rollout.sleep_level}"]
+        best, needed = choose(found), [f"rollout.make_room={run.config.rollout.make_room}"]
+        needed += [f"rollout.sleep_level={run.config.rollout.sleep_level}"]
     if best is None:
         raise _nothing_fits(run, num_gpus, found)
     fitting = [e for e in found if e.fits]
@@ -63,7 +63,7 @@ def plan(run: PlannedRun, num_gpus: int) -> str:
         *(f"  {e.line()}" for e in fitting[:NUM_SHOWN]),
         "",
         f"proposed: {best.layout}, engine {best.layout.engine}",
-        *_reasons(best, fitting[0], room),
+        *_reasons(best, fitting[0], needed),
         "",
         "GB on the fullest GPU:",
         *_memory_lines(run, best),
@@ -76,7 +76,7 @@ def plan(run: PlannedRun, num_gpus: int) -> str:
         *_variant_lines(run, best),
         "",
         "as configuration keys:",
-        *(f"  {text}" for text in [*best.layout.overrides(config), *room]),
+        *(f"  {text}" for text in [*best.layout.overrides(config), *needed]),
     ]
     return "\n".join(lines)
 
@@ -96,11 +96,11 @@ def with_room(run: PlannedRun) -> PlannedRun:
     return replace(run, config=replace(run.config, rollout=rollout))
 
 
-def _reasons(best: Estimate, fastest: Estimate, room: list[str]) -> list[str]:
+def _reasons(best: Estimate, fastest: Estimate, needed: list[str]) -> list[str]:
     """Why the proposal is not the fastest layout, and what it needs in order to fit."""
     lines = []
-    if room:
-        lines.append(f"  no layout fits with the configuration's settings; this needs {room[0]}")
+    if needed:
+        lines.append(f"  no layout fits with the configuration's settings; this needs {needed[0]}")
     splits = best.layout.splits, fastest.layout.splits
     for what, own, other in zip(SPLITS, *splits, strict=True):
         if own != other:
@@ -190,7 +190,7 @@ def _memory_lines(run: PlannedRun, best: Estimate) -> list[str]:
     if memory.engine and rollout.sleep_level == 1:
         kinds["engine weights in host memory"] = memory.engine["engine weights"]
     if run.adapters:
-        kinds["a checkpoint, of all ranks"] = checkpoint_bytes(run)
+        kinds["a checkpoint, of all ranks"] = checkpoint_bytes(run.adapters, run.config.optimizer)
     return [f"  {name:<30}{value / 1e9:8.{digits}f}" for name, value in kinds.items()]
 
 

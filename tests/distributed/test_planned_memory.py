@@ -1,4 +1,4 @@
-"""The planner's bytes of weights, gradients and optimizer equal those allocated.
+"""The planner's bytes of weights, gradients, optimizer and checkpoint equal the real ones.
 
 On a CPU with Megatron's own buffers and optimizers, on every rank of every layout. Not covered:
 Transformer Engine's layers, whose parameters come in another order.

@@ -13,18 +13,20 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
 
 from megatron_sr1.checkpoint.mapping import is_tower_frozen
+from megatron_sr1.checkpoint.tensors import Trained, save_tensors
 from megatron_sr1.config.loading import load_config
 from megatron_sr1.model.hf_config import check_layout, read_hf_config
 from megatron_sr1.model.qwen25_vl import build_model
 from megatron_sr1.planning.activations import Activations
 from megatron_sr1.planning.adapters import DTYPE_BYTES, planned_adapters
 from megatron_sr1.planning.layout import configured, in_flight
-from megatron_sr1.planning.memory import static_memory
+from megatron_sr1.planning.memory import checkpoint_bytes, static_memory
 from megatron_sr1.records import PackedBatch
 from megatron_sr1.runtime.device import select_device, start_distributed
-from megatron_sr1.runtime.groups import make_groups
+from megatron_sr1.runtime.groups import make_groups, on_writer
 from megatron_sr1.trainer.actor import add_adapters, make_actor
 from megatron_sr1.trainer.step import update
 from tests.layouts import destroy_groups, layout_settings
@@ -94,7 +96,7 @@ def loss(logprobs, batch):
     return total, num_tokens, {"loss": (total.detach(), num_tokens)}
 
 
-def measure(config, hf_config, groups):
+def measure(config, hf_config, groups, folder):
     """What the real classes hold after one update, and what autograd kept at most during it."""
     parallel = config.parallel
     chunks = build_model(hf_config, groups, config.model, parallel)
@@ -119,7 +121,18 @@ def measure(config, hf_config, groups):
         "weights": storage_bytes(weights),
         "gradients": storage_bytes(b.grad_data for w in actor.wrapped for b in w.buffers),
         "optimizer": held_bytes(state, without=weights),
-    }, saved.most
+    } | saved_bytes(config, actor, groups, folder), saved.most
+
+
+def saved_bytes(config, actor, groups, folder):
+    """Of a checkpoint's tensors, read from its own list of them; with adapters alone."""
+    if not config.adapter.rank:
+        return {}
+    on_writer(groups, folder.mkdir)
+    save_tensors(folder, Trained(actor.wrapped, actor.optimizer, None, groups), False).finish()
+    found = FileSystemReader(folder).read_metadata().state_dict_metadata.values()
+    tensors = [each for each in found if isinstance(each, TensorStorageMetadata)]
+    return {"saved": sum(t.size.numel() * t.properties.dtype.itemsize for t in tensors)}
 
 
 def plan_activations(config, hf_config, layout, pipeline_rank):
@@ -159,13 +172,15 @@ def main():
         static = static_memory(
             config, hf_config, layout, groups.pipeline.rank, groups.data_context.rank
         )
-        held, kept = measure(config, hf_config, groups)
+        held, kept = measure(config, hf_config, groups, Path(f"{out}.{len(lines)}"))
+        adapters = planned_adapters(hf_config, config.adapter, config.model.dtype)
         line = {
             "case": case,
             "planned": {
                 "weights": static.weights,
                 "gradients": static.gradients,
                 "optimizer": static.optimizer + static.host,
+                **({"saved": checkpoint_bytes(adapters, config.optimizer)} if adapters else {}),
             },
             "held": held,
             "planned_activations": plan_activations(
