@@ -336,11 +336,18 @@ def roll_out(
     pass2_only += seconds
     rollouts = [s.rollout for s in samples.values() if s.rollout is not None]
     assert len(rollouts) == len(samples)
+    steps, seconds = engine.num_steps - steps_before, time.perf_counter() - started
+    return rollouts, _stats(rollouts, readings, steps, seconds, pass2_only)
+
+
+def _stats(
+    rollouts: Sequence[Rollout], readings: Readings, steps: int, seconds: float, pass2_only: float
+) -> RolloutStats:
     completions = [r.completion for r in rollouts]
     sampled = [c for c in readings.done.values() if c.finish_reason != "given"]
-    stats = RolloutStats(
-        engine_steps=engine.num_steps - steps_before,
-        seconds=time.perf_counter() - started,
+    return RolloutStats(
+        engine_steps=steps,
+        seconds=seconds,
         pass2_only_seconds=pass2_only,
         pass1_tokens=sum(len(c.token_ids) for c in completions),
         pass2_tokens=sum(len(c.token_ids) for c in sampled),
@@ -348,7 +355,6 @@ def roll_out(
         num_pass2=sum(r.reading is not None for r in rollouts),
         num_prompts2=len(readings.names),
     )
-    return rollouts, stats
 
 
 def _request(
