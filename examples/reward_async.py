@@ -1,4 +1,4 @@
-r"""A reward function that asks a model behind an OpenAI-compatible endpoint, many calls at a time.
+r"""A reward function that asks a model of an OpenAI-compatible endpoint, many calls at a time.
 
     megatron-sr1 train examples/digits_cpu.yaml reward.function=examples/reward_async.py:judged \
         reward.arguments.base_url=http://127.0.0.1:8000/v1 reward.arguments.model=NAME

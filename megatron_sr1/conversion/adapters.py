@@ -152,7 +152,7 @@ def merge(
         read: returns A or B of a module by its name, `….lora_A.weight`.
         scale: factor of B A.
         target: new directory, or a model's, which is replaced.
-        report: is told what is done, of how many bytes.
+        report: called with what is being done, the bytes that are done, and all bytes.
 
     Raises:
         CheckpointError: the base lacks a module's weight, or the target holds something else.

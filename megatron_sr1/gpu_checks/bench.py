@@ -38,7 +38,7 @@ FIRST_TEXT_ID, TEXT_IDS = 8, 151643
 LEARNING_RATE = 3e-4
 """High enough that a few updates of bfloat16 weights lower the loss of their batch."""
 IMAGELESS = 4
-"""One sample in so many has no image."""
+"""Every fourth sample has no image."""
 
 
 @dataclass(frozen=True)
