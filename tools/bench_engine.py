@@ -27,7 +27,8 @@ from megatron_sr1.config.loading import load_config
 from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.records import Prompt, Rollout
 from megatron_sr1.rewards.response import find_description
-from megatron_sr1.rollout.two_pass import RolloutHooks, roll_out
+from megatron_sr1.rollout.readings import RolloutHooks
+from megatron_sr1.rollout.two_pass import roll_out
 from megatron_sr1.runtime.rng import request_seed
 from megatron_sr1.stages import start_ranks
 from megatron_sr1.trainer.actor import load_actor_model

@@ -27,7 +27,8 @@ from megatron_sr1.records import Message, Prompt, Rollout
 from megatron_sr1.rewards.answered import Finished
 from megatron_sr1.rewards.grading_pool import GradingPool
 from megatron_sr1.rewards.score import Scorer
-from megatron_sr1.rollout.two_pass import RolloutHooks, roll_out
+from megatron_sr1.rollout.readings import RolloutHooks
+from megatron_sr1.rollout.two_pass import roll_out
 from megatron_sr1.runtime.rng import request_seed
 from tools.bench_host import RESPONSE_TOKENS, Bench
 from tools.grading_rate import make_answer

@@ -39,7 +39,8 @@ from megatron_sr1.records import Message, Rollout
 from megatron_sr1.rewards.grading_pool import GradingPool
 from megatron_sr1.rollout import vllm_api
 from megatron_sr1.rollout.engine import Engine, Request
-from megatron_sr1.rollout.two_pass import RolloutHooks, roll_out
+from megatron_sr1.rollout.readings import RolloutHooks
+from megatron_sr1.rollout.two_pass import roll_out
 from megatron_sr1.runtime.device import select_device, start_distributed
 from megatron_sr1.runtime.rng import request_seed
 from megatron_sr1.trainer.rollouts import grade_early, score

@@ -20,7 +20,8 @@ from megatron_sr1.demo.demo import COLD_START, WAYS, prepare
 from megatron_sr1.observability.metrics import read_lines
 from megatron_sr1.report.verdicts import LABELS, paired
 from megatron_sr1.rewards.score import VERDICTS, rate
-from tools.bench import ROOT, run, table
+from tools.bench import ROOT, run
+from tools.bench_roofline import table
 
 CREDITS = ("scalar", "span")
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # Student's t, two-sided, by degrees of freedom

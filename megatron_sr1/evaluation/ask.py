@@ -28,7 +28,8 @@ from megatron_sr1.errors import DataError
 from megatron_sr1.records import Message, Rollout
 from megatron_sr1.rewards.response import find_answer, find_span, marks_of
 from megatron_sr1.rollout.engine import Engine
-from megatron_sr1.rollout.two_pass import RolloutHooks, roll_out
+from megatron_sr1.rollout.readings import RolloutHooks
+from megatron_sr1.rollout.two_pass import roll_out
 from megatron_sr1.runtime.chat import ChatClient
 from megatron_sr1.runtime.groups import Groups
 from megatron_sr1.runtime.rng import request_seed

@@ -25,8 +25,9 @@ from megatron_sr1.evaluation.results import set_rates
 from megatron_sr1.records import Prompt
 from megatron_sr1.rewards.grading_pool import GradingPool
 from megatron_sr1.rollout.engine import Engine
+from megatron_sr1.rollout.readings import RolloutHooks
 from megatron_sr1.rollout.text_stats import text_stats
-from megatron_sr1.rollout.two_pass import RolloutHooks, roll_out
+from megatron_sr1.rollout.two_pass import roll_out
 from megatron_sr1.runtime.chat import PHASE_SHARE
 from megatron_sr1.runtime.files import write_text
 from megatron_sr1.runtime.groups import gather_objects

@@ -22,7 +22,8 @@ from megatron_sr1.rewards.answered import Finished
 from megatron_sr1.rewards.grading_pool import GradingPool
 from megatron_sr1.rewards.score import cross
 from megatron_sr1.rollout.engine import Engine
-from megatron_sr1.rollout.two_pass import RolloutHooks, roll_out
+from megatron_sr1.rollout.readings import RolloutHooks
+from megatron_sr1.rollout.two_pass import roll_out
 from megatron_sr1.runtime.groups import Groups, gather_objects, sum_over_ranks
 from megatron_sr1.runtime.rng import request_seed
 from megatron_sr1.trainer.context import Context

@@ -13,7 +13,8 @@ from megatron_sr1.config.training import DataConfig
 from megatron_sr1.data.prompts import Prompts
 from megatron_sr1.records import Example, Message
 from megatron_sr1.rollout.engine import Request
-from megatron_sr1.rollout.two_pass import RolloutHooks, roll_out
+from megatron_sr1.rollout.readings import RolloutHooks
+from megatron_sr1.rollout.two_pass import roll_out
 from tools.engine_steps import SCHEDULES, Limits, jobs_of, recorded, simulate
 
 LIMITS = Limits(max_num_seqs=128, max_step_tokens=32768, block_tokens=32, chunked=False)

@@ -17,7 +17,8 @@ from megatron_sr1.errors import EngineError, GradingLimit
 from megatron_sr1.rewards.response import find_description
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rollout.engine import Request
-from megatron_sr1.rollout.two_pass import RolloutHooks, _digest, roll_out
+from megatron_sr1.rollout.readings import RolloutHooks, _digest
+from megatron_sr1.rollout.two_pass import roll_out
 from megatron_sr1.runtime.chat import ChatClient, defused
 from tests.chat_endpoint import CLOSED, SILENT, serving
 

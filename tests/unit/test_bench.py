@@ -6,7 +6,6 @@ The measurements here are made up; `make bench` takes real ones.
 import pytest
 
 from tools.bench import (
-    SEQUENCES,
     forked_over_barrier,
     gap_share,
     grading_line,
@@ -20,6 +19,7 @@ from tools.bench import (
     widths_line,
     widths_verdicts,
 )
+from tools.bench_roofline import SEQUENCES
 from tools.engine_steps import SCHEDULES
 
 

@@ -10,7 +10,7 @@ from megatron_sr1.config.endpoint import EndpointConfig
 from megatron_sr1.config.rollout import RewardConfig, RolloutConfig
 from megatron_sr1.records import Prompt, VisionInputs, texts
 from megatron_sr1.rewards.score import Scorer
-from megatron_sr1.rollout.two_pass import Readings, RolloutHooks
+from megatron_sr1.rollout.readings import Readings, RolloutHooks
 from megatron_sr1.runtime.chat import ChatClient
 from megatron_sr1.trainer import rollouts
 from tests.chat_endpoint import serving

@@ -176,7 +176,7 @@ def in_update(fault, place):
 
 def in_engine(fault, place):
     from megatron_sr1.rollout.engine import Engine
-    from megatron_sr1.rollout.two_pass import PREFIX
+    from megatron_sr1.rollout.readings import PREFIX
 
     if place == "sync":
         real = Engine.sync

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.errors import EngineError
 from megatron_sr1.rollout.engine import Engine
-from megatron_sr1.rollout.two_pass import RolloutHooks, roll_out
+from megatron_sr1.rollout.readings import RolloutHooks
+from megatron_sr1.rollout.two_pass import roll_out
 from megatron_sr1.runtime.device import select_device, start_distributed, stop_distributed
 from tests.parity import rollout_setup as setup
 
