@@ -26,6 +26,8 @@ found["added"] = sorted(set(os.environ.items()) ^ set(before.items()))
 groups = make_groups(ParallelConfig(), device)
 model = ModelConfig(dtype="float32")
 (chunk,) = build_model(read_hf_config(sys.argv[1]), groups, model, ParallelConfig())
+torch.set_num_threads(2)
+found["tiny"] = [(torch.full((size,), 1e-39) * 1.0).max().item() for size in (1, 2**20)]
 found["devices"] = sorted({tensor.device.type for tensor in chunk.parameters()})
 stop_distributed()
 print(json.dumps(found))
@@ -53,3 +55,7 @@ def test_a_rank_on_the_cpu_sees_no_gpu_and_megatron_allocates_none(found):
 
 def test_a_world_of_one_leaves_the_environment_as_it_was(found):
     assert found["world"] == [0, 1] and found["added"] == []
+
+
+def test_no_thread_of_a_rank_on_the_cpu_computes_with_denormals(found):
+    assert found["tiny"] == [0.0, 0.0]
