@@ -11,6 +11,7 @@ import socket
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_sr1.errors import ConfigError
@@ -27,7 +28,9 @@ def select_device(kind: str = "auto") -> torch.device:
             torch.cuda.is_available = lambda: False
             torch.cuda.device_count = lambda: 0  # type: ignore[assignment]
         # Gradients of a sure policy's logits are full of denormals, with which a product takes up
-        # to 70 times as long. Threads that start later inherit this.
+        # to 70 times as long. Threads that start later inherit this. NumPy, which warns of it,
+        # looks once.
+        np.finfo(np.float32), np.finfo(np.float64)
         torch.set_flush_denormal(True)
         return torch.device("cpu")
     if not torch.cuda.is_available():
