@@ -74,7 +74,7 @@ def cut(value: str) -> str:
 def _table(title: str, head: Sequence[str], rows: Rows) -> Table:
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for number, name in enumerate(head):
-        table.add_column(Text(name), justify="right" if number else "left")
+        table.add_column(Text(name), justify="right" if number else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
     return table

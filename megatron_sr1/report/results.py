@@ -51,10 +51,13 @@ def results_tables(results: Mapping[str, Any]) -> list[Table]:
     tables = []
     for head, rows in _tables(results):
         table = Table(box=None, pad_edge=False)
-        for number, title in enumerate(head):
-            table.add_column(title, justify="right" if number else "left", no_wrap=not number)
-        for row in rows:
-            table.add_row(*_broken(row))
+        broken = list(map(_broken, rows))
+        for number, cells in enumerate(zip(head, *broken, strict=True)):
+            # Its longest word; rich would cut words of narrow columns and leave room in wide ones.
+            width = max(len(word) for cell in cells for word in cell.split()) if number else None
+            table.add_column(cells[0], justify="right" if number else "left", width=width)
+        for row in broken:
+            table.add_row(*row)
         tables.append(table)
     return tables
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from megatron_sr1.evaluation.lines import evaluation_line, verdicts_of
 from megatron_sr1.evaluation.results import set_rates, set_results
@@ -94,3 +95,18 @@ def test_responses_made_elsewhere_have_none():
     line = evaluation_line(rollout(()), Reward(1, 1, None, False, 1, "7", None), EXAMPLE, "p")
     assert "response_tokens" not in line
     assert not [name for name in set_rates([verdicts_of(line)]) if "tokens" in name]
+
+
+def test_a_table_of_all_rates_is_printed_whole():
+    """With the headers whole there is no room for the intervals; then headers alone are broken."""
+    names = ("accuracy", "self_reward", "shortcut_rate", "description_exact")
+    found = {"rates": dict.fromkeys(names, [0.828, 0.777, 0.869]), "questions": 256}
+    cells = [f"pass1_{one}_pass2_{two}" for one in ("right", "wrong") for two in ("right", "wrong")]
+    lengths = {"response_tokens_mean": 18.0, "response_tokens_p95": 23, "truncated_share": 0.0}
+    found |= {"table": dict.fromkeys(cells, 64), "lengths": lengths, "weight": 1.0}
+    parts = dict.fromkeys(("sources", "categories"), {})
+    table = results_tables({"sets": {"a long name of a set": found | parts}})[0]
+    console = Console(width=150)
+    with console.capture() as printed:
+        console.print(table)
+    assert printed.get().count("(77.7–86.9)") == 4 and "…" not in printed.get()
