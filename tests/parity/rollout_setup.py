@@ -67,8 +67,8 @@ def request(prompt, name, **settings):
 
 
 @torch.no_grad()
-def reference_logits(model_dir, prompt, response):
-    """Logits [response, vocabulary] of transformers that predict the response."""
+def reference_logits(model_dir, prompt, response, model=None):
+    """Logits [response, vocabulary] of transformers, or of `model`, that predict the response."""
     ids = torch.tensor([[*prompt.token_ids, *response]])
     kwargs = {}
     if prompt.vision:
@@ -77,10 +77,11 @@ def reference_logits(model_dir, prompt, response):
             "image_grid_thw": prompt.vision.image_grid_thw,
             "mm_token_type_ids": (ids == processor(model_dir).image_pad_id).long(),
         }
-    logits = reference(model_dir)(input_ids=ids, **kwargs).logits[0]
+    model = model or reference(model_dir)
+    logits = model(input_ids=ids, **kwargs).logits[0]
     return logits[len(prompt.token_ids) - 1 : -1]
 
 
-def reference_logprobs(model_dir, prompt, response, temperature=1.0):
-    logits = reference_logits(model_dir, prompt, response) / temperature
+def reference_logprobs(model_dir, prompt, response, temperature=1.0, model=None):
+    logits = reference_logits(model_dir, prompt, response, model) / temperature
     return logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0].tolist()

@@ -38,26 +38,12 @@ def gap(engine, model, model_dir, name):
         prompt = setup.prompt(model_dir, number, images)
         asked = [setup.request(prompt, f"{name}{k}", max_tokens=12, seed=k) for k in range(4)]
         for completion in engine.generate(asked):
-            theirs = torch.tensor(logprobs(model, model_dir, prompt, completion.token_ids))
+            ids = completion.token_ids
+            theirs = torch.tensor(setup.reference_logprobs(model_dir, prompt, ids, model=model))
             ours = torch.tensor(completion.logprobs)
-            scored = engine.logprobs(prompt.token_ids, completion.token_ids, prompt.vision)
-            worst = max(worst, (ours - theirs).abs().max(), max(
-                abs(a - b) for a, b in zip(scored, theirs.tolist(), strict=True)
-            ))  # fmt: skip
+            scored = torch.tensor(engine.logprobs(prompt.token_ids, ids, prompt.vision))
+            worst = max(worst, (ours - theirs).abs().max(), (scored - theirs).abs().max())
     return float(worst)
-
-
-def logprobs(model, model_dir, prompt, response):
-    ids = torch.tensor([[*prompt.token_ids, *response]])
-    kwargs = {}
-    if prompt.vision:
-        kwargs = {
-            "pixel_values": prompt.vision.pixel_values,
-            "image_grid_thw": prompt.vision.image_grid_thw,
-            "mm_token_type_ids": (ids == setup.processor(model_dir).image_pad_id).long(),
-        }
-    logits = model(input_ids=ids, **kwargs).logits[0][len(prompt.token_ids) - 1 : -1]
-    return logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0].tolist()
 
 
 @pytest.mark.slow
