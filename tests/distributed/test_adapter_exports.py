@@ -61,3 +61,15 @@ def test_engine_and_actor_agree_and_peft_reads_what_was_trained(run, tiny_model)
     assert ours.tensors.keys() == theirs.tensors.keys()
     for name in theirs.tensors:
         assert torch.equal(ours.read(name), theirs.read(name)), name
+
+
+@pytest.mark.slow
+def test_the_checkpoint_of_all_ranks_is_exported_as_what_the_run_exported(run):
+    from tools.convert_checkpoint import main
+
+    asked = ["megatron-to-hf", str(run / "run" / "checkpoints"), str(run / "exported")]
+    assert main([*asked, "--adapter", "export"]) == 0
+    ours, theirs = PeftAdapter(run / "exported"), PeftAdapter(run / "run" / "adapter")
+    assert ours.settings == theirs.settings and ours.modules == theirs.modules
+    for name, tensor in theirs.tensors():
+        assert torch.equal(ours.read(name), tensor), name

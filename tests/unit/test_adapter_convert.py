@@ -1,6 +1,6 @@
 """tools/convert_checkpoint.py --adapter on a checkpoint of adapters, in one process.
 
-Not covered: checkpoints of several tensor-parallel ranks.
+Checkpoints of several ranks: tests/distributed/test_adapter_exports.py.
 """
 
 import json
