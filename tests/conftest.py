@@ -1,6 +1,7 @@
 """What tests share: a tiny model directory, and a way to run a script on several ranks."""
 
 import gc
+import logging
 import os
 import subprocess
 import sys
@@ -44,6 +45,14 @@ def pytest_collection_finish():
 
 def pytest_unconfigure():
     gc.unfreeze()  # libraries in C++ report what they find alive at the end
+
+
+@pytest.fixture(autouse=True)
+def log_handlers():
+    """A command that a test runs in this process logs to the stream of that test."""
+    before = logging.root.handlers[:]
+    yield
+    logging.root.handlers[:] = before
 
 
 @pytest.fixture(scope="session")
