@@ -53,7 +53,7 @@ def missing() -> str:
     """Why no Slurm can be started here; "" if one can. Installs it once, where it may."""
     if os.getuid() != 0:
         return "Slurm's daemons start jobs as root only, and this is another user"
-    return debian.missing(PROGRAMS, ("slurm-wlm", "munge"))
+    return debian.missing(PROGRAMS, ("slurm-wlm", "munge"), seconds=300)
 
 
 class SlurmHere:

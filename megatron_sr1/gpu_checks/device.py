@@ -56,7 +56,8 @@ def software() -> str:
     """Return the versions of Python, of what is installed, and of CUDA's libraries."""
     import megatron.core  # a wheel on the path has no metadata there
 
-    found = {"megatron-core": megatron.core.__version__} | versions()
+    found = versions()
+    found.setdefault("megatron-core", megatron.core.__version__)
     parts = [f"{name} {text}" for name, text in found.items()]
     if torch.version.cuda and torch.cuda.is_available():
         nccl = ".".join(map(str, torch.cuda.nccl.version()))

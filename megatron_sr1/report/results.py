@@ -52,10 +52,12 @@ def results_tables(results: Mapping[str, Any]) -> list[Table]:
     for head, rows in _tables(results):
         table = Table(box=None, pad_edge=False)
         broken = list(map(_broken, rows))
-        for number, cells in enumerate(zip(head, *broken, strict=True)):
-            # Its longest word; rich would cut words of narrow columns and leave room in wide ones.
-            width = max(len(word) for cell in cells for word in cell.split()) if number else None
-            table.add_column(cells[0], justify="right" if number else "left", width=width)
+        names, *columns = zip(head, *broken, strict=True)
+        table.add_column(names[0], no_wrap=True)
+        for column in columns:
+            # Without a width, rich shortens narrow cells before it breaks a long header.
+            width = max(len(word) for cell in column for word in cell.split())
+            table.add_column(column[0], justify="right", width=width)
         for row in broken:
             table.add_row(*row)
         tables.append(table)

@@ -98,7 +98,7 @@ def test_responses_made_elsewhere_have_none():
 
 
 def test_a_table_of_all_rates_is_printed_whole():
-    """With the headers whole there is no room for the intervals; then headers alone are broken."""
+    """150 columns hold every interval only if long headers are printed on several lines."""
     names = ("accuracy", "self_reward", "shortcut_rate", "description_exact")
     found = {"rates": dict.fromkeys(names, [0.828, 0.777, 0.869]), "questions": 256}
     cells = [f"pass1_{one}_pass2_{two}" for one in ("right", "wrong") for two in ("right", "wrong")]
