@@ -48,11 +48,14 @@ def pytest_unconfigure():
 
 
 @pytest.fixture(autouse=True)
-def log_handlers():
-    """A command that a test runs in this process logs to the stream of that test."""
+def state_of_the_process():
+    """Log handlers and the mode of the processor are, after each test, as they were before it."""
+    import torch
+
     before = logging.root.handlers[:]
     yield
     logging.root.handlers[:] = before
+    torch.set_flush_denormal(False)  # `select_device` turns it on; hypothesis refuses it
 
 
 @pytest.fixture(scope="session")
