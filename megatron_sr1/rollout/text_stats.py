@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -48,29 +49,39 @@ def text_stats(rollouts: Sequence[Rollout], encode: Encode) -> list[TextStats]:
     lengths: dict[str | None, int] = {}
     if distinct:
         lengths |= zip(distinct, map(len, encode(distinct)), strict=True)
+    shares = repeated_shares([rollout.completion.token_ids for rollout in rollouts])
     return [
         TextStats(
             response_tokens=len(rollout.completion.token_ids),
             description_tokens=lengths.get(rollout.description),
             truncated=int(rollout.completion.finish_reason == "length"),
-            repetition=repeated_share(rollout.completion.token_ids),
+            repetition=share,
         )
-        for rollout in rollouts
+        for rollout, share in zip(rollouts, shares, strict=True)
     ]
 
 
-def repeated_share(token_ids: Sequence[int]) -> float | None:
-    """Return the share of n-grams that occurred before in the sequence, in [0, 1).
+def repeated_shares(sequences: Sequence[Sequence[int]]) -> list[float | None]:
+    """Return for each sequence the share of its n-grams that occurred in it before, in [0, 1).
 
     None if it is shorter than one. N-grams are compared by a hash of 64 bits.
     """
-    num_ngrams = len(token_ids) - NGRAM + 1
-    if num_ngrams < 1:
-        return None
-    ids, hashed = np.array(token_ids, np.uint64), np.zeros(num_ngrams, np.uint64)
+    lengths = np.array([len(token_ids) for token_ids in sequences], np.int64)
+    num_ngrams = np.maximum(lengths - NGRAM + 1, 0)
+    sequence = np.repeat(np.arange(len(sequences)), num_ngrams)
+    # The first tokens of n-grams: the last tokens of each sequence start none.
+    others = lengths - num_ngrams
+    starts = np.arange(len(sequence)) + np.repeat(np.cumsum(others) - others, num_ngrams)
+    ids = np.array(list(chain.from_iterable(sequences)), np.uint64)
+    hashed = np.zeros(len(sequence), np.uint64)
     for place in range(NGRAM):
-        hashed = hashed * _MULTIPLIER + ids[place : place + num_ngrams]
-    return 1.0 - len(np.unique(hashed)) / num_ngrams
+        hashed = hashed * _MULTIPLIER + ids[starts + place]
+    order = np.lexsort((hashed, sequence))
+    sequence, hashed = sequence[order], hashed[order]
+    again = (np.diff(hashed) == 0) & (np.diff(sequence) == 0)
+    repeated = np.bincount(sequence[1:][again], minlength=len(sequences))
+    pairs = zip(repeated.tolist(), num_ngrams.tolist(), strict=True)
+    return [num / among if among else None for num, among in pairs]
 
 
 def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -86,6 +86,7 @@ class Samples:
         self.processor = processor
         self.prompts = Prompts(config.data, config.reward.recipe, question_options)
         self._config, self._marks = config, marks_of(config.reward.spans)
+        self._shares_prompts = config.shares_prompts
         self.find_description = partial(find_description, marks=self._marks)
         self._prompts: dict[int, Prompt] = {}
         threads = config.data.image_threads
@@ -182,9 +183,9 @@ class Samples:
 
         Those of the description have `description_advantage` instead, if it is given.
         """
-        prompt, completion = self.prompt(rollout.index), rollout.completion
-        num_prompt = len(prompt.token_ids)
-        token_ids = np.array((*prompt.token_ids, *completion.token_ids), np.int64)
+        completion, vision = rollout.completion, self.pixels.get(rollout.index)
+        num_prompt = len(rollout.prompt_token_ids)
+        token_ids = np.array((*rollout.prompt_token_ids, *completion.token_ids), np.int64)
         in_response = np.arange(len(token_ids)) >= num_prompt
         advantages = np.where(in_response, np.float32(advantage), np.float32(0))
         if description_advantage is not None and rollout.description is not None:
@@ -194,10 +195,10 @@ class Samples:
         engine_logprobs = np.array((0.0,) * num_prompt + completion.logprobs, np.float32)
         return TrainSample(
             index=rollout.index,
-            num_images=prompt.example.num_images,
+            num_images=self.example(rollout.index).num_images,
             token_ids=token_ids,
             loss_mask=in_response,
-            image_grid_thw=prompt.image_grid_thw,
+            image_grid_thw=vision.grids if vision else (),
             advantages=advantages,
             engine_logprobs=engine_logprobs,
         )
@@ -206,7 +207,7 @@ class Samples:
         """Return the size of a rollout's training sample, without reading its images."""
         num_tokens = len(rollout.prompt_token_ids) + len(rollout.completion.token_ids)
         merged = rollout.prompt_token_ids.count(self.processor.image_pad_id)
-        shared = len(rollout.prompt_token_ids) if self._config.shares_prompts else 0
+        shared = len(rollout.prompt_token_ids) if self._shares_prompts else 0
         return Size(num_tokens, merged * self.processor.merge_size**2, rollout.index, shared)
 
     def conversation(self, index: int) -> TrainSample:
@@ -234,7 +235,7 @@ class Samples:
             patch_cost=self._patch_cost,
             sequence_multiple=sequence_multiple(parallel.context),
             pad_multiple=row_multiple(model, parallel),
-            share_prompts=self._config.shares_prompts,
+            share_prompts=self._shares_prompts,
         )
 
     def forget(self) -> None:

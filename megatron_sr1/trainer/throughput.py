@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 
 from megatron_sr1.checkpoint.mapping import TOWER, adapter_entries, is_tower_frozen
@@ -58,18 +59,18 @@ class Throughput:
         A prompt with its images is computed once for all its responses, and so is a description for
         all its readings: an engine that repeats them loses time and gains no MFU.
         """
-        work = sum(self._tower(p.image_grid_thw) + self._text(len(p.token_ids), 0) for p in prompts)
+        tower = sum(self._tower(p.image_grid_thw) for p in prompts)
+        prefills = [(len(p.token_ids), 0, 0) for p in prompts]
         sampled = [(len(r.prompt_token_ids), r.completion) for r in rollouts]
         read = {(r.index, r.description or ""): r.reading for r in rollouts if r.reading}
         read |= {(r.index, ""): r.question_only for r in rollouts if r.question_only}
         # An endpoint's readings are no work of the engine, and not among `readings`.
         own = {readings[key]: reading for key, reading in read.items() if key in readings}
         for token_ids, reading in own.items():
-            work += self._text(len(token_ids), 0)
+            prefills.append((len(token_ids), 0, 0))
             sampled += [(len(token_ids), answer) for answer in reading.answers]
-        counts = [(before, len(completion.token_ids)) for before, completion in sampled]
-        work += sum(self._text(tokens, tokens, before) for before, tokens in counts)
-        self._add("rollout", work, sum(tokens for _, tokens in counts))
+        counts = [(len(c.token_ids), len(c.token_ids), before) for before, c in sampled]
+        self._add("rollout", tower + self._text(prefills + counts), sum(n for n, _, _ in counts))
 
     def count_samples(self, phase: str, samples: Sequence[TrainSample]) -> None:
         """Add sequences that the actor processed, once for the ranks that share them.
@@ -77,21 +78,22 @@ class Throughput:
         All phases but update are forward passes. Samples without targets are not counted: they
         only keep a rank busy. Where rows compute a prompt once, it is counted once.
         """
-        counted = set[int]()
+        counted, counts, tower, num_tokens = set[int](), [], 0.0, 0
         for sample in samples if self._groups.is_replica_leader else ():
-            if sample.loss_mask.any():
-                tokens, num_targets = len(sample.token_ids), int(sample.loss_mask.sum())
-                if sample.index in counted:
-                    before = num_prompt_tokens(sample)
-                    text, tower = self._text(tokens - before, num_targets, before), 0.0
-                else:
-                    text = self._text(tokens, num_targets)
-                    tower = self._tower(sample.image_grid_thw)
-                if self._shares_prompts:
-                    counted.add(sample.index)
-                if phase == "update":
-                    text, tower = self._text_factor * text, self._tower_factor * tower
-                self._add(phase, text + tower, tokens)
+            num_targets = int(sample.loss_mask.sum())
+            if not num_targets:
+                continue
+            num_tokens += (tokens := len(sample.token_ids))
+            if sample.index in counted:
+                before = num_prompt_tokens(sample)
+                counts.append((tokens - before, num_targets, before))
+            else:
+                counts.append((tokens, num_targets, 0))
+                tower += self._tower(sample.image_grid_thw)
+            if self._shares_prompts:
+                counted.add(sample.index)
+        factors = (self._text_factor, self._tower_factor) if phase == "update" else (1, 1)
+        self._add(phase, factors[0] * self._text(counts) + factors[1] * tower, num_tokens)
 
     def take(self, times: Mapping[str, float]) -> dict[str, float]:
         """Return the metrics of a step with these `time/…_seconds`, and start the next one.
@@ -118,8 +120,10 @@ class Throughput:
         }
         return rates if self._peak is None else rates | {f"perf/{phase}_mfu": per_rank / self._peak}
 
-    def _text(self, tokens: int, logits: int, before: int = 0) -> float:
-        return flops.text(self._hf_config, tokens, logits, before).total
+    def _text(self, counts: Sequence[tuple[int, int, int]]) -> float:
+        """Return the operations of sequences, by the arguments of `flops.text` for each."""
+        each = np.array(counts, np.float64).reshape(-1, 3).T
+        return float(np.sum(flops.text(self._hf_config, *each).total))
 
     def _tower(self, grids: Sequence[tuple[int, int, int]]) -> float:
         return sum(flops.vision(self._hf_config, t * h * w, h * w).total for t, h, w in grids)

@@ -8,7 +8,7 @@ from megatron_sr1.evaluation.lines import evaluation_line, verdicts_of
 from megatron_sr1.evaluation.results import set_rates, set_results
 from megatron_sr1.records import Completion, Example, Message, Reward, Rollout
 from megatron_sr1.report.results import results_tables
-from megatron_sr1.rollout.text_stats import repeated_share, step_metrics, summarize, text_stats
+from megatron_sr1.rollout.text_stats import repeated_shares, step_metrics, summarize, text_stats
 
 EXAMPLE = Example(0, "k", "s.tar", (Message("user", "<image>?"),), "7", 1)
 
@@ -35,13 +35,19 @@ def words(texts):
     ],
 )
 def test_repetition_is_the_share_of_4_grams_that_occurred_before(token_ids, share):
-    assert repeated_share(tuple(token_ids)) == (share if share is None else pytest.approx(share))
+    assert repeated_shares([tuple(token_ids)]) == [share if share is None else pytest.approx(share)]
 
 
-def test_repetition_equals_a_count_of_tuples():
-    ids = tuple(np.random.default_rng(0).integers(0, 4, 500).tolist())
-    grams = [ids[i : i + 4] for i in range(497)]
-    assert repeated_share(ids) == pytest.approx(1 - len(set(grams)) / 497)
+def test_repetition_equals_a_count_of_tuples_in_each_of_many_sequences():
+    random = np.random.default_rng(0)
+    lengths = [500, 3, 0, 4, *random.integers(0, 60, 200).tolist(), 1]
+    sequences = [tuple(random.integers(0, 4, length).tolist()) for length in lengths]
+    expected = []
+    for ids in sequences:
+        grams = [ids[i : i + 4] for i in range(len(ids) - 3)]
+        expected.append(pytest.approx(1 - len(set(grams)) / len(grams)) if grams else None)
+    assert repeated_shares(sequences) == expected
+    assert repeated_shares([]) == []
 
 
 def test_a_step_reports_lengths_truncated_share_and_repetition():
