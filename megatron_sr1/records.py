@@ -138,6 +138,7 @@ class Rollout:
         reading: pass 2, from description and question without the image; None if it did not run.
         weight_version: number of the weight sync that the engine sampled with.
         question_only: the same from the question alone, for comparison; None if it did not run.
+        replica: index of the engine replica that sampled it.
     """
 
     index: int
@@ -148,6 +149,7 @@ class Rollout:
     reading: Reading | None
     weight_version: int
     question_only: Reading | None = None
+    replica: int = 0
 
 
 def texts(rollout: Rollout, example: Example) -> dict[str, Any]:

@@ -28,13 +28,15 @@ PER_TOKEN = ("advantages", "old_logprobs", "engine_logprobs", "reference_logprob
 class Size(NamedTuple):
     """Size of a sample: tokens with images expanded, its images' patches, number of its prompt.
 
-    `shared` tokens of it are the prompt's, and computed once for all its samples in a row.
+    `shared` tokens of it are the prompt's, and computed once for all its samples in a row. `home`
+    is the data-parallel rank that has its pixels.
     """
 
     tokens: int
     patches: int
     prompt: int
     shared: int = 0
+    home: int | None = None
 
 
 def size_of(sample: TrainSample, share_prompts: bool = False) -> Size:
@@ -81,10 +83,13 @@ def plan_rows(sizes: Sequence[Size], budget: float, patch_cost: float) -> list[l
 def plan_ranks(sizes: Sequence[Size], num_ranks: int, patch_cost: float) -> list[list[int]]:
     """Return the sample numbers of each data-parallel rank, ascending and possibly none.
 
-    `sizes` are those of an update's samples on all ranks.
+    `sizes` are those of an update's samples on all ranks. If they have homes, samples stay there as
+    far as the balance allows.
     """
     parts, costs = _parts(sizes, cost(sizes, patch_cost) / num_ranks, patch_cost)
-    return [sorted(n for p in share for n in parts[p]) for share in share_out(costs, num_ranks)]
+    homes = [home for part in parts if (home := sizes[part[0]].home) is not None]
+    shares = share_out(costs, num_ranks, homes)
+    return [sorted(n for p in share for n in parts[p]) for share in shares]
 
 
 def _parts(

@@ -71,7 +71,7 @@ def roll_out(
         for s in touched:
             is_new = s.rollout is None and s.completion is not None
             if is_new and readings.has(s.key) and readings.has(s.question_key):
-                s.rollout = _rollout(s, readings, hooks, engine.weight_version)
+                s.rollout = _rollout(s, readings, hooks, engine)
                 found.append(s.rollout)
         if found and hooks.finished is not None:
             hooks.finished(found)
@@ -150,9 +150,7 @@ def _request(
     )
 
 
-def _rollout(
-    sample: Sample, readings: Readings, hooks: RolloutHooks, weight_version: int
-) -> Rollout:
+def _rollout(sample: Sample, readings: Readings, hooks: RolloutHooks, engine: Engine) -> Rollout:
     assert sample.completion is not None
     description = sample.description
     if description is None:
@@ -164,6 +162,7 @@ def _rollout(
         completion=sample.completion,
         description=description,
         reading=readings.result(sample.key),
-        weight_version=weight_version,
+        weight_version=engine.weight_version,
         question_only=readings.result(sample.question_key),
+        replica=engine.replica,
     )

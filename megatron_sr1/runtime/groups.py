@@ -20,6 +20,9 @@ from megatron_sr1.errors import CheckpointError, ConfigError
 from megatron_sr1.runtime import cpu, signals
 from megatron_sr1.runtime.device import start_distributed
 
+HOME_LOAD = 1.01
+"""Load of a share, relative to the mean, up to which items stay at home in `share_out`."""
+
 
 @dataclass(frozen=True)
 class Group:
@@ -220,16 +223,27 @@ def reason(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def share_out(costs: Sequence[float], num_shares: int) -> list[list[int]]:
+def share_out(
+    costs: Sequence[float], num_shares: int, homes: Sequence[int] = ()
+) -> list[list[int]]:
     """Partition items by cost: the largest first, each to the share with the least load.
 
-    No two shares differ by more than the largest item (Graham, 1969, doi:10.1137/0117039). Return
-    the indices of each share's items, in the order of assignment; a share may be empty.
+    With `homes`, an item goes to its home share while that stays within `HOME_LOAD` of the mean.
+    No two shares differ by more than the largest item (Graham, 1969, doi:10.1137/0117039) or, with
+    homes, by that and the tolerance. Return the indices of each share's items, in the order of
+    assignment; a share may be empty.
     """
     shares: list[list[int]] = [[] for _ in range(num_shares)]
-    least = [(0.0, share) for share in range(num_shares)]  # a heap
+    loads = [0.0] * num_shares
+    least = [(0.0, share) for share in range(num_shares)]  # a heap, with loads of the past too
+    limit = HOME_LOAD * sum(costs) / max(num_shares, 1)
     for number in sorted(range(len(costs)), key=lambda n: -costs[n]):
-        load, share = heapq.heappop(least)
+        while least[0][0] != loads[least[0][1]]:
+            heapq.heappop(least)
+        share = least[0][1]
+        if homes and loads[homes[number]] + costs[number] <= limit:
+            share = homes[number]
         shares[share].append(number)
-        heapq.heappush(least, (load + costs[number], share))
+        loads[share] += costs[number]
+        heapq.heappush(least, (loads[share], share))
     return shares

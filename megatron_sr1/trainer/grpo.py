@@ -16,6 +16,7 @@ from megatron_sr1.records import PackedBatch, TrainSample
 from megatron_sr1.rewards.grading_pool import GradingPool
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.rollout.text_stats import step_metrics
+from megatron_sr1.runtime.groups import gather_objects
 from megatron_sr1.trainer.actor import Actor, Reference
 from megatron_sr1.trainer.context import Context, Evaluate
 from megatron_sr1.trainer.objective import Credit, credit, grpo_loss
@@ -49,6 +50,9 @@ def train_grpo(
     bound = config.rollout.canary_bound
     canary = Canary(samples, bound) if bound else None
     objective = grpo_loss(config.algorithm, config.rollout)
+    world = context.groups.world
+    data_ranks = gather_objects(context.groups.data.rank, world)
+    homes = data_ranks[:: world.size // engine.num_replicas]  # of each replica's leader
     context.evaluate_at_start(evaluate)
     while context.has_steps_left:
         sync(context, actor, engine, again=context.step > started_at)
@@ -59,7 +63,7 @@ def train_grpo(
         chosen, filtered = chosen_groups(credited, config)
 
         with context.phase("pack"):
-            owned = own_samples(context, samples, scored, credited, chosen)
+            owned = own_samples(context, samples, scored, credited, chosen, homes)
             updates = [samples.pack(own, context.groups) for own in owned]
             samples.forget_pixels()
         read_ahead(context, engine, samples)
@@ -120,8 +124,12 @@ def own_samples(
     scored: Sequence[Scored],
     credited: Credit,
     chosen: Sequence[int],
+    homes: Sequence[int],
 ) -> list[list[TrainSample]]:
-    """Return this data-parallel rank's part of each update of the step, from the chosen groups."""
+    """Return this data-parallel rank's part of each update of the step, from the chosen groups.
+
+    `homes` is the data-parallel rank of each engine replica, which has read its prompts' images.
+    """
     n = context.config.rollout.samples_per_prompt
     per_update = context.config.algorithm.prompts_per_update
 
@@ -131,7 +139,8 @@ def own_samples(
     updates = []
     for start in range(0, len(chosen), per_update):
         of_update = [g * n + k for g in chosen[start : start + per_update] for k in range(n)]
-        sizes = [samples.size(scored[number].rollout) for number in of_update]
+        rollouts = [scored[number].rollout for number in of_update]
+        sizes = [samples.size(r)._replace(home=homes[r.replica]) for r in rollouts]
         own = [of_update[place] for place in samples.own_places(sizes, context.groups.data)]
         samples.pixels.start(scored[number].rollout.index for number in own)  # other replicas'
         updates.append(list(map(sample, own)) or [without_targets(sample(of_update[0]))])

@@ -86,6 +86,30 @@ def test_no_rank_is_above_the_mean_by_more_than_its_largest_part(seed):
     assert max(costs(sizes, shares)) <= 2 * max(mean, largest)
 
 
+def test_prompts_stay_at_home_up_to_the_mean_and_the_shortest_leave():
+    sizes = [Size(tokens, 0, -1, home=home) for tokens, home in ((8, 1), (1, 1), (4, 1), (3, 0))]
+    assert plan_ranks(sizes, 2, 0) == [[1, 2, 3], [0]]
+    equal = [Size(5, 8, prompt, home=prompt % 2) for prompt in range(6)]
+    assert plan_ranks(equal, 2, 0.5) == [[0, 2, 4], [1, 3, 5]]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_nearly_all_prompts_stay_where_their_images_were_read(seed):
+    rng = random.Random(seed)
+    num_ranks = rng.choice([2, 8])
+    sizes = []
+    for prompt in range(32 * num_ranks):
+        image = 4 * rng.randint(40, 80)
+        for _ in range(8):
+            length = 60 + image // 4 + rng.randint(0, 40)
+            sizes.append(Size(length, image, prompt, home=prompt % num_ranks))
+    shares = plan_ranks(sizes, num_ranks, WEIGHT)
+    taken = costs(sizes, shares)
+    assert max(taken) < 1.03 * sum(taken) / num_ranks
+    stay = sum(sizes[n].home == rank for rank, share in enumerate(shares) for n in share)
+    assert stay >= 0.9 * len(sizes)
+
+
 def test_many_prompts_are_spread_evenly_and_stay_whole():
     rng = random.Random(5)
     sizes = [

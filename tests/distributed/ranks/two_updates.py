@@ -67,7 +67,7 @@ def invented(samples):
 def step(config, groups):
     """What each of the two updates measured, and sums of the weights afterwards."""
     context, samples, actor, _ = stages.start(config, groups)
-    owned = own_samples(context, samples, *invented(samples), range(NUM_PROMPTS))
+    owned = own_samples(context, samples, *invented(samples), range(NUM_PROMPTS), homes=[0])
     updates = [samples.pack(own, groups) for own in owned]
     updates = with_logprobs(context, actor, owned, updates, None)
     loss = grpo_loss(config.algorithm, config.rollout)
