@@ -32,6 +32,8 @@ _CPU_STEP_TOKENS = 32768  # prompt tokens per step on a CPU; raised to hold one 
 _STEP_TOKENS = 8192  # the smallest of vLLM's default limits per step on GPUs
 _CPU_BLOCK_TOKENS = 32  # short prompts share a prefix only if blocks are short
 
+_NORMS = ("rms_norm", "fused_add_rms_norm")
+
 
 @preserve_rng_and_threads()  # importing and starting vLLM changes both
 def start_vllm(
@@ -61,6 +63,7 @@ def start_vllm(
         )
     if device_kind == "cpu":
         weight_sync.keep_linear_weights()
+        allow_compiled_norms()
     # vLLM inspects a registered class in this process; otherwise it would start another process,
     # without our patch of torchvision.
     vllm.ModelRegistry.register_model(
@@ -111,6 +114,18 @@ def set_environment(kv_cache_gib: int) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 
+def allow_compiled_norms() -> None:
+    """Let vLLM use its compiled norms on a CPU, too; it offers them on GPUs alone.
+
+    They take a fifth of the time of its Python, or a tenth for a thousand tokens.
+    """
+    from vllm import ir
+    from vllm.kernels import vllm_c  # noqa: F401  # registers them
+
+    for name in _NORMS:
+        getattr(ir.ops, name).impls["vllm_c"].supported = True
+
+
 @contextmanager
 def _launcher_variables() -> Iterator[None]:
     """Set a launcher's variables, unless one has: vLLM reads the rank from the environment."""
@@ -142,6 +157,7 @@ def device_arguments(
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(rollout.max_model_len, _CPU_STEP_TOKENS),
             "block_size": _CPU_BLOCK_TOKENS,
+            "ir_op_priority": dict.fromkeys(_NORMS, ["vllm_c", "native"]),
         }
     elif longest_image > _STEP_TOKENS:  # it limits the encoder too
         arguments["max_num_batched_tokens"] = longest_image

@@ -259,6 +259,17 @@ def test_a_collected_engine_leaves_the_others_and_the_process_group_alone(
     assert engine.generate([request])[0].token_ids == before.token_ids
 
 
+def test_norms_and_products_on_a_cpu_are_compiled_ones_on_the_weights_themselves(
+    tiny_model, engine
+):
+    prompt = setup.prompt(tiny_model, 0, num_images=1)
+    with torch.profiler.profile() as profiled:
+        engine.generate([setup.request(prompt, "norms", max_tokens=2)])
+    names = {event.key for event in profiled.key_averages()}
+    assert {"_C::rms_norm", "_C::fused_add_rms_norm"} <= names
+    assert "aten::rsqrt" not in names and not any("onednn" in name for name in names), names
+
+
 def test_sync_is_rejected_between_the_steps_of_a_request(tiny_model, engine):
     engine.submit([setup.request(setup.prompt(tiny_model, 0), "a", max_tokens=3)])
     with pytest.raises(EngineError, match="working on 1 request"):
