@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+import torch.distributed as dist
+
 from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.errors import DataError, GradingLimit
 from megatron_sr1.records import Example, Prompt, Reward, Rollout, texts
@@ -130,6 +132,8 @@ def roll_out_prompts(
         context.throughput.count_rollouts(prompts, rollouts, samples.readings)
     with context.phase("reward"):
         own = score(rollouts if is_leader else (), samples, grading)
+    with context.phase("wait"):  # for the slowest replica
+        dist.barrier(group=context.groups.world.process_group)
     with context.phase("share"):
         scored = gather_scored(own, indices, context.groups)
         counts = {
