@@ -31,16 +31,10 @@ def train_sft(
             is_leader = context.groups.is_replica_leader
             samples.pixels.start(indices)
             read = context.read_usable(samples.conversation, indices, is_leader)
-            parts = gather_objects(read, data)
-            everyone = [sample for part in parts for sample in part]
+            everyone = [sample for part in gather_objects(read, data) for sample in part]
             if not everyone:
                 raise DataError("no sample of this step could be read; see the warnings above")
-            homes = [home for home, part in enumerate(parts) for _ in part]
-            sizes = [
-                size_of(sample)._replace(home=home)
-                for sample, home in zip(everyone, homes, strict=True)
-            ]
-            places = samples.own_places(sizes, data)
+            places = samples.own_places([size_of(sample) for sample in everyone], data)
             own = [everyone[place] for place in places] or [without_targets(everyone[0])]
             if context.groups.is_first_stage:  # the others take none
                 samples.pixels.start(sample.index for sample in own if sample.num_images)
