@@ -6,7 +6,8 @@ Megatron refers to CUDA in three ways, each handled in the narrowest place that 
   their CPU counterparts, once, and only if torch sees no GPU: there is none, or
   `device.select_device` has hidden it.
 - `device="cuda"`, `Tensor.cuda()` and comparisons with `Tensor.type()` strings: `megatron_mode`,
-  a `TorchFunctionMode` entered around calls into Megatron. Torch's factory functions themselves
+  a `TorchFunctionMode` entered around calls into Megatron, and left for the forward and backward
+  passes of its micro-batches, which do none of this. Torch's factory functions themselves
   are never replaced: torch's device contexts look them up by identity, and with a replaced
   `torch.arange` transformers builds models from uninitialised memory.
 - RNG states of `megatron.core.tensor_parallel.random`: they use the CPU generator.
@@ -17,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
@@ -112,10 +113,24 @@ def _install() -> None:
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
     torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign]
+    from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import random as megatron_random
 
     megatron_random._get_cuda_rng_state = get_state
     megatron_random._set_cuda_rng_state = set_state
+    for name in ("forward_step", "backward_step"):
+        setattr(schedules, name, _outside_mode()(getattr(schedules, name)))
+
+
+@contextlib.contextmanager
+def _outside_mode() -> Iterator[None]:
+    """Leave Megatron's CPU mode for a micro-batch.
+
+    The mode costs microseconds per operation, thousands of which are a micro-batch's, and none of
+    them names CUDA.
+    """
+    with torch._C.DisableTorchFunction():
+        yield
 
 
 @functools.cache
