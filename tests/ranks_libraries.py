@@ -8,7 +8,7 @@ from megatron_sr1.rollout.vllm_api import set_environment
 from megatron_sr1.runtime import cpu
 from megatron_sr1.runtime.cpu import patch_torchvision
 
-set_environment(1)
+set_environment()
 patch_torchvision()
 cpu.install()
 for _name in ("distributed", "optimizer", "dist_checkpointing", "pipeline_parallel"):

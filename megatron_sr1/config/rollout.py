@@ -49,7 +49,7 @@ class RolloutConfig:
     than the token limit of an engine step."""
     gpu_memory_utilization: float = number(0.5, above=0, at_most=1)
     """Fraction of a GPU's memory that the engine may use."""
-    kv_cache_gib: int = number(1, at_least=1)
+    kv_cache_gib: float = number(1.0, above=0)
     """Size of the key/value cache on a CPU, GiB."""
     lora: str = choice("merged", "merged", "engine")
     """How the engine gets adapters: merged (their layers' weights with the adapters added), engine

@@ -48,7 +48,7 @@ def start_vllm(
     adapter: AdapterConfig | None,
 ) -> Any:
     """Import vLLM and start it; the arguments are those of `Engine`. Returns vLLM's `LLM`."""
-    set_environment(rollout.kv_cache_gib)
+    set_environment()
     patch_torchvision()
     import vllm
     from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
@@ -102,12 +102,11 @@ def start_vllm(
     return llm
 
 
-def set_environment(kv_cache_gib: int) -> None:
+def set_environment() -> None:
     """Set the variables that vLLM reads when it is imported."""
     os.environ.update(
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
         VLLM_USE_V2_MODEL_RUNNER="0",
-        VLLM_CPU_KVCACHE_SPACE=str(kv_cache_gib),
         VLLM_CPU_OMP_THREADS_BIND="nobind",
         VLLM_NO_USAGE_STATS="1",
     )
@@ -157,6 +156,7 @@ def device_arguments(
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(rollout.max_model_len, _CPU_STEP_TOKENS),
             "block_size": _CPU_BLOCK_TOKENS,
+            "kv_cache_memory_bytes": round(rollout.kv_cache_gib * 2**30),
             "ir_op_priority": dict.fromkeys(_NORMS, ["vllm_c", "native"]),
         }
     elif longest_image > _STEP_TOKENS:  # it limits the encoder too

@@ -121,7 +121,7 @@ def test_every_default_is_in_its_range_and_every_choice_is_taken():
         ("rollout.gpu_memory_utilization=1.5", "more than 0 and at most 1"),  # vLLM's CacheConfig
         ("rollout.max_num_seqs=0", "1 to 8192"),  # vLLM's SchedulerConfig: 1 to tokens of a step
         ("rollout.sleep_level=3", "0 to 2"),
-        ("rollout.kv_cache_gib=0", "1 or more"),
+        ("rollout.kv_cache_gib=0", "more than 0"),
         ("logging.samples_every=0", "1 or more"),  # divides by it
         ("launch.phase_deadline_seconds=-1", "0 to 2592000"),
         ("launch.setup_deadline_seconds=1e12", "0 to 2592000"),  # more than a timer takes
