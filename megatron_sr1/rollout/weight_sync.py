@@ -4,19 +4,22 @@ With `rollout.lora=engine` the adapters alone are sent, and vLLM's own LoRA comp
 
 The payload of vLLM's `update` is the iterator itself, as trainer and engine share the process. Each
 tensor is copied into the engine's weights as it arrives; only a quantised engine keeps it until its
-layer is complete. The source may therefore create each tensor on request, and the whole model never
-exists twice. A source that reuses a buffer must refill it at layer boundaries only, when the next
-layer has been requested.
+layer is complete. The first sync records vLLM's copies, and later ones repeat them without it. The
+source may therefore create each tensor on request, and the whole model never exists twice. A source
+that reuses a buffer must refill it at layer boundaries only, when the next layer is requested.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from megatron_sr1.config.adapter import AdapterConfig
 from megatron_sr1.config.rollout import LARGEST_LORA_RANK
@@ -26,6 +29,9 @@ BACKEND = "megatron_sr1_in_process"
 LORA_ID = 1
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, LARGEST_LORA_RANK)
 """Ranks that vLLM's layers may have (vllm/config/lora.py); a smaller adapter is padded."""
+
+READ_AHEAD = 8
+"""At least as many tensors as vLLM has requested of a sync before it copies the first of them."""
 
 
 def register() -> str:
@@ -145,6 +151,71 @@ def _absent_parts(names: Collection[str], fused: Mapping[str, Sequence[str]]) ->
     return siblings - set(names)
 
 
+@dataclass(frozen=True)
+class _Copies:
+    """The copies that vLLM makes of a tensor of this shape and these strides.
+
+    Each is a view of the engine's weights, and the offset, shape and strides of the part of the
+    tensor that is copied to it.
+    """
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    parts: list[tuple[torch.Tensor, int, torch.Size, tuple[int, ...]]]
+
+    def fit(self, tensor: torch.Tensor) -> bool:
+        """Return True if these are the copies of `tensor`, too."""
+        return tensor.shape == self.shape and tensor.stride() == self.strides
+
+    def repeat(self, tensor: torch.Tensor) -> None:
+        """Copy the parts of a tensor."""
+        for place, offset, shape, strides in self.parts:
+            place.copy_(tensor.as_strided(shape, strides, tensor.storage_offset() + offset))
+
+
+class _CopyRecorder(TorchFunctionMode):
+    """Within a block, records how vLLM copies the tensors of a sync into the engine's weights.
+
+    vLLM searches its modules anew for the place of each tensor, which takes longer than the copy.
+    """
+
+    def __init__(self) -> None:
+        """Record nothing yet."""
+        super().__init__()
+        self._recent: deque[tuple[str, int, int]] = deque(maxlen=READ_AHEAD)  # name, address, bytes
+        self._found: dict[str, _Copies] = {}
+        self._is_complete = True
+
+    def watched(
+        self, weights: Iterable[tuple[str, torch.Tensor]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the tensors of the sync."""
+        for name, tensor in weights:
+            self._recent.appendleft((name, tensor.data_ptr(), tensor.nbytes))
+            self._found[name] = _Copies(tensor.shape, tensor.stride(), [])
+            yield name, tensor
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call torch's function, and record what it copies."""
+        if func is torch.Tensor.copy_:
+            place, part = args[:2]
+            for name, address, num_bytes in self._recent:
+                if 0 <= (offset := part.data_ptr() - address) < num_bytes:
+                    which = place, offset // part.itemsize, part.shape, part.stride()
+                    self._found[name].parts.append(which)
+                    break
+            else:
+                self._is_complete = False
+        return func(*args, **(kwargs or {}))
+
+    def copies(self) -> dict[str, _Copies]:
+        """Return the copies of tensors that were copied, by name.
+
+        There are none if something was copied that is no part of a tensor of the sync.
+        """
+        return {n: c for n, c in self._found.items() if c.parts} if self._is_complete else {}
+
+
 @functools.cache
 def _transfer_class() -> type:
     from vllm.distributed.weight_transfer.base import (
@@ -172,31 +243,45 @@ def _transfer_class() -> type:
         def init_transfer_engine(self, init_info: WeightTransferInitInfo) -> None:
             self._held = {name for name, _ in self.model.named_parameters()}
             self._is_quantised = self.model_config.quantization is not None
+            self._copies: dict[str, _Copies] = {}
+            self._sent = set[str]()  # by the first whole sync, which recorded its copies
 
         def start_weight_update(self) -> None:
             if self._is_quantised:
                 reload.initialize_layerwise_reload(self.model)
-            # Excludes the scales of quantised layers, which exist only between two syncs, and the
-            # name of a tied layer, which exists only during one.
-            self._expected = self._held & {name for name, _ in self.model.named_parameters()}
 
         def receive_weights(self, update_info: Update) -> None:
+            # Excludes the scales of quantised layers, which exist only between two syncs, and the
+            # name of a tied layer, which exists only during one.
+            expected = set[str]()
+            if not self._sent:
+                expected = self._held & {name for name, _ in self.model.named_parameters()}
             names = set()
 
             def noted() -> Iterator[tuple[str, torch.Tensor]]:
                 for name, tensor in update_info.weights:
                     names.add(name)
-                    yield name, tensor
+                    copies = self._copies.get(name)
+                    if copies and copies.fit(tensor):
+                        copies.repeat(tensor)
+                    else:
+                        yield name, tensor
 
-            with torch.no_grad():
-                loaded = set(self.model.load_weights(noted()))
-            absent = self._expected - loaded if update_info.whole else set()
+            recorder = None
+            if update_info.whole and not self._sent and not self._is_quantised:
+                recorder = _CopyRecorder()
+            with torch.no_grad(), recorder or contextlib.nullcontext():
+                weights = recorder.watched(noted()) if recorder else noted()
+                loaded = set(self.model.load_weights(weights))
+            absent = (self._sent - names) | (expected - loaded) if update_info.whole else set()
             missing = sorted(absent | _absent_parts(names, self.model.packed_modules_mapping))
             if missing:
                 raise EngineError(
                     f"{len(missing)} layers or tensors of the engine are missing or incomplete: "
                     f"{', '.join(missing[:3])}; send all tensors of the checkpoint"
                 )
+            if recorder:
+                self._copies, self._sent = recorder.copies(), names
 
         def finish_weight_update(self) -> None:
             if self._is_quantised:

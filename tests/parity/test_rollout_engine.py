@@ -171,16 +171,20 @@ def test_encoded_images_are_dropped_when_the_engine_goes_to_sleep(tiny_model, en
     assert engine.generate(requests) == before
 
 
+def exported(model):
+    """As the actor does: an output layer that is tied to the embedding has no tensor of its own."""
+    return {n: tensor for n, tensor in model.state_dict().items() if n != "lm_head.weight"}
+
+
 def perturbed(tiny_model):
-    """Change every tensor of the transformers model and return its state as the actor exports it:
-    an output layer that is tied to the embedding has no tensor of its own."""
+    """Change every tensor of the transformers model and return them."""
     model = setup.reference(tiny_model)
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
     assert model.config.tie_word_embeddings
-    return {n: tensor for n, tensor in model.state_dict().items() if n != "lm_head.weight"}
+    return exported(model)
 
 
 def test_synced_weights_serve_the_next_request_with_the_same_images(tiny_model, engine):
@@ -199,7 +203,7 @@ def test_synced_weights_serve_the_next_request_with_the_same_images(tiny_model, 
 
 
 def test_sync_holds_three_tensors_of_the_stream_at_a_time(tiny_model, engine):
-    state = setup.reference(tiny_model).state_dict()
+    state = exported(setup.reference(tiny_model))
     alive, most = [], 0
 
     def stream():
@@ -213,6 +217,24 @@ def test_sync_holds_three_tensors_of_the_stream_at_a_time(tiny_model, engine):
 
     engine.sync(stream(), version=6)
     assert len(alive) > 50 and most <= 3, most  # vLLM reads ahead
+
+
+def test_later_syncs_copy_each_tensor_without_vllm_searching_its_place(
+    tiny_model, engine, monkeypatch
+):
+    greedy = setup.request(setup.prompt(tiny_model, 1), "a", temperature=0.0, max_tokens=12)
+    weights = exported(setup.reference(tiny_model))
+    engine.sync(weights.items(), version=7)
+    (expected,) = engine.generate([greedy])
+    core, searched = engine._core.engine_core.engine_core, []
+    model = core.model_executor.driver_worker.model_runner.model
+    monkeypatch.setattr(model, "load_weights", lambda weights: searched.extend(weights) or set())
+    engine.sync(((name, 2 * tensor) for name, tensor in weights.items()), version=8)
+    assert engine.generate([greedy])[0].logprobs != expected.logprobs
+    engine.sync(weights.items(), version=9)
+    assert searched == []
+    (found,) = engine.generate([greedy])
+    assert found.token_ids == expected.token_ids and found.logprobs == expected.logprobs
 
 
 @pytest.fixture(scope="module")
