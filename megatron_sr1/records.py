@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -257,7 +258,7 @@ class VisionInputs:
     occurrences: torch.Tensor | None = None
     digests: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def grids(self) -> tuple[tuple[int, int, int], ...]:
         """Grid of each image, (t, h, w) in patches."""
         return tuple((t, h, w) for t, h, w in self.image_grid_thw.tolist())

@@ -12,7 +12,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -144,10 +144,7 @@ def pack_samples(
         lengths = [-(-len(s.token_ids) // sequence_multiple) * sequence_multiple for s in chosen]
         padding = -sum(lengths) % pad_multiple
         lengths += [padding] if padding else []
-        positions = [
-            mrope_positions(s.token_ids, s.image_grid_thw, image_pad_id, merge_size, s.index)
-            for s in chosen
-        ]
+        positions = mrope_positions(chosen, image_pad_id, merge_size)
         vision = _vision(chosen, vision_of) if vision_of else None
         batch = _row(rows, chosen, lengths, positions, vision)
         if share_prompts:
@@ -170,78 +167,103 @@ def _shared_tokens(chosen: Sequence[TrainSample]) -> list[int]:
 
 
 def mrope_positions(
-    token_ids: np.ndarray,
-    grids: Sequence[tuple[int, int, int]],
-    image_pad_id: int,
-    merge_size: int,
-    index: int = -1,
+    samples: Sequence[TrainSample], image_pad_id: int, merge_size: int
 ) -> np.ndarray:
-    """Return the mRoPE positions of one sequence, [3, tokens] int64: time, height, width.
+    """Return the mRoPE positions of samples, one after the other, as time, height and width.
 
-    `token_ids`, [tokens] int64, have one `image_pad_id` per `merge_size` x `merge_size` patches;
-    `grids` are (t, h, w) of each image in patches; errors name the sample by its `index`.
+    Their tokens have one `image_pad_id` per `merge_size` x `merge_size` patches of an image.
+
+    Returns:
+        [3, tokens of all samples] int64; each sample starts at 0.
 
     Raises:
         DataError: the number of image tokens does not match the grids, or an image's tokens are
             not contiguous.
     """
-    pads = np.flatnonzero(token_ids == image_pad_id)
-    sizes = [t * (h // merge_size) * (w // merge_size) for t, h, w in grids]
-    if len(pads) != sum(sizes):
-        raise DataError(
-            f"sample {index}: {len(pads)} image tokens, its {len(sizes)} images make {sum(sizes)}; "
-            "the policy must not sample vision tokens"
-        )
-    positions = np.empty((3, len(token_ids)), np.int64)
-    done, at, used = 0, 0, 0  # tokens laid out, position of the next, image tokens used
-    for (t, h, w), size in zip(grids, sizes, strict=True):
-        start = int(pads[used])
-        if pads[used + size - 1] != start + size - 1:
-            raise DataError(f"sample {index}: an image's {size} tokens are not in one run")
-        positions[:, done:start] = np.arange(at, at + start - done)
-        at += start - done
-        cells = np.indices((t, h // merge_size, w // merge_size)).reshape(3, -1)
-        positions[:, start : start + size] = cells + at
-        at += max(h, w) // merge_size
-        done, used = start + size, used + size
-    positions[:, done:] = np.arange(at, at + len(token_ids) - done)
+    lengths = [len(s.token_ids) for s in samples]
+    ends = np.cumsum(lengths)
+    pads = np.flatnonzero(np.concatenate([s.token_ids for s in samples]) == image_pad_id)
+    grids = [(t, h // merge_size, w // merge_size) for s in samples for t, h, w in s.image_grid_thw]
+    _check_image_tokens(samples, [math.prod(grid) for grid in grids], pads, ends)
+    steps = np.ones(ends[-1], np.int64)  # positions that a token takes; an image's last has all
+    steps[pads] = 0
+    if grids:
+        steps[pads[np.cumsum([math.prod(grid) for grid in grids]) - 1]] = [
+            max(g[1:]) for g in grids
+        ]
+    before = np.append(0, np.cumsum(steps))
+    positions = np.tile(before[:-1] - np.repeat(before[ends - lengths], lengths), (3, 1))
+    if grids:
+        cells = {grid: np.indices(grid).reshape(3, -1) for grid in set(grids)}
+        positions[:, pads] += np.concatenate([cells[grid] for grid in grids], axis=1)
     return positions
+
+
+def _check_image_tokens(
+    samples: Sequence[TrainSample], sizes: Iterable[int], pads: np.ndarray, ends: np.ndarray
+) -> None:
+    """Raise a DataError unless each image of each sample has its tokens, one after the other.
+
+    `sizes` are the tokens of all images, `pads` the places of image tokens, and `ends` of samples.
+    """
+    left, used = iter(sizes), 0
+    counts = np.diff(np.searchsorted(pads, ends), prepend=0).tolist()
+    for sample, count in zip(samples, counts, strict=True):
+        own = list(islice(left, len(sample.image_grid_thw)))
+        if count != sum(own):
+            raise DataError(
+                f"sample {sample.index}: {count} image tokens, its {len(own)} images make "
+                f"{sum(own)}; the policy must not sample vision tokens"
+            )
+        for size in own:
+            if pads[used + size - 1] != pads[used] + size - 1:
+                what = f"an image's {size} tokens are not in one run"
+                raise DataError(f"sample {sample.index}: {what}")
+            used += size
 
 
 def _row(
     sample_ids: list[int],
     chosen: list[TrainSample],
     lengths: list[int],
-    positions: list[np.ndarray],
+    positions: np.ndarray,
     vision: VisionInputs | None,
 ) -> PackedBatch:
-    """Concatenate the samples of a row; the length of each includes its padding."""
-    borders = [0, *np.cumsum(lengths).tolist()]
+    """Concatenate the samples of a row; the length of each includes its padding.
 
-    def row(arrays: Sequence[np.ndarray], dtype: type, shift: int = 1) -> torch.Tensor:
-        """Return [..., T]: entry t is the value of token t + shift of the same sequence.
+    `positions` are those of `mrope_positions`.
+    """
+    borders = np.array([0, *np.cumsum(lengths)])
+    num_tokens = np.array([len(s.token_ids) for s in chosen])
+    starts = np.cumsum(num_tokens) - num_tokens  # without padding
+    places = np.arange(num_tokens.sum()) + np.repeat(borders[: len(chosen)] - starts, num_tokens)
+    predicted = np.delete(np.arange(num_tokens.sum()), starts)
 
-        It is 0 in padding and, with a shift, at the last tokens of a sequence.
-        """
-        out: np.ndarray = np.zeros((*arrays[0].shape[:-1], borders[-1]), dtype)
-        for start, sample, values in zip(borders, chosen, arrays, strict=False):
-            num_tokens = len(sample.token_ids)
-            assert values.shape[-1] == num_tokens, (values.shape, num_tokens)
-            out[..., start : start + num_tokens - shift] = values[..., shift:]
+    def row(values: np.ndarray, dtype: type) -> torch.Tensor:
+        """Return [..., T], 0 in padding; `values` are [..., tokens of all samples]."""
+        out: np.ndarray = np.zeros((*values.shape[:-1], borders[-1]), dtype)
+        out[..., places] = values
         return torch.from_numpy(out)
 
-    ids = [s.token_ids for s in chosen]
+    def labels(name: str, dtype: type) -> torch.Tensor:
+        """Return [1, T]: entry t is the value of token t + 1, 0 at the end of a sequence."""
+        given = [getattr(s, name) for s in chosen]
+        assert all(len(v) == n for v, n in zip(given, num_tokens, strict=True)), name
+        out: np.ndarray = np.zeros((1, borders[-1]), dtype)
+        out[0, places[predicted] - 1] = np.concatenate(given)[predicted]
+        return torch.from_numpy(out)
+
     per_token = {}
     for name in PER_TOKEN:
-        given = [value for s in chosen if (value := getattr(s, name)) is not None]
+        given = [s for s in chosen if getattr(s, name) is not None]
         assert len(given) in (0, len(chosen)), f"{name}: given for some samples of a row only"
-        per_token[name] = row(given, np.float32)[None] if given else None
+        per_token[name] = labels(name, np.float32) if given else None
     return PackedBatch(
         sample_ids=tuple(sample_ids),
-        input_ids=row(ids, np.int64, shift=0)[None],
-        labels=row(ids, np.int64)[None],
-        loss_mask=row([s.loss_mask for s in chosen], np.float32)[None],
-        position_ids=row(positions, np.int64, shift=0)[:, None],
+        input_ids=row(np.concatenate([s.token_ids for s in chosen])[None], np.int64),
+        labels=labels("token_ids", np.int64),
+        loss_mask=labels("loss_mask", np.float32),
+        position_ids=row(positions, np.int64)[:, None],
         cu_seqlens=torch.tensor(borders, dtype=torch.int32),
         vision=vision,
         **per_token,
@@ -258,12 +280,12 @@ def _vision(
         if not sample.num_images:
             continue
         vision = found.get(sample.index) or vision_of(sample.index)
-        grids = [tuple(g) for g in vision.image_grid_thw.tolist()] if vision else []
-        if vision is None or grids != list(sample.image_grid_thw):
+        if vision is None or vision.grids != sample.image_grid_thw:
             raise DataError(
                 f"sample {sample.index}: its tokens were laid out for image grids "
-                f"{list(sample.image_grid_thw)}, its pixels have {grids}; tokens and pixels must "
-                "come from the same images with the same pixel limits"
+                f"{list(sample.image_grid_thw)}, its pixels have "
+                f"{list(vision.grids) if vision else []}; tokens and pixels must come from the "
+                "same images with the same pixel limits"
             )
         found[sample.index] = vision
     if not found:

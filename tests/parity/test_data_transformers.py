@@ -114,7 +114,8 @@ def test_positions_are_those_of_get_rope_index(processor, model, num_images):
         ids, grids = sequence(rng, pad, num_images)
         if not len(ids):
             continue
-        got = mrope_positions(ids, grids, image_pad_id=pad, merge_size=2)
+        sample = TrainSample(0, len(grids), ids, np.zeros(len(ids), bool), grids)
+        got = mrope_positions([sample], image_pad_id=pad, merge_size=2)
         assert np.array_equal(got, theirs(model, ids, grids, pad).numpy())
 
 

@@ -101,7 +101,8 @@ def test_a_row_counts_the_patches_of_its_images_once():
 
 def test_an_image_spans_height_and_width_and_text_continues_after_its_longer_side():
     ids = [1, PAD, PAD, PAD, PAD, PAD, PAD, 2, 3]  # a 4 x 6 grid merges to 2 x 3
-    got = mrope_positions(np.array(ids), [(1, 4, 6)], image_pad_id=PAD, merge_size=2)
+    asked = sample(0, ids, [0] * 9, [(1, 4, 6)])
+    got = mrope_positions([asked], image_pad_id=PAD, merge_size=2)
     assert got.tolist() == [
         [0, 1, 1, 1, 1, 1, 1, 4, 5],
         [0, 1, 1, 1, 2, 2, 2, 4, 5],
@@ -150,10 +151,11 @@ def test_images_of_one_example_are_in_a_row_once_and_occur_with_each_of_its_samp
 def test_tokens_grids_and_pixels_that_disagree_are_refused():
     grids = [(1, 2, 4)]
     good = sample(7, [1, PAD, PAD], [0] * 3, grids)
+    before = sample(6, [PAD, PAD, 1], [0] * 3, grids)
     with pytest.raises(DataError, match="sample 7: 3 image tokens, its 1 images make 2"):
-        pack([sample(7, [1, PAD, PAD, PAD], [0] * 4, grids)])
+        pack([before, sample(7, [1, PAD, PAD, PAD], [0] * 4, grids)])
     with pytest.raises(DataError, match="sample 7: an image's 2 tokens are not in one run"):
-        pack([sample(7, [PAD, 1, PAD], [0] * 3, grids)])
+        pack([before, sample(7, [PAD, 1, PAD], [0] * 3, grids)])
     with pytest.raises(DataError, match=r"sample 7: .* its pixels have \[\(1, 4, 2\)\]"):
         pack([good], vision_of=lambda i: pixels(i, [(1, 4, 2)]))
     with pytest.raises(DataError, match=r"sample 7: .* its pixels have \[\]"):
