@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
+import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +23,8 @@ log = logging.getLogger(__name__)
 GIB = 2**30
 OUTSIDE = ""
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-RESET_PEAK = "5"  # proc(5): resets VmHWM to the current resident size
+RESET_PEAK = b"5"  # proc(5): resets VmHWM to the current resident size
+RESIDENT_KIB = re.compile(rb"^Vm(HWM|RSS):\s*(\d+)", re.MULTILINE)
 STEPS_BETWEEN_TRIMS = 10
 """The step after a trim has to request the returned memory again."""
 PROFILE_DIRECTORY = "profile"
@@ -45,6 +48,10 @@ class StepMeter:
         self._peaks: defaultdict[tuple[str, str], float] = defaultdict(float)
         self._open = [OUTSIDE]
         self._host_peak_gib = 0.0
+        # Kept open, as opening them at each boundary takes several ms of a step.
+        self._status, self._clear = os.open(STATUS, os.O_RDONLY), -1
+        with suppress(OSError):
+            self._clear = os.open(CLEAR, os.O_WRONLY)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -84,10 +91,9 @@ class StepMeter:
         """Add time and peaks since the last boundary to the open phase; return host GiB now."""
         since, self._marked = self._marked, self._clock()
         self._seconds[self._open[-1]] += self._marked - since
-        status = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
-        now_gib, peak_gib = (
-            int(status.get(name, "0 kB").split()[0]) * 1024 / GIB for name in ("VmRSS", "VmHWM")
-        )
+        status = os.pread(self._status, 1 << 14, 0)
+        kib = {name: int(number) for name, number in RESIDENT_KIB.findall(status)}
+        now_gib, peak_gib = (kib.get(name, 0) * 1024 / GIB for name in (b"RSS", b"HWM"))
         peak_gib = max(now_gib, peak_gib)
         self._host_peak_gib = max(self._host_peak_gib, peak_gib)
         peaks = {}
@@ -95,7 +101,7 @@ class StepMeter:
             peaks["gpu"] = torch.cuda.max_memory_allocated() / GIB
             torch.cuda.reset_peak_memory_stats()
         with suppress(OSError):
-            CLEAR.write_text(RESET_PEAK)
+            os.write(self._clear, RESET_PEAK)
             peaks["host"] = peak_gib
         for kind, gib in peaks.items():
             key = self._open[-1], kind
