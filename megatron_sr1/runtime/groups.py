@@ -7,6 +7,7 @@ rank raised alone, the others would wait in a collective), and fair shares.
 from __future__ import annotations
 
 import heapq
+import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -166,14 +167,15 @@ def single_process() -> Groups:
 def gather_objects(value: Any, group: Group | None = None) -> list[Any]:
     """Gather every rank's value, in the order of the group (by default the world).
 
-    Only for small Python objects that this program has made: they are pickled.
+    Only for small Python objects that this program has made: they are pickled. This rank's own is
+    the object itself.
     """
-    size = dist.get_world_size() if group is None else group.size
-    if size == 1:
+    group = group or Group.of(dist.group.WORLD)
+    if group.size == 1:
         return [value]
-    gathered: list[Any] = [None] * size
-    dist.all_gather_object(gathered, value, group=group and group.process_group)
-    return gathered
+    pickled = [b""] * group.size
+    dist.all_gather_object(pickled, pickle.dumps(value), group=group.process_group)
+    return [value if n == group.rank else pickle.loads(p) for n, p in enumerate(pickled)]
 
 
 def sum_over_ranks(groups: Groups, values: Mapping[str, float]) -> dict[str, float]:
