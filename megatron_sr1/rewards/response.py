@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megatron_sr1.config.rollout import BOXED, SpansConfig
 
@@ -102,6 +103,7 @@ def find_span(text: str, marks: Pair, start: int = 0) -> Span | None:
     return None if end < 0 else Span(text[inside:end], start, end + len(closing))
 
 
+@lru_cache(maxsize=64)  # grading a rollout asks for the boxes of its texts several times
 def find_boxed(text: str) -> Span | None:
     r"""Return the last `\boxed{…}` with its braces balanced; None if it is not closed."""
     starts = list(_BOXED.finditer(text))
