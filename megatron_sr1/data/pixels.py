@@ -17,7 +17,11 @@ from megatron_sr1.records import Example, VisionInputs
 
 
 class PixelReader:
-    """Reads the images of samples, in threads if `start` was called before."""
+    """Reads the images of samples, in threads if `start` was called before.
+
+    Attributes:
+        started: what is read ahead and was not asked for yet, by index.
+    """
 
     def __init__(
         self,
@@ -29,7 +33,7 @@ class PixelReader:
         """Read nothing yet; without threads everything is read when it is needed."""
         self._reader, self._processor, self._example = reader, processor, example
         self._pool = ThreadPoolExecutor(num_threads, "images") if num_threads else None
-        self._started: dict[int, Future[VisionInputs | None]] = {}
+        self.started: dict[int, Future[VisionInputs | None]] = {}
         self._held: dict[int, VisionInputs | None] = {}
 
     def start(self, indices: Iterable[int]) -> None:
@@ -37,12 +41,12 @@ class PixelReader:
         if self._pool is None:
             return
         for index in indices:
-            if index not in self._held and index not in self._started:
-                self._started[index] = self._pool.submit(self._read, index)
+            if index not in self._held and index not in self.started:
+                self.started[index] = self._pool.submit(self._read, index)
 
     def finish(self) -> None:
         """Wait until the threads are idle: a process that forks must not hold their locks."""
-        wait(self._started.values())
+        wait(self.started.values())
 
     def get(self, index: int) -> VisionInputs | None:
         """Return the pixels of a sample, None if it has no images, and keep them.
@@ -51,7 +55,7 @@ class PixelReader:
             DataError: an image cannot be read.
         """
         if index not in self._held:
-            started = self._started.pop(index, None)
+            started = self.started.pop(index, None)
             self._held[index] = started.result() if started else self._read(index)
         return self._held[index]
 

@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -180,6 +181,22 @@ class Context:
         target.parent.mkdir(parents=True, exist_ok=True)
         write_text(target, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
+    @contextlib.contextmanager
+    def writing(self, write: Callable[[], Mapping[str, float]]) -> Iterator[dict[str, float]]:
+        """Have the writer call `write` in a thread while a block computes.
+
+        What it returns is in the dictionary after the block; on the other ranks nothing is.
+        """
+        found: dict[str, float] = {}
+        if not self.is_writer:
+            yield found
+            return
+        with ThreadPoolExecutor(1, "writing") as pool:
+            started = pool.submit(write)
+            yield found
+            with self._deadline("log"):
+                found |= started.result()
+
     def record_rollouts(self, lines: Sequence[Mapping[str, Any]], images: Images) -> None:
         """Save the current step's rollouts, if configured, and show them; only on the writer."""
         step = self.step + 1
@@ -187,9 +204,8 @@ class Context:
             self.save_lines(f"rollouts/step_{step}.jsonl", lines)
         rewards = [line["reward"] for line in lines]
         cells = cross((reward["accuracy"], reward["self_reward"]) for reward in rewards)
-        with self._deadline("log"):
-            for sink in self._sinks:
-                sink.show(step, lines, images, cells)
+        for sink in self._sinks:
+            sink.show(step, lines, images, cells)
 
     def show_answers(self, name: str, lines: Sequence[Mapping[str, Any]], images: Images) -> None:
         """Show the first answers to a held-out set; only on the writer."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from megatron_sr1.config.run import Config
@@ -69,30 +70,34 @@ def train_grpo(
         read_ahead(context, engine, samples)
         updates = with_logprobs(context, actor, owned, updates, reference)
         measured = []
-        with context.phase("update"):
+        write = partial(record, context, samples, scored, credited)
+        with context.writing(write) as recorded, context.phase("update"):
             for own in owned:
                 # Its rows have the only copy of their pixels, which nothing here keeps.
                 temperature = config.rollout.temperature
                 measured.append(update(actor, updates.pop(0), objective, temperature))
                 context.throughput.count_samples("update", own)
 
-        values = {**reward_means(scored), **spread, **filtered, **counted, **named(measured)}
-        values |= set_means(scored, samples.set_of)
-        values |= {**agreement, "reward/ungraded": float(context.ungraded)}
-        if context.is_writer:
-            with context.phase("share"):
-                values |= step_metrics([s.rollout for s in scored], samples.processor.encode)
-            lines = []
-            for number, item in enumerate(scored):
-                advantages = credited.advantages_of(number)
-                index = item.rollout.index
-                facts = (advantages, samples.set_of(index))
-                lines.append(rollout_line(context.step + 1, item, samples.example(index), *facts))
-            context.record_rollouts(lines, samples.images)
+        values = {**recorded, **spread, **filtered, **counted, **named(measured), **agreement}
+        values["reward/ungraded"] = float(context.ungraded)
         samples.forget()
         with context.phase("prompts"):
             samples.pixels.finish()
         context.finish_step(values, actor, evaluate)
+
+
+def record(
+    context: Context, samples: Samples, scored: Sequence[Scored], credited: Credit
+) -> dict[str, float]:
+    """Write and show a step's rollouts; return the metrics of their rewards and texts."""
+    lines = []
+    for number, item in enumerate(scored):
+        index = item.rollout.index
+        facts = (credited.advantages_of(number), samples.set_of(index))
+        lines.append(rollout_line(context.step + 1, item, samples.example(index), *facts))
+    context.record_rollouts(lines, samples.images)
+    texts = step_metrics([s.rollout for s in scored], samples.processor.encode)
+    return {**reward_means(scored), **set_means(scored, samples.set_of), **texts}
 
 
 def read_ahead(context: Context, engine: Engine, samples: Samples) -> None:

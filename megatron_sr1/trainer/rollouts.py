@@ -154,6 +154,7 @@ def read_prompts(
     """Read this replica's part of the prompts; unusable ones are skipped and counted."""
     own = indices[engine.replica :: engine.num_replicas]
     samples.pixels.start(own)
+    samples.prepare(own)
     return context.read_usable(samples.prompt, own, engine.is_replica_leader)
 
 

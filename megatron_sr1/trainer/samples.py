@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +31,14 @@ from megatron_sr1.model.flops import patch_cost
 from megatron_sr1.model.hf_config import read_hf_config
 from megatron_sr1.model.row_split import sequence_multiple
 from megatron_sr1.model.transformer_config import row_multiple
-from megatron_sr1.records import PackedBatch, Prompt, Rollout, TrainSample, VisionInputs
+from megatron_sr1.records import (
+    Example,
+    PackedBatch,
+    Prompt,
+    Rollout,
+    TrainSample,
+    VisionInputs,
+)
 from megatron_sr1.rewards.answers import question_options
 from megatron_sr1.rewards.response import (
     DEFAULT_MARKS,
@@ -58,7 +66,6 @@ class Samples:
 
     Attributes:
         reader: reads the shards; its `sizes` are the number of samples of each directory.
-        example: returns a sample's text by its index.
         find_description: returns the description in a response so far; None while it is open.
         prompts: makes the messages of both passes.
         pixels: reads the images, for engine and trainer alike.
@@ -82,13 +89,14 @@ class Samples:
                 )
         self.reader = ShardReader(*sets.values())
         self._names, self._ends = list(sets), list(accumulate(self.reader.sizes))
-        self.example = cache(self.reader.example)
+        self._examples: dict[int, Example] = {}
         self.processor = processor
         self.prompts = Prompts(config.data, config.reward.recipe, question_options)
         self._config, self._marks = config, marks_of(config.reward.spans)
         self._shares_prompts = config.shares_prompts
         self.find_description = partial(find_description, marks=self._marks)
         self._prompts: dict[int, Prompt] = {}
+        self._encoded: dict[int, tuple[int, ...]] = {}  # by `prepare`, image pads not expanded
         threads = config.data.image_threads
         self.pixels = PixelReader(self.reader, processor, self.example, threads)
         self.readings: dict[tuple[int, str], tuple[int, ...]] = {}
@@ -101,6 +109,23 @@ class Samples:
         """Return the name of a sample's set; "" in a single directory."""
         return self._names[bisect_right(self._ends, index)]
 
+    def example(self, index: int) -> Example:
+        """Return a sample's text; it is kept."""
+        if index not in self._examples:
+            self._examples[index] = self.reader.example(index)
+        return self._examples[index]
+
+    def prepare(self, indices: Sequence[int]) -> None:
+        """Encode the prompts of samples, all at once; `prompt` names the one that is broken."""
+
+        def rendered() -> list[str]:
+            asked = [self.prompts.pass1_messages(self.example(index)) for index in indices]
+            return self.processor.render(asked)
+
+        with suppress(DataError):
+            encoded = self.processor.encode(run_limited(rendered, "pass 1"))
+            self._encoded = dict(zip(indices, encoded, strict=True))
+
     def prompt(self, index: int) -> Prompt:
         """Return the pass-1 prompt of a sample, with its pixels."""
         if index in self._prompts:
@@ -110,8 +135,13 @@ class Samples:
         with located(example.where):
             if example.answer is None:
                 raise DataError("no gold answer to judge by")
-            messages = self.prompts.pass1_messages(example)
-            prompt = self.processor.encode_prompt(example, vision, messages)
+            if index in self._encoded:
+                grids = vision.grids if vision else ()
+                token_ids = self.processor.expand(self._encoded.pop(index), grids)
+                prompt = Prompt(example, token_ids, vision)
+            else:
+                messages = self.prompts.pass1_messages(example)
+                prompt = self.processor.encode_prompt(example, vision, messages)
             if len(prompt.token_ids) > data.max_prompt_tokens:
                 raise DataError(
                     f"prompt of {len(prompt.token_ids)} tokens, at most {data.max_prompt_tokens}; "
@@ -186,13 +216,15 @@ class Samples:
         completion, vision = rollout.completion, self.pixels.get(rollout.index)
         num_prompt = len(rollout.prompt_token_ids)
         token_ids = np.array((*rollout.prompt_token_ids, *completion.token_ids), np.int64)
-        in_response = np.arange(len(token_ids)) >= num_prompt
-        advantages = np.where(in_response, np.float32(advantage), np.float32(0))
+        in_response = np.zeros(len(token_ids), bool)
+        advantages, engine_logprobs = np.zeros((2, len(token_ids)), np.float32)
+        in_response[num_prompt:] = True
+        advantages[num_prompt:] = advantage
+        engine_logprobs[num_prompt:] = completion.logprobs
         if description_advantage is not None and rollout.description is not None:
             pieces = self.processor.pieces(completion.token_ids)
             first, end = description_tokens(pieces, self._marks)
             advantages[num_prompt + first : num_prompt + end] = description_advantage
-        engine_logprobs = np.array((0.0,) * num_prompt + completion.logprobs, np.float32)
         return TrainSample(
             index=rollout.index,
             num_images=self.example(rollout.index).num_images,
@@ -239,10 +271,12 @@ class Samples:
         )
 
     def forget(self) -> None:
-        """Free what was read; after a step it is not needed again for long."""
+        """Free what was read, but for what was read ahead; it is not needed again for long."""
         self.forget_pixels()
         self.readings.clear()
-        self.example.cache_clear()
+        for index in list(self._examples):  # threads may add to it
+            if index not in self.pixels.started:
+                del self._examples[index]
 
     def forget_pixels(self) -> None:
         """Free the pixels, and the prompts with them, once the step's samples are packed."""

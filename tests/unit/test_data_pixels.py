@@ -55,6 +55,19 @@ def test_what_was_started_is_read_once_by_threads_for_engine_and_trainer(samples
     assert len(read) == 5
 
 
+def test_text_that_was_read_ahead_is_kept_for_the_next_step(samples, monkeypatch):
+    (made, _), read = samples(2), []
+    example = made.reader.example
+    monkeypatch.setattr(made.reader, "example", lambda index: read.append(index) or example(index))
+    made.prompt(0)
+    made.pixels.start([1])
+    made.pixels.finish()
+    made.forget()
+    for index in (0, 1):
+        made.prompt(index)
+    assert read == [0, 1, 0]
+
+
 def test_without_threads_or_a_start_images_are_read_when_they_are_needed(samples):
     for made, read in (samples(0), samples(2)):
         if made.pixels._pool is None:

@@ -129,6 +129,33 @@ def test_of_several_readings_the_one_that_fails_is_named(picky):
     assert good == picky.reading_prompts(asked[:1])[0] != fine
 
 
+def test_prompts_encoded_together_are_the_same(samples, monkeypatch):
+    samples.forget()
+    alone = [samples.prompt(index) for index in (0, 1)]
+    samples.forget()
+    samples.prepare([0, 1])
+    monkeypatch.setattr(samples.processor, "encode_prompt", None)
+    for index in (0, 1):
+        assert samples.prompt(index).token_ids == alone[index].token_ids
+        assert samples.prompt(index).image_grid_thw == alone[index].image_grid_thw
+
+
+def test_of_several_prompts_the_one_that_fails_is_named(picky, monkeypatch):
+    alone = picky.prompt(0).token_ids
+    picky.forget()
+    messages, text = picky.prompts.pass1_messages, [{"type": "text", "text": "bad"}]
+
+    def asked(example):
+        (message,) = messages(example)
+        return [message if example.index == 0 else {**message, "content": text}]
+
+    monkeypatch.setattr(picky.prompts, "pass1_messages", asked)
+    picky.prepare([0, 1])
+    assert picky.prompt(0).token_ids == alone
+    with pytest.raises(DataError, match=r"tar sample 000000001: .*chat template fails.*no"):
+        picky.prompt(1)
+
+
 def test_pixels_that_were_read_ahead_for_a_sample_without_a_prompt_are_not_kept(picky, monkeypatch):
     monkeypatch.setattr(picky.prompts, "pass1_messages", lambda example: 1 / 0)
     picky.pixels.start([0, 1])
@@ -136,7 +163,7 @@ def test_pixels_that_were_read_ahead_for_a_sample_without_a_prompt_are_not_kept(
         with pytest.raises(ZeroDivisionError):
             picky.prompt(index)
     picky.forget()
-    assert not picky.pixels._started and not picky.pixels._held
+    assert not picky.pixels.started and not picky.pixels._held
 
 
 def test_a_rollouts_size_is_that_of_its_sequence(samples):
