@@ -48,6 +48,8 @@ MAX_ANSWER_CHARACTERS = 2000
 """An answer longer than this plus twice the gold one is wrong without being read."""
 MAX_NESTING = 10
 """Deeper nesting of brackets is not passed to algebra, whose grammar takes seconds to read it."""
+MAX_KNOWN = 4096
+"""Verdicts that are kept, for the equal answers of a group."""
 _BARS = re.compile(r"(?:\|\s*){3}")
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\s*\{[A-Za-z]*\}")
@@ -80,18 +82,30 @@ class Grader:
         """Set the kind, one of GRADERS, and the limit of a comparison, > 0; starts no process."""
         assert kind in GRADERS, kind
         self._kind = kind
+        self._known: dict[tuple[str | None, str, str], Verdict] = {}
         self.worker = MathWorker(timeout_seconds, grader=kind)
 
     def judge(self, answer: str | None, gold: str, question: str, sample_name: str) -> Verdict:
         """Judge the content of a box, None without one; messages name the sample.
 
-        The gold answer may be boxed; the question contains its options.
+        The gold answer may be boxed; the question contains its options. Equal answers to a question
+        are judged once.
 
         Raises:
             GradingLimit: a comparison exceeded the time or memory limit.
             GradingError: the gold answer is empty or cannot be compared with itself, or the
                 grading process does not start.
         """
+        key = answer, gold, question
+        if key not in self._known:
+            verdict = self._judge(answer, gold, question, sample_name)
+            if len(self._known) >= MAX_KNOWN:
+                self._known.clear()
+            self._known[key] = verdict
+        return self._known[key]
+
+    def _judge(self, answer: str | None, gold: str, question: str, sample_name: str) -> Verdict:
+        """Judge an answer that is not known yet."""
         compare = partial(self.worker.equal, sample_name=sample_name)
         problem = f"{sample_name}: the gold answer "
 

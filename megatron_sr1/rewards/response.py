@@ -103,7 +103,7 @@ def find_span(text: str, marks: Pair, start: int = 0) -> Span | None:
     return None if end < 0 else Span(text[inside:end], start, end + len(closing))
 
 
-@lru_cache(maxsize=64)  # grading a rollout asks for the boxes of its texts several times
+@lru_cache(maxsize=512)  # grading a rollout asks for the boxes of its texts several times
 def find_boxed(text: str) -> Span | None:
     r"""Return the last `\boxed{…}` with its braces balanced; None if it is not closed."""
     starts = list(_BOXED.finditer(text))

@@ -39,6 +39,24 @@ def test_a_rule_that_raises_on_gold_is_an_error_that_names_the_sample(broken_rul
             scorer.score("sample 7", *case(r"\boxed{7}", "bad", PLAIN))
 
 
+def test_equal_answers_to_a_question_are_judged_once(monkeypatch):
+    judged, judge_answer = [], grader_module.judge_answer
+
+    def recorded(answer, gold, question, compare):
+        judged.append((answer, gold, question))
+        return judge_answer(answer, gold, question, compare)
+
+    monkeypatch.setattr(grader_module, "judge_answer", recorded)
+    monkeypatch.setattr(grader_module, "MAX_KNOWN", 3)
+    options = f"{PLAIN} (A) 7 (B) 8"
+    asked = [("7", "7", PLAIN), ("8", "7", PLAIN), ("7", "7", PLAIN), ("A", "7", options)]
+    grader = Grader("rules", 5.0)
+    verdicts = [grader.judge(*each, "a sample").right for each in [*asked, ("A", "7", PLAIN)]]
+    assert verdicts == [True, False, True, True, False]
+    assert judged == [asked[0], asked[1], asked[3], ("A", "7", PLAIN)]
+    assert grader.judge(*asked[0], "another").right and judged[-1] == asked[0], "more were kept"
+
+
 def test_a_description_that_cannot_be_read_counts_as_a_leak(monkeypatch):
     def states_answer(description, gold, question, marks):
         raise ValueError("the moon is missing")
