@@ -182,6 +182,7 @@ def main() -> None:
         "ratio_by_round": [median(o) / median(t) for o, t in zip(own, theirs, strict=True)],
         "steps": sides,
         "median_phase_seconds": {name: median(line[name] for line in lines) for name in phases},
+        "phase_seconds_by_step": lines,
     }
     report(found, arguments.result)
 

@@ -51,16 +51,19 @@ def measured(forked_steps=20, forked_seconds=(3.0, 1.5, 6.0), extra_bytes=200, o
         "forked": schedule(forked_steps, list(forked_seconds)),
     }
     sync = {"bytes": 9, "seconds": 0.5, "memcpy_seconds": 0.1, "extra_bytes_peak": extra_bytes}
+    phases = {
+        "time/step_seconds": 100.0,
+        "time/pass1_seconds": 40.0,
+        "time/update_seconds": 60.0 - 100 * gap,
+        "time/sync_seconds": 100 * gap,
+    }
+    noisy = {"time/step_seconds": 500.0, "time/pass1_seconds": 40.0}
     step = {
         "median_step_seconds": {"ours": ours, "trl": 4.0},
         "ratio": ours / 4.0,
         "ratio_by_round": [0.7, 0.8],
-        "median_phase_seconds": {
-            "time/step_seconds": 100.0,
-            "time/pass1_seconds": 40.0,
-            "time/update_seconds": 60.0 - 100 * gap,
-            "time/sync_seconds": 100 * gap,
-        },
+        "median_phase_seconds": phases,
+        "phase_seconds_by_step": [phases, noisy, phases],
     }
     engine = {"schedules": {"seeds": [seed]}, "sync": sync | {"largest_layer_bytes": 100}}
     return {"engine": engine, "step": step}
