@@ -154,7 +154,8 @@ def test_a_reading_equals_the_engines_answer_to_the_text_alone(tiny_model, engin
         ids = roll.reading_prompt(prompts[rollout.index], rollout.description)
         (alone,) = engine.generate([sampled(ids, 2)])
         assert alone.token_ids == rollout.reading.answers[0].token_ids
-    distinct = {(r.index, r.description): r.reading for r in read}.values()
+    # The prompts have one question, so two of them may share a description and its reading.
+    distinct = {r.description: r.reading for r in read}.values()
     assert stats.pass2_tokens == sum(len(r.answers[0].token_ids) for r in distinct)
 
 
@@ -232,7 +233,8 @@ def test_description_is_found_where_its_end_shares_tokens_with_its_neighbours(
     end, rollout = next(ends)
     again, _ = roll(prompts, end=end)
     (found,) = (r for r in again if (r.index, r.sample) == (rollout.index, rollout.sample))
-    assert found.completion == rollout.completion
+    assert without_scores(found)[1][0] == without_scores(rollout)[1][0]
+    assert found.completion.logprobs == pytest.approx(rollout.completion.logprobs, abs=1e-5)
     assert found.description == rollout.completion.text.split(end)[0]
     assert found.reading is not None
 
