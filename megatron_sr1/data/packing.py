@@ -184,13 +184,12 @@ def mrope_positions(
     ends = np.cumsum(lengths)
     pads = np.flatnonzero(np.concatenate([s.token_ids for s in samples]) == image_pad_id)
     grids = [(t, h // merge_size, w // merge_size) for s in samples for t, h, w in s.image_grid_thw]
-    _check_image_tokens(samples, [math.prod(grid) for grid in grids], pads, ends)
+    sizes = [math.prod(grid) for grid in grids]
+    _check_image_tokens(samples, sizes, pads, ends)
     steps = np.ones(ends[-1], np.int64)  # positions that a token takes; an image's last has all
     steps[pads] = 0
     if grids:
-        steps[pads[np.cumsum([math.prod(grid) for grid in grids]) - 1]] = [
-            max(g[1:]) for g in grids
-        ]
+        steps[pads[np.cumsum(sizes) - 1]] = [max(height, width) for _, height, width in grids]
     before = np.append(0, np.cumsum(steps))
     positions = np.tile(before[:-1] - np.repeat(before[ends - lengths], lengths), (3, 1))
     if grids:
@@ -245,7 +244,7 @@ def _row(
         out[..., places] = values
         return torch.from_numpy(out)
 
-    def labels(name: str, dtype: type) -> torch.Tensor:
+    def next_tokens(name: str, dtype: type) -> torch.Tensor:
         """Return [1, T]: entry t is the value of token t + 1, 0 at the end of a sequence."""
         given = [getattr(s, name) for s in chosen]
         assert all(len(v) == n for v, n in zip(given, num_tokens, strict=True)), name
@@ -257,12 +256,12 @@ def _row(
     for name in PER_TOKEN:
         given = [s for s in chosen if getattr(s, name) is not None]
         assert len(given) in (0, len(chosen)), f"{name}: given for some samples of a row only"
-        per_token[name] = labels(name, np.float32) if given else None
+        per_token[name] = next_tokens(name, np.float32) if given else None
     return PackedBatch(
         sample_ids=tuple(sample_ids),
         input_ids=row(np.concatenate([s.token_ids for s in chosen])[None], np.int64),
-        labels=labels("token_ids", np.int64),
-        loss_mask=labels("loss_mask", np.float32),
+        labels=next_tokens("token_ids", np.int64),
+        loss_mask=next_tokens("loss_mask", np.float32),
         position_ids=row(positions, np.int64)[:, None],
         cu_seqlens=torch.tensor(borders, dtype=torch.int32),
         vision=vision,
