@@ -14,6 +14,7 @@ deadline, and its handlers for SIGTERM and crashes, which dump the stacks first.
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
 import signal
 import sys
@@ -53,6 +54,7 @@ class FailureWatch:
         self.presence = Presence(run_dir / STACKS_DIRECTORY, self.rank, self.world_size)
         self._stacks = self.presence.file
         self._deadlines: list[tuple[float, str, float]] = []
+        self._backed_until = math.inf  # the deadline for which faulthandler's timer is set
         self.phase = ""
         self._lock = threading.Lock()
         self._ending = threading.Lock()
@@ -88,20 +90,25 @@ class FailureWatch:
         entries = [(time.monotonic() + seconds, phase, seconds)] if seconds > 0 else []
         with self._lock:
             self._deadlines += entries
-            self._arm_backup()
+            if any(until < self._backed_until for until, *_ in entries):
+                self._set_backup()
         try:
             yield
             self.phase = outer
         finally:
             with self._lock:
                 for entry in entries:
-                    self._deadlines.remove(entry)
-                self._arm_backup()
+                    self._deadlines.remove(entry)  # `_watch` sets the timer, if one is left at all
 
-    def _arm_backup(self) -> None:
+    def _set_backup(self) -> None:
+        """Set faulthandler's timer for the first deadline; each call ends and starts a thread."""
+        first = min((until for until, *_ in self._deadlines), default=math.inf)
+        if first == self._backed_until:
+            return
         faulthandler.cancel_dump_traceback_later()
-        if self._deadlines:
-            left = min(self._deadlines)[0] - time.monotonic() + BACKUP_SECONDS
+        self._backed_until = first
+        if first < math.inf:
+            left = first - time.monotonic() + BACKUP_SECONDS
             faulthandler.dump_traceback_later(max(left, 0.1), exit=True, file=self._stacks)
 
     def _watch(self) -> None:
@@ -116,6 +123,7 @@ class FailureWatch:
                 self.fail("the process that started this rank is gone", 1)
             with self._lock:
                 first = min(self._deadlines, default=None)
+                self._set_backup()
             if first is not None and time.monotonic() > first[0]:
                 self.fail(f"{first[1]} took longer than its deadline of {first[2]:g} s", 1)
 

@@ -157,14 +157,26 @@ def alone(code: str, tmp_path: Path) -> subprocess.CompletedProcess:
     )
 
 
-def test_a_deadline_ends_the_process_while_the_interpreter_lock_is_held(tmp_path):
-    # PyDLL calls keep the lock, so that no Python thread runs: only the timer in C can strike.
+@pytest.mark.parametrize("pause_seconds", [None, 0.0, 0.6], ids=["first", "at once", "later"])
+def test_a_deadline_ends_the_process_while_the_interpreter_lock_is_held(tmp_path, pause_seconds):
+    # PyDLL calls keep the lock, so that no Python thread runs: only the timer in C can strike. The
+    # watcher sets it, so it may still be that of a block which has ended, or not be set at all.
+    before = (
+        ""
+        if pause_seconds is None
+        else f"""
+    with deadline("before", 60):
+        pass
+    time.sleep({pause_seconds})
+"""
+    )
     code = f"""
 import ctypes
 from megatron_sr1.runtime import failure
 failure.BACKUP_SECONDS = 0.5
-with guard({str(tmp_path)!r}), deadline("a call in C", 0.5):
-    ctypes.PyDLL(None).sleep(300)
+with guard({str(tmp_path)!r}):{before}
+    with deadline("a call in C", 0.5):
+        ctypes.PyDLL(None).sleep(300)
 """
     started = time.monotonic()
     done = alone(code, tmp_path)
@@ -188,11 +200,13 @@ def test_a_rank_whose_stderr_is_closed_still_ends(tmp_path):
 
 def test_an_inner_deadline_ends_with_its_block(tmp_path):
     code = f"""
+from megatron_sr1.runtime import failure
+failure.BACKUP_SECONDS = 1.0  # the timer in C ends, too
 with guard({str(tmp_path)!r}):
     with deadline("outer", 20):
-        with deadline("inner", 0.5):
-            pass
-        time.sleep(1.5)
+        with deadline("inner", 0.6):
+            time.sleep(0.5)
+        time.sleep(3)
 """
     done = alone(code, tmp_path)
     assert done.returncode == 0, done.stderr
