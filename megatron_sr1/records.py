@@ -152,6 +152,11 @@ class Rollout:
     question_only: Reading | None = None
     replica: int = 0
 
+    @property
+    def key(self) -> tuple[int, int]:
+        """What names the rollout in a step."""
+        return self.index, self.sample
+
 
 def texts(rollout: Rollout, example: Example) -> dict[str, Any]:
     """Return the texts of a rollout, as the files of a run hold them.
@@ -238,6 +243,11 @@ class TrainSample:
     old_logprobs: np.ndarray | None = None
     engine_logprobs: np.ndarray | None = None
     reference_logprobs: np.ndarray | None = None
+
+    @cached_property
+    def num_prompt_tokens(self) -> int:
+        """Number of tokens before the first target; 0 if there is no target."""
+        return int(self.loss_mask.argmax())
 
 
 @dataclass(frozen=True)

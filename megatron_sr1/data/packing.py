@@ -42,13 +42,8 @@ class Size(NamedTuple):
 def size_of(sample: TrainSample, share_prompts: bool = False) -> Size:
     """Return the size of a training sample."""
     patches = sum(t * h * w for t, h, w in sample.image_grid_thw)
-    shared = num_prompt_tokens(sample) if share_prompts else 0
+    shared = sample.num_prompt_tokens if share_prompts else 0
     return Size(len(sample.token_ids), patches, sample.index, shared)
-
-
-def num_prompt_tokens(sample: TrainSample) -> int:
-    """Return the number of tokens before the first target; 0 if there is no target."""
-    return int(sample.loss_mask.argmax())
 
 
 def cost(sizes: Iterable[Size], patch_cost: float) -> float:
@@ -159,7 +154,7 @@ def _shared_tokens(chosen: Sequence[TrainSample]) -> list[int]:
     shared = [0] * len(chosen)
     for number, (before, sample) in enumerate(pairwise(chosen), start=1):
         if before.index == sample.index:
-            num_tokens = min(map(num_prompt_tokens, (before, sample)))
+            num_tokens = min(before.num_prompt_tokens, sample.num_prompt_tokens)
             is_same = (before.token_ids[:num_tokens] == sample.token_ids[:num_tokens]).all()
             assert is_same, f"sample {sample.index} has several prompts"
             shared[number] = num_tokens
@@ -233,7 +228,8 @@ def _row(
     `positions` are those of `mrope_positions`.
     """
     borders = np.array([0, *np.cumsum(lengths)])
-    num_tokens = np.array([len(s.token_ids) for s in chosen])
+    counts = [len(s.token_ids) for s in chosen]
+    num_tokens = np.array(counts)
     starts = np.cumsum(num_tokens) - num_tokens  # without padding
     places = np.arange(num_tokens.sum()) + np.repeat(borders[: len(chosen)] - starts, num_tokens)
     predicted = np.delete(np.arange(num_tokens.sum()), starts)
@@ -247,7 +243,7 @@ def _row(
     def next_tokens(name: str, dtype: type) -> torch.Tensor:
         """Return [1, T]: entry t is the value of token t + 1, 0 at the end of a sequence."""
         given = [getattr(s, name) for s in chosen]
-        assert all(len(v) == n for v, n in zip(given, num_tokens, strict=True)), name
+        assert [len(v) for v in given] == counts, name
         out: np.ndarray = np.zeros((1, borders[-1]), dtype)
         out[0, places[predicted] - 1] = np.concatenate(given)[predicted]
         return torch.from_numpy(out)

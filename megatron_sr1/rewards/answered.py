@@ -31,7 +31,7 @@ class Finished:
     @property
     def key(self) -> Key:
         """What names the rollout in a step."""
-        return self.rollout.index, self.rollout.sample
+        return self.rollout.key
 
 
 @dataclass(frozen=True)

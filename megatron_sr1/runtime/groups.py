@@ -59,6 +59,7 @@ class Groups:
         data_context: data times context, over which gradients are summed.
         tower: ranks that share each layer of the tower: `tensor`, or this rank alone.
         images: ranks among which a row's images are divided.
+        background: all ranks, on the host, for collectives of threads beside the main one.
         collection: Megatron's `ProcessGroupCollection` of the same groups.
         device: where this rank computes.
     """
@@ -71,6 +72,7 @@ class Groups:
     world: Group
     tower: Group
     images: Group
+    background: Group
     collection: Any
     device: torch.device
 
@@ -130,12 +132,13 @@ def make_groups(
             create_gloo_process_groups=on_host,
         )
         collection = ProcessGroupCollection.use_mpu_process_groups()
+    limit = timedelta(seconds=timeout_seconds)
+    background = dist.new_group(timeout=limit, backend="gloo")
     tensor = Group.of(parallel_state.get_tensor_model_parallel_group())
     context = Group.of(parallel_state.get_context_parallel_group())
     tower, images = tensor, context
     if parallel.vision == "images" and tensor.size > 1:
         # Created by its one member, which avoids a collective over the world for every rank.
-        limit = timedelta(seconds=timeout_seconds)
         alone = parallel_state.create_group(
             [dist.get_rank()], timeout=limit, use_local_synchronization=True
         )
@@ -150,6 +153,7 @@ def make_groups(
         world=Group.of(dist.group.WORLD),
         tower=tower,
         images=images,
+        background=Group.of(background),
         collection=collection,
         device=device,
     )
@@ -161,7 +165,7 @@ def single_process() -> Groups:
     start_distributed(device)
     one = Group.of(dist.group.WORLD)
     assert one.size == 1, "a conversion is one process; start it without torchrun"
-    return Groups(one, one, one, one, one, one, one, one, collection=None, device=device)
+    return Groups(one, one, one, one, one, one, one, one, one, collection=None, device=device)
 
 
 def gather_objects(value: Any, group: Group | None = None) -> list[Any]:
@@ -176,6 +180,16 @@ def gather_objects(value: Any, group: Group | None = None) -> list[Any]:
     pickled = [b""] * group.size
     dist.all_gather_object(pickled, pickle.dumps(value), group=group.process_group)
     return [value if n == group.rank else pickle.loads(p) for n, p in enumerate(pickled)]
+
+
+def gather_on_first(value: Any, group: Group) -> list[Any]:
+    """Gather every rank's value on the group's first one, as `gather_objects`; [] on the others."""
+    if group.size == 1:
+        return [value]
+    found: list[Any] = [None] * group.size
+    to = group.ranks[0]
+    dist.gather_object(value, found if group.rank == 0 else None, to, group.process_group)
+    return found if group.rank == 0 else []
 
 
 def sum_over_ranks(groups: Groups, values: Mapping[str, float]) -> dict[str, float]:

@@ -93,6 +93,7 @@ class Context:
         self._profiler = StepProfiler(profiled, num_steps, self.run_dir, rank)
         self.checkpoints = self.run_dir / "checkpoints"
         self._saves = SaveQueue(self.checkpoints, config.checkpoint)
+        self._counts: dict[str, float] = {}
         self._origin: dict[str, Any] = {}
         self._sinks: list[Sink] = []
         self._metrics: MetricsFile | None = None
@@ -124,6 +125,14 @@ class Context:
         is_setup = name == "setup"
         seconds = limits.setup_deadline_seconds if is_setup else limits.phase_deadline_seconds
         return failure.deadline(name, seconds)
+
+    def count(self, values: Mapping[str, float]) -> None:
+        """Add to metrics of the current step that are summed over the ranks, each of which counts.
+
+        All ranks have the same names.
+        """
+        for name, value in values.items():
+            self._counts[name] = self._counts.get(name, 0.0) + value
 
     def read_usable(
         self, read: Callable[[int], T], indices: Iterable[int], is_replica_leader: bool
@@ -183,14 +192,11 @@ class Context:
 
     @contextlib.contextmanager
     def writing(self, write: Callable[[], Mapping[str, float]]) -> Iterator[dict[str, float]]:
-        """Have the writer call `write` in a thread while a block computes.
+        """Call `write` in a thread while a block computes; then the dictionary has what it returns.
 
-        What it returns is in the dictionary after the block; on the other ranks nothing is.
+        A collective in it is over `Groups.background`.
         """
         found: dict[str, float] = {}
-        if not self.is_writer:
-            yield found
-            return
         with ThreadPoolExecutor(1, "writing") as pool:
             started = pool.submit(write)
             yield found
@@ -308,13 +314,15 @@ class Context:
         if evaluate is not None and (is_last or self._is_evaluated(is_due)):
             found = evaluate(is_last)
         times, memory = self.meter.take()
-        with self._deadline("perf"):
-            perf = self.throughput.take(times)
-        skipped = {"data/skipped": self.skipped}
-        self._log({**values, **flat(found), **skipped, **times, **perf, **memory})
         flags = {"stop": signals.stop_requested(), "writing": self._saves.is_writing}
         with self._deadline("ask"):
-            totals = sum_over_ranks(self.groups, flags)
+            work = self.throughput.counted
+            totals = sum_over_ranks(self.groups, {**flags, **work, **self._counts})
+        counts = {name: totals[name] for name in self._counts}
+        perf = self.throughput.take(times, totals)
+        self._counts.clear()
+        skipped = {"data/skipped": self.skipped}
+        self._log({**values, **counts, **flat(found), **skipped, **times, **perf, **memory})
         stop = totals["stop"] > 0
         if self._saves and not totals["writing"]:
             with self.phase("save"):

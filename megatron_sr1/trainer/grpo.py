@@ -7,22 +7,28 @@ tokens. Left out: a critic, an entropy bonus.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from megatron_sr1.config.run import Config
-from megatron_sr1.records import PackedBatch, TrainSample
+from megatron_sr1.records import PackedBatch, Rollout, TrainSample
+from megatron_sr1.rewards.answered import Key
 from megatron_sr1.rewards.grading_pool import GradingPool
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.rollout.text_stats import step_metrics
-from megatron_sr1.runtime.groups import gather_objects
+from megatron_sr1.runtime.groups import Groups, gather_objects, gather_on_first
 from megatron_sr1.trainer.actor import Actor, Reference
 from megatron_sr1.trainer.context import Context, Evaluate
 from megatron_sr1.trainer.objective import Credit, credit, grpo_loss
 from megatron_sr1.trainer.rollouts import (
+    Held,
+    Outcome,
     Scored,
+    exchange,
     reward_means,
     roll_out_step,
     rollout_line,
@@ -51,26 +57,26 @@ def train_grpo(
     bound = config.rollout.canary_bound
     canary = Canary(samples, bound) if bound else None
     objective = grpo_loss(config.algorithm, config.rollout)
-    world = context.groups.world
-    data_ranks = gather_objects(context.groups.data.rank, world)
-    homes = data_ranks[:: world.size // engine.num_replicas]  # of each replica's leader
+    served = served_replicas(context.groups, engine)
     context.evaluate_at_start(evaluate)
     while context.has_steps_left:
         sync(context, actor, engine, again=context.step > started_at)
         agreement = canary.check(context, actor, engine) if canary else {}
 
-        scored, counted = roll_out_step(context, engine, samples, grading)
-        credited, spread = credit([s.reward for s in scored], config)
+        outcomes, held, counted = roll_out_step(context, engine, samples, grading)
+        credited, spread = credit([outcome.reward for outcome in outcomes], config)
         chosen, filtered = chosen_groups(credited, config)
 
         with context.phase("pack"):
-            owned = own_samples(context, samples, scored, credited, chosen, homes)
+            rolled_out = outcomes, held, engine.is_replica_leader
+            owned = own_samples(context, samples, *rolled_out, credited, chosen, served)
             updates = [samples.pack(own, context.groups) for own in owned]
             samples.forget_pixels()
         read_ahead(context, engine, samples)
         updates = with_logprobs(context, actor, owned, updates, reference)
         measured = []
-        write = partial(record, context, samples, scored, credited)
+        sampled = list(held.values()) if engine.is_replica_leader else []
+        write = partial(record, context, samples, sampled, outcomes, credited)
         with context.writing(write) as recorded, context.phase("update"):
             for own in owned:
                 # Its rows have the only copy of their pixels, which nothing here keeps.
@@ -87,9 +93,22 @@ def train_grpo(
 
 
 def record(
-    context: Context, samples: Samples, scored: Sequence[Scored], credited: Credit
+    context: Context,
+    samples: Samples,
+    sampled: Sequence[Rollout],
+    outcomes: Sequence[Outcome],
+    credited: Credit,
 ) -> dict[str, float]:
-    """Write and show a step's rollouts; return the metrics of their rewards and texts."""
+    """Write and show a step's rollouts; return the metrics of their rewards and texts.
+
+    Collective over all ranks: a replica's leader sends what it `sampled`; the writer alone gets all
+    of it, and has metrics.
+    """
+    parts = gather_on_first(sampled, context.groups.background)
+    if not context.is_writer:
+        return {}
+    found = {rollout.key: rollout for part in parts for rollout in part}
+    scored = [Scored(found[each.key], each.reward, each.limit) for each in outcomes]
     lines = []
     for number, item in enumerate(scored):
         index = item.rollout.index
@@ -123,32 +142,57 @@ def chosen_groups(credited: Credit, config: Config) -> tuple[list[int], dict[str
     }
 
 
+def served_replicas(groups: Groups, engine: Engine) -> list[int | None]:
+    """Return for each data-parallel rank the engine replica of all its ranks, None if several."""
+    found: dict[int, set[int]] = defaultdict(set)
+    for rank, replica in gather_objects((groups.data.rank, engine.replica), groups.world):
+        found[rank].add(replica)
+    return [min(found[rank]) if len(found[rank]) == 1 else None for rank in sorted(found)]
+
+
 def own_samples(
     context: Context,
     samples: Samples,
-    scored: Sequence[Scored],
+    outcomes: Sequence[Outcome],
+    held: Held,
+    is_leader: bool,
     credited: Credit,
     chosen: Sequence[int],
-    homes: Sequence[int],
+    served: Sequence[int | None],
 ) -> list[list[TrainSample]]:
     """Return this data-parallel rank's part of each update of the step, from the chosen groups.
 
-    `homes` is the data-parallel rank of each engine replica, which has read its prompts' images.
+    Collective over all ranks. `held` are the rollouts of this rank's engine replica, which its
+    leader sends to others; `served` is as `served_replicas` returns it. A rank without a sample in
+    an update has one that teaches nothing.
     """
-    n = context.config.rollout.samples_per_prompt
+    n, rank = context.config.rollout.samples_per_prompt, context.groups.data.rank
     per_update = context.config.algorithm.prompts_per_update
-
-    def sample(number: int) -> TrainSample:
-        return samples.train_sample(scored[number].rollout, **credited.advantages_of(number))
-
-    updates = []
+    shares: list[list[list[int]]] = []  # of each update and data-parallel rank
+    wanted: list[list[Key]] = [[] for _ in served]
     for start in range(0, len(chosen), per_update):
         of_update = [g * n + k for g in chosen[start : start + per_update] for k in range(n)]
-        rollouts = [scored[number].rollout for number in of_update]
-        sizes = [samples.size(r)._replace(home=homes[r.replica]) for r in rollouts]
-        own = [of_update[place] for place in samples.own_places(sizes, context.groups.data)]
-        samples.pixels.start(scored[number].rollout.index for number in own)  # other replicas'
-        updates.append(list(map(sample, own)) or [without_targets(sample(of_update[0]))])
+        sizes = [outcomes[number].size for number in of_update]
+        places = samples.shares(sizes, len(served))
+        shares.append([[of_update[place] for place in part] for part in places])
+        for keys, replica, part in zip(wanted, served, shares[-1], strict=True):
+            keys += [
+                outcomes[number].key
+                for number in part or of_update[:1]
+                if outcomes[number].replica != replica
+            ]
+    held = exchange(held, wanted, is_leader, context.groups)
+
+    def sample(number: int) -> TrainSample:
+        rollout = held[outcomes[number].key]
+        return samples.train_sample(rollout, **credited.advantages_of(number))
+
+    updates = []
+    for share in shares:
+        own = share[rank] or [min(chain.from_iterable(share))]
+        samples.pixels.start(outcomes[number].key[0] for number in own)  # other replicas'
+        made = list(map(sample, own))
+        updates.append(made if share[rank] else [without_targets(made[0])])
     return updates
 
 

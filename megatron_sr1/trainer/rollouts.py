@@ -1,32 +1,35 @@
 """The rollouts of a step: prompts, both passes on all replicas, rewards, refills.
 
-In: the training set, the engine and what grades. Out: scored rollouts, equal on every rank, and
-what the engine counted. A rollout is graded as soon as it is finished, while others are sampled. If
-the grader has no time or memory for one, its prompt is left out as a whole; an answer on which a
-library raises is wrong, and logged. Nothing that a policy samples raises here.
+In: the training set, the engine and what grades. Out: the verdicts, equal on every rank, and the
+rollouts, which stay where they were sampled until another rank needs them. A rollout is graded as
+soon as it is finished, while others are sampled. If the grader has no time or memory for one, its
+prompt is left out as a whole; an answer on which a library raises is wrong, and logged. Nothing
+that a policy samples raises here.
 """
 
 from __future__ import annotations
 
 import logging
+import pickle
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
 
 from megatron_sr1.config.rollout import RolloutConfig
+from megatron_sr1.data.packing import Size
 from megatron_sr1.errors import DataError, GradingLimit
 from megatron_sr1.records import Example, Prompt, Reward, Rollout, texts
-from megatron_sr1.rewards.answered import Finished
+from megatron_sr1.rewards.answered import Finished, Key
 from megatron_sr1.rewards.grading_pool import GradingPool
 from megatron_sr1.rewards.score import cross
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.rollout.readings import RolloutHooks
 from megatron_sr1.rollout.two_pass import roll_out
-from megatron_sr1.runtime.groups import Groups, gather_objects, sum_over_ranks
+from megatron_sr1.runtime.groups import Groups, gather_objects
 from megatron_sr1.runtime.rng import request_seed
 from megatron_sr1.trainer.context import Context
 from megatron_sr1.trainer.objective import credit
@@ -52,10 +55,34 @@ class Scored:
     reward: Reward
     limit: str | None = None
 
+    @property
+    def key(self) -> Key:
+        """What names the rollout in a step."""
+        return self.rollout.key
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What every rank knows of a rollout: `size` of its training sample, and the verdicts.
+
+    The ranks of `replica` hold the rollout itself. `limit` as in `Scored`.
+    """
+
+    key: Key
+    replica: int
+    size: Size
+    reward: Reward
+    limit: str | None
+
+
+Verdict = TypeVar("Verdict", Scored, Outcome)
+Held = dict[Key, Rollout]
+"""Rollouts that a rank has: those of its engine replica, and what `exchange` adds to them."""
+
 
 def roll_out_step(
     context: Context, engine: Engine, samples: Samples, grading: GradingPool
-) -> tuple[list[Scored], dict[str, float]]:
+) -> tuple[list[Outcome], Held, dict[str, float]]:
     """Sample and score a step's prompts; with `filter_groups`, until enough of them teach.
 
     Source of the filter: DAPO's dynamic sampling (arXiv 2503.14476, section 3.2). A refill draws as
@@ -63,17 +90,17 @@ def roll_out_step(
     cursor is saved with the step, so a resumed run draws the same.
 
     Returns:
-        what `roll_out_prompts` does, for all prompts in the order drawn.
+        what `roll_out_prompts` does, for the usable prompts in the order drawn, and metrics.
 
     Raises:
         DataError: no prompt could be used.
     """
     config, wanted = context.config, context.loader.per_step
     drawn = context.loader.next_step()
-    scored, counted = roll_out_prompts(context, engine, samples, grading, drawn)
+    outcomes, held = roll_out_prompts(context, engine, samples, grading, drawn)
     refills = 0
     while config.algorithm.filter_groups and refills < config.algorithm.max_refills:
-        graded = [s.reward for s in scored if s.limit is None]
+        graded = [outcome.reward for outcome in outcomes if outcome.limit is None]
         missing = wanted - len(credit(graded, config)[0].teaching)
         further = context.loader.more(missing, drawn)
         if not further:
@@ -81,18 +108,18 @@ def roll_out_step(
         refills += 1
         drawn = drawn + further
         found, more = roll_out_prompts(context, engine, samples, grading, further)
-        scored += found
-        counted = {name: value + more[name] for name, value in counted.items()}
+        outcomes += found
+        held |= more
     with context.phase("sleep"):
         engine.sleep()
-    usable, limits = without_ungraded(scored)
-    counted["reward/ungraded_share"] = context.count_ungraded(limits, len(drawn))
+    usable, limits = without_ungraded(outcomes)
+    counted = {"reward/ungraded_share": context.count_ungraded(limits, len(drawn))}
     if not usable:
         raise DataError("no prompt of this step could be used; see the warnings above")
     if config.algorithm.filter_groups:
         counted["filter/refills"] = float(refills)
         counted["filter/drawn_prompts"] = float(len(drawn))
-    return usable, counted
+    return usable, held, counted
 
 
 def roll_out_prompts(
@@ -101,11 +128,11 @@ def roll_out_prompts(
     samples: Samples,
     grading: GradingPool,
     indices: Sequence[int],
-) -> tuple[list[Scored], dict[str, float]]:
+) -> tuple[list[Outcome], Held]:
     """Sample and score prompts on all replicas.
 
     Returns:
-        the rollouts in the order of `indices`, equal on every rank, and engine counts.
+        outcomes in the order of `indices`, equal on every rank, and this replica's rollouts.
     """
     config, is_leader = context.config, engine.is_replica_leader
     with context.phase("prompts"):
@@ -128,24 +155,44 @@ def roll_out_prompts(
             ),
         )
     context.meter.move("pass1", "pass2", stats.pass2_only_seconds)
+    counts = {
+        "rollout/response_tokens": stats.pass1_tokens,
+        "rollout/reading_tokens": stats.pass2_tokens,
+        "rollout/truncated": stats.truncated,
+        "rollout/readings": stats.num_pass2,
+        "rollout/distinct_readings": stats.num_prompts2,
+        "rollout/engine_steps": stats.engine_steps,
+    }
+    context.count({name: float(value * is_leader) for name, value in counts.items()})
     if is_leader:
         context.throughput.count_rollouts(prompts, rollouts, samples.readings)
     with context.phase("reward"):
-        own = score(rollouts if is_leader else (), samples, grading)
+        home = context.groups.data.rank
+        own = [
+            Outcome(s.rollout.key, engine.replica, samples.size(s.rollout, home), s.reward, s.limit)
+            for s in score(rollouts if is_leader else (), samples, grading)
+        ]
     with context.phase("wait"):  # for the slowest replica
         dist.barrier(group=context.groups.world.process_group)
     with context.phase("share"):
-        scored = gather_scored(own, indices, context.groups)
-        counts = {
-            "rollout/response_tokens": stats.pass1_tokens,
-            "rollout/reading_tokens": stats.pass2_tokens,
-            "rollout/truncated": stats.truncated,
-            "rollout/readings": stats.num_pass2,
-            "rollout/distinct_readings": stats.num_prompts2,
-            "rollout/engine_steps": stats.engine_steps,
-        }
-        own_counts = {name: float(value * is_leader) for name, value in counts.items()}
-        return scored, sum_over_ranks(context.groups, own_counts)
+        outcomes = gather_scored(own, indices, context.groups)
+        return outcomes, {rollout.key: rollout for rollout in rollouts}
+
+
+def exchange(held: Held, wanted: Sequence[Sequence[Key]], is_leader: bool, groups: Groups) -> Held:
+    """Return what this rank holds, and the rollouts that its data-parallel rank wants.
+
+    Collective over all ranks, the same on each; replicas' leaders send. `wanted` are those that
+    some rank of each data-parallel rank lacks. A rank unpickles what is its own alone.
+    """
+    if not any(wanted):
+        return held
+    sent: dict[int, bytes] = {}
+    for rank, keys in enumerate(wanted if is_leader else ()):
+        sent[rank] = pickle.dumps([held[key] for key in keys if key in held])
+    parts = (part[groups.data.rank] for part in gather_objects(sent, groups.world) if part)
+    arrived = (rollout for part in parts for rollout in pickle.loads(part))
+    return held | {rollout.key: rollout for rollout in arrived}
 
 
 def read_prompts(
@@ -226,23 +273,33 @@ def _log_first(what: str, found: Sequence[str]) -> None:
         log.warning("%s: %d more in this step", what, len(found) - MAX_LOGGED)
 
 
-def gather_scored(own: list[Scored], order: Sequence[int], groups: Groups) -> list[Scored]:
+def gather_rollouts(own: Sequence[Rollout], order: Sequence[int], groups: Groups) -> list[Rollout]:
+    """Gather the rollouts of all replicas' leaders on every rank; collective over all ranks.
+
+    The result is in the order of these indices of examples, samples ascending.
+    """
+    place = {index: number for number, index in enumerate(order)}
+    everyone = [rollout for part in gather_objects(own, groups.world) for rollout in part]
+    return sorted(everyone, key=lambda rollout: (place[rollout.index], rollout.sample))
+
+
+def gather_scored(own: list[Verdict], order: Sequence[int], groups: Groups) -> list[Verdict]:
     """Gather what all replicas' leaders scored on every rank; collective over all ranks.
 
     The result is in the order of these indices of examples, samples ascending.
     """
     place = {index: number for number, index in enumerate(order)}
-    everyone = [s for part in gather_objects(own, groups.world) for s in part]
-    return sorted(everyone, key=lambda s: (place[s.rollout.index], s.rollout.sample))
+    everyone = [each for part in gather_objects(own, groups.world) for each in part]
+    return sorted(everyone, key=lambda each: (place[each.key[0]], each.key[1]))
 
 
-def without_ungraded(scored: Sequence[Scored]) -> tuple[list[Scored], dict[int, str]]:
-    """Return the graded rollouts, and by index the limit that each prompt left out met.
+def without_ungraded(scored: Sequence[Verdict]) -> tuple[list[Verdict], dict[int, str]]:
+    """Return what was graded, and by index the limit that each prompt left out met.
 
-    If nothing was graded, the rollouts left out are returned, so that a run continues.
+    If nothing was graded, what was left out is returned, so that a run continues.
     """
-    limits = {s.rollout.index: s.limit for s in scored if s.limit is not None}
-    return [s for s in scored if s.limit is None] or list(scored), limits
+    limits = {each.key[0]: each.limit for each in scored if each.limit is not None}
+    return [each for each in scored if each.limit is None] or list(scored), limits
 
 
 def reward_means(scored: Sequence[Scored]) -> dict[str, float]:

@@ -48,7 +48,7 @@ from megatron_sr1.rewards.response import (
     find_description,
     marks_of,
 )
-from megatron_sr1.runtime.groups import Group, Groups
+from megatron_sr1.runtime.groups import Groups
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -235,12 +235,12 @@ class Samples:
             engine_logprobs=engine_logprobs,
         )
 
-    def size(self, rollout: Rollout) -> Size:
+    def size(self, rollout: Rollout, home: int) -> Size:
         """Return the size of a rollout's training sample, without reading its images."""
         num_tokens = len(rollout.prompt_token_ids) + len(rollout.completion.token_ids)
         merged = rollout.prompt_token_ids.count(self.processor.image_pad_id)
         shared = len(rollout.prompt_token_ids) if self._shares_prompts else 0
-        return Size(num_tokens, merged * self.processor.merge_size**2, rollout.index, shared)
+        return Size(num_tokens, merged * self.processor.merge_size**2, rollout.index, shared, home)
 
     def conversation(self, index: int) -> TrainSample:
         """Return a conversation as a sequence whose assistant turns are the targets."""
@@ -251,9 +251,9 @@ class Samples:
         with located(example.where):
             return self.processor.encode_conversation(example, grids, data.max_prompt_tokens)
 
-    def own_places(self, sizes: Sequence[Size], data: Group) -> list[int]:
-        """Return which samples of an update this data-parallel rank trains on, balanced by cost."""
-        return plan_ranks(sizes, data.size, self._patch_cost)[data.rank]
+    def shares(self, sizes: Sequence[Size], num_ranks: int) -> list[list[int]]:
+        """Return which samples of an update each data-parallel rank trains on, balanced by cost."""
+        return plan_ranks(sizes, num_ranks, self._patch_cost)
 
     def pack(self, chosen: Sequence[TrainSample], groups: Groups) -> list[PackedBatch]:
         """Pack this rank's samples into micro-batches within the token budget."""

@@ -34,8 +34,9 @@ def train_sft(
             everyone = [sample for part in gather_objects(read, data) for sample in part]
             if not everyone:
                 raise DataError("no sample of this step could be read; see the warnings above")
-            places = samples.own_places([size_of(sample) for sample in everyone], data)
-            own = [everyone[place] for place in places] or [without_targets(everyone[0])]
+            shares = samples.shares([size_of(sample) for sample in everyone], data.size)
+            own = [everyone[place] for place in shares[data.rank]]
+            own = own or [without_targets(everyone[0])]
             if context.groups.is_first_stage:  # the others take none
                 samples.pixels.start(sample.index for sample in own if sample.num_images)
             batches = samples.pack(own, context.groups)

@@ -14,12 +14,11 @@ import torch
 
 from megatron_sr1.checkpoint.mapping import TOWER, adapter_entries, is_tower_frozen
 from megatron_sr1.config.run import Config
-from megatron_sr1.data.packing import num_prompt_tokens
 from megatron_sr1.model import flops
 from megatron_sr1.model.hf_config import HFConfig
 from megatron_sr1.records import Prompt, Rollout, TrainSample
 from megatron_sr1.runtime.gpus import peak_of
-from megatron_sr1.runtime.groups import Groups, sum_over_ranks
+from megatron_sr1.runtime.groups import Groups
 
 PHASES = {
     "rollout": ("pass1", "pass2"),
@@ -36,7 +35,11 @@ Readings = Mapping[tuple[int, str], tuple[int, ...]]
 
 
 class Throughput:
-    """Counts a step's work, and converts it to metrics."""
+    """Counts a step's work, and converts it to metrics.
+
+    Attributes:
+        counted: this rank's part of the step so far; all ranks have the same names.
+    """
 
     def __init__(self, config: Config, hf_config: HFConfig, groups: Groups) -> None:
         """Start the first step."""
@@ -85,7 +88,7 @@ class Throughput:
                 continue
             num_tokens += (tokens := len(sample.token_ids))
             if sample.index in counted:
-                before = num_prompt_tokens(sample)
+                before = sample.num_prompt_tokens
                 counts.append((tokens - before, num_targets, before))
             else:
                 counts.append((tokens, num_targets, 0))
@@ -95,12 +98,11 @@ class Throughput:
         factors = (self._text_factor, self._tower_factor) if phase == "update" else (1, 1)
         self._add(phase, factors[0] * self._text(counts) + factors[1] * tower, num_tokens)
 
-    def take(self, times: Mapping[str, float]) -> dict[str, float]:
+    def take(self, times: Mapping[str, float], total: Mapping[str, float]) -> dict[str, float]:
         """Return the metrics of a step with these `time/…_seconds`, and start the next one.
 
-        Collective over all ranks.
+        `total` has the sums of `counted` over all ranks.
         """
-        total = sum_over_ranks(self._groups, self._counted)
         self._reset()
         metrics: dict[str, float] = {}
         for phase, timed in PHASES.items():
@@ -129,11 +131,11 @@ class Throughput:
         return sum(flops.vision(self._hf_config, t * h * w, h * w).total for t, h, w in grids)
 
     def _add(self, phase: str, work: float, tokens: int) -> None:
-        self._counted[f"{phase}/work"] += work
-        self._counted[f"{phase}/tokens"] += tokens
+        self.counted[f"{phase}/work"] += work
+        self.counted[f"{phase}/tokens"] += tokens
 
     def _reset(self) -> None:
-        self._counted = {f"{phase}/{kind}": 0.0 for phase in PHASES for kind in ("work", "tokens")}
+        self.counted = {f"{phase}/{kind}": 0.0 for phase in PHASES for kind in ("work", "tokens")}
 
 
 def peak_flops(configured_tflops: float, device: torch.device) -> float | None:

@@ -1,7 +1,6 @@
-"""What a step writes while the actor learns: in a thread, by one rank, there after the block."""
+"""What a step writes while the actor learns: in a thread, there after the block."""
 
 import threading
-from dataclasses import replace
 
 import pytest
 
@@ -29,10 +28,3 @@ def test_the_writer_writes_beside_the_block_and_returns_its_values_after_it(conf
 def test_a_failure_of_the_writer_ends_the_step(config, groups):
     with pytest.raises(ZeroDivisionError), Context(config, groups, 8).writing(lambda: 1 / 0):
         pass
-
-
-def test_other_ranks_write_nothing(config, groups):
-    other = replace(groups, world=replace(groups.world, rank=1))
-    with Context(config, other, 8).writing(lambda: 1 / 0) as found:
-        pass
-    assert found == {}

@@ -24,7 +24,6 @@ from megatron_sr1.records import (
     VisionInputs,
 )
 from megatron_sr1.runtime.gpus import DEVICE_NAMES, GPUS, peak_of
-from megatron_sr1.trainer import throughput
 from megatron_sr1.trainer.throughput import Throughput, peak_flops
 from tests.planned_models import raw_config
 
@@ -53,13 +52,8 @@ def sample(tokens, grids=(), targets=1, index=0):
 
 
 @pytest.fixture
-def count(groups, monkeypatch):
+def count(groups):
     """Makes a counter of two ranks that do the same."""
-
-    def summed(_, values):
-        return {name: 2 * value for name, value in values.items()}
-
-    monkeypatch.setattr(throughput, "sum_over_ranks", summed)
 
     def make(freeze=(), peak_tflops=0.0, tensor_rank=0, spec="local", targets=()):
         config = Config(model=ModelConfig(freeze=list(freeze), spec=spec))
@@ -74,8 +68,9 @@ def count(groups, monkeypatch):
 
 
 def take(counter, **seconds):
-    """Metrics of a step with these times."""
-    return counter.take({f"time/{name}_seconds": value for name, value in seconds.items()})
+    """Metrics of a step with these times, in which two ranks do the same."""
+    times = {f"time/{name}_seconds": value for name, value in seconds.items()}
+    return counter.take(times, {name: 2 * value for name, value in counter.counted.items()})
 
 
 def test_an_update_is_three_forward_passes_over_text_and_images(count):

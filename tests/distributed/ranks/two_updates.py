@@ -16,7 +16,7 @@ from megatron_sr1.records import Completion, Reward, Rollout
 from megatron_sr1.runtime.device import stop_distributed
 from megatron_sr1.trainer.grpo import own_samples, with_logprobs
 from megatron_sr1.trainer.objective import Credit, grpo_loss
-from megatron_sr1.trainer.rollouts import Scored
+from megatron_sr1.trainer.rollouts import Outcome
 from megatron_sr1.trainer.step import update
 
 NUM_PROMPTS, NUM_SAMPLES = 6, 2
@@ -50,24 +50,27 @@ def invented(samples):
     """Rollouts of random tokens for the first prompts, and random advantages."""
     rng = np.random.default_rng(12)
     unjudged = Reward(0.0, 0.0, None, False, 0.0, None, None)
-    scored = []
+    outcomes, held = [], {}
     for index in range(NUM_PROMPTS):
         for sample in range(NUM_SAMPLES):
             tokens = tuple(rng.integers(10, 300, size=int(rng.integers(6, 30))).tolist())
             logprobs = tuple((-6 + 0.1 * rng.standard_normal(len(tokens))).tolist())
             completion = Completion(tokens, logprobs, "", "stop")
             prompt = samples.prompt(index).token_ids
-            scored.append(
-                Scored(Rollout(index, sample, prompt, completion, None, None, 0), unjudged)
-            )
+            rollout = Rollout(index, sample, prompt, completion, None, None, 0)
+            held[rollout.key] = rollout
+            size = samples.size(rollout, home=0)
+            outcomes.append(Outcome(rollout.key, 0, size, unjudged, None))
     advantages = rng.standard_normal((NUM_PROMPTS, NUM_SAMPLES))
-    return scored, Credit(advantages)
+    return outcomes, held, True, Credit(advantages)
 
 
 def step(config, groups):
     """What each of the two updates measured, and sums of the weights afterwards."""
     context, samples, actor, _ = stages.start(config, groups)
-    owned = own_samples(context, samples, *invented(samples), range(NUM_PROMPTS), homes=[0])
+    # Each rank has all of them.
+    served = [0] * groups.data.size
+    owned = own_samples(context, samples, *invented(samples), range(NUM_PROMPTS), served)
     updates = [samples.pack(own, groups) for own in owned]
     updates = with_logprobs(context, actor, owned, updates, None)
     loss = grpo_loss(config.algorithm, config.rollout)
