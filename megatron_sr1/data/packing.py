@@ -216,6 +216,45 @@ def _check_image_tokens(
             used += size
 
 
+class _Places(NamedTuple):
+    """Where the tokens of a row's samples are.
+
+    Attributes:
+        counts: tokens of each sample, without padding.
+        in_row: [tokens of all samples], place of each token in the row.
+        predicted: numbers of the tokens that another one predicts: all but each sample's first.
+        width: tokens of the row.
+    """
+
+    counts: list[int]
+    in_row: np.ndarray
+    predicted: np.ndarray
+    width: int
+
+    @classmethod
+    def of(cls, samples: Sequence[TrainSample], borders: np.ndarray) -> _Places:
+        """Return those of samples that start at these borders, of which there may be more."""
+        counts = [len(s.token_ids) for s in samples]
+        num_tokens = np.array(counts)
+        starts = np.cumsum(num_tokens) - num_tokens  # without padding
+        numbers = np.arange(num_tokens.sum())
+        in_row = numbers + np.repeat(borders[: len(counts)] - starts, num_tokens)
+        return cls(counts, in_row, np.delete(numbers, starts), int(borders[-1]))
+
+    def row(self, values: np.ndarray, dtype: type) -> torch.Tensor:
+        """Return [..., T], 0 in padding; `values` are [..., tokens of all samples]."""
+        out: np.ndarray = np.zeros((*values.shape[:-1], self.width), dtype)
+        out[..., self.in_row] = values
+        return torch.from_numpy(out)
+
+    def next_tokens(self, values: Sequence[np.ndarray], dtype: type) -> torch.Tensor:
+        """Return [1, T]: entry t is the value of token t + 1, 0 at the end of a sequence."""
+        assert [len(v) for v in values] == self.counts
+        out: np.ndarray = np.zeros((1, self.width), dtype)
+        out[0, self.in_row[self.predicted] - 1] = np.concatenate(values)[self.predicted]
+        return torch.from_numpy(out)
+
+
 def _row(
     sample_ids: list[int],
     chosen: list[TrainSample],
@@ -228,40 +267,40 @@ def _row(
     `positions` are those of `mrope_positions`.
     """
     borders = np.array([0, *np.cumsum(lengths)])
-    counts = [len(s.token_ids) for s in chosen]
-    num_tokens = np.array(counts)
-    starts = np.cumsum(num_tokens) - num_tokens  # without padding
-    places = np.arange(num_tokens.sum()) + np.repeat(borders[: len(chosen)] - starts, num_tokens)
-    predicted = np.delete(np.arange(num_tokens.sum()), starts)
-
-    def row(values: np.ndarray, dtype: type) -> torch.Tensor:
-        """Return [..., T], 0 in padding; `values` are [..., tokens of all samples]."""
-        out: np.ndarray = np.zeros((*values.shape[:-1], borders[-1]), dtype)
-        out[..., places] = values
-        return torch.from_numpy(out)
-
-    def next_tokens(name: str, dtype: type) -> torch.Tensor:
-        """Return [1, T]: entry t is the value of token t + 1, 0 at the end of a sequence."""
-        given = [getattr(s, name) for s in chosen]
-        assert [len(v) for v in given] == counts, name
-        out: np.ndarray = np.zeros((1, borders[-1]), dtype)
-        out[0, places[predicted] - 1] = np.concatenate(given)[predicted]
-        return torch.from_numpy(out)
-
+    places = _Places.of(chosen, borders)
     per_token = {}
     for name in PER_TOKEN:
-        given = [s for s in chosen if getattr(s, name) is not None]
+        given = [value for s in chosen if (value := getattr(s, name)) is not None]
         assert len(given) in (0, len(chosen)), f"{name}: given for some samples of a row only"
-        per_token[name] = next_tokens(name, np.float32) if given else None
+        per_token[name] = places.next_tokens(given, np.float32) if given else None
+    token_ids = [s.token_ids for s in chosen]
     return PackedBatch(
         sample_ids=tuple(sample_ids),
-        input_ids=row(np.concatenate([s.token_ids for s in chosen])[None], np.int64),
-        labels=next_tokens("token_ids", np.int64),
-        loss_mask=next_tokens("loss_mask", np.float32),
-        position_ids=row(positions, np.int64)[:, None],
+        input_ids=places.row(np.concatenate(token_ids)[None], np.int64),
+        labels=places.next_tokens(token_ids, np.int64),
+        loss_mask=places.next_tokens([s.loss_mask for s in chosen], np.float32),
+        position_ids=places.row(positions, np.int64)[:, None],
         cu_seqlens=torch.tensor(borders, dtype=torch.int32),
         vision=vision,
         **per_token,
+    )
+
+
+def with_advantages(
+    batch: PackedBatch, samples: Sequence[TrainSample], advantages: Sequence[np.ndarray | None]
+) -> PackedBatch:
+    """Return a row with the advantages of its samples; without one, a sample has no targets.
+
+    `samples` are those that were packed, and `advantages` [tokens] float32 of each.
+    """
+    chosen = [(samples[number], advantages[number]) for number in batch.sample_ids]
+    places = _Places.of([sample for sample, _ in chosen], batch.cu_seqlens.numpy())
+    given = [np.zeros(len(s.token_ids)) if found is None else found for s, found in chosen]
+    masks = [s.loss_mask & (found is not None) for s, found in chosen]
+    return replace(
+        batch,
+        loss_mask=places.next_tokens(masks, np.float32),
+        advantages=places.next_tokens(given, np.float32),
     )
 
 

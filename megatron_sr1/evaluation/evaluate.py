@@ -155,7 +155,8 @@ class HeldOut:
         found, _ = roll_out(engine, self.prompts(indices), self._rollout, hooks)
         own = found if engine.is_replica_leader else ()
         scored = rollouts.score(own, samples, self._scorer)
-        scored = rollouts.gather_scored(scored, indices, context.groups)
+        named = [(*s.key, s) for s in scored]
+        scored = [s for *_, s in rollouts.gather_in_order(named, indices, context.groups.world)]
         return [s for s in scored if s.limit is None], [s for s in scored if s.limit is not None]
 
     def prompts(self, indices: Sequence[int]) -> list[Prompt]:

@@ -186,10 +186,11 @@ def gather_on_first(value: Any, group: Group) -> list[Any]:
     """Gather every rank's value on the group's first one, as `gather_objects`; [] on the others."""
     if group.size == 1:
         return [value]
+    is_first, first = group.rank == 0, group.ranks[0]
     found: list[Any] = [None] * group.size
-    to = group.ranks[0]
-    dist.gather_object(value, found if group.rank == 0 else None, to, group.process_group)
-    return found if group.rank == 0 else []
+    sent = None if is_first else value
+    dist.gather_object(sent, found if is_first else None, first, group.process_group)
+    return [value, *found[1:]] if is_first else []
 
 
 def sum_over_ranks(groups: Groups, values: Mapping[str, float]) -> dict[str, float]:

@@ -10,7 +10,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -191,17 +191,16 @@ class Context:
         write_text(target, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
     @contextlib.contextmanager
-    def writing(self, write: Callable[[], Mapping[str, float]]) -> Iterator[dict[str, float]]:
-        """Call `write` in a thread while a block computes; then the dictionary has what it returns.
+    def beside(self, work: Callable[[], T]) -> Iterator[Future[T]]:
+        """Call `work` in a thread while a block computes, which takes the result at its end.
 
-        A collective in it is over `Groups.background`.
+        Collectives of the thread use `Groups.background`. A block that raises does not wait for it.
         """
-        found: dict[str, float] = {}
-        with ThreadPoolExecutor(1, "writing") as pool:
-            started = pool.submit(write)
-            yield found
-            with self._deadline("log"):
-                found |= started.result()
+        pool = ThreadPoolExecutor(1, "beside")
+        try:
+            yield pool.submit(work)
+        finally:
+            pool.shutdown(wait=False)
 
     def record_rollouts(self, lines: Sequence[Mapping[str, Any]], images: Images) -> None:
         """Save the current step's rollouts, if configured, and show them; only on the writer."""

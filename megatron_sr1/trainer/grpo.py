@@ -11,10 +11,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from megatron_sr1.config.run import Config
+from megatron_sr1.data.packing import with_advantages
 from megatron_sr1.records import PackedBatch, Rollout, TrainSample
 from megatron_sr1.rewards.answered import Key
 from megatron_sr1.rewards.grading_pool import GradingPool
@@ -23,12 +25,14 @@ from megatron_sr1.rollout.text_stats import step_metrics
 from megatron_sr1.runtime.groups import Groups, gather_objects, gather_on_first
 from megatron_sr1.trainer.actor import Actor, Reference
 from megatron_sr1.trainer.context import Context, Evaluate
-from megatron_sr1.trainer.objective import Credit, credit, grpo_loss
+from megatron_sr1.trainer.objective import grpo_loss
 from megatron_sr1.trainer.rollouts import (
-    Held,
-    Outcome,
-    Scored,
+    Drawn,
+    Entry,
+    Graded,
+    conclude,
     exchange,
+    grade,
     reward_means,
     roll_out_step,
     rollout_line,
@@ -63,28 +67,36 @@ def train_grpo(
         sync(context, actor, engine, again=context.step > started_at)
         agreement = canary.check(context, actor, engine) if canary else {}
 
-        outcomes, held, counted = roll_out_step(context, engine, samples, grading)
-        credited, spread = credit([outcome.reward for outcome in outcomes], config)
-        chosen, filtered = chosen_groups(credited, config)
-
+        drawn, graded = roll_out_step(context, engine, samples, grading)
+        entries, filtered = drawn.entries, dict[str, float]()
+        if graded is not None:
+            entries, filtered = chosen_entries(drawn, graded, config)
+        # Without a filter, the last rollouts are graded while the actor computes.
+        work = partial(graded_at_last, context, samples, grading, drawn, graded)
+        with context.beside(work) as later:
+            with context.phase("pack"):
+                owned = own_samples(context, samples, drawn, entries, served)
+                updates = [
+                    samples.pack([each.sample for each in own], context.groups) for own in owned
+                ]
+                samples.forget_pixels()
+            read_ahead(context, engine, samples)
+            updates = with_logprobs(context, actor, owned, updates, reference)
+            with context.phase("reward"):
+                graded = later.result()
         with context.phase("pack"):
-            rolled_out = outcomes, held, engine.is_replica_leader
-            owned = own_samples(context, samples, *rolled_out, credited, chosen, served)
-            updates = [samples.pack(own, context.groups) for own in owned]
-            samples.forget_pixels()
-        read_ahead(context, engine, samples)
-        updates = with_logprobs(context, actor, owned, updates, reference)
+            updates = with_credit(samples, owned, updates, graded)
         measured = []
-        sampled = list(held.values()) if engine.is_replica_leader else []
-        write = partial(record, context, samples, sampled, outcomes, credited)
-        with context.writing(write) as recorded, context.phase("update"):
+        write = partial(record, context, samples, graded)
+        with context.beside(write) as recorded, context.phase("update"):
             for own in owned:
                 # Its rows have the only copy of their pixels, which nothing here keeps.
                 temperature = config.rollout.temperature
                 measured.append(update(actor, updates.pop(0), objective, temperature))
-                context.throughput.count_samples("update", own)
+                context.throughput.count_samples("update", [each.sample for each in own])
+            values = recorded.result()
 
-        values = {**recorded, **spread, **filtered, **counted, **named(measured), **agreement}
+        values |= {**graded.metrics, **filtered, **named(measured), **agreement}
         values["reward/ungraded"] = float(context.ungraded)
         samples.forget()
         with context.phase("prompts"):
@@ -92,27 +104,31 @@ def train_grpo(
         context.finish_step(values, actor, evaluate)
 
 
-def record(
+def graded_at_last(
     context: Context,
     samples: Samples,
-    sampled: Sequence[Rollout],
-    outcomes: Sequence[Outcome],
-    credited: Credit,
-) -> dict[str, float]:
+    grading: GradingPool,
+    drawn: Drawn,
+    graded: Graded | None,
+) -> Graded:
+    """Return a step's verdicts, which are there already if groups are filtered."""
+    return graded or conclude(context, drawn, *grade(context, samples, grading, drawn))
+
+
+def record(context: Context, samples: Samples, graded: Graded) -> dict[str, float]:
     """Write and show a step's rollouts; return the metrics of their rewards and texts.
 
-    Collective over all ranks: a replica's leader sends what it `sampled`; the writer alone gets all
-    of it, and has metrics.
+    Collective over all ranks; the writer alone gets all rollouts, and has metrics.
     """
-    parts = gather_on_first(sampled, context.groups.background)
+    parts = gather_on_first(graded.own, context.groups.background)
     if not context.is_writer:
         return {}
-    found = {rollout.key: rollout for part in parts for rollout in part}
-    scored = [Scored(found[each.key], each.reward, each.limit) for each in outcomes]
+    found = {item.key: item for part in parts for item in part}
+    scored = [found[verdict.key] for verdict in graded.verdicts]
     lines = []
     for number, item in enumerate(scored):
         index = item.rollout.index
-        facts = (credited.advantages_of(number), samples.set_of(index))
+        facts = (graded.credited.advantages_of(number), samples.set_of(index))
         lines.append(rollout_line(context.step + 1, item, samples.example(index), *facts))
     context.record_rollouts(lines, samples.images)
     texts = step_metrics([s.rollout for s in scored], samples.processor.encode)
@@ -125,18 +141,19 @@ def read_ahead(context: Context, engine: Engine, samples: Samples) -> None:
         samples.pixels.start(context.loader.upcoming()[engine.replica :: engine.num_replicas])
 
 
-def chosen_groups(credited: Credit, config: Config) -> tuple[list[int], dict[str, float]]:
-    """Return the groups to learn from, and how many were dropped.
+def chosen_entries(
+    drawn: Drawn, graded: Graded, config: Config
+) -> tuple[list[Entry], dict[str, float]]:
+    """Return what to learn from with `filter_groups`, and how many groups were dropped.
 
-    Without the filter these are all groups, otherwise those with a spread of rewards. If there is
-    none, the first `prompts_per_step` remain: then only the KL term moves the actor, as it would
-    without the filter.
+    These are the groups with a spread of rewards. If there is none, the first `prompts_per_step`
+    remain: then only the KL term moves the actor, as it would without the filter.
     """
-    everyone = list(range(len(credited.advantages)))
-    if not config.algorithm.filter_groups:
-        return everyone, {}
-    teaching = credited.teaching
-    return teaching or everyone[: config.data.prompts_per_step], {
+    n, everyone = config.rollout.samples_per_prompt, range(len(graded.credited.advantages))
+    teaching = graded.credited.teaching
+    groups = teaching or everyone[: config.data.prompts_per_step]
+    keys = {graded.verdicts[group * n + k].key for group in groups for k in range(n)}
+    return [entry for entry in drawn.entries if entry.key in keys], {
         "filter/dropped_groups": float(len(everyone) - len(teaching)),
         "filter/kept_groups": float(len(teaching)),
     }
@@ -150,56 +167,77 @@ def served_replicas(groups: Groups, engine: Engine) -> list[int | None]:
     return [min(found[rank]) if len(found[rank]) == 1 else None for rank in sorted(found)]
 
 
+class Learned(NamedTuple):
+    """A rollout that this data-parallel rank learns from, and its sequence."""
+
+    rollout: Rollout
+    sample: TrainSample
+
+
 def own_samples(
     context: Context,
     samples: Samples,
-    outcomes: Sequence[Outcome],
-    held: Held,
-    is_leader: bool,
-    credited: Credit,
-    chosen: Sequence[int],
+    drawn: Drawn,
+    entries: Sequence[Entry],
     served: Sequence[int | None],
-) -> list[list[TrainSample]]:
-    """Return this data-parallel rank's part of each update of the step, from the chosen groups.
+) -> list[list[Learned]]:
+    """Return this data-parallel rank's part of each update of the step, which has these entries.
 
-    Collective over all ranks. `held` are the rollouts of this rank's engine replica, which its
-    leader sends to others; `served` is as `served_replicas` returns it. A rank without a sample in
-    an update has one that teaches nothing.
+    Collective over all ranks; `served` is as `served_replicas` returns it. A rank without a sample
+    in an update has one that teaches nothing.
     """
-    n, rank = context.config.rollout.samples_per_prompt, context.groups.data.rank
-    per_update = context.config.algorithm.prompts_per_update
-    shares: list[list[list[int]]] = []  # of each update and data-parallel rank
+    rank = context.groups.data.rank
+    num_samples = context.config.rollout.samples_per_prompt
+    per_update = num_samples * context.config.algorithm.prompts_per_update
+    shares: list[list[Entry]] = []  # this rank's in each update
+    idle: list[bool] = []
     wanted: list[list[Key]] = [[] for _ in served]
-    for start in range(0, len(chosen), per_update):
-        of_update = [g * n + k for g in chosen[start : start + per_update] for k in range(n)]
-        sizes = [outcomes[number].size for number in of_update]
-        places = samples.shares(sizes, len(served))
-        shares.append([[of_update[place] for place in part] for part in places])
-        for keys, replica, part in zip(wanted, served, shares[-1], strict=True):
-            keys += [
-                outcomes[number].key
-                for number in part or of_update[:1]
-                if outcomes[number].replica != replica
-            ]
-    held = exchange(held, wanted, is_leader, context.groups)
-
-    def sample(number: int) -> TrainSample:
-        rollout = held[outcomes[number].key]
-        return samples.train_sample(rollout, **credited.advantages_of(number))
-
+    for start in range(0, len(entries), per_update):
+        of_update = entries[start : start + per_update]
+        places = samples.shares([entry.size for entry in of_update], len(served))
+        parts = [[of_update[place] for place in part or [0]] for part in places]
+        for keys, replica, part in zip(wanted, served, parts, strict=True):
+            keys += [entry.key for entry in part if entry.replica != replica]
+        shares.append(parts[rank])
+        idle.append(not places[rank])
+    held = exchange(drawn, wanted, context.groups)
+    samples.pixels.start(entry.key[0] for share in shares for entry in share)  # other replicas'
     updates = []
-    for share in shares:
-        own = share[rank] or [min(chain.from_iterable(share))]
-        samples.pixels.start(outcomes[number].key[0] for number in own)  # other replicas'
-        made = list(map(sample, own))
-        updates.append(made if share[rank] else [without_targets(made[0])])
+    for share, is_idle in zip(shares, idle, strict=True):
+        rollouts = [held[entry.key] for entry in share]
+        sequences = list(map(samples.train_sample, rollouts))
+        sequences = list(map(without_targets, sequences)) if is_idle else sequences
+        updates.append(list(map(Learned, rollouts, sequences)))
     return updates
+
+
+def with_credit(
+    samples: Samples,
+    owned: Sequence[Sequence[Learned]],
+    updates: Sequence[Sequence[PackedBatch]],
+    graded: Graded,
+) -> list[list[PackedBatch]]:
+    """Add the advantages to the rows of all updates; what is not graded teaches nothing."""
+    numbers = {verdict.key: number for number, verdict in enumerate(graded.verdicts)}
+
+    def advantages(rollout: Rollout) -> np.ndarray | None:
+        number = numbers.get(rollout.key)
+        if number is None:
+            return None
+        return samples.advantages(rollout, **graded.credited.advantages_of(number))
+
+    filled = []
+    for own, batches in zip(owned, updates, strict=True):
+        found = [advantages(rollout) for rollout, _ in own]
+        sequences = [sample for _, sample in own]
+        filled.append([with_advantages(batch, sequences, found) for batch in batches])
+    return filled
 
 
 def with_logprobs(
     context: Context,
     actor: Actor,
-    owned: Sequence[Sequence[TrainSample]],
+    owned: Sequence[Sequence[Learned]],
     updates: list[list[PackedBatch]],
     reference: Reference | None,
 ) -> list[list[PackedBatch]]:
@@ -215,7 +253,7 @@ def with_logprobs(
             rows = row_logprobs(actor, batches, context.config.rollout.temperature)
             changes: list[dict[str, Any]] = [{field: row} for row in rows]
             filled.append([replace(b, **c) for b, c in zip(batches, changes, strict=True)])
-            context.throughput.count_samples(phase, own)
+            context.throughput.count_samples(phase, [each.sample for each in own])
         return filled
 
     actor.restore_weights()

@@ -29,10 +29,10 @@ from megatron_sr1.rewards.score import cross
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.rollout.readings import RolloutHooks
 from megatron_sr1.rollout.two_pass import roll_out
-from megatron_sr1.runtime.groups import Groups, gather_objects
+from megatron_sr1.runtime.groups import Group, Groups, gather_objects
 from megatron_sr1.runtime.rng import request_seed
 from megatron_sr1.trainer.context import Context
-from megatron_sr1.trainer.objective import credit
+from megatron_sr1.trainer.objective import Credit, credit
 from megatron_sr1.trainer.samples import Samples
 
 log = logging.getLogger(__name__)
@@ -62,78 +62,127 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What every rank knows of a rollout: `size` of its training sample, and the verdicts.
+class Entry:
+    """What every rank knows of a rollout: the replica that has it, and its sequence's size.
 
-    The ranks of `replica` hold the rollout itself. `limit` as in `Scored`.
+    `home` of the size is the data-parallel rank of the replica's leader.
     """
 
     key: Key
     replica: int
     size: Size
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What every rank knows of the verdicts on a rollout: those that advantages depend on.
+
+    The other fields of `reward` are None; `limit` as in `Scored`.
+    """
+
+    key: Key
     reward: Reward
     limit: str | None
 
 
-Verdict = TypeVar("Verdict", Scored, Outcome)
-Held = dict[Key, Rollout]
-"""Rollouts that a rank has: those of its engine replica, and what `exchange` adds to them."""
+Judged = TypeVar("Judged", Scored, Verdict)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Rollouts of prompts that were drawn.
+
+    Attributes:
+        indices: of the prompts, in the order drawn, usable or not.
+        entries: of all rollouts in that order, equal on every rank.
+        held: the rollouts that this rank has: those of its replica.
+        is_leader: whether this rank speaks for its replica, whose ranks hold the same.
+    """
+
+    indices: list[int]
+    entries: list[Entry]
+    held: dict[Key, Rollout]
+    is_leader: bool
+
+    def __add__(self, other: Drawn) -> Drawn:
+        """Return both; those drawn first come first."""
+        indices, entries = self.indices + other.indices, self.entries + other.entries
+        return Drawn(indices, entries, self.held | other.held, self.is_leader)
+
+    @property
+    def own(self) -> list[Rollout]:
+        """What this rank has of all rollouts, each of which one rank has."""
+        return list(self.held.values()) if self.is_leader else []
+
+
+@dataclass(frozen=True)
+class Graded:
+    """A step's verdicts, equal on every rank.
+
+    Attributes:
+        verdicts: on the rollouts of usable prompts, in the order drawn.
+        own: of this rank as its replica's leader, in full; none on the others.
+        credited: advantages, in the order of the verdicts.
+        metrics: of the step.
+    """
+
+    verdicts: list[Verdict]
+    own: Sequence[Scored]
+    credited: Credit
+    metrics: dict[str, float]
 
 
 def roll_out_step(
     context: Context, engine: Engine, samples: Samples, grading: GradingPool
-) -> tuple[list[Outcome], Held, dict[str, float]]:
-    """Sample and score a step's prompts; with `filter_groups`, until enough of them teach.
+) -> tuple[Drawn, Graded | None]:
+    """Sample a step's prompts; with `filter_groups`, grade them until enough teach.
 
     Source of the filter: DAPO's dynamic sampling (arXiv 2503.14476, section 3.2). A refill draws as
     many prompts as are missing. Every prompt drawn is consumed, kept or not, and the loader's
     cursor is saved with the step, so a resumed run draws the same.
 
     Returns:
-        what `roll_out_prompts` does, for the usable prompts in the order drawn, and metrics.
+        the rollouts, and the verdicts on them if they decide what is learned from; otherwise the
+        last ones are reached while the actor computes.
 
     Raises:
         DataError: no prompt could be used.
     """
     config, wanted = context.config, context.loader.per_step
-    drawn = context.loader.next_step()
-    outcomes, held = roll_out_prompts(context, engine, samples, grading, drawn)
-    refills = 0
-    while config.algorithm.filter_groups and refills < config.algorithm.max_refills:
-        graded = [outcome.reward for outcome in outcomes if outcome.limit is None]
-        missing = wanted - len(credit(graded, config)[0].teaching)
-        further = context.loader.more(missing, drawn)
-        if not further:
-            break
-        refills += 1
-        drawn = drawn + further
-        found, more = roll_out_prompts(context, engine, samples, grading, further)
-        outcomes += found
-        held |= more
+    drawn = roll_out_prompts(context, engine, samples, context.loader.next_step(), grading)
+    graded, refills = None, 0
+    if config.algorithm.filter_groups:
+        with context.phase("reward"):
+            verdicts, own = grade(context, samples, grading, drawn)
+        while refills < config.algorithm.max_refills:
+            rewards = [each.reward for each in verdicts if each.limit is None]
+            missing = wanted - len(credit(rewards, config)[0].teaching)
+            further = context.loader.more(missing, drawn.indices)
+            if not further:
+                break
+            refills += 1
+            found = roll_out_prompts(context, engine, samples, further, grading)
+            with context.phase("reward"):
+                more, more_own = grade(context, samples, grading, found)
+            drawn, verdicts, own = drawn + found, verdicts + more, own + more_own
+        graded = conclude(context, drawn, verdicts, own)
+        graded.metrics["filter/refills"] = float(refills)
+        graded.metrics["filter/drawn_prompts"] = float(len(drawn.indices))
     with context.phase("sleep"):
         engine.sleep()
-    usable, limits = without_ungraded(outcomes)
-    counted = {"reward/ungraded_share": context.count_ungraded(limits, len(drawn))}
-    if not usable:
+    if not drawn.entries:
         raise DataError("no prompt of this step could be used; see the warnings above")
-    if config.algorithm.filter_groups:
-        counted["filter/refills"] = float(refills)
-        counted["filter/drawn_prompts"] = float(len(drawn))
-    return usable, held, counted
+    return drawn, graded
 
 
 def roll_out_prompts(
     context: Context,
     engine: Engine,
     samples: Samples,
-    grading: GradingPool,
     indices: Sequence[int],
-) -> tuple[list[Outcome], Held]:
-    """Sample and score prompts on all replicas.
-
-    Returns:
-        outcomes in the order of `indices`, equal on every rank, and this replica's rollouts.
-    """
+    grading: GradingPool,
+) -> Drawn:
+    """Sample prompts on all replicas, and have each rollout graded as soon as it is finished."""
     config, is_leader = context.config, engine.is_replica_leader
     with context.phase("prompts"):
         prompts = read_prompts(context, engine, samples, indices)
@@ -166,29 +215,63 @@ def roll_out_prompts(
     context.count({name: float(value * is_leader) for name, value in counts.items()})
     if is_leader:
         context.throughput.count_rollouts(prompts, rollouts, samples.readings)
-    with context.phase("reward"):
-        home = context.groups.data.rank
-        own = [
-            Outcome(s.rollout.key, engine.replica, samples.size(s.rollout, home), s.reward, s.limit)
-            for s in score(rollouts if is_leader else (), samples, grading)
-        ]
     with context.phase("wait"):  # for the slowest replica
         dist.barrier(group=context.groups.world.process_group)
     with context.phase("share"):
-        outcomes = gather_scored(own, indices, context.groups)
-        return outcomes, {rollout.key: rollout for rollout in rollouts}
+        own, home = [], context.groups.data.rank
+        for each in rollouts if is_leader else ():
+            size = samples.size(each, home)
+            own.append((*each.key, engine.replica, size.tokens, size.patches, size.shared, home))
+        entries = []
+        for row in gather_in_order(own, indices, context.groups.world):
+            index, sample, replica, tokens, patches, shared, home = row
+            size = Size(tokens, patches, index, shared, home)
+            entries.append(Entry((index, sample), replica, size))
+    held = {rollout.key: rollout for rollout in rollouts}
+    return Drawn(list(indices), entries, held, is_leader)
 
 
-def exchange(held: Held, wanted: Sequence[Sequence[Key]], is_leader: bool, groups: Groups) -> Held:
+def grade(
+    context: Context, samples: Samples, grading: GradingPool, drawn: Drawn
+) -> tuple[list[Verdict], list[Scored]]:
+    """Return the verdicts on rollouts in the order drawn, and this rank's own in full.
+
+    Collective over all ranks; may run beside other work.
+    """
+    scored, own = score(drawn.own, samples, grading), []
+    for each in scored:
+        r = each.reward
+        values = r.accuracy, r.format, r.self_reward, r.leak, r.total
+        own.append((*each.key, each.limit, *values))
+    everyone = []
+    for row in gather_in_order(own, drawn.indices, context.groups.background):
+        index, sample, limit, accuracy, has_form, self_reward, leak, total = row
+        reward = Reward(accuracy, has_form, self_reward, leak, total, None, None)
+        everyone.append(Verdict((index, sample), reward, limit))
+    return everyone, scored
+
+
+def conclude(
+    context: Context, drawn: Drawn, verdicts: Sequence[Verdict], own: Sequence[Scored]
+) -> Graded:
+    """Leave out prompts that could not be graded, and compute the advantages of the others."""
+    usable, limits = without_ungraded(verdicts)
+    share = context.count_ungraded(limits, len(drawn.indices))
+    credited, spread = credit([each.reward for each in usable], context.config)
+    return Graded(usable, own, credited, {"reward/ungraded_share": share, **spread})
+
+
+def exchange(drawn: Drawn, wanted: Sequence[Sequence[Key]], groups: Groups) -> dict[Key, Rollout]:
     """Return what this rank holds, and the rollouts that its data-parallel rank wants.
 
-    Collective over all ranks, the same on each; replicas' leaders send. `wanted` are those that
-    some rank of each data-parallel rank lacks. A rank unpickles what is its own alone.
+    Collective over all ranks. `wanted` are those that some rank of each data-parallel rank lacks,
+    the same on all ranks. A rank unpickles what is its own alone.
     """
+    held = drawn.held
     if not any(wanted):
         return held
     sent: dict[int, bytes] = {}
-    for rank, keys in enumerate(wanted if is_leader else ()):
+    for rank, keys in enumerate(wanted if drawn.is_leader else ()):
         sent[rank] = pickle.dumps([held[key] for key in keys if key in held])
     parts = (part[groups.data.rank] for part in gather_objects(sent, groups.world) if part)
     arrived = (rollout for part in parts for rollout in pickle.loads(part))
@@ -283,17 +366,21 @@ def gather_rollouts(own: Sequence[Rollout], order: Sequence[int], groups: Groups
     return sorted(everyone, key=lambda rollout: (place[rollout.index], rollout.sample))
 
 
-def gather_scored(own: list[Verdict], order: Sequence[int], groups: Groups) -> list[Verdict]:
-    """Gather what all replicas' leaders scored on every rank; collective over all ranks.
+def gather_in_order(
+    own: Sequence[tuple[Any, ...]], order: Sequence[int], group: Group
+) -> list[tuple[Any, ...]]:
+    """Gather what all replicas' leaders have on every rank; `group` is a group of all ranks.
 
-    The result is in the order of these indices of examples, samples ascending.
+    Tuples begin with the index and the sample of a rollout; plain ones pickle fast. The result is
+    in the order of these indices, samples ascending.
     """
     place = {index: number for number, index in enumerate(order)}
-    everyone = [each for part in gather_objects(own, groups.world) for each in part]
-    return sorted(everyone, key=lambda each: (place[each.key[0]], each.key[1]))
+    everyone = gather_objects(list(own), group)
+    together = [each for part in everyone for each in part]
+    return sorted(together, key=lambda each: (place[each[0]], each[1]))
 
 
-def without_ungraded(scored: Sequence[Verdict]) -> tuple[list[Verdict], dict[int, str]]:
+def without_ungraded(scored: Sequence[Judged]) -> tuple[list[Judged], dict[int, str]]:
     """Return what was graded, and by index the limit that each prompt left out met.
 
     If nothing was graded, what was left out is returned, so that a run continues.

@@ -206,34 +206,41 @@ class Samples:
             lead = f"{opening}\n{closes}\n\n{lead}"
         return self.processor.encode_answer(lead, bare_gold(prompt.example.answer or ""), closing)
 
-    def train_sample(
-        self, rollout: Rollout, advantage: float, description_advantage: float | None = None
-    ) -> TrainSample:
-        """Return a rollout as a sequence to train on, with an advantage for all response tokens.
-
-        Those of the description have `description_advantage` instead, if it is given.
-        """
+    def train_sample(self, rollout: Rollout) -> TrainSample:
+        """Return a rollout as a sequence whose response is to learn, without advantages."""
         completion, vision = rollout.completion, self.pixels.get(rollout.index)
         num_prompt = len(rollout.prompt_token_ids)
         token_ids = np.array((*rollout.prompt_token_ids, *completion.token_ids), np.int64)
         in_response = np.zeros(len(token_ids), bool)
-        advantages, engine_logprobs = np.zeros((2, len(token_ids)), np.float32)
+        engine_logprobs = np.zeros(len(token_ids), np.float32)
         in_response[num_prompt:] = True
-        advantages[num_prompt:] = advantage
         engine_logprobs[num_prompt:] = completion.logprobs
-        if description_advantage is not None and rollout.description is not None:
-            pieces = self.processor.pieces(completion.token_ids)
-            first, end = description_tokens(pieces, self._marks)
-            advantages[num_prompt + first : num_prompt + end] = description_advantage
         return TrainSample(
             index=rollout.index,
             num_images=self.example(rollout.index).num_images,
             token_ids=token_ids,
             loss_mask=in_response,
             image_grid_thw=vision.grids if vision else (),
-            advantages=advantages,
             engine_logprobs=engine_logprobs,
         )
+
+    def advantages(
+        self, rollout: Rollout, advantage: float, description_advantage: float | None = None
+    ) -> np.ndarray:
+        """Return the advantage of each token of a rollout's sequence; a prompt's have 0.
+
+        The description's tokens have `description_advantage`, if it is given.
+
+        Returns:
+            [tokens] float32.
+        """
+        num_prompt, sampled = len(rollout.prompt_token_ids), rollout.completion.token_ids
+        advantages = np.zeros(num_prompt + len(sampled), np.float32)
+        advantages[num_prompt:] = advantage
+        if description_advantage is not None and rollout.description is not None:
+            first, end = description_tokens(self.processor.pieces(sampled), self._marks)
+            advantages[num_prompt + first : num_prompt + end] = description_advantage
+        return advantages
 
     def size(self, rollout: Rollout, home: int) -> Size:
         """Return the size of a rollout's training sample, without reading its images."""

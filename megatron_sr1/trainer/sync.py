@@ -114,7 +114,7 @@ class Canary:
             logprobs = engine.logprobs(prompt.token_ids, response, prompt.vision)
             given = Completion(response, tuple(logprobs), "", "given")
             rollout = Rollout(self._index, 0, prompt.token_ids, given, None, None, context.step)
-            sample = self._samples.train_sample(rollout, advantage=0.0)
+            sample = self._samples.train_sample(rollout)
             batches = self._samples.pack([sample], context.groups)
             (actor_logprobs,) = sample_logprobs(actor, [sample], batches, temperature=1.0)
         worst = float(np.abs(np.array(logprobs) - actor_logprobs[-len(response) :]).max())

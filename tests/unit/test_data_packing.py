@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_sr1.data.packing import mrope_positions, pack_samples
+from megatron_sr1.data.packing import mrope_positions, pack_samples, with_advantages
 from megatron_sr1.errors import DataError
 from megatron_sr1.model.vision import feature_numbers
 from megatron_sr1.records import TrainSample, VisionInputs
@@ -48,6 +48,26 @@ def test_entries_are_about_the_token_that_the_position_predicts():
     assert batch.position_ids.tolist() == [[[0, 1, 2, 0, 1, 2, 3, 0]]] * 3
     assert batch.cu_seqlens.dtype == torch.int32 and batch.loss_mask.dtype == torch.float32
     assert batch.input_ids.dtype == batch.labels.dtype == batch.position_ids.dtype == torch.int64
+
+
+def test_advantages_come_later_and_a_sample_without_them_has_no_targets():
+    given = [[0, 0, 5.0], [0, 6, 7, 0], [0, 0, 0, 0, 8]]
+    one, two = ([1, 2, 3], [0, 0, 1]), ([4, 5, 6, 7], [0, 1, 1, 0])
+    three = [8, 5, 6, 7, 8], [0, 0, 0, 0, 1]
+    early = [sample(n, *s, advantages=given[n]) for n, s in enumerate((one, two, three))]
+    late = [sample(n, *s) for n, s in enumerate((one, two, three))]
+    options = {"pack_tokens": 9, "sequence_multiple": 2, "pad_multiple": 8}
+    arrays = [np.array(values, np.float32) for values in given]
+    for batch, expected in zip(pack(late, **options), pack(early, **options), strict=True):
+        assert batch.advantages is None
+        got = with_advantages(batch, late, arrays)
+        assert torch.equal(got.advantages, expected.advantages)
+        assert got.advantages.dtype == expected.advantages.dtype
+        assert torch.equal(got.loss_mask, expected.loss_mask)
+    (batch,) = pack(late[:2], pad_multiple=4)
+    got = with_advantages(batch, late[:2], [arrays[0], None])
+    assert got.advantages.tolist() == [[0, 5, 0, 0, 0, 0, 0, 0]]
+    assert got.loss_mask.tolist() == [[0, 1, 0, 0, 0, 0, 0, 0]]
 
 
 def test_each_sequence_is_padded_where_the_layout_asks_for_it():

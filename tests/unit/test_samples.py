@@ -44,7 +44,7 @@ REST = "<think>3 + 8</think>\\boxed{11}"
 
 def test_by_span_the_description_has_the_visual_advantage_and_the_rest_the_answers(samples):
     rollout, prompt = rolled_out(samples, DESCRIBED + REST)
-    got = samples.train_sample(rollout, 2.0, -3.0).advantages[len(prompt) :]
+    got = samples.advantages(rollout, 2.0, -3.0)[len(prompt) :]
     pieces = samples.processor.pieces(rollout.completion.token_ids)
     assert set(got.tolist()) == {2.0, -3.0}
     marked = "".join(p for p, a in zip(pieces, got, strict=True) if a == -3.0)
@@ -59,17 +59,17 @@ def test_by_span_the_description_has_the_visual_advantage_and_the_rest_the_answe
 )
 def test_else_all_response_tokens_have_one(samples, text, description_advantage):
     rollout, prompt = rolled_out(samples, text)
-    got = samples.train_sample(rollout, 2.0, description_advantage)
-    assert got.advantages.dtype == np.float32
+    got = samples.advantages(rollout, 2.0, description_advantage)
+    assert got.dtype == np.float32
     expected = [0.0] * len(prompt) + [2.0] * len(rollout.completion.token_ids)
-    assert got.advantages.tolist() == expected
-    assert got.loss_mask.tolist() == [a == 2.0 for a in expected]
+    assert got.tolist() == expected
+    assert samples.train_sample(rollout).loss_mask.tolist() == [a == 2.0 for a in expected]
 
 
 def test_a_description_that_is_not_one_gets_no_advantage_of_its_own(samples):
     rollout, prompt = rolled_out(samples, "<think>x</think>" + DESCRIBED)
     assert rollout.description is None
-    got = samples.train_sample(rollout, 2.0, -3.0).advantages[len(prompt) :]
+    got = samples.advantages(rollout, 2.0, -3.0)[len(prompt) :]
     assert set(got.tolist()) == {2.0}
 
 
@@ -169,7 +169,7 @@ def test_pixels_that_were_read_ahead_for_a_sample_without_a_prompt_are_not_kept(
 def test_a_rollouts_size_is_that_of_its_sequence(samples):
     rollout, _ = rolled_out(samples, DESCRIBED)
     size = samples.size(rollout, home=1)
-    expected = size_of(samples.train_sample(rollout, 1.0), share_prompts=True)
+    expected = size_of(samples.train_sample(rollout), share_prompts=True)
     assert size == expected._replace(home=1)
     assert size.shared == len(rollout.prompt_token_ids)
     assert size.patches == 12  # 84 x 28 pixels

@@ -17,7 +17,7 @@ from megatron_sr1.records import Completion, Example, Message, Rollout
 from megatron_sr1.rewards.math_worker import Uncomparable
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.trainer.context import Context
-from megatron_sr1.trainer.rollouts import gather_scored, reward_means, score, without_ungraded
+from megatron_sr1.trainer.rollouts import gather_in_order, reward_means, score, without_ungraded
 
 SLOW = "(x+y+z)^{99}"
 GOLDS = ("x+1", "2x", "5", "7")
@@ -132,9 +132,9 @@ def test_answers_on_which_a_library_raises_are_wrong_counted_and_named(scorer, c
 
 
 def test_gathering_gives_back_all_of_a_world_of_one(groups, scorer):
-    graded = score(group(2, "5") + group(3, "6"), Texts(), scorer)
-    assert gather_scored(graded, [3, 2], groups) == graded[::-1]
-    assert gather_scored([], [3, 2], groups) == []
+    graded = [(*s.key, s) for s in score(group(2, "5") + group(3, "6"), Texts(), scorer)]
+    assert gather_in_order(graded, [3, 2], groups.world) == graded[::-1]
+    assert gather_in_order([], [3, 2], groups.world) == []
 
 
 def main(output):
@@ -152,7 +152,8 @@ def main(output):
     with Scorer(RewardConfig("vision_r1", grader_timeout_seconds=2.0)) as scorer:
         mine = group(0, "1+x", SLOW) + group(1, "x+x", "3x") if rank else group(2, "5", "6")
         graded = score(mine, Texts(), scorer)
-    usable, limits = without_ungraded(gather_scored(graded, [1, 2, 0], groups))
+    everyone = gather_in_order([(*s.key, s) for s in graded], [1, 2, 0], groups.world)
+    usable, limits = without_ungraded([scored for *_, scored in everyone])
     share_of_step = context.count_ungraded(limits, 3)
     result = {
         "share": share_of_step,

@@ -14,9 +14,9 @@ from megatron_sr1 import stages
 from megatron_sr1.config.loading import load_config
 from megatron_sr1.records import Completion, Reward, Rollout
 from megatron_sr1.runtime.device import stop_distributed
-from megatron_sr1.trainer.grpo import own_samples, with_logprobs
+from megatron_sr1.trainer.grpo import own_samples, with_credit, with_logprobs
 from megatron_sr1.trainer.objective import Credit, grpo_loss
-from megatron_sr1.trainer.rollouts import Outcome
+from megatron_sr1.trainer.rollouts import Drawn, Entry, Graded, Verdict
 from megatron_sr1.trainer.step import update
 
 NUM_PROMPTS, NUM_SAMPLES = 6, 2
@@ -50,7 +50,7 @@ def invented(samples):
     """Rollouts of random tokens for the first prompts, and random advantages."""
     rng = np.random.default_rng(12)
     unjudged = Reward(0.0, 0.0, None, False, 0.0, None, None)
-    outcomes, held = [], {}
+    entries, verdicts, held = [], [], {}
     for index in range(NUM_PROMPTS):
         for sample in range(NUM_SAMPLES):
             tokens = tuple(rng.integers(10, 300, size=int(rng.integers(6, 30))).tolist())
@@ -60,19 +60,22 @@ def invented(samples):
             rollout = Rollout(index, sample, prompt, completion, None, None, 0)
             held[rollout.key] = rollout
             size = samples.size(rollout, home=0)
-            outcomes.append(Outcome(rollout.key, 0, size, unjudged, None))
+            entries.append(Entry(rollout.key, 0, size))
+            verdicts.append(Verdict(rollout.key, unjudged, None))
     advantages = rng.standard_normal((NUM_PROMPTS, NUM_SAMPLES))
-    return outcomes, held, True, Credit(advantages)
+    drawn = Drawn(list(range(NUM_PROMPTS)), entries, held, is_leader=True)
+    return drawn, Graded(verdicts, [], Credit(advantages), {})
 
 
 def step(config, groups):
     """What each of the two updates measured, and sums of the weights afterwards."""
     context, samples, actor, _ = stages.start(config, groups)
-    # Each rank has all of them.
-    served = [0] * groups.data.size
-    owned = own_samples(context, samples, *invented(samples), range(NUM_PROMPTS), served)
-    updates = [samples.pack(own, groups) for own in owned]
+    drawn, graded = invented(samples)
+    served = [0] * groups.data.size  # each rank has all of them
+    owned = own_samples(context, samples, drawn, drawn.entries, served)
+    updates = [samples.pack([o.sample for o in own], groups) for own in owned]
     updates = with_logprobs(context, actor, owned, updates, None)
+    updates = with_credit(samples, owned, updates, graded)
     loss = grpo_loss(config.algorithm, config.rollout)
     measured = []
     for batches in updates:
