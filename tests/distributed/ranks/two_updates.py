@@ -46,8 +46,11 @@ def configuration(model_dir, shards, output, learning_rate):
     return load_config(None, [f"{key}={value}" for key, value in overrides.items()])
 
 
-def invented(samples):
-    """Rollouts of random tokens for the first prompts, and random advantages."""
+def invented(samples, rank, num_ranks):
+    """Rollouts of random tokens for the first prompts, and random advantages.
+
+    The replica of each rank has every other prompt, or all if there is one.
+    """
     rng = np.random.default_rng(12)
     unjudged = Reward(0.0, 0.0, None, False, 0.0, None, None)
     entries, verdicts, held = [], [], {}
@@ -58,9 +61,10 @@ def invented(samples):
             completion = Completion(tokens, logprobs, "", "stop")
             prompt = samples.prompt(index).token_ids
             rollout = Rollout(index, sample, prompt, completion, None, None, 0)
-            held[rollout.key] = rollout
-            size = samples.size(rollout, home=0)
-            entries.append(Entry(rollout.key, 0, size))
+            replica = index % num_ranks
+            if replica == rank:
+                held[rollout.key] = rollout
+            entries.append(Entry(rollout.key, replica, samples.size(rollout, home=0)))
             verdicts.append(Verdict(rollout.key, unjudged, None))
     advantages = rng.standard_normal((NUM_PROMPTS, NUM_SAMPLES))
     drawn = Drawn(list(range(NUM_PROMPTS)), entries, held, is_leader=True)
@@ -70,10 +74,9 @@ def invented(samples):
 def step(config, groups):
     """What each of the two updates measured, and sums of the weights afterwards."""
     context, samples, actor, _ = stages.start(config, groups)
-    drawn, graded = invented(samples)
-    served = [0] * groups.data.size  # each rank has all of them
-    owned = own_samples(context, samples, drawn, drawn.entries, served)
-    updates = [samples.pack([o.sample for o in own], groups) for own in owned]
+    drawn, graded = invented(samples, groups.data.rank, groups.data.size)
+    owned = own_samples(context, samples, drawn, drawn.entries, range(groups.data.size))
+    updates = [samples.pack([each.sample for each in own], groups) for own in owned]
     updates = with_logprobs(context, actor, owned, updates, None)
     updates = with_credit(samples, owned, updates, graded)
     loss = grpo_loss(config.algorithm, config.rollout)
