@@ -43,7 +43,7 @@ from megatron_sr1.rollout.readings import RolloutHooks
 from megatron_sr1.rollout.two_pass import roll_out
 from megatron_sr1.runtime.device import select_device, start_distributed
 from megatron_sr1.runtime.rng import request_seed
-from megatron_sr1.trainer.rollouts import grade_early, score
+from megatron_sr1.trainer.grading import grade_early, score
 from megatron_sr1.trainer.samples import Samples, make_processor
 from tools.scoring_backends import collapse
 

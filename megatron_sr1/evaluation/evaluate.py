@@ -32,9 +32,10 @@ from megatron_sr1.runtime.chat import PHASE_SHARE
 from megatron_sr1.runtime.files import write_text
 from megatron_sr1.runtime.groups import gather_objects
 from megatron_sr1.runtime.rng import request_seed
-from megatron_sr1.trainer import rollouts
+from megatron_sr1.trainer import grading
 from megatron_sr1.trainer.context import Context
-from megatron_sr1.trainer.rollouts import Scored
+from megatron_sr1.trainer.grading import Scored
+from megatron_sr1.trainer.rollouts import read_prompts
 from megatron_sr1.trainer.samples import Samples
 
 log = logging.getLogger(__name__)
@@ -148,22 +149,22 @@ class HeldOut:
             partial(request_seed, 0, -1),
             reading_messages=samples.reading_messages,
             reader=context.reader(engine.is_replica_leader),
-            finished=rollouts.grade_early(samples, self._scorer, self._rollout)
+            finished=grading.grade_early(samples, self._scorer, self._rollout)
             if engine.is_replica_leader
             else None,
         )
         found, _ = roll_out(engine, self.prompts(indices), self._rollout, hooks)
         own = found if engine.is_replica_leader else ()
-        scored = rollouts.score(own, samples, self._scorer)
+        scored = grading.score(own, samples, self._scorer)
         named = [(*s.key, s) for s in scored]
-        scored = [s for *_, s in rollouts.gather_in_order(named, indices, context.groups.world)]
+        scored = [s for *_, s in grading.gather_in_order(named, indices, context.groups.world)]
         return [s for s in scored if s.limit is None], [s for s in scored if s.limit is not None]
 
     def prompts(self, indices: Sequence[int]) -> list[Prompt]:
         """Read this replica's questions; unusable ones count for each evaluation by itself."""
         context = self._context
         of_training, context.skipped = context.skipped, self.skipped
-        prompts = rollouts.read_prompts(context, self._engine, self._samples, indices)
+        prompts = read_prompts(context, self._engine, self._samples, indices)
         self.skipped, context.skipped = context.skipped, of_training
         return prompts
 

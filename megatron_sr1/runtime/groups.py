@@ -106,7 +106,8 @@ def make_groups(
 ) -> Groups:
     """Create Megatron's groups for a layout; torch.distributed must have been started.
 
-    With `on_host`, also create gloo groups, over which optimizer state is gathered in host memory.
+    With `on_host`, also create gloo groups, over which optimizer state is gathered in host memory,
+    and `background`, which otherwise is the world.
     `timeout_seconds` is the time limit of a collective in any of the groups.
     Raise a ConfigError if the layout does not divide the number of ranks.
     """
@@ -133,7 +134,7 @@ def make_groups(
         )
         collection = ProcessGroupCollection.use_mpu_process_groups()
     limit = timedelta(seconds=timeout_seconds)
-    background = dist.new_group(timeout=limit, backend="gloo")
+    background = dist.new_group(timeout=limit, backend="gloo") if on_host else dist.group.WORLD
     tensor = Group.of(parallel_state.get_tensor_model_parallel_group())
     context = Group.of(parallel_state.get_context_parallel_group())
     tower, images = tensor, context

@@ -21,23 +21,13 @@ from megatron_sr1.records import PackedBatch, Rollout, TrainSample
 from megatron_sr1.rewards.answered import Key
 from megatron_sr1.rewards.grading_pool import GradingPool
 from megatron_sr1.rollout.engine import Engine
-from megatron_sr1.rollout.text_stats import step_metrics
-from megatron_sr1.runtime.groups import Groups, gather_objects, gather_on_first
+from megatron_sr1.runtime.groups import Groups, gather_objects
 from megatron_sr1.trainer.actor import Actor, Reference
 from megatron_sr1.trainer.context import Context, Evaluate
+from megatron_sr1.trainer.grading import Graded, conclude, grade
 from megatron_sr1.trainer.objective import grpo_loss
-from megatron_sr1.trainer.rollouts import (
-    Drawn,
-    Entry,
-    Graded,
-    conclude,
-    exchange,
-    grade,
-    reward_means,
-    roll_out_step,
-    rollout_line,
-    set_means,
-)
+from megatron_sr1.trainer.recording import record
+from megatron_sr1.trainer.rollouts import Drawn, Entry, exchange, roll_out_step
 from megatron_sr1.trainer.samples import Samples, without_targets
 from megatron_sr1.trainer.step import named, row_logprobs, update
 from megatron_sr1.trainer.sync import Canary, sync
@@ -72,7 +62,7 @@ def train_grpo(
         if graded is not None:
             entries, filtered = chosen_entries(drawn, graded, config)
         # Without a filter, the last rollouts are graded while the actor computes.
-        work = partial(graded_at_last, context, samples, grading, drawn, graded)
+        work = partial(finish_grading, context, samples, grading, drawn, graded)
         with context.beside(work) as later:
             with context.phase("pack"):
                 owned = own_samples(context, samples, drawn, entries, served)
@@ -104,7 +94,7 @@ def train_grpo(
         context.finish_step(values, actor, evaluate)
 
 
-def graded_at_last(
+def finish_grading(
     context: Context,
     samples: Samples,
     grading: GradingPool,
@@ -112,27 +102,10 @@ def graded_at_last(
     graded: Graded | None,
 ) -> Graded:
     """Return a step's verdicts, which are there already if groups are filtered."""
-    return graded or conclude(context, drawn, *grade(context, samples, grading, drawn))
-
-
-def record(context: Context, samples: Samples, graded: Graded) -> dict[str, float]:
-    """Write and show a step's rollouts; return the metrics of their rewards and texts.
-
-    Collective over all ranks; the writer alone gets all rollouts, and has metrics.
-    """
-    parts = gather_on_first(graded.own, context.groups.background)
-    if not context.is_writer:
-        return {}
-    found = {item.key: item for part in parts for item in part}
-    scored = [found[verdict.key] for verdict in graded.verdicts]
-    lines = []
-    for number, item in enumerate(scored):
-        index = item.rollout.index
-        facts = (graded.credited.advantages_of(number), samples.set_of(index))
-        lines.append(rollout_line(context.step + 1, item, samples.example(index), *facts))
-    context.record_rollouts(lines, samples.images)
-    texts = step_metrics([s.rollout for s in scored], samples.processor.encode)
-    return {**reward_means(scored), **set_means(scored, samples.set_of), **texts}
+    if graded is not None:
+        return graded
+    found = grade(drawn.own, drawn.indices, samples, grading, context.groups)
+    return conclude(context, len(drawn.indices), *found)
 
 
 def read_ahead(context: Context, engine: Engine, samples: Samples) -> None:

@@ -15,7 +15,8 @@ from megatron_sr1.data.shards import ShardReader, write_shards
 from megatron_sr1.errors import ConfigError
 from megatron_sr1.records import Completion, Message, Reward, Rollout
 from megatron_sr1.report.report import write_report
-from megatron_sr1.trainer.rollouts import Scored, rollout_line, set_means
+from megatron_sr1.trainer.grading import Scored
+from megatron_sr1.trainer.recording import rollout_line, set_means
 from megatron_sr1.trainer.samples import Samples
 from tests.custom_sets import NUM_IMAGES, make_sets, mixture
 from tests.pictures import png

@@ -27,7 +27,7 @@ from megatron_sr1.errors import DataError
 from megatron_sr1.records import Completion, Message, Reward, Rollout
 from megatron_sr1.report.gallery import Question, gallery
 from megatron_sr1.rewards.score import Scorer
-from megatron_sr1.trainer.rollouts import rollout_line
+from megatron_sr1.trainer.recording import rollout_line
 from tests.pictures import png
 
 pytestmark = pytest.mark.field

@@ -12,7 +12,7 @@ from megatron_sr1.records import Prompt, VisionInputs, texts
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rollout.readings import Readings, RolloutHooks
 from megatron_sr1.runtime.chat import ChatClient
-from megatron_sr1.trainer import rollouts
+from megatron_sr1.trainer import grading
 from tests.chat_endpoint import serving
 from tests.rollout_case import case
 
@@ -91,8 +91,8 @@ def test_a_failed_reading_leaves_its_prompt_out_and_is_logged(fault, caplog):
         made.append(replace(rollout, index=asked_prompt.example.index, sample=number % 2))
     samples = SimpleNamespace(example=lambda index: prompt(index).example)
     with Scorer(RewardConfig()) as scorer:
-        scored = rollouts.score(made, samples, scorer)
-    usable, limits = rollouts.without_ungraded(scored)
+        scored = grading.score(made, samples, scorer)
+    usable, limits = grading.without_ungraded(scored)
     assert [s.rollout.index for s in usable] == [1, 1] and list(limits) == [0]
     assert [s.reward.self_reward for s in usable] == [1.0, 1.0]
     assert "pass 2 at rollout.endpoint" in limits[0] and "left out with its group" in caplog.text

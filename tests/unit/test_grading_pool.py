@@ -16,7 +16,7 @@ from megatron_sr1.rewards import math_worker
 from megatron_sr1.rewards.answered import Finished
 from megatron_sr1.rewards.grading_pool import GradingPool
 from megatron_sr1.rewards.score import Scorer
-from megatron_sr1.trainer.rollouts import to_grade
+from megatron_sr1.trainer.grading import to_grade
 from tests.rollout_case import case
 from tests.unit.test_rewards_functions import boxed, finished, written
 from tests.unit.test_scoring import SLOW, Texts, group

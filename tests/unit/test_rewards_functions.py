@@ -18,7 +18,8 @@ from megatron_sr1.rewards.answered import Finished
 from megatron_sr1.rewards.grading_pool import GradingPool
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.rewards.user_reward import UserReward
-from megatron_sr1.trainer.rollouts import Scored, reward_means
+from megatron_sr1.trainer.grading import Scored
+from megatron_sr1.trainer.recording import reward_means
 from tests.chat_endpoint import serving
 from tests.rollout_case import case
 

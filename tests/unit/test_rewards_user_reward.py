@@ -15,8 +15,9 @@ from megatron_sr1.evaluation.lines import evaluation_line
 from megatron_sr1.records import Completion, Reading
 from megatron_sr1.rewards.score import Scorer, rates
 from megatron_sr1.rewards.user_reward import ALWAYS, UserReward
-from megatron_sr1.trainer.rollouts import Scored, reward_means
-from megatron_sr1.trainer.rollouts import score as score_rollouts
+from megatron_sr1.trainer.grading import Scored
+from megatron_sr1.trainer.grading import score as score_rollouts
+from megatron_sr1.trainer.recording import reward_means
 from tests.rollout_case import case
 from tests.unit.test_scoring import Texts, group
 

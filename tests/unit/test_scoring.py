@@ -17,7 +17,8 @@ from megatron_sr1.records import Completion, Example, Message, Rollout
 from megatron_sr1.rewards.math_worker import Uncomparable
 from megatron_sr1.rewards.score import Scorer
 from megatron_sr1.trainer.context import Context
-from megatron_sr1.trainer.rollouts import gather_in_order, reward_means, score, without_ungraded
+from megatron_sr1.trainer.grading import gather_in_order, score, without_ungraded
+from megatron_sr1.trainer.recording import reward_means
 
 SLOW = "(x+y+z)^{99}"
 GOLDS = ("x+1", "2x", "5", "7")

@@ -120,12 +120,12 @@ def inject(case, run_dir):
 
         saving.save_tensors = save_tensors
     elif place in ("reward", "worker"):
-        from megatron_sr1.trainer import rollouts
+        from megatron_sr1.trainer import grading
 
         if place == "worker":
             in_worker(case["fault"])
         else:
-            before(rollouts, "score", fault)
+            before(grading, "score", fault)
     elif place in WHOLE_PHASES and case["fault"] != "engine":
         in_phase(fault, place)
     else:

@@ -14,9 +14,10 @@ from megatron_sr1 import stages
 from megatron_sr1.config.loading import load_config
 from megatron_sr1.records import Completion, Reward, Rollout
 from megatron_sr1.runtime.device import stop_distributed
+from megatron_sr1.trainer.grading import Graded, Verdict
 from megatron_sr1.trainer.grpo import own_samples, with_credit, with_logprobs
 from megatron_sr1.trainer.objective import Credit, grpo_loss
-from megatron_sr1.trainer.rollouts import Drawn, Entry, Graded, Verdict
+from megatron_sr1.trainer.rollouts import Drawn, Entry
 from megatron_sr1.trainer.step import update
 
 NUM_PROMPTS, NUM_SAMPLES = 6, 2
