@@ -134,7 +134,10 @@ def make_groups(
         )
         collection = ProcessGroupCollection.use_mpu_process_groups()
     limit = timedelta(seconds=timeout_seconds)
-    background = dist.new_group(timeout=limit, backend="gloo") if on_host else dist.group.WORLD
+    background = dist.group.WORLD
+    if on_host:
+        everyone = list(range(world_size))
+        background = parallel_state.create_group(everyone, timeout=limit, backend="gloo")
     tensor = Group.of(parallel_state.get_tensor_model_parallel_group())
     context = Group.of(parallel_state.get_context_parallel_group())
     tower, images = tensor, context

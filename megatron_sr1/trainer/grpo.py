@@ -25,7 +25,7 @@ from megatron_sr1.runtime.groups import Groups, gather_objects
 from megatron_sr1.trainer.actor import Actor, Reference
 from megatron_sr1.trainer.context import Context, Evaluate
 from megatron_sr1.trainer.grading import Graded, conclude, grade
-from megatron_sr1.trainer.objective import grpo_loss
+from megatron_sr1.trainer.objective import Credit, grpo_loss
 from megatron_sr1.trainer.recording import record
 from megatron_sr1.trainer.rollouts import Drawn, Entry, exchange, roll_out_step
 from megatron_sr1.trainer.samples import Samples, without_targets
@@ -117,17 +117,22 @@ def read_ahead(context: Context, engine: Engine, samples: Samples) -> None:
 def chosen_entries(
     drawn: Drawn, graded: Graded, config: Config
 ) -> tuple[list[Entry], dict[str, float]]:
-    """Return what to learn from with `filter_groups`, and how many groups were dropped.
-
-    These are the groups with a spread of rewards. If there is none, the first `prompts_per_step`
-    remain: then only the KL term moves the actor, as it would without the filter.
-    """
-    n, everyone = config.rollout.samples_per_prompt, range(len(graded.credited.advantages))
-    teaching = graded.credited.teaching
-    groups = teaching or everyone[: config.data.prompts_per_step]
+    """Return the entries of the groups to learn from, and how many groups were dropped."""
+    groups, counts = chosen_groups(graded.credited, config.data.prompts_per_step)
+    n = config.rollout.samples_per_prompt
     keys = {graded.verdicts[group * n + k].key for group in groups for k in range(n)}
-    return [entry for entry in drawn.entries if entry.key in keys], {
-        "filter/dropped_groups": float(len(everyone) - len(teaching)),
+    return [entry for entry in drawn.entries if entry.key in keys], counts
+
+
+def chosen_groups(credited: Credit, per_step: int) -> tuple[list[int], dict[str, float]]:
+    """Return the groups with a spread of rewards, and how many were dropped.
+
+    If there is none, the first `per_step` remain: then only the KL term moves the actor, as it
+    would without the filter.
+    """
+    num_groups, teaching = len(credited.advantages), credited.teaching
+    return teaching or list(range(min(per_step, num_groups))), {
+        "filter/dropped_groups": float(num_groups - len(teaching)),
         "filter/kept_groups": float(len(teaching)),
     }
 

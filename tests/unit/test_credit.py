@@ -106,18 +106,14 @@ def test_groups_teach_where_some_advantage_is_not_zero():
     assert credited(traded, 2, credit="component")[0].teaching == []
 
 
-def test_the_filter_keeps_what_teaches_and_all_where_nothing_does():
+def test_the_filter_keeps_what_teaches_and_a_step_where_nothing_does():
     mixed, _ = credited(rewards([(1, 1, 1)] * 4 + VERDICTS), 4)
     flat, _ = credited(rewards([(1, 1, 1)] * 8), 4)
-    config = Config()
-    assert chosen_groups(mixed, config) == ([0, 1], {})
-    config.algorithm.filter_groups = True
     counted = {"filter/dropped_groups": 1.0, "filter/kept_groups": 1.0}
-    assert chosen_groups(mixed, config) == ([1], counted)
+    assert chosen_groups(mixed, 2) == ([1], counted)
     counted = {"filter/dropped_groups": 2.0, "filter/kept_groups": 0.0}
-    assert chosen_groups(flat, config) == ([0, 1], counted)
-    config.data.prompts_per_step = 1  # the second was a refill
-    assert chosen_groups(flat, config) == ([0], counted)
+    assert chosen_groups(flat, 2) == ([0, 1], counted)
+    assert chosen_groups(flat, 1) == ([0], counted)  # the second was a refill
 
 
 def test_an_unpaid_leak_has_no_self_reward():
