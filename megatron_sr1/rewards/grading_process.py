@@ -69,7 +69,11 @@ def serve(replies: Any) -> None:
         os._exit(0)
 
     def say(reply: Mapping[str, Any]) -> None:
-        replies.write(json.dumps(reply, default=vars) + "\n")
+        try:
+            replies.write(json.dumps(reply, default=vars) + "\n")
+        except BrokenPipeError:  # the run is gone, and has said why
+            end_children()
+            os._exit(0)
 
     threading.Thread(target=read, daemon=True).start()
     settings = asked.get()

@@ -61,16 +61,14 @@ def train_grpo(
         entries, filtered = drawn.entries, dict[str, float]()
         if graded is not None:
             entries, filtered = chosen_entries(drawn, graded, config)
+        with context.phase("pack"):
+            owned = own_samples(context, samples, drawn, entries, served)
+            updates = [samples.pack([each.sample for each in own], context.groups) for own in owned]
+            samples.forget_pixels()
+        read_ahead(context, engine, samples)
         # Without a filter, the last rollouts are graded while the actor computes.
         work = partial(finish_grading, context, samples, grading, drawn, graded)
         with context.beside(work) as later:
-            with context.phase("pack"):
-                owned = own_samples(context, samples, drawn, entries, served)
-                updates = [
-                    samples.pack([each.sample for each in own], context.groups) for own in owned
-                ]
-                samples.forget_pixels()
-            read_ahead(context, engine, samples)
             updates = with_logprobs(context, actor, owned, updates, reference)
             with context.phase("reward"):
                 graded = later.result()

@@ -43,7 +43,8 @@ PHASE_OF = {"load": "setup", "pass2": "pass1"} | dict.fromkeys(
 )
 COMMON = (
     *("launch.setup_deadline_seconds=600", "launch.phase_deadline_seconds=600"),
-    *("checkpoint.every_steps=1", "checkpoint.export_hf=false", "evaluation.sets="),
+    *("checkpoint.every_steps=1", "checkpoint.export_hf=false"),
+    *("evaluation.sets=", "evaluation.every_steps=0", "evaluation.at_start=false"),
     *("rollout.pass2=barrier", "rollout.canary_bound=1e-3"),
 )
 
