@@ -170,10 +170,10 @@ def check_fault(stage, phase, kind, groups, *more):
     if kind == "engine":
         assert "in execute_model" in output and "vllm/v1/engine/core.py" in output
     if kind == "hang":
-        # A thread waits for verdicts, and the main one for that thread.
-        place = "wait (lib/python" if phase == "reward" else "hang (distributed/ranks/faults.py:"
-        place = f"1 in {PHASE_OF.get(phase, phase)}, {place}"
-        assert place in output
+        place = f"rank 1 in {PHASE_OF.get(phase, phase)}, hang (distributed/ranks/faults.py:"
+        if phase == "reward":  # a thread grades, for which the main one waits, on both ranks
+            place = "ranks 0, 1 in reward, wait (lib/python"
+        assert f"  {place}" in output
         assert "in hang" in (run_dir / "stacks" / "rank_1.txt").read_text()
     check_stacks(run_dir, (0,) if kind == "kill" else (0, 1))
     check_nothing_lost(stage, run_dir, groups)

@@ -1,11 +1,15 @@
 """What a step does beside the actor: in a thread, whose failure ends the step."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 
 from megatron_sr1.config.loading import load_config
 from megatron_sr1.trainer.context import Context
+from megatron_sr1.trainer.grading import Graded
+from megatron_sr1.trainer.objective import Credit
+from megatron_sr1.trainer.recording import record
 
 
 @pytest.fixture
@@ -28,3 +32,9 @@ def test_work_goes_on_beside_the_block_and_has_a_result(context):
 def test_a_failure_of_the_work_is_raised_with_its_result(context):
     with pytest.raises(ZeroDivisionError), context.beside(lambda: 1 / 0) as later:
         later.result()
+
+
+def test_ranks_that_do_not_write_send_their_rollouts_and_have_no_metrics(context, groups):
+    context.groups = replace(groups, world=replace(groups.world, rank=1))
+    nothing = Graded([], [], Credit([]), {})
+    assert record(context, None, nothing) == {}
