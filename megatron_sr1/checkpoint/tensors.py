@@ -18,7 +18,6 @@ which closes when the child and everything that it started have ended.
 from __future__ import annotations
 
 import contextlib
-import gc
 import inspect
 import multiprocessing
 import os
@@ -48,6 +47,7 @@ from megatron_sr1.runtime.groups import (
     on_writer,
     reason,
 )
+from megatron_sr1.runtime.host_memory import no_collection
 from megatron_sr1.runtime.signals import end_with
 
 METADATA = {
@@ -193,7 +193,7 @@ class PendingTensors:
         self._process = fork.Process(
             target=_write, args=(os.getpid(), reports, request.async_fn, rank, buckets)
         )
-        with _no_collection():  # in the child there is none until its end
+        with no_collection():  # in the child there is none until its end
             self._process.start()
         reports.close()  # so that the pipe closes with the child's end
 
@@ -227,18 +227,6 @@ class PendingTensors:
             raise CheckpointError(write_failure(self._folder, self._needed, problem))
         self._queue.put(results)
         return dict(measures)
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Collect no garbage within a block."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _write(

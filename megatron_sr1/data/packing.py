@@ -11,9 +11,11 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import replace
 from itertools import islice, pairwise
-from typing import NamedTuple
+from threading import Lock
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -119,34 +121,67 @@ def pack_samples(
     pad_multiple: int = 1,
     sequence_multiple: int = 1,
     share_prompts: bool = False,
-) -> list[PackedBatch]:
+    later: Executor | None = None,
+) -> Sequence[PackedBatch]:
     """Pack samples into rows of at most `pack_tokens` without padding; 0: one row per sample.
 
     A larger sample gets a row of its own. `vision_of` returns the pixels of a sample by its index;
     on ranks without the vision tower it is None, and batches have no `vision`. A patch costs
     `patch_cost` tokens of the budget. Each sequence is padded at its end to a multiple of
     `sequence_multiple`; rows, by one last sequence, to `pad_multiple`, a multiple of the former.
-    With `share_prompts`, samples of one index have one prompt, which a row computes once.
+    With `share_prompts`, samples of one index have one prompt, which a row computes once. With an
+    executor, only the first row is packed now, and it packs the others later.
 
     Raises:
         DataError: image tokens, grids and pixels of a sample are inconsistent.
     """
     assert pad_multiple % sequence_multiple == 0, (pad_multiple, sequence_multiple)
-    batches = []
-    sizes = [size_of(sample, share_prompts) for sample in samples]
-    for rows in plan_rows(sizes, pack_tokens, patch_cost):
-        chosen = [samples[i] for i in rows]
+
+    def packed(numbers: list[int]) -> PackedBatch:
+        chosen = [samples[i] for i in numbers]
         lengths = [-(-len(s.token_ids) // sequence_multiple) * sequence_multiple for s in chosen]
         padding = -sum(lengths) % pad_multiple
         lengths += [padding] if padding else []
         positions = mrope_positions(chosen, image_pad_id, merge_size)
         vision = _vision(chosen, vision_of) if vision_of else None
-        batch = _row(rows, chosen, lengths, positions, vision)
+        batch = _row(numbers, chosen, lengths, positions, vision)
         if share_prompts:
             shared = _shared_tokens(chosen) + [0] * bool(padding)
             batch = replace(batch, shared_tokens=torch.tensor(shared, dtype=torch.int32))
-        batches.append(batch)
-    return batches
+        return batch
+
+    sizes = [size_of(sample, share_prompts) for sample in samples]
+    plan = plan_rows(sizes, pack_tokens, patch_cost)
+    if later is None or len(plan) < 2:
+        return list(map(packed, plan))
+    return _LaterRows(packed(plan[0]), packed, plan[1:], later)
+
+
+class _LaterRows(Sequence[PackedBatch]):
+    """Rows of which the first is packed; once it is asked for, an executor packs the others.
+
+    Asking for one of them waits for it.
+    """
+
+    def __init__(
+        self,
+        first: PackedBatch,
+        pack: Callable[[list[int]], PackedBatch],
+        others: Sequence[list[int]],
+        executor: Executor,
+    ) -> None:
+        self._first, self._lock = first, Lock()
+        self._pack, self._plan, self._executor = pack, others, executor
+        self._others: list[Future[PackedBatch]] = []
+
+    def __len__(self) -> int:
+        return 1 + len(self._plan)
+
+    def __getitem__(self, number: Any) -> Any:
+        with self._lock:
+            if not self._others:
+                self._others = [self._executor.submit(self._pack, each) for each in self._plan]
+        return self._others[number - 1].result() if number else self._first
 
 
 def _shared_tokens(chosen: Sequence[TrainSample]) -> list[int]:
@@ -286,10 +321,10 @@ def _row(
     )
 
 
-def with_advantages(
+def advantage_fields(
     batch: PackedBatch, samples: Sequence[TrainSample], advantages: Sequence[np.ndarray | None]
-) -> PackedBatch:
-    """Return a row with the advantages of its samples; without one, a sample has no targets.
+) -> dict[str, torch.Tensor]:
+    """Return a row's fields with advantages; without one, a sample has no targets.
 
     `samples` are those that were packed, and `advantages` [tokens] float32 of each.
     """
@@ -297,11 +332,10 @@ def with_advantages(
     places = _Places.of([sample for sample, _ in chosen], batch.cu_seqlens.numpy())
     given = [np.zeros(len(s.token_ids)) if found is None else found for s, found in chosen]
     masks = [s.loss_mask & (found is not None) for s, found in chosen]
-    return replace(
-        batch,
-        loss_mask=places.next_tokens(masks, np.float32),
-        advantages=places.next_tokens(given, np.float32),
-    )
+    return {
+        "loss_mask": places.next_tokens(masks, np.float32),
+        "advantages": places.next_tokens(given, np.float32),
+    }
 
 
 def _vision(

@@ -165,6 +165,7 @@ class HeldOut:
         context = self._context
         of_training, context.skipped = context.skipped, self.skipped
         prompts = read_prompts(context, self._engine, self._samples, indices)
+        context.count_skipped()
         self.skipped, context.skipped = context.skipped, of_training
         return prompts
 

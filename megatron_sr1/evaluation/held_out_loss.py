@@ -37,6 +37,7 @@ class HeldOutLoss:
             for start in range(0, len(self._indices), chunk):
                 own = self._indices[start : start + chunk][data.rank :: data.size]
                 read = context.read_usable(samples.conversation, own, groups.is_replica_leader)
+                context.count_skipped()
                 if read:
                     batches = samples.pack(read, groups)
                     rows = sample_logprobs(self._actor, read, batches, temperature=1.0)

@@ -219,7 +219,7 @@ class Bench:
         samples: Sequence[TrainSample],
         budget: int | None = None,
         vision: Callable[[int], VisionInputs] | None = None,
-    ) -> list[PackedBatch]:
+    ) -> Sequence[PackedBatch]:
         """Pack samples, with rows of a length that every FP8 recipe takes.
 
         Budget and pixels are by default those of the bench's sizes and of its samples.

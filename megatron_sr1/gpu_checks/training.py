@@ -59,7 +59,7 @@ class Step:
         self.bench, self.config = bench, config
         self.before_bytes = allocated(bench)
         self.samples = samples or bench.samples()
-        self.batches: list[PackedBatch] = bench.rows(self.samples)
+        self.batches: Sequence[PackedBatch] = bench.rows(self.samples)
         self.actor: Actor = bench.actor(config)
         self.first = self.update()
 

@@ -186,6 +186,22 @@ def gather_objects(value: Any, group: Group | None = None) -> list[Any]:
     return [value if n == group.rank else pickle.loads(p) for n, p in enumerate(pickled)]
 
 
+def gather_rows(
+    rows: Sequence[Sequence[int]], shape: tuple[int, int], group: Group
+) -> list[list[int]]:
+    """Gather every rank's rows of integers, in the order of the group, a gloo group.
+
+    `shape` is the most rows that a rank has, and their length; the first number of a row is at
+    least 0.
+    """
+    own = torch.full(shape, -1)
+    if rows:
+        own[: len(rows)] = torch.tensor(rows)
+    parts = [torch.empty_like(own) for _ in group.ranks]
+    dist.all_gather(parts, own, group=group.process_group)
+    return [row for row in torch.cat(parts).tolist() if row[0] >= 0]
+
+
 def gather_on_first(value: Any, group: Group) -> list[Any]:
     """Gather every rank's value on the group's first one, as `gather_objects`; [] on the others."""
     if group.size == 1:

@@ -1,11 +1,14 @@
 """Copies of tensors in host memory from which a GPU reads at the speed of its bus.
 
 `host_copies` makes them; `HostWeights` has a model's weights leave the device and come back.
+`no_collection` leaves Python's garbage where it is for a while.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -58,3 +61,15 @@ class HostWeights:
         """Copy the weights to the device, in the order of what it computes."""
         for weight, copy in zip(self._weights, self._copies, strict=True):
             weight.data = copy.to(self._device, non_blocking=True, copy=self.has_copies)
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Collect no garbage within a block, unless it asks for it."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -7,6 +7,7 @@ read from `model.path`.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -42,6 +43,7 @@ from megatron_sr1.runtime import failure, signals
 from megatron_sr1.runtime.chat import PHASE_SHARE, ChatClient
 from megatron_sr1.runtime.files import write_text
 from megatron_sr1.runtime.groups import Groups, sum_over_ranks
+from megatron_sr1.runtime.host_memory import no_collection
 from megatron_sr1.runtime.start import START_FILE, start_facts
 from megatron_sr1.trainer.actor import Actor
 from megatron_sr1.trainer.optimizer import schedule_change, schedule_facts
@@ -82,6 +84,7 @@ class Context:
         self.config, self.groups = config, groups
         self.run_dir = Path(config.output)
         self.step = self.skipped = self.ungraded = self.exit_status = 0
+        self._left_out = 0  # by this rank as a leader, and not yet among `skipped`
         self.is_leaving = False
         endpoint = config.endpoints().get(READER)
         self._reader = None if endpoint is None else ChatClient(READER, endpoint)
@@ -112,6 +115,21 @@ class Context:
         """True while the loop has steps to do."""
         return self.step < self.config.num_steps and not self.is_leaving
 
+    def steps(self) -> Iterator[None]:
+        """Yield at the start of each step that is left.
+
+        Garbage is collected between some of them alone, as with Megatron's `--manual-gc`: if
+        allocations start it, it comes at another time on each rank, for which the others wait.
+        """
+        with no_collection():
+            gc.collect()
+            gc.freeze()  # nobody looks again through what lives as long as the run
+            try:
+                while self.has_steps_left:
+                    yield
+            finally:
+                gc.unfreeze()
+
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time a phase, record its memory, and abort the run if it exceeds its deadline."""
@@ -137,29 +155,33 @@ class Context:
     def read_usable(
         self, read: Callable[[int], T], indices: Iterable[int], is_replica_leader: bool
     ) -> list[T]:
-        """Read samples; log, count and leave out the unusable ones; collective over all ranks.
+        """Read samples; log and leave out the unusable ones, which `count_skipped` adds up.
 
         One of the ranks that read the same samples is their leader and counts.
-
-        Raises:
-            DataError: too many samples of the run are unusable; all ranks raise.
         """
-        found, skipped = [], 0
+        found = []
         for index in indices:
             try:
                 found.append(read(index))
             except DataError as error:
-                skipped += 1
+                self._left_out += is_replica_leader
                 log.warning("skipped: %s", error)
-        newly = {"skipped": float(skipped if is_replica_leader else 0)}
-        self.skipped += round(sum_over_ranks(self.groups, newly)["skipped"])
+        return found
+
+    def count_skipped(self) -> None:
+        """Add up the samples that all ranks have left out; collective over them.
+
+        Raises:
+            DataError: too many samples of the run are unusable; all ranks raise.
+        """
+        newly = sum_over_ranks(self.groups, {"skipped": float(self._left_out)})
+        self.skipped, self._left_out = self.skipped + round(newly["skipped"]), 0
         limit = self.config.data.max_skipped
         if self.skipped > limit:
             raise DataError(
                 f"{self.skipped} samples skipped, at most {limit} (data.max_skipped); the warnings "
                 "above name them"
             )
-        return found
 
     def count_ungraded(self, newly: Mapping[int, str], num_prompts: int) -> float:
         """Add up prompts that the grader left out, and return their share of a step's prompts.
@@ -304,6 +326,7 @@ class Context:
         """
         self.step += 1
         if self.step % STEPS_BETWEEN_TRIMS == 0:
+            gc.collect()
             trim_host_memory()
         with self._deadline("profile"):
             self._profiler.end(self.step)

@@ -8,7 +8,7 @@ which a library raises is wrong, and logged. Nothing that a policy samples raise
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -59,6 +59,7 @@ class Verdict:
 
 
 Judged = TypeVar("Judged", Scored, Verdict)
+Row = TypeVar("Row", bound=Sequence[Any])
 
 
 @dataclass(frozen=True)
@@ -189,13 +190,18 @@ def gather_in_order(
 ) -> list[tuple[Any, ...]]:
     """Gather what all replicas' leaders have on every rank; `group` is a group of all ranks.
 
-    Tuples begin with the index and the sample of a rollout; plain ones pickle fast. The result is
-    in the order of these indices, samples ascending.
+    Plain tuples pickle fast. They, and their order, are as `in_order` says.
+    """
+    return in_order((row for part in gather_objects(list(own), group) for row in part), order)
+
+
+def in_order(rows: Iterable[Row], order: Sequence[int]) -> list[Row]:
+    """Return rows, which begin with index and sample, in the order of these indices.
+
+    The samples of an index are ascending.
     """
     place = {index: number for number, index in enumerate(order)}
-    everyone = gather_objects(list(own), group)
-    together = [each for part in everyone for each in part]
-    return sorted(together, key=lambda each: (place[each[0]], each[1]))
+    return sorted(rows, key=lambda row: (place[row[0]], row[1]))
 
 
 def without_ungraded(scored: Sequence[Judged]) -> tuple[list[Judged], dict[int, str]]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megatron_sr1.config.run import Config
-from megatron_sr1.data.packing import with_advantages
+from megatron_sr1.data.packing import advantage_fields
 from megatron_sr1.records import PackedBatch, Rollout, TrainSample
 from megatron_sr1.rewards.answered import Key
 from megatron_sr1.rewards.grading_pool import GradingPool
@@ -53,7 +53,7 @@ def train_grpo(
     objective = grpo_loss(config.algorithm, config.rollout)
     served = served_replicas(context.groups, engine)
     context.evaluate_at_start(evaluate)
-    while context.has_steps_left:
+    for _ in context.steps():
         sync(context, actor, engine, again=context.step > started_at)
         agreement = canary.check(context, actor, engine) if canary else {}
 
@@ -64,19 +64,17 @@ def train_grpo(
         with context.phase("pack"):
             owned = own_samples(context, samples, drawn, entries, served)
             updates = [samples.pack([each.sample for each in own], context.groups) for own in owned]
-            samples.forget_pixels()
-        read_ahead(context, engine, samples)
         # Without a filter, the last rollouts are graded while the actor computes.
-        work = partial(finish_grading, context, samples, grading, drawn, graded)
-        with context.beside(work) as later:
+        finish = partial(finish_grading, context, samples, grading, drawn, graded)
+        with context.beside(partial(finish, owned, updates)) as later:
             updates = with_logprobs(context, actor, owned, updates, reference)
             with context.phase("reward"):
-                graded = later.result()
-        with context.phase("pack"):
-            updates = with_credit(samples, owned, updates, graded)
+                graded, fields = later.result()
+        updates = with_fields(updates, fields)
+        samples.forget_pixels()  # all rows are packed by now
         measured = []
-        write = partial(record, context, samples, graded)
-        with context.beside(write) as recorded, context.phase("update"):
+        write = partial(read_ahead_and_record, context, engine, samples, graded)
+        with context.phase("update"), context.beside(write) as recorded:
             for own in owned:
                 # Its rows have the only copy of their pixels, which nothing here keeps.
                 temperature = config.rollout.temperature
@@ -98,18 +96,28 @@ def finish_grading(
     grading: GradingPool,
     drawn: Drawn,
     graded: Graded | None,
-) -> Graded:
-    """Return a step's verdicts, which are there already if groups are filtered."""
-    if graded is not None:
-        return graded
-    found = grade(drawn.own, drawn.indices, samples, grading, context.groups)
-    return conclude(context, len(drawn.indices), *found)
+    owned: Sequence[Sequence[Learned]],
+    updates: Sequence[Sequence[PackedBatch]],
+) -> tuple[Graded, list[list[Fields]]]:
+    """Return a step's verdicts, and the fields with advantages of the rows of all updates.
+
+    With filtered groups, the verdicts are there already: `graded`.
+    """
+    if graded is None:
+        found = grade(drawn.own, drawn.indices, samples, grading, context.groups)
+        graded = conclude(context, len(drawn.indices), *found)
+    prompts = [samples.prompt(index) for index in dict.fromkeys(each.index for each in drawn.own)]
+    context.throughput.count_rollouts(prompts, drawn.own, samples.readings)
+    return graded, credit_fields(samples, owned, updates, graded)
 
 
-def read_ahead(context: Context, engine: Engine, samples: Samples) -> None:
-    """Start to read the images of this replica's next prompts, while the actor learns."""
+def read_ahead_and_record(
+    context: Context, engine: Engine, samples: Samples, graded: Graded
+) -> dict[str, float]:
+    """Start to read the images of this replica's next prompts, and record what is learned from."""
     if context.step + 1 < context.config.num_steps:
         samples.pixels.start(context.loader.upcoming()[engine.replica :: engine.num_replicas])
+    return record(context, samples, graded)
 
 
 def chosen_entries(
@@ -141,6 +149,10 @@ def served_replicas(groups: Groups, engine: Engine) -> list[int | None]:
     for rank, replica in gather_objects((groups.data.rank, engine.replica), groups.world):
         found[rank].add(replica)
     return [min(found[rank]) if len(found[rank]) == 1 else None for rank in sorted(found)]
+
+
+Fields = dict[str, Any]
+"""Fields of a row's `PackedBatch`, [1, T], by name."""
 
 
 class Learned(NamedTuple):
@@ -187,13 +199,13 @@ def own_samples(
     return updates
 
 
-def with_credit(
+def credit_fields(
     samples: Samples,
     owned: Sequence[Sequence[Learned]],
     updates: Sequence[Sequence[PackedBatch]],
     graded: Graded,
-) -> list[list[PackedBatch]]:
-    """Add the advantages to the rows of all updates; what is not graded teaches nothing."""
+) -> list[list[Fields]]:
+    """Return the advantages in the rows of all updates; what is not graded teaches nothing."""
     numbers = {verdict.key: number for number, verdict in enumerate(graded.verdicts)}
 
     def advantages(rollout: Rollout) -> np.ndarray | None:
@@ -202,35 +214,44 @@ def with_credit(
             return None
         return samples.advantages(rollout, **graded.credited.advantages_of(number))
 
-    filled = []
+    fields = []
     for own, batches in zip(owned, updates, strict=True):
         found = [advantages(rollout) for rollout, _ in own]
         sequences = [sample for _, sample in own]
-        filled.append([with_advantages(batch, sequences, found) for batch in batches])
-    return filled
+        fields.append([advantage_fields(batch, sequences, found) for batch in batches])
+    return fields
+
+
+def with_fields(
+    updates: Sequence[Sequence[PackedBatch]], fields: Sequence[Sequence[Fields]]
+) -> list[Sequence[PackedBatch]]:
+    """Return the rows of updates with these fields of each."""
+    return [
+        [replace(batch, **found) for batch, found in zip(batches, of_rows, strict=True)]
+        for batches, of_rows in zip(updates, fields, strict=True)
+    ]
 
 
 def with_logprobs(
     context: Context,
     actor: Actor,
     owned: Sequence[Sequence[Learned]],
-    updates: list[list[PackedBatch]],
+    updates: list[Sequence[PackedBatch]],
     reference: Reference | None,
-) -> list[list[PackedBatch]]:
+) -> list[Sequence[PackedBatch]]:
     """Add old and reference logprobs to the rows of all updates, before the weights change.
 
     `owned` are the samples in them. In the first update the policy's own logprobs are the old ones,
     which saves that pass.
     """
 
-    def add(field: str, phase: str, first: int = 0) -> list[list[PackedBatch]]:
-        filled = updates[:first]
+    def add(field: str, phase: str, first: int = 0) -> list[Sequence[PackedBatch]]:
+        fields: list[list[Fields]] = []
         for own, batches in zip(owned[first:], updates[first:], strict=True):
             rows = row_logprobs(actor, batches, context.config.rollout.temperature)
-            changes: list[dict[str, Any]] = [{field: row} for row in rows]
-            filled.append([replace(b, **c) for b, c in zip(batches, changes, strict=True)])
+            fields.append([{field: row} for row in rows])
             context.throughput.count_samples(phase, [each.sample for each in own])
-        return filled
+        return updates[:first] + with_fields(updates[first:], fields)
 
     actor.restore_weights()
     if len(updates) > 1:

@@ -11,8 +11,7 @@ import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-
-import torch.distributed as dist
+from typing import Any
 
 from megatron_sr1.data.packing import Size
 from megatron_sr1.errors import DataError
@@ -22,7 +21,7 @@ from megatron_sr1.rewards.grading_pool import GradingPool
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.rollout.readings import RolloutHooks
 from megatron_sr1.rollout.two_pass import roll_out
-from megatron_sr1.runtime.groups import Groups, gather_objects
+from megatron_sr1.runtime.groups import Groups, gather_objects, gather_rows
 from megatron_sr1.runtime.rng import request_seed
 from megatron_sr1.trainer.context import Context
 from megatron_sr1.trainer.grading import (
@@ -30,9 +29,9 @@ from megatron_sr1.trainer.grading import (
     Scored,
     Verdict,
     conclude,
-    gather_in_order,
     grade,
     grade_early,
+    in_order,
 )
 from megatron_sr1.trainer.objective import credit
 from megatron_sr1.trainer.samples import Samples
@@ -161,20 +160,19 @@ def roll_out_prompts(
         "rollout/engine_steps": stats.engine_steps,
     }
     context.count({name: float(value * is_leader) for name, value in counts.items()})
-    if is_leader:
-        context.throughput.count_rollouts(prompts, rollouts, samples.readings)
     with context.phase("wait"):  # for the slowest replica
-        dist.barrier(group=context.groups.world.process_group)
+        context.count_skipped()
     with context.phase("share"):
-        own, home = [], context.groups.data.rank
+        own: list[tuple[Any, ...]] = []
         for each in rollouts if is_leader else ():
-            size = samples.size(each, home)
-            own.append((*each.key, engine.replica, size.tokens, size.patches, size.shared, home))
-        entries = []
-        for row in gather_in_order(own, indices, context.groups.world):
-            index, sample, replica, tokens, patches, shared, home = row
-            size = Size(tokens, patches, index, shared, home)
-            entries.append(Entry((index, sample), replica, size))
+            size = samples.size(each, home=context.groups.data.rank)
+            own.append((*each.key, engine.replica, *size))
+        most = len(indices[:: engine.num_replicas]) * config.rollout.samples_per_prompt
+        rows = gather_rows(own, (most, len(Size._fields) + 3), context.groups.background)
+        entries = [
+            Entry((index, sample), replica, Size(*size))
+            for index, sample, replica, *size in in_order(rows, indices)
+        ]
     held = {rollout.key: rollout for rollout in rollouts}
     return Drawn(list(indices), entries, held, is_leader)
 

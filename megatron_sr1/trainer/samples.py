@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, partial
@@ -100,6 +101,7 @@ class Samples:
         threads = config.data.image_threads
         self.pixels = PixelReader(self.reader, processor, self.example, threads)
         self.readings: dict[tuple[int, str], tuple[int, ...]] = {}
+        self._packer = ThreadPoolExecutor(1, "packing")
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -262,8 +264,12 @@ class Samples:
         """Return which samples of an update each data-parallel rank trains on, balanced by cost."""
         return plan_ranks(sizes, num_ranks, self._patch_cost)
 
-    def pack(self, chosen: Sequence[TrainSample], groups: Groups) -> list[PackedBatch]:
-        """Pack this rank's samples into micro-batches within the token budget."""
+    def pack(self, chosen: Sequence[TrainSample], groups: Groups) -> Sequence[PackedBatch]:
+        """Pack this rank's samples into micro-batches within the token budget.
+
+        The first is packed now, and a thread packs the others while the actor computes: until the
+        last one is asked for, the pixels must stay.
+        """
         model, parallel = self._config.model, self._config.parallel
         return pack_samples(
             chosen,
@@ -275,6 +281,7 @@ class Samples:
             sequence_multiple=sequence_multiple(parallel.context),
             pad_multiple=row_multiple(model, parallel),
             share_prompts=self._shares_prompts,
+            later=self._packer,
         )
 
     def forget(self) -> None:

@@ -24,13 +24,14 @@ def train_sft(
     """
     data = context.groups.data
     context.evaluate_at_start(evaluate)
-    while context.has_steps_left:
+    for _ in context.steps():
         with context.phase("prompts"):
             # Each rank reads some; who trains on which is decided when all lengths are known.
             indices = context.loader.next_step()[data.rank :: data.size]
             is_leader = context.groups.is_replica_leader
             samples.pixels.start(indices)
             read = context.read_usable(samples.conversation, indices, is_leader)
+            context.count_skipped()
             everyone = [sample for part in gather_objects(read, data) for sample in part]
             if not everyone:
                 raise DataError("no sample of this step could be read; see the warnings above")
@@ -40,12 +41,11 @@ def train_sft(
             if context.groups.is_first_stage:  # the others take none
                 samples.pixels.start(sample.index for sample in own if sample.num_images)
             batches = samples.pack(own, context.groups)
-        samples.forget_pixels()
         if context.step + 1 < context.config.num_steps:
             samples.pixels.start(context.loader.upcoming()[data.rank :: data.size])
         with context.phase("update"):
             measured = update(actor, batches, token_loss, temperature=1.0)
-        del batches  # the only copy of their pixels
+        del batches
         context.throughput.count_samples("update", own)
         samples.forget()
         with context.phase("prompts"):

@@ -200,11 +200,11 @@ def _schedule(
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     assert actor.can_compute, "weights are in host memory: restore them first"
-    groups, rows = actor.groups, list(batches)
+    groups, rows = actor.groups, batches
     if len(models) > 1:
         # The interleaved schedule needs a multiple of the pipeline's ranks.
         missing = -len(rows) % groups.pipeline.size
-        rows += [empty_row(actor.row_multiple)] * missing
+        rows = [*rows, *[empty_row(actor.row_multiple)] * missing]
 
     def forward(iterator: Iterator[PackedBatch], model: Any) -> tuple[torch.Tensor, Any]:
         batch = to_device(next(iterator), groups.device)

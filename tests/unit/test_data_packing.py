@@ -4,11 +4,13 @@ Which samples share a row: test_data_balance.py. Positions are compared with tra
 tests/parity/test_data_transformers.py.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 
-from megatron_sr1.data.packing import mrope_positions, pack_samples, with_advantages
+from megatron_sr1.data.packing import advantage_fields, mrope_positions, pack_samples
 from megatron_sr1.errors import DataError
 from megatron_sr1.model.vision import feature_numbers
 from megatron_sr1.records import TrainSample, VisionInputs
@@ -60,14 +62,35 @@ def test_advantages_come_later_and_a_sample_without_them_has_no_targets():
     arrays = [np.array(values, np.float32) for values in given]
     for batch, expected in zip(pack(late, **options), pack(early, **options), strict=True):
         assert batch.advantages is None
-        got = with_advantages(batch, late, arrays)
-        assert torch.equal(got.advantages, expected.advantages)
-        assert got.advantages.dtype == expected.advantages.dtype
-        assert torch.equal(got.loss_mask, expected.loss_mask)
+        got = advantage_fields(batch, late, arrays)
+        for name, values in got.items():
+            assert torch.equal(values, getattr(expected, name)), name
+            assert values.dtype == getattr(expected, name).dtype
     (batch,) = pack(late[:2], pad_multiple=4)
-    got = with_advantages(batch, late[:2], [arrays[0], None])
-    assert got.advantages.tolist() == [[0, 5, 0, 0, 0, 0, 0, 0]]
-    assert got.loss_mask.tolist() == [[0, 1, 0, 0, 0, 0, 0, 0]]
+    got = advantage_fields(batch, late[:2], [arrays[0], None])
+    assert got["advantages"].tolist() == [[0, 5, 0, 0, 0, 0, 0, 0]]
+    assert got["loss_mask"].tolist() == [[0, 1, 0, 0, 0, 0, 0, 0]]
+
+
+def test_all_rows_but_the_first_are_packed_once_it_is_asked_for():
+    samples = [sample(n, [1, 2, 3 + n], [0, 0, 1]) for n in range(4)]
+    whole = pack(samples, pack_tokens=6)
+    assert len(whole) == 2
+    with ThreadPoolExecutor(1) as packer:
+        later = pack(samples, pack_tokens=6, later=packer)
+        assert len(later) == 2 and not packer._threads
+        for row, expected in zip(later, whole, strict=True):
+            assert row.sample_ids == expected.sample_ids
+            assert torch.equal(row.input_ids, expected.input_ids)
+        assert later[1] is later[1] and later[0] is later[0]
+        assert len(packer._threads) == 1
+    number = whole[1].sample_ids[0]
+    samples[number] = sample(number, [PAD, 1, 2], [0, 0, 1])
+    with ThreadPoolExecutor(1) as packer:
+        later = pack(samples, pack_tokens=6, later=packer)
+        assert later[0].sample_ids == whole[0].sample_ids
+        with pytest.raises(DataError, match=f"sample {number}: 1 image tokens"):
+            later[1]
 
 
 def test_each_sequence_is_padded_where_the_layout_asks_for_it():

@@ -64,6 +64,7 @@ def test_the_held_out_loss_of_the_training_set_is_the_training_loss(tiny_model, 
     (loss,) = make_losses(context, actor, samples.processor)  # questions have no loss
     found = loss.evaluate()
     read = context.read_usable(samples.conversation, range(14), True)
+    context.count_skipped()
     assert loss.name == "same" and 0 < found["skipped"] == 14 - len(read) < 14
     assert context.skipped == 3 + found["skipped"], "the evaluation's count is its own"
     assert len({size_of(sample).tokens for sample in read}) > 1

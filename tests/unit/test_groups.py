@@ -1,4 +1,4 @@
-"""Groups have the time limit that they are given, and are undone whole: others' groups stay."""
+"""Groups have the time limit that they are given, and are undone whole; rows of all their ranks."""
 
 import os
 import subprocess
@@ -34,6 +34,17 @@ print("limits", limits)
 print("threads", len(set(threads)), "others'", dist.get_process_group_ranks(engines))
 """
 
+ROWS = """
+import sys
+import torch.distributed as dist
+from megatron_sr1.runtime.groups import Group, gather_rows
+
+rank, file = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=3)
+own = [[(7, 0, 2**40), (5, -1, rank)], [], [(0, 3, 9), (2, 2, 2), (4, 4, 4)]][rank]
+print(gather_rows(own, (3, 3), Group.of(dist.group.WORLD)))
+"""
+
 
 @pytest.fixture(scope="module")
 def printed():
@@ -63,3 +74,14 @@ def test_collectives_may_take_longer_than_every_phase():
     assert longer.collective_timeout_seconds > 9000.0
     for unlimited in ("setup_deadline_seconds", "phase_deadline_seconds"):
         assert LaunchConfig(**{unlimited: 0.0}).collective_timeout_seconds >= 30 * 86400
+
+
+def test_rows_are_gathered_in_the_order_of_ranks_which_may_have_none(tmp_path):
+    command = [sys.executable, "-c", ROWS]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE)
+        for rank in range(3)
+    ]
+    found = [rank.communicate(timeout=120)[0].decode() for rank in ranks]
+    expected = [[7, 0, 2**40], [5, -1, 0], [0, 3, 9], [2, 2, 2], [4, 4, 4]]
+    assert found == [f"{expected}\n"] * 3

@@ -15,7 +15,7 @@ from megatron_sr1.config.loading import load_config
 from megatron_sr1.records import Completion, Reward, Rollout
 from megatron_sr1.runtime.device import stop_distributed
 from megatron_sr1.trainer.grading import Graded, Verdict
-from megatron_sr1.trainer.grpo import own_samples, with_credit, with_logprobs
+from megatron_sr1.trainer.grpo import credit_fields, own_samples, with_fields, with_logprobs
 from megatron_sr1.trainer.objective import Credit, grpo_loss
 from megatron_sr1.trainer.rollouts import Drawn, Entry
 from megatron_sr1.trainer.step import update
@@ -79,7 +79,7 @@ def step(config, groups):
     owned = own_samples(context, samples, drawn, drawn.entries, range(groups.data.size))
     updates = [samples.pack([each.sample for each in own], groups) for own in owned]
     updates = with_logprobs(context, actor, owned, updates, None)
-    updates = with_credit(samples, owned, updates, graded)
+    updates = with_fields(updates, credit_fields(samples, owned, updates, graded))
     loss = grpo_loss(config.algorithm, config.rollout)
     measured = []
     for batches in updates:
