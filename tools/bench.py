@@ -37,8 +37,8 @@ COLD_START = {
     "optimizer.warmup_steps": 20,
     "evaluation.sets": "",
 }
-GPU_PHASES = ("canary", "pass1", "pass2", "old_logprobs", "reference", "update")
-"""Phases of a step in which engine or actor compute."""
+GPU_PHASES = ("canary", "pass1", "pass2", "wait", "old_logprobs", "reference", "update")
+"""Phases of a step in which engine or actor compute; in `wait`, another replica's engine does."""
 GAP_LIMIT = 0.03
 """Largest share of a step outside of these phases."""
 TRL_LIMIT, WIDTHS_LIMIT = 0.6, 1.5

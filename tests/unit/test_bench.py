@@ -123,6 +123,7 @@ def test_what_no_phase_of_engine_or_actor_names_is_a_gap():
     phases = {"time/step_seconds": 2.0, "time/pass1_seconds": 1.0, "time/sync_seconds": 0.5}
     assert gap_share(phases) == 0.5
     assert gap_share(phases | {"time/reference_seconds": 0.25, "time/pass2_seconds": 0.25}) == 0.25
+    assert gap_share(phases | {"time/wait_seconds": 0.25}) == 0.375
 
 
 def test_an_update_at_published_widths_has_a_limit(capsys):
