@@ -55,7 +55,7 @@ def run_ours(config: Config, padded_samples: int) -> list[tuple[int, float]]:
     context, samples, actor, _ = stages.start(config, groups)
     pack_own, tokens = samples.pack, []
 
-    def pack(chosen: Sequence[TrainSample], groups: Groups) -> list[PackedBatch]:
+    def pack(chosen: Sequence[TrainSample], groups: Groups) -> Sequence[PackedBatch]:
         tokens.append(sum(len(sample.token_ids) for sample in chosen))
         if not padded_samples:
             return pack_own(chosen, groups)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import replace
 from itertools import islice, pairwise
@@ -177,7 +177,12 @@ class _LaterRows(Sequence[PackedBatch]):
     def __len__(self) -> int:
         return 1 + len(self._plan)
 
+    def __iter__(self) -> Iterator[PackedBatch]:
+        # Sequence's own would take an IndexError of the thread for the end of the rows.
+        return (self[number] for number in range(len(self)))
+
     def __getitem__(self, number: Any) -> Any:
+        number = range(len(self))[number]
         with self._lock:
             if not self._others:
                 self._others = [self._executor.submit(self._pack, each) for each in self._plan]

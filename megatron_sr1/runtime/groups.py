@@ -59,7 +59,8 @@ class Groups:
         data_context: data times context, over which gradients are summed.
         tower: ranks that share each layer of the tower: `tensor`, or this rank alone.
         images: ranks among which a row's images are divided.
-        background: all ranks, on the host, for collectives of threads beside the main one.
+        background: all ranks, on the host, for collectives of threads beside the main one, and of
+            the main one while there is none.
         collection: Megatron's `ProcessGroupCollection` of the same groups.
         device: where this rank computes.
     """

@@ -118,8 +118,9 @@ class Context:
     def steps(self) -> Iterator[None]:
         """Yield at the start of each step that is left.
 
-        Garbage is collected between some of them alone, as with Megatron's `--manual-gc`: if
-        allocations start it, it comes at another time on each rank, for which the others wait.
+        Garbage is collected at the end of some of them, and by vLLM's sleep, as with Megatron's
+        `--manual-gc`: if allocations start it, it comes at another time on each rank, for which
+        the others wait.
         """
         with no_collection():
             gc.collect()
@@ -325,9 +326,6 @@ class Context:
         that is due with `checkpoint.keep_best`.
         """
         self.step += 1
-        if self.step % STEPS_BETWEEN_TRIMS == 0:
-            gc.collect()
-            trim_host_memory()
         with self._deadline("profile"):
             self._profiler.end(self.step)
         every, is_last = self.config.checkpoint.every_steps, not self.has_steps_left
@@ -335,6 +333,9 @@ class Context:
         found: dict[str, dict[str, float]] = {}
         if evaluate is not None and (is_last or self._is_evaluated(is_due)):
             found = evaluate(is_last)
+        if found or self.step % STEPS_BETWEEN_TRIMS == 0:
+            gc.collect()
+            trim_host_memory()
         times, memory = self.meter.take()
         flags = {"stop": signals.stop_requested(), "writing": self._saves.is_writing}
         with self._deadline("ask"):

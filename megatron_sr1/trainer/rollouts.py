@@ -197,7 +197,7 @@ def exchange(drawn: Drawn, wanted: Sequence[Sequence[Key]], groups: Groups) -> d
 def read_prompts(
     context: Context, engine: Engine, samples: Samples, indices: Sequence[int]
 ) -> list[Prompt]:
-    """Read this replica's part of the prompts; unusable ones are skipped and counted."""
+    """Read this replica's part of the prompts, without unusable ones: `Context.count_skipped`."""
     own = indices[engine.replica :: engine.num_replicas]
     samples.pixels.start(own)
     samples.prepare(own)

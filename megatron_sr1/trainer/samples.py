@@ -267,8 +267,8 @@ class Samples:
     def pack(self, chosen: Sequence[TrainSample], groups: Groups) -> Sequence[PackedBatch]:
         """Pack this rank's samples into micro-batches within the token budget.
 
-        The first is packed now, and a thread packs the others while the actor computes: until the
-        last one is asked for, the pixels must stay.
+        The first is packed now, and a thread packs the others while the actor computes; the pixels
+        must stay until the last one is there.
         """
         model, parallel = self._config.model, self._config.parallel
         return pack_samples(

@@ -40,12 +40,13 @@ def train_sft(
             own = own or [without_targets(everyone[0])]
             if context.groups.is_first_stage:  # the others take none
                 samples.pixels.start(sample.index for sample in own if sample.num_images)
-            batches = samples.pack(own, context.groups)
+            batches = list(samples.pack(own, context.groups))
+        samples.forget_pixels()
         if context.step + 1 < context.config.num_steps:
             samples.pixels.start(context.loader.upcoming()[data.rank :: data.size])
         with context.phase("update"):
             measured = update(actor, batches, token_loss, temperature=1.0)
-        del batches
+        del batches  # the only copy of their pixels
         context.throughput.count_samples("update", own)
         samples.forget()
         with context.phase("prompts"):

@@ -57,7 +57,7 @@ class Throughput:
     def count_rollouts(
         self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], readings: Readings
     ) -> None:
-        """Add both passes of an engine replica; on its leader.
+        """Add both passes of an engine replica; the rollouts are none but on its leader.
 
         A prompt with its images is computed once for all its responses, and so is a description for
         all its readings: an engine that repeats them loses time and gains no MFU.

@@ -82,7 +82,7 @@ def test_all_rows_but_the_first_are_packed_once_it_is_asked_for():
         for row, expected in zip(later, whole, strict=True):
             assert row.sample_ids == expected.sample_ids
             assert torch.equal(row.input_ids, expected.input_ids)
-        assert later[1] is later[1] and later[0] is later[0]
+        assert later[1] is later[-1] and later[0] is later[-2]
         assert len(packer._threads) == 1
     number = whole[1].sample_ids[0]
     samples[number] = sample(number, [PAD, 1, 2], [0, 0, 1])
@@ -90,7 +90,14 @@ def test_all_rows_but_the_first_are_packed_once_it_is_asked_for():
         later = pack(samples, pack_tokens=6, later=packer)
         assert later[0].sample_ids == whole[0].sample_ids
         with pytest.raises(DataError, match=f"sample {number}: 1 image tokens"):
-            later[1]
+            list(later)
+        with pytest.raises(IndexError):
+            later[2]
+    samples = [sample(0, [1, 2], [0, 1]), sample(1, [PAD, 1, 2], [0, 0, 1], grids=[(1, 2, 2)])]
+    with ThreadPoolExecutor(1) as packer:
+        later = pack(samples, 3, [].__getitem__, later=packer)
+        with pytest.raises(IndexError, match="list index"):  # not taken for the end of the rows
+            list(later)
 
 
 def test_each_sequence_is_padded_where_the_layout_asks_for_it():
