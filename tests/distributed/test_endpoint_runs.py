@@ -23,7 +23,7 @@ from tests.ranks import free_ports
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "sk-a-key-of-this-test"
-NUM_EVAL, NUM_JUDGED, CONCURRENCY = 24, 24, 8
+NUM_EVAL, NUM_JUDGED, CONCURRENCY = 96, 24, 8
 START_SECONDS = 400
 
 
