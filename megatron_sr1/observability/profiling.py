@@ -7,6 +7,7 @@ steps.
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import os
 import re
@@ -110,11 +111,12 @@ class StepMeter:
 
 
 def trim_host_memory() -> None:
-    """Return free pages of all heaps (malloc_trim(3)); do nothing if the C library lacks it.
+    """Collect garbage, then return free pages of all heaps (malloc_trim(3)), if the C library can.
 
     Batches of varying shapes leave holes between live allocations; glibc keeps the holes and
     returns only the end of its heaps.
     """
+    gc.collect()
     with suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 

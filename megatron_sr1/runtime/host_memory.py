@@ -65,7 +65,11 @@ class HostWeights:
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """Collect no garbage within a block, unless it asks for it."""
+    """Collect no garbage within a block, unless it asks for it.
+
+    If allocations start it, it comes at another time on each rank, for which the others wait;
+    Megatron's `--manual-gc` avoids that, too.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -73,3 +77,14 @@ def no_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+@contextmanager
+def frozen_objects() -> Iterator[None]:
+    """Within a block, look for no garbage among the objects that are there at its start."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

@@ -7,7 +7,6 @@ read from `model.path`.
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -43,7 +42,7 @@ from megatron_sr1.runtime import failure, signals
 from megatron_sr1.runtime.chat import PHASE_SHARE, ChatClient
 from megatron_sr1.runtime.files import write_text
 from megatron_sr1.runtime.groups import Groups, sum_over_ranks
-from megatron_sr1.runtime.host_memory import no_collection
+from megatron_sr1.runtime.host_memory import frozen_objects, no_collection
 from megatron_sr1.runtime.start import START_FILE, start_facts
 from megatron_sr1.trainer.actor import Actor
 from megatron_sr1.trainer.optimizer import schedule_change, schedule_facts
@@ -116,20 +115,10 @@ class Context:
         return self.step < self.config.num_steps and not self.is_leaving
 
     def steps(self) -> Iterator[None]:
-        """Yield at the start of each step that is left.
-
-        Garbage is collected at the end of some of them, and by vLLM's sleep, as with Megatron's
-        `--manual-gc`: if allocations start it, it comes at another time on each rank, for which
-        the others wait.
-        """
-        with no_collection():
-            gc.collect()
-            gc.freeze()  # nobody looks again through what lives as long as the run
-            try:
-                while self.has_steps_left:
-                    yield
-            finally:
-                gc.unfreeze()
+        """Yield at the start of each step that is left; garbage is collected between them."""
+        with no_collection(), frozen_objects():
+            while self.has_steps_left:
+                yield
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -334,7 +323,6 @@ class Context:
         if evaluate is not None and (is_last or self._is_evaluated(is_due)):
             found = evaluate(is_last)
         if found or self.step % STEPS_BETWEEN_TRIMS == 0:
-            gc.collect()
             trim_host_memory()
         times, memory = self.meter.take()
         flags = {"stop": signals.stop_requested(), "writing": self._saves.is_writing}

@@ -40,6 +40,7 @@ def train_sft(
             own = own or [without_targets(everyone[0])]
             if context.groups.is_first_stage:  # the others take none
                 samples.pixels.start(sample.index for sample in own if sample.num_images)
+            # All rows now, so that the pixels can be freed.
             batches = list(samples.pack(own, context.groups))
         samples.forget_pixels()
         if context.step + 1 < context.config.num_steps:

@@ -63,6 +63,7 @@ def test_advantages_come_later_and_a_sample_without_them_has_no_targets():
     for batch, expected in zip(pack(late, **options), pack(early, **options), strict=True):
         assert batch.advantages is None
         got = advantage_fields(batch, late, arrays)
+        assert set(got) == {"advantages", "loss_mask"}
         for name, values in got.items():
             assert torch.equal(values, getattr(expected, name)), name
             assert values.dtype == getattr(expected, name).dtype
