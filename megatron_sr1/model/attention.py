@@ -23,7 +23,7 @@ from megatron_sr1.model.row_split import RowSplit, Segment
 # A causal sequence is padded to the longest of a batch if it fills this share of it, or lacks at
 # most this many tokens: padding short sequences is cheaper than another kernel launch.
 MIN_FILL = 0.75
-FREE_PADDING_TOKENS = 32
+FREE_PADDING_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -230,16 +230,17 @@ def _slots(starts: Sequence[int], counts: Sequence[int]) -> tuple[torch.Tensor, 
 def _group_by_length(segments: Sequence[Segment], is_causal: bool) -> list[list[Segment]]:
     """Group the segments by similar length, the longest first."""
 
-    def is_similar(longer: int, other: int) -> bool:
-        free = max(FREE_PADDING_TOKENS, (1 - MIN_FILL) * max(longer, other)) if is_causal else 0
-        return abs(longer - other) <= free
+    def are_similar(one: int, other: int) -> bool:
+        free = max(FREE_PADDING_TOKENS, (1 - MIN_FILL) * max(one, other)) if is_causal else 0
+        return abs(one - other) <= free
 
     groups: list[list[Segment]] = []
     for segment in sorted(segments, key=lambda s: (-s.num_keys, -s.num_queries)):
-        head = groups[-1][0] if groups else segment
-        is_alike = is_similar(head.num_keys, segment.num_keys)
-        if groups and is_alike and is_similar(head.num_queries, segment.num_queries):
-            groups[-1].append(segment)
+        for group in groups:
+            queries, keys = group[0].num_queries, group[0].num_keys
+            if are_similar(queries, segment.num_queries) and are_similar(keys, segment.num_keys):
+                group.append(segment)
+                break
         else:
             groups.append([segment])
     return groups

@@ -65,7 +65,14 @@ def test_packed_attention_and_its_gradients_equal_each_sequence_alone(lengths, i
 def test_only_sequences_of_similar_length_share_a_batch():
     plan = plan_whole(RAGGED, is_causal=True)
     batches = sorted((b.num_sequences, b.num_queries) for b in plan.batches)
-    assert batches == [(1, 200), (3, 17), (4, 60)]
+    assert batches == [(1, 200), (2, 5), (2, 33), (3, 60)]
+
+
+def test_sequences_that_share_a_prompt_are_not_padded_to_those_that_compute_one():
+    lengths, shared = [44, 43, 40, 38, 38, 36], [0, 22, 22, 0, 22, 22]
+    split = split_row(boundaries(lengths), shared_tokens=torch.tensor(shared))
+    plan = plan_attention(split, is_causal=True)
+    assert [(b.num_sequences, b.num_queries) for b in plan.batches] == [(2, 44), (4, 21)]
 
 
 def test_padding_of_long_causal_sequences_stays_bounded():
