@@ -5,8 +5,8 @@ and slots are the real ones. `simulate` predicts the same records from jobs (a s
 with the reading of its description) under a schedule: one pass, a barrier between the passes, or a
 fork. Its rules are vLLM's (first come, first served): running sequences first, a token each, or the
 next piece of their prompt; then waiting ones while slots and the step's token budget last; full
-blocks of a prompt that another sequence brought are not computed again. bench_engine.py compares
-the two.
+blocks with which an earlier prompt also began are not computed again. bench_engine.py compares the
+two.
 
 `step_seconds` times a step on the planner's model of a GPU (planning/engine_time.py). The planner
 times a mean decoding step; a recorded step has its own prompts, so each of its parts has a time:
@@ -32,6 +32,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +110,8 @@ class Job:
         prompt_tokens: length of the prompt, images expanded.
         response_tokens: sampled tokens, one or more.
         description_tokens: sampled tokens until the description closes; 0 if it never does.
-        reading: number of its pass-2 prompt; equal ones are read once.
-        reading_prompt_tokens: length of that prompt.
+        reading: token ids of its pass-2 prompt; equal ones are read once, and share their blocks
+            with others that begin with the same ids.
         reading_tokens: tokens sampled in pass 2, one or more.
     """
 
@@ -118,8 +119,7 @@ class Job:
     prompt_tokens: int
     response_tokens: int
     description_tokens: int
-    reading: int
-    reading_prompt_tokens: int
+    reading: tuple[int, ...]
     reading_tokens: int
 
 
@@ -132,7 +132,6 @@ def jobs_of(
 ) -> list[Job]:
     """Return the lengths of rollouts that the engine made with both passes."""
     by_index = {prompt.example.index: prompt for prompt in prompts}
-    readings: dict[tuple[int, ...], int] = {}
     jobs = []
     for rollout in rollouts:
         sampled = rollout.completion.token_ids
@@ -151,8 +150,7 @@ def jobs_of(
                 prompt_tokens=len(rollout.prompt_token_ids),
                 response_tokens=len(sampled),
                 description_tokens=closed,
-                reading=readings.setdefault(ids, len(readings)),
-                reading_prompt_tokens=len(ids),
+                reading=ids,
                 reading_tokens=answer,
             )
         )
@@ -174,10 +172,12 @@ class Limits:
 
 @dataclass
 class _Sequence:
-    """A sequence in the engine; `job` is None in pass 2."""
+    """A sequence in the engine; `job` is None in pass 2.
 
-    prompt: object
-    prompt_tokens: int
+    Prompts of pass 1 are told apart by ids that no token has.
+    """
+
+    prompt: tuple[int, ...]
     response_tokens: int
     job: Job | None = None
     num_computed: int = 0
@@ -186,11 +186,13 @@ class _Sequence:
 
 def simulate(jobs: Sequence[Job], schedule: str, limits: Limits) -> list[EngineStep]:
     """Return the steps that the engine makes for `jobs` under a schedule."""
-    waiting = deque(_Sequence(j.prompt, j.prompt_tokens, j.response_tokens, j) for j in jobs)
+    first = [(2**32 + job.prompt,) * job.prompt_tokens for job in jobs]
+    sequences = zip(first, jobs, strict=True)
+    waiting = deque(_Sequence(prompt, job.response_tokens, job) for prompt, job in sequences)
     running: list[_Sequence] = []
     held: list[_Sequence] = []
-    known: set[object] = set()
-    requested: set[int] = set()
+    known: set[int] = set()
+    requested: set[tuple[int, ...]] = set()
     num_open, steps = len(jobs), list[EngineStep]()
     while waiting or running:
         steps.append(_simulated_step(waiting, running, known, limits))
@@ -202,8 +204,7 @@ def simulate(jobs: Sequence[Job], schedule: str, limits: Limits) -> list[EngineS
             closes = sequence.num_sampled == job.description_tokens > 0
             if closes and schedule != "one" and job.reading not in requested:
                 requested.add(job.reading)
-                name = ("reading", job.reading)
-                held.append(_Sequence(name, job.reading_prompt_tokens, job.reading_tokens))
+                held.append(_Sequence(job.reading, job.reading_tokens))
         running[:] = [s for s in running if s.num_sampled < s.response_tokens]
         if schedule == "forked" or num_open == 0:
             waiting += held
@@ -212,14 +213,17 @@ def simulate(jobs: Sequence[Job], schedule: str, limits: Limits) -> list[EngineS
 
 
 def _simulated_step(
-    waiting: deque[_Sequence], running: list[_Sequence], known: set[object], limits: Limits
+    waiting: deque[_Sequence], running: list[_Sequence], known: set[int], limits: Limits
 ) -> EngineStep:
-    """Move the sequences that the next step admits to `running`; return the step's work."""
+    """Move the sequences that the next step admits to `running`; return the step's work.
+
+    `known` are the blocks of admitted prompts, each told apart by all tokens up to its end.
+    """
     budget, prefill, prefilled, decoding, context = limits.max_step_tokens, 0, 0, 0, 0
 
     def compute(sequence: _Sequence) -> None:
         nonlocal budget, prefill, prefilled, decoding, context
-        length = sequence.prompt_tokens + sequence.num_sampled
+        length = len(sequence.prompt) + sequence.num_sampled
         count = min(length - sequence.num_computed, budget)
         budget -= count
         if sequence.num_sampled:
@@ -235,15 +239,24 @@ def _simulated_step(
             compute(sequence)
     while waiting and budget and len(running) < limits.max_num_seqs:
         sequence = waiting[0]
-        if sequence.prompt in known:  # the last token is computed in any case
-            blocks = (sequence.prompt_tokens - 1) // limits.block_tokens
-            sequence.num_computed = blocks * limits.block_tokens
-        if not limits.chunked and sequence.prompt_tokens - sequence.num_computed > budget:
+        blocks = _block_ends(sequence.prompt, limits.block_tokens)
+        shared = sum(takewhile(bool, (block in known for block in blocks))) * limits.block_tokens
+        if shared == len(sequence.prompt):  # the last token is computed in any case
+            shared -= limits.block_tokens
+        sequence.num_computed = shared
+        if not limits.chunked and len(sequence.prompt) - shared > budget:
             break
-        known.add(sequence.prompt)
+        known.update(blocks)
         running.append(waiting.popleft())
         compute(sequence)
     return EngineStep(prefill, prefilled, decoding, context)
+
+
+def _block_ends(prompt: tuple[int, ...], block_tokens: int) -> list[int]:
+    """Return for each whole block of a prompt a hash of all tokens up to its end."""
+    starts = range(0, len(prompt) - block_tokens + 1, block_tokens)
+    blocks = (prompt[start : start + block_tokens] for start in starts)
+    return list(accumulate(blocks, lambda before, block: hash((before, block)), initial=0))[1:]
 
 
 @dataclass(frozen=True)
@@ -286,8 +299,7 @@ class DeclaredWorkload:
                     prompt_tokens=self.image_tokens + self.question_tokens,
                     response_tokens=response,
                     description_tokens=description,
-                    reading=number,
-                    reading_prompt_tokens=description + self.reading_frame_tokens,
+                    reading=(number,) * (description + self.reading_frame_tokens),
                     reading_tokens=reading,
                 )
             )

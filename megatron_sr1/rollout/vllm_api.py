@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 
 _CPU_STEP_TOKENS = 32768  # prompt tokens per step on a CPU; raised to hold one whole prompt
 _STEP_TOKENS = 8192  # the smallest of vLLM's default limits per step on GPUs
-_CPU_BLOCK_TOKENS = 32  # short prompts share a prefix only if blocks are short
+_CPU_BLOCK_TOKENS = 32  # the fewest that all of vLLM's kernels on CPUs take
+_SHORT_BLOCK_TOKENS = 16  # the demo's prompts fill no block of 32
 
 _NORMS = ("rms_norm", "fused_add_rms_norm")
 
@@ -87,7 +88,7 @@ def start_vllm(
             limit_mm_per_prompt={"video": 0},
             weight_transfer_config={"backend": weight_sync.register()},
             use_tqdm_on_load=log.isEnabledFor(logging.DEBUG),
-            **device_arguments(device_kind, rollout, processor),
+            **device_arguments(device_kind, dtype, rollout, processor),
             **(weight_sync.lora_arguments(adapter) if adapter else {}),
         )
     # vLLM's finalizer would destroy torch's process group, which the trainer also uses.
@@ -125,6 +126,23 @@ def allow_compiled_norms() -> None:
         getattr(ir.ops, name).impls["vllm_c"].supported = True
 
 
+def cpu_block_tokens(dtype: str) -> int:
+    """Return the tokens of a block of keys and values on a CPU: few, as only whole ones are shared.
+
+    Where vLLM chooses its vector kernel for blocks of 32, it would choose one for blocks of 16, which
+    it has, but does not offer such blocks: let it.
+    """
+    from vllm.v1.attention.backend import MultipleOf
+    from vllm.v1.attention.backends import cpu_attn
+
+    if cpu_attn._get_attn_isa(getattr(torch, dtype), _CPU_BLOCK_TOKENS) != "vec":
+        return _CPU_BLOCK_TOKENS
+    cpu_attn.CPUAttentionBackend.get_supported_kernel_block_sizes = staticmethod(
+        lambda kv_cache_spec=None: [MultipleOf(_SHORT_BLOCK_TOKENS)]
+    )
+    return _SHORT_BLOCK_TOKENS
+
+
 @contextmanager
 def _launcher_variables() -> Iterator[None]:
     """Set a launcher's variables, unless one has: vLLM reads the rank from the environment."""
@@ -140,7 +158,7 @@ def _launcher_variables() -> Iterator[None]:
 
 
 def device_arguments(
-    device_kind: str, rollout: RolloutConfig, processor: Processor | None
+    device_kind: str, dtype: str, rollout: RolloutConfig, processor: Processor | None
 ) -> dict[str, Any]:
     """Return vLLM's arguments that depend on the device and on the size of images."""
     arguments: dict[str, Any] = {
@@ -155,7 +173,7 @@ def device_arguments(
             "enforce_eager": True,
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(rollout.max_model_len, _CPU_STEP_TOKENS),
-            "block_size": _CPU_BLOCK_TOKENS,
+            "block_size": cpu_block_tokens(dtype),
             "kv_cache_memory_bytes": round(rollout.kv_cache_gib * 2**30),
             "ir_op_priority": dict.fromkeys(_NORMS, ["vllm_c", "native"]),
         }

@@ -292,6 +292,22 @@ def test_norms_and_products_on_a_cpu_are_compiled_ones_on_the_weights_themselves
     assert "aten::rsqrt" not in names and not any("onednn" in name for name in names), names
 
 
+def test_prompts_of_less_than_two_blocks_are_computed_once_in_a_step(
+    tiny_model, engine, monkeypatch
+):
+    ids = (setup.prompt(tiny_model, 0, num_images=0).token_ids * 24)[:24]
+    schedule, computed = engine.scheduler.schedule, []
+
+    def recorded(*arguments, **named):
+        output = schedule(*arguments, **named)
+        computed.append(list(output.num_scheduled_tokens.values()))
+        return output
+
+    monkeypatch.setattr(engine.scheduler, "schedule", recorded)
+    engine.generate([setup.Request(f"short {n}", ids, None, max_tokens=1) for n in range(3)])
+    assert computed[0] == [24, 8, 8]
+
+
 def test_sync_is_rejected_between_the_steps_of_a_request(tiny_model, engine):
     engine.submit([setup.request(setup.prompt(tiny_model, 0), "a", max_tokens=3)])
     with pytest.raises(EngineError, match="working on 1 request"):

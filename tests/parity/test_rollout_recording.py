@@ -17,7 +17,7 @@ from megatron_sr1.rollout.readings import RolloutHooks
 from megatron_sr1.rollout.two_pass import roll_out
 from tools.engine_steps import SCHEDULES, Limits, jobs_of, recorded, simulate
 
-LIMITS = Limits(max_num_seqs=128, max_step_tokens=32768, block_tokens=32, chunked=False)
+LIMITS = Limits(max_num_seqs=128, max_step_tokens=32768, block_tokens=16, chunked=False)
 PASS2 = {"one": None, "barrier": "barrier", "forked": "fork"}
 
 

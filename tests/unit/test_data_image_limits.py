@@ -182,6 +182,7 @@ def test_the_engines_step_holds_the_largest_image_after_rounding():
     given = [
         device_arguments(
             "cuda",
+            "bfloat16",
             RolloutConfig(max_model_len=length),
             Of(max_image_tokens=tokens, min_pixels=784, max_pixels=784 * tokens),
         )

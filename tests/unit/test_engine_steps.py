@@ -35,7 +35,7 @@ TEXT = replace(
 SLOW = replace(H100, peak_flops=1000.0, matmul_share=0.5, memory_rate=100.0)
 TOY = Replica(replace(SEVEN, text=TEXT), SLOW, 1, 1e9, 2, 1, step_overhead_seconds=0.25)
 WIDE = Limits(max_num_seqs=8, max_step_tokens=100, block_tokens=16, chunked=True)
-JOBS = [Job(0, 3, 4, 2, 0, 2, 2), Job(1, 3, 2, 1, 1, 2, 2)]
+JOBS = [Job(0, 3, 4, 2, (0, 0), 2), Job(1, 3, 2, 1, (1, 1), 2)]
 
 
 def test_a_replica_counts_the_weights_and_bytes_of_a_step():
@@ -99,7 +99,7 @@ def test_a_fork_reads_from_the_step_after_the_closing_tag():
 
 
 def test_equal_descriptions_are_read_once_and_unclosed_ones_never():
-    twins = [replace(JOBS[0], reading=5), replace(JOBS[1], reading=5)]
+    twins = [replace(JOBS[0], reading=(5, 5)), replace(JOBS[1], reading=(5, 5))]
     (second,) = (s for s in simulate(twins, "barrier", WIDE) if s.context_tokens == 2)
     assert second.prefill_sequences == 1
     open_ended = [replace(job, description_tokens=0) for job in JOBS]
@@ -121,6 +121,16 @@ def test_samples_of_a_prompt_share_its_full_blocks():
     assert first == EngineStep(
         prefill_tokens=4, prefill_sequences=2, decoding_sequences=0, context_tokens=6
     )
+
+
+def test_readings_share_the_full_blocks_of_their_common_beginning():
+    jobs = [replace(JOBS[0], reading=(5, 6, 7, 8)), replace(JOBS[1], reading=(5, 6, 7, 9))]
+    *_, second = (
+        step
+        for step in simulate(jobs, "barrier", replace(WIDE, block_tokens=2))
+        if step.prefill_sequences
+    )
+    assert second == EngineStep(6, 2, 0, 8)
 
 
 def test_drawn_lengths_have_the_stated_mean_and_tail():
