@@ -129,8 +129,8 @@ def allow_compiled_norms() -> None:
 def cpu_block_tokens(dtype: str) -> int:
     """Return the tokens of a block of keys and values on a CPU: few, as only whole ones are shared.
 
-    Where vLLM chooses its vector kernel for blocks of 32, it would choose one for blocks of 16, which
-    it has, but does not offer such blocks: let it.
+    Where vLLM chooses its vector kernel for blocks of 32, it has one for blocks of 16, which it would
+    choose if it offered such blocks: let it.
     """
     from vllm.v1.attention.backend import MultipleOf
     from vllm.v1.attention.backends import cpu_attn
