@@ -166,9 +166,11 @@ def load_adapter_tensors(
         _fill(entry, parameter, tensors[entry.hf_names[0]], groups)
 
 
-def export_adapters(chunks: Sequence[Any], groups: Groups) -> Iterator[tuple[str, torch.Tensor]]:
+def export_adapters(
+    chunks: Sequence[Any], groups: Groups, gather: Gather | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield A and B of each adapter, whole, under published names, on every rank; collective."""
-    adapters, gather = adapters_of(chunks), Gather(chunks, groups)
+    adapters, gather = adapters_of(chunks), gather or Gather(chunks, groups)
     assert adapters is not None, "the model has no adapters"
     for pair in adapters.modules.values():
         for entry in pair:

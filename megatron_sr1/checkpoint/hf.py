@@ -153,7 +153,11 @@ def named_parameters(
 
 
 def export_weights(
-    chunks: Sequence[Any], hf_config: HFConfig, groups: Groups, left_out: Collection[str] = ()
+    chunks: Sequence[Any],
+    hf_config: HFConfig,
+    groups: Groups,
+    left_out: Collection[str] = (),
+    gather: Gather | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield whole tensors under their published names, on every rank, in the order of computation.
 
@@ -161,9 +165,10 @@ def export_weights(
     end. A stage broadcasts its shard to the others, then the tensor-parallel ranks gather the
     parameter; no more than one is whole at a time. A parameter made of any of the published names
     in `left_out` is neither sent nor yielded. Tensors have the model's type and device; they may be
-    views of live parameters, which the next update changes.
+    views of live parameters, which the next update changes. `gather` is one of these chunks, which
+    saves looking for their parameters.
     """
-    gather, left_out = Gather(chunks, groups), frozenset(left_out)
+    gather, left_out = gather or Gather(chunks, groups), frozenset(left_out)
     adapters = adapters_of(chunks)
     for entry in entries(hf_config):
         if left_out.isdisjoint(entry.hf_names):
@@ -182,13 +187,13 @@ def adapters_of(chunks: Sequence[Any]) -> Adapters | None:
 
 
 class Gather:
-    """Makes parameters of a model whole on every rank, one at a time."""
+    """Makes parameters of a model whole on every rank, one at a time, with their present values."""
 
     def __init__(self, chunks: Sequence[Any], groups: Groups) -> None:
         """Find out which stage holds what; collective over the stages."""
         self._groups, self._mine = groups, dict[str, torch.Tensor]()
         for _, name, parameter in named_parameters(chunks):
-            self._mine.setdefault(name, parameter.detach())
+            self._mine.setdefault(name, parameter)
         facts = {name: (tuple(shard.shape), shard.dtype) for name, shard in self._mine.items()}
         self._by_stage = gather_objects(facts, groups.pipeline)
 
@@ -200,7 +205,7 @@ class Gather:
         shape, dtype = self._by_stage[owner][entry.name]
         if owner == pipeline.rank:
             # From host memory, if an engine has its room on the device (rollout.make_room).
-            shard = self._mine[entry.name].to(self._groups.device).contiguous()
+            shard = self._mine[entry.name].detach().to(self._groups.device).contiguous()
         else:
             shard = torch.empty(shape, dtype=dtype, device=self._groups.device)
         if pipeline.size > 1:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,13 @@ from megatron_sr1.checkpoint.adapters import (
     load_adapter_tensors,
 )
 from megatron_sr1.checkpoint.folders import HF_FILES, ModelSource, resolve_model
-from megatron_sr1.checkpoint.hf import adapters_of, export_weights, local_parameters, save_hf
+from megatron_sr1.checkpoint.hf import (
+    Gather,
+    adapters_of,
+    export_weights,
+    local_parameters,
+    save_hf,
+)
 from megatron_sr1.checkpoint.hf_files import HFSource
 from megatron_sr1.checkpoint.loading import load_model
 from megatron_sr1.checkpoint.mapping import Entry, adapter_entries, check_freeze, entries, is_frozen
@@ -66,7 +73,7 @@ class Actor:
 
     def weights(self, left_out: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield full weights under their published names; collective over all ranks."""
-        return export_weights(self.chunks, self.hf_config, self.groups, left_out)
+        return export_weights(self.chunks, self.hf_config, self.groups, left_out, self._gather)
 
     def adapter_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield A and B of each adapter, whole, under published names; collective over all ranks.
@@ -74,7 +81,11 @@ class Actor:
         Names are such as `model.layers.0.self_attn.q_proj.lora_A.weight` [rank, in] and
         `….lora_B.weight` [out, rank].
         """
-        return export_adapters(self.chunks, self.groups)
+        return export_adapters(self.chunks, self.groups, self._gather)
+
+    @cached_property
+    def _gather(self) -> Gather:
+        return Gather(self.chunks, self.groups)
 
     def offload(self, what: str) -> None:
         """Free device memory until `restore`.
