@@ -215,11 +215,13 @@ def gather_on_first(value: Any, group: Group) -> list[Any]:
 
 
 def sum_over_ranks(groups: Groups, values: Mapping[str, float]) -> dict[str, float]:
-    """Return sums over the world, equal on all ranks, all of which have the same names."""
+    """Return sums over the world, equal on all ranks, all of which have the same names.
+
+    May run in a thread beside the main one: see `Groups.background`.
+    """
     total = torch.tensor(list(values.values()), dtype=torch.float64)
-    if groups.world.size > 1:
-        total = total.to(groups.device)
-        dist.all_reduce(total)
+    if groups.background.size > 1:
+        dist.all_reduce(total, group=groups.background.process_group)
     return dict(zip(values, total.tolist(), strict=True))
 
 

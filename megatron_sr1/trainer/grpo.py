@@ -101,8 +101,10 @@ def finish_grading(
 ) -> tuple[Graded, list[list[Fields]]]:
     """Return a step's verdicts, and the fields with advantages of the rows of all updates.
 
-    With filtered groups, the verdicts are there already: `graded`.
+    With filtered groups, the verdicts are there already: `graded`. Raises DataError if too many
+    samples of the run are unusable, before anything is learned.
     """
+    context.count_skipped()
     if graded is None:
         found = grade(drawn.own, drawn.indices, samples, grading, context.groups)
         graded = conclude(context, len(drawn.indices), *found)

@@ -160,15 +160,15 @@ def roll_out_prompts(
         "rollout/engine_steps": stats.engine_steps,
     }
     context.count({name: float(value * is_leader) for name, value in counts.items()})
-    with context.phase("wait"):  # for the slowest replica
-        context.count_skipped()
     with context.phase("share"):
         own: list[tuple[Any, ...]] = []
         for each in rollouts if is_leader else ():
             size = samples.size(each, home=context.groups.data.rank)
             own.append((*each.key, engine.replica, *size))
+    with context.phase("wait"):  # for the slowest replica
         most = len(indices[:: engine.num_replicas]) * config.rollout.samples_per_prompt
         rows = gather_rows(own, (most, len(Size._fields) + 3), context.groups.background)
+    with context.phase("share"):
         entries = [
             Entry((index, sample), replica, Size(*size))
             for index, sample, replica, *size in in_order(rows, indices)
