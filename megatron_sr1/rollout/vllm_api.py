@@ -127,10 +127,10 @@ def allow_compiled_norms() -> None:
 
 
 def cpu_block_tokens(dtype: str) -> int:
-    """Return the tokens of a block of keys and values on a CPU: few, as only whole ones are shared.
+    """Return the tokens of a cache block on a CPU: few, as only whole ones are shared.
 
-    Where vLLM chooses its vector kernel for blocks of 32, it has one for blocks of 16, which it would
-    choose if it offered such blocks: let it.
+    Where vLLM would choose its vector kernel for blocks of 32, it would choose another one for
+    blocks of 16, but does not offer these: let it.
     """
     from vllm.v1.attention.backend import MultipleOf
     from vllm.v1.attention.backends import cpu_attn
