@@ -5,9 +5,9 @@ so that alone is not a leak. A leak is a marked answer, a description that consi
 alone, or a sentence that concludes with it: "the answer is 7", "option B is correct", "…, so 7.",
 "3 + 4 = 7".
 
-In the patterns of such sentences, `{said}` stands for a value, `{named}` for an option label,
-`{place}` for an ordinal. Patterns of values are searched in case-folded text, those of labels in
-text as written, since `a` is an article.
+In the patterns of such sentences, `{named}` stands for an option label, `{place}` for an ordinal.
+Patterns of values are searched in case-folded text, those of labels in text as written, since `a`
+is an article.
 """
 
 from __future__ import annotations
@@ -54,19 +54,17 @@ _HENCE = r"(?:\b(?:so|therefore|thus|hence|consequently|accordingly|in conclusio
 _OPERATION = r"\d\s*(?:\+|-|\*|/|x|\\times|\\cdot|times|plus|minus)\s*[\d(]"
 _SUMMING = r"(?:adds?|sums?) (?:up )?to|amounts? to|comes? to|totals|total of|gives|yields|makes?"
 _LAST_WORD = r"\b(?:final|finally|sum|verdict|output)\s*[:=]|∴"
-_VALUE_BEFORE_STOP = (
-    rf"\b(?:{_NOUN})(?: to (?:the|this) (?:question|problem))?{_IS}{_FILLER} ?{{said}}",
-    rf"{{said}} (?:is|are|would be|must be) (?:the )?(?:final |correct |right )?(?:{_NOUN})",
-)
+_NOUN_IS = rf"\b(?:{_NOUN})(?: to (?:the|this) (?:question|problem))?{_IS}{_FILLER} ?"
+_IS_NOUN = rf" (?:is|are|would be|must be) (?:the )?(?:final |correct |right )?(?:{_NOUN})"
 """Pictures contain results and solutions too, so the clause has to end after the value."""
 _VALUE = (
     r"\b(?:value|number|word|thing|quantity)(?: (?:that|which)(?: is| was)?)? "
-    r"(?:asked for|wanted|sought|requested|needed|in question) is {said}",
-    r"(?:^|[.!?;\n]\s*|\band )(?:write|reply|respond|say|answer|put)(?: with)? [\"']?{said}",
+    r"(?:asked for|wanted|sought|requested|needed|in question) is ",
+    r"(?:^|[.!?;\n]\s*|\band )(?:write|reply|respond|say|answer|put)(?: with)? [\"']?",
     r"\b(?:please|just|then|should|must) "
-    r"(?:write|reply|respond|say|output|answer|put|return|enter|box|type)(?: with)? [\"']?{said}",
+    r"(?:write|reply|respond|say|output|answer|put|return|enter|box|type)(?: with)? [\"']?",
 )
-"""The value asked for, and instructions to the reader."""
+"""Before the value asked for, and instructions to the reader."""
 _LABEL = (
     r"(?i:\b(?:option|choice|answer))\s+{named}(?i:(?: is| seems| must be)?(?: the)? "
     r"(?:correct|right|true|best|matching)\b)",
@@ -119,9 +117,10 @@ def _concludes_with_value(text: str, value: str) -> bool:
     stop = r"\s*(?:[.,;:!?)\n]|$|because\b|since\b)"
     return bool(
         re.fullmatch(rf"(?:(?:it|this|that)(?: is|'s) )?{said}\W*", text)
-        or re.search(rf"{_ANSWER}{_FILLER}\s*[\"'(]?(?:{said}|{apart}(?!\s?\w){ends})", text)
-        or any(re.search(p.format(said=said) + unit + stop, text) for p in _VALUE_BEFORE_STOP)
-        or any(re.search(p.format(said=said), text) for p in _VALUE)
+        or _follows(_ANSWER + _FILLER, rf"\s*[\"'(]?(?:{said}|{apart}(?!\s?\w){ends})", text)
+        or _follows(_NOUN_IS, said + unit + stop, text)
+        or (re.search(_IS_NOUN, text) and re.search(said + _IS_NOUN + unit + stop, text))
+        or any(_follows(lead, said, text) for lead in _VALUE)
         or (value.casefold() in ("yes", "no") and re.match(rf"{said}\s*[,.!;]", text))
         or _derives_value(text, said, unit)
     )
@@ -131,19 +130,28 @@ def _derives_value(text: str, said: str, unit: str) -> bool:
     """Return True if a sentence draws a value as its conclusion, or the last one computes it."""
     sentences = _sentences(text)
     last = sentences[-1]
-    concluded = rf"{_HENCE},?(?: [^.;]*)? {said}{unit}\W*"
+    concluded = rf",?(?: [^.;]*)? {said}{unit}\W*"
     if (
-        any(re.fullmatch(concluded, sentence) for sentence in sentences)
-        or re.search(rf"(?:^|[,:] |\band ){concluded}$", last)
-        or re.search(rf"(?:{_LAST_WORD})\s*{said}{unit}\W*$", last)
+        any(re.match(_HENCE, s) and re.fullmatch(_HENCE + concluded, s) for s in sentences)
+        or _follows(rf"(?:^|[,:] |\band ){_HENCE}", rf"{concluded}$", last)
+        or _follows(rf"(?:{_LAST_WORD})", rf"\s*{said}{unit}\W*$", last)
     ):
         return True
     end = rf"\s*{said}{unit}[^\w\"']*$"
-    result = re.search(rf"(?:=|\bis|\bequals|\bmakes){end}", last)
-    if result is not None and re.search(_OPERATION, last[: result.start()]):
-        return True
-    summed = re.search(rf"\b(?:{_SUMMING}){end}", last)
+    if re.search(_OPERATION, last):
+        result = _follows(r"(?:=|\bis|\bequals|\bmakes)", end, last)
+        if result is not None and re.search(_OPERATION, last[: result.start()]):
+            return True
+    summed = _follows(rf"\b(?:{_SUMMING})", end, last)
     return summed is not None and len(re.findall(r"\d+", text)) > 2
+
+
+def _follows(lead: str, rest: str, text: str) -> re.Match[str] | None:
+    """Search one pattern, `lead` and then `rest`, which holds a value.
+
+    To compile it for each value takes milliseconds, so it is not, unless the lead is there.
+    """
+    return re.search(lead + rest, text) if re.search(lead, text) else None
 
 
 def _concludes_with_label(text: str, label: str) -> bool:

@@ -1,5 +1,6 @@
 """Descriptions that state the answer, and honest ones that have to contain it."""
 
+import re
 import time
 
 import pytest
@@ -67,3 +68,19 @@ def test_long_descriptions_are_judged_fast(text):
     states_answer(text, "14", "Which? A. one B. two")
     states_answer(text, "B", "Which? A. one B. two")
     assert time.process_time() - started < 2.0
+
+
+def test_a_new_value_compiles_no_pattern_whose_lead_is_absent(monkeypatch):
+    """Each takes milliseconds, and data of thousands of golds has thousands of values."""
+    states_answer("0 1 4", "7317", "Which digit is largest?")  # compiles what every value shares
+    compiled, compile_pattern = [], re._compiler.compile
+
+    def recorded(pattern, flags):
+        compiled.append(pattern)
+        return compile_pattern(pattern, flags)
+
+    monkeypatch.setattr(re._compiler, "compile", recorded)
+    assert not states_answer("0 1 4", "7318", "Which digit is largest?")
+    assert len(compiled) == 1
+    assert states_answer("0 1 4, so 7319", "7319", "Which digit is largest?")
+    assert len(compiled) == 3
