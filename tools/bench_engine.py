@@ -70,7 +70,7 @@ class Bench:
         self.samples = Samples(config, data, self.processor)
         self.chunks, self.hf_config, _ = load_actor_model(config, self.groups)
         self.engine = start_engine(config, self.groups, self.processor)
-        self.limits = Limits(slots, 32768, 16, chunked=False)  # as engine.py sets them on a CPU
+        self.limits = Limits(slots, 32768, 16, chunked=False)  # as vllm_api.py sets them on a CPU
         self.num_syncs = 0
 
     def weights(self) -> Iterable[tuple[str, Any]]:
