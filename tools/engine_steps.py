@@ -174,7 +174,7 @@ class Limits:
 class _Sequence:
     """A sequence in the engine; `job` is None in pass 2.
 
-    Prompts of pass 1 are told apart by ids that no token has.
+    A prompt of pass 1 consists of one id that is unique to it and beyond any vocabulary.
     """
 
     prompt: tuple[int, ...]
@@ -217,7 +217,7 @@ def _simulated_step(
 ) -> EngineStep:
     """Move the sequences that the next step admits to `running`; return the step's work.
 
-    `known` are the blocks of admitted prompts, each told apart by all tokens up to its end.
+    `known` contains the hashes of the blocks of admitted prompts, as `_block_ends` returns them.
     """
     budget, prefill, prefilled, decoding, context = limits.max_step_tokens, 0, 0, 0, 0
 

@@ -5,9 +5,9 @@ so that alone is not a leak. A leak is a marked answer, a description that consi
 alone, or a sentence that concludes with it: "the answer is 7", "option B is correct", "…, so 7.",
 "3 + 4 = 7".
 
-In the patterns of such sentences, `{named}` stands for an option label, `{place}` for an ordinal.
-Patterns of values are searched in case-folded text, those of labels in text as written, since `a`
-is an article.
+The patterns of such sentences have `{named}` in place of an option label and `{place}` in place of
+an ordinal. Patterns of values are searched in case-folded text, those of labels in text as written,
+since `a` is an article.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ _VALUE = (
     r"\b(?:please|just|then|should|must) "
     r"(?:write|reply|respond|say|output|answer|put|return|enter|box|type)(?: with)? [\"']?",
 )
-"""Before the value asked for, and instructions to the reader."""
+"""Precede a value: the value asked for, and instructions to the reader."""
 _LABEL = (
     r"(?i:\b(?:option|choice|answer))\s+{named}(?i:(?: is| seems| must be)?(?: the)? "
     r"(?:correct|right|true|best|matching)\b)",
@@ -147,9 +147,9 @@ def _derives_value(text: str, said: str, unit: str) -> bool:
 
 
 def _follows(lead: str, rest: str, text: str) -> re.Match[str] | None:
-    """Search one pattern, `lead` and then `rest`, which holds a value.
+    """Search a text for the pattern `lead` followed by the pattern `rest`, which contains a value.
 
-    To compile it for each value takes milliseconds, so it is not, unless the lead is there.
+    Compiling the whole takes milliseconds for each new value, so the lead is searched alone first.
     """
     return re.search(lead + rest, text) if re.search(lead, text) else None
 
