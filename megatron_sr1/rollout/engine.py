@@ -24,7 +24,7 @@ from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.errors import EngineError
 from megatron_sr1.records import Completion, VisionInputs
-from megatron_sr1.rollout import vllm_api, weight_sync
+from megatron_sr1.rollout import decode_steps, vllm_api, weight_sync
 
 
 @dataclass(slots=True)  # frozen ones take three times as long to make
@@ -162,6 +162,8 @@ class Engine:
                 request.id, prompts[key], self._parameters.of(request), lora_request=self._lora
             )
             self._live[request.id] = request
+            if request.with_logprobs and not request.num_scored:
+                decode_steps.keep_logprobs(self._core, added)
             if request.watched_for is not None:
                 tokens = vllm_api.sampled_tokens(self._core, added)
                 self._watched.setdefault(request.watched_for, {})[request.id] = tokens

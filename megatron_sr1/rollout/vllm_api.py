@@ -18,7 +18,7 @@ from megatron_sr1.config.adapter import AdapterConfig
 from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.data.processor import Processor
 from megatron_sr1.errors import EngineError
-from megatron_sr1.rollout import weight_sync
+from megatron_sr1.rollout import decode_steps, weight_sync
 from megatron_sr1.rollout.sampler import FullVocabularySampler
 from megatron_sr1.runtime.cpu import patch_torchvision
 from megatron_sr1.runtime.rng import preserve_rng_and_threads
@@ -99,6 +99,7 @@ def start_vllm(
         outputs,
         processor.vision_token_ids if processor else (),
     )
+    decode_steps.shorten(llm.llm_engine.engine_core.engine_core.scheduler, runner)
     llm.init_weight_transfer_engine({"init_info": {}})
     return llm
 
