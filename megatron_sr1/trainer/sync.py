@@ -9,6 +9,7 @@ that survived one are not: scored prompts are computed as a whole.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from megatron_sr1.data.processor import Processor
 from megatron_sr1.data.shards import first_with_image
 from megatron_sr1.errors import EngineError
 from megatron_sr1.model.hf_config import read_hf_config
-from megatron_sr1.records import Completion, Rollout
+from megatron_sr1.records import Completion, PackedBatch, Prompt, Rollout, TrainSample
 from megatron_sr1.rollout.engine import Engine
 from megatron_sr1.runtime.groups import Groups
 from megatron_sr1.trainer.actor import Actor, load_actor_model
@@ -82,6 +83,9 @@ def sync(context: Context, actor: Actor, engine: Engine, again: bool = False) ->
         engine.sync(actor.weights(left_out), context.step, whole=not left_out)
 
 
+_Made = tuple[Prompt, tuple[int, ...], TrainSample, Sequence[PackedBatch]]
+
+
 class Canary:
     """A sample of the training set that stays the same for the whole run."""
 
@@ -97,6 +101,18 @@ class Canary:
 
         self._samples, self._bound = samples, bound_nats
         self._index = first_with_image(samples.reader.sizes, num_images)
+        self._made: _Made | None = None
+
+    def _make(self, groups: Groups) -> _Made:
+        """Return what stays the same: prompt, response, and both as the actor's rows."""
+        prompt = self._samples.prompt(self._index)
+        lead, answer = self._samples.gold_answer(prompt)
+        response = (*lead, *answer)
+        given = Completion(response, (0.0,) * len(response), "", "given")
+        sample = self._samples.train_sample(
+            Rollout(self._index, 0, prompt.token_ids, given, None, None, weight_version=-1)
+        )
+        return prompt, response, sample, self._samples.pack([sample], groups)
 
     def check(self, context: Context, actor: Actor, engine: Engine) -> dict[str, float]:
         """Compare after a sync; collective over all ranks.
@@ -108,14 +124,10 @@ class Canary:
             EngineError: the difference is beyond the bound.
         """
         with context.phase("canary"):
-            prompt = self._samples.prompt(self._index)
-            lead, answer = self._samples.gold_answer(prompt)
-            response = (*lead, *answer)
+            if self._made is None:
+                self._made = self._make(context.groups)
+            prompt, response, sample, batches = self._made
             logprobs = engine.logprobs(prompt.token_ids, response, prompt.vision)
-            given = Completion(response, tuple(logprobs), "", "given")
-            rollout = Rollout(self._index, 0, prompt.token_ids, given, None, None, context.step)
-            sample = self._samples.train_sample(rollout)
-            batches = self._samples.pack([sample], context.groups)
             (actor_logprobs,) = sample_logprobs(actor, [sample], batches, temperature=1.0)
         worst = float(np.abs(np.array(logprobs) - actor_logprobs[-len(response) :]).max())
         if not worst <= self._bound:
