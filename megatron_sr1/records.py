@@ -244,7 +244,7 @@ class TrainSample:
     engine_logprobs: np.ndarray | None = None
     reference_logprobs: np.ndarray | None = None
 
-    @property
+    @cached_property
     def num_prompt_tokens(self) -> int:
         """Number of tokens before the first target; 0 if there is no target."""
         return int(self.loss_mask.argmax())

@@ -50,9 +50,11 @@ def size_of(sample: TrainSample, share_prompts: bool = False) -> Size:
 
 def cost(sizes: Iterable[Size], patch_cost: float) -> float:
     """Return the cost of one row in tokens, `patch_cost` per patch; what is shared counts once."""
-    sizes = list(sizes)
-    shared = {s.prompt: s.shared + patch_cost * s.patches for s in sizes}
-    return sum(s.tokens - s.shared for s in sizes) + sum(shared.values())
+    own, of_prompts = 0, dict[int, float]()
+    for tokens, patches, prompt, shared, _ in sizes:
+        own += tokens - shared
+        of_prompts[prompt] = shared + patch_cost * patches
+    return own + sum(of_prompts.values())
 
 
 def plan_rows(sizes: Sequence[Size], budget: float, patch_cost: float) -> list[list[int]]:
@@ -195,8 +197,8 @@ def _shared_tokens(chosen: Sequence[TrainSample]) -> list[int]:
     for number, (before, sample) in enumerate(pairwise(chosen), start=1):
         if before.index == sample.index:
             num_tokens = min(before.num_prompt_tokens, sample.num_prompt_tokens)
-            is_same = (before.token_ids[:num_tokens] == sample.token_ids[:num_tokens]).all()
-            assert is_same, f"sample {sample.index} has several prompts"
+            first, second = (s.token_ids[:num_tokens].tobytes() for s in (before, sample))
+            assert first == second, f"sample {sample.index} has several prompts"
             shared[number] = num_tokens
     return shared
 
