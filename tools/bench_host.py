@@ -43,7 +43,8 @@ from megatron_sr1.rollout.readings import RolloutHooks
 from megatron_sr1.rollout.two_pass import roll_out
 from megatron_sr1.runtime.device import select_device, start_distributed
 from megatron_sr1.runtime.rng import request_seed
-from megatron_sr1.trainer.grading import grade_early, score
+from megatron_sr1.trainer.grading import score
+from megatron_sr1.trainer.rollouts import follow_up
 from megatron_sr1.trainer.samples import Samples, make_processor
 from tools.scoring_backends import collapse
 
@@ -167,7 +168,7 @@ class Bench:
                 first_characters,
                 samples.reading_prompts if with_pass2 else None,
                 lambda index, sample, part: request_seed(1, 0, index, sample, part),
-                finished=grade_early(samples, self.pool, rollout) if with_pass2 else None,
+                finished=follow_up(samples, self.pool, rollout, {}) if with_pass2 else None,
             ),
         )
         return list(rollouts)

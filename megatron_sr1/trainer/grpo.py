@@ -195,7 +195,7 @@ def own_samples(
     updates = []
     for share, is_idle in zip(shares, idle, strict=True):
         rollouts = [held[entry.key] for entry in share]
-        sequences = list(map(samples.train_sample, rollouts))
+        sequences = [drawn.sequences.get(r.key) or samples.train_sample(r) for r in rollouts]
         sequences = list(map(without_targets, sequences)) if is_idle else sequences
         updates.append(list(map(Learned, rollouts, sequences)))
     return updates

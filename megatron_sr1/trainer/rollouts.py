@@ -8,14 +8,15 @@ is graded as soon as it is finished, while others are sampled.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.data.packing import Size
 from megatron_sr1.errors import DataError
-from megatron_sr1.records import Prompt, Rollout
+from megatron_sr1.records import Prompt, Rollout, TrainSample
 from megatron_sr1.rewards.answered import Key
 from megatron_sr1.rewards.grading_pool import GradingPool
 from megatron_sr1.rollout.engine import Engine
@@ -57,18 +58,21 @@ class Drawn:
         indices: of the prompts, in the order drawn, usable or not.
         entries: of all rollouts in that order, equal on every rank.
         held: the rollouts that this rank has: those of its replica.
+        sequences: the same as sequences to train on.
         is_leader: whether this rank speaks for its replica, whose ranks hold the same.
     """
 
     indices: list[int]
     entries: list[Entry]
     held: dict[Key, Rollout]
+    sequences: dict[Key, TrainSample]
     is_leader: bool
 
     def __add__(self, other: Drawn) -> Drawn:
         """Return both; those drawn first come first."""
         indices, entries = self.indices + other.indices, self.entries + other.entries
-        return Drawn(indices, entries, self.held | other.held, self.is_leader)
+        held, sequences = self.held | other.held, self.sequences | other.sequences
+        return Drawn(indices, entries, held, sequences, self.is_leader)
 
     @property
     def own(self) -> list[Rollout]:
@@ -129,8 +133,9 @@ def roll_out_prompts(
     indices: Sequence[int],
     grading: GradingPool,
 ) -> Drawn:
-    """Sample prompts on all replicas, and have each rollout graded as soon as it is finished."""
+    """Sample prompts on all replicas; a rollout's `follow_up` begins as soon as it is finished."""
     config, is_leader = context.config, engine.is_replica_leader
+    sequences: dict[Key, TrainSample] = {}
     with context.phase("prompts"):
         prompts = read_prompts(context, engine, samples, indices)
     with context.phase("pass1"):
@@ -147,7 +152,9 @@ def roll_out_prompts(
                 reading_messages=samples.reading_messages,
                 reader=context.reader(is_leader),
                 # The ranks of a replica hold the same rollouts; its leader has them graded.
-                finished=grade_early(samples, grading, config.rollout) if is_leader else None,
+                finished=follow_up(
+                    samples, grading if is_leader else None, config.rollout, sequences
+                ),
             ),
         )
     context.meter.move("pass1", "pass2", stats.pass2_only_seconds)
@@ -174,7 +181,27 @@ def roll_out_prompts(
             for index, sample, replica, *size in in_order(rows, indices)
         ]
     held = {rollout.key: rollout for rollout in rollouts}
-    return Drawn(list(indices), entries, held, is_leader)
+    return Drawn(list(indices), entries, held, sequences, is_leader)
+
+
+def follow_up(
+    samples: Samples,
+    grading: GradingPool | None,
+    rollout: RolloutConfig,
+    sequences: dict[Key, TrainSample],
+) -> Callable[[Sequence[Rollout]], None]:
+    """Return what does with finished rollouts, while others are sampled, what the step needs later.
+
+    They are graded if there is a pool, and put into `sequences`.
+    """
+    have_graded = grade_early(samples, grading, rollout) if grading else None
+
+    def finished(rollouts: Sequence[Rollout]) -> None:
+        if have_graded is not None:
+            have_graded(rollouts)
+        sequences.update((each.key, samples.train_sample(each)) for each in rollouts)
+
+    return finished
 
 
 def exchange(drawn: Drawn, wanted: Sequence[Sequence[Key]], groups: Groups) -> dict[Key, Rollout]:

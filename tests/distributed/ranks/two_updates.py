@@ -68,7 +68,7 @@ def invented(samples, rank, num_ranks):
             entries.append(Entry(rollout.key, replica, samples.size(rollout, home=0)))
             verdicts.append(Verdict(rollout.key, unjudged, None))
     advantages = rng.standard_normal((NUM_PROMPTS, NUM_SAMPLES))
-    drawn = Drawn(list(range(NUM_PROMPTS)), entries, held, is_leader=True)
+    drawn = Drawn(list(range(NUM_PROMPTS)), entries, held, {}, is_leader=True)
     return drawn, Graded(verdicts, [], Credit(advantages), {})
 
 
