@@ -1,5 +1,8 @@
 """A rollout as a sequence to learn from: which tokens carry which advantage."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -12,6 +15,8 @@ from megatron_sr1.demo.digits import make_digits
 from megatron_sr1.errors import DataError
 from megatron_sr1.records import Completion, Message, Rollout
 from megatron_sr1.rewards.response import find_description
+from megatron_sr1.trainer.grpo import own_samples
+from megatron_sr1.trainer.rollouts import Drawn, Entry, follow_up
 from megatron_sr1.trainer.samples import Samples
 from tests.hostile.mutations import picture
 
@@ -173,3 +178,18 @@ def test_a_rollouts_size_is_that_of_its_sequence(samples):
     assert size == expected._replace(home=1)
     assert size.shared == len(rollout.prompt_token_ids)
     assert size.patches == 12  # 84 x 28 pixels
+
+
+def test_a_sequence_made_while_others_were_sampled_is_learned_and_others_are_made(samples):
+    made_early, _ = rolled_out(samples, DESCRIBED + REST)
+    held = {rollout.key: rollout for rollout in (made_early, replace(made_early, sample=1))}
+    sequences, config = {}, samples._config
+    follow_up(samples, None, config.rollout, sequences)([made_early])
+    entries = [Entry(key, 0, samples.size(each, home=0)) for key, each in held.items()]
+    context = SimpleNamespace(groups=SimpleNamespace(data=SimpleNamespace(rank=0)), config=config)
+    drawn = Drawn([0], entries, held, sequences, is_leader=True)
+    ((first, second),) = own_samples(context, samples, drawn, entries, [0])
+    assert first.sample is sequences[made_early.key] and second.rollout.sample == 1
+    for name, value in vars(samples.train_sample(made_early)).items():
+        for sample in (first.sample, second.sample):
+            assert np.array_equal(getattr(sample, name), value), name
