@@ -190,9 +190,9 @@ def follow_up(
     rollout: RolloutConfig,
     sequences: dict[Key, TrainSample],
 ) -> Callable[[Sequence[Rollout]], None]:
-    """Return what does with finished rollouts, while others are sampled, what the step needs later.
+    """Return a function that prepares finished rollouts while the engine samples others.
 
-    They are graded if there is a pool, and put into `sequences`.
+    It has them graded, if there is a pool, and puts their sequences to train on into `sequences`.
     """
     have_graded = grade_early(samples, grading, rollout) if grading else None
 
