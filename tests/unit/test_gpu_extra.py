@@ -1,14 +1,16 @@
 """The packages of the `gpu` extra fit together for Python 3.12, as a package index has them today.
 
-Nothing is installed: pip only resolves. Not covered: Transformer Engine, which pip would have to
-build, and whether the packages run.
+Nothing of the extra is installed: pip, where there is a Python 3.12, and uv only resolve. Not
+covered: Transformer Engine, which pip would have to build, and whether the packages run.
 """
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,22 +27,44 @@ def interpreters():
         yield candidate
 
 
-@pytest.mark.slow
-def test_the_gpu_extra_resolves_for_python_3_12(tmp_path):
+def resolving(command):
+    """What `command` prints; the test is skipped where no package index is reached."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3600)
+    if "from versions: none" in done.stderr or "Failed to fetch" in done.stderr:
+        pytest.skip(f"no package index: {done.stderr.strip().splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def versions_by_pip(folder):
+    """Name -> version of a dry run of pip, under a Python 3.12."""
     python = next(interpreters(), None)
     if python is None:
         pytest.skip("no Python 3.12")
-    subprocess.run([python, "-m", "venv", tmp_path / "env"], check=True)
-    pip = [tmp_path / "env" / "bin" / "python", "-m", "pip", "install", "--dry-run", "--quiet"]
-    report = tmp_path / "report.json"
-    done = subprocess.run(
-        [*pip, "--report", report, f"{ROOT}[gpu]"], capture_output=True, text=True, timeout=3600
+    subprocess.run([python, "-m", "venv", folder / "env"], check=True)
+    pip = [folder / "env" / "bin" / "python", "-m", "pip", "install", "--dry-run", "--quiet"]
+    resolving([*pip, "--report", folder / "report.json", f"{ROOT}[gpu]"])
+    found = json.loads((folder / "report.json").read_text())["install"]
+    return {each["metadata"]["name"]: each["metadata"]["version"] for each in found}
+
+
+def versions_by_uv(folder):
+    """Name -> version as uv resolves them, which needs no Python 3.12 for it."""
+    subprocess.run([sys.executable, "-m", "venv", folder / "env"], check=True)
+    resolving([folder / "env" / "bin" / "python", "-m", "pip", "install", "--quiet", "uv"])
+    options = ["--python-version", "3.12", "--extra", "gpu", "--no-annotate", "--no-header"]
+    lines = resolving(
+        [folder / "env" / "bin" / "uv", "pip", "compile", *options, ROOT / "setup.py"]
     )
-    if "Could not find a version" in done.stderr and "from versions: none" in done.stderr:
-        pytest.skip(f"no package index: {done.stderr.strip().splitlines()[-1]}")
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = [item["metadata"] for item in json.loads(report.read_text())["install"]]
-    versions = {each["name"].lower().replace("_", "-"): each["version"] for each in found}
+    pins = map(Requirement, lines.splitlines())
+    return {pin.name: next(iter(pin.specifier)).version for pin in pins}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("resolved_versions", [versions_by_pip, versions_by_uv])
+def test_the_gpu_extra_resolves_for_python_3_12(resolved_versions, tmp_path):
+    found = resolved_versions(tmp_path)
+    versions = {name.lower().replace("_", "-"): version for name, version in found.items()}
     assert (versions["torch"], versions["vllm"]) == ("2.13.0", "0.32.0")
     # Before 0.17 Megatron-Core asks for a Transformer Engine that the `te` extra need not take.
     assert SpecifierSet(">=0.17,<0.20").contains(versions["megatron-core"])
